@@ -1,0 +1,93 @@
+# Each target does all of its own set-up: a virtual environment in .venv, torch, the build tools, the extension.
+#
+#   make test PYTHON=python3.12   makes .venv from that Python; what it can import already (torch, above all) is used
+#   make test TORCH=torch==2.12.0 installs that torch where PYTHON has none
+#   make test ARGS="-k bernoulli" passes arguments to pytest (or to fastvae demo)
+#
+# A .venv that is there is kept: `rm -rf .venv` starts afresh.
+
+PYTHON ?= python3
+# 2.11.0 is the CUDA build that goes with the Triton that the tests pin.
+TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),torch==2.11.0,torch==2.13.0)
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11)" 2>/dev/null
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: help demo test lint bench wheel clean
+.NOTPARALLEL:
+# The stamps of finished steps are kept.
+.SECONDARY:
+
+help:
+	@echo "make demo    train a VAE on scikit-learn's digits, fused and by hand; leaves two pictures"
+	@echo "make test    build the extension and run the tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   time the kernels here, and draw the table and the picture"
+	@echo "make wheel   a binary wheel for this Python and this torch, in dist/"
+	@echo "make clean   remove what was built (not .venv)"
+
+demo: $(VENV)/.deps-train $(VENV)/.built
+	@$(VENV)/bin/fastvae demo $(ARGS)
+
+test: $(VENV)/.deps-test $(VENV)/.built
+	@# Here, native kernels that are missing are a failure, not a reason for the reference.
+	@$(RUN) -c "import fastvae; fastvae.set_backend('native')"
+	@echo "== tests"
+	@$(RUN) -m pytest -q tests --durations=10 $(ARGS)
+
+lint: $(VENV)/.deps-dev
+	@echo "== ruff"
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@echo "== mypy"
+	@$(RUN) -m mypy
+
+bench: $(VENV)/.deps-bench $(VENV)/.built
+	@echo "== benchmarks"
+	@$(RUN) -m pytest -q benchmarks $(ARGS)
+	@$(RUN) -m benchmarks.report
+
+wheel: $(VENV)/.torch
+	@echo "== wheel"
+	@rm -rf build/lib* build/bdist*
+	@FASTVAE_NATIVE=$${FASTVAE_NATIVE:-1} $(PIP) wheel -qq --no-build-isolation --no-deps -w dist .
+	@ls dist/*.whl
+
+clean:
+	@rm -rf build dist *.egg-info fastvae/_C*.so fastvae/_build_info.py $(VENV)/.built
+	@rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# The virtual environment. If PYTHON has torch, a .pth file lets the new one see all that PYTHON sees, which
+# --system-site-packages would not do where PYTHON belongs to a virtual environment itself.
+$(VENV)/.made:
+	@echo "== virtual environment $(VENV), from $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@if $(PYTHON) $(HAS_TORCH); then \
+	    $(PIP) uninstall -qq -y setuptools 2>/dev/null; \
+	    $(PYTHON) -c "import sys; print(*[p for p in sys.path if p.endswith('-packages')], sep='\n')" \
+	        > $$($(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/inherited.pth; \
+	    touch $(VENV)/.inherited; \
+	fi
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.made
+	@if $(RUN) $(HAS_TORCH); then torch=; else torch="$(TORCH)"; fi; \
+	echo "== $${torch:-the torch that is there} and the build tools"; \
+	$(PIP) install -qq $$torch "setuptools>=77" wheel ninja pybind11
+	@touch $@
+
+# The packages of an extra. Where torch was there already there may be no network: then what is there must do.
+$(VENV)/.deps-%: pyproject.toml | $(VENV)/.torch
+	@echo "== packages for: $*"
+	@FASTVAE_NATIVE=0 $(PIP) install -qq --no-build-isolation -e '.[$*]' || { test -e $(VENV)/.inherited \
+	    && echo "== not all of them could be installed; going on with what is there"; }
+	@touch $@
+
+$(VENV)/.built: $(CSRC) setup.py | $(VENV)/.torch
+	@echo "== the extension"
+	@FASTVAE_NATIVE=1 $(PIP) install -qq --no-build-isolation --no-deps -e .
+	@touch $@

@@ -1,0 +1,111 @@
+// What csrc/ops asks of the CPU: plain structs in, results through pointers. No torch types, no instruction sets.
+#pragma once
+#include <cstdint>
+
+namespace fastvae::cpu {
+
+enum class DType : int8_t { f32, f64, f16, bf16, u8, boolean };
+
+constexpr int64_t item_size(DType type) {
+  switch (type) {
+    case DType::f64: return 8;
+    case DType::f32: return 4;
+    case DType::f16: case DType::bf16: return 2;
+    default: return 1;
+  }
+}
+
+// A (rows, size) operand, strides counted in elements. Within a row its elements lie in runs of `run` consecutive ones that start
+// `run_stride` apart; a dense row is a single run. (A packed head in channels_last layout has a run for each pixel.)
+struct Operand {
+  const void* data = nullptr;
+  DType type = DType::f32;
+  int64_t row_stride = 0;
+  int64_t run = 0;
+  int64_t run_stride = 0;
+};
+
+struct Result {
+  void* data = nullptr;
+  DType type = DType::f32;
+  int64_t row_stride = 0;
+  int64_t run = 0;
+  int64_t run_stride = 0;
+};
+
+// The same view, `elements` further on.
+template <class View>
+View shifted(View view, int64_t elements) {
+  if (view.data) view.data = const_cast<char*>(static_cast<const char*>(view.data)) + elements * item_size(view.type);
+  return view;
+}
+
+constexpr int kMaxParams = 3;
+constexpr int kMaxConstants = 2;
+
+enum class Element : int8_t { bernoulli, gaussian, gaussian_per_element };
+
+// row_nll[r] = sum over the row of Element's value; slopes[i] (where wanted) = its derivative times `weight`.
+struct NllArgs {
+  Element element;
+  bool in_double;
+  int64_t rows, size;
+  Operand params[kMaxParams];
+  Operand target;
+  double constants[kMaxConstants];
+  Result slopes[kMaxParams];
+  double weight;
+  double* row_nll;
+};
+
+// The noise of Philox4x32-10: see math/philox.h.
+struct NoiseKey {
+  uint64_t seed, offset, row_offset;
+};
+
+// A diagonal Gaussian posterior and its prior (no data: N(0, I)), `draws` samples of it, and the noise: `eps` or drawn from `key`.
+struct Latents {
+  bool in_double;
+  int64_t rows, size, draws;
+  Operand mu, logvar, prior_mu, prior_logvar, eps;
+  int64_t eps_draw_stride;
+  NoiseKey key;
+};
+
+struct SampleArgs : Latents {
+  Result z;  // no data where draws == 0
+  int64_t z_draw_stride;
+  double* row_kl;     // may be null
+  Result element_kl;  // may have no data
+};
+
+struct SampleGradArgs : Latents {
+  Operand grad_z;  // no data: zero
+  int64_t grad_z_draw_stride;
+  Operand grad_kl;  // per element, or a single value per row (run == 1, run_stride == 0); no data: zero
+  Result grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar, grad_eps;  // no data: not wanted
+  int64_t grad_eps_draw_stride;
+};
+
+// out = in * factor[row * factor_stride]; out may be in.
+struct ScaleArgs {
+  int64_t rows, size;
+  Operand in;
+  Result out;
+  const double* factor;
+  int64_t factor_stride;
+};
+
+#define FASTVAE_DECLARE_KERNELS(isa)         \
+  namespace isa {                            \
+  void nll(const NllArgs&);                  \
+  void sample(const SampleArgs&);            \
+  void sample_grad(const SampleGradArgs&);   \
+  void scale_rows(const ScaleArgs&);         \
+  }
+FASTVAE_DECLARE_KERNELS(isa_default)
+FASTVAE_DECLARE_KERNELS(isa_avx2)
+FASTVAE_DECLARE_KERNELS(isa_avx512)
+#undef FASTVAE_DECLARE_KERNELS
+
+}  // namespace fastvae::cpu

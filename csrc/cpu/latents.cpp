@@ -1,0 +1,226 @@
+// One pass over a posterior: z and its KL forward; the gradients of both backward, from the same noise drawn again.
+#include <ATen/Parallel.h>
+
+#include <vector>
+
+#include "../math/kl.h"
+#include "noise.h"
+#include "staging.h"
+
+namespace fastvae::cpu::FASTVAE_ISA {
+namespace {
+
+// Rows are cut into blocks of kBlock elements; short rows are taken several at a time, so that their noise, which lies in
+// consecutive counters, is drawn in one sweep.
+struct Tiling {
+  int64_t size, counters_per_row, blocks, group, tasks;
+
+  explicit Tiling(const Latents& args)
+      : size(args.size),
+        counters_per_row((args.size + 3) / 4),
+        blocks((args.size + kBlock - 1) / kBlock),
+        group(blocks == 1 ? kBlock / (4 * counters_per_row) : 1),
+        tasks(blocks ? (args.rows + group - 1) / group * blocks : 0) {}
+};
+
+struct Tile {
+  int64_t first_row, rows, begin, n, stride;  // stride: between rows of the tile in a buffer
+
+  Tile(const Tiling& tiling, const Latents& args, int64_t task)
+      : first_row(task / tiling.blocks * tiling.group),
+        rows(std::min(tiling.group, args.rows - first_row)),
+        begin(task % tiling.blocks * kBlock),
+        n(std::min(kBlock, args.size - begin)),
+        stride(4 * tiling.counters_per_row) {}
+};
+
+template <class F>
+void for_tiles(const Latents& args, const F& f) {
+  const Tiling tiling(args);
+  const int64_t work = 4 * tiling.group * std::min(args.size, kBlock);  // noise: four times the work of a likelihood
+  at::parallel_for(0, tiling.tasks, grain(work), [&](int64_t first, int64_t last) { f(tiling, first, last); });
+}
+
+// The noise of a tile in draw k: given by the user, or drawn.
+template <class C>
+class Noise {
+ public:
+  Noise(const Latents& args, const Tiling& tiling) : args_(args), tiling_(tiling) {}
+
+  void draw(const Tile& tile, int64_t k) {
+    given_ = shifted(args_.eps, k * args_.eps_draw_stride);
+    if (given_.data) return;
+    const uint64_t counter = (args_.key.row_offset + tile.first_row) * tiling_.counters_per_row + tile.begin / 4;
+    const int64_t counters = tile.rows > 1 ? tile.rows * tiling_.counters_per_row : (tile.n + 3) / 4;
+    normals(args_.key.seed, args_.key.offset / 4 + k, counter, counters, buffer_.data);
+  }
+
+  const C* row(const Tile& tile, int64_t i) {
+    if (given_.data) return load(given_, tile.first_row + i, tile.begin, tile.n, args_.size, buffer_);
+    return buffer_.data + i * tile.stride;
+  }
+
+ private:
+  const Latents& args_;
+  const Tiling& tiling_;
+  Operand given_;
+  Buffer<C> buffer_;
+};
+
+// Steps through n elements a vector at a time; f(index, lanes).
+template <class C, class F>
+inline void for_lanes(int64_t n, const F& f) {
+  constexpr int64_t W = Vec<C>::size();
+  int64_t i = 0;
+  for (; i + W <= n; i += W) f(i, W);
+  if (i < n) f(i, n - i);
+}
+
+template <class C>
+Vec<C> half_exp(Vec<C> logvar) {
+  return math::Primitives<Vec<C>>::exp(logvar * Vec<C>(0.5));
+}
+
+template <class C>
+void sample_as(const SampleArgs& args) {
+  using V = Vec<C>;
+  const Tiling whole(args);
+  std::vector<double> partial(whole.blocks > 1 && args.row_kl ? args.rows * whole.blocks : 0);
+  double* sums = whole.blocks > 1 ? partial.data() : args.row_kl;
+
+  for_tiles(args, [&](const Tiling& tiling, int64_t first, int64_t last) {
+    Buffer<C> mu_buffer, logvar_buffer, prior_mu_buffer, prior_logvar_buffer, sigma, out_buffer;
+    Noise<C> noise(args, tiling);
+    for (int64_t task = first; task < last; ++task) {
+      const Tile tile(tiling, args, task);
+      for (int64_t i = 0; i < tile.rows; ++i) {
+        const int64_t row = tile.first_row + i;
+        const C* mu = load(args.mu, row, tile.begin, tile.n, args.size, mu_buffer);
+        const C* logvar = load(args.logvar, row, tile.begin, tile.n, args.size, logvar_buffer);
+        const C* prior_mu = load(args.prior_mu, row, tile.begin, tile.n, args.size, prior_mu_buffer);
+        const C* prior_logvar = load(args.prior_logvar, row, tile.begin, tile.n, args.size, prior_logvar_buffer);
+        C* element_kl = destination(args.element_kl, row, tile.begin, args.size, out_buffer);
+        C* row_sigma = sigma.data + i * tile.stride;
+        Sum<C> sum;
+        for_lanes<C>(tile.n, [&](int64_t j, int64_t lanes) {
+          const V m = load_lanes(mu + j, lanes), v = load_lanes(logvar + j, lanes);
+          const V s = half_exp<C>(v);
+          s.store(row_sigma + j);
+          const V kl = prior_mu ? math::prior_kl(m, v, load_lanes(prior_mu + j, lanes), load_lanes(prior_logvar + j, lanes)).value
+                                : math::standard_kl(m, v, s * s).value;
+          sum.add_lanes(kl, lanes);
+          if (element_kl) store_lanes(kl, element_kl + j, lanes);
+        });
+        if (sums) sums[row * tiling.blocks + tile.begin / kBlock] = sum.total();
+        store(args.element_kl, row, tile.begin, tile.n, args.size, out_buffer);
+      }
+      for (int64_t k = 0; k < args.draws; ++k) {
+        noise.draw(tile, k);
+        const Result z_view = shifted(args.z, k * args.z_draw_stride);
+        for (int64_t i = 0; i < tile.rows; ++i) {
+          const int64_t row = tile.first_row + i;
+          const C* mu = load(args.mu, row, tile.begin, tile.n, args.size, mu_buffer);
+          const C* eps = noise.row(tile, i);
+          const C* row_sigma = sigma.data + i * tile.stride;
+          C* z = destination(z_view, row, tile.begin, args.size, out_buffer);
+          for (int64_t j = 0; j < tile.n; ++j) z[j] = mu[j] + row_sigma[j] * eps[j];
+          store(z_view, row, tile.begin, tile.n, args.size, out_buffer);
+        }
+      }
+    }
+  });
+
+  if (!args.row_kl || whole.blocks <= 1) return;
+  for (int64_t row = 0; row < args.rows; ++row) {
+    double sum = 0;
+    for (int64_t b = 0; b < whole.blocks; ++b) sum += sums[row * whole.blocks + b];
+    args.row_kl[row] = sum;
+  }
+}
+
+template <class C>
+void sample_grad_as(const SampleGradArgs& args) {
+  using V = Vec<C>;
+  const bool kl_per_row = args.grad_kl.data && args.grad_kl.run_stride == 0 && args.grad_kl.run == 1;
+
+  for_tiles(args, [&](const Tiling& tiling, int64_t first, int64_t last) {
+    Buffer<C> mu_buffer, logvar_buffer, prior_mu_buffer, prior_logvar_buffer, grad_z_buffer, grad_kl_buffer;
+    Buffer<C> sum_grad_z, sum_grad_z_eps, grad_mu_buffer, grad_logvar_buffer, grad_prior_mu_buffer, grad_prior_logvar_buffer;
+    Noise<C> noise(args, tiling);
+    for (int64_t task = first; task < last; ++task) {
+      const Tile tile(tiling, args, task);
+      const int64_t draws = args.grad_z.data ? args.draws : 0;
+      for (int64_t k = 0; k < draws; ++k) {
+        noise.draw(tile, k);
+        const Operand grad_z_view = shifted(args.grad_z, k * args.grad_z_draw_stride);
+        const Result grad_eps_view = shifted(args.grad_eps, k * args.grad_eps_draw_stride);
+        for (int64_t i = 0; i < tile.rows; ++i) {
+          const int64_t row = tile.first_row + i;
+          const C* grad_z = load(grad_z_view, row, tile.begin, tile.n, args.size, grad_z_buffer);
+          const C* eps = noise.row(tile, i);
+          C* total = sum_grad_z.data + i * tile.stride;
+          C* total_eps = sum_grad_z_eps.data + i * tile.stride;
+          for (int64_t j = 0; j < tile.n; ++j) {
+            total[j] = k ? total[j] + grad_z[j] : grad_z[j];
+            total_eps[j] = k ? total_eps[j] + grad_z[j] * eps[j] : grad_z[j] * eps[j];
+          }
+          if (C* grad_eps = destination(grad_eps_view, row, tile.begin, args.size, grad_mu_buffer)) {
+            const C* logvar = load(args.logvar, row, tile.begin, tile.n, args.size, logvar_buffer);
+            for_lanes<C>(tile.n, [&](int64_t j, int64_t lanes) {
+              store_lanes(load_lanes(grad_z + j, lanes) * half_exp<C>(load_lanes(logvar + j, lanes)), grad_eps + j, lanes);
+            });
+            store(grad_eps_view, row, tile.begin, tile.n, args.size, grad_mu_buffer);
+          }
+        }
+      }
+      for (int64_t i = 0; i < tile.rows; ++i) {
+        const int64_t row = tile.first_row + i;
+        const C* mu = load(args.mu, row, tile.begin, tile.n, args.size, mu_buffer);
+        const C* logvar = load(args.logvar, row, tile.begin, tile.n, args.size, logvar_buffer);
+        const C* prior_mu = load(args.prior_mu, row, tile.begin, tile.n, args.size, prior_mu_buffer);
+        const C* prior_logvar = load(args.prior_logvar, row, tile.begin, tile.n, args.size, prior_logvar_buffer);
+        const C* total = draws ? sum_grad_z.data + i * tile.stride : nullptr;
+        const C* total_eps = sum_grad_z_eps.data + i * tile.stride;
+        C row_weight(0);
+        const C* weight = nullptr;
+        if (kl_per_row) convert_in(args.grad_kl.data, args.grad_kl.type, row * args.grad_kl.row_stride, &row_weight, 1);
+        else weight = load(args.grad_kl, row, tile.begin, tile.n, args.size, grad_kl_buffer);
+
+        const auto out = [&](const Result& view, Buffer<C>& buffer) { return destination(view, row, tile.begin, args.size, buffer); };
+        C* grad_mu = out(args.grad_mu, grad_mu_buffer);
+        C* grad_logvar = out(args.grad_logvar, grad_logvar_buffer);
+        C* grad_prior_mu = out(args.grad_prior_mu, grad_prior_mu_buffer);
+        C* grad_prior_logvar = out(args.grad_prior_logvar, grad_prior_logvar_buffer);
+
+        for_lanes<C>(tile.n, [&](int64_t j, int64_t lanes) {
+          const V m = load_lanes(mu + j, lanes), v = load_lanes(logvar + j, lanes);
+          const V s = half_exp<C>(v);
+          const V w = weight ? load_lanes(weight + j, lanes) : V(row_weight);
+          const auto kl = prior_mu ? math::prior_kl(m, v, load_lanes(prior_mu + j, lanes), load_lanes(prior_logvar + j, lanes))
+                                   : math::standard_kl(m, v, s * s);
+          V d_mu = w * kl.d_mu, d_logvar = w * kl.d_logvar;
+          if (grad_prior_mu) store_lanes(V(0) - d_mu, grad_prior_mu + j, lanes);
+          if (grad_prior_logvar) store_lanes(w * kl.d_prior_logvar, grad_prior_logvar + j, lanes);
+          if (total) {
+            d_mu = d_mu + load_lanes(total + j, lanes);
+            d_logvar = d_logvar + V(0.5) * s * load_lanes(total_eps + j, lanes);
+          }
+          if (grad_mu) store_lanes(d_mu, grad_mu + j, lanes);
+          if (grad_logvar) store_lanes(d_logvar, grad_logvar + j, lanes);
+        });
+        const auto home = [&](const Result& view, const Buffer<C>& buffer) { store(view, row, tile.begin, tile.n, args.size, buffer); };
+        home(args.grad_mu, grad_mu_buffer);
+        home(args.grad_logvar, grad_logvar_buffer);
+        home(args.grad_prior_mu, grad_prior_mu_buffer);
+        home(args.grad_prior_logvar, grad_prior_logvar_buffer);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void sample(const SampleArgs& args) { args.in_double ? sample_as<double>(args) : sample_as<float>(args); }
+void sample_grad(const SampleGradArgs& args) { args.in_double ? sample_grad_as<double>(args) : sample_grad_as<float>(args); }
+
+}  // namespace fastvae::cpu::FASTVAE_ISA

@@ -1,0 +1,111 @@
+// One pass over a reconstruction: the nll of each row and, where wanted, the gradient.
+#include "../math/likelihoods.h"
+
+#include <ATen/Parallel.h>
+
+#include <vector>
+
+#include "staging.h"
+
+namespace fastvae::cpu::FASTVAE_ISA {
+namespace {
+
+// n elements: returns the sum of their nll; slope[i] (null: not wanted) receives the weighted derivatives.
+template <class L, class C, bool kSlopes>
+double block(const C* const (&param)[kMaxParams], const C* target, C* const (&slope)[kMaxParams], const double* constants,
+             double weight, int64_t n) {
+  using V = Vec<C>;
+  constexpr int64_t W = V::size();
+  V constant[L::constants + 1];
+  for (int i = 0; i < L::constants; ++i) constant[i] = V(static_cast<C>(constants[i]));
+  const V w(static_cast<C>(weight));
+  Sum<C> sum;
+
+  const auto step = [&](int64_t i, int64_t lanes) {
+    V p[L::params], d[L::params];
+    for (int k = 0; k < L::params; ++k) p[k] = load_lanes(param[k] + i, lanes);
+    const V value = L::element(p, load_lanes(target + i, lanes), constant, d);
+    if constexpr (kSlopes) {
+      for (int k = 0; k < L::params; ++k)
+        if (slope[k]) store_lanes(d[k] * w, slope[k] + i, lanes);
+    }
+    return value;
+  };
+
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W)
+    for (int k = 0; k < 4; ++k) sum.add(k, step(i + k * W, W));
+  for (; i + W <= n; i += W) sum.add(0, step(i, W));
+  if (i < n) sum.add_lanes(step(i, n - i), n - i);
+  return sum.total();
+}
+
+template <class L, class C>
+void run(const NllArgs& args) {
+  const int64_t blocks = (args.size + kBlock - 1) / kBlock, tasks = args.rows * blocks;
+  bool wanted = false;
+  for (int k = 0; k < L::params; ++k) wanted |= args.slopes[k].data != nullptr;
+  std::vector<double> partial(blocks > 1 ? tasks : 0);
+  double* sums = blocks > 1 ? partial.data() : args.row_nll;
+
+  at::parallel_for(0, tasks, grain(std::min(args.size, kBlock)), [&](int64_t first, int64_t last) {
+    Buffer<C> param_buffer[L::params], target_buffer, slope_buffer[L::params];
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t row = task / blocks, begin = task % blocks * kBlock, n = std::min(kBlock, args.size - begin);
+      const C* param[kMaxParams] = {};
+      C* slope[kMaxParams] = {};
+      for (int k = 0; k < L::params; ++k) {
+        param[k] = load(args.params[k], row, begin, n, args.size, param_buffer[k]);
+        slope[k] = destination(args.slopes[k], row, begin, args.size, slope_buffer[k]);
+      }
+      const C* target = load(args.target, row, begin, n, args.size, target_buffer);
+      sums[task] = wanted ? block<L, C, true>(param, target, slope, args.constants, args.weight, n)
+                          : block<L, C, false>(param, target, slope, args.constants, args.weight, n);
+      for (int k = 0; k < L::params; ++k) store(args.slopes[k], row, begin, n, args.size, slope_buffer[k]);
+    }
+  });
+
+  if (blocks == 1) return;
+  for (int64_t row = 0; row < args.rows; ++row) {
+    double sum = 0;
+    for (int64_t b = 0; b < blocks; ++b) sum += sums[row * blocks + b];
+    args.row_nll[row] = sum;
+  }
+}
+
+template <class L>
+void run(const NllArgs& args) {
+  args.in_double ? run<L, double>(args) : run<L, float>(args);
+}
+
+template <class C>
+void scale(const ScaleArgs& args) {
+  const int64_t blocks = (args.size + kBlock - 1) / kBlock;
+  at::parallel_for(0, args.rows * blocks, grain(std::min(args.size, kBlock)), [&](int64_t first, int64_t last) {
+    Buffer<C> in_buffer, out_buffer;
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t row = task / blocks, begin = task % blocks * kBlock, n = std::min(kBlock, args.size - begin);
+      const C* in = load(args.in, row, begin, n, args.size, in_buffer);
+      C* out = destination(args.out, row, begin, args.size, out_buffer);
+      const C factor = static_cast<C>(args.factor[row * args.factor_stride]);
+      for (int64_t i = 0; i < n; ++i) out[i] = in[i] * factor;
+      store(args.out, row, begin, n, args.size, out_buffer);
+    }
+  });
+}
+
+}  // namespace
+
+void nll(const NllArgs& args) {
+  switch (args.element) {
+    case Element::bernoulli: return run<math::Bernoulli>(args);
+    case Element::gaussian: return run<math::Gaussian>(args);
+    case Element::gaussian_per_element: return run<math::GaussianPerElement>(args);
+  }
+}
+
+void scale_rows(const ScaleArgs& args) {
+  args.in.type == DType::f64 ? scale<double>(args) : scale<float>(args);
+}
+
+}  // namespace fastvae::cpu::FASTVAE_ISA

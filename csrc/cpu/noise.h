@@ -1,0 +1,144 @@
+// math/philox.h, a vector of counters at a time.
+#pragma once
+#include "../math/philox.h"
+#include "staging.h"
+
+namespace fastvae::cpu::FASTVAE_ISA {
+
+// W 32-bit words: the same lane of W consecutive counters.
+constexpr int64_t kWords = Vec<float>::size();
+using Words = uint32_t __attribute__((vector_size(4 * kWords)));
+using Integers = int32_t __attribute__((vector_size(4 * kWords)));
+using Floats = float __attribute__((vector_size(4 * kWords)));
+using Wide = uint64_t __attribute__((vector_size(4 * kWords)));  // half as many 64-bit lanes
+
+// 32 x 32 -> 64 bits of the low halves; the high halves of a and b may hold anything.
+inline Wide multiply(Wide a, Wide b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#else
+  return (a & 0xffffffff) * (b & 0xffffffff);
+#endif
+}
+
+// The low halves of `even` and `odd`, interleaved.
+inline Words interleave(Wide even, Wide odd) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return (Words)_mm512_mask_blend_epi32(0xAAAA, (__m512i)even, (__m512i)(odd << 32));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return (Words)_mm256_blend_epi32((__m256i)even, (__m256i)(odd << 32), 0xAA);
+#else
+  return (Words)((even & 0xffffffff) | (odd << 32));
+#endif
+}
+
+// Word i of counters (low, high), ..., (low, high + W - 1) in word[i]. Even and odd counters go through the rounds as 64-bit lanes,
+// because the multiplication needs the room.
+inline void philox(uint64_t seed, uint64_t low, uint64_t high, Words (&word)[4]) {
+  Wide c[2][4];
+  for (int half = 0; half < 2; ++half) {
+    Wide counter;
+    for (int i = 0; i < kWords / 2; ++i) counter[i] = high + 2 * i + half;
+    c[half][0] = Wide{} + low;
+    c[half][1] = Wide{} + (low >> 32);
+    c[half][2] = counter;
+    c[half][3] = counter >> 32;
+  }
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  const Wide m0 = Wide{} + math::kPhiloxMultiplier0, m1 = Wide{} + math::kPhiloxMultiplier1;
+  for (int round = 0; round < math::kPhiloxRounds; ++round) {
+    const Wide key0 = Wide{} + k0, key1 = Wide{} + k1;
+    for (auto& x : c) {
+      const Wide p0 = multiply(x[0], m0), p1 = multiply(x[2], m1);
+      x[0] = (p1 >> 32) ^ x[1] ^ key0;
+      x[1] = p1;
+      x[2] = (p0 >> 32) ^ x[3] ^ key1;
+      x[3] = p0;
+    }
+    k0 += math::kPhiloxWeyl0;
+    k1 += math::kPhiloxWeyl1;
+  }
+  for (int i = 0; i < 4; ++i) word[i] = interleave(c[0][i], c[1][i]);
+}
+
+inline Vec<float> to_vec(Floats x) { return Vec<float>::loadu(&x); }
+
+inline Floats open_unit(Words x) {
+  // 1.m - (1 - 2^-24) = (2 m + 1) 2^-24, exactly.
+  return (Floats)((x >> 9) | 0x3f800000u) - 0.999999940395355224609375f;
+}
+
+inline Floats horner(Floats x, std::initializer_list<float> highest_first) {
+  Floats sum{};
+  for (float coefficient : highest_first) sum = sum * x + coefficient;
+  return sum;
+}
+
+// sqrt(-2 log u) for u from open_unit.
+inline Vec<float> radius(Words x) {
+  const Floats u = open_unit(x);
+  // u = 2^n m with m in [sqrt(1/2), sqrt(2)).
+  const Words biased = (Words)u - 0x3f3504f3u;
+  const Floats n = __builtin_convertvector((Integers)biased >> 23, Floats);
+  const Floats f = (Floats)((biased & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
+  // log(1 + f) / f, Chebyshev fit on that interval, relative error 8e-9.
+  const Floats log_m = f * horner(f, {-0.0745118633f, 0.128066108f, -0.132660314f, 0.141996503f, -0.166083694f, 0.200009391f,
+                                      -0.250015795f, 0.333333462f, -0.499999881f, 1.0f});
+  const Floats log_u = n * 0.693147180559945f + log_m;
+  return to_vec(-2.0f * log_u).sqrt();
+}
+
+// Cosine and sine of 2 pi u.
+inline void circle(Words x, Floats& cosine, Floats& sine) {
+  const Floats turns = open_unit(x) * 4.0f;
+  const Integers quadrant = __builtin_convertvector(turns + 0.5f, Integers);
+  const Floats f = turns - __builtin_convertvector(quadrant, Floats);  // in [-1/2, 1/2], exact
+  const Floats y = f * f;
+  // Chebyshev fits in y of sin(f pi / 2) / f and cos(f pi / 2), relative errors 3e-8 and 1e-8.
+  const Floats s = f * horner(y, {0.000158206298f, -0.00468126638f, 0.0796925798f, -0.645964086f, 1.57079637f});
+  const Floats c = horner(y, {0.000903628068f, -0.0208600704f, 0.253669202f, -1.23370051f, 1.0f});
+  const Integers odd = -(quadrant & 1);
+  const Integers signs = quadrant << 30;  // bit 1 of the quadrant becomes the sign
+  const Words sine_bits = (Words)((odd & (Integers)c) | (~odd & (Integers)s));
+  const Words cosine_bits = (Words)((odd & (Integers)s) | (~odd & (Integers)c));
+  sine = (Floats)(sine_bits ^ ((Words)signs & 0x80000000u));
+  cosine = (Floats)(cosine_bits ^ ((Words)(signs + (quadrant << 31)) & 0x80000000u));
+}
+
+// Four normals for each of `counters` consecutive counters from `high` on; writes up to 4 * kWords - 4 numbers past them.
+inline void normals(uint64_t seed, uint64_t low, uint64_t high, int64_t counters, float* out) {
+  static_assert(4 * kWords <= kBufferSlack);
+  for (int64_t i = 0; i < counters; i += kWords) {
+    Words word[4];
+    philox(seed, low, high + i, word);
+    Vec<float> n[4];
+    for (int pair = 0; pair < 2; ++pair) {
+      Floats cosine, sine;
+      circle(word[2 * pair + 1], cosine, sine);
+      const Vec<float> r = radius(word[2 * pair]);
+      n[2 * pair] = r * to_vec(cosine);
+      n[2 * pair + 1] = r * to_vec(sine);
+    }
+    // A 4 x W transpose in two interleavings.
+    const auto [even_low, even_high] = at::vec::interleave2(n[0], n[2]);
+    const auto [odd_low, odd_high] = at::vec::interleave2(n[1], n[3]);
+    const auto [a, b] = at::vec::interleave2(even_low, odd_low);
+    const auto [c, d] = at::vec::interleave2(even_high, odd_high);
+    a.store(out + 4 * i);
+    b.store(out + 4 * i + kWords);
+    c.store(out + 4 * i + 2 * kWords);
+    d.store(out + 4 * i + 3 * kWords);
+  }
+}
+
+inline void normals(uint64_t seed, uint64_t low, uint64_t high, int64_t counters, double* out) {
+  for (int64_t i = 0; i < counters; ++i) {
+    const math::PhiloxWords w = math::philox(seed, low, high + i);
+    math::box_muller(w.x[0], w.x[1], out[4 * i], out[4 * i + 1]);
+    math::box_muller(w.x[2], w.x[3], out[4 * i + 2], out[4 * i + 3]);
+  }
+}
+
+}  // namespace fastvae::cpu::FASTVAE_ISA

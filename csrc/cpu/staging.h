@@ -1,0 +1,186 @@
+// Operands reach the arithmetic as dense arrays of the compute type (float or double). What lies in memory like that is used in
+// place; everything else (half types, integers, interleaved channels) is converted through a buffer that stays in the L1 cache,
+// so the kernels are written, and compiled, once per compute type and not once per mix of types.
+#pragma once
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace fastvae::cpu::FASTVAE_ISA {
+
+constexpr int64_t kBlock = 1024;  // elements of a row that one task handles at a time
+constexpr int64_t kBufferSlack = 64;
+constexpr int64_t kGrain = 32768;  // elements that are worth another thread
+
+// How many tasks of `work` elements each to give a thread at least.
+inline int64_t grain(int64_t work) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work)); }
+
+template <class C>
+struct Buffer {
+  alignas(64) C data[kBlock + kBufferSlack];
+};
+
+template <class C>
+constexpr DType dtype_of() {
+  return std::is_same_v<C, float> ? DType::f32 : DType::f64;
+}
+
+// Calls f(position in the row's memory, index in the dense array, length) for each run that [begin, begin + n) touches.
+template <class View, class F>
+inline void for_runs(const View& view, int64_t row, int64_t begin, int64_t n, const F& f) {
+  int64_t done = 0;
+  while (done < n) {
+    const int64_t run = (begin + done) / view.run, within = (begin + done) % view.run;
+    const int64_t length = std::min(n - done, view.run - within);
+    f(row * view.row_stride + run * view.run_stride + within, done, length);
+    done += length;
+  }
+}
+
+inline auto widened(Vec<c10::BFloat16> v) { return at::vec::convert_bfloat16_float(v); }
+inline auto widened(Vec<c10::Half> v) { return at::vec::convert_half_float(v); }
+inline void narrowed(Vec<float> low, Vec<float> high, c10::BFloat16* out) { at::vec::convert_float_bfloat16(low, high).store(out); }
+inline void narrowed(Vec<float> low, Vec<float> high, c10::Half* out) { at::vec::convert_float_half(low, high).store(out); }
+
+template <class Half>
+inline void widen(const Half* in, float* out, int64_t n) {
+  constexpr int64_t W = Vec<Half>::size();
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const auto [low, high] = widened(Vec<Half>::loadu(in + i));
+    low.store(out + i);
+    high.store(out + i + W / 2);
+  }
+  for (; i < n; ++i) out[i] = static_cast<float>(in[i]);
+}
+
+template <class Half>
+inline void narrow(const float* in, Half* out, int64_t n) {
+  constexpr int64_t W = Vec<Half>::size();
+  int64_t i = 0;
+  for (; i + W <= n; i += W) narrowed(Vec<float>::loadu(in + i), Vec<float>::loadu(in + i + W / 2), out + i);
+  for (; i < n; ++i) out[i] = static_cast<Half>(in[i]);
+}
+
+template <class C>
+inline void convert_in(const void* data, DType type, int64_t position, C* out, int64_t n) {
+  switch (type) {
+    case DType::f32: {
+      const float* in = static_cast<const float*>(data) + position;
+      for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+      break;
+    }
+    case DType::f64: {
+      const double* in = static_cast<const double*>(data) + position;
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<C>(in[i]);
+      break;
+    }
+    case DType::u8: {
+      const uint8_t* in = static_cast<const uint8_t*>(data) + position;
+      for (int64_t i = 0; i < n; ++i) out[i] = C(in[i]) / C(255);
+      break;
+    }
+    case DType::boolean: {
+      const uint8_t* in = static_cast<const uint8_t*>(data) + position;
+      for (int64_t i = 0; i < n; ++i) out[i] = in[i] ? C(1) : C(0);
+      break;
+    }
+    case DType::f16:
+      if constexpr (std::is_same_v<C, float>) widen(static_cast<const c10::Half*>(data) + position, out, n);
+      break;
+    case DType::bf16:
+      if constexpr (std::is_same_v<C, float>) widen(static_cast<const c10::BFloat16*>(data) + position, out, n);
+      break;
+  }
+}
+
+template <class C>
+inline void convert_out(const C* in, void* data, DType type, int64_t position, int64_t n) {
+  switch (type) {
+    case DType::f32: {
+      float* out = static_cast<float*>(data) + position;
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(in[i]);
+      break;
+    }
+    case DType::f64: {
+      double* out = static_cast<double*>(data) + position;
+      for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+      break;
+    }
+    case DType::f16:
+      if constexpr (std::is_same_v<C, float>) narrow(in, static_cast<c10::Half*>(data) + position, n);
+      break;
+    case DType::bf16:
+      if constexpr (std::is_same_v<C, float>) narrow(in, static_cast<c10::BFloat16*>(data) + position, n);
+      break;
+    default: break;
+  }
+}
+
+template <class C, class View>
+inline bool in_place(const View& view, int64_t size) {
+  return view.type == dtype_of<C>() && view.run >= size;
+}
+
+// Elements [begin, begin + n) of `row` as a dense array: the operand's own memory, or `buffer`.
+template <class C>
+inline const C* load(const Operand& view, int64_t row, int64_t begin, int64_t n, int64_t size, Buffer<C>& buffer) {
+  if (!view.data) return nullptr;
+  if (in_place<C>(view, size)) return static_cast<const C*>(view.data) + row * view.row_stride + begin;
+  for_runs(view, row, begin, n, [&](int64_t position, int64_t index, int64_t length) {
+    convert_in(view.data, view.type, position, buffer.data + index, length);
+  });
+  return buffer.data;
+}
+
+// Where to write those elements; `store` afterwards brings them home from the buffer.
+template <class C>
+inline C* destination(const Result& view, int64_t row, int64_t begin, int64_t size, Buffer<C>& buffer) {
+  if (!view.data) return nullptr;
+  return in_place<C>(view, size) ? static_cast<C*>(view.data) + row * view.row_stride + begin : buffer.data;
+}
+
+template <class C>
+inline void store(const Result& view, int64_t row, int64_t begin, int64_t n, int64_t size, const Buffer<C>& buffer) {
+  if (!view.data || in_place<C>(view, size)) return;
+  for_runs(view, row, begin, n, [&](int64_t position, int64_t index, int64_t length) {
+    convert_out(buffer.data + index, view.data, view.type, position, length);
+  });
+}
+
+// `n` lanes from p, the rest zero.
+template <class C>
+inline Vec<C> load_lanes(const C* p, int64_t n) {
+  return n >= Vec<C>::size() ? Vec<C>::loadu(p) : Vec<C>::loadu(p, n);
+}
+
+template <class C>
+inline void store_lanes(Vec<C> v, C* p, int64_t n) {
+  if (n >= Vec<C>::size()) v.store(p);
+  else v.store(p, static_cast<int>(n));
+}
+
+// A sum whose value does not depend on how the row is split over threads: blocks always have the same borders, four vectors of
+// partial sums are folded in a fixed order, and blocks are added up in double.
+template <class C>
+struct Sum {
+  Vec<C> part[4] = {Vec<C>(0), Vec<C>(0), Vec<C>(0), Vec<C>(0)};
+
+  void add(int slot, Vec<C> v) { part[slot] = part[slot] + v; }
+  void add_lanes(Vec<C> v, int64_t n) { part[0] = part[0] + Vec<C>::set(Vec<C>(0), v, n); }
+  double total() const {
+    const Vec<C> folded = (part[0] + part[1]) + (part[2] + part[3]);
+    C lanes[Vec<C>::size()];
+    folded.store(lanes);
+    double sum = 0;
+    for (C lane : lanes) sum += static_cast<double>(lane);
+    return sum;
+  }
+};
+
+}  // namespace fastvae::cpu::FASTVAE_ISA

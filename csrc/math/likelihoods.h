@@ -1,0 +1,60 @@
+// One struct per likelihood: the negative log-likelihood of one element and its derivatives, in nats.
+//
+//   params      how many tensors of the data's shape it reads; `element` writes one derivative for each
+//   constants   how many scalars it reads, the same for every element
+//   element     the part of the nll that differs between elements; what is the same for all of them (a normaliser) is added
+//               once per row by csrc/ops/likelihood_table.h
+#pragma once
+#include "elementary.h"
+
+namespace fastvae::math {
+inline namespace FASTVAE_ISA {
+
+// -log Bernoulli(t; sigmoid(a)) = max(a, 0) - a t + log(1 + exp(-|a|)); for t strictly between 0 and 1, the cross-entropy.
+struct Bernoulli {
+  static constexpr int params = 1;
+  static constexpr int constants = 0;
+
+  template <class V>
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params]) {
+    using P = Primitives<V>;
+    const V a = param[0];
+    const V e = P::exp(V(0) - P::abs(a));
+    const V inverse = V(1) / (V(1) + e);
+    const V sigmoid = P::select(P::less(a, V(0)), e * inverse, inverse);
+    slope[0] = sigmoid - t;
+    return P::fma(V(0) - a, t, P::max(a, V(0))) + log1p_unit(e);
+  }
+};
+
+// -log Normal(t; m, 1 / precision) less its normaliser: (t - m)^2 precision / 2. One variance for all elements.
+struct Gaussian {
+  static constexpr int params = 1;
+  static constexpr int constants = 1;  // precision
+
+  template <class V>
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params]) {
+    const V difference = param[0] - t;
+    slope[0] = difference * constant[0];
+    return V(0.5f) * difference * slope[0];
+  }
+};
+
+// -log Normal(t; m, exp(v)) less log(2 pi) / 2: (v + (t - m)^2 exp(-v)) / 2. A log-variance for every element.
+struct GaussianPerElement {
+  static constexpr int params = 2;  // mean, logvar
+  static constexpr int constants = 0;
+
+  template <class V>
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params]) {
+    using P = Primitives<V>;
+    const V difference = param[0] - t;
+    slope[0] = difference * P::exp(V(0) - param[1]);
+    const V square = difference * slope[0];
+    slope[1] = P::fma(V(-0.5f), square, V(0.5f));
+    return V(0.5f) * (param[1] + square);
+  }
+};
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae::math

@@ -1,0 +1,53 @@
+// Philox4x32-10 (Salmon, Moraes, Dror & Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"), a counter-based generator: the
+// noise of an element is a function of its place, so nothing is stored and the backward draws the same numbers again.
+//
+// The noise of (seed, offset, draw k, row r, element d of D):
+//   key     = seed
+//   counter = low 64 bits  offset / 4 + k
+//             high 64 bits (row_offset + r) * ceil(D / 4) + d / 4
+//   lane    = d % 4
+// Lanes (0, 1) and (2, 3) each make two normals by Box & Muller (1958), from u = (2 (x >> 9) + 1) 2^-24: strictly inside (0, 1) and
+// exact in fp32, so that every precision starts from the same number.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#include "elementary.h"
+
+namespace fastvae::math {
+inline namespace FASTVAE_ISA {
+
+constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53, kPhiloxMultiplier1 = 0xCD9E8D57;
+constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9, kPhiloxWeyl1 = 0xBB67AE85;
+constexpr int kPhiloxRounds = 10;
+
+struct PhiloxWords {
+  uint32_t x[4];
+};
+
+FASTVAE_HD PhiloxWords philox(uint64_t seed, uint64_t low, uint64_t high) {
+  PhiloxWords c = {{uint32_t(low), uint32_t(low >> 32), uint32_t(high), uint32_t(high >> 32)}};
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxWeyl0, k1 += kPhiloxWeyl1) {
+    const uint64_t p0 = uint64_t(kPhiloxMultiplier0) * c.x[0], p1 = uint64_t(kPhiloxMultiplier1) * c.x[2];
+    c = {{uint32_t(p1 >> 32) ^ c.x[1] ^ k0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.x[3] ^ k1, uint32_t(p0)}};
+  }
+  return c;
+}
+
+template <class T>
+FASTVAE_HD T open_unit(uint32_t x) {
+  return T(2 * (x >> 9) + 1) * T(5.9604644775390625e-08);
+}
+
+// Two normals from two words.
+template <class T>
+FASTVAE_HD void box_muller(uint32_t x0, uint32_t x1, T& n0, T& n1) {
+  const T radius = std::sqrt(T(-2) * std::log(open_unit<T>(x0)));
+  const T angle = T(6.283185307179586) * open_unit<T>(x1);
+  n0 = radius * std::cos(angle);
+  n1 = radius * std::sin(angle);
+}
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae::math

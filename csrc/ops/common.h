@@ -1,0 +1,46 @@
+// Shared by the ops: views of tensors for the kernels, and the guard against second derivatives.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <vector>
+
+#include "../cpu/kernels.h"
+
+namespace fastvae {
+
+using at::Tensor;
+using OptionalTensor = std::optional<at::Tensor>;
+
+enum Reduction : int64_t { kNone = 0, kSum = 1, kMean = 2 };
+
+// Per-row results are fp32 whatever the input, fp64 for fp64.
+inline at::ScalarType row_dtype(at::ScalarType input) { return input == at::kDouble ? at::kDouble : at::kFloat; }
+
+// The memory order that rows are read and gradients written in: the lead operand's own where it is dense, else contiguous.
+at::MemoryFormat memory_order(const Tensor& lead);
+
+// `t` with the event dimensions dense in `order` (any batch stride, so slices of a packed head and expanded targets pass as they
+// are); a copy where they are not.
+Tensor dense_rows(const Tensor& t, at::MemoryFormat order);
+
+cpu::DType dtype_of(const Tensor& t);
+int64_t event_size(const Tensor& t);
+cpu::Operand operand(const Tensor& dense);
+cpu::Result result(const Tensor& dense);
+
+// The values of a (B,) or 0-dim CPU tensor.
+std::vector<double> to_doubles(const Tensor& t);
+// A CPU tensor of `values`, in `dtype`.
+Tensor from_doubles(const std::vector<double>& values, at::IntArrayRef sizes, at::ScalarType dtype);
+
+// Where the graph is to be differentiated again, results that raise when somebody does: the kernels have no second derivative.
+std::vector<Tensor> once_differentiable(std::vector<Tensor> gradients);
+
+inline bool needs_grad(const OptionalTensor& t) { return t && t->defined() && t->requires_grad(); }
+
+// True under torch.compile and other tracers, where ops must not write to their inputs or read values.
+bool traced(const Tensor& t);
+
+}  // namespace fastvae

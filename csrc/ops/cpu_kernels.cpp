@@ -1,0 +1,25 @@
+#include "cpu_kernels.h"
+
+#include <ATen/Version.h>
+
+namespace fastvae::cpu {
+
+#define FASTVAE_KERNELS(name, isa) Kernels{name, isa::nll, isa::sample, isa::sample_grad, isa::scale_rows}
+
+static Kernels choose() {
+  [[maybe_unused]] const std::string capability = at::get_cpu_capability();
+#ifdef FASTVAE_HAVE_AVX512
+  if (capability == "AVX512") return FASTVAE_KERNELS("avx512", isa_avx512);
+#endif
+#ifdef FASTVAE_HAVE_AVX2
+  if (capability == "AVX512" || capability == "AVX2") return FASTVAE_KERNELS("avx2", isa_avx2);
+#endif
+  return FASTVAE_KERNELS("default", isa_default);
+}
+
+const Kernels& kernels() {
+  static const Kernels chosen = choose();
+  return chosen;
+}
+
+}  // namespace fastvae::cpu

@@ -1,0 +1,18 @@
+// The kernels of csrc/cpu for this machine's instruction set.
+#pragma once
+#include "../cpu/kernels.h"
+
+namespace fastvae::cpu {
+
+struct Kernels {
+  const char* capability;
+  void (*nll)(const NllArgs&);
+  void (*sample)(const SampleArgs&);
+  void (*sample_grad)(const SampleGradArgs&);
+  void (*scale_rows)(const ScaleArgs&);
+};
+
+// Chosen once, by what torch itself uses: ATEN_CPU_CAPABILITY=avx2 or =default holds for both.
+const Kernels& kernels();
+
+}  // namespace fastvae::cpu

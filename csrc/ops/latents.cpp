@@ -1,0 +1,186 @@
+// fastvae::reparameterize_kl and fastvae::gaussian_kl: autograd and fake kernels, the same on every device.
+#include "latents.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+namespace fastvae {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+template <class Signature>
+auto op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : OptionalTensor(); }
+
+int64_t needs_of(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
+                 const OptionalTensor& eps) {
+  return kMu * mu.requires_grad() | kLogvar * logvar.requires_grad() | kPriorMu * needs_grad(prior_mu) |
+         kPriorLogvar * needs_grad(prior_logvar) | kEps * needs_grad(eps);
+}
+
+// Puts the gradients that were computed where Function::backward wants them; `places` holds a position for each bit of `needs`.
+variable_list placed(Tensors gradients, int64_t needs, size_t arguments, std::initializer_list<size_t> places) {
+  variable_list results(arguments);
+  size_t next = 0;
+  int64_t bit = 1;
+  for (const size_t place : places) {
+    if (needs & bit) results[place] = gradients[next++];
+    bit <<= 1;
+  }
+  return once_differentiable(std::move(results));
+}
+
+struct Sample : torch::autograd::Function<Sample> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
+                               const OptionalTensor& prior_logvar, std::optional<int64_t> samples, const OptionalTensor& seed,
+                               int64_t row_offset, const OptionalTensor& eps, OptionalGenerator generator) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    static const auto forward_op = op<SampleForward>("fastvae::reparameterize_kl_forward");
+    auto [z, kl, used_seed] =
+        forward_op.call(mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, std::move(generator));
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["samples"] = samples;
+    ctx->saved_data["row_offset"] = row_offset;
+    ctx->saved_data["needs"] = needs_of(mu, logvar, prior_mu, prior_logvar, eps);
+    ctx->save_for_backward({mu, logvar, prior_mu.value_or(Tensor()), prior_logvar.value_or(Tensor()), used_seed,
+                            eps.value_or(Tensor())});
+    return {z, kl};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    int64_t needs = ctx->saved_data["needs"].toInt();
+    if (!grads[0].defined()) needs &= ~kEps;
+    if (!grads[0].defined() && !grads[1].defined()) needs = 0;
+    Tensors gradients;
+    if (needs) {
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      static const auto backward_op = op<SampleBackward>("fastvae::reparameterize_kl_backward");
+      gradients = backward_op.call(optional(grads[0]), optional(grads[1]), saved[0], saved[1], optional(saved[2]),
+                                   optional(saved[3]), ctx->saved_data["samples"].toOptional<int64_t>(), saved[4],
+                                   ctx->saved_data["row_offset"].toInt(), optional(saved[5]), needs);
+    }
+    return placed(std::move(gradients), needs, 9, {0, 1, 2, 3, 7});
+  }
+};
+
+struct Kl : torch::autograd::Function<Kl> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
+                        const OptionalTensor& prior_logvar, bool per_element) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    static const auto forward_op = op<KlForward>("fastvae::gaussian_kl_forward");
+    ctx->saved_data["needs"] = needs_of(mu, logvar, prior_mu, prior_logvar, {});
+    ctx->save_for_backward({mu, logvar, prior_mu.value_or(Tensor()), prior_logvar.value_or(Tensor())});
+    return forward_op.call(mu, logvar, prior_mu, prior_logvar, per_element);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const int64_t needs = ctx->saved_data["needs"].toInt();
+    const auto run = [&] {
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      static const auto backward_op = op<KlBackward>("fastvae::gaussian_kl_backward");
+      return backward_op.call(grads[0], saved[0], saved[1], optional(saved[2]), optional(saved[3]), needs);
+    };
+    return placed(run(), needs, 5, {0, 1, 2, 3});
+  }
+};
+
+std::tuple<Tensor, Tensor> sample_without_graph(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
+                                                const OptionalTensor& prior_logvar, std::optional<int64_t> samples,
+                                                const OptionalTensor& seed, int64_t row_offset, const OptionalTensor& eps,
+                                                OptionalGenerator generator) {
+  static const auto forward_op = op<SampleForward>("fastvae::reparameterize_kl_forward");
+  auto [z, kl, used_seed] =
+      forward_op.call(mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, std::move(generator));
+  return {z, kl};
+}
+
+std::tuple<Tensor, Tensor> sample_autograd(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
+                                           const OptionalTensor& prior_logvar, std::optional<int64_t> samples,
+                                           const OptionalTensor& seed, int64_t row_offset, const OptionalTensor& eps,
+                                           OptionalGenerator generator) {
+  if (!c10::GradMode::is_enabled() || !needs_of(mu, logvar, prior_mu, prior_logvar, eps)) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return sample_without_graph(mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, std::move(generator));
+  }
+  const auto out = Sample::apply(mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, std::move(generator));
+  return {out[0], out[1]};
+}
+
+Tensor kl_without_graph(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
+                        bool per_element) {
+  static const auto forward_op = op<KlForward>("fastvae::gaussian_kl_forward");
+  return forward_op.call(mu, logvar, prior_mu, prior_logvar, per_element);
+}
+
+Tensor kl_autograd(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
+                   bool per_element) {
+  if (!c10::GradMode::is_enabled() || !needs_of(mu, logvar, prior_mu, prior_logvar, {})) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return kl_without_graph(mu, logvar, prior_mu, prior_logvar, per_element);
+  }
+  return Kl::apply(mu, logvar, prior_mu, prior_logvar, per_element);
+}
+
+Tensor empty_as(const Tensor& like, c10::SymIntArrayRef sizes, at::ScalarType dtype) {
+  return at::empty_symint(sizes, like.options().dtype(dtype));
+}
+
+Tensor kl_meta(const Tensor& mu, const Tensor&, const OptionalTensor&, const OptionalTensor&, bool per_element) {
+  const auto sizes = mu.sym_sizes();
+  return empty_as(mu, per_element ? sizes : sizes.slice(0, 1), row_dtype(mu.scalar_type()));
+}
+
+std::tuple<Tensor, Tensor, Tensor> sample_meta(const Tensor& mu, const Tensor& logvar, const OptionalTensor&, const OptionalTensor&,
+                                               std::optional<int64_t> samples, const OptionalTensor&, int64_t,
+                                               const OptionalTensor& eps, OptionalGenerator) {
+  std::vector<c10::SymInt> sizes;
+  if (samples) sizes.emplace_back(*samples);
+  sizes.insert(sizes.end(), mu.sym_sizes().begin(), mu.sym_sizes().end());
+  return {empty_as(mu, sizes, mu.scalar_type()), kl_meta(mu, logvar, {}, {}, false), empty_as(mu, {eps ? 0 : 2}, at::kLong)};
+}
+
+Tensors gradients_meta(const Tensor& mu, int64_t needs, const OptionalTensor& eps) {
+  Tensors gradients;
+  for (int64_t bit = kMu; bit <= kPriorLogvar; bit <<= 1)
+    if (needs & bit) gradients.push_back(empty_as(mu, mu.sym_sizes(), mu.scalar_type()));
+  if (needs & kEps) gradients.push_back(empty_as(mu, eps->sym_sizes(), mu.scalar_type()));
+  return gradients;
+}
+
+Tensors sample_grad_meta(const OptionalTensor&, const OptionalTensor&, const Tensor& mu, const Tensor&, const OptionalTensor&,
+                         const OptionalTensor&, std::optional<int64_t>, const Tensor&, int64_t, const OptionalTensor& eps,
+                         int64_t needs) {
+  return gradients_meta(mu, needs, eps);
+}
+
+Tensors kl_grad_meta(const Tensor&, const Tensor& mu, const Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t needs) {
+  return gradients_meta(mu, needs, {});
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastvae, CompositeExplicitAutograd, m) {
+  m.impl("reparameterize_kl", sample_without_graph);
+  m.impl("gaussian_kl", kl_without_graph);
+}
+TORCH_LIBRARY_IMPL(fastvae, Autograd, m) {
+  m.impl("reparameterize_kl", sample_autograd);
+  m.impl("gaussian_kl", kl_autograd);
+}
+TORCH_LIBRARY_IMPL(fastvae, Meta, m) {
+  m.impl("reparameterize_kl_forward", sample_meta);
+  m.impl("reparameterize_kl_backward", sample_grad_meta);
+  m.impl("gaussian_kl_forward", kl_meta);
+  m.impl("gaussian_kl_backward", kl_grad_meta);
+}
+
+}  // namespace fastvae

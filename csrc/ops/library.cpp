@@ -1,0 +1,44 @@
+// The schemas of fastvae::*. What a user's call runs: the op without a suffix records the graph (nll.cpp, latents.cpp), its
+// _forward and _backward do the work on each device (nll_cpu.cpp, latents_cpu.cpp).
+#include <torch/library.h>
+
+TORCH_LIBRARY(fastvae, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  const std::vector<at::Tag> random = {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded};
+
+  m.def(
+      "reparameterize_kl(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, int? samples, Tensor? seed, "
+      "int row_offset, Tensor? eps, Generator? generator) -> (Tensor z, Tensor kl)",
+      random);
+  m.def(
+      "reparameterize_kl_forward(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, int? samples, Tensor? seed, "
+      "int row_offset, Tensor? eps, Generator? generator) -> (Tensor z, Tensor kl, Tensor used_seed)",
+      random);
+  m.def(
+      "reparameterize_kl_backward(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor logvar, Tensor? prior_mu, "
+      "Tensor? prior_logvar, int? samples, Tensor seed, int row_offset, Tensor? eps, int needs) -> Tensor[]",
+      tags);
+  m.def("gaussian_kl(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, bool per_element) -> Tensor", tags);
+  m.def("gaussian_kl_forward(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, bool per_element) -> Tensor",
+        tags);
+  m.def(
+      "gaussian_kl_backward(Tensor grad_kl, Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, int needs) "
+      "-> Tensor[]",
+      tags);
+  m.def(
+      "nll(str likelihood, Tensor[] params, Tensor target, float[] constants, Tensor? kl, Tensor? beta, int reduction) "
+      "-> (Tensor loss, Tensor nll)",
+      tags);
+  m.def(
+      "nll_forward(str likelihood, Tensor[] params, Tensor target, float[] constants, Tensor? kl, Tensor? beta, int reduction, "
+      "int needs) -> (Tensor loss, Tensor nll, Tensor[] gradients, Tensor scalar_rows)",
+      tags);
+  m.def(
+      "nll_backward(Tensor? grad_loss, Tensor? grad_nll, Tensor[] gradients, Tensor? scalar_rows, Tensor? kl, Tensor? beta, "
+      "SymInt rows, int reduction, bool need_kl, bool need_beta) -> Tensor[]",
+      tags);
+  m.def(
+      "nll_backward_(Tensor? grad_loss, Tensor? grad_nll, Tensor(a!)[] gradients, Tensor? scalar_rows, Tensor? kl, "
+      "Tensor? beta, SymInt rows, int reduction, bool need_kl, bool need_beta) -> Tensor[]",
+      tags);
+}

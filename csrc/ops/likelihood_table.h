@@ -1,0 +1,58 @@
+// The table of likelihoods: a row names one, says which tensors it takes and which kernel does the work. To add one, write its
+// struct in csrc/math/likelihoods.h and its row here.
+#pragma once
+#include <c10/util/Exception.h>
+#include <c10/util/string_view.h>
+
+#include <cmath>
+#include <string_view>
+
+#include "../cpu/kernels.h"
+
+namespace fastvae {
+
+struct LikelihoodRow {
+  std::string_view name;
+  cpu::Element element;
+  int tensors;       // length of `params`
+  int constants;     // length of `constants`
+  bool packed;       // one tensor (B, 2C, ...) holds the kernel's two params along dimension 1
+  bool has_scalar;   // the last tensor is 0-dim, one value for all elements; it has a derivative for each row
+};
+
+constexpr LikelihoodRow kLikelihoods[] = {
+    {"bernoulli", cpu::Element::bernoulli, 1, 0, false, false},                           // logits
+    {"gaussian", cpu::Element::gaussian, 1, 1, false, false},                             // mean; scale
+    {"gaussian_learned", cpu::Element::gaussian, 2, 0, false, true},                      // mean, logvar (0-dim)
+    {"gaussian_per_element", cpu::Element::gaussian_per_element, 2, 0, false, false},     // mean, logvar
+    {"gaussian_head", cpu::Element::gaussian_per_element, 1, 0, true, false},             // mean and logvar, packed
+};
+
+inline const LikelihoodRow& likelihood_row(std::string_view name) {
+  for (const auto& row : kLikelihoods)
+    if (row.name == name) return row;
+  TORCH_CHECK_VALUE(false, "fastvae: unknown likelihood '", std::string(name), "'");
+}
+
+constexpr double kHalfLog2Pi = 0.918938533204672741780329736406;
+
+// What the kernel needs besides tensors, and the part of the nll that is the same for every element. `scalar`: the value of the
+// 0-dim tensor, or the constant, of the rows that have one.
+struct Normaliser {
+  double constant;
+  double per_element;
+};
+
+inline Normaliser normaliser(const LikelihoodRow& row, double scalar) {
+  switch (row.element) {
+    case cpu::Element::bernoulli: return {0, 0};
+    case cpu::Element::gaussian_per_element: return {0, kHalfLog2Pi};
+    case cpu::Element::gaussian: {
+      const double logvar = row.has_scalar ? scalar : 2 * std::log(scalar);
+      return {std::exp(-logvar), kHalfLog2Pi + 0.5 * logvar};
+    }
+  }
+  return {0, 0};
+}
+
+}  // namespace fastvae

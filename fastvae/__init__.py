@@ -1,0 +1,24 @@
+"""The ELBO at memory speed: fused kernels in place of the hand-written VAE loss.
+
+>>> elbo = fastvae.ELBO("bernoulli")
+>>> z, kl = elbo.reparameterize(mu, logvar)
+>>> loss = elbo(decoder(z), x, kl=kl).loss
+"""
+
+__version__ = "0.1.0"
+
+from . import functional, likelihoods, reference
+from .backend import set_backend, show_config, use_backend
+from .elbo import ELBO, ELBOOutput
+
+__all__ = [
+    "ELBO",
+    "ELBOOutput",
+    "__version__",
+    "functional",
+    "likelihoods",
+    "reference",
+    "set_backend",
+    "show_config",
+    "use_backend",
+]

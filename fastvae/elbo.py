@@ -1,0 +1,246 @@
+"""The objective a user calls: `ELBO`."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import backend, functional, likelihoods
+from .likelihoods import Bernoulli, Likelihood
+from .reference import REDUCTIONS
+
+__all__ = ["ELBO", "ELBOOutput"]
+
+_ALIASES = {"batchmean": "mean"}
+
+
+class ELBOOutput(NamedTuple):
+    """What `ELBO` returns, all of it differentiable: train on `loss`, log the rest."""
+
+    loss: Tensor
+    """nll + beta * kl, reduced: a scalar, or (B,) with reduction "none"."""
+    nll: Tensor
+    """-log p(x | z) of every row, (B,), in nats."""
+    kl: Tensor
+    """KL( q(z | x) || p(z) ) of every row, (B,), in nats."""
+
+    @property
+    def elbo(self) -> Tensor:
+        """The evidence lower bound of every row, (B,): -(nll + kl), whatever beta is."""
+        return -(self.nll + self.kl)
+
+
+class ELBO(nn.Module):
+    """The VAE loss: nll + beta * kl, the negative evidence lower bound (Kingma and Welling 2014, equation 3), in nats.
+
+    The encoder gives `mu` and `logvar` of the posterior; the decoder gives the parameters of the likelihood, which for
+    the Bernoulli are logits (no sigmoid)::
+
+        elbo = fastvae.ELBO("bernoulli")
+
+        for x in loader:
+            mu, logvar = encoder(x)
+            z, kl = elbo.reparameterize(mu, logvar)
+            out = elbo(decoder(z), x, kl=kl)
+            optimizer.zero_grad()
+            out.loss.backward()
+            optimizer.step()
+
+    A model that samples z itself passes the posterior instead: `elbo(recon, x, mu, logvar).loss`.
+
+    Args:
+        likelihood: `"bernoulli"`, `"gaussian"`, a module of `fastvae.likelihoods`, or any `nn.Module` with a method
+            `nll(params, target) -> (B,)`. It may have parameters (a learned scale): pass `elbo.parameters()` to the
+            optimiser, and under DDP put the ELBO inside the module that is wrapped.
+        beta: the weight of the KL, a float or a 0-dim tensor, at least 0. Kept as a buffer (not in the state dict: it
+            is a setting), so that a schedule may write `elbo.beta = 0.5` between steps, under torch.compile too. No
+            gradient flows to it.
+        reduction: `"mean"` (or `"batchmean"`): summed over each datum, mean over the batch: nats per datum.
+            `"sum"`: over all. `"none"`: one loss per row.
+
+    Called as `elbo(recon, x, kl=kl)` or `elbo(recon, x, mu, logvar)`; see `forward`.
+    """
+
+    beta: Tensor
+
+    def __init__(
+        self, likelihood: str | nn.Module, *, beta: float | Tensor = 1.0, reduction: str = "mean"
+    ) -> None:
+        super().__init__()
+        functional._check_choice("ELBO", "reduction", reduction, (*REDUCTIONS, *_ALIASES))
+        self.likelihood = likelihoods.get(likelihood)
+        self.reduction = reduction
+        # Without a device of its own a number follows torch's default device, like every other parameter.
+        device = beta.device if isinstance(beta, Tensor) else None
+        weight = torch.tensor(_checked_beta(beta), dtype=torch.float32, device=device)
+        self.register_buffer("beta", weight, persistent=False)
+        self._looked = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "beta" and "beta" in self.__dict__.get("_buffers", ()):
+            # In place: compiled code and CUDA graphs hold on to this very tensor.
+            with torch.no_grad():
+                if isinstance(value, Tensor) and value.dim() == 0:
+                    self.beta.copy_(value)
+                else:
+                    self.beta.fill_(_checked_beta(value))
+            return
+        super().__setattr__(name, value)
+
+    def reparameterize(
+        self,
+        mu: Tensor,
+        logvar: Tensor,
+        prior_mu: Tensor | None = None,
+        prior_logvar: Tensor | None = None,
+        *,
+        samples: int | None = None,
+        generator: torch.Generator | None = None,
+        seed: Tensor | None = None,
+        row_offset: int = 0,
+        eps: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`fastvae.functional.reparameterize_kl`: z ~ N(mu, e^logvar), and the row's KL, (B,).
+
+        Draws in training and in evaluation alike; use `mu` itself for a z without noise.
+        """
+        return functional.reparameterize_kl(
+            mu,
+            logvar,
+            prior_mu,
+            prior_logvar,
+            samples=samples,
+            generator=generator,
+            seed=seed,
+            row_offset=row_offset,
+            eps=eps,
+        )
+
+    def forward(
+        self,
+        recon: Any,
+        x: Tensor,
+        mu: Tensor | None = None,
+        logvar: Tensor | None = None,
+        *,
+        kl: Tensor | None = None,
+    ) -> ELBOOutput:
+        """The loss of a batch.
+
+        Args:
+            recon: what the decoder returned, (B, ...): the parameters of the likelihood.
+            x: the data, (B, ...), of the shape that the likelihood expects for `recon`.
+            mu, logvar: the posterior, (B, ...), for a KL from N(0, 1);
+            kl: or else the KL of every row, (B,), as `reparameterize` returns it.
+
+        Raises:
+            TypeError: neither posterior nor `kl`, or both; a dtype or kind that does not fit.
+            ValueError: a shape or device that does not fit; an x that requires a gradient that the likelihood lacks.
+        """
+        if kl is None:
+            if mu is None or logvar is None:
+                raise TypeError(_call_forms("neither" if mu is logvar else "only one of `mu` and `logvar`"))
+            if isinstance(mu, Tensor) and isinstance(x, Tensor) and mu.shape[:1] != x.shape[:1]:
+                raise ValueError(
+                    f"fastvae.ELBO: `mu` must have as many rows as `x` {tuple(x.shape)}, got {tuple(mu.shape)}"
+                )
+            kl = functional.gaussian_kl(mu, logvar)
+        elif mu is not None or logvar is not None:
+            raise TypeError(_call_forms("both"))
+
+        likelihood = self.likelihood
+        reduction = REDUCTIONS[_ALIASES.get(self.reduction, self.reduction)]
+        if not isinstance(likelihood, Likelihood) or type(likelihood).nll is not Likelihood.nll:
+            return _compose(likelihood.nll(recon, x), kl, self.beta, reduction)  # type: ignore[operator]
+        name, params, constants = likelihood.row(recon)
+        loss, nll = functional._nll(name, params, x, constants, kl, self.beta, reduction, caller="ELBO")
+        if not torch.compiler.is_compiling() and not self._looked and isinstance(likelihood, Bernoulli):
+            self._looked = _look(likelihood, recon, x)
+        return ELBOOutput(loss, nll, kl)
+
+    def extra_repr(self) -> str:
+        beta = "?" if self.beta.is_meta else f"{self.beta.item():g}"
+        return f"beta={beta}, reduction={self.reduction!r}"
+
+
+def _checked_beta(beta: Any) -> float:
+    if isinstance(beta, Tensor) and beta.dim() != 0:
+        raise ValueError(
+            f"fastvae.ELBO: `beta` must be a float or a 0-dim tensor, got shape {tuple(beta.shape)}"
+        )
+    try:
+        value = float(beta)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"fastvae.ELBO: `beta` must be a float or a 0-dim tensor, got {beta!r}") from error
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"fastvae.ELBO: `beta` must be finite and at least 0, got {value}")
+    return value
+
+
+def _call_forms(found: str) -> str:
+    return f"fastvae.ELBO: call elbo(recon, x, kl=kl) or elbo(recon, x, mu, logvar): `kl` or the posterior, got {found}"
+
+
+def _compose(nll: Tensor, kl: Tensor, beta: Tensor, reduction: int) -> ELBOOutput:
+    """The loss around a likelihood that no kernel serves."""
+    if not isinstance(nll, Tensor) or nll.dim() != 1:
+        found = tuple(nll.shape) if isinstance(nll, Tensor) else type(nll).__name__
+        raise ValueError(
+            f"fastvae.ELBO: the likelihood's `nll` must return one value per row, shape (B,), got {found}"
+        )
+    functional._check_kl("ELBO", kl, "nll", nll)
+    loss = nll + beta * kl
+    if reduction == REDUCTIONS["sum"]:
+        loss = loss.sum()
+    elif reduction == REDUCTIONS["mean"]:
+        loss = loss.mean()
+    return ELBOOutput(loss, nll, kl)
+
+
+# Kinds of warning that were given: each once per process.
+_warned: set[str] = set()
+
+
+def _look(likelihood: Bernoulli, recon: Tensor, x: Tensor) -> bool:
+    """Warn of probabilities in place of logits (or the reverse) and of data outside [0, 1].
+
+    One pass over the first batch of each ELBO. Returns whether it could look.
+    """
+    # No values to look at: fake and meta tensors, traces, transforms, a CUDA graph being captured, nothing at all.
+    if torch._C._len_torch_dispatch_stack() > 0 or recon.is_meta or recon.numel() == 0:
+        return False
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if type(recon) is not Tensor or type(x) is not Tensor or is_wrapped(recon) or is_wrapped(x):
+        return False
+    if recon.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    low, high = (bound.item() for bound in torch.aminmax(recon.detach()))
+    # A decoder that starts at zero gives exact zeros, and they are logits.
+    if not likelihood.from_probs and low >= 0 and 0 < high <= 1:
+        _warn(
+            "probabilities",
+            "every value of `recon` lies in [0, 1], which looks like probabilities where logits are meant; drop the "
+            "decoder's sigmoid, or use fastvae.ELBO(fastvae.likelihoods.Bernoulli(from_probs=True))",
+        )
+    if likelihood.from_probs and (low < 0 or high > 1):
+        _warn(
+            "logits",
+            "`recon` leaves [0, 1], which looks like logits where Bernoulli(from_probs=True) means probabilities; "
+            "use fastvae.ELBO('bernoulli')",
+        )
+    if x.is_floating_point():
+        low, high = (bound.item() for bound in torch.aminmax(x.detach()))
+        if low < 0 or high > 1:
+            _warn(
+                "target",
+                f"`x` leaves [0, 1] (it spans {low:.4g} to {high:.4g}), where the Bernoulli likelihood means nothing; "
+                f"rescale the data, or use fastvae.ELBO('gaussian')",
+            )
+    return True
+
+
+def _warn(kind: str, message: str) -> None:
+    if kind not in _warned:
+        _warned.add(kind)
+        backend.warn(f"fastvae.ELBO: {message}", UserWarning)

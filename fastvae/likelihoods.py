@@ -1,0 +1,166 @@
+"""Likelihoods: what the decoder's output means. Each is a small module that an `ELBO` takes by name or by object.
+
+Your own: any `nn.Module` with `nll(params, target) -> (B,)` works in `fastvae.ELBO`. Subclass `Likelihood` and give
+`row` instead of `nll` to have a fused kernel serve it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .functional import _checked_scale
+
+__all__ = ["Bernoulli", "Gaussian", "Likelihood"]
+
+# A backend's row: the likelihood's name there, its tensors and its constants.
+Row = tuple[str, list[Tensor], list[float]]
+
+
+class Likelihood(nn.Module):
+    """p(data | params): the base of the likelihood modules. `params` is what the decoder returns.
+
+    A subclass gives `row`, `mean` and `sample`, or replaces `nll` altogether.
+    """
+
+    def row(self, params: Any) -> Row:
+        """The kernel that serves this likelihood: (name, tensors, constants) for the backend."""
+        raise NotImplementedError(f"{type(self).__name__} must define `row` or `nll`")
+
+    def nll(self, params: Any, target: Tensor) -> Tensor:
+        """-log p(target | params) of every row, (B,), in nats."""
+        name, tensors, constants = self.row(params)
+        return functional._nll(name, tensors, target, constants)[0]
+
+    def mean(self, params: Any) -> Tensor:
+        """The expected data, differentiable: what to show as a reconstruction."""
+        raise NotImplementedError(f"{type(self).__name__} must define `mean`")
+
+    def sample(self, params: Any, generator: torch.Generator | None = None) -> Tensor:
+        """A draw of data, without a gradient."""
+        raise NotImplementedError(f"{type(self).__name__} must define `sample`")
+
+    def channels(self, c: int) -> int:
+        """How many channels the decoder must give for `c` channels of data."""
+        return c
+
+
+class Bernoulli(Likelihood):
+    """Independent binary data. `params` are logits: the decoder ends without a sigmoid.
+
+    `from_probs=True` is for a decoder that does end with one: `params` are probabilities. The loss is then the same
+    number as `F.binary_cross_entropy` gives, its limits included: an exact 0 or 1 counts as a logit of -100 or 100, and
+    passes no gradient. Logits are the better choice: they are exact there, faster, and learn from sure mistakes.
+    """
+
+    def __init__(self, from_probs: bool = False) -> None:
+        super().__init__()
+        self.from_probs = from_probs
+
+    def row(self, params: Tensor) -> Row:
+        return "bernoulli", [_logit(params) if self.from_probs else params], []
+
+    def mean(self, params: Tensor) -> Tensor:
+        return params if self.from_probs else torch.sigmoid(params)
+
+    @torch.no_grad()
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.bernoulli(self.mean(params), generator=generator)
+
+    def extra_repr(self) -> str:
+        return "from_probs=True" if self.from_probs else ""
+
+
+def _logit(probs: Tensor) -> Tensor:
+    """log(p / (1 - p)), finite on all of [0, 1], in the dtype of `probs`."""
+    if not isinstance(probs, Tensor) or not probs.is_floating_point():
+        return probs  # the checks of the loss have the words for it
+    p = probs if probs.dtype == torch.float64 else probs.float()
+    limits = torch.finfo(p.dtype)
+    # Clamped before the logarithm: clamping after it would leave a gradient of 0 * inf at the ends.
+    inside = torch.logit(p.clamp(limits.tiny, 1 - limits.eps / 2))
+    ends = torch.where(p >= 1, 100.0, torch.where(p <= 0, -100.0, inside))
+    return ends.to(probs.dtype)
+
+
+class Gaussian(Likelihood):
+    """Independent normal data; `params` is the mean, or mean and log-variance. Where the variance comes from:
+
+    - `scale=s`, a positive float: the standard deviation, the same everywhere.
+    - `scale="learned"`: one variance for all elements, trained: `logvar`, a parameter of this module that starts at 0.
+      Give it to the optimiser with `elbo.parameters()`.
+    - `scale="per_element"`: from the decoder, which returns mean and log-variance packed along dimension 1,
+      (B, 2C, ...) for data (B, C, ...), or as a pair.
+    """
+
+    def __init__(self, scale: float | str = 1.0) -> None:
+        super().__init__()
+        if isinstance(scale, Tensor) or (isinstance(scale, str) and scale not in ("learned", "per_element")):
+            kind = TypeError if isinstance(scale, Tensor) else ValueError
+            found = "a Tensor" if isinstance(scale, Tensor) else repr(scale)
+            raise kind(
+                "fastvae.likelihoods.Gaussian: `scale` must be a positive float, 'learned' or 'per_element', "
+                f"got {found}"
+            )
+        if not isinstance(scale, str):
+            scale = _checked_scale("likelihoods.Gaussian", scale)
+        self.scale = scale
+        if scale == "learned":
+            self.logvar = nn.Parameter(torch.zeros(()))
+
+    def row(self, params: Any) -> Row:
+        if self.scale == "learned":
+            return "gaussian_learned", [params, self.logvar], []
+        if self.scale == "per_element":
+            if _is_pair(params):
+                return "gaussian_per_element", list(params), []
+            return "gaussian_head", [params], []
+        return "gaussian", [params], [float(self.scale)]
+
+    def mean(self, params: Any) -> Tensor:
+        return self._moments(params)[0]
+
+    @torch.no_grad()
+    def sample(self, params: Any, generator: torch.Generator | None = None) -> Tensor:
+        mean, std = self._moments(params)
+        noise = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
+        return mean + std * noise
+
+    def _moments(self, params: Any) -> tuple[Tensor, Tensor | float]:
+        if self.scale == "per_element":
+            mean, logvar = params if _is_pair(params) else params.chunk(2, dim=1)
+            return mean, torch.exp(logvar / 2)
+        if self.scale == "learned":
+            return params, torch.exp(self.logvar / 2)
+        return params, float(self.scale)
+
+    def channels(self, c: int) -> int:
+        return 2 * c if self.scale == "per_element" else c
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale!r}"
+
+
+def _is_pair(params: Any) -> bool:
+    return isinstance(params, (tuple, list)) and len(params) == 2
+
+
+BY_NAME: dict[str, type[Likelihood]] = {"bernoulli": Bernoulli, "gaussian": Gaussian}
+
+
+def get(likelihood: str | nn.Module) -> nn.Module:
+    """The likelihood module of a name, or the module itself.
+
+    Raises ValueError for an unknown name and TypeError for something that cannot be a likelihood.
+    """
+    if isinstance(likelihood, str):
+        functional._check_choice("ELBO", "likelihood", likelihood, tuple(BY_NAME))
+        return BY_NAME[likelihood]()
+    if isinstance(likelihood, nn.Module) and callable(getattr(likelihood, "nll", None)):
+        return likelihood
+    found = likelihood.__name__ + ", a class" if isinstance(likelihood, type) else type(likelihood).__name__
+    raise TypeError(
+        f"fastvae.ELBO: `likelihood` must be one of {', '.join(map(repr, BY_NAME))}, or an nn.Module with a method "
+        f"`nll(params, target)`, got {found}"
+    )
