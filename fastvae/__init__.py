@@ -8,13 +8,14 @@
 __version__ = "0.1.0"
 
 from . import functional, likelihoods, reference
-from .backend import set_backend, show_config, use_backend
+from .backend import empty_cache, set_backend, show_config, use_backend
 from .elbo import ELBO, ELBOOutput
 
 __all__ = [
     "ELBO",
     "ELBOOutput",
     "__version__",
+    "empty_cache",
     "functional",
     "likelihoods",
     "reference",

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
 
@@ -29,6 +30,8 @@ NAMES = ("auto", "reference", "native", "triton")
 OPS = ("reparameterize_kl", "gaussian_kl", "nll")
 
 _BUILD = "pip install --no-build-isolation -e ."
+# None outside of torch.func's transforms.
+_transform_level = torch._C._functorch.maybe_current_level
 # Tensors of every other device type go to the reference, whatever the setting.
 _DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
 
@@ -234,10 +237,36 @@ def use_backend(name: str) -> Iterator[None]:
         set_backend(before)
 
 
+def empty_cache() -> int:
+    """Give the memory that the native CPU kernels keep for their next results back to the system.
+
+    Results of 1 MiB and more are written into buffers that are used again, up to 512 MiB of unused ones: a fresh buffer
+    costs more time in page faults than the kernel that fills it. Returns how many bytes were given back.
+    """
+    if _load("native") is None:
+        return 0
+    from . import _C
+
+    return int(_C.empty_buffer_pool())
+
+
 def choose(tensor: Tensor) -> Backend:
     """The backend that serves tensors on this tensor's device."""
     backend = _serving.get(tensor.device.type)
-    return backend if backend is not None else _unserved(tensor.device.type)
+    if backend is None:
+        return _unserved(tensor.device.type)
+    # Compiled ops cannot cross these: torch's own message for a transform names no way out, and forward-mode AD would
+    # get no tangent at all, in silence.
+    if (
+        not torch.compiler.is_compiling()
+        and (_transform_level() is not None or forward_ad._current_level >= 0)
+        and backend is not _reference
+    ):
+        raise RuntimeError(
+            f"fastvae: torch.func transforms and forward-mode AD cannot cross backend {backend.name!r}; differentiate "
+            f'the reference: with fastvae.use_backend("reference"): ...'
+        )
+    return backend
 
 
 def _unserved(device_type: str) -> Backend:
@@ -246,8 +275,8 @@ def _unserved(device_type: str) -> Backend:
         return _reference
     if _setting != "auto":
         raise RuntimeError(
-            f"fastvae: backend {_setting!r} has no kernels for {device_type} tensors: {_reason(_setting, device_type)}; "
-            f"fastvae.set_backend('auto') takes what there is"
+            f"fastvae: backend {_setting!r} has no kernels for {device_type} tensors: "
+            f"{_reason(_setting, device_type)}; fastvae.set_backend('auto') takes what there is"
         )
     # A warning cannot be traced; compiled code gets the reference silently (and fused by the compiler). This order,
     # so that a trace does not depend on `_warned`.

@@ -218,8 +218,8 @@ def _check_nll(
     if dtype != first.dtype and dtype != torch.float32 and dtype not in row.integers:
         accepted = _list((first.dtype, torch.float32, *row.integers))
         raise TypeError(
-            f"fastvae.{where}: `{name}` must be {accepted} for a {_name(first.dtype)} `{names[0]}`, got {_name(dtype)}; "
-            f"did you mean {name}.to({names[0]}.dtype)?"
+            f"fastvae.{where}: `{name}` must be {accepted} for a {_name(first.dtype)} `{names[0]}`, "
+            f"got {_name(dtype)}; did you mean {name}.to({names[0]}.dtype)?"
         )
     if target.device != first.device:
         raise ValueError(_device_message(where, name, target, names[0], first))

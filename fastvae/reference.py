@@ -73,7 +73,7 @@ _WORD = 0xFFFFFFFF  # the low 32 bits
 
 
 def draw_seed(device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> Tensor:
-    """A fresh (seed, offset) pair, int64 (2,), from torch's generator: `torch.manual_seed` works as for `torch.randn`."""
+    """A fresh (seed, offset), int64 (2,), from torch's generator: `torch.manual_seed` works as for `torch.randn`."""
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
 
 
@@ -171,9 +171,11 @@ def gaussian_kl(
     dtype = _compute_dtype(mu)
     distance, v = mu.to(dtype), logvar.to(dtype)
     if prior_mu is not None and prior_logvar is not None:
+        # Read once: a half tensor read twice would have its two gradients rounded before they are added.
+        prior_v = prior_logvar.to(dtype)
         # Half of the exponent before squaring: the square of a large distance over a large variance stays finite.
-        distance = (distance - prior_mu.to(dtype)) * torch.exp(prior_logvar.to(dtype) / -2)
-        v = v - prior_logvar.to(dtype)
+        distance = (distance - prior_mu.to(dtype)) * torch.exp(prior_v / -2)
+        v = v - prior_v
     kl = (distance * distance + _expm1_minus(v)) / 2
     return _sum_event(kl) if reduction == "event" else kl
 
@@ -202,8 +204,9 @@ def reparameterize_kl(
             seed = draw_seed(mu.device, generator)
         rows, dims, draws = mu.shape[0], math.prod(mu.shape[1:]), 1 if samples is None else samples
         eps = normal_noise(seed, row_offset, rows, dims, draws, dtype).reshape(shape)
-    z = mu.to(dtype) + torch.exp(logvar.to(dtype) / 2) * eps.to(dtype)
-    return z.to(mu.dtype), gaussian_kl(mu, logvar, prior_mu, prior_logvar)
+    mean, v = mu.to(dtype), logvar.to(dtype)  # once, for z and the KL: see `gaussian_kl`
+    z = mean + torch.exp(v / 2) * eps.to(dtype)
+    return z.to(mu.dtype), gaussian_kl(mean, v, prior_mu, prior_logvar)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,7 +273,7 @@ def nll(
     beta: Tensor | None = None,
     reduction: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, nll): nll (B,) of the named likelihood, loss = reduce(nll + beta kl): the negative ELBO ([KW], equation 3).
+    """(loss, nll): nll (B,) of the likelihood, loss = reduce(nll + beta kl): the negative ELBO ([KW], equation 3).
 
     `reduction` is a value of `REDUCTIONS`; the mean is over the batch. Without `kl`, loss = reduce(nll).
     """

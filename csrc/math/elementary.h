@@ -17,16 +17,29 @@
 namespace fastvae::math {
 inline namespace FASTVAE_ISA {
 
-// Scalar: the C type of one lane. exp, log1p, expm1, abs, max, and select(mask, a, b) = mask ? a : b per lane.
+// Scalar: the C type of one lane. Functions: exp, exp_nonpositive, log1p, abs, relu, fma, less, and
+// select(mask, a, b) = mask ? a : b in each lane.
 template <class V>
 struct Primitives;
 
-template <class V, int N>
-FASTVAE_HD V polynomial(V x, const float (&highest_first)[N]) {
+template <class V, class C, int N>
+FASTVAE_HD V polynomial(V x, const C (&highest_first)[N]) {
   V sum(highest_first[0]);
   for (int i = 1; i < N; ++i) sum = Primitives<V>::fma(sum, x, V(highest_first[i]));
   return sum;
 }
+
+// 1/18!, ..., 1/3!, 1/2!: the Taylor series of (exp(v) - 1 - v) / v^2, exact in fp64 for |v| < 1.
+struct ResidualSeries {
+  double coefficient[17];
+  constexpr ResidualSeries() : coefficient() {
+    double factorial = 1;
+    for (int k = 2; k <= 18; ++k) {
+      factorial *= k;
+      coefficient[18 - k] = 1 / factorial;
+    }
+  }
+};
 
 // log(1 + e) for e in [0, 1].
 template <class V>
@@ -53,18 +66,21 @@ struct ExpResidual {
 template <class V>
 FASTVAE_HD ExpResidual<V> exp_residual(V v, V exp_v) {
   using P = Primitives<V>;
-  if constexpr (sizeof(typename P::Scalar) == 8) {
-    const V slope = P::expm1(v);
-    return {slope - v, slope};
-  } else {
-    // (exp(v) - 1 - v) / v^2, Chebyshev fit on [-1, 1], relative error 2e-8.
-    constexpr float fit[] = {2.80628024e-06f, 2.53585131e-05f, 0.000198381022f, 0.00138853968f,
-                             0.00833333936f,  0.041666735f,    0.166666672f,    0.5f};
-    const V near_value = v * v * polynomial(v, fit);
-    const V far_slope = exp_v - V(1);
-    const auto near = P::less(P::abs(v), V(1));
-    return {P::select(near, near_value, far_slope - v), P::select(near, near_value + v, far_slope)};
-  }
+  const auto series = [&] {
+    if constexpr (sizeof(typename P::Scalar) == 8) {
+      constexpr ResidualSeries taylor;
+      return polynomial(v, taylor.coefficient);
+    } else {
+      // Chebyshev fit on [-1, 1], relative error 2e-8.
+      constexpr float fit[] = {2.80628024e-06f, 2.53585131e-05f, 0.000198381022f, 0.00138853968f,
+                               0.00833333936f,  0.041666735f,    0.166666672f,    0.5f};
+      return polynomial(v, fit);
+    }
+  };
+  const V near_value = v * v * series();
+  const V far_slope = exp_v - V(1);
+  const auto near = P::less(P::abs(v), V(1));
+  return {P::select(near, near_value, far_slope - v), P::select(near, near_value + v, far_slope)};
 }
 
 }  // namespace FASTVAE_ISA

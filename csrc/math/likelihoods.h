@@ -19,11 +19,10 @@ struct Bernoulli {
   static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params]) {
     using P = Primitives<V>;
     const V a = param[0];
-    const V e = P::exp(V(0) - P::abs(a));
-    const V inverse = V(1) / (V(1) + e);
-    const V sigmoid = P::select(P::less(a, V(0)), e * inverse, inverse);
+    const V e = P::exp_nonpositive(V(0) - P::abs(a));
+    const V sigmoid = P::select(P::less(a, V(0)), e, V(1)) / (V(1) + e);
     slope[0] = sigmoid - t;
-    return P::fma(V(0) - a, t, P::max(a, V(0))) + log1p_unit(e);
+    return P::fma(V(0) - a, t, P::relu(a)) + log1p_unit(e);
   }
 };
 

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "buffer_pool.h"
 #include "cpu_kernels.h"
 #include "latents.h"
 
@@ -77,7 +78,7 @@ void fill_noise(cpu::Latents& args, const Tensor& seed, int64_t row_offset, cons
 Tensor draws_of(const Tensor& mu, std::optional<int64_t> samples) {
   std::vector<int64_t> sizes = mu.sizes().vec();
   if (samples) sizes.insert(sizes.begin(), *samples);
-  return at::empty(sizes, mu.options());
+  return pooled_empty(sizes, mu);
 }
 
 cpu::Operand first_draw(const Tensor& t, bool many) { return operand(many ? t.select(0, 0) : t); }
@@ -113,7 +114,7 @@ Tensors gradients_for(cpu::SampleGradArgs& args, const Tensor& mu, const Tensor&
   Tensors gradients;
   const auto wanted = [&](int64_t bit, cpu::Result& view) {
     if (!(needs & bit)) return;
-    gradients.push_back(at::empty(mu.sizes(), mu.options()));
+    gradients.push_back(pooled_empty(mu.sizes(), mu));
     view = result(gradients.back());
   };
   wanted(kMu, args.grad_mu);
@@ -121,7 +122,7 @@ Tensors gradients_for(cpu::SampleGradArgs& args, const Tensor& mu, const Tensor&
   wanted(kPriorMu, args.grad_prior_mu);
   wanted(kPriorLogvar, args.grad_prior_logvar);
   if (needs & kEps) {
-    gradients.push_back(at::empty(eps.sizes(), mu.options()));
+    gradients.push_back(pooled_empty(eps.sizes(), mu));
     args.grad_eps = first_draw_result(gradients.back(), many);
     args.grad_eps_draw_stride = many ? gradients.back().stride(0) : 0;
   }

@@ -1,8 +1,8 @@
 // The CPU kernels of fastvae::nll_forward and nll_backward.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include "buffer_pool.h"
 #include "cpu_kernels.h"
 #include "likelihood_table.h"
 #include "nll.h"
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cpu(std::string_view lik
     dense.push_back(dense_rows(params[i], order));
     args.params[i] = operand(dense.back());
     if (!(needs >> i & 1)) continue;
-    gradients.push_back(at::empty_like(lead, lead.options(), order));
+    gradients.push_back(pooled_empty(lead.sizes(), lead, order));
     args.slopes[i] = result(gradients.back());
   }
   if (row.packed) {
@@ -196,7 +196,7 @@ Tensors nll_backward_cpu(const OptionalTensor& grad_loss, const OptionalTensor& 
   const int64_t rows = sym_rows.expect_int();
   const auto g = row_gradients(grad_loss, grad_nll, rows, reduction);
   Tensors results;
-  for (const auto& gradient : gradients) results.push_back(at::empty_like(gradient));
+  for (const auto& gradient : gradients) results.push_back(pooled_empty(gradient.sizes(), gradient, memory_order(gradient)));
   scale(g, gradients, results, rows, reduction);
   for (auto& extra : extras(g, scalar_rows, kl, beta, rows, need_kl, need_beta)) results.push_back(std::move(extra));
   return results;

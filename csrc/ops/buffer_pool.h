@@ -1,0 +1,14 @@
+// Large CPU results come from a small pool of buffers. A fresh one costs a page fault for every 4 KiB, which at tens of megabytes is
+// several times the work of the kernel that fills it, and a training step asks for the same sizes again and again.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+namespace fastvae {
+
+// An uninitialised tensor of `like`'s dtype: from the pool where it is large, else at::empty.
+at::Tensor pooled_empty(at::IntArrayRef sizes, const at::Tensor& like, at::MemoryFormat order = at::MemoryFormat::Contiguous);
+
+// Gives the unused buffers back to the system; returns how many bytes.
+int64_t empty_buffer_pool();
+
+}  // namespace fastvae
