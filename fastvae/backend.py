@@ -245,9 +245,7 @@ def empty_cache() -> int:
     """
     if _load("native") is None:
         return 0
-    from . import _C
-
-    return int(_C.empty_buffer_pool())
+    return int(importlib.import_module("fastvae._C").empty_buffer_pool())
 
 
 def choose(tensor: Tensor) -> Backend:

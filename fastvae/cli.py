@@ -3,17 +3,14 @@
 Whatever a user can mend is told in one line on stderr, with exit code 2 and no traceback.
 """
 
-import contextlib
 import io
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-
 from . import backend, show_config
+from .training.data import InputError
 
 __all__ = ["main"]
 
@@ -24,6 +21,10 @@ _EXTRA = {
     "matplotlib",
     "sklearn",
 }  # the packages of the extra `train`, as they are imported
+
+
+class _Interrupted(Exception):
+    """Ctrl-C, under a name of our own: typer would end the program itself, without a word."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,18 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if package not in _EXTRA:
             raise
         return _fail(f'{package} is not installed; get it with: pip install "fastvae-elbo[train]"')
-    except KeyboardInterrupt:
+    except _Interrupted:
         return _fail("interrupted", code=130)
-    except BrokenPipeError:
-        # Whoever read our output has gone. Python would complain when it flushes stdout at exit.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except InputError as error:
+        return _fail(str(error))
     except Exception as error:
-        from .training.data import InputError
-
-        if isinstance(error, InputError):
-            return _fail(str(error))
         # Typer's own (an unknown option, a number that is none), whose class has moved between its versions.
         if callable(message := getattr(error, "format_message", None)):
             return _fail(f"{message()} (fastvae --help)")
@@ -97,7 +91,7 @@ def _app() -> Any:
         epochs: Annotated[
             int | None, typer.Option(help="40 for the digits, 5 for a file, if not given.")
         ] = None,
-        batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = 64,
+        batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = 128,
         seed: Annotated[int, typer.Option(help="Of the weights, the batches and the noise.")] = 0,
     ) -> None:
         """Train a small VAE with fastvae.ELBO, then with the hand-written loss; compare them; leave two pictures."""
@@ -105,7 +99,10 @@ def _app() -> Any:
 
         from .recipes.demo import Settings, run
 
-        run(Settings(data, out, epochs, batch_size, seed), Console())
+        try:
+            run(Settings(data, out, epochs, batch_size, seed), Console())
+        except KeyboardInterrupt:
+            raise _Interrupted from None
 
     @app.command()
     def doctor() -> int:

@@ -4,7 +4,9 @@
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/variable.h>
 
 namespace fastvae {
 
@@ -86,17 +88,29 @@ Tensor from_doubles(const std::vector<double>& values, at::IntArrayRef sizes, at
 
 std::vector<Tensor> once_differentiable(std::vector<Tensor> gradients) {
   if (!c10::GradMode::is_enabled()) return gradients;
-  for (auto& g : gradients) {
-    if (!g.defined()) continue;
-    g = g.detach();
-    g.set_requires_grad(true);
+  const size_t count = gradients.size();
+  for (auto& g : gradients)
+    if (g.defined()) g = g.detach();
+  // The error leads on to the inputs of the node that runs now: torch.autograd.grad(..., inputs) follows only what reaches
+  // them, and would otherwise call the gradient unused.
+  for (const auto& edge : torch::autograd::get_current_node()->next_edges()) {
+    if (!edge.is_valid()) continue;
+    gradients.push_back(at::empty({0}));
+    torch::autograd::impl::set_gradient_edge(gradients.back(), edge);
   }
-  const int64_t n = static_cast<int64_t>(gradients.size());
-  const auto error = std::make_shared<torch::autograd::DelayedError>(
+  torch::autograd::DelayedError error(
       "fastvae: the fused kernels have no second derivative. Differentiate twice through the reference: "
       "with fastvae.use_backend(\"reference\"): ...",
-      n);
-  return (*error)(std::move(gradients));
+      static_cast<int64_t>(gradients.size()));
+  gradients = error(std::move(gradients));
+  gradients.resize(count);
+  return gradients;
+}
+
+void refuse_tangent(const OptionalTensor& t) {
+  TORCH_CHECK(!t || !t->defined() || !t->_fw_grad(0).defined(),
+              "fastvae: forward-mode AD cannot cross the fused kernels; differentiate the reference: "
+              "with fastvae.use_backend(\"reference\"): ...");
 }
 
 bool traced(const Tensor& t) { return t.defined() && at::isTensorSubclassLike(t); }

@@ -40,6 +40,9 @@ std::vector<Tensor> once_differentiable(std::vector<Tensor> gradients);
 
 inline bool needs_grad(const OptionalTensor& t) { return t && t->defined() && t->requires_grad(); }
 
+// Raises where `t` carries a tangent of forward-mode AD, which would be lost in silence.
+void refuse_tangent(const OptionalTensor& t);
+
 // True under torch.compile and other tracers, where ops must not write to their inputs or read values.
 bool traced(const Tensor& t);
 

@@ -107,6 +107,7 @@ std::tuple<Tensor, Tensor> sample_autograd(const Tensor& mu, const Tensor& logva
                                            const OptionalTensor& prior_logvar, std::optional<int64_t> samples,
                                            const OptionalTensor& seed, int64_t row_offset, const OptionalTensor& eps,
                                            OptionalGenerator generator) {
+  for (const OptionalTensor& t : {OptionalTensor(mu), OptionalTensor(logvar), prior_mu, prior_logvar, eps}) refuse_tangent(t);
   if (!c10::GradMode::is_enabled() || !needs_of(mu, logvar, prior_mu, prior_logvar, eps)) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return sample_without_graph(mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, std::move(generator));
@@ -123,6 +124,7 @@ Tensor kl_without_graph(const Tensor& mu, const Tensor& logvar, const OptionalTe
 
 Tensor kl_autograd(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
                    bool per_element) {
+  for (const OptionalTensor& t : {OptionalTensor(mu), OptionalTensor(logvar), prior_mu, prior_logvar}) refuse_tangent(t);
   if (!c10::GradMode::is_enabled() || !needs_of(mu, logvar, prior_mu, prior_logvar, {})) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return kl_without_graph(mu, logvar, prior_mu, prior_logvar, per_element);

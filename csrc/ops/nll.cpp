@@ -126,6 +126,9 @@ std::tuple<Tensor, Tensor> nll_without_graph(std::string_view likelihood, at::Te
 std::tuple<Tensor, Tensor> nll_autograd(std::string_view likelihood, at::TensorList params, const Tensor& target,
                                         at::ArrayRef<double> constants, const OptionalTensor& kl, const OptionalTensor& beta,
                                         int64_t reduction) {
+  for (const auto& p : params) refuse_tangent(p);
+  refuse_tangent(target);
+  refuse_tangent(kl);
   if (!c10::GradMode::is_enabled() || !any_needs_grad(params, target, kl, beta)) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return nll_without_graph(likelihood, params, target, constants, kl, beta, reduction);

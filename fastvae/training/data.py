@@ -59,9 +59,10 @@ def npz(path: Path, seed: int) -> Images:
 
 def _read(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise InputError(f"{path}: not a .npz file, but a single array")
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise InputError(f"{path}: not a .npz file, but a single array")
+        with file:
             return {name: file[name] for name in names if name in file.files}
     except InputError:
         raise

@@ -36,15 +36,15 @@ def prepare_folder(folder: Path, names: Sequence[str]) -> None:
             raise InputError(f"{folder / name}: cannot be written: it is a folder")
 
 
-def save_grid(rows: Sequence[Tensor], path: Path, *, group: int = 1) -> None:
-    """Write rows of images, each (columns, H, W, C) in [0, 1], as one PNG; every `group` rows stand together.
+def save_grid(rows: Sequence[Tensor], path: Path, *, group: int | None = None) -> None:
+    """Write rows of images, each (columns, H, W, C) in [0, 1], as one PNG; with `group`, that many rows stand together.
 
     The file is written beside and renamed, so that nobody ever finds half of it. Raises InputError if that fails.
     """
     columns, height, width, channels = rows[0].shape
     factor = max(1, _SIDE // max(height, width))
     cell_h, cell_w = height * factor + _GAP, width * factor + _GAP
-    wider = [4 * _GAP * (r // group) for r in range(len(rows))]
+    wider = [4 * _GAP * (r // group) if group else 0 for r in range(len(rows))]
     canvas = torch.full(
         (len(rows) * cell_h + wider[-1] + _GAP, columns * cell_w + _GAP, channels),
         _BACKGROUND,

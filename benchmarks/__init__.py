@@ -1,0 +1,1 @@
+"""What the fused losses cost beside the ones that people write: `pytest benchmarks/`, `python -m benchmarks.report`."""

@@ -1,0 +1,238 @@
+"""The one table of benchmark cases: shapes, the fused call, and the same loss as users write it.
+
+Every case has two functions of tensors, whose parameter names say which of the case's inputs they take. Both return
+the tensors that training differentiates: the loss, and z where there is one. What is timed is that forward and
+`torch.autograd.grad` to every input that requires a gradient; timing.py does it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastvae
+
+Inputs = dict[str, Tensor]
+Outputs = tuple[Tensor, ...]
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    setup: Callable[[torch.device], Inputs]
+    """Makes one set of inputs. `z_gradient`, if there, is what the decoder would send back for z."""
+    fused: Callable[[torch.device], Callable[..., Outputs]]
+    """Builds the function over fastvae's public names."""
+    written: Callable[..., Outputs]
+    """The baseline, run as it is and under torch.compile."""
+    moves: int
+    """The fewest bytes that forward and backward must read and write, were every operand to pass memory once."""
+    floors: tuple[float, float] | None = None
+    """How many times faster than eager and than torch.compile it is meant to be at least (2 threads, AVX2)."""
+    tolerance: float = 1e-5
+    """By how much the two sides' first gradients may differ, relative to its largest element."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inputs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _latents(batch: int, size: int, device: torch.device) -> Inputs:
+    return {
+        "mu": torch.randn(batch, size, device=device).requires_grad_(),
+        "logvar": (0.5 * torch.randn(batch, size, device=device)).requires_grad_(),
+        "z_gradient": torch.randn(batch, size, device=device),
+    }
+
+
+def _reconstruction(
+    shape: tuple[int, ...], device: torch.device, *, channels: int = 1, dtype: torch.dtype = torch.float32
+) -> Inputs:
+    """Decoder output, data in [0, 1), and a KL that the loss adds: per row for ELBO, summed as tutorials keep it."""
+    kl = torch.rand(shape[0], device=device)
+    params = torch.randn(shape[0], channels * shape[1], *shape[2:], device=device, dtype=dtype)
+    return {
+        "recon": params.requires_grad_(),
+        "x": torch.rand(shape, device=device).to(dtype),
+        "kl": kl,
+        "kld": kl.sum(),
+    }
+
+
+def _bernoulli(batch: int, size: int, dtype: torch.dtype = torch.float32) -> Callable[[torch.device], Inputs]:
+    return lambda device: _reconstruction((batch, size), device, dtype=dtype)
+
+
+def _per_element(device: torch.device) -> Inputs:
+    inputs = _reconstruction((512, 3072), device)
+    return inputs | {"recon_logvar": (0.5 * torch.randn(512, 3072, device=device)).requires_grad_()}
+
+
+def _head(device: torch.device) -> Inputs:
+    return _reconstruction((512, 3, 32, 32), device, channels=2)
+
+
+def _uint8(device: torch.device) -> Inputs:
+    inputs = _reconstruction((512, 3072), device)
+    return inputs | {"x": torch.randint(0, 256, (512, 3072), device=device, dtype=torch.uint8)}
+
+
+def _step(device: torch.device) -> Inputs:
+    return _latents(128, 20, device) | _reconstruction((128, 784), device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fused
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _elbo(likelihood: str | torch.nn.Module, device: torch.device) -> Callable[..., Outputs]:
+    elbo = fastvae.ELBO(likelihood).to(device)
+
+    def fused(recon: Tensor, x: Tensor, kl: Tensor) -> Outputs:
+        return (elbo(recon, x, kl=kl).loss,)
+
+    return fused
+
+
+def _fused_bernoulli(device: torch.device) -> Callable[..., Outputs]:
+    return _elbo("bernoulli", device)
+
+
+def _fused_bernoulli_rows(device: torch.device) -> Callable[..., Outputs]:
+    def fused(recon: Tensor, x: Tensor) -> Outputs:
+        return (fastvae.functional.bernoulli_nll(recon, x).mean(),)
+
+    return fused
+
+
+def _fused_gaussian(device: torch.device) -> Callable[..., Outputs]:
+    # With this variance, 1/2, the Gaussian is the squared error without a factor, up to its constant.
+    return _elbo(fastvae.likelihoods.Gaussian(scale=math.sqrt(0.5)), device)
+
+
+def _fused_per_element(device: torch.device) -> Callable[..., Outputs]:
+    elbo = fastvae.ELBO(fastvae.likelihoods.Gaussian(scale="per_element")).to(device)
+
+    def fused(recon: Tensor, recon_logvar: Tensor, x: Tensor, kl: Tensor) -> Outputs:
+        return (elbo((recon, recon_logvar), x, kl=kl).loss,)
+
+    return fused
+
+
+def _fused_head(device: torch.device) -> Callable[..., Outputs]:
+    return _elbo(fastvae.likelihoods.Gaussian(scale="per_element"), device)
+
+
+def _fused_latents(device: torch.device) -> Callable[..., Outputs]:
+    def fused(mu: Tensor, logvar: Tensor) -> Outputs:
+        z, kl = fastvae.functional.reparameterize_kl(mu, logvar)
+        return kl.mean(), z
+
+    return fused
+
+
+def _fused_step(device: torch.device) -> Callable[..., Outputs]:
+    elbo = fastvae.ELBO("bernoulli").to(device)
+
+    def fused(mu: Tensor, logvar: Tensor, recon: Tensor, x: Tensor) -> Outputs:
+        z, kl = elbo.reparameterize(mu, logvar)
+        return elbo(recon, x, kl=kl).loss, z
+
+    return fused
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As users write it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _written_bernoulli(recon: Tensor, x: Tensor, kld: Tensor) -> Outputs:
+    bce = F.binary_cross_entropy_with_logits(recon, x, reduction="sum")
+    return ((bce + kld) / x.shape[0],)
+
+
+def _written_bernoulli_rows(recon: Tensor, x: Tensor) -> Outputs:
+    return (F.binary_cross_entropy_with_logits(recon, x, reduction="sum") / x.shape[0],)
+
+
+def _written_gaussian(recon: Tensor, x: Tensor, kld: Tensor) -> Outputs:
+    mse = F.mse_loss(recon, x, reduction="sum")
+    return ((mse + kld) / x.shape[0],)
+
+
+def _written_gaussian_uint8(recon: Tensor, x: Tensor, kld: Tensor) -> Outputs:
+    return _written_gaussian(recon, x.float() / 255, kld)
+
+
+def _written_per_element(recon: Tensor, recon_logvar: Tensor, x: Tensor, kld: Tensor) -> Outputs:
+    nll = 0.5 * torch.sum(LOG_2PI + recon_logvar + (x - recon).pow(2) / recon_logvar.exp())
+    return ((nll + kld) / x.shape[0],)
+
+
+def _written_head(recon: Tensor, x: Tensor, kld: Tensor) -> Outputs:
+    mean, logvar = recon.chunk(2, dim=1)
+    return _written_per_element(mean, logvar, x, kld)
+
+
+def _written_sample(mu: Tensor, logvar: Tensor) -> Tensor:
+    std = torch.exp(0.5 * logvar)
+    eps = torch.randn_like(std)
+    return mu + eps * std
+
+
+def _written_kld(mu: Tensor, logvar: Tensor) -> Tensor:
+    return -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
+
+
+def _written_latents(mu: Tensor, logvar: Tensor) -> Outputs:
+    z = _written_sample(mu, logvar)
+    return _written_kld(mu, logvar) / mu.shape[0], z
+
+
+def _written_step(mu: Tensor, logvar: Tensor, recon: Tensor, x: Tensor) -> Outputs:
+    z = _written_sample(mu, logvar)
+    bce = F.binary_cross_entropy_with_logits(recon, x, reduction="sum")
+    return (bce + _written_kld(mu, logvar)) / x.shape[0], z
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Operands that must pass memory, in elements. A reconstruction loss reads recon and x and writes a gradient. Sampling
+# reads mu and logvar and writes z; its backward reads z's gradient, mu and logvar, and writes two gradients.
+_LOSS, _SAMPLE = 3, 8
+
+CASES = (
+    Case("Bernoulli 128 x 784", _bernoulli(128, 784), _fused_bernoulli, _written_bernoulli,
+         4 * _LOSS * 128 * 784, (2.5, 3.0)),
+    Case("Bernoulli 512 x 3072", _bernoulli(512, 3072), _fused_bernoulli, _written_bernoulli,
+         4 * _LOSS * 512 * 3072, (6.0, 5.0)),
+    Case("Bernoulli 1024 x 12288", _bernoulli(1024, 12288), _fused_bernoulli, _written_bernoulli,
+         4 * _LOSS * 1024 * 12288, (6.0, 3.0)),
+    Case("Gaussian 512 x 3072", _bernoulli(512, 3072), _fused_gaussian, _written_gaussian,
+         4 * _LOSS * 512 * 3072, (3.0, 1.5)),
+    Case("Gaussian, logvar per element, 512 x 3072", _per_element, _fused_per_element, _written_per_element,
+         4 * 5 * 512 * 3072, (4.0, 2.0)),
+    Case("reparameterise + KL 4096 x 256", lambda device: _latents(4096, 256, device), _fused_latents,
+         _written_latents, 4 * _SAMPLE * 4096 * 256, (3.0, 3.0)),
+    # Beyond what is asked for.
+    Case("Gaussian, packed head, 512 x 6 x 32 x 32", _head, _fused_head, _written_head, 4 * 5 * 512 * 3072),
+    Case("Gaussian, uint8 data, 512 x 3072", _uint8, _fused_gaussian, _written_gaussian_uint8,
+         (4 + 1 + 4) * 512 * 3072),
+    Case("Bernoulli bf16 512 x 3072", _bernoulli(512, 3072, torch.bfloat16), _fused_bernoulli, _written_bernoulli,
+         2 * _LOSS * 512 * 3072, tolerance=2e-2),
+    Case("Bernoulli 512 x 3072, bernoulli_nll().mean()", _bernoulli(512, 3072), _fused_bernoulli_rows,
+         _written_bernoulli_rows, 4 * _LOSS * 512 * 3072),
+    Case("reparameterise + KL 128 x 20", lambda device: _latents(128, 20, device), _fused_latents,
+         _written_latents, 4 * _SAMPLE * 128 * 20),
+    Case("ELBO step: latent 128 x 20, Bernoulli 128 x 784", _step, _fused_step, _written_step,
+         4 * (_LOSS * 128 * 784 + _SAMPLE * 128 * 20)),
+)  # fmt: skip

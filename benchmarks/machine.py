@@ -1,0 +1,127 @@
+"""What a result depends on besides the code: set it, and write it down."""
+
+import datetime
+import os
+import platform
+import re
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor import config as inductor
+from torch._inductor import cpu_vec_isa
+
+import fastvae
+
+from .timing import Measurement
+
+# Everything that GCC may use on its own account in code that torch.compile generates for this instruction set.
+_MARCH = {"AVX2": "x86-64-v3"}
+_BITS = {"AVX2": 256, "AVX512": 512}
+
+
+def settle(device: str, threads: int) -> torch.device:
+    """Sets threads and instruction set of all sides, and gives the device."""
+    torch.set_num_threads(threads)
+    capability = torch.backends.cpu.get_cpu_capability()
+    # torch.compile's vectors follow ATEN_CPU_CAPABILITY too, but its cache would give back code that was compiled for
+    # another one; and left to -march=native, GCC would use AVX-512 around AVX2 vectors.
+    if capability in _BITS:
+        inductor.cpp.simdlen = _BITS[capability]
+    if capability in _MARCH and hasattr(inductor.cpp, "march"):
+        inductor.cpp.march = _MARCH[capability]
+    # In this process, so that `Neighbours` counts its compilers as ours.
+    inductor.compile_threads = 1
+    if device == "auto":
+        served = torch.cuda.is_available() and fastvae.backend._serve("auto", "cuda") is not None
+        device = "cuda" if served else "cpu"
+    return torch.device(device)
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    on_gpu = device.type == "cuda"
+    return {
+        "machine": torch.cuda.get_device_name(device) if on_gpu else f"{_cpu()}, {os.cpu_count()} cores",
+        "instruction_set": "cuda" if on_gpu else torch.backends.cpu.get_cpu_capability().lower(),
+        "instruction_sets": {
+            "fastvae": _fastvae_capability(),
+            "torch": torch.backends.cpu.get_cpu_capability(),
+            "torch.compile": str(cpu_vec_isa.pick_vec_isa()) or "scalar",
+        },
+        "threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "versions": {
+            "fastvae": fastvae.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+        },
+    }
+
+
+class Neighbours:
+    """How much of the machine others used meanwhile. Beyond a tenth of a core, the figures are worth little."""
+
+    def __init__(self) -> None:
+        self.start = self._clocks()
+
+    def cores(self) -> float | None:
+        """Cores kept busy by others since this object was made; None where the system does not say."""
+        if self.start is None or (end := self._clocks()) is None:
+            return None
+        wall, busy, own = (after - before for before, after in zip(self.start, end, strict=True))
+        return round(max(0.0, busy - own) / wall, 2)
+
+    @staticmethod
+    def _clocks() -> tuple[float, float, float] | None:
+        """Seconds: of the clock, of all processors at work, of this process and its finished children."""
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return None
+        user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split(maxsplit=9)[1:9])
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), busy, sum(os.times()[:4])
+
+
+def summarise(measurement: Measurement) -> dict[str, Any]:
+    case = measurement.case
+    return {
+        "case": case.name,
+        "median_ms": {side: _milliseconds(statistics.median(s)) for side, s in measurement.seconds.items()},
+        "quartiles_ms": {
+            side: [_milliseconds(q) for q in statistics.quantiles(s, n=4)[::2]]
+            for side, s in measurement.seconds.items()
+        },
+        "fastest_ms": {side: _milliseconds(min(s)) for side, s in measurement.seconds.items()},
+        "rounds": len(measurement.seconds["fused"]),
+        "input_sets": measurement.input_sets,
+        "peak_bytes_above_inputs": measurement.peak_bytes,
+        "bytes_to_move": case.moves,
+        "floors": case.floors and dict(zip(("eager", "compile"), case.floors, strict=True)),
+    }
+
+
+def slug(name: str) -> str:
+    """A file name for a machine."""
+    plain = re.sub(r"\((r|tm)\)", "", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+
+
+def _milliseconds(seconds: float) -> float:
+    return float(f"{1e3 * seconds:.4g}")
+
+
+def _cpu() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _fastvae_capability() -> str:
+    try:
+        from fastvae import _C
+    except ImportError:
+        return "reference"
+    return str(_C.cpu_capability())

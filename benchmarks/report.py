@@ -1,0 +1,249 @@
+"""One table and one picture of this machine's results: `python -m benchmarks.report`.
+
+Reads what the last `pytest benchmarks/` left in `.benchmarks/` (and runs it where it left nothing, or with `--run`),
+keeps it in `benchmarks/results/<machine>.json`, draws `<machine>.png`, prints the table. `--readme` puts the table into
+README.md.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+LATEST = ROOT / ".benchmarks"
+
+LABELS = {"avx2": "AVX2", "avx512": "AVX-512", "cuda": "GPU", "default": "no SIMD"}
+# The first that is there is the table; the others add columns to it.
+ORDER = ("cuda", "avx2", "avx512", "default")
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+Runs = dict[str, dict[str, Any]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--run", action="store_true", help="time afresh, under AVX2 and, where there is one, AVX-512"
+    )
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    options = parser.parse_args()
+
+    if options.run or not any(LATEST.glob("latest-*.json")):
+        _time(("avx2", "avx512") if options.run and _has_avx512() else (None,))
+    for machine in dict.fromkeys(
+        _keep(json.loads(p.read_text())) for p in sorted(LATEST.glob("latest-*.json"))
+    ):
+        runs = _load(machine)
+        lines = table(runs)
+        print("\n".join(_aligned(lines)))
+        print("\n" + caption(runs))
+        draw(runs, machine.with_suffix(".png"))
+        print(f"\nwrote {machine.relative_to(ROOT)} and {machine.with_suffix('.png').relative_to(ROOT)}")
+        if options.readme:
+            _into_readme("\n".join([*lines, "", caption(runs)]))
+
+
+def _has_avx512() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and " avx512f " in cpuinfo.read_text()
+
+
+def _time(instruction_sets: tuple[str | None, ...]) -> None:
+    for name in instruction_sets:
+        # A process each: torch chooses its kernels once.
+        environment = os.environ | ({"ATEN_CPU_CAPABILITY": name} if name else {})
+        command = [sys.executable, "-m", "pytest", "-q", "benchmarks"]
+        if subprocess.run(command, cwd=ROOT, env=environment).returncode != 0:
+            sys.exit(f"the benchmarks failed: {' '.join(command)}")
+
+
+def _keep(run: dict[str, Any]) -> Path:
+    """Puts a run into its machine's file, in place of the last one on the same instruction set."""
+    from .machine import slug
+
+    path = RESULTS / f"{slug(run['machine'])}.json"
+    runs = _load(path) if path.exists() else {}
+    runs[run["instruction_set"]] = run
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    return path
+
+
+def _load(path: Path) -> Runs:
+    runs = json.loads(path.read_text())["runs"]
+    return {name: runs[name] for name in sorted(runs, key=ORDER.index)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def faster(row: dict[str, Any], side: str) -> float:
+    return row["median_ms"][side] / row["median_ms"]["fused"]
+
+
+def _against(row: dict[str, Any], side: str) -> str:
+    ratio = faster(row, side)
+    if not row["floors"]:
+        return f"{ratio:.1f}"
+    floor = row["floors"][side]
+    return f"{ratio:.1f} ({floor:g} {'✓' if ratio >= floor else '✗'})"
+
+
+def _digits(milliseconds: float) -> str:
+    return f"{milliseconds:.3f}" if milliseconds < 1 else f"{milliseconds:.2f}"
+
+
+def _mebibytes(row: dict[str, Any]) -> str:
+    return " / ".join(f"{size / 2**20:.3g}" for size in row["peak_bytes_above_inputs"].values())
+
+
+def table(runs: Runs) -> list[str]:
+    """Markdown, a line per case."""
+    (_, first), *others = runs.items()
+    head = ["case", "fused, ms", "eager, ms", "compiled, ms", "× eager", "× compiled", "GB/s (of mul)"]
+    head += ["peak memory, MiB"]
+    head += [f"{LABELS[name]}: × eager, × compiled" for name, _ in others]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+    for row in first["cases"]:
+        times = row["median_ms"]
+        rate = row["bytes_to_move"] / times["fused"] / 1e6
+        cells = [row["case"], *(_digits(times[side]) for side in ("fused", "eager", "compile"))]
+        cells += [_against(row, "eager"), _against(row, "compile")]
+        cells += [f"{rate:.1f} ({times['mul'] / times['fused']:.0%})", _mebibytes(row)]
+        for _, other in others:
+            found = [match for match in other["cases"] if match["case"] == row["case"]]
+            cells.append(
+                ", ".join(f"{faster(found[0], side):.1f}" for side in ("eager", "compile")) if found else ""
+            )
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _aligned(lines: list[str]) -> list[str]:
+    """The same table for a terminal."""
+    rows = [line.strip("| ").split(" | ") for line in lines if not line.startswith("|--")]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = []
+    for case, *cells in rows:
+        numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        aligned.append("  ".join([case.ljust(widths[0]), *numbers]))
+    return aligned
+
+
+def caption(runs: Runs) -> str:
+    name, run = next(iter(runs.items()))
+    versions = run["versions"]
+    where = "GPU" if name == "cuda" else f"{run['threads']} threads, {LABELS[name]} on all sides"
+    others = run["cores_used_by_others"] or 0.0
+    busy = f" (not a quiet machine: others kept {others:.1f} cores busy)" if others > 0.1 else ""
+    return (
+        f"{run['machine']}; {where}; torch {versions['torch']}, fastvae {versions['fastvae']}; {run['date']}{busy}. "
+        "fp32 unless it says otherwise; in brackets the floor that a case was built to, and whether it is met. GB/s: "
+        "the fewest bytes a case must move over the fused time, and what share that is of the rate at which "
+        "`torch.mul(a, b, out=c)`, beside it, moves as many. Peak memory: what forward and backward hold at most above "
+        "the inputs, gradients included, fused / eager / compiled."
+    )
+
+
+def _into_readme(text: str) -> None:
+    readme = ROOT / "README.md"
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        sys.exit(f"README.md has no {BEGIN} ... {END} to put the table between")
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    print("wrote README.md")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The picture
+# ---------------------------------------------------------------------------------------------------------------------
+
+_COLOURS = {"fused": "#1b7f5c", "eager": "#c8553d", "compile": "#4a6fa5"}
+_NAMES = {"fused": "fused", "eager": "eager", "compile": "torch.compile"}
+
+
+def draw(runs: Runs, path: Path) -> None:
+    """Left: how many times faster than each baseline. Right: peak memory as a multiple of the gradients alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    (name, run), *others = runs.items()
+    rows = run["cases"]
+    figure, (speed, memory) = plt.subplots(
+        1, 2, figsize=(12, 0.55 * len(rows) + 1.8), sharey=True, width_ratios=(3, 2), layout="constrained"
+    )
+
+    labels: list[tuple[float, float]] = []
+    for offset, side in ((-0.2, "eager"), (0.2, "compile")):
+        places = [i + offset for i in range(len(rows))]
+        ratios = [faster(row, side) for row in rows]
+        speed.barh(places, ratios, 0.38, color=_COLOURS[side], label=f"than {_NAMES[side]}")
+        labels += zip(ratios, places, strict=True)
+        floors = [
+            (row["floors"][side], place) for row, place in zip(rows, places, strict=True) if row["floors"]
+        ]
+        label = "floor" if side == "compile" else None
+        speed.plot(
+            *zip(*floors, strict=True), "|", color="black", markersize=11, markeredgewidth=2, label=label
+        )
+        for other, marker in zip((other for other, _ in others), "Dos", strict=False):
+            found = {row["case"]: faster(row, side) for row in runs[other]["cases"]}
+            points = [
+                (found[row["case"]], y) for row, y in zip(rows, places, strict=True) if row["case"] in found
+            ]
+            label = LABELS[other] if side == "compile" else None
+            edge = {"markerfacecolor": "white", "markeredgecolor": "black", "markersize": 4}
+            speed.plot(*zip(*points, strict=True), marker, label=label, **edge)
+    speed.axvline(1, color="grey", linewidth=0.8)
+    speed.set_xscale("log")
+    speed.set_xlabel("times faster")
+    low, high = speed.get_xlim()
+    low *= 0.75
+    speed.set_xlim(low, high)
+    # At the foot of the bars: at their ends are the marks.
+    for ratio, place in labels:
+        speed.text(low * 1.04, place, f"{ratio:.1f}", color="white", va="center", fontsize=8, weight="bold")
+    ticks = [tick for tick in (0.5, 1, 2, 3, 5, 10, 20, 50, 100) if low <= tick <= high]
+    speed.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    speed.minorticks_off()
+    speed.set_yticks(range(len(rows)), [row["case"] for row in rows])
+    speed.invert_yaxis()
+    speed.legend(loc="lower right", fontsize=8)
+
+    for offset, side in ((-0.27, "fused"), (0.0, "eager"), (0.27, "compile")):
+        shares = [_share(row, side) for row in rows]
+        places = [i + offset for i in range(len(rows))]
+        bars = memory.barh(places, shares, 0.25, color=_COLOURS[side], label=_NAMES[side])
+        memory.bar_label(bars, [f"{share:.1f}" for share in shares], padding=2, fontsize=7)
+    memory.axvline(1, color="grey", linewidth=0.8)
+    memory.set_xlabel("peak memory above the inputs, 1 = fused")
+    memory.legend(fontsize=8, loc="lower right")
+
+    for axes in (speed, memory):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
+        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    where = "" if name == "cuda" else f", {run['threads']} threads, {LABELS[name]}"
+    figure.suptitle(
+        f"Loss, forward + backward: {run['machine']}{where}, torch {run['versions']['torch']}", fontsize=11
+    )
+    figure.savefig(path, dpi=110)
+
+
+def _share(row: dict[str, Any], side: str) -> float:
+    peak = row["peak_bytes_above_inputs"]
+    return peak[side] / peak["fused"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Time a case: fused, eager, torch.compile and a bare multiplication, interleaved in one process.
+
+What one machine does in one minute it does not do in the next, so only ratios of times taken side by side count. Every
+round calls each side once, in an order that turns from round to round; every call takes the next of a ring of input
+sets that together overflow the last cache (where the case is about memory at all).
+"""
+
+import gc
+import inspect
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fastvae
+
+from .cases import Case, Inputs
+
+Call = Callable[[], object]
+
+SIDES = ("fused", "eager", "compile")
+# Below this, a case's operands stay in the core's own cache whatever one does, and launching is what costs.
+SMALL = 8 << 20
+MOST_INPUTS = 3 << 29  # 1.5 GiB of inputs, whatever the size of the last cache
+
+FEWEST_ROUNDS, MOST_ROUNDS = 9, 1500
+
+
+@dataclass
+class Measurement:
+    case: Case
+    seconds: dict[str, list[float]]
+    """The rounds of each side and of `mul`: torch.mul(a, b, out=c) that moves as many bytes as the case must."""
+    peak_bytes: dict[str, int]
+    """The most that forward and backward of each side hold at a time above the inputs: gradients included."""
+    input_sets: int
+
+    def median(self, side: str) -> float:
+        return statistics.median(self.seconds[side])
+
+
+def measure(case: Case, device: torch.device, budget: float = 2.5) -> Measurement:
+    """Times `case` for about `budget` seconds, after a check that both sides compute the same."""
+    torch.manual_seed(0)
+    first = case.setup(device)
+    sets = [first, *(_copy(first) for _ in range(1, _ring(case.moves, _size(first), device)))]
+
+    torch._dynamo.reset()
+    fused = case.fused(device)
+    compiled = torch.compile(case.written, dynamic=False)
+    functions = dict(zip(SIDES, (fused, case.written, compiled), strict=True))
+    calls = {side: [_bind(function, inputs) for inputs in sets] for side, function in functions.items()}
+    _check(case, *(calls[side][0]() for side in SIDES))
+
+    rings: dict[str, Iterator[Call]] = {}
+    order = itertools.cycle(range(len(sets)))  # one ring for all sides: a set is cold when its turn comes
+    for side in SIDES:
+        rings[side] = map(calls[side].__getitem__, order)
+    rings["mul"] = itertools.cycle(_multiplications(case.moves, device))
+
+    clock = _cuda_clock if device.type == "cuda" else _cpu_clock
+    for side in rings:
+        for _ in range(3):
+            clock(next(rings[side]))
+    seconds: dict[str, list[float]] = {side: [] for side in rings}
+    names = list(rings)
+    gc.collect()
+    gc.disable()
+    try:
+        stop = time.perf_counter() + budget
+        for i in range(MOST_ROUNDS):
+            if i >= FEWEST_ROUNDS and time.perf_counter() > stop:
+                break
+            for side in names[i % len(names) :] + names[: i % len(names)]:
+                seconds[side].append(clock(next(rings[side])))
+    finally:
+        gc.enable()
+    peak_bytes = {side: _peak_bytes(calls[side][0], device) for side in SIDES}
+    return Measurement(case, seconds, peak_bytes, len(sets))
+
+
+def _bind(function: Callable[..., tuple[Tensor, ...]], inputs: Inputs) -> Call:
+    """Forward and backward over one set of inputs: (outputs, gradients)."""
+    args = [inputs[name] for name in inspect.signature(function).parameters]
+    leaves = [value for value in args if value.requires_grad]
+    # The loss comes first, then z where there is one.
+    weights = [None, inputs["z_gradient"]] if "z_gradient" in inputs else [None]
+
+    def call() -> object:
+        outputs = function(*args)
+        return outputs, torch.autograd.grad(outputs, leaves, weights)
+
+    return call
+
+
+def _check(case: Case, fused: object, *others: object) -> None:
+    """The first gradient does not depend on the noise: that of recon, or of mu."""
+    (_, (expected, *_)) = others[0]  # type: ignore[misc]
+    for _, (gradient, *_) in (fused, *others[1:]):  # type: ignore[misc]
+        error = (gradient.double() - expected.double()).abs().max() / expected.double().abs().max()
+        assert error < case.tolerance, f"{case.name}: the sides differ by {error:.2g}"
+
+
+def _copy(inputs: Inputs) -> Inputs:
+    return {
+        name: value.detach().clone().requires_grad_(value.requires_grad) for name, value in inputs.items()
+    }
+
+
+def _size(inputs: Inputs) -> int:
+    return sum(value.nbytes for value in inputs.values())
+
+
+def _last_cache(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(path.read_text().strip().removesuffix("K")) << 10 for path in sizes), default=64 << 20)
+
+
+def _ring(moves: int, size: int, device: torch.device) -> int:
+    """How many sets of `size` bytes to go through."""
+    if moves < SMALL:
+        return 4
+    return max(2, min(3 * _last_cache(device) // 2, MOST_INPUTS) // size)
+
+
+def _multiplications(moves: int, device: torch.device) -> list[Call]:
+    count = max(1, moves // 12)
+    # Their traffic comes on top of that of the other sides, so half of a ring does.
+    ring = max(2, _ring(moves, moves, device) // 2)
+    buffers = torch.ones(ring, 3, count, device=device)
+    return [lambda a=a, b=b, c=c: torch.mul(a, b, out=c) for a, b, c in buffers]
+
+
+def _cpu_clock(call: Call) -> float:
+    start = time.perf_counter()
+    results = call()
+    seconds = time.perf_counter() - start
+    del results
+    return seconds
+
+
+def _cuda_clock(call: Call) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    results = call()
+    end.record()
+    end.synchronize()
+    del results
+    return start.elapsed_time(end) / 1e3
+
+
+def _peak_bytes(call: Call, device: torch.device) -> int:
+    """In a pass of its own: recording allocations takes time."""
+    call()
+    # Buffers that fastvae keeps from one call for the next count in the call that needs them.
+    fastvae.empty_cache()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    # Every allocation and release of torch's CPU allocator, in order of time.
+    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
+        call()
+    records = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    records.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in records), initial=0))

@@ -1,0 +1,298 @@
+"""One table of everything that has a value and a gradient: each op and likelihood, with its formula by hand.
+
+The formulas are float64, in the form that keeps their digits, and know nothing of `fastvae.reference`. A new likelihood
+is one row of `CASES`; the tests of values, layouts and repeatability then hold it to the same rules.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Inputs = dict[str, Tensor]
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+
+# Per-row results are kept in float32 whatever the inputs' type, so this holds for half inputs too.
+VALUE_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 5e-6, torch.float16: 5e-6, torch.float64: 1e-13}
+# A gradient has its input's type: of half types it is rounded, once where it is made and once where it is weighted.
+GRADIENT_TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float64: 1e-13}
+
+# 1024 elements is the block of the CPU kernels, 16 their widest vector.
+SHAPES = (
+    (1, 1),
+    (3, 1),
+    (4, 7),
+    (2, 15),
+    (5, 17),
+    (7, 20),
+    (2, 1000),
+    (2, 1023),
+    (1, 1025),
+    (3, 4099),
+    (2, 3, 5),
+    (2, 3, 8, 8),
+    (2, 2, 3, 1, 5),
+    (5,),
+    (0, 5),
+    (0, 3, 4, 4),
+    (3, 0),
+)
+
+
+class Case(NamedTuple):
+    id: str
+    call: Callable[..., Tensor]  # of fastvae.functional or fastvae.reference, and the inputs
+    inputs: Callable[[tuple[int, ...]], Inputs]  # float64; the shape is that of the data
+    # The summands of one element: their sum is the result, the sum of their sizes is the scale of its rounding.
+    terms: Callable[..., list[Tensor]]
+    per_element: bool = False
+    min_rank: int = 1
+    targets: tuple[torch.dtype, ...] = ()  # integer types that `target` may have
+    fixed: tuple[str, ...] = ()  # inputs that no gradient is given for
+    # float16 holds at most 65504; half-type inputs stay where the gradient is representable.
+    extremes: Callable[[], Inputs] | None = None
+
+
+def softplus(x: Tensor) -> Tensor:
+    return torch.logaddexp(torch.zeros_like(x), x)
+
+
+def bernoulli_terms(logits: Tensor, target: Tensor) -> list[Tensor]:
+    return [target * softplus(-logits), (1 - target) * softplus(logits)]
+
+
+def gaussian_terms(mean: Tensor, target: Tensor, logvar: Tensor) -> list[Tensor]:
+    constant = torch.full_like(mean, 0.5 * math.log(2 * math.pi))
+    return [constant, 0.5 * logvar.expand_as(mean), 0.5 * (target - mean) ** 2 * torch.exp(-logvar)]
+
+
+def head_terms(params: Tensor, target: Tensor) -> list[Tensor]:
+    channels = target.shape[1]
+    return gaussian_terms(params[:, :channels], target, params[:, channels:])
+
+
+def expm1_minus(v: Tensor) -> Tensor:
+    """e^v - 1 - v. Where the two sides nearly cancel, by the series sum of v^n / n! from n = 2 on."""
+    small = torch.where(v.abs() < 0.5, v, 0.0)
+    power, series = small, torch.zeros_like(v)
+    for n in range(2, 18):
+        power = power * small / n
+        series = series + power
+    return torch.where(v.abs() < 0.5, series, torch.expm1(v) - v)
+
+
+def kl_terms(
+    mu: Tensor, logvar: Tensor, prior_mu: Tensor | None = None, prior_logvar: Tensor | None = None
+) -> list[Tensor]:
+    if prior_mu is None or prior_logvar is None:
+        prior_mu = prior_logvar = torch.zeros_like(mu)
+    v = logvar - prior_logvar
+    return [0.5 * (mu - prior_mu) ** 2 * torch.exp(-prior_logvar), 0.5 * expm1_minus(v)]
+
+
+def _randn(shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(shape, dtype=torch.float64)
+
+
+def _rand(shape: tuple[int, ...]) -> Tensor:
+    return torch.rand(shape, dtype=torch.float64)
+
+
+def _packed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0], 2 * shape[1], *shape[2:])
+
+
+def _columns(*names: str, rows: list[tuple[float, ...]]) -> Inputs:
+    """Rows of one element each, as named inputs of shape (len(rows), 1)."""
+    table = torch.tensor(rows, dtype=torch.float64)
+    return {name: table[:, i : i + 1].clone() for i, name in enumerate(names)}
+
+
+def _logvar_extremes() -> Inputs:
+    rows = [(0.5, 0.25, v) for v in (-80.0, -30.0, 30.0, 80.0)] + [(100.0, -100.0, 0.0), (1.0, 1.0, -80.0)]
+    return _columns("mean", "target", "logvar", rows=rows)
+
+
+def _head_extremes() -> Inputs:
+    inputs = _logvar_extremes()
+    return {"params": torch.cat((inputs["mean"], inputs["logvar"]), 1), "target": inputs["target"]}
+
+
+_KL_EXTREMES = [(m, v) for m in (0.0, -1.5, 100.0) for v in (-80.0, 0.0, 80.0)]
+_PRIOR_EXTREMES = [(0.5, v, 0.25, v) for v in (-80.0, 80.0)] + [
+    (0.5, 0.0, 0.0, -80.0),
+    (0.5, 0.0, 100.0, 80.0),
+]
+
+CASES = (
+    Case(
+        "bernoulli",
+        lambda f, logits, target: f.bernoulli_nll(logits, target),
+        lambda shape: {"logits": _randn(shape, 3), "target": _rand(shape)},
+        bernoulli_terms,
+        targets=(torch.uint8, torch.bool),
+        fixed=("target",),
+        extremes=lambda: _columns(
+            "logits",
+            "target",
+            rows=[(a, t) for a in (-1e4, -104.0, 0.0, 89.0, 1e4) for t in (0.0, 0.25, 1.0)],
+        ),
+    ),
+    Case(
+        "gaussian",
+        lambda f, mean, target: f.gaussian_nll(mean, target, scale=0.7),
+        lambda shape: {"mean": _randn(shape), "target": _randn(shape)},
+        lambda mean, target: gaussian_terms(
+            mean, target, torch.tensor(2 * math.log(0.7), dtype=torch.float64)
+        ),
+        targets=(torch.uint8,),
+        extremes=lambda: _columns("mean", "target", rows=[(-1e4, 1e4), (1e4, 1.0), (1e-4, 0.0)]),
+    ),
+    Case(
+        "gaussian_learned",
+        lambda f, mean, target, logvar: f.gaussian_nll(mean, target, logvar),
+        lambda shape: {
+            "mean": _randn(shape),
+            "target": _randn(shape),
+            "logvar": torch.tensor(0.375).double(),
+        },
+        gaussian_terms,
+        targets=(torch.uint8,),
+    ),
+    Case(
+        "gaussian_per_element",
+        lambda f, mean, target, logvar: f.gaussian_nll(mean, target, logvar),
+        lambda shape: {"mean": _randn(shape), "target": _randn(shape), "logvar": _randn(shape)},
+        gaussian_terms,
+        targets=(torch.uint8,),
+        extremes=_logvar_extremes,
+    ),
+    Case(
+        "gaussian_head",
+        lambda f, params, target: f.gaussian_head_nll(params, target),
+        lambda shape: {"params": _randn(_packed(shape)), "target": _randn(shape)},
+        head_terms,
+        min_rank=2,
+        targets=(torch.uint8,),
+        extremes=_head_extremes,
+    ),
+    Case(
+        "kl",
+        lambda f, mu, logvar: f.gaussian_kl(mu, logvar),
+        lambda shape: {"mu": _randn(shape), "logvar": _randn(shape)},
+        kl_terms,
+        extremes=lambda: _columns("mu", "logvar", rows=_KL_EXTREMES),
+    ),
+    Case(
+        "kl_prior",
+        lambda f, mu, logvar, prior_mu, prior_logvar: f.gaussian_kl(mu, logvar, prior_mu, prior_logvar),
+        lambda shape: {name: _randn(shape) for name in ("mu", "logvar", "prior_mu", "prior_logvar")},
+        kl_terms,
+        extremes=lambda: _columns("mu", "logvar", "prior_mu", "prior_logvar", rows=_PRIOR_EXTREMES),
+    ),
+    Case(
+        "kl_per_element",
+        lambda f, mu, logvar: f.gaussian_kl(mu, logvar, reduction="none"),
+        lambda shape: {"mu": _randn(shape), "logvar": _randn(shape)},
+        kl_terms,
+        per_element=True,
+    ),
+    Case(
+        "kl_prior_per_element",
+        lambda f, **inputs: f.gaussian_kl(**inputs, reduction="none"),
+        lambda shape: {name: _randn(shape) for name in ("mu", "logvar", "prior_mu", "prior_logvar")},
+        kl_terms,
+        per_element=True,
+    ),
+    # The KL that comes with z is computed by another kernel than the KL alone.
+    Case(
+        "kl_with_z",
+        lambda f, mu, logvar: f.reparameterize_kl(mu, logvar, eps=torch.zeros_like(mu))[1],
+        lambda shape: {"mu": _randn(shape), "logvar": _randn(shape)},
+        kl_terms,
+        extremes=lambda: _columns("mu", "logvar", rows=_KL_EXTREMES),
+    ),
+    Case(
+        "kl_prior_with_z",
+        lambda f, **inputs: f.reparameterize_kl(**inputs, eps=torch.zeros_like(inputs["mu"]))[1],
+        lambda shape: {name: _randn(shape) for name in ("mu", "logvar", "prior_mu", "prior_logvar")},
+        kl_terms,
+        extremes=lambda: _columns("mu", "logvar", "prior_mu", "prior_logvar", rows=_PRIOR_EXTREMES),
+    ),
+)
+
+by_id = {case.id: case for case in CASES}
+
+
+def ids(value: Any) -> str:
+    """Names of parameters in pytest's output."""
+    if isinstance(value, Case):
+        return value.id
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def cast(inputs: Inputs, dtype: torch.dtype, target: torch.dtype | None = None) -> Inputs:
+    """The inputs in the types under test, float targets rounded into an integer type that wants it."""
+    result = {}
+    for name, value in inputs.items():
+        if name != "target" or target is None:
+            result[name] = value.to(dtype)
+        elif target.is_floating_point:
+            result[name] = value.to(target)
+        elif target == torch.bool:
+            result[name] = value > 0.5
+        else:
+            result[name] = (value.abs() * 255).round().clamp(max=255).to(target)
+    return result
+
+
+def to_exact(inputs: Inputs) -> Inputs:
+    """What the inputs mean, in float64."""
+    return {
+        name: value.detach().double() / (255 if value.dtype == torch.uint8 else 1)
+        for name, value in inputs.items()
+    }
+
+
+class Result(NamedTuple):
+    value: Tensor
+    scale: Tensor  # of the value's rounding: the sum of its summands' sizes
+    gradients: Inputs
+
+
+def differentiable(case: Case, inputs: Inputs) -> list[str]:
+    return [name for name, x in inputs.items() if name not in case.fixed and x.is_floating_point()]
+
+
+def cotangent(value: Tensor) -> Tensor:
+    """Weights between 1/2 and 3/2 for the rows of a result, the same for every implementation."""
+    steps = torch.arange(value.numel(), dtype=torch.float64).reshape(value.shape)
+    return 0.5 + (steps * 0.618) % 1
+
+
+def exact(case: Case, inputs: Inputs) -> Result:
+    """Value and gradients by the formula, in float64."""
+    leaves = {name: x.requires_grad_() for name, x in to_exact(inputs).items()}
+    terms = case.terms(**leaves)
+    value, scale = sum(terms), sum(term.abs() for term in terms)
+    if not case.per_element:
+        value, scale = (x.flatten(1).sum(1) if x.dim() > 1 else x for x in (value, scale))
+    names = differentiable(case, inputs)
+    gradients = torch.autograd.grad((value * cotangent(value)).sum(), [leaves[name] for name in names])
+    return Result(value.detach(), scale.detach(), dict(zip(names, gradients, strict=True)))
+
+
+def run(case: Case, module: Any, inputs: Inputs) -> Result:
+    """Value and gradients by `fastvae.functional` or `fastvae.reference`."""
+    names = differentiable(case, inputs)
+    leaves = {name: x.detach().requires_grad_(name in names) for name, x in inputs.items()}
+    value = case.call(module, **leaves)
+    weights = cotangent(value).to(value.dtype)
+    gradients = torch.autograd.grad(value, [leaves[name] for name in names], weights)
+    return Result(value.detach(), torch.empty(0), dict(zip(names, gradients, strict=True)))

@@ -1,0 +1,221 @@
+"""Choosing a backend, falling back from one that is missing, and saying what is there."""
+
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+import fastvae
+import fastvae.functional as fv
+from fastvae import backend as backends
+
+A = torch.zeros(2, 3)
+
+
+def serving() -> str:
+    return backends.choose(A).name
+
+
+# --- Choosing ---------------------------------------------------------------------------------------------------------
+
+
+def test_auto_is_native_here() -> None:
+    """`make test` is there for the compiled kernels: falling back fails."""
+    assert backends._setting == "auto"
+    assert serving() == "native"
+    assert backends.choose(A) is backends.choose(A.double())
+
+
+def test_use_backend_restores_what_was_set() -> None:
+    with fastvae.use_backend("reference"):
+        assert serving() == "reference"
+        with fastvae.use_backend("native"):
+            assert serving() == "native"
+        assert serving() == "reference"
+        with pytest.raises(KeyError), fastvae.use_backend("native"):
+            raise KeyError
+        assert serving() == "reference"
+        with pytest.raises(ValueError, match="nonsense"), fastvae.use_backend("nonsense"):
+            pass
+        assert serving() == "reference"
+    assert backends._setting == "auto"
+
+
+def test_set_backend_stays_until_set_again() -> None:
+    try:
+        fastvae.set_backend("reference")
+        assert serving() == "reference"
+    finally:
+        fastvae.set_backend("auto")
+    assert serving() == "native"
+
+
+def test_the_setting_decides_who_computes(backend: str) -> None:
+    """The reference leaves ordinary autograd nodes, the kernels their own: the setting is more than a label."""
+    out = fv.bernoulli_nll(A.clone().requires_grad_(), A)
+    assert ("Nll" in out.grad_fn.name()) == (backend == "native")
+
+
+@pytest.mark.parametrize("name", ["auto", "native", "reference"])
+def test_other_devices_go_to_the_reference(name: str) -> None:
+    meta = torch.zeros(2, 3, device="meta")
+    with fastvae.use_backend(name):
+        assert fv.bernoulli_nll(meta, meta).shape == (2,)
+
+
+def test_a_backward_belongs_to_the_forward(backend: str) -> None:
+    """Switching between forward and backward, or on another thread, changes nothing."""
+    a = torch.randn(2, 3, requires_grad=True)
+    loss = fv.bernoulli_nll(a, A).sum()
+    with fastvae.use_backend("reference" if backend == "native" else "native"):
+        loss.backward()
+    torch.testing.assert_close(a.grad, torch.sigmoid(a.detach()))
+
+
+def test_insisting_on_what_is_not_there() -> None:
+    """ "native" and "triton" raise, with the reason and the command; the setting stays."""
+    if backends._load("triton") is None:
+        with pytest.raises(
+            RuntimeError, match=r"fastvae\.set_backend: backend 'triton' is not available: .*pip install"
+        ):
+            fastvae.set_backend("triton")
+    assert backends._setting == "auto"
+
+
+# --- Missing ----------------------------------------------------------------------------------------------------------
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+WITHOUT = """
+import sys, warnings
+sys.modules["fastvae._C"] = None  # importing it raises ImportError
+sys.modules["fastvae._build_info"] = None
+import torch, fastvae
+a = torch.zeros(2, 3)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        nll = fastvae.functional.bernoulli_nll(a, a)
+        fastvae.ELBO("bernoulli")(a, a, a, a)
+assert torch.allclose(nll, torch.full((2,), 3 * 0.6931472))
+ours = [w for w in caught if "fastvae" in str(w.message)]
+assert len(ours) == 1, ours
+print(ours[0].category.__name__, ours[0].filename, ours[0].message)
+try:
+    fastvae.set_backend("native")
+except RuntimeError as error:
+    print(error)
+print(fastvae.show_config())
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    fastvae.set_backend("reference")
+    fastvae.functional.bernoulli_nll(a, a)
+"""
+
+
+def test_without_the_extension_the_reference_runs_and_warns_once() -> None:
+    done = python(WITHOUT)
+    assert done.returncode == 0, done.stderr
+    warning, error, *config = done.stdout.splitlines()
+    build = "pip install --no-build-isolation -e ."
+    assert warning.startswith(
+        "RuntimeWarning <string> fastvae runs cpu tensors on its pure-PyTorch reference"
+    )
+    assert "fastvae.set_backend('reference') accepts that silently" in warning
+    assert build in warning
+    assert error.startswith("fastvae.set_backend: backend 'native' is not available: ")
+    assert build in error
+    text = "\n".join(config)
+    assert re.search(r"extension +not built", text)
+    assert re.search(r"nll +reference +reference +reference", text)
+    assert re.search(rf"missing\n  native: .*{re.escape(build)}", text)
+
+
+def test_importing_builds_nothing_and_brings_no_trainer() -> None:
+    """The core imports no data set, plotting or training library, and no compiler."""
+    heavy = [
+        "matplotlib",
+        "sklearn",
+        "PIL",
+        "typer",
+        "rich",
+        "triton",
+        "lightning",
+        "torch.utils.cpp_extension",
+    ]
+    done = python(
+        "import torch, sys; before = set(sys.modules); import fastvae; "
+        f"print(*(set(sys.modules) - before) & set({heavy}))"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"TORCH_VERSION": "2.9.1+cu128"},
+            f"the extension was built for torch 2.9.1+cu128 and this is torch {torch.__version__}; rebuild it with: "
+            "pip install --no-build-isolation -e .",
+        ),
+        ({"PYTHON_VERSION": "3.9.2"}, "the extension was built for Python 3.9.2 and this is Python 3."),
+    ],
+    ids=["torch", "python"],
+)
+def test_an_extension_built_for_another_version(
+    monkeypatch: pytest.MonkeyPatch, record: dict[str, str], message: str
+) -> None:
+    """What it was built with is compared before it is loaded, where the loader would speak of symbols."""
+    real = backends._build_info()
+    built = types.SimpleNamespace(**{k: v for k, v in vars(real).items() if k.isupper()} | record)
+    monkeypatch.setattr(backends, "_build_info", lambda: built)
+    with pytest.raises(backends._Missing, match=re.escape(message)):
+        backends._load_native()
+
+
+def test_a_patch_release_of_torch_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = backends._build_info()
+    patched = ".".join(torch.__version__.split(".")[:2]) + ".99+other"
+    built = types.SimpleNamespace(TORCH_VERSION=patched, PYTHON_VERSION=real.PYTHON_VERSION)
+    monkeypatch.setattr(backends, "_build_info", lambda: built)
+    assert backends._load_native().name == "native"
+
+
+# --- show_config ------------------------------------------------------------------------------------------------------
+
+
+def test_show_config() -> None:
+    """Versions, who serves what, and for whatever is missing the reason and the command."""
+    text = fastvae.show_config()
+    assert text.startswith(f"fastvae {fastvae.__version__}\n")
+    for label, value in {
+        "torch": torch.__version__,
+        "extension": "loaded",
+        "CPU in use": "(default|avx2|avx512)",
+        "threads": torch.get_num_threads(),
+    }.items():
+        pattern = value if label == "CPU in use" else re.escape(str(value))
+        assert re.search(rf"^  {label} +{pattern}", text, re.MULTILINE | re.IGNORECASE), label
+    assert "backend 'auto' serves" in text
+    for op in backends.OPS:
+        assert re.search(rf"^  {op} +native +\w+ +reference$", text, re.MULTILINE), op
+    for name in ("native", "triton"):
+        if backends._load(name) is None or not backends._has_kernels(name, "cuda"):
+            assert re.search(rf"^  {name}( on cuda)?: .+(pip install|https://)", text, re.MULTILINE), name
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_show_config_follows_the_setting() -> None:
+    with fastvae.use_backend("reference"):
+        text = fastvae.show_config()
+    assert "backend 'reference' serves" in text
+    assert re.search(r"nll +reference +reference +reference", text)

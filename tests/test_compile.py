@@ -1,0 +1,251 @@
+"""torch.compile: one graph for all batch sizes, the numbers of eager, noise that stays random. And `opcheck`."""
+
+import re
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fastvae
+import fastvae.functional as fv
+from fastvae.likelihoods import Gaussian
+
+L, D = 5, 12
+SEED = torch.tensor([7, 8])
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+def make_elbo(likelihood: str) -> fastvae.ELBO:
+    return fastvae.ELBO(likelihood if likelihood == "bernoulli" else Gaussian(likelihood), beta=0.5)
+
+
+class Model(nn.Module):
+    """Encoder, ELBO and decoder: what a training step compiles."""
+
+    def __init__(self, likelihood: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.elbo = make_elbo(likelihood)
+        self.encoder = nn.Linear(D, 2 * L)
+        self.decoder = nn.Linear(L, self.elbo.likelihood.channels(D))
+
+    def forward(self, x: Tensor, seed: Tensor | None = None) -> fastvae.ELBOOutput:
+        mu, logvar = self.encoder(x).chunk(2, dim=1)
+        z, kl = self.elbo.reparameterize(mu, logvar, seed=seed)
+        return self.elbo(self.decoder(z), x, kl=kl)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "likelihood"),
+    [
+        ("aot_eager", "bernoulli"),
+        ("aot_eager", "learned"),
+        ("aot_eager", "per_element"),
+        pytest.param("inductor", "learned", marks=pytest.mark.slow),
+    ],
+)
+def test_one_graph_and_the_numbers_of_eager(native: None, compiler: str, likelihood: str) -> None:
+    model, counter = Model(likelihood), CompileCounterWithBackend(compiler)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for rows in (3, 8, 17, 5):
+        x = torch.rand(rows, D)
+
+        def run(step: Callable[..., fastvae.ELBOOutput], x: Tensor = x) -> list[Tensor]:
+            model.zero_grad()
+            out = step(x, SEED)
+            (3 * out.loss + out.nll.square().mean()).backward()
+            return [*(t.detach() for t in out), *(p.grad.clone() for p in model.parameters())]
+
+        for actual, expected in zip(run(compiled), run(model), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count == 1
+
+
+def test_the_reference_compiles(native: None) -> None:
+    """Whoever asks for the reference gets it in one graph as well, and a switch is seen."""
+    model, counter = Model("bernoulli"), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    x = torch.rand(4, D)
+    from_native = compiled(x, SEED)
+    with fastvae.use_backend("reference"):
+        from_reference = compiled(x, SEED)
+    assert counter.frame_count == 2
+    ours = [[n for n in g.graph.nodes if str(n.target).startswith("fastvae.")] for g in counter.graphs]
+    assert [len(nodes) for nodes in ours] == [2, 0]
+    for actual, expected in zip(from_reference, from_native, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+# The partitioner of this backend is Inductor's: it is where equal calls are merged.
+PARTITIONED = "aot_eager_decomp_partition"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "compiler"),
+    [
+        ("native", PARTITIONED),
+        ("reference", PARTITIONED),
+        pytest.param("native", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_draws_stay_draws(chosen: str, compiler: str) -> None:
+    """Two equal calls in one compiled function, and one call after another, differ; a seeded run repeats itself."""
+    elbo, mu, logvar = make_elbo("bernoulli"), torch.zeros(4, L, requires_grad=True), torch.zeros(4, L)
+
+    @torch.compile(fullgraph=True, backend=compiler)
+    def twice(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+        return elbo.reparameterize(mu, logvar)[0], elbo.reparameterize(mu, logvar)[0]
+
+    with fastvae.use_backend(chosen):
+        torch.manual_seed(1)
+        first, second = twice(mu, logvar)
+        third, _ = twice(mu, logvar)
+        torch.manual_seed(1)
+        again, _ = twice(mu, logvar)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, third)
+    assert torch.equal(again, first)
+
+
+def test_the_backward_uses_the_forwards_noise(native: None) -> None:
+    """z = mu + e^(logvar/2) eps: the gradient of logvar tells which eps the backward regenerated."""
+    mu, logvar = torch.zeros(4, L), torch.zeros(4, L, requires_grad=True)
+
+    @torch.compile(fullgraph=True, backend=PARTITIONED)
+    def draw(mu: Tensor, logvar: Tensor) -> Tensor:
+        return fv.reparameterize_kl(mu, logvar)[0]
+
+    z = draw(mu, logvar)
+    z.sum().backward()
+    torch.testing.assert_close(logvar.grad, z.detach() / 2)
+
+
+def test_a_schedule_of_beta_needs_no_recompilation(backend: str) -> None:
+    model, counter = Model("bernoulli"), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    x = torch.rand(4, D)
+    for beta in (0.0, 0.25, 1.0):
+        model.elbo.beta = beta
+        out = compiled(x, SEED)
+        torch.testing.assert_close(out.loss, (out.nll + beta * out.kl).mean())
+    assert counter.frame_count == 1
+
+
+def test_generator_is_a_limit_that_says_so(backend: str) -> None:
+    elbo, generator = make_elbo("bernoulli"), torch.Generator()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def draw(mu: Tensor) -> Tensor:
+        return elbo.reparameterize(mu, mu, generator=generator)[0]
+
+    with pytest.raises(Exception, match=r"`generator` cannot be traced by torch\.compile; pass `seed`"):
+        draw(torch.zeros(4, L))
+
+
+def test_a_wrong_shape_keeps_its_words(backend: str) -> None:
+    elbo = torch.compile(make_elbo("bernoulli"), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=re.escape("did you mean x.flatten(1)?")):
+        elbo(torch.zeros(4, D), torch.zeros(4, 3, 4), kl=torch.zeros(4))
+
+
+def test_no_warning_and_no_look_inside_a_graph(backend: str) -> None:
+    """Probabilities in place of logits warn in eager; compiled code neither breaks the graph nor reads the data."""
+    elbo = make_elbo("bernoulli")
+    compiled = torch.compile(elbo, fullgraph=True, backend="eager")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fastvae")
+        compiled(torch.rand(4, D), torch.rand(4, D), kl=torch.zeros(4))
+    assert not elbo._looked
+
+
+# --- opcheck: schema, autograd registration, fake kernels, tracing ----------------------------------------------------
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def plain(*shape: int) -> Tensor:
+    return leaf(*shape).detach()
+
+
+X, M, ROWS, BETA, NONE = (3, D), (3, L), torch.ones(3), torch.tensor(0.5), None
+IMAGE = plain(2, 3, 4, 4).to(memory_format=torch.channels_last)
+
+# The ops themselves, then the forward and backward that they call.
+OPS = {
+    "reparameterize_kl": [
+        (leaf(*M), leaf(*M), NONE, NONE, NONE, SEED, 0, NONE, NONE),
+        (leaf(*M), leaf(*M), leaf(*M), leaf(*M), 2, SEED, 3, NONE, NONE),
+        (leaf(*M), plain(*M), NONE, NONE, 2, NONE, 0, leaf(2, *M), NONE),
+    ],
+    "gaussian_kl": [
+        (leaf(*M), leaf(*M), NONE, NONE, False),
+        (leaf(*M).half(), leaf(*M).half(), plain(*M).half(), plain(*M).half(), True),
+    ],
+    "nll": [
+        ("bernoulli", [leaf(*X)], plain(*X).sigmoid(), [], ROWS.clone().requires_grad_(), BETA, 2),
+        ("bernoulli", [IMAGE.clone().requires_grad_()], IMAGE.byte(), [], NONE, NONE, 0),
+        ("gaussian", [leaf(*X)], leaf(*X), [0.5], ROWS, BETA, 1),
+        ("gaussian_learned", [leaf(*X), leaf()], plain(*X), [], ROWS, BETA, 2),
+        ("gaussian_per_element", [plain(*X), leaf(*X)], leaf(*X), [], ROWS, NONE, 2),
+        ("gaussian_head", [leaf(2, 4, 3)], leaf(2, 2, 3), [], NONE, NONE, 0),
+    ],
+    "reparameterize_kl_forward": [
+        (plain(*M), plain(*M), NONE, NONE, NONE, SEED, 0, NONE, NONE),
+        (plain(*M), plain(*M), plain(*M), plain(*M), 2, NONE, 0, plain(2, *M), NONE),
+    ],
+    "reparameterize_kl_backward": [
+        (plain(*M), ROWS, plain(*M), plain(*M), NONE, NONE, NONE, SEED, 0, NONE, 0b00011),
+        (
+            plain(2, *M),
+            NONE,
+            plain(*M),
+            plain(*M),
+            plain(*M),
+            plain(*M),
+            2,
+            SEED[:0],
+            0,
+            plain(2, *M),
+            0b11111,
+        ),
+    ],
+    "gaussian_kl_forward": [(plain(*M), plain(*M), NONE, NONE, True)],
+    "gaussian_kl_backward": [(ROWS, plain(*M), plain(*M), plain(*M), plain(*M), 0b1111)],
+    "nll_forward": [
+        ("bernoulli", [plain(*X)], plain(*X), [], ROWS, BETA, 2, 1),
+        ("gaussian_learned", [IMAGE, torch.tensor(0.1)], IMAGE, [], NONE, NONE, 0, 0b11),
+        ("gaussian_per_element", [plain(*X), plain(*X)], plain(*X), [], ROWS.double(), BETA, 1, 0b10),
+    ],
+    "nll_backward": [
+        (torch.tensor(2.0), NONE, [plain(*X)], NONE, ROWS, BETA, 3, 2, True, True),
+        (NONE, ROWS, [plain(*X)], ROWS, NONE, NONE, 3, 0, False, False),
+    ],
+    "nll_backward_": [(torch.tensor(2.0), ROWS, [plain(*X)], NONE, ROWS, BETA, 3, 2, True, True)],
+}
+
+
+@pytest.mark.parametrize(("name", "row"), [(name, i) for name, rows in OPS.items() for i in range(len(rows))])
+def test_opcheck(name: str, row: int) -> None:
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if name == "nll_backward_":
+        # It writes to a list of tensors, which cannot be traced; a trace takes nll_backward in its place.
+        checks.remove("test_aot_dispatch_dynamic")
+    torch.library.opcheck(getattr(torch.ops.fastvae, name).default, OPS[name][row], test_utils=checks)
+
+
+def test_every_op_is_checked() -> None:
+    names = {
+        name.removeprefix("fastvae::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if "fastvae::" in name
+    }
+    assert names == set(OPS)

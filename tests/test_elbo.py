@@ -1,0 +1,327 @@
+"""`fastvae.ELBO` and the likelihood modules, as a user calls them."""
+
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastvae
+from fastvae.likelihoods import Bernoulli, Gaussian, Likelihood
+
+B, D, L = 6, 12, 5
+
+
+@pytest.fixture
+def data() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "recon": torch.randn(B, D, generator=generator),
+        "x": torch.rand(B, D, generator=generator),
+        "mu": torch.randn(B, L, generator=generator),
+        "logvar": torch.randn(B, L, generator=generator),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _warn_again() -> None:
+    fastvae.elbo._warned.clear()
+
+
+def textbook_kl(mu: Tensor, logvar: Tensor) -> Tensor:
+    return -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum(1)
+
+
+# --- The loss ---------------------------------------------------------------------------------------------------------
+
+REDUCE = {"mean": Tensor.mean, "batchmean": Tensor.mean, "sum": Tensor.sum, "none": lambda rows: rows}
+
+
+@pytest.mark.parametrize("reduction", REDUCE)
+@pytest.mark.parametrize("beta", [1.0, 0.25, 0.0])
+def test_both_call_forms_are_the_tutorials_loss(
+    backend: str, data: dict[str, Tensor], reduction: str, beta: float
+) -> None:
+    elbo = fastvae.ELBO("bernoulli", beta=beta, reduction=reduction)
+    classic = elbo(**data)
+    _, kl = elbo.reparameterize(data["mu"], data["logvar"])
+    modern = elbo(data["recon"], data["x"], kl=kl)
+
+    bce = F.binary_cross_entropy_with_logits(data["recon"], data["x"], reduction="none").sum(1)
+    wanted_kl = textbook_kl(data["mu"], data["logvar"])
+    for out in (classic, modern):
+        assert isinstance(out, fastvae.ELBOOutput)
+        torch.testing.assert_close(out.nll, bce)
+        torch.testing.assert_close(out.kl, wanted_kl)
+        torch.testing.assert_close(out.loss, REDUCE[reduction](bce + beta * wanted_kl))
+        torch.testing.assert_close(out.elbo, -(bce + wanted_kl))  # whatever beta is
+    assert all(torch.equal(a, b) for a, b in zip(classic, modern, strict=True))
+
+
+def test_the_sum_that_tutorials_write(backend: str, data: dict[str, Tensor]) -> None:
+    """The classic function, sigmoid and all, is a one-line change."""
+    recon, x, mu, logvar = data.values()
+
+    def loss_function(recon_x: Tensor) -> Tensor:
+        bce = F.binary_cross_entropy(recon_x, x, reduction="sum")
+        kld = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
+        return bce + kld
+
+    wanted = loss_function(torch.sigmoid(recon))
+    from_logits = fastvae.ELBO("bernoulli", reduction="sum")(recon, x, mu, logvar).loss
+    from_probs = fastvae.ELBO(Bernoulli(from_probs=True), reduction="sum")(
+        torch.sigmoid(recon), x, mu, logvar
+    ).loss
+    torch.testing.assert_close(from_logits, wanted)
+    torch.testing.assert_close(from_probs, wanted)
+
+
+def test_one_row_is_one_datum(backend: str) -> None:
+    """Dimension 0 is the batch; every other is summed, whatever the rank."""
+    recon, x = torch.zeros(2, 3, 4, 5), torch.ones(2, 3, 4, 5)
+    out = fastvae.ELBO("bernoulli")(recon, x, torch.zeros(2, 7, 1), torch.zeros(2, 7, 1))
+    torch.testing.assert_close(out.nll, torch.full((2,), 60 * math.log(2)))
+    assert torch.equal(out.kl, torch.zeros(2))
+
+
+def test_reparameterize_passes_everything_on(backend: str, data: dict[str, Tensor]) -> None:
+    mu, logvar = data["mu"], data["logvar"]
+    options = {"samples": 3, "seed": torch.tensor([5, 6]), "row_offset": 2}
+    ours = fastvae.ELBO("gaussian").reparameterize(mu, logvar, logvar, mu, **options)
+    function = fastvae.functional.reparameterize_kl(mu, logvar, logvar, mu, **options)
+    assert ours[0].shape == (3, B, L)
+    assert all(torch.equal(a, b) for a, b in zip(ours, function, strict=True))
+
+
+def test_noise_in_evaluation_too(data: dict[str, Tensor]) -> None:
+    elbo = fastvae.ELBO("bernoulli").eval()
+    first, second = (elbo.reparameterize(data["mu"], data["logvar"])[0] for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+# --- beta -------------------------------------------------------------------------------------------------------------
+
+
+def assign_number(elbo: fastvae.ELBO) -> None:
+    elbo.beta = 0.25
+
+
+def assign_tensor(elbo: fastvae.ELBO) -> None:
+    elbo.beta = torch.tensor(0.25, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("change", [assign_number, assign_tensor, lambda elbo: elbo.beta.fill_(0.25)])
+def test_beta_changes_in_place(backend: str, data: dict[str, Tensor], change) -> None:  # type: ignore[no-untyped-def]
+    elbo = fastvae.ELBO("bernoulli", beta=torch.tensor(1.0))
+    buffer = elbo.beta
+    change(elbo)
+    assert elbo.beta is buffer  # compiled code and CUDA graphs hold on to it
+    assert dict(elbo.named_buffers())["beta"] is buffer
+    out = elbo(**data)
+    torch.testing.assert_close(out.loss, (out.nll + 0.25 * out.kl).mean())
+
+
+def test_beta_is_a_setting_not_a_weight() -> None:
+    elbo = fastvae.ELBO("bernoulli", beta=0.5)
+    assert elbo.state_dict() == {}
+    assert list(elbo.parameters()) == []
+    elbo.load_state_dict(fastvae.ELBO("bernoulli", beta=2.0).state_dict())
+    assert elbo.beta.item() == 0.5
+
+
+def test_beta_survives_a_cast(backend: str, data: dict[str, Tensor]) -> None:
+    """`model.half()` casts buffers along; the loss still knows what to do with it."""
+    elbo = fastvae.ELBO("bernoulli", beta=0.5).half()
+    out = elbo(**data)
+    assert out.loss.dtype == torch.float32
+    torch.testing.assert_close(out.loss, (out.nll + 0.5 * out.kl).mean())
+
+
+def test_repr_tells_the_settings() -> None:
+    text = repr(fastvae.ELBO(Gaussian("learned"), beta=0.5, reduction="sum"))
+    assert "beta=0.5, reduction='sum'" in text
+    assert "Gaussian(scale='learned')" in text
+
+
+# --- Likelihoods ------------------------------------------------------------------------------------------------------
+
+
+def test_the_likelihood_is_a_submodule() -> None:
+    elbo = fastvae.ELBO(Gaussian("learned"))
+    assert isinstance(elbo.likelihood, Gaussian)
+    assert [name for name, _ in elbo.named_parameters()] == ["likelihood.logvar"]
+    assert list(elbo.state_dict()) == ["likelihood.logvar"]
+
+
+def test_a_learned_scale_finds_the_variance(backend: str) -> None:
+    """Trained through elbo.parameters(), log sigma^2 comes to the mean squared error: the best there is."""
+    elbo = fastvae.ELBO(Gaussian("learned"))
+    optimiser = torch.optim.Adam(elbo.parameters(), lr=0.1)
+    x = 0.3 * torch.randn(50, D)
+    for _ in range(200):
+        optimiser.zero_grad()
+        elbo(torch.zeros_like(x), x, kl=torch.zeros(50)).loss.backward()
+        optimiser.step()
+    torch.testing.assert_close(elbo.likelihood.logvar.detach().exp(), x.square().mean(), rtol=1e-2, atol=0)
+
+
+PACKED = torch.randn(B, 2 * D, generator=torch.Generator().manual_seed(2))
+MODULES = {
+    "bernoulli": (Bernoulli(), PACKED[:, :D], PACKED[:, :D].sigmoid(), 1),
+    "from_probs": (Bernoulli(from_probs=True), PACKED[:, :D].sigmoid(), PACKED[:, :D].sigmoid(), 1),
+    "gaussian": (Gaussian(0.5), PACKED[:, :D], PACKED[:, :D], 1),
+    "learned": (Gaussian("learned"), PACKED[:, :D], PACKED[:, :D], 1),
+    "per_element": (Gaussian("per_element"), PACKED, PACKED[:, :D], 2),
+    "pair": (Gaussian("per_element"), (PACKED[:, :D], PACKED[:, D:]), PACKED[:, :D], 2),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_likelihood_modules(backend: str, name: str, data: dict[str, Tensor]) -> None:
+    likelihood, params, mean, factor = MODULES[name]
+    assert likelihood.channels(3) == 3 * factor
+    torch.testing.assert_close(likelihood.mean(params), mean)
+    nll = likelihood.nll(params, data["x"])
+    assert nll.shape == (B,)
+    assert torch.equal(nll, fastvae.ELBO(likelihood)(params, data["x"], kl=torch.zeros(B)).nll)
+
+    draws = [likelihood.sample(params, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(draws[0], draws[1])
+    assert draws[0].shape == mean.shape
+    assert not draws[0].requires_grad
+    many = torch.stack([likelihood.sample(params) for _ in range(2000)])
+    spread = many.std(0) / 2000**0.5
+    assert ((many.mean(0) - mean).abs() < 6 * spread + 1e-3).all()
+
+
+SCALES = {
+    "fixed": (Gaussian(0.5), PACKED[:, :D], torch.tensor(0.5)),
+    "learned": (Gaussian("learned"), PACKED[:, :D], torch.tensor(1.0)),
+    "packed": (Gaussian("per_element"), PACKED, (PACKED[:, D:] / 2).exp()),
+    "pair": (Gaussian("per_element"), (PACKED[:, :D], PACKED[:, D:]), (PACKED[:, D:] / 2).exp()),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_gaussians_are_those_of_torch(backend: str, name: str, data: dict[str, Tensor]) -> None:
+    """Normalised: -log p is torch.distributions' own, and samples spread as it says."""
+    likelihood, params, std = SCALES[name]
+    wanted = -torch.distributions.Normal(PACKED[:, :D], std).log_prob(data["x"]).sum(1)
+    torch.testing.assert_close(likelihood.nll(params, data["x"]), wanted.detach(), check_stride=False)
+    spread = torch.stack([likelihood.sample(params) for _ in range(4000)]).std(0)
+    torch.testing.assert_close(spread, std.expand_as(spread), rtol=0.08, atol=0)
+
+
+def test_from_probs_is_torchs_cross_entropy(backend: str) -> None:
+    """Value and gradient, the ends included: F.binary_cross_entropy counts log 0 as -100."""
+    probs = torch.tensor([[0.0, 1.0, 0.5, 1e-6, 1 - 1e-6, 0.3], [1.0, 0.0, 0.0, 1.0, 0.9, 0.1]])
+    x = torch.tensor([[0.0, 1.0, 0.2, 1.0, 0.0, 0.0], [0.0, 1.0, 0.5, 0.5, 1.0, 0.0]])
+    ours, torchs = (probs.clone().requires_grad_() for _ in range(2))
+    nll = Bernoulli(from_probs=True).nll(ours, x)
+    wanted = F.binary_cross_entropy(torchs, x, reduction="none").sum(1)
+    torch.testing.assert_close(nll, wanted)
+    nll.sum().backward()
+    wanted.sum().backward()
+    inside = (probs > 0) & (probs < 1)
+    torch.testing.assert_close(ours.grad[inside], torchs.grad[inside], rtol=1e-4, atol=1e-5)
+    assert not ours.grad[~inside].any()  # none where the value is clamped
+
+
+class Laplace(nn.Module):
+    """What a user may bring: only `nll` is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(0.2))
+
+    def nll(self, params: Tensor, target: Tensor) -> Tensor:
+        return ((params - target).abs() / self.log_scale.exp() + self.log_scale + math.log(2)).sum(1)
+
+
+@pytest.mark.parametrize("reduction", REDUCE)
+def test_a_users_likelihood(backend: str, data: dict[str, Tensor], reduction: str) -> None:
+    elbo = fastvae.ELBO(Laplace(), beta=0.5, reduction=reduction)
+    out = elbo(**data)
+    kl = textbook_kl(data["mu"], data["logvar"])
+    torch.testing.assert_close(out.nll, Laplace().nll(data["recon"], data["x"]))
+    torch.testing.assert_close(out.loss, REDUCE[reduction](out.nll + 0.5 * kl))
+    out.loss.sum().backward()
+    assert elbo.likelihood.log_scale.grad.abs() > 0
+
+
+def test_a_subclass_with_a_row_is_served_by_a_kernel(backend: str, data: dict[str, Tensor]) -> None:
+    class Halved(Likelihood):
+        def row(self, params: Tensor) -> tuple[str, list[Tensor], list[float]]:
+            return "gaussian", [params / 2], [0.5]
+
+    out = fastvae.ELBO(Halved())(**data)
+    torch.testing.assert_close(out.nll, Gaussian(0.5).nll(data["recon"] / 2, data["x"]))
+
+
+def test_a_subclass_may_replace_nll(backend: str, data: dict[str, Tensor]) -> None:
+    class Doubled(Bernoulli):
+        def nll(self, params: Tensor, target: Tensor) -> Tensor:
+            return 2 * super().nll(params, target)
+
+    torch.testing.assert_close(fastvae.ELBO(Doubled())(**data).nll, 2 * fastvae.ELBO("bernoulli")(**data).nll)
+
+
+def test_pixels(backend: str, data: dict[str, Tensor]) -> None:
+    """uint8 images go in as they are."""
+    pixels = (data["x"] * 255).round().to(torch.uint8)
+    for name in ("bernoulli", "gaussian"):
+        elbo = fastvae.ELBO(name)
+        as_float = elbo(data["recon"], pixels / 255, kl=torch.zeros(B))
+        torch.testing.assert_close(elbo(data["recon"], pixels, kl=torch.zeros(B)).nll, as_float.nll)
+
+
+# --- Warnings ---------------------------------------------------------------------------------------------------------
+
+PROBS, LOGITS, UNIT = torch.rand(B, D), torch.linspace(-3, 3, B * D).view(B, D), torch.rand(B, D)
+SUSPECT = {
+    "probabilities": ("bernoulli", PROBS, UNIT, r"every value of `recon` lies in \[0, 1\]"),
+    "logits": (Bernoulli(from_probs=True), LOGITS, UNIT, r"`recon` leaves \[0, 1\], which looks like logits"),
+    "target": ("bernoulli", LOGITS, LOGITS, r"`x` leaves \[0, 1\] \(it spans -3 to 3\)"),
+}
+
+
+@pytest.mark.parametrize("name", SUSPECT)
+def test_suspect_data_warns_once(backend: str, name: str) -> None:
+    likelihood, recon, x, message = SUSPECT[name]
+
+    def use(elbo: fastvae.ELBO) -> None:
+        elbo(recon, x, kl=torch.zeros(B))
+        elbo(recon, x, kl=torch.zeros(B))
+
+    with pytest.warns(UserWarning, match=message) as caught:
+        any(use(fastvae.ELBO(likelihood)) for _ in range(2))  # twice the same ELBO, then another
+    assert len(caught) == 1
+    assert caught[0].filename == __file__  # it points at the user's line
+
+
+SILENT = {
+    "logits": ("bernoulli", LOGITS, UNIT),
+    "zeros": ("bernoulli", torch.zeros(B, D), UNIT),  # logits of a decoder that starts at zero
+    "probabilities": (Bernoulli(from_probs=True), PROBS, UNIT),
+    "pixels": ("bernoulli", LOGITS, torch.full((B, D), 200, dtype=torch.uint8)),
+    "gaussian": ("gaussian", PROBS, LOGITS),
+    "empty": ("bernoulli", torch.zeros(0, D), torch.zeros(0, D)),
+}
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_sound_data_is_silent(name: str) -> None:
+    likelihood, recon, x = SILENT[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastvae.ELBO(likelihood)(recon, x, kl=torch.zeros(len(x)))
+
+
+def test_only_the_first_batch_is_looked_at() -> None:
+    elbo = fastvae.ELBO("bernoulli")
+    elbo(LOGITS, UNIT, kl=torch.zeros(B))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        elbo(PROBS, LOGITS, kl=torch.zeros(B))

@@ -1,0 +1,403 @@
+"""Wrong inputs: one row each, with the exact words. The message names the argument, what it must be and what came."""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import fastvae
+import fastvae.functional as fv
+from fastvae.likelihoods import Bernoulli, Gaussian
+
+FLAT = torch.zeros(4, 12)
+IMAGE = torch.zeros(4, 3, 2, 2)
+HEAD = torch.zeros(4, 6, 2, 2)
+ROWS = torch.zeros(4)
+SEED = torch.tensor([1, 0])
+META = torch.zeros(4, 12, device="meta")
+
+
+def elbo(*args: object, likelihood: str | nn.Module = "bernoulli", **kwargs: object) -> object:
+    return fastvae.ELBO(likelihood)(*args, **kwargs)
+
+
+class Wrong(NamedTuple):
+    call: Callable[[], object]
+    kind: type[Exception]
+    message: str
+
+
+class Unsummed(nn.Module):
+    """A user's likelihood that forgot to sum."""
+
+    def nll(self, params: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (params - target) ** 2
+
+
+WRONG = {
+    # Shapes
+    "target image for flat logits": Wrong(
+        lambda: fv.bernoulli_nll(FLAT, IMAGE),
+        ValueError,
+        "fastvae.bernoulli_nll: `target` must have the shape of `logits` (4, 12), got (4, 3, 2, 2); "
+        "did you mean target.flatten(1)?",
+    ),
+    "flat target for an image": Wrong(
+        lambda: fv.gaussian_nll(IMAGE, FLAT),
+        ValueError,
+        "fastvae.gaussian_nll: `target` must have the shape of `mean` (4, 3, 2, 2), got (4, 12); "
+        "did you mean mean.flatten(1)?",
+    ),
+    "image x for flat recon": Wrong(
+        lambda: elbo(FLAT, IMAGE, kl=ROWS),
+        ValueError,
+        "fastvae.ELBO: `x` must have the shape of `recon` (4, 12), got (4, 3, 2, 2); did you mean x.flatten(1)?",
+    ),
+    "other arrangement": Wrong(
+        lambda: fv.bernoulli_nll(IMAGE, torch.zeros(4, 2, 2, 3)),
+        ValueError,
+        "`target` must have the shape of `logits` (4, 3, 2, 2), got (4, 2, 2, 3); "
+        "did you mean target.reshape((4, 3, 2, 2))?",
+    ),
+    "other size": Wrong(
+        lambda: fv.bernoulli_nll(FLAT, FLAT[:2]),
+        ValueError,
+        "fastvae.bernoulli_nll: `target` must have the shape of `logits` (4, 12), got (2, 12)",
+    ),
+    "broadcast": Wrong(
+        lambda: fv.gaussian_kl(FLAT, FLAT[:1]),
+        ValueError,
+        "fastvae.gaussian_kl: `logvar` must have the shape of `mu` (4, 12), got (1, 12)",
+    ),
+    "head target": Wrong(
+        lambda: fv.gaussian_head_nll(HEAD, HEAD),
+        ValueError,
+        "fastvae.gaussian_head_nll: `target` must have the shape (4, 3, 2, 2) for `params` (4, 6, 2, 2), "
+        "got (4, 6, 2, 2)",
+    ),
+    "odd head": Wrong(
+        lambda: fv.gaussian_head_nll(IMAGE, IMAGE),
+        ValueError,
+        "fastvae.gaussian_head_nll: `params` must have shape (B, 2C, ...), mean and log-variance packed along "
+        "dimension 1, got (4, 3, 2, 2)",
+    ),
+    "learned logvar": Wrong(
+        lambda: fv.gaussian_nll(FLAT, FLAT, ROWS),
+        ValueError,
+        "fastvae.gaussian_nll: `logvar` must be 0-dimensional or have the shape of `mean` (4, 12), got (4,)",
+    ),
+    "no batch": Wrong(
+        lambda: fv.bernoulli_nll(torch.tensor(0.0), torch.tensor(0.0)),
+        ValueError,
+        "fastvae.bernoulli_nll: `logits` must have a batch dimension, got a 0-dimensional tensor; "
+        "did you mean logits.unsqueeze(0)?",
+    ),
+    "kl per element": Wrong(
+        lambda: elbo(FLAT, FLAT, kl=FLAT),
+        ValueError,
+        "fastvae.ELBO: `kl` must have one value per row of `recon`, shape (4,), got (4, 12)",
+    ),
+    "kl already a mean": Wrong(
+        lambda: elbo(FLAT, FLAT, kl=ROWS.mean()),
+        ValueError,
+        "fastvae.ELBO: `kl` must have one value per row of `recon`, shape (4,), got ()",
+    ),
+    "kl of another batch": Wrong(
+        lambda: elbo(FLAT, FLAT, kl=torch.zeros(3)),
+        ValueError,
+        "fastvae.ELBO: `kl` must have one value per row of `recon`, shape (4,), got (3,)",
+    ),
+    "nll per element": Wrong(
+        lambda: elbo(FLAT, FLAT, kl=ROWS, likelihood=Unsummed()),
+        ValueError,
+        "fastvae.ELBO: the likelihood's `nll` must return one value per row, shape (B,), got (4, 12)",
+    ),
+    "mu of another batch": Wrong(
+        lambda: elbo(FLAT, FLAT, FLAT[:3], FLAT[:3]),
+        ValueError,
+        "fastvae.ELBO: `mu` must have as many rows as `x` (4, 12), got (3, 12)",
+    ),
+    "eps": Wrong(
+        lambda: fv.reparameterize_kl(FLAT, FLAT, samples=2, eps=FLAT),
+        ValueError,
+        "fastvae.reparameterize_kl: `eps` must have shape (samples, *mu.shape) = (2, 4, 12), got (4, 12)",
+    ),
+    "seed shape": Wrong(
+        lambda: fv.reparameterize_kl(FLAT, FLAT, seed=SEED[:1]),
+        ValueError,
+        "fastvae.reparameterize_kl: `seed` must have shape (2,): (seed, offset), got (1,)",
+    ),
+    # Dtypes and kinds
+    "integer latents": Wrong(
+        lambda: fv.reparameterize_kl(FLAT.long(), FLAT.long()),
+        TypeError,
+        "fastvae.reparameterize_kl: `mu` must be float32, bfloat16, float16 or float64, got int64",
+    ),
+    "integer recon": Wrong(
+        lambda: elbo(FLAT.int(), FLAT, kl=ROWS),
+        TypeError,
+        "fastvae.ELBO: `recon` must be float32, bfloat16, float16 or float64, got int32",
+    ),
+    "mixed latents": Wrong(
+        lambda: fv.gaussian_kl(FLAT, FLAT.half()),
+        TypeError,
+        "fastvae.gaussian_kl: `logvar` must be float32 as `mu`, got float16; did you mean logvar.to(mu.dtype)?",
+    ),
+    "float64 target": Wrong(
+        lambda: elbo(FLAT, FLAT.double(), kl=ROWS),
+        TypeError,
+        "fastvae.ELBO: `x` must be float32, uint8 or bool for a float32 `recon`, got float64; "
+        "did you mean x.to(recon.dtype)?",
+    ),
+    "int64 target": Wrong(
+        lambda: fv.bernoulli_nll(FLAT.half(), FLAT.long()),
+        TypeError,
+        "fastvae.bernoulli_nll: `target` must be float16, float32, uint8 or bool for a float16 `logits`, got int64; "
+        "did you mean target.to(logits.dtype)?",
+    ),
+    "bool target of a Gaussian": Wrong(
+        lambda: fv.gaussian_nll(FLAT, FLAT.bool()),
+        TypeError,
+        "fastvae.gaussian_nll: `target` must be float32 or uint8 for a float32 `mean`, got bool",
+    ),
+    "array target": Wrong(
+        lambda: elbo(FLAT, FLAT.numpy(), kl=ROWS),
+        TypeError,
+        "fastvae.ELBO: `x` must be a Tensor, got ndarray",
+    ),
+    "integer kl": Wrong(
+        lambda: elbo(FLAT, FLAT, kl=ROWS.long()),
+        TypeError,
+        "fastvae.ELBO: `kl` must be float32, bfloat16, float16 or float64, got int64",
+    ),
+    "kl a number": Wrong(
+        lambda: elbo(FLAT, FLAT, kl=1.0), TypeError, "fastvae.ELBO: `kl` must be a Tensor, got float"
+    ),
+    "seed a number": Wrong(
+        lambda: fv.reparameterize_kl(FLAT, FLAT, seed=3),
+        TypeError,
+        "fastvae.reparameterize_kl: `seed` must be an int64 Tensor (seed, offset), got int; "
+        "did you mean torch.tensor([seed, 0])?",
+    ),
+    "float seed": Wrong(
+        lambda: fv.reparameterize_kl(FLAT, FLAT, seed=SEED.float()),
+        TypeError,
+        "fastvae.reparameterize_kl: `seed` must be int64, got float32",
+    ),
+    "generator a number": Wrong(
+        lambda: fv.reparameterize_kl(FLAT, FLAT, generator=3),
+        TypeError,
+        "fastvae.reparameterize_kl: `generator` must be a torch.Generator, got int",
+    ),
+    "samples a float": Wrong(
+        lambda: fv.reparameterize_kl(FLAT, FLAT, samples=2.0),
+        TypeError,
+        "fastvae.reparameterize_kl: `samples` must be an int or None, got float",
+    ),
+    "scale a tensor": Wrong(
+        lambda: fv.gaussian_nll(FLAT, FLAT, scale=torch.tensor(1.0)),
+        TypeError,
+        "fastvae.gaussian_nll: `scale` must be a float, got Tensor; pass a variance that is a tensor as `logvar`",
+    ),
+    "module scale a tensor": Wrong(
+        lambda: Gaussian(torch.tensor(1.0)),
+        TypeError,
+        "fastvae.likelihoods.Gaussian: `scale` must be a positive float, 'learned' or 'per_element', got a Tensor",
+    ),
+    "likelihood a class": Wrong(
+        lambda: fastvae.ELBO(Bernoulli),
+        TypeError,
+        "fastvae.ELBO: `likelihood` must be one of 'bernoulli', 'gaussian', or an nn.Module with a method "
+        "`nll(params, target)`, got Bernoulli, a class",
+    ),
+    "likelihood without nll": Wrong(
+        lambda: fastvae.ELBO(nn.Identity()), TypeError, "`nll(params, target)`, got Identity"
+    ),
+    "half a prior": Wrong(
+        lambda: fv.gaussian_kl(FLAT, FLAT, FLAT),
+        TypeError,
+        "fastvae.gaussian_kl: `prior_mu` and `prior_logvar` go together, `prior_logvar` is missing",
+    ),
+    "the other half": Wrong(
+        lambda: fv.reparameterize_kl(FLAT, FLAT, prior_logvar=FLAT),
+        TypeError,
+        "fastvae.reparameterize_kl: `prior_mu` and `prior_logvar` go together, `prior_mu` is missing",
+    ),
+    "neither kl nor posterior": Wrong(
+        lambda: elbo(FLAT, FLAT),
+        TypeError,
+        "fastvae.ELBO: call elbo(recon, x, kl=kl) or elbo(recon, x, mu, logvar): `kl` or the posterior, got neither",
+    ),
+    "half a posterior": Wrong(
+        lambda: elbo(FLAT, FLAT, FLAT), TypeError, "`kl` or the posterior, got only one of `mu` and `logvar`"
+    ),
+    "kl and posterior": Wrong(
+        lambda: elbo(FLAT, FLAT, FLAT, FLAT, kl=ROWS), TypeError, "`kl` or the posterior, got both"
+    ),
+    # Devices
+    "target elsewhere": Wrong(
+        lambda: fv.bernoulli_nll(FLAT, META),
+        ValueError,
+        "fastvae.bernoulli_nll: `target` must be on the device of `logits`, cpu, got meta; "
+        "did you mean target.to(logits.device)?",
+    ),
+    "logvar elsewhere": Wrong(
+        lambda: fv.gaussian_kl(FLAT, META),
+        ValueError,
+        "fastvae.gaussian_kl: `logvar` must be on the device of `mu`, cpu, got meta",
+    ),
+    "kl elsewhere": Wrong(
+        lambda: elbo(FLAT, FLAT, kl=ROWS.to("meta")),
+        ValueError,
+        "fastvae.ELBO: `kl` must be on the device of `recon`, cpu, got meta; did you mean kl.to(recon.device)?",
+    ),
+    "seed elsewhere": Wrong(
+        lambda: fv.reparameterize_kl(FLAT, FLAT, seed=SEED.to("meta")),
+        ValueError,
+        "fastvae.reparameterize_kl: `seed` must be on the device of `mu`, cpu, got meta",
+    ),
+    # Values
+    "unknown likelihood": Wrong(
+        lambda: fastvae.ELBO("bernouilli"),
+        ValueError,
+        "fastvae.ELBO: `likelihood` must be one of 'bernoulli', 'gaussian', got 'bernouilli'",
+    ),
+    "unknown reduction": Wrong(
+        lambda: fastvae.ELBO("bernoulli", reduction="avg"),
+        ValueError,
+        "fastvae.ELBO: `reduction` must be one of 'none', 'sum', 'mean', 'batchmean', got 'avg'",
+    ),
+    "unknown kl reduction": Wrong(
+        lambda: fv.gaussian_kl(FLAT, FLAT, reduction="mean"),
+        ValueError,
+        "fastvae.gaussian_kl: `reduction` must be one of 'event', 'none', got 'mean'",
+    ),
+    "unknown backend": Wrong(
+        lambda: fastvae.set_backend("cuda"),
+        ValueError,
+        "fastvae.set_backend: `name` must be one of 'auto', 'reference', 'native', 'triton', got 'cuda'",
+    ),
+    "unknown scale": Wrong(
+        lambda: Gaussian("learnt"),
+        ValueError,
+        "fastvae.likelihoods.Gaussian: `scale` must be a positive float, 'learned' or 'per_element', got 'learnt'",
+    ),
+    "negative scale": Wrong(
+        lambda: fv.gaussian_nll(FLAT, FLAT, scale=-1.0),
+        ValueError,
+        "fastvae.gaussian_nll: `scale` must be positive and finite, got -1.0",
+    ),
+    "zero module scale": Wrong(
+        lambda: Gaussian(0.0),
+        ValueError,
+        "fastvae.likelihoods.Gaussian: `scale` must be positive and finite, got 0.0",
+    ),
+    "nan scale": Wrong(
+        lambda: Gaussian(float("nan")), ValueError, "`scale` must be positive and finite, got nan"
+    ),
+    "logvar and scale": Wrong(
+        lambda: fv.gaussian_nll(FLAT, FLAT, FLAT, scale=2.0),
+        ValueError,
+        "fastvae.gaussian_nll: `logvar` and `scale` exclude each other, got `scale` 2.0",
+    ),
+    "negative beta": Wrong(
+        lambda: fastvae.ELBO("bernoulli", beta=-1.0),
+        ValueError,
+        "fastvae.ELBO: `beta` must be finite and at least 0, got -1.0",
+    ),
+    "beta per row": Wrong(
+        lambda: fastvae.ELBO("bernoulli", beta=ROWS),
+        ValueError,
+        "fastvae.ELBO: `beta` must be a float or a 0-dim tensor, got shape (4,)",
+    ),
+    "beta a string": Wrong(
+        lambda: fastvae.ELBO("bernoulli", beta="high"),
+        TypeError,
+        "fastvae.ELBO: `beta` must be a float or a 0-dim tensor, got 'high'",
+    ),
+    "target with a gradient": Wrong(
+        lambda: fv.bernoulli_nll(FLAT, FLAT.clone().requires_grad_()),
+        ValueError,
+        "fastvae.bernoulli_nll: `target` requires a gradient, which this likelihood does not give; "
+        "pass target.detach(), or differentiate fastvae.reference.bernoulli_nll",
+    ),
+    "x with a gradient": Wrong(
+        lambda: elbo(FLAT, FLAT.clone().requires_grad_(), kl=ROWS),
+        ValueError,
+        "fastvae.ELBO: `x` requires a gradient, which this likelihood does not give; pass x.detach()",
+    ),
+    "seed and generator": Wrong(
+        lambda: fv.reparameterize_kl(FLAT, FLAT, seed=SEED, generator=torch.Generator()),
+        ValueError,
+        "fastvae.reparameterize_kl: `seed` and `generator` exclude each other, got both",
+    ),
+    "eps and seed": Wrong(
+        lambda: fv.reparameterize_kl(FLAT, FLAT, eps=FLAT, seed=SEED),
+        ValueError,
+        "fastvae.reparameterize_kl: `eps` is the noise itself; it excludes `seed`",
+    ),
+    "eps and generator": Wrong(
+        lambda: fv.reparameterize_kl(FLAT, FLAT, eps=FLAT, generator=torch.Generator()),
+        ValueError,
+        "fastvae.reparameterize_kl: `eps` is the noise itself; it excludes `generator`",
+    ),
+    "no samples": Wrong(
+        lambda: fv.reparameterize_kl(FLAT, FLAT, samples=0),
+        ValueError,
+        "fastvae.reparameterize_kl: `samples` must be at least 1, got 0",
+    ),
+    "negative row_offset": Wrong(
+        lambda: fv.reparameterize_kl(FLAT, FLAT, row_offset=-1),
+        ValueError,
+        "fastvae.reparameterize_kl: `row_offset` must be at least 0, got -1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input(backend: str, name: str) -> None:
+    """The same error on every backend, before any work: no random number is drawn, no setting moves."""
+    call, kind, message = WRONG[name]
+    state = torch.get_rng_state()
+    with pytest.raises(kind, match=re.escape(message)) as caught:
+        call()
+    assert caught.type is kind  # not torch's own subclass, from further down
+    assert torch.equal(torch.get_rng_state(), state)
+    assert fastvae.backend._setting == backend
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), torch.ones(2)], ids=str)
+def test_a_refused_beta_changes_nothing(value: object) -> None:
+    elbo = fastvae.ELBO("bernoulli", beta=0.5)
+    with pytest.raises(ValueError, match="`beta`"):
+        elbo.beta = value
+    assert elbo.beta.item() == 0.5
+
+
+def test_a_target_with_a_gradient_is_fine_where_none_is_recorded(backend: str) -> None:
+    x = torch.rand(4, 12, requires_grad=True)
+    with torch.no_grad():
+        assert fv.bernoulli_nll(FLAT, x).shape == (4,)
+
+
+def test_the_ops_check_too() -> None:
+    """Called past the Python checks, the native ops still refuse what would make them read out of bounds."""
+    ops = torch.ops.fastvae
+    for wrong in (
+        lambda: ops.nll("bernoulli", [FLAT], FLAT[:2], [], None, None, 0),
+        lambda: ops.nll("bernoulli", [FLAT, FLAT], FLAT, [], None, None, 0),
+        lambda: ops.nll("gaussian", [FLAT], FLAT, [], None, None, 0),
+        lambda: ops.nll("bernoulli", [FLAT], FLAT, [], ROWS[:2], None, 0),
+        lambda: ops.nll("bernoulli", [FLAT], FLAT, [], None, None, 3),
+        lambda: ops.nll("no such", [FLAT], FLAT, [], None, None, 0),
+        lambda: ops.gaussian_kl(FLAT, FLAT[:2], None, None, False),
+        lambda: ops.gaussian_kl(FLAT, FLAT, FLAT, None, False),
+        lambda: ops.reparameterize_kl(FLAT, FLAT, None, None, 0, None, 0, None, None),
+        lambda: ops.reparameterize_kl(FLAT, FLAT, None, None, None, SEED[:1], 0, None, None),
+        lambda: ops.reparameterize_kl(FLAT, FLAT, None, None, None, None, 0, FLAT[:2], None),
+    ):
+        with pytest.raises(ValueError, match="fastvae"):
+            wrong()

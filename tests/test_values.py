@@ -1,0 +1,319 @@
+"""Values and gradients: against the float64 formulas of `cases`, and against the reference."""
+
+import math
+
+import cases
+import pytest
+import torch
+from cases import CASES, DTYPES, GRADIENT_TOLERANCE, HALF, SHAPES, VALUE_TOLERANCE, Case, Result
+from torch import Tensor
+
+import fastvae
+from fastvae import functional, reference
+
+# The smallest float16 steps: what is not much larger has few digits.
+STEP = {torch.float16: 2.0**-24}
+
+WITH_TARGET = tuple(case for case in CASES if case.targets)
+
+
+def check(got: Result, want: Result, dtype: torch.dtype) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert got.value.dtype == wide
+    assert got.value.shape == want.value.shape
+    error = (got.value.double() - want.value).abs()
+    assert (error <= VALUE_TOLERANCE[dtype] * want.scale).all(), f"values off by {error.max():.3g}"
+    for name, exact in want.gradients.items():
+        # The rounding of a float32 target's gradient beside float64 parameters, or of the half one beside half ones.
+        coarser = max(dtype, got.gradients[name].dtype, key=GRADIENT_TOLERANCE.__getitem__)
+        check_gradient(name, got.gradients[name], exact, coarser)
+
+
+def check_gradient(name: str, got: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """Relative to the element, and in full precision to the row: an element may be a difference that cancels."""
+    assert got.shape == exact.shape
+    if exact.numel() == 0:
+        return
+    row = exact.abs().flatten(1).amax(1) if exact.dim() > 1 else exact.abs()
+    row = row.reshape((-1,) + (1,) * (exact.dim() - 1)) if exact.dim() > 1 else row.clamp(min=1)
+    bound = GRADIENT_TOLERANCE[dtype] * exact.abs() + VALUE_TOLERANCE[dtype] * row
+    error = (got.double() - exact).abs()
+    assert (error <= bound).all(), (
+        f"gradient of {name} off by {error.max():.3g}, {(error / bound).max():.3g} bounds"
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("shape", SHAPES, ids=cases.ids)
+@pytest.mark.parametrize("case", CASES, ids=cases.ids)
+def test_formula(backend: str, case: Case, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if len(shape) < case.min_rank:
+        shape = (*shape, 1)
+    inputs = cases.cast(case.inputs(shape), dtype)
+    got = cases.run(case, functional, inputs)
+    check(got, cases.exact(case, inputs), dtype)
+    for name, gradient in got.gradients.items():
+        assert gradient.dtype == inputs[name].dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("case", CASES, ids=cases.ids)
+def test_reference(native: None, case: Case, dtype: torch.dtype) -> None:
+    """The kernels against the specification, in the same type: what a user sees when switching between them."""
+    inputs = cases.cast(case.inputs((6, 3, 7, 5)), dtype)
+    got, want = cases.run(case, functional, inputs), cases.run(case, reference, inputs)
+    scale = cases.exact(case, inputs).scale
+    check(got, Result(want.value.double(), scale, {n: g.double() for n, g in want.gradients.items()}), dtype)
+
+
+TARGETS = [
+    (case, dtype, target)
+    for case in WITH_TARGET
+    for dtype in DTYPES
+    for target in (torch.float32, *case.targets)
+    if target != dtype
+]
+
+
+@pytest.mark.parametrize(("case", "dtype", "target"), TARGETS, ids=cases.ids)
+@pytest.mark.parametrize("shape", [(5, 17), (2, 3, 20, 19)], ids=cases.ids)
+def test_target_types(
+    backend: str, case: Case, dtype: torch.dtype, target: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    inputs = cases.cast(case.inputs(shape), dtype, target)
+    assert inputs["target"].dtype == target
+    assert inputs["target"].unique().numel() > 1
+    check(cases.run(case, functional, inputs), cases.exact(case, inputs), dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=cases.ids)
+def test_learned_scale_in_float32(backend: str, dtype: torch.dtype) -> None:
+    """Autocast gives half means beside a float32 parameter."""
+    case = cases.by_id["gaussian_learned"]
+    inputs = cases.cast(case.inputs((6, 100)), dtype)
+    inputs["logvar"] = torch.tensor(0.123456789)
+    got = cases.run(case, functional, inputs)
+    check(got, cases.exact(case, inputs), dtype)
+    assert got.gradients["logvar"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("case", CASES, ids=cases.ids)
+def test_gradcheck(backend: str, case: Case) -> None:
+    inputs = case.inputs((3, 2, 3))
+    names = cases.differentiable(case, inputs)
+    leaves = [inputs[name].requires_grad_() for name in names]
+
+    def function(*values: Tensor) -> Tensor:
+        return case.call(functional, **{**inputs, **dict(zip(names, values, strict=True))})
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# z
+# ---------------------------------------------------------------------------------------------------------------------
+
+Z_SHAPES = [(4, 1), (3, 9), (2, 1025), (2, 3, 5), (6,), (0, 4), (2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("samples", [None, 1, 3])
+@pytest.mark.parametrize("prior", [False, True], ids=["standard", "prior"])
+@pytest.mark.parametrize("noise", ["eps", "seed"])
+@pytest.mark.parametrize("shape", Z_SHAPES, ids=cases.ids)
+def test_reparameterize_kl(
+    backend: str, shape: tuple[int, ...], noise: str, prior: bool, samples: int | None, dtype: torch.dtype
+) -> None:
+    """z, kl and the gradient of both at once, which are summed in one kernel."""
+    names = ("mu", "logvar", "prior_mu", "prior_logvar") if prior else ("mu", "logvar")
+    inputs = {name: torch.randn(shape).to(dtype) for name in names}
+    z_shape = shape if samples is None else (samples, *shape)
+    eps = torch.randn(z_shape).to(dtype)
+    seed = torch.tensor([2**40 + 17, 2**33 + 5])
+    source = {"eps": eps} if noise == "eps" else {"seed": seed}
+    if noise == "seed":
+        eps = reference.normal_noise(seed, 0, shape[0], math.prod(shape[1:]), samples or 1, torch.float64)
+        eps = eps.reshape(z_shape)
+
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    z, kl = functional.reparameterize_kl(*leaves, samples=samples, **source)
+    exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    want_z = exact["mu"] + torch.exp(exact["logvar"] / 2) * eps.double()
+    terms = cases.kl_terms(**exact)
+    want_kl = (terms[0] + terms[1]).reshape(shape[0], math.prod(shape[1:])).sum(1)
+
+    assert z.dtype == dtype
+    assert z.shape == z_shape
+    # Six digits, of z's largest summand where the two cancel, and one rounding to the type of z.
+    size = exact["mu"].abs() + torch.exp(exact["logvar"] / 2) * eps.double().abs()
+    rounding = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    precise = 1e-13 if dtype == torch.float64 else 1.5e-6
+    assert ((z.double() - want_z).abs() <= precise * (size + 1) + rounding * want_z.abs()).all()
+    assert ((kl.double() - want_kl).abs() <= VALUE_TOLERANCE[dtype] * want_kl).all()
+
+    z_weights, kl_weights = torch.rand(z_shape).to(dtype), cases.cotangent(kl).to(kl.dtype)
+    got = torch.autograd.grad((z, kl), leaves, (z_weights, kl_weights))
+    want = torch.autograd.grad(
+        (want_z, want_kl), list(exact.values()), (z_weights.double(), kl_weights.double())
+    )
+    for name, g, w in zip(names, got, want, strict=True):
+        check_gradient(name, g, w, dtype)
+
+
+@pytest.mark.parametrize("output", [0, 1], ids=["z", "kl"])
+@pytest.mark.parametrize("samples", [None, 2])
+def test_gradcheck_reparameterize_kl(backend: str, samples: int | None, output: int) -> None:
+    leaves = [torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    seed = torch.tensor([7, 8])
+    if output == 0:  # the prior does not enter z
+        leaves = leaves[:2]
+    assert torch.autograd.gradcheck(
+        lambda *x: functional.reparameterize_kl(*x, samples=samples, seed=seed)[output], leaves
+    )
+
+
+@pytest.mark.parametrize("prior", [False, True], ids=["standard", "prior"])
+def test_gradient_of_eps(backend: str, prior: bool) -> None:
+    """Given noise may come from a network; its gradient is sigma."""
+    mu, logvar = torch.randn(4, 6), torch.randn(4, 6)
+    eps = torch.randn(4, 6, requires_grad=True)
+    z, _ = functional.reparameterize_kl(mu, logvar, *((mu, logvar) if prior else ()), eps=eps)
+    (gradient,) = torch.autograd.grad(z.sum(), eps)
+    torch.testing.assert_close(gradient, torch.exp(logvar / 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where digits are lost
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("target", [0.0, 1.0])
+@pytest.mark.parametrize("logit", [-30.0, -15.0, -9.0, 9.0, 15.0, 30.0])
+def test_saturated_rows(backend: str, logit: float, target: float, dtype: torch.dtype) -> None:
+    """A network that is sure, and right, of every pixel: 784 tiny losses, no digit of which may be lost."""
+    inputs = {
+        "logits": torch.full((2, 784), logit, dtype=dtype),
+        "target": torch.full((2, 784), target, dtype=dtype),
+    }
+    case = cases.by_id["bernoulli"]
+    got, want = cases.run(case, functional, inputs), cases.exact(case, inputs)
+    assert ((got.value.double() - want.value).abs() <= VALUE_TOLERANCE[dtype] * want.value).all()
+    # sigmoid(a) - t is a difference of numbers up to 1: no better than one unit in the last place of 1, and no worse.
+    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    exact, gradient = want.gradients["logits"], got.gradients["logits"].double()
+    assert ((gradient - exact).abs() <= 1.5 * eps + GRADIENT_TOLERANCE[dtype] * exact.abs()).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("logvar", [1e-3, -1e-3, 1e-5, 0.02, -0.9, 0.99, 1.01])
+@pytest.mark.parametrize("case", [case for case in CASES if case.id.startswith("kl")], ids=cases.ids)
+def test_near_collapse(backend: str, case: Case, logvar: float, dtype: torch.dtype) -> None:
+    """A posterior close to its prior, where e^v - 1 - v is about v^2 / 2."""
+    inputs = {name: torch.zeros(3, 2000, dtype=dtype) for name in case.inputs((1, 1))}
+    inputs["logvar"] += logvar
+    got, want = cases.run(case, functional, inputs), cases.exact(case, inputs)
+    assert ((got.value.double() - want.value).abs() <= VALUE_TOLERANCE[dtype] * want.value).all()
+    gradient, exact = got.gradients["logvar"].double(), want.gradients["logvar"]
+    bound = GRADIENT_TOLERANCE[dtype] * exact.abs() + STEP.get(dtype, 0)
+    assert ((gradient - exact).abs() <= bound).all()
+
+
+def test_textbook_kl_fails_near_collapse() -> None:
+    """That the test above can fail: what everybody writes does."""
+    logvar = torch.full((1, 2000), 1e-3, dtype=torch.bfloat16)
+    textbook = -0.5 * (1 + logvar - logvar.exp()).sum(1).double()
+    exact = sum(cases.kl_terms(torch.zeros_like(logvar).double(), logvar.double())).sum(1)
+    assert ((textbook - exact).abs() > 0.5 * exact).all()
+
+
+EXTREMES = [(case, dtype) for case in CASES if case.extremes for dtype in DTYPES]
+
+
+@pytest.mark.parametrize(("case", "dtype"), EXTREMES, ids=cases.ids)
+def test_extremes(backend: str, case: Case, dtype: torch.dtype) -> None:
+    assert case.extremes is not None
+    inputs = cases.cast(case.extremes(), dtype)
+    got, want = cases.run(case, functional, inputs), cases.exact(case, inputs)
+    assert (want.value.abs() < 1e38).all(), "a case that float32 cannot answer"
+    assert got.value.isfinite().all()
+    # Below the smallest normal number a result may be 0.
+    tiny = torch.finfo(torch.float32).tiny
+    assert ((got.value.double() - want.value).abs() <= VALUE_TOLERANCE[dtype] * want.scale + tiny).all()
+    for name, exact in want.gradients.items():
+        gradient = got.gradients[name].double()
+        representable = exact.abs() < 0.99 * torch.finfo(dtype).max
+        assert gradient[representable].isfinite().all(), name
+        error = (gradient - exact).abs()[representable]
+        bound = GRADIENT_TOLERANCE[dtype] * exact.abs() + max(1e-7, torch.finfo(dtype).tiny)
+        assert (error <= bound[representable]).all(), name
+
+
+@pytest.mark.parametrize("logvar", [-80.0, 80.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=cases.ids)
+def test_extreme_z(backend: str, dtype: torch.dtype, logvar: float) -> None:
+    mu, eps = torch.full((3, 17), 0.5, dtype=dtype), torch.full((3, 17), -1.5, dtype=dtype)
+    z, _ = functional.reparameterize_kl(mu, torch.full_like(mu, logvar), eps=eps)
+    want = 0.5 - 1.5 * torch.exp(torch.tensor(logvar / 2, dtype=torch.float64))
+    assert ((z.double() - want).abs() <= {torch.bfloat16: 4e-3}.get(dtype, 1e-6) * want.abs()).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# NaN
+# ---------------------------------------------------------------------------------------------------------------------
+
+NANS = [(case, name) for case in CASES for name, x in case.inputs((1, 1)).items() if x.dim() > 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize(("case", "name"), NANS, ids=cases.ids)
+@pytest.mark.parametrize("place", [0, 18, 36], ids=["vector", "later", "tail"])
+def test_nan_stays_in_its_row(backend: str, case: Case, name: str, place: int, dtype: torch.dtype) -> None:
+    inputs = cases.cast(case.inputs((4, 37)), dtype)
+    clean = cases.run(case, functional, inputs)
+    inputs[name][2, place] = float("nan")
+    dirty = cases.run(case, functional, inputs)
+
+    element = (2, place) if case.per_element else (2,)
+    assert dirty.value[element].isnan().all()
+    same = torch.ones_like(clean.value, dtype=torch.bool)
+    same[element] = False
+    assert torch.equal(dirty.value[same], clean.value[same])
+    others = torch.tensor([0, 1, 3])
+    for which, gradient in dirty.gradients.items():
+        if gradient.dim() == 0:
+            assert gradient.isnan()  # one parameter of all rows
+            continue
+        assert torch.equal(gradient[others], clean.gradients[which][others])
+    if name in dirty.gradients and not (case.id.startswith("kl_prior") and name == "prior_mu"):
+        assert dirty.gradients[name][2, place].isnan()
+
+
+@pytest.mark.parametrize("name", ["mu", "logvar", "eps"])
+@pytest.mark.parametrize("place", [0, 36])
+def test_nan_in_z(backend: str, name: str, place: int) -> None:
+    inputs = {key: torch.randn(4, 37) for key in ("mu", "logvar", "eps")}
+    inputs[name][2, place] = float("nan")
+    z, _ = functional.reparameterize_kl(**inputs)
+    want = torch.zeros(4, 37, dtype=torch.bool)
+    want[2, place] = True
+    assert torch.equal(z.isnan(), want)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fp16 under a loss scaler
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_float16_gradients_survive_the_mean(backend: str) -> None:
+    """Weighted by 1/B before they are scaled up, small gradients would round to zero in float16."""
+    batch, scale = 1024, 2.0**16
+    logits = torch.linspace(-14, -6, 4096).repeat(batch, 1).half().requires_grad_()
+    target = torch.zeros(batch, 4096).half()
+    out = fastvae.ELBO("bernoulli")(logits, target, kl=torch.zeros(batch))
+    (gradient,) = torch.autograd.grad(out.loss * scale, logits)
+    exact = torch.sigmoid(logits.detach().double()) * (scale / batch)
+    assert (gradient != 0).all()
+    # What a small float16 has lost before the weight came is half a unit of its smallest step, 2^-24.
+    bound = 1e-3 * exact + 2.0**-25 * scale / batch
+    assert ((gradient.double() - exact).abs() <= bound).all()
