@@ -67,12 +67,12 @@ class Noise {
   Buffer<C> buffer_;
 };
 
-// Steps through n elements a vector at a time; f(index, lanes).
+// Steps through n elements a vector at a time; f(index, lanes), where `lanes` is a constant for all but the last.
 template <class C, class F>
 inline void for_lanes(int64_t n, const F& f) {
   constexpr int64_t W = Vec<C>::size();
   int64_t i = 0;
-  for (; i + W <= n; i += W) f(i, W);
+  for (; i + W <= n; i += W) f(i, std::integral_constant<int64_t, W>());
   if (i < n) f(i, n - i);
 }
 
@@ -102,7 +102,7 @@ void sample_as(const SampleArgs& args) {
         C* element_kl = destination(args.element_kl, row, tile.begin, args.size, out_buffer);
         C* row_sigma = sigma.data + i * tile.stride;
         Sum<C> sum;
-        for_lanes<C>(tile.n, [&](int64_t j, int64_t lanes) {
+        for_lanes<C>(tile.n, [&](int64_t j, auto lanes) FASTVAE_INLINE {
           const V m = load_lanes(mu + j, lanes), v = load_lanes(logvar + j, lanes);
           const V s = half_exp<C>(v);
           s.store(row_sigma + j);
@@ -166,7 +166,7 @@ void sample_grad_as(const SampleGradArgs& args) {
           }
           if (C* grad_eps = destination(grad_eps_view, row, tile.begin, args.size, grad_mu_buffer)) {
             const C* logvar = load(args.logvar, row, tile.begin, tile.n, args.size, logvar_buffer);
-            for_lanes<C>(tile.n, [&](int64_t j, int64_t lanes) {
+            for_lanes<C>(tile.n, [&](int64_t j, auto lanes) FASTVAE_INLINE {
               store_lanes(load_lanes(grad_z + j, lanes) * half_exp<C>(load_lanes(logvar + j, lanes)), grad_eps + j, lanes);
             });
             store(grad_eps_view, row, tile.begin, tile.n, args.size, grad_mu_buffer);
@@ -192,7 +192,7 @@ void sample_grad_as(const SampleGradArgs& args) {
         C* grad_prior_mu = out(args.grad_prior_mu, grad_prior_mu_buffer);
         C* grad_prior_logvar = out(args.grad_prior_logvar, grad_prior_logvar_buffer);
 
-        for_lanes<C>(tile.n, [&](int64_t j, int64_t lanes) {
+        for_lanes<C>(tile.n, [&](int64_t j, auto lanes) FASTVAE_INLINE {
           const V m = load_lanes(mu + j, lanes), v = load_lanes(logvar + j, lanes);
           const V s = half_exp<C>(v);
           const V w = weight ? load_lanes(weight + j, lanes) : V(row_weight);

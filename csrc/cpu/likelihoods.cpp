@@ -21,7 +21,7 @@ double block(const C* const (&param)[kMaxParams], const C* target, C* const (&sl
   const V w(static_cast<C>(weight));
   Sum<C> sum;
 
-  const auto step = [&](int64_t i, int64_t lanes) {
+  const auto step = [&](int64_t i, auto lanes) FASTVAE_INLINE {
     V p[L::params], d[L::params];
     for (int k = 0; k < L::params; ++k) p[k] = load_lanes(param[k] + i, lanes);
     const V value = L::element(p, load_lanes(target + i, lanes), constant, d);
@@ -32,10 +32,11 @@ double block(const C* const (&param)[kMaxParams], const C* target, C* const (&sl
     return value;
   };
 
+  constexpr std::integral_constant<int64_t, W> whole;
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W)
-    for (int k = 0; k < 4; ++k) sum.add(k, step(i + k * W, W));
-  for (; i + W <= n; i += W) sum.add(0, step(i, W));
+    for (int k = 0; k < 4; ++k) sum.add(k, step(i + k * W, whole));
+  for (; i + W <= n; i += W) sum.add(0, step(i, whole));
   if (i < n) sum.add_lanes(step(i, n - i), n - i);
   return sum.total();
 }

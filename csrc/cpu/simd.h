@@ -29,12 +29,13 @@ struct Primitives<at::vec::Vectorized<C>> {
   // Results below 2^-126 are 0.
   static FASTVAE_HD V exp(V x) {
     if constexpr (sizeof(C) == 8) return x.exp();
-    else return V::blendv(exp_in_range(at::vec::clamp(x, V(-88.0f), V(88.722f))), V(INFINITY), x > V(88.722f));
+    else return V::blendv(exp_nonpositive(at::vec::clamp_max(x, V(88.722f))), V(INFINITY), x > V(88.722f));
   }
 
+  // The same without a look at overflow.
   static FASTVAE_HD V exp_nonpositive(V x) {
     if constexpr (sizeof(C) == 8) return x.exp();
-    else return exp_in_range(at::vec::clamp_min(x, V(-88.0f)));
+    else return V::blendv(exp_in_range(at::vec::clamp_min(x, V(-87.0f))), V(0.0f), x < V(-87.0f));
   }
 
  private:
@@ -46,7 +47,7 @@ struct Primitives<at::vec::Vectorized<C>> {
     constexpr float fit[] = {0.00836914871f, 0.0419175066f, 0.166665047f, 0.499988705f, 1.0f, 1.00000012f};
     const auto mantissa = at::vec::cast<int32_t>(polynomial(r, fit));
     const auto exponent = at::vec::cast<int32_t>(shifted) << at::vec::Vectorized<int32_t>(23);
-    return V::blendv(at::vec::cast<float>(mantissa + exponent), V(0.0f), x < V(-87.0f));
+    return at::vec::cast<float>(mantissa + exponent);
   }
 };
 

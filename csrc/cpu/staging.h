@@ -13,6 +13,9 @@
 
 namespace fastvae::cpu::FASTVAE_ISA {
 
+// A lambda that stays a function call costs more than the arithmetic in it.
+#define FASTVAE_INLINE __attribute__((always_inline))
+
 constexpr int64_t kBlock = 1024;  // elements of a row that one task handles at a time
 constexpr int64_t kBufferSlack = 64;
 constexpr int64_t kGrain = 32768;  // elements that are worth another thread
@@ -172,7 +175,8 @@ struct Sum {
   Vec<C> part[4] = {Vec<C>(0), Vec<C>(0), Vec<C>(0), Vec<C>(0)};
 
   void add(int slot, Vec<C> v) { part[slot] = part[slot] + v; }
-  void add_lanes(Vec<C> v, int64_t n) { part[0] = part[0] + Vec<C>::set(Vec<C>(0), v, n); }
+  // The first n lanes of v.
+  void add_lanes(Vec<C> v, int64_t n) { part[0] = part[0] + (n < Vec<C>::size() ? Vec<C>::set(Vec<C>(0), v, n) : v); }
   double total() const {
     const Vec<C> folded = (part[0] + part[1]) + (part[2] + part[3]);
     C lanes[Vec<C>::size()];
