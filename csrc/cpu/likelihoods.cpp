@@ -34,8 +34,14 @@ double block(const C* const (&param)[kMaxParams], const C* target, C* const (&sl
 
   constexpr std::integral_constant<int64_t, W> whole;
   int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W)
+  for (; i + 4 * W <= n; i += 4 * W) {
+    for (int k = 0; k < L::params; ++k) {
+      prefetch(param[k] + i, 4 * W * sizeof(C));
+      if (kSlopes && slope[k]) prefetch(slope[k] + i, 4 * W * sizeof(C));
+    }
+    prefetch(target + i, 4 * W * sizeof(C));
     for (int k = 0; k < 4; ++k) sum.add(k, step(i + k * W, whole));
+  }
   for (; i + W <= n; i += W) sum.add(0, step(i, whole));
   if (i < n) sum.add_lanes(step(i, n - i), n - i);
   return sum.total();

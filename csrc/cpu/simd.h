@@ -43,7 +43,13 @@ struct Primitives<at::vec::Vectorized<C>> {
     // x = n log 2 + r. Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, ready to go into the exponent.
     const V magic(12582912.0f);
     const V shifted = at::vec::fmadd(x, V(1.44269504f), magic);
-    const V r = at::vec::fmadd(shifted - magic, V(-0.693147182f), x);
+    const V n = shifted - magic;
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+    const V r = at::vec::fmadd(n, V(-0.693147182f), x);
+#else
+    // Without a fused multiply-add n log 2 would be rounded: the first part of the constant has no low bits.
+    const V r = (x - n * V(0.693359375f)) - n * V(-2.12194440e-4f);
+#endif
     constexpr float fit[] = {0.00836914871f, 0.0419175066f, 0.166665047f, 0.499988705f, 1.0f, 1.00000012f};
     const auto mantissa = at::vec::cast<int32_t>(polynomial(r, fit));
     const auto exponent = at::vec::cast<int32_t>(shifted) << at::vec::Vectorized<int32_t>(23);
