@@ -311,7 +311,7 @@ def _reason(name: str, device_type: str) -> str:
     if device_type == "cuda" and torch.version.cuda is None:
         return "this torch was built without CUDA; get one that has it from: https://pytorch.org/get-started"
     if name == "native" and device_type == "cuda":
-        return f"the extension was built without CUDA kernels; rebuild it with: FASTVAE_CUDA=1 {_BUILD}"
+        return "this version has no CUDA kernels; the reference serves CUDA tensors"
     return f"its kernels do not run on {device_type} tensors"
 
 

@@ -317,3 +317,19 @@ def test_float16_gradients_survive_the_mean(backend: str) -> None:
     # What a small float16 has lost before the weight came is half a unit of its smallest step, 2^-24.
     bound = 1e-3 * exact + 2.0**-25 * scale / batch
     assert ((gradient.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00001, -1], ids=hex)
+def test_nan_with_a_payload_stays_a_nan(backend: str, bits: int) -> None:
+    """Other devices make NaNs whose low bits are set."""
+    nan = torch.tensor([[bits]], dtype=torch.int32).view(torch.float32).expand(1, 17)
+    assert nan.isnan().all()
+    logits = nan.clone().requires_grad_()
+    nll = functional.bernoulli_nll(logits, torch.ones(1, 17))
+    assert nll.isnan().all()
+    assert torch.autograd.grad(nll.sum(), logits)[0].isnan().all()
+    mu, logvar = torch.zeros(1, 17), nan.clone().requires_grad_()
+    z, kl = functional.reparameterize_kl(mu, logvar)
+    assert z.isnan().all()
+    assert kl.isnan().all()
+    assert torch.autograd.grad(z.sum() + kl.sum(), logvar)[0].isnan().all()

@@ -35,6 +35,7 @@ class Pool {
   }
 
   void give(Buffer buffer) {
+    if (buffer.bytes > kKept) return;
     std::deque<Buffer> evicted;  // freed after the lock is
     const std::lock_guard<std::mutex> lock(mutex_);
     kept_ += buffer.bytes;

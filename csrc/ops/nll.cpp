@@ -67,12 +67,14 @@ struct Nll : torch::autograd::Function<Nll> {
     const bool need_target = ctx->saved_data.count("target_dtype");
     const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : OptionalTensor(); };
 
+    static const auto new_tensors = op<NllBackward>("fastvae::nll_backward");
+    static const auto in_place = op<NllBackward>("fastvae::nll_backward_");
     variable_list results(params + 6);  // likelihood, params..., target, constants, kl, beta, reduction
     if (grads[0].defined() || grads[1].defined()) {
       variable_list gradients(saved.begin() + 3, saved.end());
-      const auto run = [&](const char* name) {
+      const auto run = [&](const auto& handle) {
         const at::AutoDispatchBelowADInplaceOrView guard;
-        return op<NllBackward>(name).call(optional(grads[0]), optional(grads[1]), gradients,
+        return handle.call(optional(grads[0]), optional(grads[1]), gradients,
                                           need_scalar ? optional(saved[0]) : OptionalTensor(), optional(saved[1]),
                                           optional(saved[2]), ctx->saved_data["rows"].toSymInt(),
                                           ctx->saved_data["reduction"].toInt(), need_kl, need_beta);
@@ -82,12 +84,12 @@ struct Nll : torch::autograd::Function<Nll> {
       // Once the graph is freed nobody else can read the saved gradient: it becomes the result. Whoever keeps the graph, or
       // traces it, gets a new tensor.
       if (traced(any) || torch::autograd::get_current_graph_task_keep_graph()) {
-        Tensors all = run("fastvae::nll_backward");
+        Tensors all = run(new_tensors);
         extras.assign(all.begin() + gradients.size(), all.end());
         all.resize(gradients.size());
         gradients = std::move(all);
       } else {
-        extras = run("fastvae::nll_backward_");
+        extras = run(in_place);
       }
 
       size_t next = 0, extra = 0;
@@ -129,6 +131,7 @@ std::tuple<Tensor, Tensor> nll_autograd(std::string_view likelihood, at::TensorL
   for (const auto& p : params) refuse_tangent(p);
   refuse_tangent(target);
   refuse_tangent(kl);
+  refuse_tangent(beta);
   if (!c10::GradMode::is_enabled() || !any_needs_grad(params, target, kl, beta)) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return nll_without_graph(likelihood, params, target, constants, kl, beta, reduction);

@@ -177,7 +177,7 @@ void scale(const RowGradients& g, at::TensorList gradients, at::TensorList out, 
   for (size_t i = 0; i < gradients.size(); ++i) {
     const double applied = weighted_in_forward(gradients[i].scalar_type()) ? weight_of(reduction, rows) : 1.0;
     std::vector<double> factor = g.by_nll;
-    bool one = g.uniform;
+    bool one = true;
     for (double& f : factor) {
       f /= applied;
       one &= f == 1.0;
