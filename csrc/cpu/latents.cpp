@@ -47,12 +47,21 @@ class Noise {
  public:
   Noise(const Latents& args, const Tiling& tiling) : args_(args), tiling_(tiling) {}
 
-  void draw(const Tile& tile, int64_t k) {
+  // `next`: operands whose tile is read after this one's noise is drawn, and loaded into the cache meanwhile.
+  void draw(const Tile& tile, int64_t k, std::initializer_list<Operand> next) {
     given_ = shifted(args_.eps, k * args_.eps_draw_stride);
     if (given_.data) return;
     const uint64_t counter = (args_.key.row_offset + tile.first_row) * tiling_.counters_per_row + tile.begin / 4;
     const int64_t counters = tile.rows > 1 ? tile.rows * tiling_.counters_per_row : (tile.n + 3) / 4;
-    normals(args_.key.seed, args_.key.offset / 4 + k, counter, counters, buffer_.data);
+    const auto stride = static_cast<uint32_t>(tile.stride);
+    normals(args_.key.seed, args_.key.offset / 4 + k, counter, counters, buffer_.data, [&](int64_t i, int64_t n) FASTVAE_INLINE {
+      const int64_t row = tile.rows > 1 ? static_cast<uint32_t>(i) / stride : 0;
+      for (const Operand& operand : next)
+        if (operand.data) {
+          const int64_t position = (tile.first_row + row) * operand.row_stride + tile.begin + i - row * tile.stride;
+          prefetch(static_cast<const char*>(operand.data) + position * item_size(operand.type), n * item_size(operand.type));
+        }
+    });
   }
 
   const C* row(const Tile& tile, int64_t i) {
@@ -76,9 +85,10 @@ inline void for_lanes(int64_t n, const F& f) {
   if (i < n) f(i, n - i);
 }
 
+// The parts of sigma = exp(logvar / 2).
 template <class C>
-Vec<C> half_exp(Vec<C> logvar) {
-  return math::Primitives<Vec<C>>::exp(logvar * Vec<C>(0.5));
+auto scale_of(Vec<C> logvar) {
+  return math::Primitives<Vec<C>>::exp_parts(logvar * Vec<C>(0.5));
 }
 
 template <class C>
@@ -93,6 +103,7 @@ void sample_as(const SampleArgs& args) {
     Noise<C> noise(args, tiling);
     for (int64_t task = first; task < last; ++task) {
       const Tile tile(tiling, args, task);
+      if (args.draws) noise.draw(tile, 0, {args.mu, args.logvar});
       for (int64_t i = 0; i < tile.rows; ++i) {
         const int64_t row = tile.first_row + i;
         const C* mu = load(args.mu, row, tile.begin, tile.n, args.size, mu_buffer);
@@ -104,10 +115,10 @@ void sample_as(const SampleArgs& args) {
         Sum<C> sum;
         for_lanes<C>(tile.n, [&](int64_t j, auto lanes) FASTVAE_INLINE {
           const V m = load_lanes(mu + j, lanes), v = load_lanes(logvar + j, lanes);
-          const V s = half_exp<C>(v);
-          s.store(row_sigma + j);
+          const auto s = scale_of<C>(v);
+          s.exp.store(row_sigma + j);
           const V kl = prior_mu ? math::prior_kl(m, v, load_lanes(prior_mu + j, lanes), load_lanes(prior_logvar + j, lanes)).value
-                                : math::standard_kl(m, v, s * s).value;
+                                : math::standard_kl(m, s).value;
           sum.add_lanes(kl, lanes);
           if (element_kl) store_lanes(kl, element_kl + j, lanes);
         });
@@ -115,7 +126,7 @@ void sample_as(const SampleArgs& args) {
         store(args.element_kl, row, tile.begin, tile.n, args.size, out_buffer);
       }
       for (int64_t k = 0; k < args.draws; ++k) {
-        noise.draw(tile, k);
+        if (k) noise.draw(tile, k, {});
         const Result z_view = shifted(args.z, k * args.z_draw_stride);
         for (int64_t i = 0; i < tile.rows; ++i) {
           const int64_t row = tile.first_row + i;
@@ -151,8 +162,8 @@ void sample_grad_as(const SampleGradArgs& args) {
       const Tile tile(tiling, args, task);
       const int64_t draws = args.grad_z.data ? args.draws : 0;
       for (int64_t k = 0; k < draws; ++k) {
-        noise.draw(tile, k);
         const Operand grad_z_view = shifted(args.grad_z, k * args.grad_z_draw_stride);
+        noise.draw(tile, k, {grad_z_view, k ? Operand() : args.mu, k ? Operand() : args.logvar});
         const Result grad_eps_view = shifted(args.grad_eps, k * args.grad_eps_draw_stride);
         for (int64_t i = 0; i < tile.rows; ++i) {
           const int64_t row = tile.first_row + i;
@@ -167,7 +178,7 @@ void sample_grad_as(const SampleGradArgs& args) {
           if (C* grad_eps = destination(grad_eps_view, row, tile.begin, args.size, grad_mu_buffer)) {
             const C* logvar = load(args.logvar, row, tile.begin, tile.n, args.size, logvar_buffer);
             for_lanes<C>(tile.n, [&](int64_t j, auto lanes) FASTVAE_INLINE {
-              store_lanes(load_lanes(grad_z + j, lanes) * half_exp<C>(load_lanes(logvar + j, lanes)), grad_eps + j, lanes);
+              store_lanes(load_lanes(grad_z + j, lanes) * scale_of<C>(load_lanes(logvar + j, lanes)).exp, grad_eps + j, lanes);
             });
             store(grad_eps_view, row, tile.begin, tile.n, args.size, grad_mu_buffer);
           }
@@ -194,16 +205,16 @@ void sample_grad_as(const SampleGradArgs& args) {
 
         for_lanes<C>(tile.n, [&](int64_t j, auto lanes) FASTVAE_INLINE {
           const V m = load_lanes(mu + j, lanes), v = load_lanes(logvar + j, lanes);
-          const V s = half_exp<C>(v);
+          const auto s = scale_of<C>(v);
           const V w = weight ? load_lanes(weight + j, lanes) : V(row_weight);
           const auto kl = prior_mu ? math::prior_kl(m, v, load_lanes(prior_mu + j, lanes), load_lanes(prior_logvar + j, lanes))
-                                   : math::standard_kl(m, v, s * s);
+                                   : math::standard_kl(m, s);
           V d_mu = w * kl.d_mu, d_logvar = w * kl.d_logvar;
           if (grad_prior_mu) store_lanes(V(0) - d_mu, grad_prior_mu + j, lanes);
           if (grad_prior_logvar) store_lanes(w * kl.d_prior_logvar, grad_prior_logvar + j, lanes);
           if (total) {
             d_mu = d_mu + load_lanes(total + j, lanes);
-            d_logvar = d_logvar + V(0.5) * s * load_lanes(total_eps + j, lanes);
+            d_logvar = d_logvar + V(0.5) * s.exp * load_lanes(total_eps + j, lanes);
           }
           if (grad_mu) store_lanes(d_mu, grad_mu + j, lanes);
           if (grad_logvar) store_lanes(d_logvar, grad_logvar + j, lanes);

@@ -20,11 +20,12 @@ double block(const C* const (&param)[kMaxParams], const C* target, C* const (&sl
   for (int i = 0; i < L::constants; ++i) constant[i] = V(static_cast<C>(constants[i]));
   const V w(static_cast<C>(weight));
   Sum<C> sum;
+  math::Log1pSum<V> logs[4];
 
-  const auto step = [&](int64_t i, auto lanes) FASTVAE_INLINE {
+  const auto step = [&](int64_t i, auto lanes, math::Log1pSum<V>& logs) FASTVAE_INLINE {
     V p[L::params], d[L::params];
     for (int k = 0; k < L::params; ++k) p[k] = load_lanes(param[k] + i, lanes);
-    const V value = L::element(p, load_lanes(target + i, lanes), constant, d);
+    const V value = L::element(p, load_lanes(target + i, lanes), constant, d, logs);
     if constexpr (kSlopes) {
       for (int k = 0; k < L::params; ++k)
         if (slope[k]) store_lanes(d[k] * w, slope[k] + i, lanes);
@@ -33,17 +34,30 @@ double block(const C* const (&param)[kMaxParams], const C* target, C* const (&sl
   };
 
   constexpr std::integral_constant<int64_t, W> whole;
+  constexpr int64_t kAhead = 2048 / sizeof(C);
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W) {
+    // Left to itself the processor, its window filled with the arithmetic of a step, waits for memory afterwards and not meanwhile.
     for (int k = 0; k < L::params; ++k) {
-      prefetch(param[k] + i, 4 * W * sizeof(C));
-      if (kSlopes && slope[k]) prefetch(slope[k] + i, 4 * W * sizeof(C));
+      prefetch(param[k] + i + kAhead, 4 * W * sizeof(C));
+      if (kSlopes && slope[k]) prefetch(slope[k] + i + kAhead, 4 * W * sizeof(C));
     }
-    prefetch(target + i, 4 * W * sizeof(C));
-    for (int k = 0; k < 4; ++k) sum.add(k, step(i + k * W, whole));
+    prefetch(target + i + kAhead, 4 * W * sizeof(C));
+    for (int k = 0; k < 4; ++k) sum.add(k, step(i + k * W, whole, logs[k]));
   }
-  for (; i + W <= n; i += W) sum.add(0, step(i, whole));
-  if (i < n) sum.add_lanes(step(i, n - i), n - i);
+  for (; i + W <= n; i += W) sum.add(0, step(i, whole, logs[0]));
+  if (i < n) {
+    math::Log1pSum<V> rest;
+    const V value = step(i, n - i, rest);
+    sum.add_lanes(L::has_log1p ? value + rest.value() : value, n - i);
+  }
+  if constexpr (L::has_log1p) {
+    static_assert(kBlock / W / 4 * 2 <= 128, "more factors than a Log1pSum can hold");
+    for (int k = 0; k < 2; ++k) {
+      logs[k].add(logs[k + 2]);
+      sum.add(k, logs[k].value());
+    }
+  }
   return sum.total();
 }
 

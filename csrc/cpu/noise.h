@@ -12,6 +12,8 @@ using Integers = int32_t __attribute__((vector_size(4 * kWords)));
 using Floats = float __attribute__((vector_size(4 * kWords)));
 using Wide = uint64_t __attribute__((vector_size(4 * kWords)));  // half as many 64-bit lanes
 
+inline Vec<float> to_vec(Floats x) { return Vec<float>::loadu(&x); }
+
 // 32 x 32 -> 64 bits of the low halves; the high halves of a and b may hold anything.
 inline Wide multiply(Wide a, Wide b) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -34,22 +36,41 @@ inline Words interleave(Wide even, Wide odd) {
 #endif
 }
 
-// Word i of counters (low, high), ..., (low, high + W - 1) in word[i]. Even and odd counters go through the rounds as 64-bit lanes,
-// because the multiplication needs the room.
-inline void philox(uint64_t seed, uint64_t low, uint64_t high, Words (&word)[4]) {
+// The keys of all rounds. In 64 bits, so that a vector of one is a load and not work for the ports that the rounds keep busy.
+struct KeySchedule {
+  uint64_t key[math::kPhiloxRounds][2];
+
+  explicit KeySchedule(uint64_t seed) {
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    for (auto& round : key) {
+      round[0] = k0;
+      round[1] = k1;
+      k0 += math::kPhiloxWeyl0;
+      k1 += math::kPhiloxWeyl1;
+    }
+  }
+};
+
+// Which of W consecutive counters goes through lane i of a Words: the one that puts the results in order of memory when the 4 x 4
+// blocks of four Words are transposed (in_order).
+constexpr int64_t counter_of_lane(int64_t i) { return kWords / 4 * (i % 4) + i / 4; }
+
+// Word i of W counters from (low, high) on in word[i]. Even and odd lanes go through the rounds as 64-bit lanes, because the
+// multiplication needs the room.
+inline void philox(const KeySchedule& keys, uint64_t low, uint64_t high, Words (&word)[4]) {
   Wide c[2][4];
   for (int half = 0; half < 2; ++half) {
     Wide counter;
-    for (int i = 0; i < kWords / 2; ++i) counter[i] = high + 2 * i + half;
+    for (int i = 0; i < kWords / 2; ++i) counter[i] = counter_of_lane(2 * i + half);
+    counter += high;
     c[half][0] = Wide{} + low;
     c[half][1] = Wide{} + (low >> 32);
     c[half][2] = counter;
     c[half][3] = counter >> 32;
   }
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   const Wide m0 = Wide{} + math::kPhiloxMultiplier0, m1 = Wide{} + math::kPhiloxMultiplier1;
-  for (int round = 0; round < math::kPhiloxRounds; ++round) {
-    const Wide key0 = Wide{} + k0, key1 = Wide{} + k1;
+  for (const auto& key : keys.key) {
+    const Wide key0 = Wide{} + key[0], key1 = Wide{} + key[1];
     for (auto& x : c) {
       const Wide p0 = multiply(x[0], m0), p1 = multiply(x[2], m1);
       x[0] = (p1 >> 32) ^ x[1] ^ key0;
@@ -57,13 +78,40 @@ inline void philox(uint64_t seed, uint64_t low, uint64_t high, Words (&word)[4])
       x[2] = (p0 >> 32) ^ x[3] ^ key1;
       x[3] = p0;
     }
-    k0 += math::kPhiloxWeyl0;
-    k1 += math::kPhiloxWeyl1;
   }
   for (int i = 0; i < 4; ++i) word[i] = interleave(c[0][i], c[1][i]);
 }
 
-inline Vec<float> to_vec(Floats x) { return Vec<float>::loadu(&x); }
+// In every 128 bits: the low or high two words of a and b in turns; the low or high pairs of words of a, then of b.
+#if defined(CPU_CAPABILITY_AVX512)
+inline Floats low_words(Floats a, Floats b) { return (Floats)_mm512_unpacklo_ps((__m512)a, (__m512)b); }
+inline Floats high_words(Floats a, Floats b) { return (Floats)_mm512_unpackhi_ps((__m512)a, (__m512)b); }
+inline Floats low_pairs(Floats a, Floats b) { return (Floats)_mm512_unpacklo_pd((__m512d)a, (__m512d)b); }
+inline Floats high_pairs(Floats a, Floats b) { return (Floats)_mm512_unpackhi_pd((__m512d)a, (__m512d)b); }
+#elif defined(CPU_CAPABILITY_AVX2)
+inline Floats low_words(Floats a, Floats b) { return (Floats)_mm256_unpacklo_ps((__m256)a, (__m256)b); }
+inline Floats high_words(Floats a, Floats b) { return (Floats)_mm256_unpackhi_ps((__m256)a, (__m256)b); }
+inline Floats low_pairs(Floats a, Floats b) { return (Floats)_mm256_unpacklo_pd((__m256d)a, (__m256d)b); }
+inline Floats high_pairs(Floats a, Floats b) { return (Floats)_mm256_unpackhi_pd((__m256d)a, (__m256d)b); }
+#endif
+
+// Stores the four normals of each counter one behind the other: within every 128 bits, a transpose of 4 x 4.
+inline void store_in_order(const Floats (&n)[4], float* out) {
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+  const Floats low01 = low_words(n[0], n[1]), low23 = low_words(n[2], n[3]);
+  const Floats high01 = high_words(n[0], n[1]), high23 = high_words(n[2], n[3]);
+  const Floats rows[4] = {low_pairs(low01, low23), high_pairs(low01, low23), low_pairs(high01, high23), high_pairs(high01, high23)};
+  for (int i = 0; i < 4; ++i) to_vec(rows[i]).store(out + i * kWords);
+#else
+  for (int64_t lane = 0; lane < kWords; ++lane)
+    for (int i = 0; i < 4; ++i) out[4 * counter_of_lane(lane) + i] = n[i][lane];
+#endif
+}
+
+inline Floats square_root(Floats x) {
+  to_vec(x).sqrt().store(&x);
+  return x;
+}
 
 inline Floats open_unit(Words x) {
   // 1.m - (1 - 2^-24) = (2 m + 1) 2^-24, exactly.
@@ -77,7 +125,7 @@ inline Floats horner(Floats x, std::initializer_list<float> highest_first) {
 }
 
 // sqrt(-2 log u) for u from open_unit.
-inline Vec<float> radius(Words x) {
+inline Floats radius(Words x) {
   const Floats u = open_unit(x);
   // u = 2^n m with m in [sqrt(1/2), sqrt(2)).
   const Words biased = (Words)u - 0x3f3504f3u;
@@ -86,8 +134,7 @@ inline Vec<float> radius(Words x) {
   // log(1 + f) / f, Chebyshev fit on that interval, relative error 8e-9.
   const Floats log_m = f * horner(f, {-0.0745118633f, 0.128066108f, -0.132660314f, 0.141996503f, -0.166083694f, 0.200009391f,
                                       -0.250015795f, 0.333333462f, -0.499999881f, 1.0f});
-  const Floats log_u = n * 0.693147180559945f + log_m;
-  return to_vec(-2.0f * log_u).sqrt();
+  return square_root(-2.0f * (n * 0.693147180559945f + log_m));
 }
 
 // Cosine and sine of 2 pi u.
@@ -99,42 +146,38 @@ inline void circle(Words x, Floats& cosine, Floats& sine) {
   // Chebyshev fits in y of sin(f pi / 2) / f and cos(f pi / 2), relative errors 3e-8 and 1e-8.
   const Floats s = f * horner(y, {0.000158206298f, -0.00468126638f, 0.0796925798f, -0.645964086f, 1.57079637f});
   const Floats c = horner(y, {0.000903628068f, -0.0208600704f, 0.253669202f, -1.23370051f, 1.0f});
-  const Integers odd = -(quadrant & 1);
+  const Words exchanged = ((Words)s ^ (Words)c) & (Words)-(quadrant & 1);
   const Integers signs = quadrant << 30;  // bit 1 of the quadrant becomes the sign
-  const Words sine_bits = (Words)((odd & (Integers)c) | (~odd & (Integers)s));
-  const Words cosine_bits = (Words)((odd & (Integers)s) | (~odd & (Integers)c));
-  sine = (Floats)(sine_bits ^ ((Words)signs & 0x80000000u));
-  cosine = (Floats)(cosine_bits ^ ((Words)(signs + (quadrant << 31)) & 0x80000000u));
+  sine = (Floats)((Words)s ^ exchanged ^ ((Words)signs & 0x80000000u));
+  cosine = (Floats)((Words)c ^ exchanged ^ ((Words)(signs + (quadrant << 31)) & 0x80000000u));
 }
 
-// Four normals for each of `counters` consecutive counters from `high` on; writes up to 4 * kWords - 4 numbers past them.
-inline void normals(uint64_t seed, uint64_t low, uint64_t high, int64_t counters, float* out) {
+// Four normals for each of `counters` consecutive counters from `high` on; writes up to 4 * kWords - 4 numbers past them. fetch(i, n) is
+// called before the numbers [i, i + n) are made: so much arithmetic leaves room to load memory meanwhile.
+template <class Fetch>
+inline void normals(uint64_t seed, uint64_t low, uint64_t high, int64_t counters, float* out, const Fetch& fetch) {
   static_assert(4 * kWords <= kBufferSlack);
+  const KeySchedule keys(seed);
   for (int64_t i = 0; i < counters; i += kWords) {
+    fetch(4 * i, 4 * kWords);
     Words word[4];
-    philox(seed, low, high + i, word);
-    Vec<float> n[4];
+    philox(keys, low, high + i, word);
+    Floats n[4];
     for (int pair = 0; pair < 2; ++pair) {
       Floats cosine, sine;
       circle(word[2 * pair + 1], cosine, sine);
-      const Vec<float> r = radius(word[2 * pair]);
-      n[2 * pair] = r * to_vec(cosine);
-      n[2 * pair + 1] = r * to_vec(sine);
+      const Floats r = radius(word[2 * pair]);
+      n[2 * pair] = r * cosine;
+      n[2 * pair + 1] = r * sine;
     }
-    // A 4 x W transpose in two interleavings.
-    const auto [even_low, even_high] = at::vec::interleave2(n[0], n[2]);
-    const auto [odd_low, odd_high] = at::vec::interleave2(n[1], n[3]);
-    const auto [a, b] = at::vec::interleave2(even_low, odd_low);
-    const auto [c, d] = at::vec::interleave2(even_high, odd_high);
-    a.store(out + 4 * i);
-    b.store(out + 4 * i + kWords);
-    c.store(out + 4 * i + 2 * kWords);
-    d.store(out + 4 * i + 3 * kWords);
+    store_in_order(n, out + 4 * i);
   }
 }
 
-inline void normals(uint64_t seed, uint64_t low, uint64_t high, int64_t counters, double* out) {
+template <class Fetch>
+inline void normals(uint64_t seed, uint64_t low, uint64_t high, int64_t counters, double* out, const Fetch& fetch) {
   for (int64_t i = 0; i < counters; ++i) {
+    if (i % 2 == 0) fetch(4 * i, 8);
     const math::PhiloxWords w = math::philox(seed, low, high + i);
     math::box_muller(w.x[0], w.x[1], out[4 * i], out[4 * i + 1]);
     math::box_muller(w.x[2], w.x[3], out[4 * i + 2], out[4 * i + 3]);

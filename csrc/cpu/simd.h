@@ -19,6 +19,7 @@ struct Primitives<at::vec::Vectorized<C>> {
 
   static FASTVAE_HD V fma(V a, V b, V c) { return at::vec::fmadd(a, b, c); }
   static FASTVAE_HD V abs(V x) { return x.abs(); }
+  static FASTVAE_HD V neg(V x) { return x.neg(); }
   static FASTVAE_HD V less(V a, V b) { return a < b; }
   static FASTVAE_HD V select(V mask, V a, V b) { return V::blendv(b, a, mask); }
   static FASTVAE_HD V log1p(V x) { return x.log1p(); }
@@ -29,31 +30,53 @@ struct Primitives<at::vec::Vectorized<C>> {
   // few units. Results below e^-87 are 0.
   static FASTVAE_HD V exp(V x) {
     if constexpr (sizeof(C) == 8) return x.exp();
-    else return V::blendv(exp_nonpositive(at::vec::clamp_max(x, V(88.722f))), V(INFINITY), x > V(88.722f));
+    else return V::blendv(exp_bounded(at::vec::clamp_max(x, V(88.722f))), V(INFINITY), x > V(88.722f));
   }
 
   // The same without a look at overflow: x must not pass 88.722.
-  static FASTVAE_HD V exp_nonpositive(V x) {
+  static FASTVAE_HD V exp_bounded(V x) {
     if constexpr (sizeof(C) == 8) return x.exp();
-    else return V::blendv(exp_in_range(at::vec::clamp_min(x, V(-87.0f))), V(0.0f), x < V(-87.0f));
+    else {
+      const Split s = split(x);
+      constexpr float twice[] = {0.01673829742f, 0.0838350132f, 0.33333009f, 0.99997741f, 2.0f, 2.00000024f};
+      return polynomial(s.r, twice) * s.power;
+    }
+  }
+
+  static FASTVAE_HD ExpParts<V> exp_parts(V h) {
+    if constexpr (sizeof(C) == 8) return exp_parts_by_series(h);
+    else {
+      h = at::vec::clamp_max(h, V(88.73f));  // infinity from here on
+      const Split s = split(h);
+      // 2 (exp(r) - 1 - r) / r^2, Chebyshev fit, relative error 1.4e-7.
+      constexpr float fit[] = {0.00278524263f, 0.0167264063f, 0.0833331123f, 0.333331525f, 1.0f};
+      const V square = s.r * s.r * polynomial(s.r, fit), twice_r = s.r + s.r;
+      // Where |h| is small n is 0, so the bracket vanishes exactly and `square` is left.
+      const V minus_1_h = fma(s.power, square, fma(s.power, twice_r, fma(V(2), s.power, V(-1)) - h));
+      return {s.power * (V(2) + (twice_r + square)), minus_1_h + h, minus_1_h};
+    }
   }
 
  private:
-  static FASTVAE_HD V exp_in_range(V x) {
-    // x = n log 2 + r. Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, ready to go into the exponent.
-    const V magic(12582912.0f);
-    const V shifted = at::vec::fmadd(x, V(1.44269504f), magic);
+  // x = n log 2 + r, |r| <= log(2) / 2, and power = 2^(n - 1); 0 where x is below -87.
+  struct Split {
+    V r, power;
+  };
+
+  static FASTVAE_HD Split split(V x) {
+    // Adding 1.5 * 2^23 + 126 rounds to an integer and leaves n - 1, with the bias of an exponent, in the low bits. The lowest x has 0
+    // there: the exponent of zero.
+    const V magic(12582912.0f + 126.0f);
+    x = at::vec::clamp_min(x, V(-87.3f));  // keeps a NaN
+    const V shifted = fma(x, V(1.44269504f), magic);
     const V n = shifted - magic;
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
-    const V r = at::vec::fmadd(n, V(-0.693147182f), x);
+    const V r = fma(n, V(-0.693147182f), x);
 #else
     // Without a fused multiply-add n log 2 would be rounded: the first part of the constant has no low bits.
     const V r = (x - n * V(0.693359375f)) - n * V(-2.12194440e-4f);
 #endif
-    constexpr float fit[] = {0.00836914871f, 0.0419175066f, 0.166665047f, 0.499988705f, 1.0f, 1.00000012f};
-    const auto mantissa = at::vec::cast<int32_t>(polynomial(r, fit));
-    const auto exponent = at::vec::cast<int32_t>(shifted) << at::vec::Vectorized<int32_t>(23);
-    return at::vec::cast<float>(mantissa + exponent) + (x - x);  // a NaN's payload may have become an exponent
+    return {r, at::vec::cast<float>(at::vec::cast<int32_t>(shifted) << at::vec::Vectorized<int32_t>(23))};
   }
 };
 

@@ -168,11 +168,9 @@ inline void store_lanes(Vec<C> v, C* p, int64_t n) {
   else v.store(p, static_cast<int>(n));
 }
 
-// Asks for the cache lines of a step of `bytes` some way ahead of p. The arithmetic of a step fills the processor's window, so that
-// left to itself it waits for memory afterwards and not meanwhile.
+// Asks for the cache lines of [p, p + bytes).
 inline void prefetch(const void* p, int64_t bytes) {
-  constexpr int64_t kAhead = 2048;
-  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(p) + kAhead + line);
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(p) + line);
 }
 
 // A sum whose value does not depend on how the row is split over threads: blocks always have the same borders, four vectors of

@@ -17,8 +17,8 @@
 namespace fastvae::math {
 inline namespace FASTVAE_ISA {
 
-// Scalar: the C type of one lane. Functions: exp, exp_nonpositive, log1p, abs, relu, fma, less, and
-// select(mask, a, b) = mask ? a : b in each lane.
+// Scalar: the C type of one lane. Functions: exp, exp_bounded (x must not pass 88), exp_parts (see ExpParts), log1p, abs, neg, relu,
+// fma, less, and select(mask, a, b) = mask ? a : b in each lane.
 template <class V>
 struct Primitives;
 
@@ -29,7 +29,26 @@ FASTVAE_HD V polynomial(V x, const C (&highest_first)[N]) {
   return sum;
 }
 
-// 1/18!, ..., 1/3!, 1/2!: the Taylor series of (exp(v) - 1 - v) / v^2, exact in fp64 for |v| < 1.
+// A sum of log(1 + e), every e in [0, 1], with one logarithm at the end: that of the product of all 1 + e. What is kept is the
+// product less 1, so tiny e are not lost in it, and the rows of saturated logits whose loss they make up keep their accuracy.
+// Up to 128 factors fit in fp32.
+template <class V>
+struct Log1pSum {
+  V excess = V(0);
+
+  FASTVAE_HD void add(V e, V one_plus_e) { excess = Primitives<V>::fma(excess, one_plus_e, e); }
+  FASTVAE_HD void add(const Log1pSum& other) { add(other.excess, V(1) + other.excess); }
+  FASTVAE_HD V value() const { return Primitives<V>::log1p(excess); }
+};
+
+// exp(h), exp(h) - 1 and exp(h) - 1 - h, each with its relative accuracy near h = 0, where a subtraction would leave nothing: that is
+// where a posterior collapses.
+template <class V>
+struct ExpParts {
+  V exp, minus_1, minus_1_h;
+};
+
+// 1/18!, ..., 1/3!, 1/2!: the Taylor series of (exp(h) - 1 - h) / h^2, exact in fp64 for |h| < 1.
 struct ResidualSeries {
   double coefficient[17];
   constexpr ResidualSeries() : coefficient() {
@@ -41,46 +60,14 @@ struct ResidualSeries {
   }
 };
 
-// log(1 + e) for e in [0, 1].
+// ExpParts where there is nothing shorter.
 template <class V>
-FASTVAE_HD V log1p_unit(V e) {
+FASTVAE_HD ExpParts<V> exp_parts_by_series(V h) {
   using P = Primitives<V>;
-  if constexpr (sizeof(typename P::Scalar) == 8) {
-    return P::log1p(e);
-  } else {
-    // log1p(e) / e, Chebyshev fit on [0, 1], relative error 2e-8. A product e * p(e) keeps that error relative for every e,
-    // so rows of saturated logits, whose loss is a sum of tiny terms, stay exact.
-    constexpr float fit[] = {-0.00317605701f, 0.0195425265f, -0.0563736111f, 0.105436236f,  -0.152696669f,
-                             0.196632743f,    -0.249516159f, 0.333297104f,   -0.499998927f, 1.0f};
-    return e * polynomial(e, fit);
-  }
-}
-
-// value = exp(v) - 1 - v and slope = exp(v) - 1, given exp_v = exp(v). Both keep their relative accuracy near v = 0, where the
-// subtraction of the textbook KL would leave nothing: that is where a posterior collapses.
-template <class V>
-struct ExpResidual {
-  V value, slope;
-};
-
-template <class V>
-FASTVAE_HD ExpResidual<V> exp_residual(V v, V exp_v) {
-  using P = Primitives<V>;
-  const auto series = [&] {
-    if constexpr (sizeof(typename P::Scalar) == 8) {
-      constexpr ResidualSeries taylor;
-      return polynomial(v, taylor.coefficient);
-    } else {
-      // Chebyshev fit on [-1, 1], relative error 2e-8.
-      constexpr float fit[] = {2.80628024e-06f, 2.53585131e-05f, 0.000198381022f, 0.00138853968f,
-                               0.00833333936f,  0.041666735f,    0.166666672f,    0.5f};
-      return polynomial(v, fit);
-    }
-  };
-  const V near_value = v * v * series();
-  const V far_slope = exp_v - V(1);
-  const auto near = P::less(P::abs(v), V(1));
-  return {P::select(near, near_value, far_slope - v), P::select(near, near_value + v, far_slope)};
+  constexpr ResidualSeries taylor;
+  const V exp_h = P::exp(h), near_zero = h * h * polynomial(h, taylor.coefficient);
+  const auto near = P::less(P::abs(h), V(1));
+  return {exp_h, P::select(near, near_zero + h, exp_h - V(1)), P::select(near, near_zero, exp_h - V(1) - h)};
 }
 
 }  // namespace FASTVAE_ISA

@@ -14,23 +14,31 @@ struct GaussianKl {
   V d_prior_logvar;
 };
 
-// Against N(0, I). `variance` = exp(logvar), which the sampler has at hand.
+// The part of the scales, with sigma = exp((v - v_p) / 2) and h its logarithm: exp(2 h) - 1 - 2 h and exp(2 h) - 1. As sums of the parts of
+// exp(h) they are never small differences of large numbers.
 template <class V>
-FASTVAE_HD GaussianKl<V> standard_kl(V mu, V logvar, V variance) {
-  const auto residual = exp_residual(logvar, variance);
-  return {V(0.5f) * Primitives<V>::fma(mu, mu, residual.value), mu, V(0.5f) * residual.slope, V(0)};
+FASTVAE_HD V scale_term(const ExpParts<V>& sigma) {
+  return Primitives<V>::fma(sigma.minus_1, sigma.minus_1, sigma.minus_1_h + sigma.minus_1_h);
+}
+template <class V>
+FASTVAE_HD V scale_slope(const ExpParts<V>& sigma) {
+  return Primitives<V>::fma(sigma.minus_1, sigma.minus_1, sigma.minus_1 + sigma.minus_1);
+}
+
+// Against N(0, I). `sigma`: the parts of exp(logvar / 2), which the sampler needs too.
+template <class V>
+FASTVAE_HD GaussianKl<V> standard_kl(V mu, const ExpParts<V>& sigma) {
+  return {V(0.5f) * Primitives<V>::fma(mu, mu, scale_term(sigma)), mu, V(0.5f) * scale_slope(sigma), V(0)};
 }
 
 template <class V>
 FASTVAE_HD GaussianKl<V> prior_kl(V mu, V logvar, V prior_mu, V prior_logvar) {
   using P = Primitives<V>;
-  const V v = logvar - prior_logvar;
-  const auto residual = exp_residual(v, P::exp(v));
+  const auto ratio = P::exp_parts(V(0.5f) * (logvar - prior_logvar));
   const V difference = mu - prior_mu;
-  const V scaled = difference * P::exp(V(0) - prior_logvar);
-  const V square = difference * scaled;
-  return {V(0.5f) * (square + residual.value), scaled, V(0.5f) * residual.slope,
-          V(-0.5f) * (square + residual.slope)};
+  const V scaled = difference * P::exp(P::neg(prior_logvar));
+  const V square = difference * scaled, slope = scale_slope(ratio);
+  return {V(0.5f) * (square + scale_term(ratio)), scaled, V(0.5f) * slope, V(-0.5f) * (square + slope)};
 }
 
 }  // namespace FASTVAE_ISA

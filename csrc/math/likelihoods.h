@@ -2,6 +2,7 @@
 //
 //   params      how many tensors of the data's shape it reads; `element` writes one derivative for each
 //   constants   how many scalars it reads, the same for every element
+//   has_log1p   whether it leaves a term log(1 + e) to `logs`, the caller adds logs.value() once for many elements
 //   element     the part of the nll that differs between elements; what is the same for all of them (a normaliser) is added
 //               once per row by csrc/ops/likelihood_table.h
 #pragma once
@@ -14,15 +15,16 @@ inline namespace FASTVAE_ISA {
 struct Bernoulli {
   static constexpr int params = 1;
   static constexpr int constants = 0;
+  static constexpr bool has_log1p = true;
 
   template <class V>
-  static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params]) {
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params], Log1pSum<V>& logs) {
     using P = Primitives<V>;
     const V a = param[0];
-    const V e = P::exp_nonpositive(V(0) - P::abs(a));
-    const V sigmoid = P::select(P::less(a, V(0)), e, V(1)) / (V(1) + e);
-    slope[0] = sigmoid - t;
-    return P::fma(V(0) - a, t, P::relu(a)) + log1p_unit(e);
+    const V e = P::exp_bounded(P::neg(P::abs(a))), one_plus_e = V(1) + e;
+    slope[0] = P::select(P::less(a, V(0)), e, V(1)) / one_plus_e - t;
+    logs.add(e, one_plus_e);
+    return P::fma(P::neg(a), t, P::relu(a));
   }
 };
 
@@ -30,9 +32,10 @@ struct Bernoulli {
 struct Gaussian {
   static constexpr int params = 1;
   static constexpr int constants = 1;  // precision
+  static constexpr bool has_log1p = false;
 
   template <class V>
-  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params]) {
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
     const V difference = param[0] - t;
     slope[0] = difference * constant[0];
     return V(0.5f) * difference * slope[0];
@@ -43,12 +46,13 @@ struct Gaussian {
 struct GaussianPerElement {
   static constexpr int params = 2;  // mean, logvar
   static constexpr int constants = 0;
+  static constexpr bool has_log1p = false;
 
   template <class V>
-  static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params]) {
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params], Log1pSum<V>&) {
     using P = Primitives<V>;
     const V difference = param[0] - t;
-    slope[0] = difference * P::exp(V(0) - param[1]);
+    slope[0] = difference * P::exp(P::neg(param[1]));
     const V square = difference * slope[0];
     slope[1] = P::fma(V(-0.5f), square, V(0.5f));
     return V(0.5f) * (param[1] + square);
