@@ -29,7 +29,7 @@ from . import reference
 NAMES = ("auto", "reference", "native", "triton")
 OPS = ("reparameterize_kl", "gaussian_kl", "nll")
 
-_BUILD = "pip install --no-build-isolation -e ."
+_BUILD = "pip install --no-build-isolation -e . (in a clone of fastvae)"
 # None outside of torch.func's transforms.
 _transform_level = torch._C._functorch.maybe_current_level
 # Tensors of every other device type go to the reference, whatever the setting.

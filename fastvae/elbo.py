@@ -190,7 +190,7 @@ def _compose(nll: Tensor, kl: Tensor, beta: Tensor, reduction: int) -> ELBOOutpu
             f"fastvae.ELBO: the likelihood's `nll` must return one value per row, shape (B,), got {found}"
         )
     functional._check_kl("ELBO", kl, "nll", nll)
-    loss = nll + beta * kl
+    loss = nll + beta * (kl if kl.dtype == torch.float64 else kl.float())
     if reduction == REDUCTIONS["sum"]:
         loss = loss.sum()
     elif reduction == REDUCTIONS["mean"]:

@@ -170,14 +170,16 @@ class _Row(NamedTuple):
     params: tuple[str, ...]
     integers: tuple[torch.dtype, ...]  # target dtypes that are accepted beside the floating ones
     differentiates_target: bool
+    scalar: bool = False  # the last of `params` is 0-dimensional; the others have the shape of the first
+    packed: bool = False  # the first holds the parameters of 2C channels for a target of C
 
 
 _ROWS = {
     "bernoulli": _Row("bernoulli_nll", ("logits",), (torch.uint8, torch.bool), False),
     "gaussian": _Row("gaussian_nll", ("mean",), (torch.uint8,), True),
-    "gaussian_learned": _Row("gaussian_nll", ("mean", "logvar"), (torch.uint8,), True),
+    "gaussian_learned": _Row("gaussian_nll", ("mean", "logvar"), (torch.uint8,), True, scalar=True),
     "gaussian_per_element": _Row("gaussian_nll", ("mean", "logvar"), (torch.uint8,), True),
-    "gaussian_head": _Row("gaussian_head_nll", ("params",), (torch.uint8,), True),
+    "gaussian_head": _Row("gaussian_head_nll", ("params",), (torch.uint8,), True, packed=True),
 }
 
 
@@ -201,16 +203,14 @@ def _check_learned(where: str, name: str, value: Any, like_name: str, like: Tens
 
 
 def _check_nll(
-    where: str, names: Sequence[str], likelihood: str, params: Sequence[Any], target: Any, name: str
+    where: str, names: Sequence[str], row: _Row, params: Sequence[Any], target: Any, name: str
 ) -> None:
     """`names` are those of `params`, `name` that of `target`, as the user knows them."""
-    row = _ROWS[likelihood]
     first = params[0]
     _check_floating(where, names[0], first)
-    if likelihood == "gaussian_per_element":
-        _check_like(where, names[1], params[1], names[0], first)
-    elif likelihood == "gaussian_learned":
-        _check_learned(where, names[1], params[1], names[0], first)
+    for i in range(1, len(params)):
+        check = _check_learned if row.scalar and i == len(params) - 1 else _check_like
+        check(where, names[i], params[i], names[0], first)
 
     if not isinstance(target, Tensor):
         raise TypeError(f"fastvae.{where}: `{name}` must be a Tensor, got {type(target).__name__}")
@@ -223,7 +223,7 @@ def _check_nll(
         )
     if target.device != first.device:
         raise ValueError(_device_message(where, name, target, names[0], first))
-    if likelihood == "gaussian_head":
+    if row.packed:
         _check_head(where, names[0], first, name, target)
     elif target.shape != first.shape:
         raise ValueError(_shape_message(where, name, target, names[0], first, tuple(first.shape)))
@@ -395,7 +395,7 @@ def _nll(
         where, names, name = row.function, row.params, "target"
     else:
         where, names, name = caller, ("recon", *row.params[1:]), "x"
-    _check_nll(where, names, likelihood, params, target, name)
+    _check_nll(where, names, row, params, target, name)
     first = params[0]
     if kl is not None:
         _check_kl(where, kl, names[0], first)

@@ -197,6 +197,15 @@ OPS = {
         ("gaussian_learned", [leaf(*X), leaf()], plain(*X), [], ROWS, BETA, 2),
         ("gaussian_per_element", [plain(*X), leaf(*X)], leaf(*X), [], ROWS, NONE, 2),
         ("gaussian_head", [leaf(2, 4, 3)], leaf(2, 2, 3), [], NONE, NONE, 0),
+        (
+            "gaussian_learned",
+            [leaf(*X).detach().half().requires_grad_(), leaf()],
+            leaf(*X),
+            [],
+            ROWS,
+            BETA,
+            2,
+        ),
     ],
     "reparameterize_kl_forward": [
         (plain(*M), plain(*M), NONE, NONE, NONE, SEED, 0, NONE, NONE),
@@ -224,6 +233,10 @@ OPS = {
         ("bernoulli", [plain(*X)], plain(*X), [], ROWS, BETA, 2, 1),
         ("gaussian_learned", [IMAGE, torch.tensor(0.1)], IMAGE, [], NONE, NONE, 0, 0b11),
         ("gaussian_per_element", [plain(*X), plain(*X)], plain(*X), [], ROWS.double(), BETA, 1, 0b10),
+    ],
+    "nll_gradient": [
+        ("bernoulli", [plain(*X).half()], plain(*X).sigmoid(), [], torch.tensor(2.0), NONE, 2, 1),
+        ("gaussian_per_element", [plain(*X), plain(*X)], plain(*X), [], NONE, ROWS, 0, 0b10),
     ],
     "nll_backward": [
         (torch.tensor(2.0), NONE, [plain(*X)], NONE, ROWS, BETA, 3, 2, True, True),

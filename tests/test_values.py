@@ -314,9 +314,19 @@ def test_float16_gradients_survive_the_mean(backend: str) -> None:
     (gradient,) = torch.autograd.grad(out.loss * scale, logits)
     exact = torch.sigmoid(logits.detach().double()) * (scale / batch)
     assert (gradient != 0).all()
-    # What a small float16 has lost before the weight came is half a unit of its smallest step, 2^-24.
-    bound = 1e-3 * exact + 2.0**-25 * scale / batch
-    assert ((gradient.double() - exact).abs() <= bound).all()
+    assert ((gradient.double() - exact).abs() <= 1e-3 * exact).all()
+
+
+def test_float16_gradients_larger_than_float16_survive_the_mean(backend: str) -> None:
+    """Before its weight 1/B a slope may exceed 65504."""
+    batch = 128
+    mean = torch.full((batch, 9), 10.0).half().requires_grad_()
+    target = torch.zeros(batch, 9).half().requires_grad_()
+    elbo = fastvae.ELBO(fastvae.likelihoods.Gaussian(scale=0.01))
+    gradients = torch.autograd.grad(elbo(mean, target, kl=torch.zeros(batch)).loss, (mean, target))
+    exact = torch.full((batch, 9), 10.0 / 0.01**2 / batch, dtype=torch.float64)
+    for gradient, sign in zip(gradients, (1, -1), strict=True):
+        torch.testing.assert_close(gradient.double(), sign * exact, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00001, -1], ids=hex)

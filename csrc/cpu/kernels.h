@@ -45,7 +45,7 @@ constexpr int kMaxConstants = 2;
 
 enum class Element : int8_t { bernoulli, gaussian, gaussian_per_element };
 
-// row_nll[r] = sum over the row of Element's value; slopes[i] (where wanted) = its derivative times `weight`.
+// row_nll[r] = sum over the row of Element's value; slopes[i] (where wanted) = its derivative times weight[r * weight_stride].
 struct NllArgs {
   Element element;
   bool in_double;
@@ -54,7 +54,8 @@ struct NllArgs {
   Operand target;
   double constants[kMaxConstants];
   Result slopes[kMaxParams];
-  double weight;
+  const double* weight;
+  int64_t weight_stride;
   double* row_nll;
 };
 

@@ -80,8 +80,9 @@ void run(const NllArgs& args) {
         slope[k] = destination(args.slopes[k], row, begin, args.size, slope_buffer[k]);
       }
       const C* target = load(args.target, row, begin, n, args.size, target_buffer);
-      sums[task] = wanted ? block<L, C, true>(param, target, slope, args.constants, args.weight, n)
-                          : block<L, C, false>(param, target, slope, args.constants, args.weight, n);
+      const double weight = args.weight[row * args.weight_stride];
+      sums[task] = wanted ? block<L, C, true>(param, target, slope, args.constants, weight, n)
+                          : block<L, C, false>(param, target, slope, args.constants, weight, n);
       for (int k = 0; k < L::params; ++k) store(args.slopes[k], row, begin, n, args.size, slope_buffer[k]);
     }
   });

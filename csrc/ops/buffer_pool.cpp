@@ -5,7 +5,10 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <deque>
+#include <memory>
 #include <mutex>
+
+#include "common.h"
 
 namespace fastvae {
 namespace {
@@ -71,14 +74,9 @@ Pool& pool() {
 at::Tensor pooled_empty(at::IntArrayRef sizes, const at::Tensor& like, at::MemoryFormat order) {
   const auto bytes = c10::multiply_integers(sizes) * static_cast<int64_t>(like.element_size());
   if (bytes < kSmallest) return at::empty(sizes, like.options(), order);
-  auto* buffer = new Buffer(pool().take(bytes));
-  const auto give_back = [buffer](void*) {
-    pool().give(std::move(*buffer));
-    delete buffer;
-  };
-  // A meta tensor: only for the strides that `order` means.
-  const at::Tensor shape = at::empty(sizes, like.options().device(at::kMeta), order);
-  return at::from_blob(buffer->memory.get(), sizes, shape.strides(), give_back, like.options());
+  const auto buffer = std::make_shared<Buffer>(pool().take(bytes));
+  const auto give_back = [buffer](void*) { pool().give(std::move(*buffer)); };
+  return at::from_blob(buffer->memory.get(), sizes, strides_in(sizes, order), give_back, like.options());
 }
 
 int64_t empty_buffer_pool() { return pool().clear(); }

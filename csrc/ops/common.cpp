@@ -15,7 +15,7 @@ at::MemoryFormat memory_order(const Tensor& lead) {
   return order != at::MemoryFormat::Contiguous && lead.is_contiguous(order) ? order : at::MemoryFormat::Contiguous;
 }
 
-static c10::SmallVector<int64_t, 5> strides_in(at::IntArrayRef sizes, at::MemoryFormat order) {
+c10::SmallVector<int64_t, 5> strides_in(at::IntArrayRef sizes, at::MemoryFormat order) {
   if (order == at::MemoryFormat::ChannelsLast) {
     const auto strides = c10::get_channels_last_strides_2d(sizes);
     return {strides.begin(), strides.end()};
@@ -86,7 +86,7 @@ Tensor from_doubles(const std::vector<double>& values, at::IntArrayRef sizes, at
   return half ? t.to(dtype) : t;
 }
 
-std::vector<Tensor> once_differentiable(std::vector<Tensor> gradients) {
+Tensors once_differentiable(Tensors gradients) {
   if (!c10::GradMode::is_enabled()) return gradients;
   const size_t count = gradients.size();
   for (auto& g : gradients)

@@ -1,6 +1,7 @@
 // Shared by the ops: views of tensors for the kernels, and the guard against second derivatives.
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -11,7 +12,16 @@
 namespace fastvae {
 
 using at::Tensor;
+using Tensors = std::vector<at::Tensor>;
 using OptionalTensor = std::optional<at::Tensor>;
+
+inline OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : OptionalTensor(); }
+
+// The op of that name, to be called through the dispatcher.
+template <class Signature>
+auto op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
 
 enum Reduction : int64_t { kNone = 0, kSum = 1, kMean = 2 };
 
@@ -25,6 +35,9 @@ at::MemoryFormat memory_order(const Tensor& lead);
 // are); a copy where they are not.
 Tensor dense_rows(const Tensor& t, at::MemoryFormat order);
 
+// The strides of a dense tensor of those sizes in `order`.
+c10::SmallVector<int64_t, 5> strides_in(at::IntArrayRef sizes, at::MemoryFormat order);
+
 cpu::DType dtype_of(const Tensor& t);
 int64_t event_size(const Tensor& t);
 cpu::Operand operand(const Tensor& dense);
@@ -36,7 +49,7 @@ std::vector<double> to_doubles(const Tensor& t);
 Tensor from_doubles(const std::vector<double>& values, at::IntArrayRef sizes, at::ScalarType dtype);
 
 // Where the graph is to be differentiated again, results that raise when somebody does: the kernels have no second derivative.
-std::vector<Tensor> once_differentiable(std::vector<Tensor> gradients);
+Tensors once_differentiable(Tensors gradients);
 
 inline bool needs_grad(const OptionalTensor& t) { return t && t->defined() && t->requires_grad(); }
 

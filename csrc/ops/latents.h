@@ -6,7 +6,6 @@
 
 namespace fastvae {
 
-using Tensors = std::vector<at::Tensor>;
 using OptionalGenerator = std::optional<at::Generator>;
 
 // (mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, generator) -> (z, kl, the seed that was used).

@@ -34,6 +34,10 @@ TORCH_LIBRARY(fastvae, m) {
       "int needs) -> (Tensor loss, Tensor nll, Tensor[] gradients, Tensor scalar_rows)",
       tags);
   m.def(
+      "nll_gradient(str likelihood, Tensor[] params, Tensor target, float[] constants, Tensor? grad_loss, Tensor? grad_nll, "
+      "int reduction, int needs) -> Tensor[]",
+      tags);
+  m.def(
       "nll_backward(Tensor? grad_loss, Tensor? grad_nll, Tensor[] gradients, Tensor? scalar_rows, Tensor? kl, Tensor? beta, "
       "SymInt rows, int reduction, bool need_kl, bool need_beta) -> Tensor[]",
       tags);

@@ -1,5 +1,6 @@
-// The table of likelihoods: a row names one, says which tensors it takes and which kernel does the work. To add one, write its
-// struct in csrc/math/likelihoods.h and its row here.
+// The table of likelihoods: a row names one, says which tensors it takes and which kernel does the work. To add one: its struct in
+// csrc/math/likelihoods.h, its Element (cpu/kernels.h) and the line that calls it (nll() in cpu/likelihoods.cpp), its row and its
+// normaliser here.
 #pragma once
 #include <c10/util/Exception.h>
 #include <c10/util/string_view.h>
@@ -18,14 +19,15 @@ struct LikelihoodRow {
   int constants;     // length of `constants`
   bool packed;       // one tensor (B, 2C, ...) holds the kernel's two params along dimension 1
   bool has_scalar;   // the last tensor is 0-dim, one value for all elements; it has a derivative for each row
+  bool is_location;  // a density of (target - mean): the target's derivative is the mean's, negated. Others have none.
 };
 
 constexpr LikelihoodRow kLikelihoods[] = {
-    {"bernoulli", cpu::Element::bernoulli, 1, 0, false, false},                           // logits
-    {"gaussian", cpu::Element::gaussian, 1, 1, false, false},                             // mean; scale
-    {"gaussian_learned", cpu::Element::gaussian, 2, 0, false, true},                      // mean, logvar (0-dim)
-    {"gaussian_per_element", cpu::Element::gaussian_per_element, 2, 0, false, false},     // mean, logvar
-    {"gaussian_head", cpu::Element::gaussian_per_element, 1, 0, true, false},             // mean and logvar, packed
+    {"bernoulli", cpu::Element::bernoulli, 1, 0, false, false, false},                        // logits
+    {"gaussian", cpu::Element::gaussian, 1, 1, false, false, true},                           // mean; scale
+    {"gaussian_learned", cpu::Element::gaussian, 2, 0, false, true, true},                    // mean, logvar (0-dim)
+    {"gaussian_per_element", cpu::Element::gaussian_per_element, 2, 0, false, false, true},  // mean, logvar
+    {"gaussian_head", cpu::Element::gaussian_per_element, 1, 0, true, false, true},          // mean and logvar, packed
 };
 
 inline const LikelihoodRow& likelihood_row(std::string_view name) {
@@ -54,5 +56,9 @@ inline Normaliser normaliser(const LikelihoodRow& row, double scalar) {
   }
   return {0, 0};
 }
+
+// The derivative of a row by the 0-dim tensor, given what the kernel summed: for the Gaussian, of
+// (size logvar + sum (t - m)^2 exp(-logvar)) / 2.
+inline double scalar_slope(int64_t size, double nll_less_normaliser) { return 0.5 * static_cast<double>(size) - nll_less_normaliser; }
 
 }  // namespace fastvae

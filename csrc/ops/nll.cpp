@@ -16,11 +16,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-template <class Signature>
-auto op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 std::tuple<Tensor, Tensor, Tensors, Tensor> forward_op(std::string_view likelihood, at::TensorList params, const Tensor& target,
                                                        at::ArrayRef<double> constants, const OptionalTensor& kl,
                                                        const OptionalTensor& beta, int64_t reduction, int64_t needs) {
@@ -33,81 +28,94 @@ struct Nll : torch::autograd::Function<Nll> {
                                at::ArrayRef<double> constants, const OptionalTensor& kl, const OptionalTensor& beta,
                                int64_t reduction) {
     const at::AutoDispatchBelowADInplaceOrView guard;
+    const auto& row = likelihood_row(likelihood);
     int64_t needs = 0;
     for (size_t i = 0; i < params.size(); ++i) needs |= int64_t(params[i].requires_grad()) << i;
-    // The target enters every differentiable likelihood as (target - mean): its gradient is the mean's, negated.
-    const int64_t computed = needs | int64_t(target.requires_grad());
+    const int64_t scalar_bit = row.has_scalar ? int64_t(1) << (params.size() - 1) : 0;
+    const int64_t computed = needs | int64_t(target.requires_grad());  // the target's comes from the mean's
+    const bool at_once = gradient_in_forward(params[0].scalar_type());
     auto [loss, nll, gradients, scalar_rows] =
-        forward_op(likelihood, params, target, constants, kl, beta, reduction, computed);
+        forward_op(likelihood, params, target, constants, kl, beta, reduction, at_once ? computed : computed & scalar_bit);
 
     const bool need_kl = needs_grad(kl), need_beta = needs_grad(beta);
     ctx->set_materialize_grads(false);
+    ctx->saved_data["likelihood"] = likelihood;
+    ctx->saved_data["constants"] = constants.vec();
     ctx->saved_data["needs"] = needs;
-    ctx->saved_data["computed"] = computed;
+    ctx->saved_data["elementwise"] = computed & ~scalar_bit;
     ctx->saved_data["params"] = static_cast<int64_t>(params.size());
-    ctx->saved_data["packed"] = likelihood_row(likelihood).packed;
-    ctx->saved_data["scalar"] = likelihood_row(likelihood).has_scalar;
+    ctx->saved_data["at_once"] = at_once;
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["rows"] = target.sym_size(0);
     ctx->saved_data["need_kl"] = need_kl;
     ctx->saved_data["need_beta"] = need_beta;
     if (target.requires_grad()) ctx->saved_data["target_dtype"] = target.scalar_type();
-    variable_list saved = {scalar_rows, need_kl || need_beta ? *kl : Tensor(), need_kl || need_beta ? beta.value_or(Tensor()) : Tensor()};
-    saved.insert(saved.end(), gradients.begin(), gradients.end());
+    const bool with_kl = need_kl || need_beta;
+    variable_list saved = {scalar_rows, with_kl ? *kl : Tensor(), with_kl ? beta.value_or(Tensor()) : Tensor()};
+    if (at_once) {
+      saved.insert(saved.end(), gradients.begin(), gradients.end());
+    } else {
+      saved.insert(saved.end(), params.begin(), params.end());
+      saved.push_back(target);
+    }
     ctx->save_for_backward(std::move(saved));
     return {loss, nll};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const variable_list saved = ctx->get_saved_variables();
-    const int64_t needs = ctx->saved_data["needs"].toInt(), computed = ctx->saved_data["computed"].toInt();
-    const size_t params = ctx->saved_data["params"].toInt();
-    const bool need_kl = ctx->saved_data["need_kl"].toBool(), need_beta = ctx->saved_data["need_beta"].toBool();
-    const bool need_scalar = ctx->saved_data["scalar"].toBool() && (needs >> (params - 1) & 1);
-    const bool need_target = ctx->saved_data.count("target_dtype");
-    const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : OptionalTensor(); };
+    variable_list results(ctx->saved_data["params"].toInt() + 6);  // likelihood, params..., target, constants, kl, beta, reduction
+    if (!grads[0].defined() && !grads[1].defined()) return once_differentiable(std::move(results));
 
+    const variable_list saved = ctx->get_saved_variables();
+    const variable_list rest(saved.begin() + 3, saved.end());  // the gradients, or the params and the target
+    const auto& row = likelihood_row(ctx->saved_data["likelihood"].toStringRef());
+    const int64_t needs = ctx->saved_data["needs"].toInt(), elementwise = ctx->saved_data["elementwise"].toInt();
+    const int64_t reduction = ctx->saved_data["reduction"].toInt(), params = ctx->saved_data["params"].toInt();
+    const bool need_kl = ctx->saved_data["need_kl"].toBool(), need_beta = ctx->saved_data["need_beta"].toBool();
+    const bool need_scalar = row.has_scalar && (needs >> (params - 1) & 1);
+
+    static const auto gradient = op<NllGradient>("fastvae::nll_gradient");
     static const auto new_tensors = op<NllBackward>("fastvae::nll_backward");
     static const auto in_place = op<NllBackward>("fastvae::nll_backward_");
-    variable_list results(params + 6);  // likelihood, params..., target, constants, kl, beta, reduction
-    if (grads[0].defined() || grads[1].defined()) {
-      variable_list gradients(saved.begin() + 3, saved.end());
-      const auto run = [&](const auto& handle) {
-        const at::AutoDispatchBelowADInplaceOrView guard;
-        return handle.call(optional(grads[0]), optional(grads[1]), gradients,
-                                          need_scalar ? optional(saved[0]) : OptionalTensor(), optional(saved[1]),
-                                          optional(saved[2]), ctx->saved_data["rows"].toSymInt(),
-                                          ctx->saved_data["reduction"].toInt(), need_kl, need_beta);
-      };
-      variable_list extras;
+    const auto scaled = [&](const auto& handle, at::TensorList gradients) {
+      return handle.call(optional(grads[0]), optional(grads[1]), gradients, need_scalar ? optional(saved[0]) : OptionalTensor(),
+                         optional(saved[1]), optional(saved[2]), ctx->saved_data["rows"].toSymInt(), reduction, need_kl, need_beta);
+    };
+    Tensors gradients, extras;
+    {
+      const at::AutoDispatchBelowADInplaceOrView guard;
       const Tensor& any = grads[0].defined() ? grads[0] : grads[1];
-      // Once the graph is freed nobody else can read the saved gradient: it becomes the result. Whoever keeps the graph, or
-      // traces it, gets a new tensor.
-      if (traced(any) || torch::autograd::get_current_graph_task_keep_graph()) {
-        Tensors all = run(new_tensors);
-        extras.assign(all.begin() + gradients.size(), all.end());
-        all.resize(gradients.size());
-        gradients = std::move(all);
+      if (!ctx->saved_data["at_once"].toBool()) {
+        if (elementwise)
+          gradients = gradient.call(row.name, at::TensorList(rest).slice(0, params), rest.back(),
+                                    ctx->saved_data["constants"].toDoubleVector(), optional(grads[0]), optional(grads[1]), reduction,
+                                    elementwise);
+        extras = scaled(new_tensors, {});
+      } else if (traced(any) || torch::autograd::get_current_graph_task_keep_graph()) {
+        gradients = scaled(new_tensors, rest);
+        extras.assign(gradients.begin() + rest.size(), gradients.end());
+        gradients.resize(rest.size());
       } else {
-        extras = run(in_place);
+        // Once the graph is freed nobody else can read the saved gradient: it becomes the result.
+        gradients = rest;
+        extras = scaled(in_place, gradients);
       }
-
-      size_t next = 0, extra = 0;
-      for (size_t i = 0; i < params; ++i) {
-        if (!(computed >> i & 1)) continue;
-        if (need_scalar && i + 1 == params) continue;
-        if (i == 0 && need_target) {
-          Tensor mean = gradients[next];
-          if (ctx->saved_data["packed"].toBool()) mean = mean.narrow(1, 0, mean.sym_size(1).guard_int(__FILE__, __LINE__) / 2);
-          results[params + 1] = mean.neg().to(ctx->saved_data["target_dtype"].toScalarType());
-        }
-        if (needs >> i & 1) results[1 + i] = gradients[next];
-        ++next;
-      }
-      if (need_scalar) results[params] = extras[extra++];
-      if (need_kl) results[params + 3] = extras[extra++];
-      if (need_beta) results[params + 4] = extras[extra++];
     }
+
+    size_t next = 0, extra = 0;
+    for (int64_t i = 0; i < params; ++i) {
+      if (!(elementwise >> i & 1)) continue;
+      if (i == 0 && ctx->saved_data.count("target_dtype")) {
+        Tensor mean = gradients[next];
+        if (row.packed) mean = mean.narrow_symint(1, 0, mean.sym_size(1) / 2);
+        results[params + 1] = mean.neg().to(ctx->saved_data["target_dtype"].toScalarType());
+      }
+      if (needs >> i & 1) results[1 + i] = gradients[next];
+      ++next;
+    }
+    if (need_scalar) results[params] = extras[extra++];
+    if (need_kl) results[params + 3] = extras[extra++];
+    if (need_beta) results[params + 4] = extras[extra++];
     return once_differentiable(std::move(results));
   }
 };
@@ -136,8 +144,8 @@ std::tuple<Tensor, Tensor> nll_autograd(std::string_view likelihood, at::TensorL
     const at::AutoDispatchBelowADInplaceOrView guard;
     return nll_without_graph(likelihood, params, target, constants, kl, beta, reduction);
   }
-  TORCH_CHECK_VALUE(!target.requires_grad() || likelihood_row(likelihood).element != cpu::Element::bernoulli,
-                    "fastvae::nll: `target` of a Bernoulli has no gradient here; pass target.detach()");
+  TORCH_CHECK_VALUE(!target.requires_grad() || likelihood_row(likelihood).is_location, "fastvae::nll: the `target` of ",
+                    std::string(likelihood), " has no gradient here; pass target.detach()");
   const auto out = Nll::apply(std::string(likelihood), params, target, constants, kl, beta, reduction);
   return {out[0], out[1]};
 }
@@ -160,6 +168,14 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_meta(std::string_view li
   const bool scalar = row.has_scalar && (needs >> elementwise & 1);
   return {reduction == kNone ? make(loss_dtype, {rows}) : make(loss_dtype, {}), make(nll_dtype, {rows}), gradients,
           scalar ? make(nll_dtype, {rows}) : make(nll_dtype, {0})};
+}
+
+Tensors nll_gradient_meta(std::string_view, at::TensorList params, const Tensor&, at::ArrayRef<double>, const OptionalTensor&,
+                          const OptionalTensor&, int64_t, int64_t needs) {
+  Tensors gradients;
+  for (int64_t i = 0; i < int64_t(params.size()); ++i)
+    if (needs >> i & 1) gradients.push_back(at::empty_like(params[0], params[0].options(), memory_order(params[0])));
+  return gradients;
 }
 
 Tensors nll_backward_extras_meta(const OptionalTensor& grad_loss, const OptionalTensor& grad_nll, at::TensorList,
@@ -188,6 +204,7 @@ TORCH_LIBRARY_IMPL(fastvae, CompositeExplicitAutograd, m) { m.impl("nll", nll_wi
 TORCH_LIBRARY_IMPL(fastvae, Autograd, m) { m.impl("nll", nll_autograd); }
 TORCH_LIBRARY_IMPL(fastvae, Meta, m) {
   m.impl("nll_forward", nll_forward_meta);
+  m.impl("nll_gradient", nll_gradient_meta);
   m.impl("nll_backward", nll_backward_meta);
   m.impl("nll_backward_", nll_backward_extras_meta);
 }

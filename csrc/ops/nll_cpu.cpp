@@ -57,35 +57,40 @@ void check(const LikelihoodRow& row, at::TensorList params, const Tensor& target
   TORCH_CHECK_VALUE(!beta || beta->numel() == 1, "fastvae::nll: `beta` must be a single number");
 }
 
-std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cpu(std::string_view likelihood, at::TensorList params,
-                                                            const Tensor& target, at::ArrayRef<double> constants,
-                                                            const OptionalTensor& kl, const OptionalTensor& beta,
-                                                            int64_t reduction, int64_t needs) {
-  const auto& row = likelihood_row(likelihood);
-  check(row, params, target, constants, kl, beta, reduction);
+struct Evaluation {
+  std::vector<double> nll;  // of each row, less the normaliser
+  Tensors gradients;
+  Normaliser normaliser;
+};
+
+// Runs the kernel; the gradient of row r is multiplied by weights[r * weight_stride].
+Evaluation evaluate(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
+                    int64_t needs, const double* weights, int64_t weight_stride) {
   const Tensor& lead = params[0];
   const auto order = memory_order(lead);
-  const int64_t rows = lead.size(0), size = event_size(target);
   const size_t elementwise = params.size() - row.has_scalar;
-  const bool need_scalar = row.has_scalar && (needs >> elementwise & 1);
   const double scalar = row.has_scalar ? to_doubles(params.back())[0] : constants.empty() ? 0 : constants[0];
-  const auto norm = normaliser(row, scalar);
 
+  Evaluation out;
+  out.normaliser = normaliser(row, scalar);
+  out.nll.resize(lead.size(0));
   cpu::NllArgs args{};
   args.element = row.element;
   args.in_double = lead.scalar_type() == at::kDouble;
-  args.rows = rows;
-  args.size = size;
-  args.constants[0] = norm.constant;
-  args.weight = weighted_in_forward(lead.scalar_type()) ? weight_of(reduction, rows) : 1.0;
+  args.rows = lead.size(0);
+  args.size = event_size(target);
+  args.constants[0] = out.normaliser.constant;
+  args.weight = weights;
+  args.weight_stride = weight_stride;
+  args.row_nll = out.nll.data();
 
-  Tensors dense, gradients;
+  Tensors dense;
   for (size_t i = 0; i < elementwise; ++i) {
     dense.push_back(dense_rows(params[i], order));
     args.params[i] = operand(dense.back());
     if (!(needs >> i & 1)) continue;
-    gradients.push_back(pooled_empty(lead.sizes(), lead, order));
-    args.slopes[i] = result(gradients.back());
+    out.gradients.push_back(pooled_empty(lead.sizes(), lead, order));
+    args.slopes[i] = result(out.gradients.back());
   }
   if (row.packed) {
     const bool channels_last = order != at::MemoryFormat::Contiguous;
@@ -96,16 +101,26 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cpu(std::string_view lik
   }
   const Tensor dense_target = dense_rows(target, order);
   args.target = operand(dense_target);
-
-  std::vector<double> nll(rows);
-  args.row_nll = nll.data();
   cpu::kernels().nll(args);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cpu(std::string_view likelihood, at::TensorList params,
+                                                            const Tensor& target, at::ArrayRef<double> constants,
+                                                            const OptionalTensor& kl, const OptionalTensor& beta,
+                                                            int64_t reduction, int64_t needs) {
+  const auto& row = likelihood_row(likelihood);
+  check(row, params, target, constants, kl, beta, reduction);
+  const Tensor& lead = params[0];
+  const int64_t rows = lead.size(0), size = event_size(target);
+  const double weight = weight_of(reduction, rows);
+  auto [nll, gradients, norm] = evaluate(row, params, target, constants, needs, &weight, 0);
 
   const auto dtype = row_dtype(lead.scalar_type());
   Tensor scalar_rows = at::empty({0}, lead.options().dtype(dtype));
-  if (need_scalar) {
-    std::vector<double> slope(rows);  // of (D v + sum (t - m)^2 exp(-v)) / 2 by v
-    for (int64_t r = 0; r < rows; ++r) slope[r] = 0.5 * static_cast<double>(size) - nll[r];
+  if (row.has_scalar && (needs >> (params.size() - 1) & 1)) {
+    std::vector<double> slope(rows);
+    for (int64_t r = 0; r < rows; ++r) slope[r] = scalar_slope(size, nll[r]);
     scalar_rows = from_doubles(slope, {rows}, dtype);
   }
   for (double& value : nll) value += norm.per_element * static_cast<double>(size);
@@ -172,16 +187,23 @@ Tensors extras(const RowGradients& g, const OptionalTensor& scalar_rows, const O
   return results;
 }
 
+Tensors nll_gradient_cpu(std::string_view likelihood, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
+                         const OptionalTensor& grad_loss, const OptionalTensor& grad_nll, int64_t reduction, int64_t needs) {
+  const auto& row = likelihood_row(likelihood);
+  check(row, params, target, constants, {}, {}, reduction);
+  const auto g = row_gradients(grad_loss, grad_nll, params[0].size(0), reduction);
+  return evaluate(row, params, target, constants, needs, g.by_nll.data(), !g.uniform).gradients;
+}
+
 // out[i] = gradients[i] times what the forward has not already multiplied in.
 void scale(const RowGradients& g, at::TensorList gradients, at::TensorList out, int64_t rows, int64_t reduction) {
+  std::vector<double> factor = g.by_nll;
+  bool one = true;
+  for (double& f : factor) {
+    f /= weight_of(reduction, rows);
+    one &= f == 1.0;
+  }
   for (size_t i = 0; i < gradients.size(); ++i) {
-    const double applied = weighted_in_forward(gradients[i].scalar_type()) ? weight_of(reduction, rows) : 1.0;
-    std::vector<double> factor = g.by_nll;
-    bool one = true;
-    for (double& f : factor) {
-      f /= applied;
-      one &= f == 1.0;
-    }
     if (one) {
       if (!gradients[i].is_same(out[i])) out[i].copy_(gradients[i]);
       continue;
@@ -215,6 +237,7 @@ Tensors nll_backward_in_place_cpu(const OptionalTensor& grad_loss, const Optiona
 
 TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
   m.impl("nll_forward", nll_forward_cpu);
+  m.impl("nll_gradient", nll_gradient_cpu);
   m.impl("nll_backward", nll_backward_cpu);
   m.impl("nll_backward_", nll_backward_in_place_cpu);
 }
