@@ -95,6 +95,9 @@ def summarise(measurement: Measurement) -> dict[str, Any]:
             for side, s in measurement.seconds.items()
         },
         "fastest_ms": {side: _milliseconds(min(s)) for side, s in measurement.seconds.items()},
+        "in_cache_median_ms": {
+            side: _milliseconds(statistics.median(s)) for side, s in measurement.warm.items()
+        },
         "rounds": len(measurement.seconds["fused"]),
         "input_sets": measurement.input_sets,
         "peak_bytes_above_inputs": measurement.peak_bytes,

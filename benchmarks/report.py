@@ -84,8 +84,8 @@ def _load(path: Path) -> Runs:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def faster(row: dict[str, Any], side: str) -> float:
-    return row["median_ms"][side] / row["median_ms"]["fused"]
+def faster(row: dict[str, Any], side: str, times: str = "median_ms") -> float:
+    return row[times][side] / row[times]["fused"]
 
 
 def _against(row: dict[str, Any], side: str) -> str:
@@ -94,6 +94,10 @@ def _against(row: dict[str, Any], side: str) -> str:
         return f"{ratio:.1f}"
     floor = row["floors"][side]
     return f"{ratio:.1f} ({floor:g} {'✓' if ratio >= floor else '✗'})"
+
+
+def _pair(row: dict[str, Any], times: str = "median_ms") -> str:
+    return ", ".join(f"{faster(row, side, times):.1f}" for side in ("eager", "compile"))
 
 
 def _digits(milliseconds: float) -> str:
@@ -108,7 +112,7 @@ def table(runs: Runs) -> list[str]:
     """Markdown, a line per case."""
     (_, first), *others = runs.items()
     head = ["case", "fused, ms", "eager, ms", "compiled, ms", "× eager", "× compiled", "GB/s (of mul)"]
-    head += ["peak memory, MiB"]
+    head += ["in cache: × eager, × compiled", "peak memory, MiB"]
     head += [f"{LABELS[name]}: × eager, × compiled" for name, _ in others]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
     for row in first["cases"]:
@@ -116,12 +120,14 @@ def table(runs: Runs) -> list[str]:
         rate = row["bytes_to_move"] / times["fused"] / 1e6
         cells = [row["case"], *(_digits(times[side]) for side in ("fused", "eager", "compile"))]
         cells += [_against(row, "eager"), _against(row, "compile")]
-        cells += [f"{rate:.1f} ({times['mul'] / times['fused']:.0%})", _mebibytes(row)]
+        cells += [
+            f"{rate:.1f} ({times['mul'] / times['fused']:.0%})",
+            _pair(row, "in_cache_median_ms"),
+            _mebibytes(row),
+        ]
         for _, other in others:
             found = [match for match in other["cases"] if match["case"] == row["case"]]
-            cells.append(
-                ", ".join(f"{faster(found[0], side):.1f}" for side in ("eager", "compile")) if found else ""
-            )
+            cells.append(_pair(found[0]) if found else "")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -147,8 +153,9 @@ def caption(runs: Runs) -> str:
         f"{run['machine']}; {where}; torch {versions['torch']}, fastvae {versions['fastvae']}; {run['date']}{busy}. "
         "fp32 unless it says otherwise; in brackets the floor that a case was built to, and whether it is met. GB/s: "
         "the fewest bytes a case must move over the fused time, and what share that is of the rate at which "
-        "`torch.mul(a, b, out=c)`, beside it, moves as many. Peak memory: what forward and backward hold at most above "
-        "the inputs, gradients included, fused / eager / compiled."
+        "`torch.mul(a, b, out=c)`, beside it, moves as many. In cache: called again on the same inputs, as a training "
+        "step finds the decoder's output; otherwise the inputs of cases that move 8 MiB and more come from memory. "
+        "Peak memory: what forward and backward hold at most above the inputs, gradients included, fused / eager / compiled."
     )
 
 
