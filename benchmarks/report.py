@@ -155,7 +155,8 @@ def caption(runs: Runs) -> str:
         "the fewest bytes a case must move over the fused time, and what share that is of the rate at which "
         "`torch.mul(a, b, out=c)`, beside it, moves as many. In cache: called again on the same inputs, as a training "
         "step finds the decoder's output; otherwise the inputs of cases that move 8 MiB and more come from memory. "
-        "Peak memory: what forward and backward hold at most above the inputs, gradients included, fused / eager / compiled."
+        "Peak memory: what forward and backward hold at most above the inputs, gradients included, fused / eager / "
+        "compiled."
     )
 
 
