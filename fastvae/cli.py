@@ -1,26 +1,27 @@
-"""The command line: `fastvae demo` and `fastvae doctor`.
+"""The command line: `fastvae train`, what is done with a run, `fastvae demo` and `fastvae doctor`.
 
 Whatever a user can mend is told in one line on stderr, with exit code 2 and no traceback.
 """
 
+import dataclasses
+import functools
+import inspect
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from . import backend, show_config
 from .training.data import InputError
 
+if TYPE_CHECKING:
+    from .training.settings import Settings
+
 __all__ = ["main"]
 
-_EXTRA = {
-    "typer",
-    "rich",
-    "PIL",
-    "matplotlib",
-    "sklearn",
-}  # the packages of the extra `train`, as they are imported
+# The packages of the extra `train`, as they are imported.
+_EXTRA = {"typer", "rich", "PIL", "matplotlib", "sklearn", "lightning", "tomli", "tomli_w"}
 
 
 class _Interrupted(Exception):
@@ -29,7 +30,9 @@ class _Interrupted(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (without the program's name; None takes the process's) and return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments in ([], ["train"]):
+        arguments.append("--help")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without "·" or "µ" is no reason to fail
@@ -43,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if package not in _EXTRA:
             raise
         return _fail(f'{package} is not installed; get it with: pip install "fastvae-elbo[train]"')
-    except _Interrupted:
-        return _fail("interrupted", code=130)
+    except _Interrupted as stop:
+        return _fail(str(stop) or "interrupted", code=130)
     except InputError as error:
         return _fail(str(error))
     except Exception as error:
@@ -71,13 +74,216 @@ def _app() -> Any:
     """The commands, for typer. A function, because typer is only there with the extra `train`."""
     import typer
 
+    from .recipes import RECIPES
+
     app = typer.Typer(
         help="The ELBO at memory speed: fused kernels in place of the hand-written VAE loss.",
         add_completion=False,
         pretty_exceptions_enable=False,
     )
 
+    trainer = typer.Typer()
+    app.add_typer(trainer, name="train", help="Train a recipe into a run folder; `fastvae train mlp --help`.")
+    for recipe in RECIPES.values():
+        trainer.command(recipe.recipe, help=_summary(recipe))(_train_command(recipe))
+
     @app.command()
+    @_stoppable
+    def resume(
+        run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+        epochs: Annotated[
+            int | None, typer.Option(help="Train up to this many epochs, if not as many as first planned.")
+        ] = None,
+        data: Annotated[
+            str | None,
+            typer.Option(
+                metavar="DATA", help="Where the run's data are now, if they were moved.", show_default=False
+            ),
+        ] = None,
+    ) -> None:
+        """Continue a run from its last whole epoch, as if it had never been stopped."""
+        from .training import runs
+
+        runs.resume(run, epochs=epochs, data=data)
+
+    # commands on a finished run
+
+    panel = "With a run"
+    RunArgument = Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)
+    ]
+    Checkpoint = Annotated[
+        Literal["best", "last"],
+        typer.Option(help="The weights of the best epoch (by the held-out ELBO), or of the last."),
+    ]
+    Data = Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Other images than the run's own, given as for `fastvae train`. The held-out ones are taken.",
+            show_default=False,
+        ),
+    ]
+    Seed = Annotated[int, typer.Option(help="Of all that is drawn.")]
+
+    def out(name: str) -> Any:
+        text = f"Where the picture goes; RUN/{name} if not given."
+        return typer.Option(metavar="FILE.png", help=text, show_default=False)
+
+    @app.command(rich_help_panel=panel)
+    @_stoppable
+    def sample(
+        run: RunArgument,
+        n: Annotated[int, typer.Option("-n", help="How many.")] = 64,
+        temperature: Annotated[
+            float, typer.Option(help="Standard deviation of z: below 1 plainer images, above 1 odder ones.")
+        ] = 1.0,
+        seed: Seed = 0,
+        checkpoint: Checkpoint = "best",
+        out: Annotated[Path | None, out("samples.png")] = None,
+    ) -> None:
+        """Draw new images."""
+        from .recipes import generate
+        from .training import messages, runs
+
+        out = out or run / "samples.png"
+        generate.sample(runs.load(run, checkpoint=checkpoint), out, n=n, temperature=temperature, seed=seed)
+        what = f"z ~ N(0, {temperature:g}² I)" if temperature != 1 else "z ~ N(0, I)"
+        messages.say(f"{out}: {_count(n, 'new image')}, decoded from {what}")
+
+    @app.command(rich_help_panel=panel)
+    @_stoppable
+    def reconstruct(
+        run: RunArgument,
+        n: Annotated[int, typer.Option("-n", help="How many, if there are so many.")] = 30,
+        data: Data = None,
+        checkpoint: Checkpoint = "best",
+        out: Annotated[Path | None, out("reconstructions.png")] = None,
+    ) -> None:
+        """Encode and decode held-out images."""
+        from .recipes import generate
+        from .training import messages, runs
+
+        out = out or run / "reconstructions.png"
+        count = generate.reconstruct(runs.load(run, data=data, checkpoint=checkpoint), out, n=n)
+        messages.say(f"{out}: {_count(count, 'held-out image')}, each above what the model makes of it")
+
+    @app.command(rich_help_panel=panel)
+    @_stoppable
+    def interpolate(
+        run: RunArgument,
+        start: Annotated[
+            list[int] | None,
+            typer.Option(
+                "--from",
+                metavar="I",
+                help="Held-out image to start from, counted from 0. Give --from and --to again for a further row; "
+                "without them: 0 to 1, 2 to 3, and so on.",
+                show_default=False,
+            ),
+        ] = None,
+        end: Annotated[
+            list[int] | None,
+            typer.Option("--to", metavar="J", help="Held-out image to end with.", show_default=False),
+        ] = None,
+        steps: Annotated[int, typer.Option(help="Images on the way.")] = 10,
+        data: Data = None,
+        checkpoint: Checkpoint = "best",
+        out: Annotated[Path | None, out("interpolations.png")] = None,
+    ) -> None:
+        """Go from one image to another in the latent space, a row for each pair."""
+        from .recipes import generate
+        from .training import messages, runs
+
+        out = out or run / "interpolations.png"
+        loaded = runs.load(run, data=data, checkpoint=checkpoint)
+        pairs = generate.interpolate(loaded, out, starts=start or (), ends=end or (), steps=steps)
+        ways = ", ".join(f"{i} to {j}" for i, j in pairs)
+        messages.say(f"{out}: held-out images {ways}; {steps} decoded on the way, between the two originals")
+
+    @app.command(rich_help_panel=panel)
+    @_stoppable
+    def traverse(
+        run: RunArgument,
+        image: Annotated[int, typer.Option(metavar="I", help="Held-out image to vary, counted from 0.")] = 0,
+        n: Annotated[int, typer.Option("-n", help="How many dimensions, if there are so many.")] = 20,
+        steps: Annotated[int, typer.Option(help="Images in a row, from -3 to 3.")] = 11,
+        data: Data = None,
+        checkpoint: Checkpoint = "best",
+        out: Annotated[Path | None, out("traversals.png")] = None,
+    ) -> None:
+        """Vary an image along each latent dimension, the most active first."""
+        from .recipes import generate
+        from .training import messages, runs
+
+        out = out or run / "traversals.png"
+        loaded = runs.load(run, data=data, checkpoint=checkpoint)
+        order = generate.traverse(loaded, out, image=image, n=n, steps=steps)
+        rows = f"{_count(len(order), 'dimension')}, the most active first, each going from -3 to 3"
+        messages.say(f"{out}: held-out image {image}, varied along {rows}")
+
+    @app.command(rich_help_panel=panel)
+    @_stoppable
+    def inpaint(
+        run: RunArgument,
+        mask: Annotated[
+            str,
+            typer.Option(
+                help="What to fill: left, right, top, bottom, center, or a box x0,y0,x1,y1 in pixels from the top "
+                "left, x1 and y1 not included."
+            ),
+        ] = "right",
+        steps: Annotated[int, typer.Option(help="Times to encode and decode.")] = 100,
+        n: Annotated[int, typer.Option("-n", help="How many images, if there are so many.")] = 10,
+        seed: Seed = 0,
+        data: Data = None,
+        checkpoint: Checkpoint = "best",
+        out: Annotated[Path | None, out("inpainting.png")] = None,
+    ) -> None:
+        """Hide a part of held-out images and let the model fill it."""
+        from .recipes import generate
+        from .training import messages, runs
+
+        out = out or run / "inpainting.png"
+        loaded = runs.load(run, data=data, checkpoint=checkpoint)
+        count = generate.inpaint(loaded, out, mask=mask, steps=steps, n=n, seed=seed)
+        messages.say(f"{out}: {_count(count, 'held-out image')}: masked, filled by the model, whole")
+
+    @app.command(rich_help_panel=panel)
+    @_stoppable
+    def evaluate(
+        run: RunArgument,
+        samples: Annotated[
+            int, typer.Option(help="Importance samples for each image: more come closer to the likelihood.")
+        ] = 500,
+        limit: Annotated[
+            int | None,
+            typer.Option(metavar="N", help="Only the first N held-out images.", show_default=False),
+        ] = None,
+        seed: Seed = 0,
+        data: Data = None,
+        checkpoint: Checkpoint = "best",
+    ) -> None:
+        """Measure a run on held-out images: ELBO, likelihood, active units. Leaves RUN/evaluation.json."""
+        from rich import get_console
+
+        from .training import evaluate, messages, pictures, runs
+
+        loaded = runs.load(run, data=data, checkpoint=checkpoint)
+        pictures.prepare_folder(run, ["evaluation.json"])
+        done = evaluate.evaluate(
+            loaded, get_console(), checkpoint=checkpoint, samples=samples, limit=limit, seed=seed
+        )
+        done.write(run / "evaluation.json")
+        of = f"{_count(done.images, 'held-out image')} of {done.data}"
+        messages.say(f"{run}: {of}; epoch {done.epoch} ({checkpoint})\n")
+        get_console().print(done.table())
+        messages.say(f"\nwritten to {run / 'evaluation.json'}")
+
+    # end of the commands on a finished run
+
+    @app.command()
+    @_stoppable
     def demo(
         data: Annotated[
             Path | None,
@@ -99,10 +305,7 @@ def _app() -> Any:
 
         from .recipes.demo import Settings, run
 
-        try:
-            run(Settings(data, out, epochs, batch_size, seed), Console())
-        except KeyboardInterrupt:
-            raise _Interrupted from None
+        run(Settings(data, out, epochs, batch_size, seed), Console())
 
     @app.command()
     def doctor() -> int:
@@ -110,6 +313,55 @@ def _app() -> Any:
         return _doctor()
 
     return app
+
+
+def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt as stop:
+            raise _Interrupted(*stop.args) from None
+
+    return run
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' if n != 1 else ''}"
+
+
+def _summary(recipe: "type[Settings]") -> str:
+    return (recipe.__doc__ or "").partition("\n")[0]
+
+
+def _train_command(recipe: "type[Settings]") -> Callable[..., None]:
+    """A command whose options are the fields of the recipe's dataclass."""
+    import typer
+
+    def command(out: Path, overwrite: bool, **values: Any) -> None:
+        from .training import runs
+
+        runs.train(recipe(**values), out, overwrite=overwrite)
+
+    def parameter(name: str, kind: Any, default: Any, option: Any) -> inspect.Parameter:
+        annotation = Annotated[kind, option]
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+    kinds = recipe.kinds()
+    overwrite = typer.Option("--overwrite", help="Replace a run that is there.")
+    parameters = [
+        parameter(
+            "out", Path, Path("runs", recipe.recipe), typer.Option(metavar="DIR", help="The run's folder.")
+        ),
+        parameter("overwrite", bool, False, overwrite),
+    ]
+    for field in dataclasses.fields(recipe):
+        shown = typer.Option(help=field.metadata["help"], rich_help_panel=field.metadata["group"])
+        parameters.append(parameter(field.name, kinds[field.name], field.default, shown))
+    # What typer reads.
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return _stoppable(command)
 
 
 if __name__ == "__main__":

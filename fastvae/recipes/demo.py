@@ -5,10 +5,8 @@ printing and pictures.
 """
 
 import copy
-import importlib
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 import fastvae
-from fastvae import backend, reference
-from fastvae.training import data, pictures
+from fastvae import reference
+from fastvae.training import data, messages, pictures
 from fastvae.training.data import InputError
 
 __all__ = ["VAE", "HandWritten", "Settings", "run", "train"]
@@ -264,9 +262,9 @@ def run(settings: Settings, console: Console) -> None:
     epochs = settings.epochs or (40 if settings.data is None else 5)
     shape = tuple(images.train.shape[1:])
 
-    for line in _backend_lines():
+    for line in messages.backend_lines():
         say(line)
-    size = " x ".join(str(n) for n in (shape if shape[2] > 1 else shape[:2]))
+    size = messages.size_of(shape)
     say(f"data: {images.name}, {size}: {len(images.train)} to train on, {len(images.held_out)} held out,")
     say("      binarised at half of the full value: the Bernoulli likelihood is one of zeros and ones")
 
@@ -346,21 +344,6 @@ def run(settings: Settings, console: Console) -> None:
     _pictures(model, fused, images, settings)
     say(f"\n{settings.out / PICTURES[0]}: held-out images, each above what the model makes of it, binarised")
     say(f"{settings.out / PICTURES[1]}: new images, decoded from z ~ N(0, I)")
-
-
-def _backend_lines() -> list[str]:
-    """Which backend runs, and why it is the slow one if it is."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said below, in our own words
-        name = backend.choose(torch.empty(0)).name
-    threads = torch.get_num_threads()
-    detail = f"{threads} thread{'s' if threads > 1 else ''}"
-    if name == "native":
-        detail = f"{importlib.import_module('fastvae._C').cpu_capability()}, {detail}"
-    lines = [f"fastvae {fastvae.__version__} · backend {name} ({detail})"]
-    if name == "reference":
-        lines.append(f"This is the slow one: {backend._reason('native', 'cpu')}")
-    return lines
 
 
 @torch.no_grad()

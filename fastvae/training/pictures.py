@@ -1,20 +1,32 @@
-"""Grids of images as PNG files."""
+"""Pictures as PNG files, written beside and renamed: grids of images, the course of the losses, the latent space."""
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from . import files
 from .data import InputError
 
-__all__ = ["prepare_folder", "save_grid"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-_GAP, _BACKGROUND = 2, 64  # pixels between images; a grey that tells black images apart
-_SIDE = 64  # small images are enlarged to about this many pixels
+__all__ = ["BACKGROUND", "prepare_folder", "save_grid", "save_latents", "save_loss_curve"]
+
+BACKGROUND = 64  # a grey that tells black images apart
+_GAP = 2  # pixels between images
+_SIDE = 64  # small images are enlarged to at least this many pixels
+_FONT, _LETTER = 13, 200  # pixels; grey
+
+_DPI = 120
+_POINTS = 5000  # more of them would cover one another
+_CLASSES = 20  # as many as there are colours to tell apart
 
 
 def prepare_folder(folder: Path, names: Sequence[str]) -> None:
@@ -29,47 +41,188 @@ def prepare_folder(folder: Path, names: Sequence[str]) -> None:
         probe.unlink()
     except OSError as error:
         # `mkdir` says "File exists" of a file in the folder's place.
-        reason = "it is a file" if folder.is_file() else _reason(error)
+        reason = "it is a file" if folder.is_file() else files.reason(error)
         raise InputError(f"{folder}: cannot be written to: {reason}") from error
     for name in names:
         if (folder / name).is_dir():
             raise InputError(f"{folder / name}: cannot be written: it is a folder")
 
 
-def save_grid(rows: Sequence[Tensor], path: Path, *, group: int | None = None) -> None:
-    """Write rows of images, each (columns, H, W, C) in [0, 1], as one PNG; with `group`, that many rows stand together.
+# ---------------------------------------------------------------------------------------------------------------------
+# Grids
+# ---------------------------------------------------------------------------------------------------------------------
 
-    The file is written beside and renamed, so that nobody ever finds half of it. Raises InputError if that fails.
+
+def save_grid(
+    rows: Sequence[Tensor],
+    path: Path,
+    *,
+    group: int | None = None,
+    ends_apart: bool = False,
+    labels: Sequence[str] = (),
+) -> None:
+    """Write rows of images, each (columns, H, W, C) in [0, 1], as one PNG. Later rows may be shorter than the first.
+
+    With `group`, that many rows stand together; with `ends_apart` the first and the last column stand by themselves.
+    `labels` are written to the left of the rows. Raises InputError if the file cannot be written.
     """
     columns, height, width, channels = rows[0].shape
-    factor = max(1, _SIDE // max(height, width))
-    cell_h, cell_w = height * factor + _GAP, width * factor + _GAP
-    wider = [4 * _GAP * (r // group) if group else 0 for r in range(len(rows))]
+    factor = -(-_SIDE // max(height, width))
+    height, width = height * factor, width * factor
+    font = ImageFont.load_default(_FONT)
+    margin = _GAP + max((round(font.getlength(label)) + 4 * _GAP for label in labels), default=0)
+    apart = 4 * _GAP if ends_apart else 0
+    tops = [_GAP + r * (height + _GAP) + (4 * _GAP * (r // group) if group else 0) for r in range(len(rows))]
+    lefts = [margin + c * (width + _GAP) + apart * ((c > 0) + (c == columns - 1)) for c in range(columns)]
     canvas = torch.full(
-        (len(rows) * cell_h + wider[-1] + _GAP, columns * cell_w + _GAP, channels),
-        _BACKGROUND,
-        dtype=torch.uint8,
+        (tops[-1] + height + _GAP, lefts[-1] + width + _GAP, channels), BACKGROUND, dtype=torch.uint8
     )
-    for r, row in enumerate(rows):
+    for row, top in zip(rows, tops, strict=True):
         pixels = (row.clamp(0, 1) * 255).round().to(torch.uint8)
         pixels = pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-        for c, image in enumerate(pixels):
-            top, left = _GAP + r * cell_h + wider[r], _GAP + c * cell_w
-            canvas[top : top + height * factor, left : left + width * factor] = image
+        for image, left in zip(pixels, lefts, strict=False):
+            canvas[top : top + height, left : left + width] = image
+    picture = Image.fromarray(canvas.squeeze(-1).numpy())
+    draw = ImageDraw.Draw(picture)
+    for label, top in zip(labels, tops, strict=False):
+        middle = (margin - 2 * _GAP, top + height // 2)
+        draw.text(middle, label, _LETTER if channels == 1 else (_LETTER,) * 3, font, anchor="rm")
     png = io.BytesIO()
-    Image.fromarray(canvas.squeeze(-1).numpy()).save(png, "PNG")
-
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        try:
-            beside.write_bytes(png.getvalue())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {_reason(error)}") from error
+    picture.save(png, "PNG")
+    files.write(path, png.getvalue())
 
 
-def _reason(error: OSError) -> str:
-    text = error.strerror or type(error).__name__
-    return text[:1].lower() + text[1:]
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_loss_curve(rows: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Draw the negative ELBO and its KL over the epochs, from rows of metrics.csv. Raises InputError as `save_grid`."""
+
+    def column(name: str) -> Any:
+        return np.array([row.get(name, np.nan) for row in rows], dtype=float)
+
+    figure = _figure(9.6, 4.2)
+    losses, divergences = figure.subplots(1, 2)
+    epochs = column("epoch")
+    style: dict[str, Any] = {"lw": 1.8, "marker": "o" if len(rows) < 25 else "", "ms": 3.5}
+    train, held_out = {"color": "C0", "label": "train"}, {"color": "C1", "label": "held out"}
+    for axes, title, trained, kept in (
+        (losses, "negative ELBO", column("train_nll") + column("train_kl"), column("held_out_nelbo")),
+        (divergences, "KL of the posterior from the prior", column("train_kl"), column("held_out_kl")),
+    ):
+        axes.plot(epochs, trained, **style, **train)
+        axes.plot(epochs, kept, **style, **held_out)
+        axes.set_title(title, fontsize=11)
+        axes.set_ylabel("nats per image")
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    _forget_the_start(losses)
+    handles, names = losses.get_legend_handles_labels()
+    beta = column("beta")
+    if np.ptp(beta) > 0:
+        right = divergences.twinx()
+        handles += right.plot(epochs, beta, color="0.5", ls="--", lw=1.2)
+        names += ["weight of the KL (right)"]
+        right.set_ylim(0, 1.05 * beta.max())
+        right.set_ylabel("weight of the KL, beta")
+        right.spines["top"].set_visible(False)
+    divergences.legend(handles, names, frameon=False)
+    _save(figure, path)
+
+
+def _forget_the_start(axes: Any) -> None:
+    """Let the first epochs leave the axes at the top if they would press all the others together."""
+    for count in (1, 2, 3):
+        values = np.concatenate([line.get_ydata() for line in axes.lines])
+        later = np.concatenate([line.get_ydata()[count:] for line in axes.lines])
+        values, later = values[np.isfinite(values)], later[np.isfinite(later)]
+        if len(later) >= 6 and np.ptp(values) > 3 * np.ptp(later) > 0:
+            axes.set_ylim(later.min() - 0.05 * np.ptp(later), later.max() + 0.25 * np.ptp(later))
+            return
+
+
+def save_latents(mu: Tensor, labels: Tensor | None, path: Path) -> None:
+    """Draw posterior means (N, L) as points, coloured by their labels (N,), the integers of a few classes.
+
+    More than two dimensions are shown by their first two principal components; a single one as a histogram. Of very
+    many points an even choice is drawn. Raises InputError as `save_grid`.
+    """
+    some = torch.linspace(0, len(mu) - 1, min(len(mu), _POINTS)).long()
+    mu = mu.double().cpu()
+    points, names = mu[some], ["z0", "z1"]
+    if mu.shape[1] > 2:
+        directions, shares = _principal(mu)
+        points = (points - mu.mean(0)) @ directions
+        names = [
+            f"{place} principal component ({share:.0%} of the variance)"
+            for place, share in zip(("first", "second"), shares.tolist(), strict=True)
+        ]
+    classes = torch.zeros(len(some)) if labels is None else labels.cpu()[some]
+    present = classes.unique().tolist()
+    if len(present) > _CLASSES:
+        classes, present = torch.zeros(len(some)), [0]
+    colours = _colours(len(present))
+    groups = [points[classes == label].numpy() for label in present]
+
+    figure = _figure(7.2, 6.4)
+    axes = figure.subplots()
+    if mu.shape[1] == 1:
+        edges = np.histogram_bin_edges(points.numpy(), 60).tolist()
+        axes.hist(
+            [group[:, 0] for group in groups], edges, stacked=True, color=colours, label=_texts(present)
+        )
+        axes.set_xlabel("z0")
+        axes.set_ylabel("images")
+    else:
+        for group, colour, text in zip(groups, colours, _texts(present), strict=True):
+            axes.scatter(
+                group[:, 0], group[:, 1], 6 + 6000 / len(points), alpha=0.7, lw=0, color=colour, label=text
+            )
+        axes.set_aspect("equal", "datalim")
+        axes.set_xlabel(names[0])
+        axes.set_ylabel(names[1])
+        axes.grid(alpha=0.25)
+    axes.set_title("posterior means of held-out images", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(present) > 1:
+        axes.legend(
+            title="label", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, markerscale=2.5
+        )
+    _save(figure, path)
+
+
+def _principal(mu: Tensor) -> tuple[Tensor, Tensor]:
+    """Directions (L, 2) of the two largest variances of (N, L), and their shares of all of it (2,)."""
+    centred = mu - mu.mean(0)
+    variances, vectors = torch.linalg.eigh(centred.T @ centred)  # ascending
+    directions = vectors[:, [-1, -2]]
+    # An eigenvector has no sign of its own; with one, the picture does not flip from epoch to epoch for no reason.
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    return directions * largest.sign(), variances[[-1, -2]].clamp(min=0) / variances.sum().clamp(min=1e-30)
+
+
+def _texts(present: list[Any]) -> list[str]:
+    return [str(int(label)) for label in present]
+
+
+def _colours(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    return [colormaps["tab10" if count <= 10 else "tab20"](i) for i in range(count)]
+
+
+def _figure(width: float, height: float) -> "Figure":
+    # Not from pyplot: that would keep it, and might look for a screen.
+    from matplotlib.figure import Figure
+
+    return Figure((width, height), dpi=_DPI, layout="constrained")
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    files.write(path, png.getvalue())

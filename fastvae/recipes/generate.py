@@ -1,0 +1,230 @@
+"""Pictures drawn from a run: new images, reconstructions, ways between images, what a dimension does, inpainting.
+
+To read it as an example: each function is a few lines on `Run.model`, whose `encode` and `decode` are the recipe's.
+What is shown are means of the likelihood; images come from the run's held-out part.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvae.training import pictures
+from fastvae.training.data import InputError
+from fastvae.training.loader import generator, prepare
+from fastvae.training.runs import Run
+
+__all__ = ["inpaint", "interpolate", "reconstruct", "sample", "traverse"]
+
+_COLUMNS = 10
+_CHUNK = 500  # images decoded at a time
+
+
+def sample(run: Run, path: Path, *, n: int = 64, seed: int = 0, temperature: float = 1.0) -> None:
+    """n new images, decoded from z ~ N(0, temperature^2 I)."""
+    _check("-n", n, 1, 10_000)
+    _check_seed(seed)
+    _check("--temperature", temperature, 0)
+    _prepare(path)
+    z = temperature * torch.randn(n, run.model.latents, generator=torch.Generator().manual_seed(seed))
+    pictures.save_grid(_shown(run, z).split(n if n <= 8 else math.ceil(math.sqrt(n))), path)
+
+
+def reconstruct(run: Run, path: Path, *, n: int = 30) -> int:
+    """The first n held-out images, or as many as there are, each above what the model makes of it.
+
+    The latter is decoded from the posterior's mean. Returns how many images there were.
+    """
+    _check("-n", n, 1, 10_000)
+    images = run.images.held_out[:n]
+    _prepare(path)
+    rows: list[Tensor] = []
+    for pair in zip(
+        _grey(images).split(_COLUMNS), _shown(run, _means(run, images)).split(_COLUMNS), strict=True
+    ):
+        rows += pair
+    pictures.save_grid(rows, path, group=2)
+    return len(images)
+
+
+def interpolate(
+    run: Run, path: Path, *, starts: Sequence[int] = (), ends: Sequence[int] = (), steps: int = 10
+) -> list[tuple[int, int]]:
+    """From image to image, a row for each pair of `starts` and `ends`, which count the held-out images from 0.
+
+    A row is `steps` images, decoded on the straight line between the two posterior means, between the two originals.
+    Without pairs the first 16 images make 8 of them. Returns the pairs.
+    """
+    _check("--steps", steps, 2, 100)
+    if len(starts) != len(ends):
+        raise InputError(
+            f"--from and --to make pairs: got {len(starts)} of the one and {len(ends)} of the other"
+        )
+    held_out = run.images.held_out
+    _check_places("--from", starts, held_out)
+    _check_places("--to", ends, held_out)
+    pairs = list(zip(starts, ends, strict=True))
+    if not pairs:
+        # A single image leads to itself.
+        last = len(held_out) - 1
+        pairs = [(2 * i, min(2 * i + 1, last)) for i in range(min(8, max(1, len(held_out) // 2)))]
+    _prepare(path)
+    first, second = (held_out[list(places)] for places in zip(*pairs, strict=True))
+    start, end = _means(run, first), _means(run, second)
+    way = torch.stack(
+        [start.lerp(end, t) for t in torch.linspace(0, 1, steps).tolist()], 1
+    )  # (pairs, steps, L)
+    between = _shown(run, way.flatten(0, 1)).unflatten(0, (-1, steps))
+    rows = torch.cat([_grey(first)[:, None], between, _grey(second)[:, None]], 1)
+    pictures.save_grid(list(rows), path, ends_apart=True)
+    return pairs
+
+
+def traverse(run: Run, path: Path, *, image: int = 0, n: int = 20, steps: int = 11) -> list[int]:
+    """What the dimensions do: a row for each, the most active first, in which it alone goes from -3 to 3.
+
+    The others stay at the posterior's mean of a held-out image. Activity is the variance of the posterior's mean over
+    (at most 2000) held-out images. There are at most n rows. Returns the dimensions in their order.
+    """
+    _check("-n", n, 1)
+    _check("--steps", steps, 2, 100)
+    _check_places("--image", [image], run.images.held_out)
+    _prepare(path)
+    mu = _means(run, run.images.held_out[:2000])
+    order = mu.double().var(0, correction=0).argsort(descending=True)[:n].tolist()
+    z = _means(run, run.images.held_out[image : image + 1]).expand(len(order), steps, -1).clone()
+    for row, dimension in enumerate(order):
+        z[row, :, dimension] = torch.linspace(-3, 3, steps)
+    rows = _shown(run, z.flatten(0, 1)).unflatten(0, (-1, steps))
+    pictures.save_grid(list(rows), path, labels=[f"z{dimension}" for dimension in order])
+    return order
+
+
+class Box(NamedTuple):
+    """The pixels from x0 to before x1, and from y0 to before y1; (0, 0) is at the top left."""
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+
+def box(mask: str, height: int, width: int) -> Box:
+    """What `--mask` means for an image of this size: half of it, its centre, or the corners of a box.
+
+    Raises InputError for anything else.
+    """
+    named = {
+        "left": Box(0, 0, width // 2, height),
+        "right": Box(width - width // 2, 0, width, height),
+        "top": Box(0, 0, width, height // 2),
+        "bottom": Box(0, height - height // 2, width, height),
+        "center": Box(width // 4, height // 4, width - width // 4, height - height // 4),
+    }
+    if mask in named:
+        return named[mask]
+    if not re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*){3}", mask):
+        raise InputError(
+            f"--mask must be one of {', '.join(named)}, or a box x0,y0,x1,y1 in pixels, got {mask!r}"
+        )
+    corners = Box(*map(int, mask.split(",")))
+    if not (0 <= corners.x0 < corners.x1 <= width and 0 <= corners.y0 < corners.y1 <= height):
+        raise InputError(
+            f"--mask {mask}: not a box in an image of {width} x {height} pixels (width x height): x0,y0,x1,y1 "
+            f"with 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}"
+        )
+    return corners
+
+
+@torch.no_grad()
+def inpaint(
+    run: Run, path: Path, *, mask: str = "right", steps: int = 100, n: int = 10, seed: int = 0
+) -> int:
+    """The first n held-out images, or as many as there are: with a part masked, with that part filled, and whole.
+
+    The masked part starts as noise. Each step encodes the image, draws z from the posterior and then the masked part
+    from the likelihood, so that it drifts to what the model holds likely given the rest (Rezende et al. 2014,
+    appendix F). The last step takes means. Returns how many images there were.
+    """
+    height, width, _ = run.shape
+    x0, y0, x1, y1 = box(mask, height, width)
+    _check("--steps", steps, 1)
+    _check("-n", n, 1, 1000)
+    _check_seed(seed)
+    images = run.images.held_out[:n]
+    _prepare(path)
+    model, likelihood = run.model, run.model.elbo.likelihood
+    draws = torch.Generator(run.device).manual_seed(seed)
+    x = prepare(images, run.settings, generator(seed)).to(run.device)
+    hidden = x[:, :, y0:y1, x0:x1]  # a view
+    hidden.uniform_(generator=draws)
+    for step in range(steps):
+        mu, logvar = model.encode(x)
+        if step < steps - 1:
+            z, _ = model.elbo.reparameterize(mu, logvar, generator=draws)
+            filled = likelihood.sample(model.decode(z), draws)  # type: ignore[operator]
+        else:
+            filled = likelihood.mean(model.decode(mu))  # type: ignore[operator]
+        hidden.copy_(filled[:, :, y0:y1, x0:x1])
+    masked, whole = _grey(images), _grey(images)
+    masked[:, y0:y1, x0:x1] = pictures.BACKGROUND / 255
+    completed = whole.clone()
+    completed[:, y0:y1, x0:x1] = hidden.float().cpu().permute(0, 2, 3, 1)
+    rows: list[Tensor] = []
+    for three in zip(*(part.split(_COLUMNS) for part in (masked, completed, whole)), strict=True):
+        rows += three
+    pictures.save_grid(rows, path, group=3)
+    return len(images)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What they share
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _grey(images: Tensor) -> Tensor:
+    """uint8 to [0, 1]."""
+    return images / 255
+
+
+@torch.no_grad()
+def _means(run: Run, images: Tensor) -> Tensor:
+    """Posterior means (N, L) of uint8 images (N, H, W, C), on the CPU."""
+    draws = generator(run.settings.seed, 3)
+    parts = (prepare(part, run.settings, draws).to(run.device) for part in images.split(_CHUNK))
+    return torch.cat([run.model.encode(part)[0].float().cpu() for part in parts])
+
+
+@torch.no_grad()
+def _shown(run: Run, z: Tensor) -> Tensor:
+    """The likelihood's means (N, H, W, C) of z (N, L), on the CPU."""
+    mean = run.model.elbo.likelihood.mean
+    parts = [mean(run.model.decode(part.to(run.device))) for part in z.split(_CHUNK)]  # type: ignore[operator]
+    return torch.cat([part.float().cpu() for part in parts]).permute(0, 2, 3, 1)
+
+
+def _prepare(path: Path) -> None:
+    """See that a picture can be written there: before the work, not after it."""
+    if path.suffix.lower() != ".png":
+        raise InputError(f"--out {path}: the picture is a PNG file, so its name must end in .png")
+    pictures.prepare_folder(path.parent, [path.name])
+
+
+def _check(name: str, value: float, low: int, high: int | None = None) -> None:
+    if not (math.isfinite(value) and low <= value and (high is None or value <= high)):
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise InputError(f"{name} must be {bounds}, got {value}")
+
+
+def _check_seed(seed: int) -> None:
+    _check("--seed", seed, 0, 2**32 - 1)
+
+
+def _check_places(name: str, places: Sequence[int], images: Tensor) -> None:
+    for place in places:
+        if not 0 <= place < len(images):
+            raise InputError(f"{name} {place}: there are {len(images)} held-out images, counted from 0")

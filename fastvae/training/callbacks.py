@@ -1,0 +1,233 @@
+"""What a run does beside training: metrics, pictures, checkpoints, a progress bar."""
+
+import csv
+import io
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar, WeightAveraging
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from . import files, pictures
+from .data import Images, InputError
+from .loader import generator, prepare
+from .module import VAE
+from .settings import Settings
+
+__all__ = ["MONITOR", "AtomicCheckpoints", "Bar", "Best", "Metrics", "Pictures", "average", "last"]
+
+MONITOR = "held_out_nelbo"
+_COLUMNS = (
+    "epoch", "step", "train_loss", "train_nll", "train_kl", "train_bits_per_dim", "held_out_nelbo", "held_out_nll",
+    "held_out_kl", "held_out_bits_per_dim", "beta", "active_units", "skipped_steps", "seconds",
+)  # fmt: skip
+_DRAWN = 2000  # points in latents.png
+_WHOLE = {"epoch", "step", "active_units", "skipped_steps"}
+
+
+class Metrics(Checkpoint):
+    """Writes metrics.csv and kl_per_dimension.csv after each epoch, says a line of it, and draws loss.png.
+
+    To Lightning it is one of its checkpoints, because those are called last, when the module has logged its metrics;
+    given before the others it is in what they save, and so a resumed run goes on with the same rows.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        self.folder = folder
+        self.say = say
+        self.rows: list[dict[str, float]] = []
+        self.kl_rows: list[list[float]] = []
+        self._started = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "kl_rows": self.kl_rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows, self.kl_rows = state["rows"], state["kl_rows"]
+
+    def on_train_start(self, trainer: Trainer, model: LightningModule) -> None:
+        for line in _HEADER:
+            self.say(line)
+
+    def on_train_epoch_start(self, trainer: Trainer, model: LightningModule) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, model: LightningModule) -> None:
+        assert isinstance(model, VAE)
+        row = {name: value.item() for name, value in trainer.callback_metrics.items() if name in _COLUMNS}
+        row |= {
+            "epoch": trainer.current_epoch + 1,
+            "step": trainer.global_step,
+            "seconds": time.perf_counter() - self._started,
+        }
+        self.rows.append({name: row[name] for name in _COLUMNS if name in row})
+        self.kl_rows.append([trainer.current_epoch + 1, *model.kl_per_dimension.tolist()])
+        self.say(_line(row))
+        if skipped := int(row["skipped_steps"]):
+            steps = int(trainer.num_training_batches)
+            what = f"{model.first_skip} is not finite"
+            if skipped == steps:
+                raise InputError(
+                    f"every step of epoch {row['epoch']} was skipped: {what}; try a smaller --lr, or --clip 1"
+                )
+            self.say(f"warning: {skipped} of {steps} steps skipped, the weights left as they were: {what}")
+        if trainer.is_global_zero:
+            names = [f"kl_{i}" for i in range(len(self.kl_rows[0]) - 1)]
+            files.write(self.folder / "metrics.csv", _csv([list(self.rows[0]), *map(_cells, self.rows)]))
+            files.write(
+                self.folder / "kl_per_dimension.csv",
+                _csv([["epoch", *names], *([int(epoch), *map(_number, kl)] for epoch, *kl in self.kl_rows)]),
+            )
+            if _is_drawn(trainer):
+                pictures.save_loss_curve(self.rows, self.folder / "loss.png")
+
+
+_HEADER = (
+    f"\n{'':5}  {'train':^27}  {'held out':^27}",
+    f"epoch  {'loss':>9}{'recon':>9}{'KL':>9}  {'-ELBO':>9}{'recon':>9}{'KL':>9}"
+    f"{'bits/dim':>10}{'active':>8}{'seconds':>9}",
+)
+
+
+def _line(row: dict[str, float]) -> str:
+    values = [row[f"train_{name}"] for name in ("loss", "nll", "kl")]
+    held_out = [row[f"held_out_{name}"] for name in ("nelbo", "nll", "kl")]
+    return (
+        f"{row['epoch']:5}"
+        + "".join("  " + "".join(f"{value:9.2f}" for value in part) for part in (values, held_out))
+        + f"{row.get('held_out_bits_per_dim', math.nan):10.3f}{row['active_units']:8.0f}{row['seconds']:9.1f}"
+    )
+
+
+def _cells(row: dict[str, float]) -> list[str]:
+    return [
+        f"{value:.0f}" if name in _WHOLE else f"{value:.2f}" if name == "seconds" else _number(value)
+        for name, value in row.items()
+    ]
+
+
+def _number(value: float) -> str:
+    return f"{value:.9g}"  # all of a float32
+
+
+def _csv(rows: list[list[Any]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
+
+
+def _is_drawn(trainer: Trainer) -> bool:
+    """Ten times in a run, and when it ends."""
+    epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs or 1
+    return epoch % max(1, epochs // 10) == 0 or epoch == epochs
+
+
+class Pictures(Callback):
+    """Draws samples.png, reconstructions.png and latents.png.
+
+    Stands before the moving average among the callbacks, which takes its weights back when an epoch's validation ends.
+    """
+
+    def __init__(self, folder: Path, images: Images, settings: Settings) -> None:
+        self.folder = folder
+        self.images = images
+        self.settings = settings
+
+    def on_validation_epoch_end(self, trainer: Trainer, model: LightningModule) -> None:
+        if trainer.is_global_zero and _is_drawn(trainer):
+            assert isinstance(model, VAE)
+            self.draw(model)
+
+    @torch.no_grad()
+    def draw(self, model: VAE) -> None:
+        settings, device = self.settings, model.device
+
+        def shown(z: Tensor) -> Tensor:
+            return model.elbo.likelihood.mean(model.decode(z)).float().cpu().permute(0, 2, 3, 1)  # type: ignore[operator]
+
+        z = torch.randn(80, model.latents, generator=generator(settings.seed, 2)).to(device)
+        pictures.save_grid(shown(z).split(10), self.folder / "samples.png")
+
+        held_out, labels = self.images.held_out[:_DRAWN], self.images.held_out_labels
+        x = prepare(held_out, settings, generator(settings.seed, 3))
+        mu = torch.cat([model.encode(part.to(device))[0] for part in x.split(500)])
+        pictures.save_latents(mu, None if labels is None else labels[:_DRAWN], self.folder / "latents.png")
+
+        columns = min(10, len(held_out))
+        rows = []
+        for start in range(0, min(30, len(held_out)) - columns + 1, columns):
+            some = slice(start, start + columns)
+            rows += [held_out[some] / 255, shown(mu[some])]
+        pictures.save_grid(rows, self.folder / "reconstructions.png", group=2)
+
+
+class Best(ModelCheckpoint):
+    """checkpoints/best.ckpt: the epoch of the smallest held-out negative ELBO."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "best", MONITOR, enable_version_counter=False, save_on_train_epoch_end=True)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning forgets which epoch was best when the folder has been moved.
+        super().load_state_dict({**state_dict, "dirpath": self.dirpath})
+
+
+def last(folder: Path) -> ModelCheckpoint:
+    """checkpoints/last.ckpt, after every epoch: what `resume` goes on from."""
+    return ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside and renames it. Lightning's own writes it to the folder for temporary files first,
+    and moving it from another file system is no renaming: killed there, it leaves half a checkpoint.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        part = files.beside(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written: {files.reason(error)}") from error
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def average(decay: float) -> WeightAveraging:
+    """A moving average of the weights: validated, drawn and saved in place of the weights themselves."""
+    return WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+class Bar(RichProgressBar):
+    """Lightning's, counting epochs from 1 and drawn ten times a second."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=10)
+        self._shown = 0.0
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"epoch {current_epoch + 1} of {self.trainer.max_epochs}"
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        # Lightning's hook looks up all metrics after every step.
+        now = time.monotonic()
+        batch_idx = args[4]
+        if now - self._shown > 0.1 or batch_idx + 1 == self.total_train_batches:
+            self._shown = now
+            self._update(self.train_progress_bar_id, batch_idx + 1)
+
+    def get_metrics(self, trainer: Trainer, model: LightningModule) -> dict[str, Any]:
+        return {}  # there is a line for each epoch above the bar

@@ -1,0 +1,92 @@
+"""Batches of images for Lightning: rows of one tensor, indexed a batch at a time and without worker processes."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from .data import Images
+from .settings import Settings
+
+__all__ = ["ImageData", "generator", "prepare"]
+
+_HELD_OUT_BATCH = 1000
+
+
+def prepare(images: Tensor, settings: Settings, generator: torch.Generator | None = None) -> Tensor:
+    """uint8 images (B, H, W, C) as the likelihood takes them: float (B, C, H, W) in [0, 1].
+
+    bernoulli: zeros and ones, by threshold (1 from 128 on) or dynamically (1 with probability image / 255). gaussian:
+    uniformly dequantised, (image + u) / 256, so that nll / (D ln 2) + 8 bounds the bits per dimension (Theis et al.
+    2016, section 3.1). What is drawn is drawn on the CPU, from `generator` or torch's own.
+    """
+    images = images.permute(0, 3, 1, 2)
+    if settings.likelihood == "gaussian":
+        noise = torch.rand(images.shape, generator=generator)
+        return noise.add_(images).div_(256)
+    if settings.binarize == "threshold":
+        return (images >= 128).float().contiguous()
+    # A byte of 0 to 254, each equally likely, is below `image` with probability image / 255, exactly.
+    level = torch.empty(images.shape, dtype=torch.uint8).random_(0, 255, generator=generator)
+    return (level < images).float().contiguous()
+
+
+def generator(*key: int) -> torch.Generator:
+    """A torch.Generator on the CPU that is the same for the same integers, and unrelated for others."""
+    (state,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+class ImageData(LightningDataModule):
+    """The images of a run as batches (x, the place of x[0] in the whole batch), x being prepared: (B, C, H, W).
+
+    They are the same in every run, and over any number of processes.
+    Epoch e shuffles by (seed, e), and batch b of it draws by (seed, e, b), for all of its rows; with several processes
+    each takes a contiguous part. All parts are of one size, as averaging gradients asks: the rows that do not divide
+    by the number of processes, fewer than it in each batch, are left out of that epoch. No held-out row is left out.
+    """
+
+    def __init__(self, images: Images, settings: Settings) -> None:
+        super().__init__()
+        self.images = images
+        self.settings = settings
+
+    def train_dataloader(self) -> "_Batches":
+        return _Batches(self, held_out=False)
+
+    def val_dataloader(self) -> "_Batches":
+        return _Batches(self, held_out=True)
+
+
+class _Batches:
+    def __init__(self, data: ImageData, held_out: bool) -> None:
+        self.data = data
+        self.held_out = held_out
+        self.images = data.images.held_out if held_out else data.images.train
+        trainer = data.trainer
+        self.rank, self.world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+
+    @property
+    def size(self) -> int:
+        return _HELD_OUT_BATCH if self.held_out else self.data.settings.batch_size
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.images), self.size)
+        return full + (rest >= (1 if self.held_out else self.world))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        settings, trainer = self.data.settings, self.data.trainer
+        # Read here, at the first batch of an epoch: Lightning makes the iterator before it counts the epoch.
+        epoch = trainer.current_epoch if trainer else 0
+        if self.held_out:
+            key, order = [settings.seed, 1], torch.arange(len(self.images))
+        else:
+            key = [settings.seed, 0, epoch]
+            order = torch.randperm(len(self.images), generator=generator(*key))
+        for number, rows in enumerate(order.split(self.size)[: len(self)]):
+            x = prepare(self.images[rows], settings, generator(*key, number))
+            n = len(x) if self.held_out else len(x) - len(x) % self.world
+            first, end = (place * n // self.world for place in (self.rank, self.rank + 1))
+            yield x[first:end], first

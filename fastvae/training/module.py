@@ -1,0 +1,242 @@
+"""The model that is trained: an encoder, a decoder and a `fastvae.ELBO` as a LightningModule."""
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+import fastvae
+from fastvae import functional
+
+from . import warmup
+
+__all__ = ["VAE"]
+
+ACTIVE = (
+    0.01  # Burda et al. 2016, section 5.2: a unit is active if its posterior mean varies by more than this
+)
+
+
+class VAE(LightningModule):
+    """A VAE for Lightning's Trainer.
+
+    The ELBO is a part of it, so that a learned scale is trained, and kept equal over processes, with the rest.
+
+    Args:
+        encoder: x (B, C, H, W) -> (B, 2L), the posterior's mu and logvar.
+        decoder: z (B, L) -> the likelihood's parameters, (B, C, H, W).
+        elbo: with reduction "mean". Its `beta` is where a warm-up ends.
+        latents, dimensions: L, and C H W.
+        lr: the learning rate of Adam.
+        seed: of the noise. Step t of a run draws the same noise however often the run was stopped, and over however
+            many processes its batches are spread.
+        schedule, schedule_epochs, cycles: how beta rises; see `fastvae.training.warmup`.
+        bits_offset: what bits per dimension need added to nats / (D ln 2): 0 for binary data, 8 for bytes scaled to
+            [0, 1], None where the data have no bits per dimension.
+        fused: Adam's fused kernel, which also serves to skip steps.
+
+    Logged at the end of each epoch, in nats per image: train_loss (with beta), train_nll, train_kl, train_bits_per_dim;
+    the same of the held-out images, without beta: held_out_nelbo, held_out_nll, held_out_kl, held_out_bits_per_dim;
+    beta, active_units and skipped_steps. `kl_per_dimension` has the held-out KL of each latent dimension, (L,).
+
+    A step whose loss is not finite leaves the weights as they are; `first_skip` then says where it was.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        elbo: fastvae.ELBO,
+        *,
+        latents: int,
+        dimensions: int,
+        lr: float = 1e-3,
+        seed: int = 0,
+        schedule: str = "none",
+        schedule_epochs: float = 1.0,
+        cycles: int = 1,
+        bits_offset: float | None = None,
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.elbo = elbo
+        self.latents = latents
+        self.dimensions = dimensions
+        self.lr = lr
+        self.seed = seed
+        self.schedule, self.schedule_epochs, self.cycles = schedule, schedule_epochs, cycles
+        self.beta = float(elbo.beta)
+        self.bits_offset = bits_offset
+        self.fused = fused
+        self.kl_per_dimension = torch.zeros(latents)
+        self.first_skip: str | None = None
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """mu, logvar: (B, L) each."""
+        mu, logvar = self.encoder(x).chunk(2, dim=1)
+        return mu, logvar
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The parameters of the likelihood, (B, C, H, W)."""
+        return self.decoder(z)
+
+    def forward(self, x: Tensor, seed: Tensor, row_offset: int) -> tuple[fastvae.ELBOOutput, Tensor, Tensor]:
+        """The loss of a batch, and its posterior."""
+        mu, logvar = self.encode(x)
+        z, kl = self.elbo.reparameterize(mu, logvar, seed=seed, row_offset=row_offset)
+        return self.elbo(self.decode(z), x, kl=kl), mu, logvar
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        scale = list(self.elbo.parameters())
+        rest = [*self.encoder.parameters(), *self.decoder.parameters()]
+        # Adam moves a parameter by about its rate in a step, and a log-variance has further to go than any weight.
+        groups: list[dict[str, Any]] = [{"params": rest}]
+        if scale:
+            groups.append({"params": scale, "lr": 10 * self.lr})
+        return torch.optim.Adam(groups, lr=self.lr, fused=self.fused)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Training
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self) -> None:
+        self._steps = _Steps()
+        # Made again from the count of steps, and so the same in a run that was resumed.
+        self._noise = torch.tensor([self.seed, 4 * self.global_step], device=self.device)
+        self._next = torch.tensor([0, 4], device=self.device)
+
+    def training_step(self, batch: tuple[Tensor, int], batch_idx: int) -> Tensor:
+        x, first_row = batch
+        if self.schedule != "none":
+            passed = self.current_epoch + batch_idx / self.trainer.num_training_batches
+            # In place, as ELBO sees to.
+            self.elbo.beta = self.beta * warmup.weight(  # type: ignore[assignment]
+                self.schedule, passed, self.schedule_epochs, self.cycles
+            )
+        out, _, _ = self(x, self._noise, first_row)
+        self._noise = self._noise + self._next  # not in place: the backward pass draws the noise again
+        self._steps.add(out)
+        return out.loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        skip = (~torch.isfinite(self._steps.losses[-1])).float()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(skip, torch.distributed.ReduceOp.MAX)
+        self._steps.skipped.append(skip)
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            # What a GradScaler tells a fused optimizer: with a 1 here the step does nothing. The host need not know.
+            optimizer.found_inf = skip  # type: ignore[attr-defined]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_val and self.trainer.precision == "bf16-mixed":
+            # Lightning refuses to clip for a fused optimizer under mixed precision, because of a scaler; here is none.
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_train_epoch_end(self) -> None:
+        steps = self._steps
+        skipped = torch.stack(steps.skipped).cpu() > 0
+        rows = torch.tensor([len(nll) for nll in steps.nll])
+        kept = (~skipped).repeat_interleave(rows)
+        total = torch.stack(
+            [
+                kept.sum().double(),
+                (torch.stack(steps.losses).cpu().double() * rows)[~skipped].sum(),
+                torch.cat(steps.nll).cpu().double()[kept].sum(),
+                torch.cat(steps.kl).cpu().double()[kept].sum(),
+            ]
+        )
+        count, *sums = self._over_processes(total).tolist()
+        loss, nll, kl = (s / count if count else math.nan for s in sums)
+        metrics = {"train_loss": loss, **self._terms("train", nll, kl)}
+        self.log_dict(metrics | {"beta": float(self.elbo.beta), "skipped_steps": float(skipped.sum())})
+        self.first_skip = None
+        if skipped.any():
+            step = int(skipped.int().argmax())
+            finite = {
+                name: torch.isfinite(values[step]).all()
+                for name, values in (("kl", steps.kl), ("nll", steps.nll))
+            }
+            bad = [name for name, is_finite in finite.items() if not is_finite]
+            # Of two the KL: it comes first, and NaN in mu or logvar reaches the reconstruction too.
+            self.first_skip = f"{bad[0] if bad else 'the loss'} of step {step + 1}"
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Held-out images
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._held_out = _Steps()
+        self._mu: list[Tensor] = []
+        self._kl_sums: list[Tensor] = []
+
+    def validation_step(self, batch: tuple[Tensor, int], batch_idx: int) -> None:
+        x, first_row = batch
+        # The same noise every time, and not that of the training.
+        seed = torch.tensor([self.seed + 1, 4 * batch_idx], device=self.device)
+        out, mu, logvar = self(x, seed, first_row)
+        self._held_out.add(out)
+        self._mu.append(mu)
+        self._kl_sums.append(functional.gaussian_kl(mu, logvar, reduction="none").sum(0))
+
+    def on_validation_epoch_end(self) -> None:
+        mu = torch.cat(self._mu).cpu().double()
+        total = torch.cat(
+            [
+                torch.tensor([len(mu)]).double(),
+                torch.cat(self._held_out.nll).cpu().double().sum()[None],
+                torch.cat(self._held_out.kl).cpu().double().sum()[None],
+                torch.stack(self._kl_sums).cpu().double().sum(0),
+                mu.sum(0),
+                mu.square().sum(0),
+            ]
+        )
+        total = self._over_processes(total)
+        nll, kl, *_ = (total[1:3] / total[0]).tolist()
+        self.kl_per_dimension, mean, square = (total[3:] / total[0]).view(3, -1)
+        active = (square - mean.square() > ACTIVE).sum()
+        metrics = {
+            "held_out_nelbo": nll + kl,
+            **self._terms("held_out", nll, kl),
+            "active_units": float(active),
+        }
+        self.log_dict(metrics)
+
+    def _terms(self, part: str, nll: float, kl: float) -> dict[str, float]:
+        terms = {f"{part}_nll": nll, f"{part}_kl": kl}
+        if self.bits_offset is not None:
+            bits = (nll + kl) / (self.dimensions * math.log(2)) + self.bits_offset
+            terms[f"{part}_bits_per_dim"] = bits
+        return terms
+
+    def _over_processes(self, total: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return total
+        total = total.to(self.device)
+        torch.distributed.all_reduce(total)
+        return total.cpu()
+
+
+class _Steps:
+    """What the steps of an epoch gave. Read when it is over: until then nothing waits for the device."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []  # () each
+        self.nll: list[Tensor] = []  # (B,)
+        self.kl: list[Tensor] = []  # (B,)
+        self.skipped: list[Tensor] = []  # (): 1 or 0
+
+    def add(self, out: fastvae.ELBOOutput) -> None:
+        self.losses.append(out.loss.detach())
+        self.nll.append(out.nll.detach())
+        self.kl.append(out.kl.detach())

@@ -1,0 +1,412 @@
+"""The folder of a run: made by `train`, continued by `resume`, opened by `load`.
+
+config.toml  metrics.csv  kl_per_dimension.csv  checkpoints/last.ckpt  checkpoints/best.ckpt
+samples.png  reconstructions.png  loss.png  latents.png
+"""
+
+import dataclasses
+import importlib.util
+import logging
+import math
+import shutil
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+import fastvae
+
+from . import data, files, messages, pictures
+from .data import InputError
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from .module import VAE
+
+__all__ = ["Run", "build", "load", "resume", "train"]
+
+CONFIG = "config.toml"
+CHECKPOINTS = "checkpoints"
+PICTURES = ("samples.png", "reconstructions.png", "loss.png", "latents.png")
+TABLES = ("metrics.csv", "kl_per_dimension.csv")
+TENSORBOARD = "tensorboard"
+
+Shape = tuple[int, int, int]
+
+
+@dataclass
+class Run:
+    """A run, finished or stopped, ready to be used."""
+
+    path: Path
+    settings: Settings
+    shape: Shape
+    """Of an image: H, W, C."""
+    model: "VAE"
+    """In eval mode, on `device`; the averaged weights if there are any."""
+    device: torch.device
+    epoch: int
+    """How many epochs the weights were trained for."""
+
+    @cached_property
+    def images(self) -> data.Images:
+        """The run's data, read when first asked for.
+
+        Raises InputError where they are gone, and for images of another size.
+        """
+        return _images(self.settings, self.shape, self.path)
+
+
+def load(path: Path, *, data: str | None = None, checkpoint: Literal["best", "last"] = "best") -> Run:
+    """Open a run. `data` takes the place of the data it was trained on.
+
+    Raises InputError for a folder that is no run, a wrong key in config.toml, and a checkpoint that is not there, is
+    damaged or belongs to something else.
+    """
+    settings, shape = _read_config(path)
+    if data is not None:
+        settings = dataclasses.replace(settings, data=data)
+    file = path / CHECKPOINTS / f"{checkpoint}.ckpt"
+    if not file.exists():
+        raise InputError(f"{path}: there is no {file.relative_to(path)} yet: it comes with the first epoch")
+    model = build(settings, shape)
+    state = _read_checkpoint(file, model)
+    model.load_state_dict(state["state_dict"])
+    device = torch.device("cuda" if torch.cuda.is_available() and settings.accelerator != "cpu" else "cpu")
+    return Run(path, settings, shape, model.to(device).eval(), device, state["epoch"] + 1)
+
+
+def train(settings: Settings, out: Path, *, overwrite: bool = False) -> None:
+    """Train a recipe into a new run folder.
+
+    Raises InputError before any work where something is missing or wrong, or a run is there already (`overwrite`
+    replaces it), and KeyboardInterrupt, with words about how to go on, on Ctrl-C.
+    """
+    settings.check()
+    images = data.load(settings.data, seed=settings.seed, size=settings.size)
+    shape = _shape(images)
+    settings = settings.resolve(shape[2])
+    if settings.likelihood != "bernoulli" and settings.binarize != "threshold":
+        raise InputError("--binarize is of the Bernoulli likelihood: give --likelihood bernoulli")
+    if settings.devices > min(settings.batch_size, len(images.train)):
+        raise InputError(f"--devices {settings.devices}: every device needs an image of every batch")
+    if (out / CONFIG).exists() and not overwrite and _is_first():
+        raise InputError(
+            f"{out}: there is a run in this folder; continue it (fastvae resume {out}), give another --out, "
+            "or replace it with --overwrite"
+        )
+    model = _fresh(settings, images)
+    trainer = _trainer(settings, out, images)
+    if _is_first():
+        pictures.prepare_folder(out, (CONFIG, *TABLES, *PICTURES))
+        _clear(out)
+        _write_config(out, settings, shape)
+    _fit(trainer, model, images, settings, out, 0)
+
+
+def resume(path: Path, *, epochs: int | None = None, data: str | None = None) -> None:
+    """Continue a run from its last whole epoch, as if it had not been stopped.
+
+    `epochs` is another number of epochs to go up to, and `data` where the run's data are now; both are kept.
+
+    Raises InputError where it cannot be continued or has nothing left to do, and KeyboardInterrupt as `train`.
+    """
+    settings, shape = _read_config(path)
+    changed: dict[str, Any] = {"epochs": epochs, "data": data}
+    changed = {name: value for name, value in changed.items() if value is not None}
+    settings = dataclasses.replace(settings, **changed).resolve(shape[2])
+    settings.check()
+    images = _images(settings, shape, path)
+    model = _fresh(settings, images)
+    file = path / CHECKPOINTS / "last.ckpt"
+    done = _read_checkpoint(file, model)["epoch"] + 1 if file.exists() else 0
+    if done >= settings.epochs:
+        raise InputError(
+            f"{path}: trained for {_epochs(done)} already; to go on, give a larger number of --epochs"
+        )
+    trainer = _trainer(settings, path, images)
+    if _is_first():
+        pictures.prepare_folder(path, (CONFIG, *TABLES, *PICTURES))
+        for folder in (path, path / CHECKPOINTS):
+            files.remove_partial(folder)
+        if changed:
+            _write_config(path, settings, shape)
+    _fit(trainer, model, images, settings, path, done)
+
+
+def build(settings: Settings, shape: Shape) -> "VAE":
+    """The model of a recipe for images (H, W, C), with fresh weights from torch's generator."""
+    from fastvae import likelihoods
+
+    from .module import VAE
+
+    bernoulli = settings.likelihood == "bernoulli"
+    encoder, decoder = settings.build(shape)
+    return VAE(
+        encoder,
+        decoder,
+        fastvae.ELBO(
+            likelihoods.Bernoulli() if bernoulli else likelihoods.Gaussian("learned"), beta=settings.beta
+        ),
+        latents=settings.latent,
+        dimensions=math.prod(shape),
+        lr=settings.lr,
+        seed=settings.seed,
+        schedule=settings.warmup,
+        schedule_epochs=settings.warmup_epochs,
+        cycles=settings.cycles,
+        bits_offset=0 if bernoulli else 8,
+        # Lightning cannot unscale gradients for a fused optimizer, as it must before it clips them.
+        fused=not (settings.precision == "16-mixed" and settings.clip),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _fresh(settings: Settings, images: data.Images) -> "VAE":
+    """The model as training starts from it."""
+    torch.manual_seed(settings.seed)
+    model = build(settings, _shape(images))
+    if settings.likelihood == "gaussian":
+        # The scale of a decoder that gives the mean image. From 1, far above any image's, too little of the
+        # reconstruction would count: the posterior collapses before the scale has come down.
+        pixels = images.train[:1000].float() / 256
+        variance = pixels.var(0, unbiased=False).mean() + 1 / (12 * 256**2)
+        model.elbo.likelihood.logvar.fill_(variance.log())  # type: ignore[operator]
+    return model
+
+
+def _is_first() -> bool:
+    """Whether this process writes and speaks. Lightning starts the others as further runs of the program."""
+    from lightning.fabric.utilities.rank_zero import _get_rank
+
+    return (_get_rank() or 0) == 0
+
+
+def _say() -> Callable[[str], None]:
+    return messages.say if _is_first() else lambda line: None
+
+
+def _trainer(settings: Settings, folder: Path, images: data.Images) -> "Trainer":
+    """Raises InputError for what Lightning refuses."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from . import callbacks
+
+    # What Lightning tells by the way (hardware found and not used, tips, hints about loaders) is left out.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.pytorch.*")
+    logger: Any = False
+    if settings.logger == "tensorboard":
+        if not (importlib.util.find_spec("tensorboard") or importlib.util.find_spec("tensorboardX")):
+            raise InputError("--logger tensorboard needs a package that is missing: pip install tensorboard")
+        logger = TensorBoardLogger(folder, name=None, version=TENSORBOARD)
+    bar = sys.stdout.isatty()
+    checkpoints = folder / CHECKPOINTS
+    try:
+        return Trainer(
+            max_epochs=settings.epochs,
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            strategy=settings.strategy,
+            precision=settings.precision,  # type: ignore[arg-type]
+            gradient_clip_val=settings.clip or None,
+            logger=logger,
+            callbacks=[
+                *([callbacks.Bar()] if bar else []),
+                callbacks.Pictures(folder, images, settings),
+                *([callbacks.average(settings.ema)] if settings.ema else []),
+                callbacks.Metrics(folder, _say()),
+                callbacks.Best(checkpoints),
+                callbacks.last(checkpoints),
+            ],
+            plugins=[callbacks.AtomicCheckpoints()],
+            enable_progress_bar=bar,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            default_root_dir=folder,
+        )
+    except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
+        given = [
+            f"--{name} {getattr(settings, name)}"
+            for name in ("accelerator", "devices", "strategy", "precision")
+            if getattr(settings, name) != getattr(Settings, name)
+        ]
+        raise InputError(
+            f"Lightning refuses {' '.join(given)}: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def _fit(
+    trainer: "Trainer", model: "VAE", images: data.Images, settings: Settings, out: Path, done: int
+) -> None:
+    """`done`: how many epochs are; they are in last.ckpt."""
+    from .loader import ImageData
+
+    say = _say()
+    for line in _introduction(trainer, model, images, settings, out, done):
+        say(line)
+    last = out / CHECKPOINTS / "last.ckpt"
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(
+            model,
+            datamodule=ImageData(images, settings),
+            ckpt_path=last if done else None,
+            weights_only=True,
+        )
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        if not trainer.interrupted:
+            raise
+        kept = "the last whole epoch is kept" if last.exists() else "no epoch was whole yet"
+        raise KeyboardInterrupt(f"interrupted; {kept}; to go on: fastvae resume {out}") from None
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    say("")
+    say(
+        f"{out}: {', '.join((*TABLES[:1], *(name for name in PICTURES if (out / name).exists())))}, checkpoints/"
+    )
+    say(
+        f"next: fastvae evaluate {out}, fastvae sample {out}, fastvae resume {out} --epochs {2 * settings.epochs}"
+    )
+
+
+def _introduction(
+    trainer: "Trainer", model: "VAE", images: data.Images, settings: Settings, out: Path, done: int
+) -> Iterator[str]:
+    yield from messages.backend_lines(trainer.strategy.root_device)
+    size = messages.size_of(_shape(images))
+    yield f"data: {images.name}, {size}: {len(images.train)} to train on, {len(images.held_out)} held out"
+    for note in images.notes:
+        yield f"warning: {note}"
+    if settings.likelihood == "gaussian":
+        likelihood = "Gaussian likelihood with a learned scale"
+    else:
+        how = "at half of the full value" if settings.binarize == "threshold" else "afresh in each epoch"
+        likelihood = f"Bernoulli likelihood, images binarised {how}"
+    parameters = sum(p.numel() for p in model.parameters())
+    yield f"model: {settings.recipe}, {settings.latent} latent dimensions, {parameters:,} parameters"
+    yield f"       {likelihood}"
+    yield f"run: {out}, {_epochs(settings.epochs)}" + (f", {done} of them done" if done else "")
+    if settings.warmup != "none" and settings.warmup_epochs > settings.epochs:
+        yield (
+            f"warning: the warm-up takes {settings.warmup_epochs:g} epochs and the run only {settings.epochs}: "
+            "the KL will not get its whole weight (--warmup-epochs)"
+        )
+
+
+def _epochs(n: int) -> str:
+    return f"{n} epoch{'s' if n != 1 else ''}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _shape(images: data.Images) -> Shape:
+    height, width, channels = images.train.shape[1:]
+    return height, width, channels
+
+
+def _images(settings: Settings, shape: Shape, path: Path) -> data.Images:
+    try:
+        # Cut to the size of the run also where `data` is another folder of images.
+        images = data.load(settings.data, seed=settings.seed, size=settings.size)
+    except InputError as error:
+        raise InputError(f"{error} (the data of {path}; give others with --data)") from error
+    if _shape(images) != shape:
+        raise InputError(
+            f"{settings.data}: the images are {messages.size_of(_shape(images))}, those of {path} "
+            f"{messages.size_of(shape)}"
+        )
+    return images
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier run has left, and nothing else."""
+    for name in (CONFIG, *TABLES, *PICTURES):
+        (out / name).unlink(missing_ok=True)
+    for name in (CHECKPOINTS, TENSORBOARD):
+        shutil.rmtree(out / name, ignore_errors=True)
+    files.remove_partial(out)
+
+
+def _write_config(out: Path, settings: Settings, shape: Shape) -> None:
+    import tomli_w
+
+    head = {"recipe": settings.recipe, "fastvae": fastvae.__version__}
+    text = tomli_w.dumps(head) + f"shape = {list(shape)}  # of an image: height, width, channels\n\n"
+    text += tomli_w.dumps(dataclasses.asdict(settings))
+    files.write(out / CONFIG, text.encode())
+
+
+def _read_config(path: Path) -> tuple[Settings, Shape]:
+    from fastvae.recipes import RECIPES  # the one arrow upwards: a run names its recipe
+
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    file = path / CONFIG
+    try:
+        table = tomllib.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        what = "no run: there is no config.toml in it" if path.is_dir() else "no such run"
+        raise InputError(f"{path}: {what}") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {files.reason(error)}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not TOML: {error}") from error
+    recipe = table.pop("recipe", None)
+    shape = table.pop("shape", None)
+    table.pop("fastvae", None)
+    if recipe not in RECIPES:
+        raise InputError(f"{file}: `recipe` must be one of {', '.join(RECIPES)}, got {recipe!r}")
+    if not (isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)):
+        raise InputError(f"{file}: `shape` must be [height, width, channels], got {shape!r}")
+    height, width, channels = shape
+    return RECIPES[recipe].read(table, str(file)), (height, width, channels)
+
+
+def _read_checkpoint(file: Path, model: "VAE") -> dict[str, Any]:
+    """Raises InputError for a file that is no checkpoint, and for one of another model."""
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        state = checkpoint["state_dict"]
+        names = set(state)
+        for key in ("epoch", "loops", "optimizer_states"):
+            checkpoint[key]
+    except (PermissionError, IsADirectoryError) as error:
+        raise InputError(f"{file}: cannot be read: {files.reason(error)}") from error
+    # What a damaged or foreign file makes pickle, zipfile and torch raise is many things; each means the same here.
+    except Exception as error:
+        raise InputError(f"{file}: not a checkpoint of fastvae, or damaged") from error
+    for name, tensor in model.state_dict().items():
+        if name not in names:
+            raise InputError(f"{file}: a checkpoint of another model: there is no `{name}` in it")
+        if state[name].shape != tensor.shape:
+            raise InputError(
+                f"{file}: a checkpoint of another model: `{name}` is {tuple(state[name].shape)} in it, and "
+                f"{tuple(tensor.shape)} by config.toml"
+            )
+    if more := sorted(names - set(model.state_dict())):
+        raise InputError(f"{file}: a checkpoint of another model: `{more[0]}` is none of this one's")
+    return checkpoint

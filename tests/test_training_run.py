@@ -1,0 +1,807 @@
+"""`fastvae train` and `fastvae resume`: what they leave, how a stopped run goes on, and what bad input gets."""
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import types
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastvae
+from fastvae import cli
+from fastvae.recipes import RECIPES
+from fastvae.training import data, loader, module, runs, warmup
+from fastvae.training.data import InputError
+
+QUICK = ("--accelerator", "cpu", "--hidden", "32", "--latent", "4")
+FILES = {
+    "config.toml",
+    "metrics.csv",
+    "kl_per_dimension.csv",
+    "checkpoints",
+    "samples.png",
+    "reconstructions.png",
+    "loss.png",
+    "latents.png",
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    # So small a model gains nothing from threads, and loses much to them where other tests run beside.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request, monkeypatch):
+    """They take most of the time of so short a run."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("fastvae.training.callbacks._is_drawn", lambda trainer: False)
+
+
+def train(out: Path, *options: str, recipe: str = "mlp") -> int:
+    quick = QUICK if recipe == "mlp" else QUICK[:2]
+    return cli.main(["train", recipe, "--out", str(out), *quick, *options])
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    """metrics.csv, without the time, which is never the same."""
+    with (out / "metrics.csv").open() as file:
+        return [
+            {name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)
+        ]
+
+
+def weights(out: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return torch.load(out / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    assert rows(ours) == rows(theirs)
+    assert (ours / "kl_per_dimension.csv").read_text() == (theirs / "kl_per_dimension.csv").read_text()
+    for name in ("last", "best"):
+        a, b = weights(ours, name), weights(theirs, name)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def one_line(capsys) -> str:
+    """What stands on stderr: one line, and no traceback."""
+    error = capsys.readouterr().err
+    assert error.startswith("fastvae: ")
+    assert error.count("\n") == 1, error
+    return error
+
+
+def in_a_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn() -> None:
+    """For a test of the pictures."""
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.usefixtures("drawn")
+def test_what_a_run_leaves(tmp_path, capsys, recipe):
+    out = tmp_path / "runs" / "first"
+    assert train(out, "--epochs", "2", "--lr", "0.005", recipe=recipe) == 0
+    said = capsys.readouterr().out
+
+    assert {path.name for path in out.iterdir()} == FILES
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    for picture in out.glob("*.png"):
+        with Image.open(picture) as image:
+            image.load()
+    first, second = rows(out)
+    assert (first["epoch"], second["epoch"], second["step"]) == ("1", "2", "24")
+    assert float(second["train_loss"]) < float(first["train_loss"])
+    for part in ("train", "held_out"):
+        nelbo = float(second[f"{part}_nll"]) + float(second[f"{part}_kl"])
+        assert float(second["train_loss" if part == "train" else "held_out_nelbo"]) == pytest.approx(nelbo)
+        assert float(second[f"{part}_bits_per_dim"]) == pytest.approx(nelbo / (64 * math.log(2)))
+    with (out / "kl_per_dimension.csv").open() as file:
+        (_, *kl) = list(csv.reader(file))[-1]
+    assert sum(map(float, kl)) == pytest.approx(float(second["held_out_kl"]), rel=1e-5)
+
+    assert f"fastvae {fastvae.__version__} · backend native" in said
+    assert "8 x 8: 1498 to train on, 299 held out" in said
+    assert f"model: {recipe}" in said
+    assert f"fastvae resume {out}" in said
+    assert "warning" not in said
+
+
+def test_config_is_resolved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x = np.random.default_rng(0).integers(0, 255, (40, 8, 9), dtype=np.uint8)
+    np.savez("mine.npz", x_train=x)
+    assert train(Path("run"), "--data", "mine.npz", "--epochs", "1") == 0
+    settings, shape = runs._read_config(tmp_path / "run")
+    assert shape == (8, 9, 1)
+    assert settings.data == str(tmp_path / "mine.npz")
+    assert settings.likelihood == "bernoulli"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(runs.load(tmp_path / "run").images.train) == 34
+
+
+def test_colour_images_get_a_gaussian_whose_scale_is_trained(tmp_path):
+    x = np.random.default_rng(0).integers(0, 255, (60, 9, 11, 3), dtype=np.uint8)
+    np.savez(tmp_path / "colour.npz", x_train=x, x_test=x[:20])
+    for recipe in RECIPES:
+        out = tmp_path / recipe
+        options = ["--data", str(tmp_path / "colour.npz"), "--epochs", "2", "--batch-size", "16"]
+        assert train(out, *options, recipe=recipe) == 0
+        assert weights(out)["elbo.likelihood.logvar"] != 0
+        row = rows(out)[-1]
+        bits = float(row["held_out_nelbo"]) / (9 * 11 * 3 * math.log(2)) + 8
+        assert float(row["held_out_bits_per_dim"]) == pytest.approx(bits, rel=1e-5)
+
+
+def test_gaussian_learns(tmp_path):
+    """With a scale that starts at 1 and moves as slowly as the weights the posterior stays collapsed, at 9.3 bits."""
+    assert train(tmp_path / "run", "--likelihood", "gaussian", "--epochs", "10", "--lr", "0.005") == 0
+    assert float(rows(tmp_path / "run")[-1]["held_out_bits_per_dim"]) < 8.2
+    assert float(rows(tmp_path / "run")[-1]["held_out_kl"]) > 3
+
+
+def test_best_is_the_epoch_with_the_smallest_held_out_loss(tmp_path):
+    # So large a rate makes the loss go up and down.
+    assert train(tmp_path / "run", "--epochs", "6", "--lr", "0.05") == 0
+    losses = [float(row["held_out_nelbo"]) for row in rows(tmp_path / "run")]
+    best = losses.index(min(losses)) + 1
+    assert best != 6, "this test needs a run whose last epoch is not the best"
+    assert runs.load(tmp_path / "run").epoch == best
+    assert runs.load(tmp_path / "run", checkpoint="last").epoch == 6
+
+
+def test_tensorboard(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("tensorboard")
+    assert train(tmp_path / "run", "--epochs", "1", "--logger", "tensorboard") == 0
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+    capsys.readouterr()
+
+    find = runs.importlib.util.find_spec
+    monkeypatch.setattr(
+        runs.importlib.util, "find_spec", lambda name: None if "tensorboard" in name else find(name)
+    )
+    assert train(tmp_path / "other", "--logger", "tensorboard") == 2
+    assert "pip install tensorboard" in one_line(capsys)
+    assert not (tmp_path / "other").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopped and resumed
+# ---------------------------------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "plain": (),
+    "everything": (
+        *("--ema", "0.9", "--binarize", "dynamic", "--clip", "5"),
+        *("--warmup", "cyclical", "--warmup-epochs", "4", "--cycles", "2", "--beta", "0.8"),
+    ),
+    "gaussian": ("--likelihood", "gaussian"),
+}
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_resumed_run_is_the_uninterrupted_one(tmp_path, options):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(whole, *options, "--epochs", "4") == 0
+    assert train(parts, *options, "--epochs", "1") == 0
+    assert cli.main(["resume", str(parts), "--epochs", "3"]) == 0
+    # Which epoch was the best is remembered where the run is found in another place.
+    moved = parts.rename(tmp_path / "moved")
+    assert cli.main(["resume", str(moved), "--epochs", "4"]) == 0
+    assert_same_run(moved, whole)
+
+
+def test_moving_average_is_what_is_saved_and_validated(tmp_path):
+    assert train(tmp_path / "run", "--ema", "0.99", "--epochs", "2") == 0
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    name = "encoder.1.weight"
+    assert not torch.equal(saved["state_dict"][name], saved["current_model_state"][name])
+    run = runs.load(tmp_path / "run", checkpoint="last")
+    assert torch.equal(run.model.state_dict()[name], saved["state_dict"][name])
+
+
+def test_interrupt(tmp_path, capsys, monkeypatch):
+    step = module.VAE.training_step
+
+    def interrupted(self, batch, batch_idx):
+        if (self.current_epoch, batch_idx) == (1, 5):
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(module.VAE, "training_step", interrupted)
+    assert train(tmp_path / "run", "--epochs", "3") == 130
+    assert f"fastvae resume {tmp_path / 'run'}" in one_line(capsys)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.undo()
+    monkeypatch.setattr("fastvae.training.callbacks._is_drawn", lambda trainer: False)
+    assert cli.main(["resume", str(tmp_path / "run")]) == 0
+    assert train(tmp_path / "whole", "--epochs", "3") == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+KILLED = """
+import os, signal, sys, torch
+from fastvae import cli
+from fastvae.training import callbacks, module
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+callbacks._is_drawn = lambda trainer: False
+place, *arguments = sys.argv[1:]
+step, save, saved = module.VAE.training_step, torch.save, 0
+
+def training_step(self, batch, batch_idx):
+    if (self.current_epoch, batch_idx) == {"first": (0, 3), "training": (1, 7)}.get(place):
+        die()
+    return step(self, batch, batch_idx)
+
+def save_half(checkpoint, file):
+    global saved
+    saved += 1
+    save(checkpoint, file)
+    # best.ckpt and last.ckpt of the first epoch; then those of the second.
+    if saved == {"saving best": 3, "saving last": 4}.get(place):
+        file.truncate(file.tell() // 2)
+        die()
+
+module.VAE.training_step, torch.save = training_step, save_half
+cli.main(arguments)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["first", "training", "saving best", "saving last"])
+def test_killed_run_goes_on(tmp_path, place):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    died = in_a_process("-c", KILLED, place, "train", "mlp", "--out", str(run), *QUICK, "--epochs", "3")
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    parts = [path.name for path in run.rglob("*.part")]
+    assert bool(parts) is place.startswith("saving")
+
+    assert cli.main(["resume", str(run)]) == 0
+    assert not list(run.rglob("*.part"))
+    assert train(whole, "--epochs", "3") == 0
+    assert_same_run(run, whole)
+
+
+def test_nothing_left_to_resume(tmp_path, capsys):
+    assert train(tmp_path / "run", "--epochs", "1") == 0
+    capsys.readouterr()
+    assert cli.main(["resume", str(tmp_path / "run")]) == 2
+    assert "--epochs" in one_line(capsys)
+
+
+def test_existing_run_is_replaced_only_when_asked(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(run, "--epochs", "2") == 0
+    (run / "notes.txt").write_text("mine")
+    before = (run / "metrics.csv").read_text()
+    capsys.readouterr()
+    assert train(run, "--epochs", "1") == 2
+    error = one_line(capsys)
+    assert f"fastvae resume {run}" in error
+    assert "--overwrite" in error
+    assert (run / "metrics.csv").read_text() == before
+    assert train(run, "--epochs", "1", "--overwrite") == 0
+    assert len(rows(run)) == 1
+    assert (run / "notes.txt").read_text() == "mine"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+RANKS = """
+import sys
+from fastvae import cli
+from fastvae.training import module
+step = module.VAE.training_step
+
+def training_step(self, batch, batch_idx):
+    loss = step(self, batch, batch_idx)
+    if (self.current_epoch, batch_idx) == (0, 0):
+        x, first = batch
+        sys.stderr.write(f"rank={self.global_rank} rows={len(x)} first={first} loss={loss.item():.9g}\\n")
+    if (self.current_epoch, batch_idx, self.global_rank) == (1, 2, self.trainer.world_size - 1):
+        self._steps.losses[-1].fill_(torch.nan)  # of one process only
+    return loss
+
+import torch
+module.VAE.training_step = training_step
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    options = (*QUICK, "--epochs", "3", "--binarize", "dynamic", "--batch-size", "96")
+    script = tmp_path / "train.py"  # Lightning runs the same file for the second process
+    script.write_text(RANKS)
+    first = {}
+    for devices in ("1", "2"):
+        done = in_a_process(
+            str(script), "train", "mlp", "--out", str(tmp_path / devices), *options, "--devices", devices,
+            "--strategy", "auto" if devices == "1" else "ddp",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        lines = sorted(
+            line for line in done.stderr.replace("rank=", "\nrank=").splitlines() if "rows=" in line
+        )
+        first[devices] = [dict(word.split("=") for word in line.split()) for line in lines]
+        assert done.stdout.count("backend native") == 1  # one process speaks
+    assert [(r["rank"], r["rows"], r["first"]) for r in first["2"]] == [("0", "48", "0"), ("1", "48", "48")]
+    (whole,) = first["1"]
+    halves = [float(r["loss"]) for r in first["2"]]
+    assert sum(halves) / 2 == pytest.approx(float(whole["loss"]), rel=1e-6)
+    assert abs(halves[0] - halves[1]) > 1e-3
+
+    one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
+    assert [row["skipped_steps"] for row in two] == ["0", "1", "0"]
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-4), name
+    a, b = weights(tmp_path / "1"), weights(tmp_path / "2")
+    assert any(not torch.equal(a[name], b[name]) for name in a)  # it was not one process both times
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("n", [23, 24])
+def test_batches_of_all_processes_together(world, n):
+    x = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1)
+    images = data.Images("numbers", x, x)
+    settings = RECIPES["mlp"](batch_size=6, likelihood="gaussian", devices=world)
+
+    def parts(held_out, epoch):
+        each = []
+        for rank in range(world):
+            kept = loader.ImageData(images, settings)
+            kept.trainer = types.SimpleNamespace(global_rank=rank, world_size=world, current_epoch=epoch)
+            batches = kept.val_dataloader() if held_out else kept.train_dataloader()
+            each.append(list(batches))
+            assert len(each[-1]) == len(batches)
+        return each
+
+    for epoch in (0, 1):
+        (one,) = [list(b) for b in parts(False, epoch)] if world == 1 else [None]
+        each = parts(False, epoch)
+        whole = [torch.cat([x for x, _ in batch]) for batch in zip(*each, strict=True)]
+        assert all(len({len(x) for x, _ in batch}) == 1 for batch in zip(*each, strict=True))
+        assert [first for _, first in each[-1]] == [len(batch) * (world - 1) // world for batch in whole]
+        lost = sum(size % world for size in [6] * (n // 6) + ([n % 6] if n % 6 else []))
+        assert sum(map(len, whole)) == n - lost
+        if one is not None:
+            assert all(torch.equal(a, b) for a, (b, _) in zip(whole, one, strict=True))
+    held_out = torch.cat([x for batch in zip(*parts(True, 0), strict=True) for x, _ in batch])
+    assert torch.equal((held_out.flatten() * 256).floor(), torch.arange(n).float())
+    assert not torch.equal(parts(False, 0)[0][0][0], parts(False, 1)[0][0][0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps that cannot be taken
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("term", ["nll", "kl"])
+@pytest.mark.parametrize("clip", [(), ("--clip", "1")], ids=["", "clipped"])
+def test_non_finite_step_is_skipped_counted_and_named(tmp_path, capsys, monkeypatch, term, clip):
+    after = []
+
+    def spoil(name, spoilt):
+        method = getattr(module.VAE, name)
+        monkeypatch.setattr(module.VAE, name, lambda self, value: spoilt(self, method(self, value)))
+
+    def here(self):
+        return self.training and (self.current_epoch, self.trainer.fit_loop.batch_idx) == (0, 4)
+
+    if term == "nll":
+        spoil("decode", lambda self, recon: recon * math.nan if here(self) else recon)
+    else:
+        spoil(
+            "encode", lambda self, posterior: (posterior[0] * (math.nan if here(self) else 1), posterior[1])
+        )
+    monkeypatch.setattr(
+        module.VAE,
+        "on_train_batch_end",
+        lambda self, *_: after.append(self.encoder[1].weight.detach().clone()),
+        raising=False,
+    )
+    assert train(tmp_path / "run", "--epochs", "2", *clip) == 0
+    assert f"1 of 12 steps skipped, the weights left as they were: {term} of step 5 is not finite" in (
+        capsys.readouterr().out
+    )
+    assert [row["skipped_steps"] for row in rows(tmp_path / "run")] == ["1", "0"]
+    assert all(math.isfinite(float(value)) for row in rows(tmp_path / "run") for value in row.values())
+    assert [torch.equal(a, b) for a, b in pairwise(after)] == [step == 4 for step in range(1, 24)]
+
+
+def test_run_that_never_steps_is_an_error(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module.VAE, "decode", lambda self, z: self.decoder(z) * math.inf)
+    assert train(tmp_path / "run", "--epochs", "2") == 2
+    assert "every step of epoch 1 was skipped: nll of step 1 is not finite" in one_line(capsys)
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Warm-up
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_schedules():
+    def at(schedule, *passed, cycles=1):
+        return [warmup.weight(schedule, p, 10.0, cycles) for p in passed]
+
+    assert at("none", 0, 5, 20) == [1, 1, 1]
+    assert at("linear", 0, 2.5, 5, 10, 20) == [0, 0.25, 0.5, 1, 1]
+    assert at("cyclical", 0, 1.25, 2.5, 4.9, 5, 6.25, 7.5, 10, 12, cycles=2) == pytest.approx(
+        [0, 0.5, 1, 1, 0, 0.5, 1, 1, 1]
+    )
+    sigmoid = at("sigmoid", 0, 5, 9.999, 10)
+    assert sigmoid == pytest.approx([0.00247, 0.5, 0.99753, 1], abs=1e-4)
+    for schedule in ("linear", "sigmoid"):
+        values = at(schedule, *np.linspace(0, 12, 50))
+        assert values == sorted(values)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cyclical", "sigmoid"])
+def test_warm_up_reaches_the_loss(tmp_path, capsys, schedule):
+    options = ("--warmup", schedule, "--warmup-epochs", "2", "--cycles", "1", "--beta", "0.5")
+    assert train(tmp_path / "run", *options, "--epochs", "3") == 0
+    assert "warning" not in capsys.readouterr().out
+    # Of the last of an epoch's 12 steps.
+    expected = [0.5 * warmup.weight(schedule, epoch + 11 / 12, 2.0) for epoch in range(3)]
+    assert [float(row["beta"]) for row in rows(tmp_path / "run")] == pytest.approx(expected)
+    last = {name: float(value) for name, value in rows(tmp_path / "run")[-1].items()}
+    assert last["train_loss"] == pytest.approx(last["train_nll"] + 0.5 * last["train_kl"], rel=1e-5)
+    assert last["held_out_nelbo"] == pytest.approx(last["held_out_nll"] + last["held_out_kl"], rel=1e-6)
+
+
+def test_warm_up_longer_than_the_run(tmp_path, capsys):
+    assert train(tmp_path / "run", "--warmup", "linear", "--epochs", "1") == 0
+    assert "warning: the warm-up takes 10 epochs and the run only 1" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_prepare():
+    images = torch.arange(256, dtype=torch.uint8).repeat(2000, 1).view(2000, 16, 16, 1)
+    threshold = loader.prepare(images, RECIPES["mlp"](likelihood="bernoulli"))
+    assert threshold.shape == (2000, 1, 16, 16)
+    assert torch.equal(threshold[0].flatten(), (torch.arange(256) >= 128).float())
+
+    dynamic = RECIPES["mlp"](likelihood="bernoulli", binarize="dynamic")
+    x = loader.prepare(images, dynamic, loader.generator(1, 2))
+    assert set(x.unique().tolist()) == {0.0, 1.0}
+    assert (x.mean(0).flatten() - torch.arange(256) / 255).abs().max() < 5 * 0.5 / 2000**0.5
+    assert x[:, 0, 0, 0].max() == 0
+    assert x[:, 0, -1, -1].min() == 1
+    assert torch.equal(x, loader.prepare(images, dynamic, loader.generator(1, 2)))
+    assert not torch.equal(x, loader.prepare(images, dynamic, loader.generator(1, 3)))
+
+    colour = torch.arange(2 * 4 * 5 * 3, dtype=torch.uint8).view(2, 4, 5, 3)
+    x = loader.prepare(colour, RECIPES["mlp"](likelihood="gaussian"))
+    assert x.shape == (2, 3, 4, 5)
+    assert x.is_contiguous()
+    assert torch.equal((x * 256).floor().permute(0, 2, 3, 1), colour.float())
+
+
+def picture(path: Path, size: tuple[int, int], value: object = 100, mode: str = "L", **save: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value).save(path, **save)
+
+
+def test_folder_of_images(tmp_path, capsys):
+    for i in range(6):
+        picture(tmp_path / "cats" / f"{i}.png", (20, 12), i)
+        picture(tmp_path / "dogs" / "more" / f"{i}.jpg", (12, 20), 200 + i)
+    (tmp_path / "cats" / "6.png").write_text("no image")
+    whole = (tmp_path / "cats" / "5.png").read_bytes()
+    (tmp_path / "dogs" / "half.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "readme.txt").write_text("not meant as an image")
+    images = data.load(str(tmp_path), size=8)
+    assert images.train.shape == (10, 8, 8, 1)
+    assert images.held_out.shape == (2, 8, 8, 1)
+    for part, labels in ((images.train, images.train_labels), (images.held_out, images.held_out_labels)):
+        assert torch.equal(labels, (part[:, 0, 0, 0] > 100).long())
+    (note,) = images.notes
+    assert note.startswith("2 of 14 images cannot be read and are skipped: ")
+    assert "cats/6.png (not an image)" in note
+    assert "dogs/half.png" in note
+    # Told in a run, and no reason to stop.
+    assert train(tmp_path / "run", "--data", str(tmp_path), "--size", "8", "--epochs", "1") == 0
+    assert f"warning: {note}" in capsys.readouterr().out
+
+
+def test_sizes_and_kinds_of_images(tmp_path):
+    for i in range(3):
+        picture(tmp_path / "same" / f"{i}.png", (30, 20), i)
+        picture(tmp_path / "large" / f"{i}.png", (80, 80), i)
+        picture(tmp_path / "mixed" / f"{i}.png", (30 + i, 20), (10, 20, 30) if i else 7, "RGB" if i else "L")
+        picture(tmp_path / "deep" / f"{i}.png", (9, 9), 40_000, "I;16")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for i in range(2):
+        picture(tmp_path / "turned" / f"{i}.jpg", (30, 20), i, exif=turned)
+        picture(tmp_path / "palette" / f"{i}.gif", (9, 9), 3, "P")
+
+    def shape(name, **options):
+        return tuple(data.load(str(tmp_path / name), **options).train.shape[1:])
+
+    assert shape("same") == (20, 30, 1)
+    assert shape("turned") == (30, 20, 1)
+    assert shape("large") == (64, 64, 1)
+    assert shape("mixed") == (64, 64, 3)
+    assert shape("same", size=16) == (16, 16, 1)
+    assert shape("palette") == (9, 9, 3)
+    assert data.load(str(tmp_path / "deep")).train.unique().tolist() == [40_000 >> 8]
+    assert data.load(str(tmp_path / "same")).train_labels is None
+
+
+def fake_datasets(monkeypatch, splits, features) -> list[str]:
+    """A module in the place of `datasets`, of which the images are bytes."""
+    fake = types.ModuleType("datasets")
+    fake.Image = type("Image", (), {"__init__": lambda self, decode=True: setattr(self, "decode", decode)})
+    fake.ClassLabel = type("ClassLabel", (), {})
+    kinds = {"image": fake.Image, "label": fake.ClassLabel, "text": str}
+
+    class Split:
+        def __init__(self, columns, decode=True):
+            self.columns, self.decode = columns, decode
+            self.features = {name: kinds[kind]() for name, kind in features.items()}
+
+        def cast_column(self, name, kind):
+            assert features[name] == "image"
+            return Split(self.columns, kind.decode)
+
+        def __getitem__(self, name):
+            assert features[name] != "image" or not self.decode
+            return self.columns[name]
+
+    asked = []
+
+    def load_dataset(name):
+        asked.append(name)
+        return {name: Split(columns) for name, columns in splits.items()}
+
+    fake.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    return asked
+
+
+def png(value: int) -> dict[str, object]:
+    import io
+
+    file = io.BytesIO()
+    Image.new("L", (10, 10), value).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def test_hugging_face_dataset(tmp_path, monkeypatch, capsys):
+    train_split = {"img": [png(i) for i in range(8)] + [{"bytes": b"?", "path": None}], "y": [*range(8), 99]}
+    test_split = {"img": [png(100), png(101)], "y": [5, 6]}
+    features = {"y": "label", "img": "image"}
+    asked = fake_datasets(monkeypatch, {"train": train_split, "test": test_split}, features)
+    images = data.load("someone/pictures")
+    assert asked == ["someone/pictures"]
+    assert images.train.shape == (8, 10, 10, 1)
+    assert torch.equal(images.train[:, 0, 0, 0].long(), images.train_labels)
+    assert images.held_out[:, 0, 0, 0].tolist() == [100, 101]
+    assert images.held_out_labels.tolist() == [5, 6]
+    assert images.notes == ("1 of 11 images cannot be read and are skipped: train[8] (not an image)",)
+
+    fake_datasets(monkeypatch, {"train": train_split}, features)
+    alone = data.load("someone/pictures")
+    assert (len(alone.train), len(alone.held_out)) == (7, 1)
+    assert torch.equal(alone.train[:, 0, 0, 0].long(), alone.train_labels)
+    assert train(tmp_path / "run", "--data", "someone/pictures", "--epochs", "1") == 0
+    capsys.readouterr()
+
+    fake_datasets(monkeypatch, {"train": {"t": ["words"]}}, {"t": "text"})
+    assert train(tmp_path / "text", "--data", "someone/text") == 2
+    assert "no column of images, only t" in one_line(capsys)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert train(tmp_path / "none", "--data", "someone/text") == 2
+    assert "pip install datasets" in one_line(capsys)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--lr", "0"), "--lr must be above 0, got 0"),
+        (("--lr", "nan"), "--lr must be above 0, got nan"),
+        (("--lr", "fast"), "--lr"),
+        (("--ema", "1"), "--ema must be at least 0 and below 1"),
+        (("--batch-size", "0"), "--batch-size must be at least 1"),
+        (("--warmup", "cosine"), "--warmup must be one of none, linear, cyclical, sigmoid, got 'cosine'"),
+        (("--likelihood", "gaussian", "--binarize", "dynamic"), "--binarize is of the Bernoulli likelihood"),
+        (("--data", "/no/such.npz"), "/no/such.npz: no such file"),
+        (("--data", "./none"), "./none: no such file or folder"),
+        (("--data", __file__), "neither a .npz file nor a folder of images"),
+        (("--accelerator", "abacus"), "Lightning refuses --accelerator abacus"),
+        (("--strategy", "ddq"), "Lightning refuses --accelerator cpu --strategy ddq"),
+        (("--precision", "7"), "Lightning refuses --accelerator cpu --precision 7"),
+        (("--devices", "200"), "--devices 200"),
+        (("--colour", "red"), "No such option"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(tmp_path, capsys, options, message):
+    chosen = ("--accelerator", "cpu") if "--accelerator" not in options else ()
+    assert cli.main(["train", "mlp", "--out", str(tmp_path / "run"), *chosen, *options]) == 2
+    assert message in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_without_images(tmp_path, capsys):
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "a.txt").write_text("text")
+    assert train(tmp_path / "run", "--data", str(tmp_path / "words")) == 2
+    assert "there are no images in this folder" in one_line(capsys)
+    (tmp_path / "words" / "a.png").write_text("text")
+    assert train(tmp_path / "run", "--data", str(tmp_path / "words")) == 2
+    assert "not one image can be read: a.png (not an image)" in one_line(capsys)
+    picture(tmp_path / "words" / "b.png", (8, 8))
+    assert train(tmp_path / "run", "--data", str(tmp_path / "words")) == 2
+    assert "one image is too few" in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_conv_needs_eight_pixels(tmp_path, capsys):
+    np.savez(tmp_path / "small.npz", x_train=np.zeros((9, 8, 7), dtype=np.uint8))
+    assert train(tmp_path / "run", "--data", str(tmp_path / "small.npz"), recipe="conv") == 2
+    assert "at least 8 x 8 pixels, got 8 x 7; mlp takes any size" in one_line(capsys)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert train(out, "--epochs", "1") == 0
+    return out
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy, to be spoilt."""
+    import shutil
+
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("hidden", "hiden", "there is no setting `hiden`; did you mean `hidden`?"),
+        ("hidden", "colour", "there is no setting `colour`; there are data, size"),
+        ("lr = 0.001", 'lr = "x"', "`lr` must be a number, got 'x'"),
+        ("epochs = 1", "epochs = 1.5", "`epochs` must be a whole number, got 1.5"),
+        ("clip = 0.0", "clip = -1", "`clip` must be at least 0, got -1"),
+        ('logger = "csv"', 'logger = "paper"', "`logger` must be one of csv, tensorboard, got 'paper'"),
+        ('recipe = "mlp"', 'recipe = "unet"', "`recipe` must be one of mlp, conv, got 'unet'"),
+        ("shape = [8, 8, 1]", "shape = [8, 8]", "`shape` must be [height, width, channels], got [8, 8]"),
+        ("recipe", "= recipe", "not TOML"),
+        ("hidden = 32", "hidden = 30", "`encoder.1.weight` is (32, 64) in it, and (30, 64) by config.toml"),
+        ("[8, 8, 1]", "[9, 8, 1]", "the images are 8 x 8, those of"),
+        ('data = "digits"', 'data = "/gone.npz"', "/gone.npz: no such file"),
+    ],
+)
+def test_wrong_config(run, capsys, before, after, message):
+    config = run / "config.toml"
+    assert before in config.read_text()
+    config.write_text(config.read_text().replace(before, after, 1))
+    assert cli.main(["resume", str(run), "--epochs", "2"]) == 2
+    assert message in one_line(capsys)
+
+
+def test_foreign_and_damaged_checkpoints(run, capsys):
+    file = run / "checkpoints" / "last.ckpt"
+    good = file.read_bytes()
+
+    def refused() -> str:
+        capsys.readouterr()
+        assert cli.main(["resume", str(run), "--epochs", "2"]) == 2
+        with pytest.raises(InputError):
+            runs.load(run, checkpoint="last")
+        return one_line(capsys)
+
+    for half in (b"text", good[: len(good) // 2], b""):
+        file.write_bytes(half)
+        assert "not a checkpoint of fastvae, or damaged" in refused()
+    torch.save({"weights": torch.zeros(2)}, file)
+    assert "not a checkpoint of fastvae" in refused()
+    file.write_bytes(good)
+    saved = torch.load(file, weights_only=True)
+    saved["state_dict"]["other.weight"] = torch.zeros(2)
+    torch.save(saved, file)
+    assert "`other.weight` is none of this one's" in refused()
+    del saved["state_dict"]["other.weight"], saved["state_dict"]["decoder.0.bias"]
+    torch.save(saved, file)
+    assert "there is no `decoder.0.bias` in it" in refused()
+    file.unlink()
+    with pytest.raises(InputError, match=r"there is no checkpoints/last.ckpt yet"):
+        runs.load(run, checkpoint="last")
+
+
+def test_checkpoint_holds_no_code(run):
+    """What a foreign checkpoint could run when it is read is never run: not in `load`, and not by Lightning."""
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(run / "evil"),)
+
+    torch.save(
+        {"state_dict": {}, "epoch": 0, "loops": {}, "optimizer_states": Evil()},
+        run / "checkpoints" / "last.ckpt",
+    )
+    assert cli.main(["resume", str(run), "--epochs", "2"]) == 2
+    assert not (run / "evil").exists()
+
+
+def test_not_a_run(tmp_path, capsys):
+    assert cli.main(["resume", str(tmp_path / "none")]) == 2
+    assert "no such run" in one_line(capsys)
+    assert cli.main(["resume", str(tmp_path)]) == 2
+    assert "no run: there is no config.toml in it" in one_line(capsys)
+
+
+def test_moved_data(tmp_path, capsys):
+    x = np.random.default_rng(0).integers(0, 255, (40, 8, 9), dtype=np.uint8)
+    np.savez(tmp_path / "old.npz", x_train=x)
+    assert train(tmp_path / "run", "--data", str(tmp_path / "old.npz"), "--epochs", "1") == 0
+    (tmp_path / "old.npz").rename(tmp_path / "new.npz")
+    capsys.readouterr()
+    assert cli.main(["resume", str(tmp_path / "run"), "--epochs", "2"]) == 2
+    assert "--data" in one_line(capsys)
+    assert (
+        cli.main(["resume", str(tmp_path / "run"), "--epochs", "2", "--data", str(tmp_path / "new.npz")]) == 0
+    )
+    assert cli.main(["resume", str(tmp_path / "run"), "--epochs", "3"]) == 0
+
+
+def test_help_is_quick_and_says_the_options(capsys):
+    done = in_a_process(
+        "-c",
+        "import sys; from fastvae import cli; code = cli.main(['train', 'mlp', '--help']);"
+        "sys.exit(code or 'lightning' in sys.modules or 'matplotlib' in sys.modules)",
+    )
+    assert done.returncode == 0, done.stderr
+    for option in ("--hidden", "--layers", "--latent", "--warmup", "--out"):
+        assert option in done.stdout
+    assert "--channels" not in done.stdout
