@@ -146,10 +146,11 @@ inline void circle(Words x, Floats& cosine, Floats& sine) {
   // Chebyshev fits in y of sin(f pi / 2) / f and cos(f pi / 2), relative errors 3e-8 and 1e-8.
   const Floats s = f * horner(y, {0.000158206298f, -0.00468126638f, 0.0796925798f, -0.645964086f, 1.57079637f});
   const Floats c = horner(y, {0.000903628068f, -0.0208600704f, 0.253669202f, -1.23370051f, 1.0f});
-  const Words exchanged = ((Words)s ^ (Words)c) & (Words)-(quadrant & 1);
-  const Integers signs = quadrant << 30;  // bit 1 of the quadrant becomes the sign
-  sine = (Floats)((Words)s ^ exchanged ^ ((Words)signs & 0x80000000u));
-  cosine = (Floats)((Words)c ^ exchanged ^ ((Words)(signs + (quadrant << 31)) & 0x80000000u));
+  const Words q = (Words)quadrant;
+  const Words exchanged = ((Words)s ^ (Words)c) & -(q & 1);
+  const Words signs = q << 30;  // bit 1 of the quadrant becomes the sign
+  sine = (Floats)((Words)s ^ exchanged ^ (signs & 0x80000000u));
+  cosine = (Floats)((Words)c ^ exchanged ^ ((signs + (q << 31)) & 0x80000000u));
 }
 
 // Four normals for each of `counters` consecutive counters from `high` on; writes up to 4 * kWords - 4 numbers past them. fetch(i, n) is
