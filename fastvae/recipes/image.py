@@ -53,6 +53,9 @@ class Conv(Settings):
     channels: int = option(
         32, "Channels of the first layer; each further one has twice as many.", "Model", at_least=1
     )
+    hidden: int = option(
+        256, "Units between the convolutions and the latent dimensions.", "Model", at_least=1
+    )
 
     def build(self, shape: tuple[int, int, int]) -> tuple[nn.Module, nn.Module]:
         height, width, colours = shape
@@ -69,13 +72,17 @@ class Conv(Settings):
         for before, after in pairwise(widths):
             down += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.SiLU()]
         small = (widths[-1], *sizes[-1])
-        encoder = nn.Sequential(*down, nn.Flatten(), nn.Linear(prod(small), 2 * self.latent))
-        up: list[nn.Module] = [nn.Linear(self.latent, prod(small)), nn.Unflatten(1, small)]
+        flat = prod(small)
+        encoder = nn.Sequential(*down, nn.Flatten(), *_dense(flat, self.hidden, 2 * self.latent))
+        up: list[nn.Module] = [*_dense(self.latent, self.hidden, flat), nn.Unflatten(1, small)]
         for i in range(len(sizes) - 1, 0, -1):
-            # The side that was halved comes back exactly: 2n - 1 from an odd one, 2n from an even one.
-            even = (1 - sizes[i - 1][0] % 2, 1 - sizes[i - 1][1] % 2)
+            # The side that was halved comes back exactly: 2n - 1 from an odd one, 2n from an even one. Kernels of 4
+            # cover every pixel equally often; others leave a chequerboard.
+            odd = (sizes[i - 1][0] % 2, sizes[i - 1][1] % 2)
             up += [
                 nn.SiLU(),
-                nn.ConvTranspose2d(widths[i], widths[i - 1], 3, stride=2, padding=1, output_padding=even),
+                nn.ConvTranspose2d(
+                    widths[i], widths[i - 1], 4, 2, padding=(1 + odd[0], 1 + odd[1]), output_padding=odd
+                ),
             ]
         return encoder, nn.Sequential(*up)

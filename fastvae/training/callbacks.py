@@ -14,7 +14,6 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar, WeightAveraging
 from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from . import files, pictures
 from .data import Images, InputError
@@ -207,8 +206,18 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 def average(decay: float) -> WeightAveraging:
-    """A moving average of the weights: validated, drawn and saved in place of the weights themselves."""
-    return WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    """A moving average of the weights: validated, drawn and saved in place of the weights themselves.
+
+    Step n has the decay min(decay, (1 + n) / (10 + n)): otherwise the average would long be one of the weights that a
+    run starts from.
+    """
+
+    def update(averaged: list[Tensor], current: list[Tensor], steps: Tensor | int) -> None:
+        n = torch.as_tensor(steps, dtype=torch.float32)  # on the device: read there, not by the host
+        share = 1 - ((1 + n) / (10 + n)).clamp(max=decay)
+        torch._foreach_lerp_(averaged, current, [share] * len(averaged))
+
+    return WeightAveraging(use_buffers=False, multi_avg_fn=update)
 
 
 class Bar(RichProgressBar):
