@@ -306,7 +306,7 @@ def test_bad_arguments(tmp_path, capsys, arguments, words):
 
 
 def test_unknown_command(capsys):
-    assert "train" in refused(capsys, "train")
+    assert "trane" in refused(capsys, "trane")
 
 
 def test_missing_package(tmp_path, capsys, monkeypatch):
