@@ -16,7 +16,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11)" 2>/dev/null
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: help demo test lint bench wheel clean
+.PHONY: help demo test lint bench gpu wheel clean
 .NOTPARALLEL:
 # The stamps of finished steps are kept.
 .SECONDARY:
@@ -26,6 +26,7 @@ help:
 	@echo "make test    build the extension and run the tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   time the kernels here, and draw the table and the picture"
+	@echo "make gpu     on a GPU, without a network: build, test, tune and time; 9 minutes at most"
 	@echo "make wheel   a binary wheel for this Python and this torch, in dist/"
 	@echo "make clean   remove what was built (not .venv)"
 
@@ -49,6 +50,10 @@ bench: $(VENV)/.deps-bench $(VENV)/.built
 	@echo "== benchmarks"
 	@$(RUN) -m pytest -q benchmarks $(ARGS)
 	@$(RUN) -m benchmarks.report
+
+# No virtual environment, nothing installed: PYTHON has torch, triton, pytest, pytest-benchmark, numpy and matplotlib.
+gpu:
+	@$(PYTHON) -m benchmarks.gpu
 
 wheel: $(VENV)/.torch
 	@echo "== wheel"

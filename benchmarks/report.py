@@ -17,9 +17,11 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LATEST = ROOT / ".benchmarks"
 
-LABELS = {"avx2": "AVX2", "avx512": "AVX-512", "cuda": "GPU", "default": "no SIMD"}
+LABELS = {"avx2": "AVX2", "avx512": "AVX-512", "default": "no SIMD"}
+# On a GPU, what "auto" takes is "cuda"; another backend that is there has a run of its own.
+LABELS |= {"cuda": "GPU", "cuda-triton": "Triton", "cuda-native": "C++"}
 # The first that is there is the table; the others add columns to it.
-ORDER = ("cuda", "avx2", "avx512", "default")
+ORDER = ("cuda", "cuda-native", "cuda-triton", "avx2", "avx512", "default")
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 Runs = dict[str, dict[str, Any]]

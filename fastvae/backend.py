@@ -30,6 +30,7 @@ NAMES = ("auto", "reference", "native", "triton")
 OPS = ("reparameterize_kl", "gaussian_kl", "nll")
 
 _BUILD = "pip install --no-build-isolation -e . (in a clone of fastvae)"
+_TRITON = 'pip install -U "triton>=3.6"'
 # None outside of torch.func's transforms.
 _transform_level = torch._C._functorch.maybe_current_level
 # Tensors of every other device type go to the reference, whatever the setting.
@@ -139,15 +140,13 @@ def _load_native() -> Backend:
 
 
 def _load_triton() -> Backend:
-    if importlib.util.find_spec("fastvae._triton") is None:
-        raise _Missing(
-            "this version has no Triton kernels; look for a newer one with: pip install -U fastvae-elbo"
-        )
     try:
         importlib.import_module("fastvae._triton")
     except (ImportError, OSError) as error:
         first_line = str(error).partition("\n")[0]
-        raise _Missing(f"importing its kernels failed ({first_line}); try: pip install triton") from error
+        if getattr(error, "name", None) == "triton":  # missing or too old: the message is complete
+            raise _Missing(first_line) from error
+        raise _Missing(f"importing its kernels failed ({first_line}); try: {_TRITON}") from error
     return _ops_backend("triton", "fastvae_triton")
 
 
@@ -280,9 +279,12 @@ def _unserved(device_type: str) -> Backend:
     # so that a trace does not depend on `_warned`.
     if not torch.compiler.is_compiling() and not _warned:
         _warned = True
+        reasons = [_reason("native", device_type)]
+        if device_type == "cuda":
+            reasons.append(f"Triton: {_reason('triton', device_type)}")
         warn(
             f"fastvae runs {device_type} tensors on its pure-PyTorch reference, which is slow "
-            f"(fastvae.set_backend('reference') accepts that silently): {_reason('native', device_type)}",
+            f"(fastvae.set_backend('reference') accepts that silently): {'; '.join(reasons)}",
             RuntimeWarning,
         )
     return _reference
@@ -308,11 +310,15 @@ def _reason(name: str, device_type: str) -> str:
     """Why a backend does not serve a device type, and the command that mends it."""
     if _load(name) is None:
         return _missing[name]
-    if device_type == "cuda" and torch.version.cuda is None:
+    if device_type == "cuda" and torch.version.cuda is None and torch.version.hip is None:
         return "this torch was built without CUDA; get one that has it from: https://pytorch.org/get-started"
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no GPU; see what it says to: https://pytorch.org/get-started"
     if name == "native" and device_type == "cuda":
-        return "this version has no CUDA kernels; the reference serves CUDA tensors"
-    return f"its kernels do not run on {device_type} tensors"
+        return f"this version has no CUDA kernels; Triton's serve CUDA tensors: {_TRITON}"
+    return (
+        "its kernels are for GPUs" if name == "triton" else f"its kernels are not for {device_type} tensors"
+    )
 
 
 def _version(distribution: str) -> str:
@@ -376,6 +382,7 @@ def show_config() -> str:
                 f"  {name} on {device_type}: {_reason(name, device_type)}"
                 for device_type in _DEVICES
                 if not _has_kernels(name, device_type)
+                or (device_type == "cuda" and not torch.cuda.is_available())
             ]
     if absent:
         lines += ["", "missing", *absent]

@@ -272,7 +272,7 @@ def differentiable(case: Case, inputs: Inputs) -> list[str]:
 
 def cotangent(value: Tensor) -> Tensor:
     """Weights between 1/2 and 3/2 for the rows of a result, the same for every implementation."""
-    steps = torch.arange(value.numel(), dtype=torch.float64).reshape(value.shape)
+    steps = torch.arange(value.numel(), dtype=torch.float64, device=value.device).reshape(value.shape)
     return 0.5 + (steps * 0.618) % 1
 
 

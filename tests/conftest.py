@@ -1,18 +1,62 @@
 """Fixtures of all tests: the backend under test, and the same random inputs in every run."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import fastvae
 
-# Triton's kernels are held to the same tests from the day they exist.
-BACKENDS = ("reference", "native", *(("triton",) if importlib.util.find_spec("fastvae._triton") else ()))
+# The tensors of these tests are on the CPU, where Triton's kernels run in its interpreter only: see test_triton.py.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ("reference", "native", *(("triton",) if INTERPRETED else ()))
+
+if INTERPRETED:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_as_hardware_does(self: Any, source: Any, target: Any) -> Any:
+        """The interpreter cuts float32 down to bfloat16; GPUs round to the nearest, and so does torch."""
+        if target.scalar != tl.bfloat16 or source.dtype.scalar != tl.float32:
+            return cast(self, source, target)
+        rounded = torch.from_numpy(source.data.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return interpreter.TensorHandle(rounded, target.scalar)
+
+    interpreter.InterpreterBuilder.cast_impl = cast_as_hardware_does
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", default="0/1", help="i/n: of all tests every n-th, from the i-th on")
+
+
+def _how_triton_runs() -> str:
+    if INTERPRETED:
+        return "the interpreter"
+    return "the GPU" if torch.cuda.is_available() else "the interpreter, in a process of its own"
+
+
+def pytest_report_header() -> str:
+    return f"Triton's kernels: on {_how_triton_runs()}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    i, n = map(int, config.getoption("--shard").split("/"))
+    elsewhere = "own" in _how_triton_runs()  # test_in_the_interpreter runs what takes the fixture `device`
+    kept = [
+        item
+        for k, item in enumerate(items)
+        if k % n == i and not (elsewhere and "device" in getattr(item, "fixturenames", ()))
+    ]
+    chosen = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)
@@ -22,14 +66,9 @@ def _seed() -> None:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test on each backend. The compiled CPU kernels must be there; others may be missing, with a reason."""
-    name = request.param
-    if name == "triton":
-        if not torch.cuda.is_available():
-            pytest.skip("Triton's kernels need a GPU, and torch sees none")
-        pytest.importorskip("triton")
-    with fastvae.use_backend(name):
-        yield name
+    """Runs the test on each backend that has kernels for the CPU. None of them may be missing."""
+    with fastvae.use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture

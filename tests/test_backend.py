@@ -56,7 +56,7 @@ def test_set_backend_stays_until_set_again() -> None:
 def test_the_setting_decides_who_computes(backend: str) -> None:
     """The reference leaves ordinary autograd nodes, the kernels their own: the setting is more than a label."""
     out = fv.bernoulli_nll(A.clone().requires_grad_(), A)
-    assert ("Nll" in out.grad_fn.name()) == (backend == "native")
+    assert ("Nll" in out.grad_fn.name()) == (backend != "reference")
 
 
 @pytest.mark.parametrize("name", ["auto", "native", "reference"])
@@ -137,6 +137,51 @@ def test_without_the_extension_the_reference_runs_and_warns_once() -> None:
     assert re.search(r"extension +not built", text)
     assert re.search(r"nll +reference +reference +reference", text)
     assert re.search(rf"missing\n  native: .*{re.escape(build)}", text)
+
+
+TRITON = """
+import sys, types, fastvae
+{change}
+a = fastvae.functional.bernoulli_nll(*[__import__("torch").zeros(2, 3)] * 2)  # "auto" takes what there is
+try:
+    fastvae.set_backend("triton")
+except RuntimeError as error:
+    print(error)
+print(fastvae.show_config())
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "sys.modules['triton'] = None",
+            "Triton is not installed (import of triton halted; None in sys.modules)",
+        ),
+        ("sys.modules['triton'] = types.SimpleNamespace(__version__='3.5.1')", "Triton 3.5.1 is too old"),
+    ],
+    ids=["missing", "old"],
+)
+def test_without_triton(change: str, message: str) -> None:
+    """ "auto" does without it; insisting, and `fastvae doctor`, tell the reason and the line that mends it."""
+    done = python(TRITON.format(change=change))
+    assert done.returncode == 0, done.stderr
+    error, *config = done.stdout.splitlines()
+    assert error.startswith(f"fastvae.set_backend: backend 'triton' is not available: {message}")
+    assert error.endswith('pip install -U "triton>=3.6"')
+    assert error.partition("available: ")[2] in "\n".join(config)
+
+
+def test_triton_insists_on_a_gpu() -> None:
+    """Where Triton is there, CPU tensors are refused by name, and the old setting comes back."""
+    if backends._load("triton") is None:
+        pytest.skip("no Triton here")
+    with (
+        fastvae.use_backend("triton"),
+        pytest.raises(RuntimeError, match="'triton' has no kernels for cpu tensors"),
+    ):
+        fv.bernoulli_nll(A, A)
+    assert serving() == "native"
 
 
 def test_importing_builds_nothing_and_brings_no_trainer() -> None:

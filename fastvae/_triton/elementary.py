@@ -1,0 +1,124 @@
+"""The few functions of an element that likelihoods, KL and noise are made of, in Triton.
+
+Each takes and returns tiles of float32 or float64. What the hardware offers for float32 (2^x, log2, sine) is used where
+it is accurate enough, and mended or replaced by a polynomial where it is not. No libdevice: it exists on NVIDIA only.
+"""
+
+import triton
+import triton.language as tl
+
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950216293335)  # log2(e), rounded to float32
+_LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+# (expm1(v) - v) / v^2 for |v| < 1, highest power first: a fit with relative error 2e-8, and the Taylor series
+# 1/18!, ..., 1/2!, which is exact in float64.
+_SERIES_32: tl.constexpr = tl.constexpr(
+    (
+        2.80628024e-06,
+        2.53585131e-05,
+        0.000198381022,
+        0.00138853968,
+        0.00833333936,
+        0.041666735,
+        0.166666672,
+        0.5,
+    )
+)
+_SERIES_64: tl.constexpr = tl.constexpr(
+    (
+        1.5619206968586225e-16,
+        2.8114572543455206e-15,
+        4.779477332387385e-14,
+        7.647163731819816e-13,
+        1.1470745597729725e-11,
+        1.6059043836821613e-10,
+        2.08767569878681e-09,
+        2.505210838544172e-08,
+        2.755731922398589e-07,
+        2.7557319223985893e-06,
+        2.48015873015873e-05,
+        0.0001984126984126984,
+        0.001388888888888889,
+        0.008333333333333333,
+        0.041666666666666664,
+        0.16666666666666666,
+        0.5,
+    )
+)
+
+# log1p(s) / s for s in [0, 1], relative error 2e-8.
+_LOG1P: tl.constexpr = tl.constexpr(
+    (
+        -0.00317605701,
+        0.0195425265,
+        -0.0563736111,
+        0.105436236,
+        -0.152696669,
+        0.196632743,
+        -0.249516159,
+        0.333297104,
+        -0.499998927,
+        1.0,
+    )
+)
+
+
+@triton.constexpr_function
+def _count(coefficients):
+    return len(coefficients)
+
+
+@triton.jit
+def polynomial(x, HIGHEST_FIRST: tl.constexpr):
+    """Horner's scheme."""
+    total = x * HIGHEST_FIRST[0] + HIGHEST_FIRST[1]
+    for i in tl.static_range(2, _count(HIGHEST_FIRST)):
+        total = total * x + HIGHEST_FIRST[i]
+    return total
+
+
+@triton.jit
+def exp(x):
+    """e^x with nearly the accuracy of 2^x: off by 5e-7 of itself at |x| = 40, where tl.exp is off by 2e-6.
+
+    There, x log2(e) is rounded before 2^x is taken, to half a unit of a number that may be large. Here the rounding
+    is computed and put back.
+    """
+    if x.dtype == tl.float64:
+        result = tl.exp(x)
+    else:
+        scaled = x * _LOG2_E
+        lost = tl.fma(x, _LOG2_E, -scaled)
+        # An infinite x has no rounding, and inf - inf is not 0.
+        lost = tl.where(tl.abs(scaled) < 1024.0, lost, 0.0)
+        result = tl.exp2(scaled) * (1.0 + lost * _LN_2)
+    return result
+
+
+@triton.jit
+def exp_minus_1_minus(v, exp_v):
+    """expm1(v) - v with its relative accuracy near 0, where a posterior collapses; `exp_v` is e^v."""
+    series = polynomial(v, _SERIES_64 if v.dtype == tl.float64 else _SERIES_32)
+    return tl.where(tl.abs(v) < 1.0, v * v * series, exp_v - 1.0 - v)
+
+
+@triton.jit
+def log1p(s):
+    """log(1 + s) for s >= 0."""
+    if s.dtype == tl.float64:
+        sum = 1.0 + s
+        # The second term is what 1 + s lost of s, to first order.
+        result = tl.log(sum) - ((sum - 1.0) - s) / sum
+    else:
+        result = tl.where(s < 1.0, s * polynomial(s, _LOG1P), tl.log(1.0 + s))
+    return result
+
+
+@triton.jit
+def combine_excess(s, e):
+    """(1 + s) (1 + e) - 1: products of many 1 + e are kept less 1, so that tiny e are not lost in them.
+
+    That is how a sum of log(1 + e) needs one logarithm for many elements, and still has all its digits on the rows of
+    saturated logits.
+    """
+    return s * (1.0 + e) + e

@@ -1,0 +1,488 @@
+"""The ops `fastvae_triton::*`: schemas, fake kernels and autograd; the same as those of csrc/ops, in Python.
+
+What a user's call runs is the op without a suffix, which records the graph; its _forward and _backward do the work on
+the device (nll.py, latents.py). They are ops of a plain torch.library.Library, because every layer on top costs host
+time in each call: an autograd.Function over such ops comes closest to C++, `torch.library.custom_op` takes half as long
+again, and `triton_op`, which would show the kernels to Inductor, is built on that. There is little for Inductor to fuse
+them with: they stand between a decoder's last layer and its backward.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import INTERPRETED, latents, nll
+from .launch import memory_order, row_dtype
+from .likelihoods import LIKELIHOODS
+
+_library = torch.library.Library("fastvae_triton", "DEF")
+_ops = torch.ops.fastvae_triton
+
+_POSTERIOR = "Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar"
+_NOISE = "int? samples, Tensor? seed, int row_offset, Tensor? eps, Generator? generator"
+_DATA = "str likelihood, Tensor[] params, Tensor target, float[] constants"
+_EXTRAS = (
+    "Tensor? scalar_rows, Tensor? kl, Tensor? beta, SymInt rows, int reduction, bool need_kl, bool need_beta"
+)
+_RANDOM = ("reparameterize_kl", "reparameterize_kl_forward")
+
+for _schema in (
+    f"reparameterize_kl({_POSTERIOR}, {_NOISE}) -> (Tensor z, Tensor kl)",
+    f"reparameterize_kl_forward({_POSTERIOR}, {_NOISE}) -> (Tensor z, Tensor kl, Tensor used_seed)",
+    f"reparameterize_kl_backward(Tensor? grad_z, Tensor? grad_kl, {_POSTERIOR}, int? samples, Tensor seed, "
+    "int row_offset, Tensor? eps, int needs) -> Tensor[]",
+    f"gaussian_kl({_POSTERIOR}, bool per_element) -> Tensor",
+    f"gaussian_kl_forward({_POSTERIOR}, bool per_element) -> Tensor",
+    f"gaussian_kl_backward(Tensor grad_kl, {_POSTERIOR}, int needs) -> Tensor[]",
+    f"nll({_DATA}, Tensor? kl, Tensor? beta, int reduction) -> (Tensor loss, Tensor nll)",
+    f"nll_forward({_DATA}, Tensor? kl, Tensor? beta, int reduction, int needs) "
+    "-> (Tensor loss, Tensor nll, Tensor[] gradients, Tensor scalar_rows)",
+    f"nll_gradient({_DATA}, Tensor? grad_loss, Tensor? grad_nll, int reduction, int needs) -> Tensor[]",
+    f"nll_backward(Tensor? grad_loss, Tensor? grad_nll, Tensor[] gradients, {_EXTRAS}) -> Tensor[]",
+    f"nll_backward_(Tensor? grad_loss, Tensor? grad_nll, Tensor(a!)[] gradients, {_EXTRAS}) -> Tensor[]",
+):
+    _random = _schema.partition("(")[0] in _RANDOM
+    _library.define(
+        _schema,
+        tags=(torch.Tag.pt2_compliant_tag, *((torch.Tag.nondeterministic_seeded,) if _random else ())),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fake kernels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _empty_gradients(tensors: Sequence[Tensor], needs: int) -> list[Tensor]:
+    """A gradient of the first tensor's shape for each bit of `needs` that belongs to one of `tensors`."""
+    lead = tensors[0]
+    order = memory_order(lead)
+    return [torch.empty_like(lead, memory_format=order) for i in range(len(tensors)) if needs >> i & 1]
+
+
+def _fake_nll_forward(
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float],
+    kl: Tensor | None,
+    beta: Tensor | None,
+    reduction: int,
+    needs: int,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    row, lead = LIKELIHOODS[likelihood], params[0]
+    rows, dtype = lead.shape[0], row_dtype(lead)
+    loss_dtype = torch.float64 if kl is not None and kl.dtype == torch.float64 else dtype
+    elementwise = params[:-1] if row.has_scalar else params
+    with_scalar = row.has_scalar and needs >> len(elementwise) & 1
+    return (
+        lead.new_empty((rows,) if reduction == nll.NONE else (), dtype=loss_dtype),
+        lead.new_empty((rows,), dtype=dtype),
+        _empty_gradients(elementwise, needs),
+        lead.new_empty((rows if with_scalar else 0,), dtype=dtype),
+    )
+
+
+def _fake_nll_gradient(
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float],
+    grad_loss: Tensor | None,
+    grad_nll: Tensor | None,
+    reduction: int,
+    needs: int,
+) -> list[Tensor]:
+    return _empty_gradients(params, needs)
+
+
+def _fake_extras(
+    grad_loss: Tensor | None,
+    grad_nll: Tensor | None,
+    gradients: Sequence[Tensor],
+    scalar_rows: Tensor | None,
+    kl: Tensor | None,
+    beta: Tensor | None,
+    rows: int,
+    reduction: int,
+    need_kl: bool,
+    need_beta: bool,
+) -> list[Tensor]:
+    extras = [scalar_rows.new_empty(())] if scalar_rows is not None else []
+    if need_kl and kl is not None:
+        extras.append(torch.empty_like(kl, memory_format=torch.contiguous_format))
+    if need_beta and beta is not None:
+        extras.append(beta.new_empty(()))
+    return extras
+
+
+def _fake_nll_backward(
+    grad_loss: Tensor | None, grad_nll: Tensor | None, gradients: Sequence[Tensor], *rest: Any
+) -> list[Tensor]:
+    scaled = [torch.empty_like(gradient) for gradient in gradients]
+    return scaled + _fake_extras(grad_loss, grad_nll, gradients, *rest)
+
+
+def _fake_sample(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    samples: int | None,
+    seed: Tensor | None,
+    row_offset: int,
+    eps: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        mu.new_empty(mu.shape if samples is None else (samples, *mu.shape)),
+        _fake_kl(mu, logvar, None, None, False),
+        mu.new_empty((0 if eps is not None else 2,), dtype=torch.int64),
+    )
+
+
+def _fake_kl(
+    mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, per_element: bool
+) -> Tensor:
+    return mu.new_empty(mu.shape if per_element else mu.shape[:1], dtype=row_dtype(mu))
+
+
+def _fake_posterior_gradients(mu: Tensor, needs: int, eps: Tensor | None = None) -> list[Tensor]:
+    gradients = [
+        mu.new_empty(mu.shape)
+        for bit in (latents.MU, latents.LOGVAR, latents.PRIOR_MU, latents.PRIOR_LOGVAR)
+        if needs & bit
+    ]
+    return gradients + ([mu.new_empty(eps.shape)] if needs & latents.EPS and eps is not None else [])
+
+
+def _fake_sample_backward(
+    grad_z: Tensor | None, grad_kl: Tensor | None, mu: Tensor, logvar: Tensor, *rest: Any
+) -> list[Tensor]:
+    *_, eps, needs = rest
+    return _fake_posterior_gradients(mu, needs, eps)
+
+
+def _fake_kl_backward(
+    grad_kl: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    needs: int,
+) -> list[Tensor]:
+    return _fake_posterior_gradients(mu, needs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Autograd
+# ---------------------------------------------------------------------------------------------------------------------
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+
+_TWICE = (
+    "fastvae: the fused kernels have no second derivative. Differentiate twice through the reference: "
+    'with fastvae.use_backend("reference"): ...'
+)
+
+
+def _requires_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _bits(*tensors: Tensor | None) -> int:
+    """Bit i is set where tensors[i] wants a gradient."""
+    return sum(1 << i for i, t in enumerate(tensors) if t is not None and t.requires_grad)
+
+
+def _once_differentiable(gradients: list[Tensor | None], *anchors: Tensor) -> tuple[Tensor | None, ...]:
+    """Where the graph is to be differentiated again, gradients that raise when somebody does.
+
+    `anchors` are tensors from which this backward's inputs can be reached. torch.autograd.grad(..., inputs) follows
+    only what leads to its inputs: without them it would leave this path out, in silence.
+    """
+    given = [gradient for gradient in gradients if gradient is not None]
+    if not torch.is_grad_enabled() or not given:
+        return tuple(gradients)
+    connected = [anchor for anchor in anchors if anchor.requires_grad]
+    leaves = [gradient.detach().requires_grad_() for gradient in given]
+    refuse = torch._C._functions.DelayedError(_TWICE.encode(), len(leaves) + len(connected))
+    refusing = iter(refuse(*leaves, *connected))
+    return tuple(gradient if gradient is None else next(refusing) for gradient in gradients)
+
+
+def _traced(tensor: Tensor | None) -> bool:
+    """Under torch.compile and other tracers, where ops must not write to their inputs."""
+    return type(tensor) is not Tensor
+
+
+class _Nll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        likelihood: str,
+        constants: Sequence[float],
+        reduction: int,
+        target: Tensor,
+        kl: Tensor | None,
+        beta: Tensor | None,
+        *params: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        row = LIKELIHOODS[likelihood]
+        needs = _bits(*params)
+        scalar_bit = 1 << len(params) - 1 if row.has_scalar else 0
+        computed = needs | int(target.requires_grad)  # the target's comes from the first parameter's
+        # fp16 cannot hold a gradient before the factor that the backward brings: with 1/B small ones would round to
+        # zero, without it large ones to infinity. nll_gradient makes those when the factor is known.
+        at_once = params[0].dtype != torch.float16
+        with _below_autograd():
+            loss, rows, gradients, scalar_rows = _ops.nll_forward.default(
+                likelihood,
+                params,
+                target,
+                constants,
+                kl,
+                beta,
+                reduction,
+                computed if at_once else computed & scalar_bit,
+            )
+        ctx.set_materialize_grads(False)
+        ctx.row, ctx.needs, ctx.elementwise, ctx.at_once = row, needs, computed & ~scalar_bit, at_once
+        ctx.call = likelihood, constants, reduction
+        ctx.rows, ctx.tensors = target.shape[0], len(params)
+        ctx.need_scalar = needs & scalar_bit != 0
+        ctx.need_kl, ctx.need_beta = _requires_grad(kl), _requires_grad(beta)
+        ctx.target_dtype = target.dtype if target.requires_grad else None
+        with_kl = ctx.need_kl or ctx.need_beta
+        # scalar_rows is an output that nobody sees but this node: unpacked in the backward, it leads back here.
+        ctx.save_for_backward(
+            scalar_rows,
+            kl if with_kl else None,
+            beta if with_kl else None,
+            *(gradients if at_once else (*params, target)),
+        )
+        return loss, rows, scalar_rows
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, grad_nll: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        results: list[Tensor | None] = [None] * (6 + ctx.tensors)
+        if grad_loss is None and grad_nll is None:
+            return tuple(results)
+        scalar_rows, kl, beta, *saved = ctx.saved_tensors
+        likelihood, constants, reduction = ctx.call
+        rest = (
+            scalar_rows if ctx.need_scalar else None,
+            kl,
+            beta,
+            ctx.rows,
+            reduction,
+            ctx.need_kl,
+            ctx.need_beta,
+        )
+        with _below_autograd(), torch.no_grad():
+            gradients: Sequence[Tensor]
+            if not ctx.at_once:
+                gradients = []
+                if ctx.elementwise:
+                    gradients = _ops.nll_gradient.default(
+                        likelihood,
+                        saved[:-1],
+                        saved[-1],
+                        constants,
+                        grad_loss,
+                        grad_nll,
+                        reduction,
+                        ctx.elementwise,
+                    )
+                extras = _ops.nll_backward.default(grad_loss, grad_nll, [], *rest)
+            elif _traced(grad_loss if grad_loss is not None else grad_nll) or _keeps_graph():
+                both = _ops.nll_backward.default(grad_loss, grad_nll, saved, *rest)
+                gradients, extras = both[: len(saved)], both[len(saved) :]
+            else:
+                # Once the graph is freed nobody else can read the saved gradient: it becomes the result.
+                gradients = saved
+                extras = _ops.nll_backward_.default(grad_loss, grad_nll, gradients, *rest)
+
+            made, more = iter(gradients), iter(extras)
+            for i in range(ctx.tensors):
+                if not ctx.elementwise >> i & 1:
+                    continue
+                gradient = next(made)
+                if i == 0 and ctx.target_dtype is not None:
+                    location = gradient.chunk(2, 1)[0] if ctx.row.packed else gradient
+                    results[3] = location.neg().to(ctx.target_dtype)
+                if ctx.needs >> i & 1:
+                    results[6 + i] = gradient
+            if ctx.need_scalar:
+                results[-1] = next(more)
+            if ctx.need_kl:
+                results[4] = next(more)
+            if ctx.need_beta:
+                results[5] = next(more)
+        return _once_differentiable(results, scalar_rows)
+
+
+def _nll(
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float],
+    kl: Tensor | None,
+    beta: Tensor | None,
+    reduction: int,
+) -> tuple[Tensor, Tensor]:
+    if not torch.is_grad_enabled() or not _requires_grad(target, kl, beta, *params):
+        with _below_autograd():
+            return _nll_without_graph(likelihood, params, target, constants, kl, beta, reduction)
+    if target.requires_grad and not LIKELIHOODS[likelihood].is_location:
+        raise ValueError(
+            f"fastvae::nll: the `target` of {likelihood} has no gradient here; pass target.detach()"
+        )
+    return _Nll.apply(likelihood, constants, reduction, target, kl, beta, *params)[:2]
+
+
+def _nll_without_graph(*args: Any) -> tuple[Tensor, Tensor]:
+    loss, rows, _, _ = _ops.nll_forward.default(*args, 0)
+    return loss, rows
+
+
+class _Sample(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mu: Tensor,
+        logvar: Tensor,
+        prior_mu: Tensor | None,
+        prior_logvar: Tensor | None,
+        eps: Tensor | None,
+        samples: int | None,
+        seed: Tensor | None,
+        row_offset: int,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor]:
+        with _below_autograd():
+            z, kl, used_seed = _ops.reparameterize_kl_forward.default(
+                mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, generator
+            )
+        ctx.set_materialize_grads(False)
+        ctx.needs = _bits(mu, logvar, prior_mu, prior_logvar, eps)
+        ctx.samples, ctx.row_offset = samples, row_offset
+        ctx.save_for_backward(mu, logvar, prior_mu, prior_logvar, eps, used_seed)
+        return z, kl
+
+    @staticmethod
+    def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_z is None and grad_kl is None:
+            return (None,) * 9
+        *posterior, eps, seed = ctx.saved_tensors
+        needs = ctx.needs if grad_z is not None else ctx.needs & ~latents.EPS
+        gradients = []
+        if needs:
+            with _below_autograd():
+                gradients = _ops.reparameterize_kl_backward.default(
+                    grad_z, grad_kl, *posterior, ctx.samples, seed, ctx.row_offset, eps, needs
+                )
+        return (*_placed(gradients, needs, [*posterior, eps]), None, None, None, None)
+
+
+class _Kl(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mu: Tensor,
+        logvar: Tensor,
+        prior_mu: Tensor | None,
+        prior_logvar: Tensor | None,
+        per_element: bool,
+    ) -> Tensor:
+        with _below_autograd():
+            kl = _ops.gaussian_kl_forward.default(mu, logvar, prior_mu, prior_logvar, per_element)
+        ctx.needs = _bits(mu, logvar, prior_mu, prior_logvar)
+        ctx.save_for_backward(mu, logvar, prior_mu, prior_logvar)
+        return kl
+
+    @staticmethod
+    def backward(ctx: Any, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
+        posterior = ctx.saved_tensors
+        with _below_autograd():
+            gradients = _ops.gaussian_kl_backward.default(grad_kl, *posterior, ctx.needs)
+        return (*_placed(gradients, ctx.needs, posterior), None)
+
+
+def _placed(
+    gradients: Sequence[Tensor], needs: int, inputs: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """A place for each input: its gradient, or None."""
+    made = iter(gradients)
+    placed = [next(made) if needs >> i & 1 else None for i in range(len(inputs))]
+    return _once_differentiable(placed, *(t for t in inputs if t is not None))
+
+
+def _reparameterize_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    samples: int | None,
+    seed: Tensor | None,
+    row_offset: int,
+    eps: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and _requires_grad(mu, logvar, prior_mu, prior_logvar, eps):
+        return _Sample.apply(mu, logvar, prior_mu, prior_logvar, eps, samples, seed, row_offset, generator)
+    with _below_autograd():
+        return _sample_without_graph(
+            mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, generator
+        )
+
+
+def _sample_without_graph(*args: Any) -> tuple[Tensor, Tensor]:
+    z, kl, _ = _ops.reparameterize_kl_forward.default(*args)
+    return z, kl
+
+
+def _gaussian_kl(
+    mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, per_element: bool
+) -> Tensor:
+    if torch.is_grad_enabled() and _requires_grad(mu, logvar, prior_mu, prior_logvar):
+        return _Kl.apply(mu, logvar, prior_mu, prior_logvar, per_element)
+    with _below_autograd():
+        return _kl_without_graph(mu, logvar, prior_mu, prior_logvar, per_element)
+
+
+def _kl_without_graph(*args: Any) -> Tensor:
+    return _ops.gaussian_kl_forward.default(*args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registration
+# ---------------------------------------------------------------------------------------------------------------------
+
+for _name, _autograd, _composite in (
+    ("nll", _nll, _nll_without_graph),
+    ("reparameterize_kl", _reparameterize_kl, _sample_without_graph),
+    ("gaussian_kl", _gaussian_kl, _kl_without_graph),
+):
+    _library.impl(_name, _autograd, "Autograd")
+    _library.impl(_name, _composite, "CompositeExplicitAutograd")
+
+for _function, _fake in (
+    (nll.nll_forward, _fake_nll_forward),
+    (nll.nll_gradient, _fake_nll_gradient),
+    (nll.nll_backward, _fake_nll_backward),
+    (nll.nll_backward_, _fake_extras),
+    (latents.reparameterize_kl_forward, _fake_sample),
+    (latents.reparameterize_kl_backward, _fake_sample_backward),
+    (latents.gaussian_kl_forward, _fake_kl),
+    (latents.gaussian_kl_backward, _fake_kl_backward),
+):
+    # The key of ROCm's tensors is CUDA too.
+    for _key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+        _library.impl(_function.__name__, _function, _key)
+    _library.impl(_function.__name__, _fake, "Meta")

@@ -1,0 +1,278 @@
+"""What compiling the Triton kernels tells, without a GPU: they compile for every architecture, nothing is spilled, and
+memory is accessed 128 bits at a time.
+
+Each op is run up to its launches, which are recorded and compiled as Triton would compile them at the first call: from
+the arguments, their types and their alignment. The cubins are then taken apart.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("the interpreter compiles nothing; run this file without it", allow_module_level=True)
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
+
+from fastvae._triton import latents, nll, tuning  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+FLOAT, HALF, BYTE, DOUBLE = torch.float32, torch.bfloat16, torch.uint8, torch.float64
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Record and compile
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@pytest.fixture(params=TARGETS)
+def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(tuning, "architecture", lambda device: request.param)
+    return request.param
+
+
+def record(run: Callable[[], object]) -> list[Launch]:
+    """The launches that an op would make of CPU tensors, whose pointers are as aligned as a GPU's."""
+    launches: list[Launch] = []
+
+    def note(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
+        launches.append(Launch(kernel, args, options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (nll, latents):
+            patch.setattr(module, "launch", note)
+        run()
+    return launches
+
+
+class Code(NamedTuple):
+    text: str  # SASS or AMD's assembly
+    spills: int  # bytes, or registers
+    loads: list[str]
+    stores: list[str]
+
+
+def compile_launch(launch: Launch, architecture: str) -> Code:
+    kernel, args, options = launch
+    target = TARGETS[architecture]
+    backend, options = make_backend(target), {**options, "debug": False}
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, rest = bind(*args, **options)
+    parsed, signature, constants, attributes = kernel._pack_args(
+        backend, options, bound, specialization, rest
+    )
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=target, options=parsed.__dict__)
+    return _amd(compiled.asm["amdgcn"]) if target.backend == "hip" else _nvidia(compiled.asm["cubin"])
+
+
+@cache
+def _nvidia(cubin: bytes) -> Code:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def dump(what: str) -> str:
+            command = [str(CUOBJDUMP), what, file.name]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            return done.stdout + done.stderr
+
+        text, usage = dump("-sass"), dump("-res-usage")
+    spills = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+    assert "REG:" in usage
+    return Code(text, spills, re.findall(r"\bLDG\.\S+", text), re.findall(r"\bSTG\.\S+", text))
+
+
+def _amd(text: str) -> Code:
+    # Scalar registers are spilled into lanes of vector registers, not to memory.
+    spills = [int(n) for n in re.findall(r"(?:vgpr_spill_count|private_segment_fixed_size): *(\d+)", text)]
+    assert len(spills) == 2
+    loads, stores = (re.findall(rf"\b(?:global|buffer)_{what}_\w+", text) for what in ("load", "store"))
+    return Code(text, sum(spills), loads, stores)
+
+
+def widest(accesses: list[str]) -> int:
+    """How many of them move 128 bits per thread."""
+    return sum(".128" in access or access.endswith("dwordx4") for access in accesses)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The launches that users' calls make
+# ---------------------------------------------------------------------------------------------------------------------
+
+B, D = 512, 3072
+SEED = torch.tensor([1, 2])
+ROWS, ONE, NONE = torch.empty(B), torch.tensor(1.0), None
+
+
+def data(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.empty(shape or (B, D), dtype=dtype)
+
+
+def loss(likelihood: str, params: list[torch.Tensor], target: torch.Tensor, needs: int = 1) -> object:
+    constants = [0.5] if likelihood == "gaussian" else []
+    return nll.nll_forward(likelihood, params, target, constants, ROWS[: target.shape[0]], ONE, 2, needs)
+
+
+def bernoulli(params: torch.dtype, target: torch.dtype, needs: int = 1) -> object:
+    return loss("bernoulli", [data(params)], data(target), needs)
+
+
+def sample(dtype: torch.dtype, size: int = 128, prior: bool = False, **noise: Any) -> object:
+    mu, logvar = data(dtype, 65536, 2 * size).chunk(2, 1)
+    priors = (data(dtype, 65536, size),) * 2 if prior else (NONE, NONE)
+    seed = NONE if "eps" in noise else SEED
+    return latents.reparameterize_kl_forward(
+        mu, logvar, *priors, noise.get("samples"), seed, 0, noise.get("eps"), NONE
+    )
+
+
+def sample_gradient(dtype: torch.dtype, size: int = 128, prior: bool = False) -> object:
+    mu, logvar = data(dtype, 65536, 2 * size).chunk(2, 1)
+    priors = (data(dtype, 65536, size),) * 2 if prior else (NONE, NONE)
+    return latents.reparameterize_kl_backward(
+        data(dtype, 65536, size),
+        data(FLOAT, 65536),
+        mu,
+        logvar,
+        *priors,
+        NONE,
+        SEED,
+        0,
+        NONE,
+        0b1111 if prior else 0b11,
+    )
+
+
+def scale(dtype: torch.dtype, by_row: bool) -> object:
+    return nll.nll_backward_(
+        ROWS if by_row else ONE, NONE, [data(dtype)], NONE, ROWS, ONE, B, 0 if by_row else 2, True, False
+    )
+
+
+IMAGE, HALF_IMAGE = (
+    data(FLOAT, 64, c, 16, 16).contiguous(memory_format=torch.channels_last) for c in (32, 16)
+)
+MANY, LONG = data(FLOAT, 10_000, 4), data(FLOAT, 2, 100_000)
+
+# Calls whose tensors are aligned: their first launch reads and writes 128 bits at a time.
+ALIGNED: dict[str, Callable[[], object]] = {
+    "bernoulli": lambda: bernoulli(FLOAT, FLOAT),
+    "bernoulli, uint8": lambda: bernoulli(FLOAT, BYTE),
+    "bernoulli, bf16": lambda: bernoulli(HALF, HALF),
+    "bernoulli, bf16, float": lambda: bernoulli(HALF, FLOAT),
+    "bernoulli, bf16, uint8": lambda: bernoulli(HALF, BYTE),
+    "gaussian": lambda: loss("gaussian", [data(FLOAT)], data(FLOAT)),
+    "gaussian, learned": lambda: loss("gaussian_learned", [data(FLOAT), ONE], data(FLOAT), 3),
+    "gaussian, per element": lambda: loss("gaussian_per_element", [data(FLOAT)] * 2, data(FLOAT), 3),
+    "head": lambda: loss("gaussian_head", [data(HALF, B, 2 * D)], data(HALF)),
+    "head, channels_last": lambda: loss("gaussian_head", [IMAGE], HALF_IMAGE),
+    "rows of MNIST": lambda: loss("bernoulli", [data(FLOAT, 128, 784)], data(FLOAT, 128, 784)),
+    "scale": lambda: scale(FLOAT, False),
+    "scale, by row, bf16": lambda: scale(HALF, True),
+    "sample": lambda: sample(FLOAT),
+    "sample, bf16": lambda: sample(HALF),
+    "sample, prior": lambda: sample(FLOAT, prior=True),
+    "sample, given noise": lambda: sample(FLOAT, samples=3, eps=data(FLOAT, 3, 65536, 128)),
+    "sample gradient": lambda: sample_gradient(FLOAT),
+    "sample gradient, bf16": lambda: sample_gradient(HALF),
+    "sample gradient, prior": lambda: sample_gradient(FLOAT, prior=True),
+    "kl per element": lambda: latents.gaussian_kl_forward(data(FLOAT), data(FLOAT), NONE, NONE, True),
+}  # fmt: skip
+
+# Others: they must compile and spill nothing.
+OTHERS: dict[str, Callable[[], object]] = {
+    "no gradient": lambda: bernoulli(FLOAT, FLOAT, 0),
+    "double": lambda: bernoulli(DOUBLE, DOUBLE),
+    "odd rows, bool": lambda: loss("bernoulli", [data(FLOAT, 9, 33)], data(torch.bool, 9, 33)),
+    "many rows": lambda: nll.nll_forward("bernoulli", [MANY], MANY, [], NONE, NONE, 2, 1),
+    "fp16 gradient": lambda: nll.nll_gradient("bernoulli", [data(torch.float16)], data(FLOAT), [], ONE, ROWS, 2, 1),
+    "learned, backward": lambda: nll.nll_backward_(ONE, NONE, [data(FLOAT)], ROWS, ROWS, ONE, B, 2, True, True),
+    "small latents": lambda: sample(FLOAT, 20),
+    "sample, double": lambda: sample(DOUBLE, 20),
+    "long latents": lambda: latents.gaussian_kl_forward(LONG, LONG, NONE, NONE, False),
+    "kl gradient": lambda: latents.gaussian_kl_backward(data(FLOAT), data(FLOAT), data(FLOAT), NONE, NONE, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALIGNED)
+def test_aligned(architecture: str, name: str) -> None:
+    first, *rest = record(ALIGNED[name])
+    code = compile_launch(first, architecture)
+    assert code.spills == 0
+    assert widest(code.loads) > 0, code.loads
+    assert widest(code.stores) > 0, code.stores
+    # What is not wide is a number per row, or data of fewer bytes than the parameters'.
+    if "uint8" not in name and "scale" not in name:
+        assert len(code.loads) - widest(code.loads) <= 4, code.loads
+        assert len(code.stores) - widest(code.stores) <= 2, code.stores
+    for launch in rest:
+        assert compile_launch(launch, architecture).spills == 0
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"], indirect=True)
+@pytest.mark.parametrize("name", OTHERS)
+def test_others(architecture: str, name: str) -> None:
+    for launch in record(OTHERS[name]):
+        assert compile_launch(launch, architecture).spills == 0
+
+
+def test_every_kernel_is_compiled() -> None:
+    calls = [*ALIGNED.values(), *OTHERS.values()]
+    compiled = {launch.kernel.__name__ for call in calls for launch in record(call)}
+    kernels = {name for module in (nll, latents) for name in vars(module) if name.endswith("_kernel")}
+    assert compiled == kernels
+
+
+def test_data_of_one_byte_go_through_no_shared_memory() -> None:
+    """The element's layout is the parameters': a thread's four float32, and the four bytes beside them."""
+    launch, *_ = record(ALIGNED["bernoulli, uint8"])
+    sums_only, *_ = record(ALIGNED["bernoulli"])
+    shared = [len(re.findall(r"\bLDS", compile_launch(x, "sm_90").text)) for x in (launch, sums_only)]
+    assert shared[0] == shared[1]
+
+
+def test_one_compilation_serves_all_batch_sizes() -> None:
+    """Numbers are no reason to compile again: not a 1, not a multiple of 16, not the last batch of an epoch."""
+
+    def key(rows: int) -> object:
+        kernel, args, options = record(
+            lambda: loss("bernoulli", [data(FLOAT, rows, 784)], data(FLOAT, rows, 784))
+        )[0]
+        backend = make_backend(TARGETS["sm_90"])
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        return str(bind(*args, **options)[1])
+
+    assert key(100) == key(128) == key(113)
+
+
+@pytest.mark.parametrize("table", tuning.TABLE)
+def test_the_tuning_table(table: str) -> None:
+    for (kernel, size), choice in tuning.TABLE[table].items():
+        assert kernel in tuning.KERNELS
+        assert size in ("small", "large")
+        assert choice.tile & (choice.tile - 1) == 0
+        assert choice.tile >= 32 * choice.warps or table == "interpreter"
+    assert set(tuning.TABLE["default"]) == {(k, s) for k in tuning.KERNELS for s in ("small", "large")}
