@@ -208,7 +208,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
-def test_resumed_run_is_the_uninterrupted_one(tmp_path, options):
+def test_resumed_run_is_the_uninterrupted_one(tmp_path, recwarn, options):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(whole, *options, "--epochs", "4") == 0
     assert train(parts, *options, "--epochs", "1") == 0
@@ -217,6 +217,7 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, options):
     moved = parts.rename(tmp_path / "moved")
     assert cli.main(["resume", str(moved), "--epochs", "4"]) == 0
     assert_same_run(moved, whole)
+    assert not [str(warning.message) for warning in recwarn if "lightning" in warning.filename]
 
 
 def test_moving_average_is_what_is_saved_and_validated(tmp_path):
@@ -237,9 +238,10 @@ def test_interrupt(tmp_path, capsys, monkeypatch):
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(module.VAE, "training_step", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
     assert train(tmp_path / "run", "--epochs", "3") == 130
     assert f"fastvae resume {tmp_path / 'run'}" in one_line(capsys)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     monkeypatch.undo()
     monkeypatch.setattr("fastvae.training.callbacks._is_drawn", lambda trainer: False)
     assert cli.main(["resume", str(tmp_path / "run")]) == 0

@@ -21,7 +21,7 @@ from .loader import generator, prepare
 from .module import VAE
 from .settings import Settings
 
-__all__ = ["MONITOR", "AtomicCheckpoints", "Bar", "Best", "Metrics", "Pictures", "average", "last"]
+__all__ = ["MONITOR", "AtomicCheckpoints", "Bar", "Best", "Last", "Metrics", "Pictures", "average"]
 
 MONITOR = "held_out_nelbo"
 _COLUMNS = (
@@ -168,20 +168,29 @@ class Pictures(Callback):
         pictures.save_grid(rows, self.folder / "reconstructions.png", group=2)
 
 
-class Best(ModelCheckpoint):
-    """checkpoints/best.ckpt: the epoch of the smallest held-out negative ELBO."""
+class _Movable(ModelCheckpoint):
+    """One file, and a run that goes on in another folder."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, "best", MONITOR, enable_version_counter=False, save_on_train_epoch_end=True)
+    def __init__(self, folder: Path, name: str, monitor: str | None = None) -> None:
+        super().__init__(folder, name, monitor, enable_version_counter=False, save_on_train_epoch_end=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning forgets which epoch was best when the folder has been moved.
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
 
 
-def last(folder: Path) -> ModelCheckpoint:
+class Best(_Movable):
+    """checkpoints/best.ckpt: the epoch of the smallest held-out negative ELBO."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "best", MONITOR)
+
+
+class Last(_Movable):
     """checkpoints/last.ckpt, after every epoch: what `resume` goes on from."""
-    return ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "last")
 
 
 class AtomicCheckpoints(TorchCheckpointIO):

@@ -41,6 +41,15 @@ TENSORBOARD = "tensorboard"
 
 Shape = tuple[int, int, int]
 
+# Beginnings of warnings about what is meant here.
+_NOTHING_TO_MEND = (
+    "Checkpoint directory .* exists and is not empty",
+    "The number of training batches .* is smaller than the logging interval",  # nothing is logged between epochs
+    r"It is recommended to use `self\.log\(.*sync_dist",  # the module has summed over processes itself
+    ".*isinstance.treespec, LeafSpec.* is deprecated",  # Lightning's own
+    "Grad strides do not match bucket view strides",  # two descriptions of a kernel with one channel
+)
+
 
 @dataclass
 class Run:
@@ -210,7 +219,8 @@ def _trainer(settings: Settings, folder: Path, images: data.Images) -> "Trainer"
     # What Lightning tells by the way (hardware found and not used, tips, hints about loaders) is left out.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning.pytorch.*")
+    for message in _NOTHING_TO_MEND:
+        warnings.filterwarnings("ignore", message)
     logger: Any = False
     if settings.logger == "tensorboard":
         if not (importlib.util.find_spec("tensorboard") or importlib.util.find_spec("tensorboardX")):
@@ -233,7 +243,7 @@ def _trainer(settings: Settings, folder: Path, images: data.Images) -> "Trainer"
                 *([callbacks.average(settings.ema)] if settings.ema else []),
                 callbacks.Metrics(folder, _say()),
                 callbacks.Best(checkpoints),
-                callbacks.last(checkpoints),
+                callbacks.Last(checkpoints),
             ],
             plugins=[callbacks.AtomicCheckpoints()],
             enable_progress_bar=bar,
