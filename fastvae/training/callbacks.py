@@ -90,8 +90,8 @@ class Metrics(Checkpoint):
 
 
 _HEADER = (
-    f"\n{'':5}  {'train':^27}  {'held out':^27}",
-    f"epoch  {'loss':>9}{'recon':>9}{'KL':>9}  {'-ELBO':>9}{'recon':>9}{'KL':>9}"
+    f"\n{'':5} {'train':^30} {'held out':^30}",
+    f"epoch {'loss':>10}{'recon':>10}{'KL':>10} {'-ELBO':>10}{'recon':>10}{'KL':>10}"
     f"{'bits/dim':>10}{'active':>8}{'seconds':>9}",
 )
 
@@ -101,7 +101,7 @@ def _line(row: dict[str, float]) -> str:
     held_out = [row[f"held_out_{name}"] for name in ("nelbo", "nll", "kl")]
     return (
         f"{row['epoch']:5}"
-        + "".join("  " + "".join(f"{value:9.2f}" for value in part) for part in (values, held_out))
+        + "".join(" " + "".join(f"{value:10.2f}" for value in part) for part in (values, held_out))
         + f"{row.get('held_out_bits_per_dim', math.nan):10.3f}{row['active_units']:8.0f}{row['seconds']:9.1f}"
     )
 
