@@ -67,10 +67,14 @@ clean:
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # The virtual environment. If PYTHON has torch, a .pth file lets the new one see all that PYTHON sees, which
-# --system-site-packages would not do where PYTHON belongs to a virtual environment itself.
+# --system-site-packages would not do where PYTHON belongs to a virtual environment itself. What stands in its place and
+# was not begun here may be somebody's own, and is left alone.
 $(VENV)/.made:
 	@echo "== virtual environment $(VENV), from $$($(PYTHON) --version)"
+	@if [ -e $(VENV) ] && [ ! -e $(VENV)/.begun ]; then \
+	    echo "make: $(VENV) is there already and not of this Makefile's making: remove it, or give another VENV=" >&2; exit 2; fi
 	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $(VENV)/.begun
 	@if $(PYTHON) $(HAS_TORCH); then \
 	    $(PIP) uninstall -qq -y setuptools 2>/dev/null; \
 	    $(PYTHON) -c "import sys; print(*[p for p in sys.path if p.endswith('-packages')], sep='\n')" \
