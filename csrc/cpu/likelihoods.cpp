@@ -52,11 +52,10 @@ double block(const C* const (&param)[kMaxParams], const C* target, C* const (&sl
     sum.add_lanes(L::has_log1p ? value + rest.value() : value, n - i);
   }
   if constexpr (L::has_log1p) {
-    static_assert(kBlock / W / 4 * 2 <= 128, "more factors than a Log1pSum can hold");
-    for (int k = 0; k < 2; ++k) {
-      logs[k].add(logs[k + 2]);
-      sum.add(k, logs[k].value());
-    }
+    constexpr int kSums = kBlock / W < 256 ? 2 : 4;  // one logarithm each
+    static_assert(kBlock / W / kSums + 4 < 128, "more factors than a Log1pSum can hold");
+    for (int k = kSums; k < 4; ++k) logs[k % kSums].add(logs[k]);
+    for (int k = 0; k < kSums; ++k) sum.add(k, logs[k].value());
   }
   return sum.total();
 }
