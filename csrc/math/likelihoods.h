@@ -3,9 +3,11 @@
 //   params      how many tensors of the data's shape it reads; `element` writes one derivative for each
 //   constants   how many scalars it reads, the same for every element
 //   has_log1p   whether it leaves a term log(1 + e) to `logs`, the caller adds logs.value() once for many elements
-//   element     the part of the nll that differs between elements; what is the same for all of them (a normaliser) is added
-//               once per row by csrc/ops/likelihood_table.h
+//   element     the part of the nll that differs between elements; what is the same for all of them, the normaliser, is
+//               added once per row
 #pragma once
+#include <cmath>
+
 #include "elementary.h"
 
 namespace fastvae::math {
@@ -22,11 +24,29 @@ struct Bernoulli {
     using P = Primitives<V>;
     const V a = param[0];
     const V e = P::exp_bounded(P::neg(P::abs(a))), one_plus_e = V(1) + e;
-    slope[0] = P::select(P::less(a, V(0)), e, V(1)) / one_plus_e - t;
+    slope[0] = P::divide(P::select(P::less(a, V(0)), e, V(1)), one_plus_e) - t;
     logs.add(e, one_plus_e);
     return P::fma(P::neg(a), t, P::relu(a));
   }
 };
+
+constexpr double kHalfLog2Pi = 0.918938533204672741780329736406;
+
+// The scalar that an element reads, and what is the same for every element: of the Gaussian with one variance for all.
+template <class C>
+struct Normaliser {
+  C constant, per_element;
+};
+template <class C>
+FASTVAE_HD Normaliser<C> gaussian_normaliser(C logvar) {
+  return {std::exp(-logvar), C(kHalfLog2Pi) + C(0.5) * logvar};
+}
+
+// The derivative of a row's nll by that logvar, of (size logvar + sum (t - m)^2 exp(-logvar)) / 2.
+template <class C>
+FASTVAE_HD C gaussian_scalar_slope(C size, C nll_less_normaliser) {
+  return C(0.5) * size - nll_less_normaliser;
+}
 
 // -log Normal(t; m, 1 / precision) less its normaliser: (t - m)^2 precision / 2. One variance for all elements.
 struct Gaussian {

@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "../cpu/kernels.h"
+#include "../math/likelihoods.h"
 
 namespace fastvae {
 
@@ -36,29 +37,22 @@ inline const LikelihoodRow& likelihood_row(std::string_view name) {
   TORCH_CHECK_VALUE(false, "fastvae: unknown likelihood '", std::string(name), "'");
 }
 
-constexpr double kHalfLog2Pi = 0.918938533204672741780329736406;
-
 // What the kernel needs besides tensors, and the part of the nll that is the same for every element. `scalar`: the value of the
 // 0-dim tensor, or the constant, of the rows that have one.
-struct Normaliser {
-  double constant;
-  double per_element;
-};
+using Normaliser = math::Normaliser<double>;
 
 inline Normaliser normaliser(const LikelihoodRow& row, double scalar) {
   switch (row.element) {
     case cpu::Element::bernoulli: return {0, 0};
-    case cpu::Element::gaussian_per_element: return {0, kHalfLog2Pi};
-    case cpu::Element::gaussian: {
-      const double logvar = row.has_scalar ? scalar : 2 * std::log(scalar);
-      return {std::exp(-logvar), kHalfLog2Pi + 0.5 * logvar};
-    }
+    case cpu::Element::gaussian_per_element: return {0, math::kHalfLog2Pi};
+    case cpu::Element::gaussian: return math::gaussian_normaliser(row.has_scalar ? scalar : 2 * std::log(scalar));
   }
   return {0, 0};
 }
 
-// The derivative of a row by the 0-dim tensor, given what the kernel summed: for the Gaussian, of
-// (size logvar + sum (t - m)^2 exp(-logvar)) / 2.
-inline double scalar_slope(int64_t size, double nll_less_normaliser) { return 0.5 * static_cast<double>(size) - nll_less_normaliser; }
+// The derivative of a row by the 0-dim tensor, given what the kernel summed.
+inline double scalar_slope(int64_t size, double nll_less_normaliser) {
+  return math::gaussian_scalar_slope(static_cast<double>(size), nll_less_normaliser);
+}
 
 }  // namespace fastvae

@@ -1,0 +1,243 @@
+// One pass over a reconstruction: the nll of each row, the loss and, where wanted, the gradient. Included by a file for each likelihood.
+#pragma once
+#include "device.cuh"
+//
+#include "../math/likelihoods.h"
+
+namespace fastvae::cuda {
+
+// Accesses of each operand that a thread has under way at a time, and how many blocks a multiprocessor's registers are shared by.
+constexpr int unroll(int params, int unit) { return (unit == 1 ? 4 : 2) / params; }
+constexpr int resident(int params, int64_t item_size) { return item_size == 8 ? 2 : params > 1 ? 3 : 4; }
+constexpr int params_of(Element element) { return element == Element::gaussian_per_element ? 2 : 1; }
+
+// `count` packs of data, `step` elements apart, as numbers.
+template <class D, class C, int N, int U>
+struct Data {
+  Pack<D, N> packs[U];
+  Converter<D, C> convert;
+
+  FASTVAE_DEVICE explicit Data(DType type) : convert(type) {}
+  FASTVAE_DEVICE void load(const void* row, int64_t i, int64_t step, int64_t end) {
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+      if (i + u * step < end) packs[u].load(static_cast<const D*>(row) + i + u * step);
+  }
+  FASTVAE_DEVICE C value(int u, int j) const { return convert(packs[u].value[j]); }
+};
+
+template <class C, int U>
+struct Data<Any, C, 1, U> {
+  C values[U];
+  DType type;
+
+  FASTVAE_DEVICE explicit Data(DType type_) : type(type_) {}
+  template <class D>
+  FASTVAE_DEVICE void load_as(const void* row, int64_t i, int64_t step, int64_t end) {
+    Data<D, C, 1, U> data(type);
+    data.load(row, i, step, end);
+#pragma unroll
+    for (int u = 0; u < U; ++u) values[u] = data.value(u, 0);
+  }
+  FASTVAE_DEVICE void load(const void* row, int64_t i, int64_t step, int64_t end) {
+    switch (type) {
+      case DType::f32: return load_as<float>(row, i, step, end);
+      case DType::f64: return load_as<double>(row, i, step, end);
+      case DType::f16: return load_as<Half>(row, i, step, end);
+      case DType::bf16: return load_as<BFloat16>(row, i, step, end);
+      default: return load_as<Byte>(row, i, step, end);
+    }
+  }
+  FASTVAE_DEVICE C value(int u, int) const { return values[u]; }
+};
+
+// Elements [begin, end) of a row, as far as they are this thread's: the sum of their nll less the normaliser. Writes the slopes.
+template <class L, class T, class D, int N>
+FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, int64_t row, int64_t begin, int64_t end, int lane, int lanes,
+                                      const Compute<T>* constants, Compute<T> factor, const Runs& place) {
+  using C = Compute<T>;
+  constexpr int U = unroll(L::params, N);
+  const T* param[L::params];
+  T* slope[L::params];
+#pragma unroll
+  for (int k = 0; k < L::params; ++k) {
+    param[k] = static_cast<const T*>(args.params[k].data) + row * args.params[k].row_stride;
+    slope[k] = args.slopes[k].data ? static_cast<T*>(args.slopes[k].data) + row * args.slopes[k].row_stride : nullptr;
+  }
+  const char* target = static_cast<const char*>(args.target.data) + row * args.target.row_stride * cpu::item_size(args.target.type);
+
+  C sum(0);
+  const int64_t step = int64_t(lanes) * N;
+  for (int64_t i = begin + int64_t(lane) * N; i < end; i += step * U) {
+    // All loads before the first use: that many are under way at a time.
+    Pack<T, N> params[L::params][U];
+    Data<D, C, N, U> data(args.target.type);
+#pragma unroll
+    for (int k = 0; k < L::params; ++k)
+#pragma unroll
+      for (int u = 0; u < U; ++u)
+        if (i + u * step < end) params[k][u].load(param[k] + (L::params > 1 ? place(i + u * step) : i + u * step));
+    data.load(target, i, step, end);
+
+    math::Log1pSum<C> logs;
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (i + u * step >= end) break;
+      Pack<T, N> slopes[L::params];
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        C p[L::params], d[L::params];
+#pragma unroll
+        for (int k = 0; k < L::params; ++k) p[k] = static_cast<C>(widened(params[k][u].value[j]));
+        sum += L::element(p, data.value(u, j), constants, d, logs);
+#pragma unroll
+        for (int k = 0; k < L::params; ++k) slopes[k].value[j] = narrowed<T>(d[k] * factor);
+      }
+#pragma unroll
+      for (int k = 0; k < L::params; ++k)
+        if (slope[k]) slopes[k].store(slope[k] + (L::params > 1 ? place(i + u * step) : i + u * step));
+    }
+    static_assert(N * U < 128, "more factors than a Log1pSum can hold");
+    if constexpr (L::has_log1p) sum += logs.value();
+  }
+  return sum;
+}
+
+// What is written of a row whose elements sum up to `value`; returns its part of the loss.
+template <class L, class C>
+FASTVAE_DEVICE double finish_row(const NllArgs& args, int64_t row, double value, C normaliser) {
+  if (L::constants > 0 && args.scalar_rows.data)
+    put(args.scalar_rows, row, math::gaussian_scalar_slope(static_cast<double>(args.size), value));
+  value += static_cast<double>(args.size) * static_cast<double>(normaliser);
+  put(args.nll, row, value);
+  if (args.kl.data) value += (args.beta.data ? number(args.beta, 0) : 1.0) * number(args.kl, row);
+  if (!args.reduced) put(args.loss, row, value);
+  return value;
+}
+
+template <class L, class T, class D, int N>
+__global__ void __launch_bounds__(kThreads, resident(L::params, sizeof(T))) nll_kernel(const __grid_constant__ NllArgs args, const __grid_constant__ Plan plan,
+                                                       const __grid_constant__ Runs place) {
+  using C = Compute<T>;
+  FASTVAE_SHARED(C, row_scratch, 2 * kThreads / kWarp);
+  FASTVAE_SHARED(double, loss_scratch, kThreads / kWarp);
+  const int lane = threadIdx.x & (plan.lanes - 1), group = threadIdx.x >> plan.lanes_log2;
+  const bool values = args.nll.data;
+
+  C constants[kMaxConstants], normaliser = static_cast<C>(args.normaliser);
+#pragma unroll
+  for (int i = 0; i < kMaxConstants; ++i) constants[i] = static_cast<C>(args.constants[i]);
+  if (L::constants > 0 && args.scalar.data) {
+    const auto learned = math::gaussian_normaliser(static_cast<C>(number(args.scalar, 0)));
+    constants[0] = learned.constant;
+    normaliser = learned.per_element;
+  }
+
+  double loss = 0;  // of the rows whose first lane this is
+  int turn = 0;
+  for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
+    int64_t row = item, begin = 0, end = args.size;
+    if (plan.splits > 1) {
+      row = uint32_t(item) / uint32_t(plan.splits);
+      begin = (uint32_t(item) - uint32_t(row) * uint32_t(plan.splits)) * plan.split_size;
+      end = begin + plan.split_size < end ? begin + plan.split_size : end;
+    } else {
+      row = item * (kThreads >> plan.lanes_log2) + group;
+    }
+    C sum(0);
+    if (row < args.rows) {
+      C factor = static_cast<C>(args.weight);
+      if (args.grad_loss.data || args.grad_nll.data)
+        factor = static_cast<C>(row_factor(args.grad_loss, args.grad_nll, args.weight, row));
+      sum = part_of_row<L, T, D, N>(args, row, begin, end, lane, plan.lanes, constants, factor, place);
+    }
+    if (!values) continue;
+    sum = group_sum(sum, plan.lanes, row_scratch + (turn ^= kThreads / kWarp));
+    if (lane != 0 || row >= args.rows) continue;
+    if (plan.splits > 1) static_cast<C*>(args.workspace.scratch)[item] = sum;
+    else loss += finish_row<L>(args, row, sum, normaliser);
+  }
+  if (!values) return;
+
+  if (plan.splits > 1) {
+    // The last block adds up the splits of all rows.
+    if (!is_last_block(args.workspace.counter, gridDim.x)) return;
+    const C* partials = static_cast<const C*>(args.workspace.scratch);
+    int lanes = 1;
+    while (lanes < kWarp && lanes < plan.splits) lanes *= 2;
+    const int first = threadIdx.x & (lanes - 1), groups = kThreads / lanes;
+    for (int64_t base = 0; base < args.rows; base += groups) {
+      const int64_t row = base + threadIdx.x / lanes;
+      double sum = 0;
+      if (row < args.rows) {
+#pragma unroll 4
+        for (int i = first; i < plan.splits; i += lanes) sum += load_written(partials + row * plan.splits + i);
+      }
+      sum = group_sum(sum, lanes, static_cast<double*>(nullptr));
+      if (first == 0 && row < args.rows) loss += finish_row<L>(args, row, sum, normaliser);
+    }
+    if (args.reduced) {
+      loss = group_sum(loss, kThreads, loss_scratch);
+      if (threadIdx.x == 0) put(args.loss, 0, args.weight * loss);
+    }
+  } else if (args.reduced) {
+    loss = group_sum(loss, kThreads, loss_scratch);
+    if (gridDim.x > 1) {
+      double* partials = static_cast<double*>(args.workspace.scratch);
+      if (threadIdx.x == 0) partials[blockIdx.x] = loss;
+      if (!is_last_block(args.workspace.counter, gridDim.x)) return;
+      loss = sum_written(partials, gridDim.x, loss_scratch);
+    }
+    if (threadIdx.x == 0) put(args.loss, 0, args.weight * loss);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+
+// The elements of a 128-bit access where all operands allow it, else 1.
+inline int unit_of(const NllArgs& args) {
+  const int unit = static_cast<int>(16 / cpu::item_size(args.params[0].type));
+  bool wide = allows(args.target, args.size, unit);
+  for (int k = 0; k < kMaxParams; ++k) wide &= allows(args.params[k], args.size, unit) && allows(args.slopes[k], args.size, unit);
+  return wide ? unit : 1;
+}
+
+inline Plan plan_for(const NllArgs& args) {
+  const int unit = unit_of(args);
+  const int params = params_of(args.element);
+  return plan_for(args.rows, args.size, unit, unroll(params, unit), slots(resident(params, cpu::item_size(args.params[0].type))));
+}
+
+template <class L, class T, class D, int N>
+cudaError_t launch_nll(const NllArgs& args, const Plan& plan, cudaStream_t stream) {
+  return FASTVAE_LAUNCH((nll_kernel<L, T, D, N>), plan.blocks, stream, args, plan, Runs(args.params[0]));
+}
+
+template <class L, class T>
+cudaError_t launch_nll(const NllArgs& args, cudaStream_t stream) {
+  const Plan plan = plan_for(args);
+  constexpr int N = 16 / sizeof(T);
+  if (unit_of(args) == 1) return launch_nll<L, T, Any, 1>(args, plan, stream);
+  switch (args.target.type) {
+    case DType::u8: case DType::boolean: return launch_nll<L, T, Byte, N>(args, plan, stream);
+    case DType::f32: return launch_nll<L, T, float, N>(args, plan, stream);
+    default: return launch_nll<L, T, T, N>(args, plan, stream);
+  }
+}
+
+template <class L>
+cudaError_t launch_nll(const NllArgs& args, cudaStream_t stream) {
+  switch (args.params[0].type) {
+    case DType::f32: return launch_nll<L, float>(args, stream);
+    case DType::f64: return launch_nll<L, double>(args, stream);
+    case DType::f16: return launch_nll<L, Half>(args, stream);
+    default: return launch_nll<L, BFloat16>(args, stream);
+  }
+}
+
+// One file for each of these, so that they compile side by side.
+extern template cudaError_t launch_nll<math::Bernoulli>(const NllArgs&, cudaStream_t);
+extern template cudaError_t launch_nll<math::Gaussian>(const NllArgs&, cudaStream_t);
+extern template cudaError_t launch_nll<math::GaussianPerElement>(const NllArgs&, cudaStream_t);
+
+}  // namespace fastvae::cuda
