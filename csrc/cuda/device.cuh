@@ -59,6 +59,17 @@ FASTVAE_DEVICE T narrowed(C x) {
   else return static_cast<T>(x);
 }
 
+FASTVAE_DEVICE void narrow_two(float x, float y, Half& a, Half& b) {
+  const __half2 both = __floats2half2_rn(x, y);
+  a = both.x;
+  b = both.y;
+}
+FASTVAE_DEVICE void narrow_two(float x, float y, BFloat16& a, BFloat16& b) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
+  a = both.x;
+  b = both.y;
+}
+
 // Values of memory's type T as numbers of type C.
 template <class T, class C>
 struct Converter {
@@ -86,6 +97,19 @@ struct Converter<Byte, C> {
 // Memory
 // ---------------------------------------------------------------------------------------------------------------------------------
 
+// Writes 16 bytes. An assignment may be taken apart into four of 4 bytes when the compiler has moved code about.
+FASTVAE_DEVICE void store_chunk(uint4* p, uint4 x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+#else
+  *p = x;
+#endif
+}
+template <class Chunk>
+FASTVAE_DEVICE void store_chunk(Chunk* p, Chunk x) {
+  *p = x;
+}
+
 // N values side by side, in one access where they are 128 bits or less.
 template <class T, int N>
 struct Pack {
@@ -93,26 +117,41 @@ struct Pack {
   static constexpr int kChunk = kBytes < 16 ? kBytes : 16;
   using Chunk = std::conditional_t<kChunk == 16, uint4, std::conditional_t<kChunk == 8, uint2,
                 std::conditional_t<kChunk == 4, uint32_t, std::conditional_t<kChunk == 2, uint16_t, uint8_t>>>>;
+  static constexpr int kChunks = kBytes / int(sizeof(Chunk));
   static_assert(kBytes % sizeof(Chunk) == 0);
 
   union {
     T value[N];
-    Chunk chunk[kBytes / sizeof(Chunk)];
+    Chunk chunk[kChunks];
   };
 
   FASTVAE_DEVICE Pack() {}
   // Memory that this kernel does not write.
   FASTVAE_DEVICE void load(const T* p) {
 #pragma unroll
-    for (int i = 0; i < int(kBytes / sizeof(Chunk)); ++i) chunk[i] = __ldg(reinterpret_cast<const Chunk*>(p) + i);
+    for (int i = 0; i < kChunks; ++i) chunk[i] = __ldg(reinterpret_cast<const Chunk*>(p) + i);
   }
+  // Memory that it may write.
   FASTVAE_DEVICE void load_own(const T* p) {
 #pragma unroll
-    for (int i = 0; i < int(kBytes / sizeof(Chunk)); ++i) chunk[i] = reinterpret_cast<const Chunk*>(p)[i];
+    for (int i = 0; i < kChunks; ++i) chunk[i] = reinterpret_cast<const Chunk*>(p)[i];
   }
   FASTVAE_DEVICE void store(T* p) const {
 #pragma unroll
-    for (int i = 0; i < int(kBytes / sizeof(Chunk)); ++i) reinterpret_cast<Chunk*>(p)[i] = chunk[i];
+    for (int i = 0; i < kChunks; ++i) store_chunk(reinterpret_cast<Chunk*>(p) + i, chunk[i]);
+  }
+
+  template <class C>
+  FASTVAE_DEVICE void fill(const C (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      // One instruction for two.
+      if constexpr (sizeof(T) == 2 && N > 1) {
+        if (i % 2 == 0) narrow_two(x[i], x[i + 1], value[i], value[i + 1]);
+      } else {
+        value[i] = narrowed<T>(x[i]);
+      }
+    }
   }
 };
 
@@ -128,27 +167,28 @@ struct Runs {
   }
 };
 
-// A single number of any type.
-FASTVAE_DEVICE double number_at(const void* data, DType type, int64_t i) {
-  switch (type) {
-    case DType::f32: return static_cast<const float*>(data)[i];
-    case DType::f64: return static_cast<const double*>(data)[i];
-    case DType::f16: return __half2float(static_cast<const Half*>(data)[i]);
-    case DType::bf16: return __bfloat162float(static_cast<const BFloat16*>(data)[i]);
-    default: return static_cast<const uint8_t*>(data)[i];
-  }
+// A number of a row, fp32 or fp64.
+FASTVAE_DEVICE double number(const Numbers& numbers, int64_t row) {
+  const int64_t i = row * numbers.stride;
+  return numbers.type == DType::f64 ? static_cast<const double*>(numbers.data)[i] : static_cast<const float*>(numbers.data)[i];
 }
 
-FASTVAE_DEVICE double number(const Numbers& numbers, int64_t row) { return number_at(numbers.data, numbers.type, row * numbers.stride); }
-
 FASTVAE_DEVICE void put(const Output& out, int64_t i, double value) {
-  switch (out.type) {
-    case DType::f32: static_cast<float*>(out.data)[i] = static_cast<float>(value); break;
-    case DType::f64: static_cast<double*>(out.data)[i] = value; break;
-    case DType::f16: static_cast<Half*>(out.data)[i] = __float2half_rn(static_cast<float>(value)); break;
-    case DType::bf16: static_cast<BFloat16*>(out.data)[i] = __float2bfloat16_rn(static_cast<float>(value)); break;
-    default: break;
-  }
+  if (out.type == DType::f64) static_cast<double*>(out.data)[i] = value;
+  else static_cast<float*>(out.data)[i] = static_cast<float>(value);
+}
+
+// A single number of any floating type.
+FASTVAE_DEVICE double number(const Numbers& single) {
+  if (single.type == DType::f16) return __half2float(*static_cast<const Half*>(single.data));
+  if (single.type == DType::bf16) return __bfloat162float(*static_cast<const BFloat16*>(single.data));
+  return number(single, 0);
+}
+
+FASTVAE_DEVICE void put(const Output& single, double value) {
+  if (single.type == DType::f16) *static_cast<Half*>(single.data) = __float2half_rn(static_cast<float>(value));
+  else if (single.type == DType::bf16) *static_cast<BFloat16*>(single.data) = __float2bfloat16_rn(static_cast<float>(value));
+  else put(single, 0, value);
 }
 
 // d objective / d nll of a row: weight * grad_loss + grad_nll, of those that are given.

@@ -15,14 +15,15 @@ using cpu::Result;
 using cpu::kMaxConstants;
 using cpu::kMaxParams;
 
-// A number for every row, `stride` elements apart (may be negative); 0: one for all. No data: none is given.
+// A number for every row, fp32 or fp64, `stride` elements apart (0: one for all), or a single one of any floating type. No data: none is
+// given.
 struct Numbers {
   const void* data = nullptr;
   DType type = DType::f32;
   int64_t stride = 0;
 };
 
-// Numbers to write, one behind the other. No data: not wanted.
+// The same to write, one behind the other. No data: not wanted.
 struct Output {
   void* data = nullptr;
   DType type = DType::f32;

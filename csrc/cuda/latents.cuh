@@ -69,8 +69,7 @@ FASTVAE_DEVICE void read(const T* p, int64_t left, Compute<T> (&out)[N]) {
 template <class T, int N, bool kWhole, class C>
 FASTVAE_DEVICE void write(T* p, int64_t left, const C (&in)[N]) {
   Pack<T, N> pack;
-#pragma unroll
-  for (int j = 0; j < N; ++j) pack.value[j] = narrowed<T>(in[j]);
+  pack.fill(in);
   if constexpr (kWhole) {
     pack.store(p);
   } else {

@@ -11,17 +11,17 @@ constexpr int unroll(int params, int unit) { return (unit == 1 ? 4 : 2) / params
 constexpr int resident(int params, int64_t item_size) { return item_size == 8 ? 2 : params > 1 ? 3 : 4; }
 constexpr int params_of(Element element) { return element == Element::gaussian_per_element ? 2 : 1; }
 
-// `count` packs of data, `step` elements apart, as numbers.
+// U packs of data, `step` elements apart from i on, as far as they lie before `count`; and then their numbers.
 template <class D, class C, int N, int U>
 struct Data {
   Pack<D, N> packs[U];
   Converter<D, C> convert;
 
   FASTVAE_DEVICE explicit Data(DType type) : convert(type) {}
-  FASTVAE_DEVICE void load(const void* row, int64_t i, int64_t step, int64_t end) {
+  FASTVAE_DEVICE void load(const char* data, uint32_t i, uint32_t step, uint32_t count) {
 #pragma unroll
     for (int u = 0; u < U; ++u)
-      if (i + u * step < end) packs[u].load(static_cast<const D*>(row) + i + u * step);
+      if (i + u * step < count) packs[u].load(reinterpret_cast<const D*>(data) + (i + u * step));
   }
   FASTVAE_DEVICE C value(int u, int j) const { return convert(packs[u].value[j]); }
 };
@@ -33,42 +33,46 @@ struct Data<Any, C, 1, U> {
 
   FASTVAE_DEVICE explicit Data(DType type_) : type(type_) {}
   template <class D>
-  FASTVAE_DEVICE void load_as(const void* row, int64_t i, int64_t step, int64_t end) {
-    Data<D, C, 1, U> data(type);
-    data.load(row, i, step, end);
+  FASTVAE_DEVICE void load_as(const char* data, uint32_t i, uint32_t step, uint32_t count) {
+    Data<D, C, 1, U> typed(type);
+    typed.load(data, i, step, count);
 #pragma unroll
-    for (int u = 0; u < U; ++u) values[u] = data.value(u, 0);
+    for (int u = 0; u < U; ++u) values[u] = typed.value(u, 0);
   }
-  FASTVAE_DEVICE void load(const void* row, int64_t i, int64_t step, int64_t end) {
+  FASTVAE_DEVICE void load(const char* data, uint32_t i, uint32_t step, uint32_t count) {
     switch (type) {
-      case DType::f32: return load_as<float>(row, i, step, end);
-      case DType::f64: return load_as<double>(row, i, step, end);
-      case DType::f16: return load_as<Half>(row, i, step, end);
-      case DType::bf16: return load_as<BFloat16>(row, i, step, end);
-      default: return load_as<Byte>(row, i, step, end);
+      case DType::f32: return load_as<float>(data, i, step, count);
+      case DType::f64: return load_as<double>(data, i, step, count);
+      case DType::f16: return load_as<Half>(data, i, step, count);
+      case DType::bf16: return load_as<BFloat16>(data, i, step, count);
+      default: return load_as<Byte>(data, i, step, count);
     }
   }
   FASTVAE_DEVICE C value(int u, int) const { return values[u]; }
 };
 
-// Elements [begin, end) of a row, as far as they are this thread's: the sum of their nll less the normaliser. Writes the slopes.
+// `count` elements of a row from `begin` on, as far as they are this thread's: the sum of their nll less the normaliser. Writes the slopes.
 template <class L, class T, class D, int N>
-FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, int64_t row, int64_t begin, int64_t end, int lane, int lanes,
-                                      const Compute<T>* constants, Compute<T> factor, const Runs& place) {
+FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, int64_t row, int64_t begin, uint32_t count, int lane, int lanes,
+                                      const Compute<T>* constants, Compute<T> factor, const Runs& runs) {
   using C = Compute<T>;
   constexpr int U = unroll(L::params, N);
+  constexpr bool kRuns = L::params > 1;  // of a packed head
   const T* param[L::params];
   T* slope[L::params];
 #pragma unroll
   for (int k = 0; k < L::params; ++k) {
-    param[k] = static_cast<const T*>(args.params[k].data) + row * args.params[k].row_stride;
-    slope[k] = args.slopes[k].data ? static_cast<T*>(args.slopes[k].data) + row * args.slopes[k].row_stride : nullptr;
+    param[k] = static_cast<const T*>(args.params[k].data) + row * args.params[k].row_stride + (kRuns ? 0 : begin);
+    slope[k] = static_cast<T*>(args.slopes[k].data);
+    if (slope[k]) slope[k] += row * args.slopes[k].row_stride + (kRuns ? 0 : begin);
   }
-  const char* target = static_cast<const char*>(args.target.data) + row * args.target.row_stride * cpu::item_size(args.target.type);
+  const char* target = static_cast<const char*>(args.target.data) + (row * args.target.row_stride + begin) * cpu::item_size(args.target.type);
 
   C sum(0);
-  const int64_t step = int64_t(lanes) * N;
-  for (int64_t i = begin + int64_t(lane) * N; i < end; i += step * U) {
+  const uint32_t step = uint32_t(lanes) * N;
+#pragma unroll 1
+  for (uint32_t i = uint32_t(lane) * N; i < count; i += step * U) {
+    const auto place = [&](int u) { return kRuns ? runs(begin + (i + u * step)) : static_cast<int64_t>(i + u * step); };
     // All loads before the first use: that many are under way at a time.
     Pack<T, N> params[L::params][U];
     Data<D, C, N, U> data(args.target.type);
@@ -76,26 +80,30 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, int64_t row, int64_t 
     for (int k = 0; k < L::params; ++k)
 #pragma unroll
       for (int u = 0; u < U; ++u)
-        if (i + u * step < end) params[k][u].load(param[k] + (L::params > 1 ? place(i + u * step) : i + u * step));
-    data.load(target, i, step, end);
+        if (i + u * step < count) params[k][u].load(param[k] + place(u));
+    data.load(target, i, step, count);
 
     math::Log1pSum<C> logs;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      if (i + u * step >= end) break;
-      Pack<T, N> slopes[L::params];
+      if (i + u * step >= count) break;
+      C slopes[L::params][N];
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         C p[L::params], d[L::params];
 #pragma unroll
-        for (int k = 0; k < L::params; ++k) p[k] = static_cast<C>(widened(params[k][u].value[j]));
+        for (int k = 0; k < L::params; ++k) p[k] = widened(params[k][u].value[j]);
         sum += L::element(p, data.value(u, j), constants, d, logs);
 #pragma unroll
-        for (int k = 0; k < L::params; ++k) slopes[k].value[j] = narrowed<T>(d[k] * factor);
+        for (int k = 0; k < L::params; ++k) slopes[k][j] = d[k] * factor;
       }
 #pragma unroll
-      for (int k = 0; k < L::params; ++k)
-        if (slope[k]) slopes[k].store(slope[k] + (L::params > 1 ? place(i + u * step) : i + u * step));
+      for (int k = 0; k < L::params; ++k) {
+        if (!slope[k]) continue;
+        Pack<T, N> pack;
+        pack.fill(slopes[k]);
+        pack.store(slope[k] + place(u));
+      }
     }
     static_assert(N * U < 128, "more factors than a Log1pSum can hold");
     if constexpr (L::has_log1p) sum += logs.value();
@@ -110,7 +118,7 @@ FASTVAE_DEVICE double finish_row(const NllArgs& args, int64_t row, double value,
     put(args.scalar_rows, row, math::gaussian_scalar_slope(static_cast<double>(args.size), value));
   value += static_cast<double>(args.size) * static_cast<double>(normaliser);
   put(args.nll, row, value);
-  if (args.kl.data) value += (args.beta.data ? number(args.beta, 0) : 1.0) * number(args.kl, row);
+  if (args.kl.data) value += (args.beta.data ? number(args.beta) : 1.0) * number(args.kl, row);
   if (!args.reduced) put(args.loss, row, value);
   return value;
 }
@@ -128,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, resident(L::params, sizeof(T))) nll_
 #pragma unroll
   for (int i = 0; i < kMaxConstants; ++i) constants[i] = static_cast<C>(args.constants[i]);
   if (L::constants > 0 && args.scalar.data) {
-    const auto learned = math::gaussian_normaliser(static_cast<C>(number(args.scalar, 0)));
+    const auto learned = math::gaussian_normaliser(static_cast<C>(number(args.scalar)));
     constants[0] = learned.constant;
     normaliser = learned.per_element;
   }
@@ -149,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, resident(L::params, sizeof(T))) nll_
       C factor = static_cast<C>(args.weight);
       if (args.grad_loss.data || args.grad_nll.data)
         factor = static_cast<C>(row_factor(args.grad_loss, args.grad_nll, args.weight, row));
-      sum = part_of_row<L, T, D, N>(args, row, begin, end, lane, plan.lanes, constants, factor, place);
+      sum = part_of_row<L, T, D, N>(args, row, begin, static_cast<uint32_t>(end - begin), lane, plan.lanes, constants, factor, place);
     }
     if (!values) continue;
     sum = group_sum(sum, plan.lanes, row_scratch + (turn ^= kThreads / kWarp));

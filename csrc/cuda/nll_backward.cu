@@ -24,7 +24,7 @@ __device__ void small_gradients(const NllBackwardArgs& args, const BackwardPlan&
   FASTVAE_SHARED(double, beta_scratch, kThreads / kWarp);
   const int64_t begin = blockIdx.x * how.rows_each, end = begin + how.rows_each < args.rows ? begin + how.rows_each : args.rows;
   const bool scalar = args.scalar_gradient.data, beta = args.beta_gradient.data;
-  const double kl_factor = args.beta.data ? number(args.beta, 0) : 1.0;
+  const double kl_factor = args.beta.data ? number(args.beta) : 1.0;
   double scalar_sum = 0, beta_sum = 0;
 #pragma unroll 1
   for (int64_t row = begin + threadIdx.x; row < end; row += kThreads) {
@@ -48,8 +48,8 @@ __device__ void small_gradients(const NllBackwardArgs& args, const BackwardPlan&
     beta_sum = sum_written(partials + how.row_blocks, how.row_blocks, beta_scratch);
   }
   if (threadIdx.x != 0) return;
-  if (scalar) put(args.scalar_gradient, 0, scalar_sum);
-  if (beta) put(args.beta_gradient, 0, beta_sum);
+  if (scalar) put(args.scalar_gradient, scalar_sum);
+  if (beta) put(args.beta_gradient, beta_sum);
 }
 
 template <class T, int N>

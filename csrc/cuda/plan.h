@@ -11,6 +11,7 @@ namespace fastvae::cuda {
 #endif
 constexpr int kThreads = FASTVAE_THREADS;  // of a block
 constexpr int kWarp = 32;
+constexpr int64_t kLongest = int64_t(1) << 30;  // no split is longer, so that 32 bits count its elements
 
 // A block takes kThreads / lanes rows at a time, `lanes` threads each; of long rows, a split. That is an item; block b takes the items b,
 // b + blocks, ...
@@ -40,8 +41,9 @@ inline Plan plan_for(int64_t rows, int64_t size, int unit, int unroll, int64_t s
 
   // Many blocks, so that the last ones to end leave little idle; but not more than the last one can sum up in no time.
   const int64_t step = int64_t(kThreads) * unit * unroll, steps = (size + step - 1) / step;
-  if (plan.lanes == kThreads && steps > 1 && rows > 0 && rows < 4 * slots) {
-    const int64_t wanted = std::min(steps, std::max<int64_t>(1, 4 * slots / rows)), each = (steps + wanted - 1) / wanted;
+  if (plan.lanes == kThreads && steps > 1 && rows > 0 && (rows < 4 * slots || size > kLongest)) {
+    const int64_t wanted = std::min(steps, std::max<int64_t>(1, 4 * slots / rows));
+    const int64_t each = std::min((steps + wanted - 1) / wanted, kLongest / step);
     plan.splits = static_cast<int>((steps + each - 1) / each);
     plan.split_size = each * step;
     plan.items = rows * plan.splits;
