@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 from . import functional, likelihoods, reference
 from .backend import empty_cache, set_backend, show_config, use_backend
 from .elbo import ELBO, ELBOOutput
+from .graphs import graph_step
 
 __all__ = [
     "ELBO",
@@ -17,6 +18,7 @@ __all__ = [
     "__version__",
     "empty_cache",
     "functional",
+    "graph_step",
     "likelihoods",
     "reference",
     "set_backend",

@@ -20,6 +20,7 @@ struct Primitives<at::vec::Vectorized<C>> {
   static FASTVAE_HD V fma(V a, V b, V c) { return at::vec::fmadd(a, b, c); }
   static FASTVAE_HD V abs(V x) { return x.abs(); }
   static FASTVAE_HD V neg(V x) { return x.neg(); }
+  static FASTVAE_HD V divide(V a, V b) { return a / b; }
   static FASTVAE_HD V less(V a, V b) { return a < b; }
   static FASTVAE_HD V select(V mask, V a, V b) { return V::blendv(b, a, mask); }
   static FASTVAE_HD bool any(V mask) { return mask.zero_mask() != (1 << V::size()) - 1; }
@@ -55,7 +56,7 @@ struct Primitives<at::vec::Vectorized<C>> {
   static FASTVAE_HD V exp_bounded(V x) {
     if constexpr (sizeof(C) == 8) return x.exp();
     else {
-      const Split s = split(x);
+      const ExpSplit<V> s = split(x);
       constexpr float twice[] = {0.01673829742f, 0.0838350132f, 0.33333009f, 0.99997741f, 2.0f, 2.00000024f};
       return polynomial(s.r, twice) * s.power;
     }
@@ -63,25 +64,10 @@ struct Primitives<at::vec::Vectorized<C>> {
 
   static FASTVAE_HD ExpParts<V> exp_parts(V h) {
     if constexpr (sizeof(C) == 8) return exp_parts_by_series(h);
-    else {
-      h = at::vec::clamp_max(h, V(88.73f));  // infinity from here on
-      const Split s = split(h);
-      // 2 (exp(r) - 1 - r) / r^2, Chebyshev fit, relative error 1.4e-7.
-      constexpr float fit[] = {0.00278524263f, 0.0167264063f, 0.0833331123f, 0.333331525f, 1.0f};
-      const V square = s.r * s.r * polynomial(s.r, fit), twice_r = s.r + s.r;
-      // Where |h| is small n is 0, so the bracket vanishes exactly and `square` is left.
-      const V minus_1_h = fma(s.power, square, fma(s.power, twice_r, fma(V(2), s.power, V(-1)) - h));
-      return {s.power * (V(2) + (twice_r + square)), minus_1_h + h, minus_1_h};
-    }
+    else return exp_parts_by_split(at::vec::clamp_max(h, V(88.73f)));
   }
 
- private:
-  // x = n log 2 + r, |r| <= log(2) / 2, and power = 2^(n - 1); 0 where x is below -87.
-  struct Split {
-    V r, power;
-  };
-
-  static FASTVAE_HD Split split(V x) {
+  static FASTVAE_HD ExpSplit<V> split(V x) {
     // Adding 1.5 * 2^23 + 126 rounds to an integer and leaves n - 1, with the bias of an exponent, in the low bits. The lowest x has 0
     // there: the exponent of zero.
     const V magic(12582912.0f + 126.0f);

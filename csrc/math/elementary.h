@@ -3,7 +3,7 @@
 #pragma once
 
 #if defined(__CUDACC__)
-#define FASTVAE_HD __host__ __device__ __forceinline__
+#define FASTVAE_HD __device__ __forceinline__
 #else
 #define FASTVAE_HD inline __attribute__((always_inline))
 #endif
@@ -18,8 +18,8 @@ namespace fastvae::math {
 inline namespace FASTVAE_ISA {
 
 // Scalar: the C type of one lane. Functions: exp, exp_bounded (x must not pass 88), exp_parts (see ExpParts), log (of a positive,
-// normal, finite number), log1p, log_factorial (fp64 only), abs, neg, relu, fma, less, select(mask, a, b) = mask ? a : b in each
-// lane, and any(mask).
+// normal, finite number), log1p, log_factorial (fp64 only), abs, neg, relu, fma, divide (by a number of ordinary size), less,
+// select(mask, a, b) = mask ? a : b in each lane, and any(mask).
 template <class V>
 struct Primitives;
 
@@ -48,6 +48,25 @@ template <class V>
 struct ExpParts {
   V exp, minus_1, minus_1_h;
 };
+
+// x = n log 2 + r, |r| <= log(2) / 2, and power = 2^(n - 1); 0 where x is below -87.
+template <class V>
+struct ExpSplit {
+  V r, power;
+};
+
+// ExpParts in fp32, for V whose primitives have `split`; h must not pass 88.73, from where exp(h) is infinite.
+template <class V>
+FASTVAE_HD ExpParts<V> exp_parts_by_split(V h) {
+  using P = Primitives<V>;
+  const ExpSplit<V> s = P::split(h);
+  // 2 (exp(r) - 1 - r) / r^2, Chebyshev fit, relative error 1.4e-7.
+  constexpr float fit[] = {0.00278524263f, 0.0167264063f, 0.0833331123f, 0.333331525f, 1.0f};
+  const V square = s.r * s.r * polynomial(s.r, fit), twice_r = s.r + s.r;
+  // Where |h| is small n is 0, so the bracket vanishes exactly and `square` is left.
+  const V minus_1_h = P::fma(s.power, square, P::fma(s.power, twice_r, P::fma(V(2), s.power, V(-1)) - h));
+  return {s.power * (V(2) + (twice_r + square)), minus_1_h + h, minus_1_h};
+}
 
 // 1/18!, ..., 1/3!, 1/2!: the Taylor series of (exp(h) - 1 - h) / h^2, exact in fp64 for |h| < 1.
 struct ResidualSeries {

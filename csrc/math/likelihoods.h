@@ -5,13 +5,33 @@
 //   has_log1p   whether it leaves a term log(1 + e) to `logs`, the caller adds logs.value() once for many elements
 //   has_pull    whether a learned scale needs the sum of (first param - target) times its derivative: of other scale families that is
 //               a multiple of the nll
-//   element     the part of the nll that differs between elements; what is the same for all of them (a normaliser) is added
-//               once per row by csrc/ops/likelihood_table.h
+//   element     the part of the nll that differs between elements; what is the same for all of them, the normaliser, is
+//               added once per row
+// Scale families, which have one log-scale s for all elements (the Gaussian has the log-variance in its place):
+//   scale_share   what the nll of every element gains with s
+//   scalar_slope  the derivative of a row by s, from what was summed of the row
 #pragma once
+#include <cmath>
+
 #include "elementary.h"
 
 namespace fastvae::math {
 inline namespace FASTVAE_ISA {
+
+// What is the same for every element: the part of its nll, and the scalars that `element` reads.
+template <class C>
+struct Normaliser {
+  C per_element;
+  C constants[2];
+};
+
+// That of L with the scale 1, at another one.
+template <class L, class C>
+FASTVAE_HD Normaliser<C> at_scale(Normaliser<C> unit, C log_scale) {
+  unit.per_element += C(L::scale_share) * log_scale;
+  unit.constants[0] *= std::exp(-log_scale);
+  return unit;
+}
 
 // -log Bernoulli(t; sigmoid(a)) = max(a, 0) - a t + log(1 + exp(-|a|)); for t strictly between 0 and 1, the cross-entropy.
 struct Bernoulli {
@@ -25,7 +45,7 @@ struct Bernoulli {
     using P = Primitives<V>;
     const V a = param[0];
     const V e = P::exp_bounded(P::neg(P::abs(a))), one_plus_e = V(1) + e;
-    slope[0] = P::select(P::less(a, V(0)), e, V(1)) / one_plus_e - t;
+    slope[0] = P::divide(P::select(P::less(a, V(0)), e, V(1)), one_plus_e) - t;
     logs.add(e, one_plus_e);
     return P::fma(P::neg(a), t, P::relu(a));
   }
@@ -43,6 +63,12 @@ struct Gaussian {
     const V difference = param[0] - t;
     slope[0] = difference * constant[0];
     return V(0.5f) * difference * slope[0];
+  }
+
+  static constexpr double scale_share = 0.5;
+  template <class C>
+  static FASTVAE_HD C scalar_slope(C size, C nll, C) {
+    return C(0.5) * size - nll;
   }
 };
 
@@ -74,6 +100,12 @@ struct Laplace {
   template <class V>
   static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
     return weighted_distance(param[0] - t, constant[0], slope[0]);
+  }
+
+  static constexpr double scale_share = 1;
+  template <class C>
+  static FASTVAE_HD C scalar_slope(C size, C nll, C) {
+    return size - nll;
   }
 
   // |difference| weight; its slope is 0 in the kink, and NaN where `difference` is.
@@ -185,6 +217,12 @@ struct StudentT {
   static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
     V unused;
     return standardised((param[0] - t) * constant[0], constant[0], constant[1], slope[0], unused);
+  }
+
+  static constexpr double scale_share = 1;
+  template <class C>
+  static FASTVAE_HD C scalar_slope(C size, C, C pull) {
+    return size - pull;
   }
 
   // The value; `slope` is its derivative by m, `pull` that by y, times y: in (0, nu + 1).

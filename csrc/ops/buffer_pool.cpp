@@ -73,7 +73,7 @@ Pool& pool() {
 
 at::Tensor pooled_empty(at::IntArrayRef sizes, const at::Tensor& like, at::MemoryFormat order) {
   const auto bytes = c10::multiply_integers(sizes) * static_cast<int64_t>(like.element_size());
-  if (bytes < kSmallest) return at::empty(sizes, like.options(), order);
+  if (bytes < kSmallest || !like.is_cpu()) return at::empty(sizes, like.options(), order);
   const auto buffer = std::make_shared<Buffer>(pool().take(bytes));
   const auto give_back = [buffer](void*) { pool().give(std::move(*buffer)); };
   return at::from_blob(buffer->memory.get(), sizes, strides_in(sizes, order), give_back, like.options());

@@ -5,7 +5,7 @@
 
 namespace fastvae {
 
-// An uninitialised tensor of `like`'s dtype: from the pool where it is large, else at::empty.
+// An uninitialised tensor of `like`'s dtype and device: from the pool where it is large and on the CPU, else at::empty.
 at::Tensor pooled_empty(at::IntArrayRef sizes, const at::Tensor& like, at::MemoryFormat order = at::MemoryFormat::Contiguous);
 
 // Gives the unused buffers back to the system; returns how many bytes.

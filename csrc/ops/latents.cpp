@@ -1,5 +1,5 @@
 // fastvae::reparameterize_kl and fastvae::gaussian_kl: autograd and fake kernels, the same on every device.
-#include "latents.h"
+#include "latents_views.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
@@ -161,7 +161,43 @@ Tensors kl_grad_meta(const Tensor&, const Tensor& mu, const Tensor&, const Optio
   return gradients_meta(mu, needs, {});
 }
 
+void check(const Tensor& mu, const OptionalTensor& other, const char* name) {
+  if (!other) return;
+  TORCH_CHECK_VALUE(other->sizes() == mu.sizes(), "fastvae: `", name, "` must have the shape of `mu` ", mu.sizes(), ", got ",
+                    other->sizes());
+  TORCH_CHECK_TYPE(other->scalar_type() == mu.scalar_type(), "fastvae: `", name, "` must be ", mu.scalar_type(), ", got ",
+                   other->scalar_type());
+}
+
+Tensor dense(const Tensor& t) { return dense_rows(t, at::MemoryFormat::Contiguous); }
+
 }  // namespace
+
+Posterior::Posterior(const Tensor& mu_, const Tensor& logvar_, const OptionalTensor& prior_mu_, const OptionalTensor& prior_logvar_) {
+  TORCH_CHECK_VALUE(mu_.dim() >= 1, "fastvae: `mu` needs a batch dimension");
+  TORCH_CHECK_TYPE(c10::isFloatingType(mu_.scalar_type()), "fastvae: `mu` must be floating point, got ", mu_.scalar_type());
+  check(mu_, logvar_, "logvar");
+  check(mu_, prior_mu_, "prior_mu");
+  check(mu_, prior_logvar_, "prior_logvar");
+  TORCH_CHECK_VALUE(prior_mu_.has_value() == prior_logvar_.has_value(), "fastvae: `prior_mu` and `prior_logvar` go together");
+  mu = dense(mu_);
+  logvar = dense(logvar_);
+  if (prior_mu_) {
+    prior_mu = dense(*prior_mu_);
+    prior_logvar = dense(*prior_logvar_);
+  }
+}
+
+Draws::Draws(const Tensor& mu, std::optional<int64_t> samples, const OptionalTensor& eps_) {
+  TORCH_CHECK_VALUE(!samples || *samples >= 1, "fastvae::reparameterize_kl: `samples` must be at least 1, got ", *samples);
+  std::vector<int64_t> sizes = mu.sizes().vec();
+  if (samples) sizes.insert(sizes.begin(), *samples);
+  z = pooled_empty(sizes, mu);
+  if (!eps_) return;
+  TORCH_CHECK_VALUE(eps_->sizes() == z.sizes() && eps_->scalar_type() == mu.scalar_type(),
+                    "fastvae::reparameterize_kl: `eps` must be ", mu.scalar_type(), " of the shape ", z.sizes());
+  eps = eps_->contiguous();
+}
 
 TORCH_LIBRARY_IMPL(fastvae, CompositeExplicitAutograd, m) {
   m.impl("reparameterize_kl", sample_without_graph);

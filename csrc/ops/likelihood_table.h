@@ -11,6 +11,7 @@
 #include <string_view>
 
 #include "../cpu/kernels.h"
+#include "../math/likelihoods.h"
 
 namespace fastvae {
 
@@ -69,43 +70,33 @@ inline double log_beta_half(double df) {
   return 0.5 * std::log(kPi) - difference;
 }
 
-// What the kernel needs besides tensors, and the part of the nll that is the same for every element. `constants`: those of the op;
-// `scalar`: the value of the 0-dim tensor, of the rows that have one.
-struct Normaliser {
-  double per_element;
-  double constants[cpu::kMaxConstants];
-};
+// `constants`: those of the op; `scalar`: the value of the 0-dim tensor, of the rows that have one.
+using Normaliser = math::Normaliser<double>;
 
 inline Normaliser normaliser(const LikelihoodRow& row, c10::ArrayRef<double> constants, double scalar) {
+  const auto log_scale = [&](size_t i) { return row.has_scalar ? scalar : i < constants.size() ? std::log(constants[i]) : 0; };
   switch (row.element) {
     case cpu::Element::bernoulli: case cpu::Element::continuous_bernoulli: case cpu::Element::poisson: return {0, {}};
     case cpu::Element::gaussian_per_element: return {kHalfLog2Pi, {}};
-    case cpu::Element::gaussian: {
-      const double logvar = row.has_scalar ? scalar : 2 * std::log(constants[0]);
-      return {kHalfLog2Pi + 0.5 * logvar, {std::exp(-logvar)}};
-    }
+    case cpu::Element::gaussian: return math::at_scale<math::Gaussian>({kHalfLog2Pi, {1}}, row.has_scalar ? scalar : 2 * log_scale(0));
     case cpu::Element::laplace_per_element: return {kLog2, {}};
-    case cpu::Element::laplace: {
-      const double log_scale = row.has_scalar ? scalar : std::log(constants[0]);
-      return {kLog2 + log_scale, {std::exp(-log_scale)}};
-    }
+    case cpu::Element::laplace: return math::at_scale<math::Laplace>({kLog2, {1}}, log_scale(0));
     case cpu::Element::student_t_per_element: case cpu::Element::student_t: {
       const double df = constants[0];
-      const double log_scale = row.has_scalar ? scalar : constants.size() > 1 ? std::log(constants[1]) : 0;
-      return {log_beta_half(df) + 0.5 * std::log(df) + log_scale, {std::exp(-log_scale) / std::sqrt(df), df + 1}};
+      const Normaliser unit = {log_beta_half(df) + 0.5 * std::log(df), {1 / std::sqrt(df), df + 1}};
+      return math::at_scale<math::StudentT>(unit, log_scale(1));
     }
   }
   return {0, {}};
 }
 
-// The derivative of a row by the 0-dim tensor, given what the kernel summed. Every summand is log(scale) plus a function of
-// (t - m) / scale, so it is size less the pull, by a log-variance half of that. The pull of the Gaussian is twice the nll, that of the
-// Laplace the nll.
+// The derivative of a row by the 0-dim tensor, from what the kernel summed.
 inline double scalar_slope(const LikelihoodRow& row, int64_t size, double nll_less_normaliser, double pull) {
+  const double n = static_cast<double>(size);
   switch (row.element) {
-    case cpu::Element::gaussian: return 0.5 * static_cast<double>(size) - nll_less_normaliser;
-    case cpu::Element::laplace: return static_cast<double>(size) - nll_less_normaliser;
-    default: return static_cast<double>(size) - pull;
+    case cpu::Element::gaussian: return math::Gaussian::scalar_slope(n, nll_less_normaliser, pull);
+    case cpu::Element::laplace: return math::Laplace::scalar_slope(n, nll_less_normaliser, pull);
+    default: return math::StudentT::scalar_slope(n, nll_less_normaliser, pull);
   }
 }
 

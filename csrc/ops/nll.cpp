@@ -200,6 +200,40 @@ Tensors nll_backward_meta(const OptionalTensor& grad_loss, const OptionalTensor&
 
 }  // namespace
 
+void check_nll(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
+           const OptionalTensor& kl, const OptionalTensor& beta, int64_t reduction) {
+  TORCH_CHECK_VALUE(int64_t(params.size()) == row.tensors, "fastvae::nll: ", std::string(row.name), " takes ", row.tensors,
+                    " params, got ", params.size());
+  TORCH_CHECK_VALUE(int64_t(constants.size()) == row.constants, "fastvae::nll: ", std::string(row.name), " takes ", row.constants,
+                    " constants, got ", constants.size());
+  TORCH_CHECK_VALUE(reduction >= kNone && reduction <= kMean, "fastvae::nll: `reduction` must be 0, 1 or 2, got ", reduction);
+  const Tensor& lead = params[0];
+  TORCH_CHECK_VALUE(lead.dim() >= 1, "fastvae::nll: `params` need a batch dimension");
+  auto expected = lead.sizes().vec();
+  if (row.packed) {
+    TORCH_CHECK_VALUE(lead.dim() >= 2 && expected[1] % 2 == 0, "fastvae::nll: a packed head needs an even dimension 1, got ",
+                      lead.sizes());
+    expected[1] /= 2;
+  }
+  TORCH_CHECK_VALUE(target.sizes() == at::IntArrayRef(expected), "fastvae::nll: `target` must have the shape ",
+                    at::IntArrayRef(expected), ", got ", target.sizes());
+  TORCH_CHECK_TYPE(c10::isFloatingType(lead.scalar_type()), "fastvae::nll: `params` must be floating point, got ",
+                   lead.scalar_type());
+  const auto type = target.scalar_type();
+  TORCH_CHECK_TYPE(takes_target(row, lead.scalar_type(), type),
+                   "fastvae::nll: a `target` of ", type, " does not go with params of ", lead.scalar_type());
+  for (size_t i = 1; i < params.size(); ++i) {
+    const bool scalar = row.has_scalar && i + 1 == params.size();
+    TORCH_CHECK_VALUE(scalar ? params[i].numel() == 1 : params[i].sizes() == lead.sizes(), "fastvae::nll: params[", i,
+                      "] has the shape ", params[i].sizes());
+    TORCH_CHECK_TYPE(scalar || params[i].scalar_type() == lead.scalar_type(), "fastvae::nll: params[", i, "] must be ",
+                     lead.scalar_type(), ", got ", params[i].scalar_type());
+  }
+  TORCH_CHECK_VALUE(!kl || (kl->dim() == 1 && kl->size(0) == lead.size(0)), "fastvae::nll: `kl` must have the shape (",
+                    lead.size(0), ",)");
+  TORCH_CHECK_VALUE(!beta || beta->numel() == 1, "fastvae::nll: `beta` must be a single number");
+}
+
 TORCH_LIBRARY_IMPL(fastvae, CompositeExplicitAutograd, m) { m.impl("nll", nll_without_graph); }
 TORCH_LIBRARY_IMPL(fastvae, Autograd, m) { m.impl("nll", nll_autograd); }
 TORCH_LIBRARY_IMPL(fastvae, Meta, m) {

@@ -5,57 +5,10 @@
 #include "buffer_pool.h"
 #include "cpu_kernels.h"
 #include "likelihood_table.h"
-#include "nll.h"
+#include "nll_views.h"
 
 namespace fastvae {
 namespace {
-
-double weight_of(int64_t reduction, int64_t rows) { return reduction == kMean ? 1.0 / static_cast<double>(rows) : 1.0; }
-
-// Half of a packed head: dimension 1 of (B, 2C, ...) holds C channels of one param, then C of the next. In channels_last order
-// the two alternate at every pixel.
-template <class View>
-View half_of_head(View whole, int64_t which, int64_t channels, bool channels_last) {
-  const int64_t size = whole.run / 2;
-  whole = cpu::shifted(whole, which * (channels_last ? channels : size));
-  whole.run = channels_last ? channels : size;
-  whole.run_stride = channels_last ? 2 * channels : 0;
-  return whole;
-}
-
-void check(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
-           const OptionalTensor& kl, const OptionalTensor& beta, int64_t reduction) {
-  TORCH_CHECK_VALUE(int64_t(params.size()) == row.tensors, "fastvae::nll: ", std::string(row.name), " takes ", row.tensors,
-                    " params, got ", params.size());
-  TORCH_CHECK_VALUE(int64_t(constants.size()) == row.constants, "fastvae::nll: ", std::string(row.name), " takes ", row.constants,
-                    " constants, got ", constants.size());
-  TORCH_CHECK_VALUE(reduction >= kNone && reduction <= kMean, "fastvae::nll: `reduction` must be 0, 1 or 2, got ", reduction);
-  const Tensor& lead = params[0];
-  TORCH_CHECK_VALUE(lead.dim() >= 1, "fastvae::nll: `params` need a batch dimension");
-  auto expected = lead.sizes().vec();
-  if (row.packed) {
-    TORCH_CHECK_VALUE(lead.dim() >= 2 && expected[1] % 2 == 0, "fastvae::nll: a packed head needs an even dimension 1, got ",
-                      lead.sizes());
-    expected[1] /= 2;
-  }
-  TORCH_CHECK_VALUE(target.sizes() == at::IntArrayRef(expected), "fastvae::nll: `target` must have the shape ",
-                    at::IntArrayRef(expected), ", got ", target.sizes());
-  TORCH_CHECK_TYPE(c10::isFloatingType(lead.scalar_type()), "fastvae::nll: `params` must be floating point, got ",
-                   lead.scalar_type());
-  const auto type = target.scalar_type();
-  TORCH_CHECK_TYPE(takes_target(row, lead.scalar_type(), type), "fastvae::nll: a `target` of ", type,
-                   " does not go with params of ", lead.scalar_type());
-  for (size_t i = 1; i < params.size(); ++i) {
-    const bool scalar = row.has_scalar && i + 1 == params.size();
-    TORCH_CHECK_VALUE(scalar ? params[i].numel() == 1 : params[i].sizes() == lead.sizes(), "fastvae::nll: params[", i,
-                      "] has the shape ", params[i].sizes());
-    TORCH_CHECK_TYPE(scalar || params[i].scalar_type() == lead.scalar_type(), "fastvae::nll: params[", i, "] must be ",
-                     lead.scalar_type(), ", got ", params[i].scalar_type());
-  }
-  TORCH_CHECK_VALUE(!kl || (kl->dim() == 1 && kl->size(0) == lead.size(0)), "fastvae::nll: `kl` must have the shape (",
-                    lead.size(0), ",)");
-  TORCH_CHECK_VALUE(!beta || beta->numel() == 1, "fastvae::nll: `beta` must be a single number");
-}
 
 struct Evaluation {
   std::vector<double> nll;  // of each row, less the normaliser
@@ -68,41 +21,20 @@ struct Evaluation {
 Evaluation evaluate(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
                     int64_t needs, const double* weights, int64_t weight_stride) {
   const Tensor& lead = params[0];
-  const auto order = memory_order(lead);
-  const size_t elementwise = params.size() - row.has_scalar;
 
   Evaluation out;
   out.normaliser = normaliser(row, constants, row.has_scalar ? to_doubles(params.back())[0] : 0);
   out.nll.resize(lead.size(0));
   out.pull.resize(row.has_scalar ? lead.size(0) : 0);
   cpu::NllArgs args{};
-  args.element = row.element;
   args.in_double = lead.scalar_type() == at::kDouble;
-  args.rows = lead.size(0);
-  args.size = event_size(target);
   std::copy_n(out.normaliser.constants, cpu::kMaxConstants, args.constants);
   args.weight = weights;
   args.weight_stride = weight_stride;
   args.row_nll = out.nll.data();
   args.row_pull = row.has_scalar ? out.pull.data() : nullptr;
-
-  Tensors dense;
-  for (size_t i = 0; i < elementwise; ++i) {
-    dense.push_back(dense_rows(params[i], order));
-    args.params[i] = operand(dense.back());
-    if (!(needs >> i & 1)) continue;
-    out.gradients.push_back(pooled_empty(lead.sizes(), lead, order));
-    args.slopes[i] = result(out.gradients.back());
-  }
-  if (row.packed) {
-    const bool channels_last = order != at::MemoryFormat::Contiguous;
-    for (int which = 1; which >= 0; --which) {
-      args.params[which] = half_of_head(args.params[0], which, target.size(1), channels_last);
-      if (needs) args.slopes[which] = half_of_head(args.slopes[0], which, target.size(1), channels_last);
-    }
-  }
-  const Tensor dense_target = dense_rows(target, order);
-  args.target = row.counts ? count_operand(dense_target) : operand(dense_target);
+  Tensors kept;
+  out.gradients = fill_elements(args, row, params, target, needs, kept);
   cpu::kernels().nll(args);
   return out;
 }
@@ -112,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cpu(std::string_view lik
                                                             const OptionalTensor& kl, const OptionalTensor& beta,
                                                             int64_t reduction, int64_t needs) {
   const auto& row = likelihood_row(likelihood);
-  check(row, params, target, constants, kl, beta, reduction);
+  check_nll(row, params, target, constants, kl, beta, reduction);
   const Tensor& lead = params[0];
   const int64_t rows = lead.size(0), size = event_size(target);
   const double weight = weight_of(reduction, rows);
@@ -192,7 +124,7 @@ Tensors extras(const RowGradients& g, const OptionalTensor& scalar_rows, const O
 Tensors nll_gradient_cpu(std::string_view likelihood, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
                          const OptionalTensor& grad_loss, const OptionalTensor& grad_nll, int64_t reduction, int64_t needs) {
   const auto& row = likelihood_row(likelihood);
-  check(row, params, target, constants, {}, {}, reduction);
+  check_nll(row, params, target, constants, {}, {}, reduction);
   const auto g = row_gradients(grad_loss, grad_nll, params[0].size(0), reduction);
   return evaluate(row, params, target, constants, needs, g.by_nll.data(), !g.uniform).gradients;
 }

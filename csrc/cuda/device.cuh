@@ -1,0 +1,278 @@
+// What the kernels share: types in memory, accesses of up to 128 bits, sums over threads and over blocks.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels.h"
+#include "plan.h"
+#include "primitives.cuh"
+
+#define FASTVAE_DEVICE __device__ __forceinline__
+
+// Tests compile these files with headers of their own, as C++ for the CPU, where a launch and shared memory are something else.
+#ifndef FASTVAE_LAUNCH
+#define FASTVAE_LAUNCH(kernel, blocks, stream, ...) ((kernel)<<<(blocks), fastvae::cuda::kThreads, 0, (stream)>>>(__VA_ARGS__), cudaGetLastError())
+#define FASTVAE_SHARED(type, name, count) __shared__ type name[count]
+#endif
+
+namespace fastvae::cuda {
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Types
+// ---------------------------------------------------------------------------------------------------------------------------------
+
+using Half = __half;
+using BFloat16 = __nv_bfloat16;
+
+// Data of uint8, read as x / 255, or bool.
+struct Byte {
+  uint8_t value;
+};
+
+// Data of the type that a Converter is told when it is made.
+struct Any {};
+
+template <class T>
+struct ComputeType {
+  using type = float;
+};
+template <>
+struct ComputeType<double> {
+  using type = double;
+};
+template <class T>
+using Compute = typename ComputeType<T>::type;
+
+FASTVAE_DEVICE float widened(float x) { return x; }
+FASTVAE_DEVICE double widened(double x) { return x; }
+FASTVAE_DEVICE float widened(Half x) { return __half2float(x); }
+FASTVAE_DEVICE float widened(BFloat16 x) { return __bfloat162float(x); }
+FASTVAE_DEVICE int widened(uint8_t x) { return x; }  // counts
+FASTVAE_DEVICE int widened(uint16_t x) { return x; }
+FASTVAE_DEVICE int32_t widened(int32_t x) { return x; }
+FASTVAE_DEVICE int64_t widened(int64_t x) { return x; }
+
+template <class T, class C>
+FASTVAE_DEVICE T narrowed(C x) {
+  if constexpr (std::is_same_v<T, Half>) return __float2half_rn(static_cast<float>(x));
+  else if constexpr (std::is_same_v<T, BFloat16>) return __float2bfloat16_rn(static_cast<float>(x));
+  else return static_cast<T>(x);
+}
+
+FASTVAE_DEVICE void narrow_two(float x, float y, Half& a, Half& b) {
+  const __half2 both = __floats2half2_rn(x, y);
+  a = both.x;
+  b = both.y;
+}
+FASTVAE_DEVICE void narrow_two(float x, float y, BFloat16& a, BFloat16& b) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
+  a = both.x;
+  b = both.y;
+}
+
+// Values of memory's type T as numbers of type C.
+template <class T, class C>
+struct Converter {
+  explicit FASTVAE_DEVICE Converter(DType) {}
+  FASTVAE_DEVICE C operator()(T x) const { return static_cast<C>(widened(x)); }
+};
+
+template <class C>
+struct Converter<Byte, C> {
+  int limit;
+  C divisor, reciprocal;
+
+  explicit FASTVAE_DEVICE Converter(DType type)
+      : limit(type == DType::u8 ? 255 : 1), divisor(C(limit)), reciprocal(C(1) / divisor) {}
+
+  // x / 255, exactly rounded, in three instructions.
+  FASTVAE_DEVICE C operator()(Byte byte) const {
+    using P = math::Primitives<C>;
+    const C x = static_cast<C>(byte.value < limit ? byte.value : limit), quotient = x * reciprocal;
+    return P::fma(P::fma(-quotient, divisor, x), reciprocal, quotient);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Memory
+// ---------------------------------------------------------------------------------------------------------------------------------
+
+// Writes 16 bytes. An assignment may be taken apart into four of 4 bytes when the compiler has moved code about.
+FASTVAE_DEVICE void store_chunk(uint4* p, uint4 x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+#else
+  *p = x;
+#endif
+}
+template <class Chunk>
+FASTVAE_DEVICE void store_chunk(Chunk* p, Chunk x) {
+  *p = x;
+}
+
+// N values side by side, in one access where they are 128 bits or less.
+template <class T, int N>
+struct Pack {
+  static constexpr int kBytes = N * int(sizeof(T));
+  static constexpr int kChunk = kBytes < 16 ? kBytes : 16;
+  using Chunk = std::conditional_t<kChunk == 16, uint4, std::conditional_t<kChunk == 8, uint2,
+                std::conditional_t<kChunk == 4, uint32_t, std::conditional_t<kChunk == 2, uint16_t, uint8_t>>>>;
+  static constexpr int kChunks = kBytes / int(sizeof(Chunk));
+  static_assert(kBytes % sizeof(Chunk) == 0);
+
+  union {
+    T value[N];
+    Chunk chunk[kChunks];
+  };
+
+  FASTVAE_DEVICE Pack() {}
+  // Memory that this kernel does not write.
+  FASTVAE_DEVICE void load(const T* p) {
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) chunk[i] = __ldg(reinterpret_cast<const Chunk*>(p) + i);
+  }
+  // Memory that it may write.
+  FASTVAE_DEVICE void load_own(const T* p) {
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) chunk[i] = reinterpret_cast<const Chunk*>(p)[i];
+  }
+  FASTVAE_DEVICE void store(T* p) const {
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) store_chunk(reinterpret_cast<Chunk*>(p) + i, chunk[i]);
+  }
+
+  template <class C>
+  FASTVAE_DEVICE void fill(const C (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      // One instruction for two.
+      if constexpr (sizeof(T) == 2 && N > 1) {
+        if (i % 2 == 0) narrow_two(x[i], x[i + 1], value[i], value[i + 1]);
+      } else {
+        value[i] = narrowed<T>(x[i]);
+      }
+    }
+  }
+};
+
+// Where element i of a row lies.
+struct Runs {
+  int64_t gap;       // between the end of a run and the next one; 0 where the row is dense
+  uint64_t inverse;  // 2^63 / run, rounded up: i / run is then the high half of 2 i inverse, for all i whose product with run is below 2^63
+
+  explicit Runs(const Operand& view)
+      : gap(view.run_stride ? view.run_stride - view.run : 0), inverse(view.run > 0 ? ((uint64_t(1) << 63) - 1) / view.run + 1 : 0) {}
+  FASTVAE_DEVICE int64_t operator()(int64_t i) const {
+    return gap == 0 ? i : i + static_cast<int64_t>(__umul64hi(2 * static_cast<uint64_t>(i), inverse)) * gap;
+  }
+};
+
+// A number of a row, fp32 or fp64.
+FASTVAE_DEVICE double number(const Numbers& numbers, int64_t row) {
+  const int64_t i = row * numbers.stride;
+  return numbers.type == DType::f64 ? static_cast<const double*>(numbers.data)[i] : static_cast<const float*>(numbers.data)[i];
+}
+
+FASTVAE_DEVICE void put(const Output& out, int64_t i, double value) {
+  if (out.type == DType::f64) static_cast<double*>(out.data)[i] = value;
+  else static_cast<float*>(out.data)[i] = static_cast<float>(value);
+}
+
+// A single number of any floating type.
+FASTVAE_DEVICE double number(const Numbers& single) {
+  if (single.type == DType::f16) return __half2float(*static_cast<const Half*>(single.data));
+  if (single.type == DType::bf16) return __bfloat162float(*static_cast<const BFloat16*>(single.data));
+  return number(single, 0);
+}
+
+FASTVAE_DEVICE void put(const Output& single, double value) {
+  if (single.type == DType::f16) *static_cast<Half*>(single.data) = __float2half_rn(static_cast<float>(value));
+  else if (single.type == DType::bf16) *static_cast<BFloat16*>(single.data) = __float2bfloat16_rn(static_cast<float>(value));
+  else put(single, 0, value);
+}
+
+// d objective / d nll of a row: weight * grad_loss + grad_nll, of those that are given.
+FASTVAE_DEVICE double row_factor(const Numbers& grad_loss, const Numbers& grad_nll, double weight, int64_t row) {
+  double factor = 0;
+  if (grad_loss.data) factor = weight * number(grad_loss, row);
+  if (grad_nll.data) factor += number(grad_nll, row);
+  return factor;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Sums
+// ---------------------------------------------------------------------------------------------------------------------------------
+
+// Adds `value` up over groups of `lanes` neighbouring threads, a power of two; the first of each group has the sum. All threads of a
+// block call it, with different `scratch` (a number for each warp) where a call may follow another.
+template <class C>
+FASTVAE_DEVICE C group_sum(C value, int lanes, C* scratch) {
+  for (int offset = (lanes < kWarp ? lanes : kWarp) / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffff, value, offset);
+  if (lanes <= kWarp) return value;
+  const int warp = threadIdx.x / kWarp;
+  if (threadIdx.x % kWarp == 0) scratch[warp] = value;
+  __syncthreads();
+  if (threadIdx.x % lanes == 0)
+    for (int i = 1; i < lanes / kWarp; ++i) value += scratch[warp + i];
+  return value;
+}
+
+// Whether this block is the last of `blocks` to come here; what the others wrote before is then there to read (by load_written).
+FASTVAE_DEVICE bool is_last_block(uint32_t* counter, uint32_t blocks) {
+  FASTVAE_SHARED(bool, last, 1);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last[0] = atomicInc(counter, blocks - 1) == blocks - 1;  // counts to zero again
+    __threadfence();
+  }
+  __syncthreads();
+  return last[0];
+}
+
+// Past the L1 cache, which may hold what was there before.
+template <class C>
+FASTVAE_DEVICE C load_written(const C* p) {
+  return __ldcg(p);
+}
+
+// The sum of count numbers that other blocks wrote, over all threads of this one; the first thread has it.
+FASTVAE_DEVICE double sum_written(const double* numbers, int count, double* scratch) {
+  double sum = 0;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < count; i += kThreads) sum += load_written(numbers + i);
+  return group_sum(sum, kThreads, scratch);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Launches
+// ---------------------------------------------------------------------------------------------------------------------------------
+
+// How many blocks of `per_processor` the current device runs at a time.
+inline int64_t slots(int per_processor) {
+  static int processors[64];  // of each device; written with the same number by whoever comes first
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= 64) return 64 * per_processor;
+  int count = __atomic_load_n(&processors[device], __ATOMIC_RELAXED);
+  if (!count) {
+    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess || count < 1) count = 64;
+    __atomic_store_n(&processors[device], count, __ATOMIC_RELAXED);
+  }
+  return int64_t(count) * per_processor;
+}
+
+// Whether rows of `size` elements can be read or written `unit` elements at a time.
+template <class View>
+bool allows(const View& view, int64_t size, int unit) {
+  if (!view.data) return true;
+  const int64_t bytes = unit * cpu::item_size(view.type), aligned = bytes < 16 ? bytes : 16;
+  const int64_t run = view.run_stride ? view.run : size;
+  return reinterpret_cast<uintptr_t>(view.data) % aligned == 0 && size % unit == 0 && run % unit == 0 &&
+         view.row_stride * cpu::item_size(view.type) % aligned == 0 && view.run_stride * cpu::item_size(view.type) % aligned == 0;
+}
+
+}  // namespace fastvae::cuda

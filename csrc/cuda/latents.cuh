@@ -1,0 +1,111 @@
+// What the two kernels of a posterior share: noise, and access to a row.
+#pragma once
+#include "device.cuh"
+//
+#include "../math/kl.h"
+#include "../math/philox.h"
+
+namespace fastvae::cuda {
+
+constexpr uint64_t kSeedMask = ~uint64_t(0) >> 1;  // seeds and offsets fit a positive int64
+
+struct NoiseKey {
+  uint64_t seed, offset;
+
+  explicit FASTVAE_DEVICE NoiseKey(const NoiseSource& source) {
+    if (source.tensor) {
+      seed = static_cast<uint64_t>(source.tensor[0]);
+      offset = static_cast<uint64_t>(source.tensor[1]);
+    } else {
+      seed = source.captured ? static_cast<uint64_t>(*source.seed_pointer) : source.seed;
+      offset = source.captured ? static_cast<uint64_t>(*source.offset_pointer) + source.offset_intragraph : source.offset;
+    }
+    seed &= kSeedMask;
+    offset &= kSeedMask;
+  }
+};
+
+// As math::box_muller, without the slow path of a cosine of large numbers and with its angle exact.
+FASTVAE_DEVICE void box_muller(uint32_t x0, uint32_t x1, float& n0, float& n1) {
+  const float square = -2.0f * logf(math::open_unit<float>(x0)), radius = square * rsqrtf(square);
+  float sine, cosine;
+  sincospif(2.0f * math::open_unit<float>(x1), &sine, &cosine);
+  n0 = radius * cosine;
+  n1 = radius * sine;
+}
+FASTVAE_DEVICE void box_muller(uint32_t x0, uint32_t x1, double& n0, double& n1) {
+  const double radius = sqrt(-2.0 * log(math::open_unit<double>(x0)));
+  double sine, cosine;
+  sincospi(2.0 * math::open_unit<double>(x1), &sine, &cosine);
+  n0 = radius * cosine;
+  n1 = radius * sine;
+}
+
+// The normals of N neighbouring elements, from the counter of the first on.
+template <class C, int N>
+FASTVAE_DEVICE void normals(const NoiseKey& key, int64_t draw, uint64_t counter, C (&out)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i += 4) {
+    const math::PhiloxWords words = math::philox(key.seed, key.offset / 4 + static_cast<uint64_t>(draw), counter + i / 4);
+    box_muller(words.x[0], words.x[1], out[i], out[i + 1]);
+    box_muller(words.x[2], words.x[3], out[i + 2], out[i + 3]);
+  }
+}
+
+// N neighbouring values of type T: in one access, or those that the row has.
+template <class T, int N, bool kWhole>
+FASTVAE_DEVICE void read(const T* p, int64_t left, Compute<T> (&out)[N]) {
+  Pack<T, N> pack;
+  if constexpr (kWhole) {
+    pack.load(p);
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; ++j) pack.value[j] = j < left ? p[j] : narrowed<T>(0.0f);
+  }
+#pragma unroll
+  for (int j = 0; j < N; ++j) out[j] = widened(pack.value[j]);
+}
+
+template <class T, int N, bool kWhole, class C>
+FASTVAE_DEVICE void write(T* p, int64_t left, const C (&in)[N]) {
+  Pack<T, N> pack;
+  pack.fill(in);
+  if constexpr (kWhole) {
+    pack.store(p);
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+      if (j < left) p[j] = pack.value[j];
+  }
+}
+
+template <class T, class View>
+FASTVAE_DEVICE auto row_of(const View& view, int64_t row) {
+  using P = std::conditional_t<std::is_same_v<View, Operand>, const T*, T*>;
+  return view.data ? static_cast<P>(view.data) + row * view.row_stride : nullptr;
+}
+
+// The elements that a thread takes at a time: those of one counter, or of two where they make an access of 128 bits.
+constexpr int whole_unit(int64_t item_size) { return item_size == 2 ? 8 : 4; }
+
+inline bool allows(const Latents& args, int unit) {
+  return allows(args.mu, args.size, unit) && allows(args.logvar, args.size, unit) && allows(args.prior_mu, args.size, unit) &&
+         allows(args.prior_logvar, args.size, unit) && allows(args.eps, args.size, unit) && args.eps_draw_stride % unit == 0;
+}
+
+// f(type, whether whole units are read and written).
+template <class T, class F>
+cudaError_t with_access(bool whole, const F& f) {
+  return whole ? f(T(), std::true_type()) : f(T(), std::false_type());
+}
+template <class F>
+cudaError_t with_types(DType type, bool whole, const F& f) {
+  switch (type) {
+    case DType::f32: return with_access<float>(whole, f);
+    case DType::f64: return with_access<double>(whole, f);
+    case DType::f16: return with_access<Half>(whole, f);
+    default: return with_access<BFloat16>(whole, f);
+  }
+}
+
+}  // namespace fastvae::cuda

@@ -1,0 +1,269 @@
+// One pass over a reconstruction: the nll of each row, the loss and, where wanted, the gradient. Included by a file for each likelihood.
+#pragma once
+#include "device.cuh"
+//
+#include "../math/likelihoods.h"
+
+namespace fastvae::cuda {
+
+// Accesses of each operand that a thread has under way at a time, and how many blocks a multiprocessor's registers are shared by.
+constexpr int unroll(int params, int unit) { return (unit == 1 ? 4 : 2) / params; }
+template <class L>
+constexpr int resident(int64_t item_size) {
+  constexpr bool is_long = std::is_same_v<L, math::Poisson> || std::is_same_v<L, math::ContinuousBernoulli>;
+  return item_size == 8 ? 2 : L::params > 1 || is_long ? 3 : 4;
+}
+
+// Families with one scale for all elements, which may be learned.
+template <class L>
+constexpr bool kScales = L::params == 1 && L::constants > 0;
+
+// U packs of data, `step` elements apart from i on, as far as they lie before `count`; and then their numbers.
+template <class D, class C, int N, int U>
+struct Data {
+  Pack<D, N> packs[U];
+  Converter<D, C> convert;
+
+  FASTVAE_DEVICE explicit Data(DType type) : convert(type) {}
+  FASTVAE_DEVICE void load(const char* data, uint32_t i, uint32_t step, uint32_t count) {
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+      if (i + u * step < count) packs[u].load(reinterpret_cast<const D*>(data) + (i + u * step));
+  }
+  FASTVAE_DEVICE C value(int u, int j) const { return convert(packs[u].value[j]); }
+};
+
+template <class C, int U>
+struct Data<Any, C, 1, U> {
+  C values[U];
+  DType type;
+
+  FASTVAE_DEVICE explicit Data(DType type_) : type(type_) {}
+  template <class D>
+  FASTVAE_DEVICE void load_as(const char* data, uint32_t i, uint32_t step, uint32_t count) {
+    Data<D, C, 1, U> typed(type);
+    typed.load(data, i, step, count);
+#pragma unroll
+    for (int u = 0; u < U; ++u) values[u] = typed.value(u, 0);
+  }
+  FASTVAE_DEVICE void load(const char* data, uint32_t i, uint32_t step, uint32_t count) {
+    switch (type) {
+      case DType::f32: return load_as<float>(data, i, step, count);
+      case DType::f64: return load_as<double>(data, i, step, count);
+      case DType::f16: return load_as<Half>(data, i, step, count);
+      case DType::bf16: return load_as<BFloat16>(data, i, step, count);
+      case DType::byte: return load_as<uint8_t>(data, i, step, count);
+      case DType::i32: return load_as<int32_t>(data, i, step, count);
+      case DType::i64: return load_as<int64_t>(data, i, step, count);
+      case DType::u16: return load_as<uint16_t>(data, i, step, count);
+      default: return load_as<Byte>(data, i, step, count);
+    }
+  }
+  FASTVAE_DEVICE C value(int u, int) const { return values[u]; }
+};
+
+// `count` elements of a row from `begin` on, as far as they are this thread's: the sum of their nll less the normaliser. Writes the slopes.
+template <class L, class T, class D, int N>
+FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, int64_t row, int64_t begin, uint32_t count, int lane, int lanes,
+                                      const Compute<T>* constants, Compute<T> factor, const Runs& runs) {
+  using C = Compute<T>;
+  constexpr int U = unroll(L::params, N);
+  constexpr bool kRuns = L::params > 1;  // of a packed head
+  const T* param[L::params];
+  T* slope[L::params];
+#pragma unroll
+  for (int k = 0; k < L::params; ++k) {
+    param[k] = static_cast<const T*>(args.params[k].data) + row * args.params[k].row_stride + (kRuns ? 0 : begin);
+    slope[k] = static_cast<T*>(args.slopes[k].data);
+    if (slope[k]) slope[k] += row * args.slopes[k].row_stride + (kRuns ? 0 : begin);
+  }
+  const char* target = static_cast<const char*>(args.target.data) + (row * args.target.row_stride + begin) * cpu::item_size(args.target.type);
+
+  C sum(0);
+  const uint32_t step = uint32_t(lanes) * N;
+#pragma unroll 1
+  for (uint32_t i = uint32_t(lane) * N; i < count; i += step * U) {
+    const auto place = [&](int u) { return kRuns ? runs(begin + (i + u * step)) : static_cast<int64_t>(i + u * step); };
+    // All loads before the first use: that many are under way at a time.
+    Pack<T, N> params[L::params][U];
+    Data<D, C, N, U> data(args.target.type);
+#pragma unroll
+    for (int k = 0; k < L::params; ++k)
+#pragma unroll
+      for (int u = 0; u < U; ++u)
+        if (i + u * step < count) params[k][u].load(param[k] + place(u));
+    data.load(target, i, step, count);
+
+    math::Log1pSum<C> logs;
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (i + u * step >= count) break;
+      C slopes[L::params][N];
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        C p[L::params], d[L::params];
+#pragma unroll
+        for (int k = 0; k < L::params; ++k) p[k] = widened(params[k][u].value[j]);
+        sum += L::element(p, data.value(u, j), constants, d, logs);
+#pragma unroll
+        for (int k = 0; k < L::params; ++k) slopes[k][j] = d[k] * factor;
+      }
+#pragma unroll
+      for (int k = 0; k < L::params; ++k) {
+        if (!slope[k]) continue;
+        Pack<T, N> pack;
+        pack.fill(slopes[k]);
+        pack.store(slope[k] + place(u));
+      }
+    }
+    static_assert(N * U < 128, "more factors than a Log1pSum can hold");
+    if constexpr (L::has_log1p) sum += logs.value();
+  }
+  return sum;
+}
+
+// What is written of a row whose elements sum up to `value`; returns its part of the loss.
+template <class L, class C>
+FASTVAE_DEVICE double finish_row(const NllArgs& args, int64_t row, double value, C normaliser) {
+  if constexpr (kScales<L>) {
+    if (args.scalar_rows.data) put(args.scalar_rows, row, L::scalar_slope(static_cast<double>(args.size), value, 0.0));
+  }
+  value += static_cast<double>(args.size) * static_cast<double>(normaliser);
+  put(args.nll, row, value);
+  if (args.kl.data) value += (args.beta.data ? number(args.beta) : 1.0) * number(args.kl, row);
+  if (!args.reduced) put(args.loss, row, value);
+  return value;
+}
+
+template <class L, class T, class D, int N>
+__global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T))) nll_kernel(const __grid_constant__ NllArgs args, const __grid_constant__ Plan plan,
+                                                       const __grid_constant__ Runs place) {
+  using C = Compute<T>;
+  FASTVAE_SHARED(C, row_scratch, 2 * kThreads / kWarp);
+  FASTVAE_SHARED(double, loss_scratch, kThreads / kWarp);
+  const int lane = threadIdx.x & (plan.lanes - 1), group = threadIdx.x >> plan.lanes_log2;
+  const bool values = args.nll.data;
+
+  math::Normaliser<C> same = {static_cast<C>(args.normaliser), {static_cast<C>(args.constants[0]), static_cast<C>(args.constants[1])}};
+  if constexpr (kScales<L>) {
+    if (args.scalar.data) same = math::at_scale<L>(same, static_cast<C>(number(args.scalar)));
+  }
+
+  double loss = 0;  // of the rows whose first lane this is
+  int turn = 0;
+  for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
+    int64_t row = item, begin = 0, end = args.size;
+    if (plan.splits > 1) {
+      row = uint32_t(item) / uint32_t(plan.splits);
+      begin = (uint32_t(item) - uint32_t(row) * uint32_t(plan.splits)) * plan.split_size;
+      end = begin + plan.split_size < end ? begin + plan.split_size : end;
+    } else {
+      row = item * (kThreads >> plan.lanes_log2) + group;
+    }
+    C sum(0);
+    if (row < args.rows) {
+      C factor = static_cast<C>(args.weight);
+      if (args.grad_loss.data || args.grad_nll.data)
+        factor = static_cast<C>(row_factor(args.grad_loss, args.grad_nll, args.weight, row));
+      sum = part_of_row<L, T, D, N>(args, row, begin, static_cast<uint32_t>(end - begin), lane, plan.lanes, same.constants, factor, place);
+    }
+    if (!values) continue;
+    sum = group_sum(sum, plan.lanes, row_scratch + (turn ^= kThreads / kWarp));
+    if (lane != 0 || row >= args.rows) continue;
+    if (plan.splits > 1) static_cast<C*>(args.workspace.scratch)[item] = sum;
+    else loss += finish_row<L>(args, row, sum, same.per_element);
+  }
+  if (!values) return;
+
+  if (plan.splits > 1) {
+    // The last block adds up the splits of all rows.
+    if (!is_last_block(args.workspace.counter, gridDim.x)) return;
+    const C* partials = static_cast<const C*>(args.workspace.scratch);
+    int lanes = 1;
+    while (lanes < kWarp && lanes < plan.splits) lanes *= 2;
+    const int first = threadIdx.x & (lanes - 1), groups = kThreads / lanes;
+    for (int64_t base = 0; base < args.rows; base += groups) {
+      const int64_t row = base + threadIdx.x / lanes;
+      double sum = 0;
+      if (row < args.rows) {
+#pragma unroll 4
+        for (int i = first; i < plan.splits; i += lanes) sum += load_written(partials + row * plan.splits + i);
+      }
+      sum = group_sum(sum, lanes, static_cast<double*>(nullptr));
+      if (first == 0 && row < args.rows) loss += finish_row<L>(args, row, sum, same.per_element);
+    }
+    if (args.reduced) {
+      loss = group_sum(loss, kThreads, loss_scratch);
+      if (threadIdx.x == 0) put(args.loss, 0, args.weight * loss);
+    }
+  } else if (args.reduced) {
+    loss = group_sum(loss, kThreads, loss_scratch);
+    if (gridDim.x > 1) {
+      double* partials = static_cast<double*>(args.workspace.scratch);
+      if (threadIdx.x == 0) partials[blockIdx.x] = loss;
+      if (!is_last_block(args.workspace.counter, gridDim.x)) return;
+      loss = sum_written(partials, gridDim.x, loss_scratch);
+    }
+    if (threadIdx.x == 0) put(args.loss, 0, args.weight * loss);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+
+constexpr bool counts(DType type) {
+  return type == DType::byte || type == DType::u16 || type == DType::i32 || type == DType::i64;
+}
+
+// The elements of a 128-bit access where all operands allow it, else 1.
+inline int unit_of(const NllArgs& args) {
+  const int unit = static_cast<int>(16 / cpu::item_size(args.params[0].type));
+  bool wide = !counts(args.target.type) && allows(args.target, args.size, unit);
+  for (int k = 0; k < kMaxParams; ++k) wide &= allows(args.params[k], args.size, unit) && allows(args.slopes[k], args.size, unit);
+  return wide ? unit : 1;
+}
+
+template <class L>
+Plan plan_for(const NllArgs& args) {
+  const int unit = unit_of(args);
+  return plan_for(args.rows, args.size, unit, unroll(L::params, unit), slots(resident<L>(cpu::item_size(args.params[0].type))));
+}
+
+template <class L, class T, class D, int N>
+cudaError_t launch_nll(const NllArgs& args, const Plan& plan, cudaStream_t stream) {
+  return FASTVAE_LAUNCH((nll_kernel<L, T, D, N>), plan.blocks, stream, args, plan, Runs(args.params[0]));
+}
+
+template <class L, class T>
+cudaError_t launch_nll(const NllArgs& args, cudaStream_t stream) {
+  const Plan plan = plan_for<L>(args);
+  constexpr int N = 16 / sizeof(T);
+  if (unit_of(args) == 1) return launch_nll<L, T, Any, 1>(args, plan, stream);
+  switch (args.target.type) {
+    case DType::u8: case DType::boolean: return launch_nll<L, T, Byte, N>(args, plan, stream);
+    case DType::f32: return launch_nll<L, T, float, N>(args, plan, stream);
+    default: return launch_nll<L, T, T, N>(args, plan, stream);
+  }
+}
+
+template <class L>
+cudaError_t launch_nll(const NllArgs& args, cudaStream_t stream) {
+  switch (args.params[0].type) {
+    case DType::f32: return launch_nll<L, float>(args, stream);
+    case DType::f64: return launch_nll<L, double>(args, stream);
+    case DType::f16: return launch_nll<L, Half>(args, stream);
+    default: return launch_nll<L, BFloat16>(args, stream);
+  }
+}
+
+// One file for each of these, so that they compile side by side.
+extern template cudaError_t launch_nll<math::Bernoulli>(const NllArgs&, cudaStream_t);
+extern template cudaError_t launch_nll<math::Gaussian>(const NllArgs&, cudaStream_t);
+extern template cudaError_t launch_nll<math::GaussianPerElement>(const NllArgs&, cudaStream_t);
+extern template cudaError_t launch_nll<math::Laplace>(const NllArgs&, cudaStream_t);
+extern template cudaError_t launch_nll<math::LaplacePerElement>(const NllArgs&, cudaStream_t);
+extern template cudaError_t launch_nll<math::ContinuousBernoulli>(const NllArgs&, cudaStream_t);
+extern template cudaError_t launch_nll<math::Poisson>(const NllArgs&, cudaStream_t);
+extern template cudaError_t launch_nll<math::StudentT>(const NllArgs&, cudaStream_t);
+extern template cudaError_t launch_nll<math::StudentTPerElement>(const NllArgs&, cudaStream_t);
+
+}  // namespace fastvae::cuda

@@ -1,0 +1,167 @@
+// The backward of a reconstruction loss whose gradient the forward has made: scales it, unless the factor is 1, and makes the small
+// gradients: of the scalar, of the kl and of beta.
+#include "device.cuh"
+
+namespace fastvae::cuda {
+namespace {
+
+constexpr int kUnroll = 4;
+
+// The first `row_blocks` blocks make the small gradients, `rows_each` rows each; the others scale as `plan` says, which counts a
+// factor that is the same for all rows as a single row.
+struct BackwardPlan {
+  int row_blocks;
+  int64_t rows_each;
+  bool uniform;
+  double over_weight;
+  Plan plan;
+};
+
+constexpr int resident(int64_t item_size) { return item_size == 8 ? 2 : 4; }
+
+__device__ void small_gradients(const NllBackwardArgs& args, const BackwardPlan& how) {
+  FASTVAE_SHARED(double, scalar_scratch, kThreads / kWarp);
+  FASTVAE_SHARED(double, beta_scratch, kThreads / kWarp);
+  const int64_t begin = blockIdx.x * how.rows_each, end = begin + how.rows_each < args.rows ? begin + how.rows_each : args.rows;
+  const bool scalar = args.scalar_gradient.data, beta = args.beta_gradient.data;
+  const double kl_factor = args.beta.data ? number(args.beta) : 1.0;
+  double scalar_sum = 0, beta_sum = 0;
+#pragma unroll 1
+  for (int64_t row = begin + threadIdx.x; row < end; row += kThreads) {
+    const double by_loss = row_factor(args.grad_loss, Numbers(), args.weight, row);
+    if (args.kl_gradient.data) put(args.kl_gradient, row, kl_factor * by_loss);
+    if (scalar) scalar_sum += (by_loss + row_factor(Numbers(), args.grad_nll, 1, row)) * number(args.scalar_rows, row);
+    if (beta) beta_sum += by_loss * number(args.kl, row);
+  }
+  if (!scalar && !beta) return;
+
+  scalar_sum = group_sum(scalar_sum, kThreads, scalar_scratch);
+  beta_sum = group_sum(beta_sum, kThreads, beta_scratch);
+  if (how.row_blocks > 1) {
+    double* partials = static_cast<double*>(args.workspace.scratch);
+    if (threadIdx.x == 0) {
+      partials[blockIdx.x] = scalar_sum;
+      partials[how.row_blocks + blockIdx.x] = beta_sum;
+    }
+    if (!is_last_block(args.workspace.counter, how.row_blocks)) return;
+    scalar_sum = sum_written(partials, how.row_blocks, scalar_scratch);
+    beta_sum = sum_written(partials + how.row_blocks, how.row_blocks, beta_scratch);
+  }
+  if (threadIdx.x != 0) return;
+  if (scalar) put(args.scalar_gradient, scalar_sum);
+  if (beta) put(args.beta_gradient, beta_sum);
+}
+
+template <class T, int N>
+FASTVAE_DEVICE void scale_part(const void* from, void* to, int64_t begin, int64_t end, int64_t step, Compute<T> factor) {
+  const T* in = static_cast<const T*>(from);
+  T* out = static_cast<T*>(to);
+  for (int64_t i = begin; i < end; i += step * kUnroll) {
+    Pack<T, N> packs[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+      if (i + u * step < end) packs[u].load_own(in + i + u * step);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (i + u * step >= end) break;
+#pragma unroll
+      for (int j = 0; j < N; ++j) packs[u].value[j] = narrowed<T>(widened(packs[u].value[j]) * factor);
+      packs[u].store(out + i + u * step);
+    }
+  }
+}
+
+template <class T, int N>
+__global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
+    nll_backward_kernel(const __grid_constant__ NllBackwardArgs args, const __grid_constant__ BackwardPlan how) {
+  using C = Compute<T>;
+  if (int(blockIdx.x) < how.row_blocks) return small_gradients(args, how);
+  const Plan& plan = how.plan;
+  const bool in_place = args.results[0].data == args.gradients[0].data;
+  const int64_t size = how.uniform ? args.rows * args.size : args.size;
+  const int lane = threadIdx.x & (plan.lanes - 1), group = threadIdx.x >> plan.lanes_log2;
+  for (int64_t item = blockIdx.x - how.row_blocks; item < plan.items; item += gridDim.x - how.row_blocks) {
+    int64_t row = item, begin = 0, end = size;
+    if (plan.splits > 1) {
+      row = uint32_t(item) / uint32_t(plan.splits);
+      begin = (uint32_t(item) - uint32_t(row) * uint32_t(plan.splits)) * plan.split_size;
+      end = begin + plan.split_size < end ? begin + plan.split_size : end;
+    } else {
+      row = item * (kThreads >> plan.lanes_log2) + group;
+    }
+    if (row >= (how.uniform ? 1 : args.rows)) continue;
+    double factor = args.grad_loss.data ? number(args.grad_loss, row) : 0.0;
+    if (args.grad_nll.data) factor += number(args.grad_nll, row) * how.over_weight;
+    if (in_place && factor == 1.0) {
+      if (how.uniform) return;
+      continue;
+    }
+    for (int k = 0; k < kMaxParams && args.gradients[k].data; ++k) {
+      const int64_t offset = row * size * int64_t(sizeof(T));
+      scale_part<T, N>(static_cast<const char*>(args.gradients[k].data) + offset, static_cast<char*>(args.results[k].data) + offset,
+                       begin + int64_t(lane) * N, end, int64_t(plan.lanes) * N, static_cast<C>(factor));
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+
+bool is_uniform(const NllBackwardArgs& args) {
+  return (!args.grad_loss.data || args.grad_loss.stride == 0) && (!args.grad_nll.data || args.grad_nll.stride == 0);
+}
+
+int unit_of(const NllBackwardArgs& args) {
+  const int unit = static_cast<int>(16 / cpu::item_size(args.gradients[0].type));
+  const int64_t size = is_uniform(args) ? args.rows * args.size : args.size;
+  for (int k = 0; k < kMaxParams; ++k) {
+    Operand in = args.gradients[k];
+    Result out = args.results[k];
+    in.row_stride = out.row_stride = size;
+    if (!allows(in, size, unit) || !allows(out, size, unit)) return 1;
+  }
+  return unit;
+}
+
+BackwardPlan backward_plan(const NllBackwardArgs& args) {
+  BackwardPlan how{};
+  if (args.scalar_gradient.data || args.kl_gradient.data || args.beta_gradient.data) {
+    how.row_blocks = static_cast<int>(std::min<int64_t>(std::max<int64_t>(1, (args.rows + 4 * kThreads - 1) / (4 * kThreads)), 64));
+    how.rows_each = (args.rows + how.row_blocks - 1) / how.row_blocks;
+  }
+  how.uniform = is_uniform(args);
+  how.over_weight = 1 / args.weight;
+  if (!args.gradients[0].data || args.rows * args.size == 0) return how;
+  const int64_t at_a_time = slots(resident(cpu::item_size(args.gradients[0].type)));
+  how.plan = plan_for(how.uniform ? 1 : args.rows, how.uniform ? args.rows * args.size : args.size, unit_of(args), kUnroll, at_a_time);
+  // Often there is nothing to do, and then every block costs.
+  if (how.plan.splits == 1) how.plan.blocks = static_cast<int>(std::min<int64_t>(how.plan.blocks, 2 * at_a_time));
+  return how;
+}
+
+template <class T>
+cudaError_t launch(const NllBackwardArgs& args, const BackwardPlan& how, cudaStream_t stream) {
+  const int blocks = how.row_blocks + how.plan.blocks;
+  if (unit_of(args) == 1) return FASTVAE_LAUNCH((nll_backward_kernel<T, 1>), blocks, stream, args, how);
+  return FASTVAE_LAUNCH((nll_backward_kernel<T, 16 / sizeof(T)>), blocks, stream, args, how);
+}
+
+}  // namespace
+
+int64_t nll_backward_scratch(const NllBackwardArgs& args) {
+  const BackwardPlan how = backward_plan(args);
+  if (how.row_blocks < 2 || (!args.scalar_gradient.data && !args.beta_gradient.data)) return 0;
+  return 2 * how.row_blocks * int64_t(sizeof(double));
+}
+
+cudaError_t nll_backward(const NllBackwardArgs& args, cudaStream_t stream) {
+  const BackwardPlan how = backward_plan(args);
+  if (how.row_blocks + how.plan.blocks == 0) return cudaSuccess;
+  switch (args.gradients[0].type) {
+    case DType::f32: return launch<float>(args, how, stream);
+    case DType::f64: return launch<double>(args, how, stream);
+    case DType::f16: return launch<Half>(args, how, stream);
+    default: return launch<BFloat16>(args, how, stream);
+  }
+}
+
+}  // namespace fastvae::cuda

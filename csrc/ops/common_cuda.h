@@ -1,0 +1,59 @@
+// Shared by the CUDA sides of the ops.
+#pragma once
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+
+#include "../cuda/kernels.h"
+#include "common.h"
+
+namespace fastvae {
+
+// Makes the device of an op's tensors current, and gives the stream to launch on.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& lead) : guard_(lead.device()), stream_(c10::cuda::getCurrentCUDAStream()) {}
+  operator cudaStream_t() const { return stream_; }
+
+  // Kernels read through pointers: a tensor from elsewhere would be an illegal access, reported at some later call.
+  void expect(const Tensor& t, const char* name) const {
+    TORCH_CHECK_VALUE(t.device() == guard_.current_device(), "fastvae: `", name, "` must be on ", guard_.current_device(), ", got ",
+                      t.device());
+  }
+  void expect(const OptionalTensor& t, const char* name) const {
+    if (t) expect(*t, name);
+  }
+
+ private:
+  c10::cuda::CUDAGuard guard_;
+  c10::cuda::CUDAStream stream_;
+};
+
+inline void check_launch(cudaError_t status) {
+  C10_CUDA_CHECK(status);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// A (B,) tensor, or a single number.
+inline cuda::Numbers numbers(const Tensor& t) {
+  TORCH_CHECK_TYPE(c10::isFloatingType(t.scalar_type()), "fastvae: expected a floating-point tensor, got ", t.scalar_type());
+  return {t.const_data_ptr(), dtype_of(t), t.dim() == 1 && t.size(0) != 1 ? t.stride(0) : 0};
+}
+inline cuda::Numbers numbers(const OptionalTensor& t) { return t ? numbers(*t) : cuda::Numbers{}; }
+
+inline cuda::Output output(const Tensor& t) { return {t.mutable_data_ptr(), dtype_of(t)}; }
+
+// Scratch memory for one launch, and the counter by which its blocks find out which of them is the last. Keep it until the launch is
+// on its stream.
+class Scratch {
+ public:
+  Scratch(int64_t bytes, cudaStream_t stream);
+  cuda::Workspace workspace() const { return {scratch_, counter_}; }
+
+ private:
+  c10::DataPtr memory_;
+  void* scratch_ = nullptr;
+  uint32_t* counter_;
+};
+
+}  // namespace fastvae

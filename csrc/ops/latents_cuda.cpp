@@ -1,0 +1,149 @@
+// The CUDA kernels of fastvae::reparameterize_kl_* and gaussian_kl_*.
+#include <ATen/cuda/CUDAGeneratorImpl.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "common_cuda.h"
+#include "latents_views.h"
+
+namespace fastvae {
+namespace {
+
+void fill(cuda::Latents& args, const Posterior& posterior, const OnDevice& device) {
+  device.expect(posterior.logvar, "logvar");
+  if (posterior.prior_mu.defined()) {
+    device.expect(posterior.prior_mu, "prior_mu");
+    device.expect(posterior.prior_logvar, "prior_logvar");
+  }
+  posterior.fill(args);
+}
+
+// The seed lies on the device, and stays there.
+cuda::NoiseSource noise_from(const Tensor& seed, int64_t row_offset, const OnDevice& device) {
+  check_seed(seed);
+  device.expect(seed, "seed");
+  cuda::NoiseSource noise;
+  noise.tensor = seed.const_data_ptr<int64_t>();
+  noise.row_offset = row_offset;
+  return noise;
+}
+
+// Of the generator: numbers, or, while a graph is captured, where each replay will find them.
+cuda::NoiseSource noise_from(const OptionalGenerator& generator, int64_t draws, int64_t row_offset) {
+  auto* source = at::get_generator_or_default<at::CUDAGeneratorImpl>(generator, at::cuda::detail::getDefaultCUDAGenerator());
+  at::PhiloxCudaState state;
+  {
+    const std::lock_guard<std::mutex> lock(source->mutex_);
+    state = source->philox_cuda_state(4 * static_cast<uint64_t>(draws));
+  }
+  cuda::NoiseSource noise;
+  noise.captured = state.captured_;
+  noise.row_offset = row_offset;
+  if (state.captured_) {
+    noise.seed_pointer = state.seed_.ptr;
+    noise.offset_pointer = state.offset_.ptr;
+    noise.offset_intragraph = state.offset_intragraph_;
+  } else {
+    noise.seed = state.seed_.val;
+    noise.offset = state.offset_.val;
+  }
+  return noise;
+}
+
+void run(cuda::SampleArgs& args, const OnDevice& device) {
+  const Scratch scratch(cuda::sample_scratch(args), device);
+  args.workspace = scratch.workspace();
+  check_launch(cuda::sample(args, device));
+}
+
+std::tuple<Tensor, Tensor, Tensor> sample_cuda(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
+                                               const OptionalTensor& prior_logvar, std::optional<int64_t> samples,
+                                               const OptionalTensor& seed, int64_t row_offset, const OptionalTensor& eps,
+                                               OptionalGenerator generator) {
+  const OnDevice device(mu);
+  device.expect(eps, "eps");
+  const Posterior posterior(mu, logvar, prior_mu, prior_logvar);
+  const Draws draws(posterior.mu, samples, eps);
+  const bool many = samples.has_value();
+  const Tensor kl = at::empty({mu.size(0)}, mu.options().dtype(row_dtype(mu.scalar_type())));
+  const Tensor used_seed = at::empty({eps ? 0 : 2}, mu.options().dtype(at::kLong));
+  const Tensor given_seed = seed ? seed->contiguous() : Tensor();
+
+  cuda::SampleArgs args;
+  fill(args, posterior, device);
+  fill_z(args, draws.z, many);
+  if (eps) {
+    fill_eps(args, draws.eps, many);
+  } else {
+    args.noise = seed ? noise_from(given_seed, row_offset, device) : noise_from(generator, args.draws, row_offset);
+    args.used_seed = used_seed.mutable_data_ptr<int64_t>();
+  }
+  args.row_kl = output(kl);
+  run(args, device);
+  return {draws.z, kl, used_seed};
+}
+
+Tensors sample_grad_cuda(const OptionalTensor& grad_z, const OptionalTensor& grad_kl, const Tensor& mu, const Tensor& logvar,
+                         const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar, std::optional<int64_t> samples,
+                         const Tensor& seed, int64_t row_offset, const OptionalTensor& eps, int64_t needs) {
+  const OnDevice device(mu);
+  device.expect(grad_z, "grad_z");
+  device.expect(grad_kl, "grad_kl");
+  device.expect(eps, "eps");
+  const Posterior posterior(mu, logvar, prior_mu, prior_logvar);
+  const bool many = samples.has_value();
+  const Tensor noise = eps ? eps->contiguous() : Tensor();
+  const Tensor grad = grad_z ? grad_z->contiguous() : Tensor();
+
+  cuda::SampleGradArgs args;
+  fill(args, posterior, device);
+  args.draws = samples.value_or(1);
+  if (eps) fill_eps(args, noise, many);
+  else args.noise = noise_from(seed, row_offset, device);
+  if (grad_z) fill_grad_z(args, grad, many);
+  args.grad_kl = numbers(grad_kl);
+  Tensors gradients = fill_gradients(args, posterior.mu, noise, needs, many);
+  check_launch(cuda::sample_grad(args, device));
+  return gradients;
+}
+
+Tensor kl_cuda(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
+               bool per_element) {
+  const OnDevice device(mu);
+  const Posterior posterior(mu, logvar, prior_mu, prior_logvar);
+  cuda::SampleArgs args;
+  fill(args, posterior, device);
+  const auto options = mu.options().dtype(row_dtype(mu.scalar_type()));
+  const Tensor kl = per_element ? at::empty(mu.sizes(), options) : at::empty({mu.size(0)}, options);
+  if (per_element) args.element_kl = result(kl);
+  else args.row_kl = output(kl);
+  run(args, device);
+  return kl;
+}
+
+Tensors kl_grad_cuda(const Tensor& grad_kl, const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
+                     const OptionalTensor& prior_logvar, int64_t needs) {
+  const OnDevice device(mu);
+  device.expect(grad_kl, "grad_kl");
+  const Posterior posterior(mu, logvar, prior_mu, prior_logvar);
+  cuda::SampleGradArgs args;
+  fill(args, posterior, device);
+  const bool per_element = is_per_element(grad_kl, mu);
+  const Tensor dense = per_element ? dense_rows(grad_kl, at::MemoryFormat::Contiguous) : grad_kl;
+  if (per_element) args.element_grad_kl = operand(dense);
+  else args.grad_kl = numbers(dense);
+  Tensors gradients = fill_gradients(args, posterior.mu, Tensor(), needs, false);
+  check_launch(cuda::sample_grad(args, device));
+  return gradients;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastvae, CUDA, m) {
+  m.impl("reparameterize_kl_forward", sample_cuda);
+  m.impl("reparameterize_kl_backward", sample_grad_cuda);
+  m.impl("gaussian_kl_forward", kl_cuda);
+  m.impl("gaussian_kl_backward", kl_grad_cuda);
+}
+
+}  // namespace fastvae

@@ -1,0 +1,88 @@
+// The arguments of fastvae::reparameterize_kl_* and gaussian_kl_* as the plain structs that the kernels of every device are given.
+#pragma once
+#include "buffer_pool.h"
+#include "latents.h"
+
+namespace fastvae {
+
+// The posterior and its prior, checked; and the tensors that keep what the kernels read alive.
+struct Posterior {
+  Tensor mu, logvar, prior_mu, prior_logvar;
+
+  Posterior(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar);
+
+  template <class Latents>
+  void fill(Latents& args) const {
+    args.rows = mu.size(0);
+    args.size = event_size(mu);
+    args.mu = operand(mu);
+    args.logvar = operand(logvar);
+    if (prior_mu.defined()) {
+      args.prior_mu = operand(prior_mu);
+      args.prior_logvar = operand(prior_logvar);
+    }
+  }
+};
+
+// Tensors (K, B, ...), `many` of them, or (B, ...): the kernels see the first draw and the stride to the next.
+inline cpu::Operand first_draw(const Tensor& t, bool many) { return operand(many ? t.select(0, 0) : t); }
+inline cpu::Result first_draw_result(const Tensor& t, bool many) { return result(many ? t.select(0, 0) : t); }
+inline int64_t draw_stride(const Tensor& t, bool many) { return many ? t.stride(0) : 0; }
+
+// z, not yet written, and eps, if it is given, checked against it.
+struct Draws {
+  Tensor z, eps;
+
+  Draws(const Tensor& mu, std::optional<int64_t> samples, const OptionalTensor& eps);
+};
+
+template <class Latents>
+void fill_eps(Latents& args, const Tensor& eps, bool many) {
+  args.eps = first_draw(eps, many);
+  args.eps_draw_stride = draw_stride(eps, many);
+}
+
+template <class SampleArgs>
+void fill_z(SampleArgs& args, const Tensor& z, bool many) {
+  args.draws = many ? z.size(0) : 1;
+  args.z = first_draw_result(z, many);
+  args.z_draw_stride = draw_stride(z, many);
+}
+
+// Keep `grad_z`, which is contiguous, until the kernel is launched.
+template <class SampleGradArgs>
+void fill_grad_z(SampleGradArgs& args, const Tensor& grad_z, bool many) {
+  args.grad_z = first_draw(grad_z, many);
+  args.grad_z_draw_stride = draw_stride(grad_z, many);
+}
+
+// Makes the gradients that `needs` asks for.
+template <class SampleGradArgs>
+Tensors fill_gradients(SampleGradArgs& args, const Tensor& mu, const Tensor& eps, int64_t needs, bool many) {
+  Tensors gradients;
+  const auto wanted = [&](int64_t bit, cpu::Result& view) {
+    if (!(needs & bit)) return;
+    gradients.push_back(pooled_empty(mu.sizes(), mu));
+    view = result(gradients.back());
+  };
+  wanted(kMu, args.grad_mu);
+  wanted(kLogvar, args.grad_logvar);
+  wanted(kPriorMu, args.grad_prior_mu);
+  wanted(kPriorLogvar, args.grad_prior_logvar);
+  if (needs & kEps) {
+    gradients.push_back(pooled_empty(eps.sizes(), mu));
+    args.grad_eps = first_draw_result(gradients.back(), many);
+    args.grad_eps_draw_stride = draw_stride(gradients.back(), many);
+  }
+  return gradients;
+}
+
+// The gradient of gaussian_kl may be one of every element, not of every row.
+inline bool is_per_element(const Tensor& grad_kl, const Tensor& mu) { return grad_kl.dim() != 1 || mu.dim() == 1; }
+
+inline void check_seed(const Tensor& seed) {
+  TORCH_CHECK_VALUE(seed.scalar_type() == at::kLong && seed.numel() == 2 && seed.is_contiguous(),
+                    "fastvae: `seed` must be a (2,) int64 tensor");
+}
+
+}  // namespace fastvae

@@ -1,0 +1,145 @@
+// The CUDA kernels of fastvae::nll_forward and nll_backward. Nothing here looks at a value in a tensor: that would make Python wait
+// for the GPU, and a captured graph would keep the value.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "common_cuda.h"
+#include "nll_views.h"
+
+namespace fastvae {
+namespace {
+
+// Everything but the results of the rows.
+Tensors fill(cuda::NllArgs& args, const OnDevice& device, const LikelihoodRow& row, at::TensorList params, const Tensor& target,
+             at::ArrayRef<double> constants, int64_t reduction, int64_t needs, Tensors& kept) {
+  for (const auto& p : params) device.expect(p, "params");
+  device.expect(target, "target");
+  Tensors gradients = fill_elements(args, row, params, target, needs, kept);
+  const auto norm = normaliser(row, constants, 0);
+  std::copy_n(norm.constants, cuda::kMaxConstants, args.constants);
+  args.normaliser = norm.per_element;
+  if (row.has_scalar) args.scalar = numbers(params.back());
+  args.weight = weight_of(reduction, args.rows);
+  return gradients;
+}
+
+std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cuda(std::string_view likelihood, at::TensorList params,
+                                                             const Tensor& target, at::ArrayRef<double> constants,
+                                                             const OptionalTensor& kl, const OptionalTensor& beta,
+                                                             int64_t reduction, int64_t needs) {
+  const auto& row = likelihood_row(likelihood);
+  check_nll(row, params, target, constants, kl, beta, reduction);
+  const OnDevice device(target);
+  device.expect(kl, "kl");
+  device.expect(beta, "beta");
+
+  cuda::NllArgs args;
+  Tensors kept;
+  Tensors gradients = fill(args, device, row, params, target, constants, reduction, needs, kept);
+  const auto options = target.options().dtype(row_dtype(params[0].scalar_type()));
+  const bool with_scalar = row.has_scalar && (needs >> (params.size() - 1) & 1);
+  const Tensor nll = at::empty({args.rows}, options), scalar_rows = at::empty({with_scalar ? args.rows : 0}, options);
+  const int64_t sizes[] = {args.rows};
+  const Tensor loss = at::empty(at::IntArrayRef(sizes, reduction == kNone ? 1 : 0),
+                                kl && kl->scalar_type() == at::kDouble ? options.dtype(at::kDouble) : options);
+  args.nll = output(nll);
+  args.loss = output(loss);
+  if (with_scalar) args.scalar_rows = output(scalar_rows);
+  args.reduced = reduction != kNone;
+  args.kl = numbers(kl);
+  if (kl) args.beta = numbers(beta);
+  const Scratch scratch(cuda::nll_scratch(args), device);
+  args.workspace = scratch.workspace();
+  check_launch(cuda::nll(args, device));
+  return {loss, nll, std::move(gradients), scalar_rows};
+}
+
+Tensors nll_gradient_cuda(std::string_view likelihood, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
+                          const OptionalTensor& grad_loss, const OptionalTensor& grad_nll, int64_t reduction, int64_t needs) {
+  const auto& row = likelihood_row(likelihood);
+  check_nll(row, params, target, constants, {}, {}, reduction);
+  const OnDevice device(target);
+  device.expect(grad_loss, "grad_loss");
+  device.expect(grad_nll, "grad_nll");
+  cuda::NllArgs args;
+  Tensors kept;
+  Tensors gradients = fill(args, device, row, params, target, constants, reduction, needs, kept);
+  args.grad_loss = numbers(grad_loss);
+  args.grad_nll = numbers(grad_nll);
+  const Scratch scratch(cuda::nll_scratch(args), device);
+  args.workspace = scratch.workspace();
+  check_launch(cuda::nll(args, device));
+  return gradients;
+}
+
+// Scales `gradients` into `results`, which may be the same tensors, and returns the gradients of the scalar, kl and beta.
+Tensors nll_backward_into(at::TensorList results, const OptionalTensor& grad_loss, const OptionalTensor& grad_nll,
+                          at::TensorList gradients, const OptionalTensor& scalar_rows, const OptionalTensor& kl,
+                          const OptionalTensor& beta, int64_t rows, int64_t reduction, bool need_kl, bool need_beta) {
+  Tensors extras;
+  if (gradients.empty() && !scalar_rows && !need_kl && !need_beta) return extras;
+  TORCH_CHECK_VALUE(gradients.size() <= size_t(cuda::kMaxParams), "fastvae::nll_backward: at most ", cuda::kMaxParams,
+                    " gradients, got ", gradients.size());
+  const OnDevice device(!gradients.empty() ? gradients[0] : scalar_rows ? *scalar_rows : kl.value());
+  device.expect(grad_loss, "grad_loss");
+  device.expect(grad_nll, "grad_nll");
+  for (const auto& g : gradients) device.expect(g, "gradients");
+  device.expect(scalar_rows, "scalar_rows");
+  device.expect(kl, "kl");
+  device.expect(beta, "beta");
+
+  cuda::NllBackwardArgs args;
+  args.rows = rows;
+  args.weight = weight_of(reduction, rows);
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    args.size = event_size(gradients[i]);
+    args.gradients[i] = operand(gradients[i]);
+    args.results[i] = result(results[i]);
+  }
+  args.grad_loss = numbers(grad_loss);
+  args.grad_nll = numbers(grad_nll);
+  args.scalar_rows = numbers(scalar_rows);
+  args.kl = numbers(kl);
+  args.beta = numbers(beta);
+  const auto extra = [&](const Tensor& like, at::IntArrayRef sizes) {
+    extras.push_back(at::empty(sizes, like.options()));
+    return output(extras.back());
+  };
+  if (scalar_rows) args.scalar_gradient = extra(*scalar_rows, {});
+  if (need_kl) args.kl_gradient = extra(*kl, {rows});
+  if (need_beta) args.beta_gradient = extra(*beta, {});
+  const Scratch scratch(cuda::nll_backward_scratch(args), device);
+  args.workspace = scratch.workspace();
+  check_launch(cuda::nll_backward(args, device));
+  return extras;
+}
+
+Tensors nll_backward_cuda(const OptionalTensor& grad_loss, const OptionalTensor& grad_nll, at::TensorList gradients,
+                          const OptionalTensor& scalar_rows, const OptionalTensor& kl, const OptionalTensor& beta, c10::SymInt rows,
+                          int64_t reduction, bool need_kl, bool need_beta) {
+  Tensors results;
+  for (const auto& gradient : gradients) results.push_back(at::empty_like(gradient));
+  for (auto& extra : nll_backward_into(results, grad_loss, grad_nll, gradients, scalar_rows, kl, beta, rows.expect_int(), reduction,
+                                       need_kl, need_beta))
+    results.push_back(std::move(extra));
+  return results;
+}
+
+Tensors nll_backward_in_place_cuda(const OptionalTensor& grad_loss, const OptionalTensor& grad_nll, at::TensorList gradients,
+                                   const OptionalTensor& scalar_rows, const OptionalTensor& kl, const OptionalTensor& beta,
+                                   c10::SymInt rows, int64_t reduction, bool need_kl, bool need_beta) {
+  return nll_backward_into(gradients, grad_loss, grad_nll, gradients, scalar_rows, kl, beta, rows.expect_int(), reduction, need_kl,
+                           need_beta);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastvae, CUDA, m) {
+  m.impl("nll_forward", nll_forward_cuda);
+  m.impl("nll_gradient", nll_gradient_cuda);
+  m.impl("nll_backward", nll_backward_cuda);
+  m.impl("nll_backward_", nll_backward_in_place_cuda);
+}
+
+}  // namespace fastvae

@@ -1,0 +1,68 @@
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+
+#include <array>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "common_cuda.h"
+
+namespace fastvae {
+namespace {
+
+constexpr size_t kCounters = 4096;
+constexpr size_t kCounterBytes = 16;  // keeps what lies behind it aligned
+
+// The counters of a device, each zero while it is not in use. A stream has one of its own, for what it runs comes in turn. A captured
+// launch has one of its own too: its graph may be replayed on any stream, beside anything else.
+class Counters {
+ public:
+  // Null where there is none to give: the first call ever is captured, or so many were.
+  uint32_t* take(cudaStream_t stream, bool capturing) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!all_) {
+      if (capturing) return nullptr;  // the memory would be the graph's, and the zeros too
+      const c10::cuda::CUDAStreamCaptureModeGuard while_others_capture(cudaStreamCaptureModeRelaxed);
+      auto zeros = c10::cuda::CUDACachingAllocator::get()->allocate(kCounters * sizeof(uint32_t));
+      C10_CUDA_CHECK(cudaMemsetAsync(zeros.get(), 0, kCounters * sizeof(uint32_t), stream));
+      // Once per process and device: other streams will use them as well.
+      C10_CUDA_CHECK(cudaStreamSynchronize(stream));
+      all_ = std::move(zeros);
+    }
+    if (!capturing)
+      for (const auto& [known, counter] : of_streams_)
+        if (known == stream) return counter;
+    if (next_ == kCounters) return nullptr;
+    auto* counter = static_cast<uint32_t*>(all_.get()) + next_++;
+    if (!capturing) of_streams_.emplace_back(stream, counter);
+    return counter;
+  }
+
+ private:
+  std::mutex mutex_;
+  c10::DataPtr all_;
+  size_t next_ = 0;
+  std::vector<std::pair<cudaStream_t, uint32_t*>> of_streams_;
+};
+
+Counters& counters_of_current_device() {
+  // Never destroyed: CUDA may be gone by then.
+  static auto& all = *new std::array<Counters, C10_COMPILE_TIME_MAX_GPUS>;
+  return all.at(c10::cuda::current_device());
+}
+
+}  // namespace
+
+Scratch::Scratch(int64_t bytes, cudaStream_t stream) {
+  const bool capturing = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+  counter_ = counters_of_current_device().take(stream, capturing);
+  if (counter_ && bytes == 0) return;
+  memory_ = c10::cuda::CUDACachingAllocator::get()->allocate(bytes + (counter_ ? 0 : kCounterBytes));
+  scratch_ = memory_.get();
+  if (counter_) return;
+  counter_ = static_cast<uint32_t*>(scratch_);
+  scratch_ = static_cast<char*>(scratch_) + kCounterBytes;
+  C10_CUDA_CHECK(cudaMemsetAsync(counter_, 0, kCounterBytes, stream));
+}
+
+}  // namespace fastvae

@@ -1,0 +1,255 @@
+"""A whole training step as one CUDA graph: `graph_step`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils import _pytree as pytree
+
+from . import backend
+
+__all__ = ["graph_step"]
+
+Batch = TypeVar("Batch")
+Result = TypeVar("Result")
+
+
+def graph_step(
+    step_fn: Callable[[Batch], Result],
+    example_batch: Batch,
+    *,
+    warmup: int = 3,
+    generators: Sequence[torch.Generator] = (),
+) -> Callable[[Batch], Result]:
+    """A function that does what `step_fn` does, as the replay of one CUDA graph.
+
+    A small model spends its time in launching kernels, not in running them; a graph launches them all at once::
+
+        def train_step(x):
+            optimizer.zero_grad()
+            mu, logvar = encoder(x)
+            z, kl = elbo.reparameterize(mu, logvar)
+            loss = elbo(decoder(z), x, kl=kl).loss
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        step = fastvae.graph_step(train_step, torch.empty(128, 784, device="cuda"))
+        for x in loader:
+            loss = step(x)
+
+    Every call is one step. The first `warmup` calls run `step_fn`, on a stream of their own; the next one captures it,
+    and from then on calls copy the batch to where the graph reads it, and replay. Each replay draws fresh noise, the
+    noise that a call of `step_fn` would have drawn in its place, and follows `elbo.beta = ...`.
+
+    In a captured step nothing may wait for the GPU (`.item()`, printing a tensor), and what Python does there happens
+    once. Optimisers count their steps on the GPU (`capturable=True`); a learning rate that a schedule changes has to be
+    a tensor, `lr=torch.tensor(1e-3)`. Where `step_fn` passes `generator=`, list that generator in `generators`.
+
+    Without a GPU, or with an example on the CPU, calls run `step_fn` as it is, and the first says so.
+
+    Args:
+        step_fn: the step, a function of a batch. It returns tensors, in any nesting of tuples, lists and dicts.
+        example_batch: a tensor on the GPU, or any nesting of such tensors. Only shapes, types and devices count.
+        warmup: how many calls come before the capture, at least 1: libraries and optimisers set themselves up in them.
+        generators: generators beside torch's default one that the step draws from.
+
+    Returns:
+        A function of a batch like `example_batch`, on any device (from pinned memory the copy does not make Python
+        wait). It gives what `step_fn` returned, detached; the next call overwrites these tensors: `.clone()` what is
+        kept.
+
+    Raises:
+        ValueError: a batch that differs from `example_batch` in shape, type or nesting.
+        TypeError: an `example_batch` without tensors, or a `step_fn` that cannot be called.
+        RuntimeError: an optimiser that is not capturable, or a step that cannot be captured.
+    """
+    if not callable(step_fn):
+        raise TypeError(
+            f"fastvae.graph_step: `step_fn` must be a function of a batch, got {type(step_fn).__name__}"
+        )
+    if warmup < 1:
+        raise ValueError(f"fastvae.graph_step: `warmup` must be at least 1, got {warmup}")
+    return _Step(step_fn, example_batch, warmup, generators)
+
+
+class _Step(Generic[Batch, Result]):
+    def __init__(
+        self,
+        step_fn: Callable[[Batch], Result],
+        example: Batch,
+        warmup: int,
+        generators: Sequence[torch.Generator],
+    ) -> None:
+        self._step_fn = step_fn
+        leaves, self._structure = pytree.tree_flatten(example)
+        self._device = _device_of(leaves)
+        # What the graph reads. What is no tensor is written into the graph as it is.
+        self._slots = [_slot(leaf, self._device) for leaf in leaves]
+        self._warmups_left = warmup
+        self._generators = tuple(generators)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._result: Any = None
+        if self._device is not None:
+            self._stream = torch.cuda.Stream(self._device)
+
+    def __call__(self, batch: Batch) -> Result:
+        leaves, structure = pytree.tree_flatten(batch)
+        self._check(batch, leaves, structure)
+        if self._device is None:
+            _say_eager()
+            return _detached(self._step_fn(batch))
+        with torch.no_grad():
+            for slot, leaf in zip(self._slots, leaves, strict=True):
+                if isinstance(slot, Tensor):
+                    slot.copy_(leaf, non_blocking=True)
+        if self._warmups_left:
+            return self._warm_up()
+        if self._graph is None:
+            self._capture()
+        assert self._graph is not None
+        self._graph.replay()
+        return self._result
+
+    def _check(self, batch: Batch, leaves: list[Any], structure: pytree.TreeSpec) -> None:
+        if structure != self._structure:
+            raise ValueError(
+                f"fastvae.graph_step: the batch must be nested as `example_batch`, {_described(self._structure)}, "
+                f"got {_described(structure)}"
+            )
+        for number, (slot, leaf) in enumerate(zip(self._slots, leaves, strict=True)):
+            if isinstance(slot, Tensor) and isinstance(leaf, Tensor):
+                if leaf.shape == slot.shape and leaf.dtype == slot.dtype:
+                    continue
+                wanted, found = (f"{tuple(t.shape)}, {str(t.dtype)[6:]}" for t in (slot, leaf))
+            elif not isinstance(slot, Tensor) and not isinstance(leaf, Tensor) and leaf == slot:
+                continue
+            else:
+                wanted, found = (
+                    "a tensor" if isinstance(value, Tensor) else repr(value) for value in (slot, leaf)
+                )
+            raise ValueError(
+                f"fastvae.graph_step: {_place(batch, number)} must be as in `example_batch`, {wanted}, got {found}; "
+                "a last batch of another size is left out by DataLoader(drop_last=True), or taken by calling "
+                "`step_fn` itself"
+            )
+
+    def _static(self) -> Any:
+        return pytree.tree_unflatten(self._slots, self._structure)
+
+    def _warm_up(self) -> Result:
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream), _looking_at_optimizers():
+                result = _detached(self._step_fn(self._static()))
+            current.wait_stream(self._stream)
+        self._warmups_left -= 1
+        return result
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        for generator in self._generators:
+            graph.register_generator_state(generator)
+        # Weights that an autocast around the call has cast already would be read by every replay as they are now.
+        torch.clear_autocast_cache()
+        cause: RuntimeError | None = None
+        try:
+            # Not "global": a DataLoader's thread may pin memory meanwhile.
+            with (
+                torch.cuda.device(self._device),
+                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                try:
+                    self._result = _detached(self._step_fn(self._static()))
+                except RuntimeError as error:
+                    cause = error
+                    raise
+        except RuntimeError as error:
+            # To end a broken capture is one more error, which says less.
+            cause = cause or error
+            first_line = str(cause).partition("\n")[0]
+            raise RuntimeError(
+                f"fastvae.graph_step: the step cannot be captured as a CUDA graph: {first_line}; nothing in it may "
+                "wait for the GPU (.item(), .cpu(), printing a tensor) or copy from memory that is not pinned"
+            ) from cause
+        finally:
+            torch.clear_autocast_cache()
+        self._graph = graph
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _device_of(leaves: list[Any]) -> torch.device | None:
+    """The GPU of an example's tensors; None where it has none."""
+    devices = list(dict.fromkeys(leaf.device for leaf in leaves if isinstance(leaf, Tensor)))
+    if not devices:
+        raise TypeError("fastvae.graph_step: `example_batch` must hold at least one tensor, got none")
+    if len(devices) > 1:
+        raise ValueError(
+            "fastvae.graph_step: the tensors of `example_batch` must be on one device, got "
+            + " and ".join(map(str, devices))
+        )
+    return devices[0] if devices[0].type == "cuda" else None
+
+
+def _slot(leaf: Any, device: torch.device | None) -> Any:
+    if not isinstance(leaf, Tensor) or device is None:
+        return leaf
+    return torch.empty_like(leaf, requires_grad=False)
+
+
+def _described(structure: pytree.TreeSpec) -> str:
+    return str(pytree.tree_unflatten(["*"] * structure.num_leaves, structure)).replace("'*'", "*")
+
+
+def _place(batch: Any, number: int) -> str:
+    paths, _ = pytree.tree_flatten_with_path(batch)
+    return f"`batch{pytree.keystr(paths[number][0])}`"
+
+
+def _detached(result: Any) -> Any:
+    """Nobody is to go backward through a step that is done; and its graph would hold on to memory."""
+    return pytree.tree_map_only(Tensor, Tensor.detach, result)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What users get wrong
+# ---------------------------------------------------------------------------------------------------------------------
+
+_said = False
+
+
+def _say_eager() -> None:
+    global _said
+    if not _said:
+        _said = True
+        reason = "`example_batch` is on the CPU" if torch.cuda.is_available() else "torch sees no GPU"
+        backend.warn(f"fastvae.graph_step: no CUDA graph, the step runs as it is: {reason}", UserWarning)
+
+
+@contextmanager
+def _looking_at_optimizers() -> Iterator[None]:
+    """Refuses, before its first step, an optimiser that a capture would stop at some steps later."""
+
+    def look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            if group.get("capturable") is False:
+                name = type(optimizer).__name__
+                raise RuntimeError(
+                    f"fastvae.graph_step: {name} must have `capturable` True to be part of a CUDA graph, got False; "
+                    f"make it with {name}(..., capturable=True) (which needs a GPU; on both: "
+                    "capturable=torch.cuda.is_available())"
+                )
+
+    handle = register_optimizer_step_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
