@@ -4,7 +4,7 @@ namespace fastvae::cuda {
 
 int64_t nll_scratch(const NllArgs& args) {
   const Plan plan = plan_for(args);
-  if (!args.nll.data || plan.blocks == 1) return 0;
+  if (!args.loss.data || plan.blocks == 1) return 0;
   return plan.splits > 1 || args.reduced ? plan.items * int64_t(sizeof(double)) : 0;
 }
 

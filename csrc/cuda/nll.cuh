@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, resident(L::params, sizeof(T))) nll_
   FASTVAE_SHARED(C, row_scratch, 2 * kThreads / kWarp);
   FASTVAE_SHARED(double, loss_scratch, kThreads / kWarp);
   const int lane = threadIdx.x & (plan.lanes - 1), group = threadIdx.x >> plan.lanes_log2;
-  const bool values = args.nll.data;
+  const bool values = args.loss.data;
 
   C constants[kMaxConstants], normaliser = static_cast<C>(args.normaliser);
 #pragma unroll
