@@ -29,7 +29,10 @@ class OnDevice {
   c10::cuda::CUDAStream stream_;
 };
 
+[[noreturn]] void not_built_for_this_gpu();
+
 inline void check_launch(cudaError_t status) {
+  if (status == cudaErrorNoKernelImageForDevice) not_built_for_this_gpu();
   C10_CUDA_CHECK(status);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
