@@ -107,7 +107,7 @@ class _Step(Generic[Batch, Result]):
                 if isinstance(slot, Tensor):
                     slot.copy_(leaf, non_blocking=True)
         if self._graph is None:
-            # An autocast around the calls keeps the weights that it has cast, for as long as it lasts: steps would go on
+            # An autocast around the calls keeps the weights that it has cast for as long as it lasts: steps would go on
             # with those of the first one, and replays for ever.
             torch.clear_autocast_cache()
             try:
