@@ -14,9 +14,9 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11)" 2>/dev/null
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint bench gpu wheel clean
+.PHONY: help demo test lint bench gpu cuda-link wheel clean
 .NOTPARALLEL:
 # The stamps of finished steps are kept.
 .SECONDARY:
@@ -27,6 +27,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   time the kernels here, and draw the table and the picture"
 	@echo "make gpu     on a GPU, without a network: build, test, tune and time; 9 minutes at most"
+	@echo "make cuda-link  build the CUDA kernels against a CUDA torch, import and check them: nvcc, 5 GB, no GPU"
 	@echo "make wheel   a binary wheel for this Python and this torch, in dist/"
 	@echo "make clean   remove what was built (not .venv)"
 
@@ -54,6 +55,21 @@ bench: $(VENV)/.deps-bench $(VENV)/.built
 # No virtual environment, nothing installed: PYTHON has torch, triton, pytest, pytest-benchmark, numpy and matplotlib.
 gpu:
 	@$(PYTHON) -m benchmarks.gpu
+
+# An environment of its own, because the CUDA build of torch and the one for CPUs are the same package. Kept for the next
+# time; `rm -rf build/cuda-link` gives its 5 GB back.
+LINK := build/cuda-link
+cuda-link:
+	@test -e $(LINK)/.torch || { echo "== a CUDA torch in $(LINK)" && $(PYTHON) -m venv --clear $(LINK)/venv \
+	    && $(LINK)/venv/bin/python -m pip --disable-pip-version-check install -qq torch==2.11.0 numpy "setuptools>=77" ninja \
+	    pybind11 && touch $(LINK)/.torch; }
+	@echo "== the extension, with its CUDA kernels"
+	@rm -rf $(LINK)/tree && mkdir $(LINK)/tree && cp -r csrc fastvae setup.py pyproject.toml README.md LICENSE $(LINK)/tree
+	@rm -f $(LINK)/tree/fastvae/_C*.so $(LINK)/tree/fastvae/_build_info.py
+	@ln -s ../objects $(LINK)/tree/build && mkdir -p $(LINK)/objects
+	@cd $(LINK)/tree && FASTVAE_NATIVE=1 FASTVAE_CUDA=1 ../venv/bin/python setup.py -q build_ext --inplace
+	@echo "== what it holds"
+	@cd $(LINK)/tree && PYTHONPATH=. ../venv/bin/python $(CURDIR)/tests/cuda_link.py
 
 wheel: $(VENV)/.torch
 	@echo "== wheel"

@@ -4,15 +4,20 @@ Everything that does not depend on the machine stands in pyproject.toml. The env
 
 FASTVAE_NATIVE  auto (default): build the extension where torch and a C++ compiler are there;
                 1: build it or fail; 0: the pure package, which runs on fastvae.reference.
-FASTVAE_CUDA    auto (default) or 0; 1 fails, because this version has no CUDA kernels.
+FASTVAE_CUDA    auto (default): build the CUDA kernels too where torch is a CUDA build and nvcc is there;
+                1: build them or fail; 0: leave them out. The machine that builds needs no GPU.
+TORCH_CUDA_ARCH_LIST  the GPUs to build for, as of torch ("9.0", "8.0;9.0+PTX"); see CUDA_ARCHES for the default.
+CUDA_HOME       where the CUDA toolkit is (default: where nvcc is, or /usr/local/cuda).
 MAX_JOBS        how many compilers may run at a time (default: two more than there are cores).
 """
 
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -45,6 +50,13 @@ COMPILE_ARGS = [
     "-Wno-psabi",
     "-DAT_PER_OPERATOR_HEADERS",
 ]
+
+# No --use_fast_math: csrc/cuda itself says where an approximation is accurate enough. Threads: one for each GPU.
+NVCC_ARGS = ["-O3", "--threads=4", "-Xcompiler=-fvisibility=hidden,-fvisibility-inlines-hidden"]
+
+# By toolkit, the first that is not newer: A100, H100 and B200; PTX of the last serves what comes after it. Code for 8.0
+# runs on 8.6 and 8.9 as well.
+CUDA_ARCHES = {(12, 8): "8.0;9.0;10.0+PTX", (0, 0): "8.0;9.0+PTX"}
 
 
 def stop(message):
@@ -92,6 +104,63 @@ def native_wanted():
     return reason is None
 
 
+def find_toolkit():
+    """Folder and version (a pair) of the CUDA toolkit, or (None, None).
+
+    Torch takes the folder above nvcc's, wrong where that nvcc is a script that calls another one.
+    """
+    given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc")
+    found = [Path(nvcc).resolve().parents[1]] if nvcc else []
+    for home in [Path(given)] if given else [*found, Path("/usr/local/cuda")]:
+        if Path(home, "bin/nvcc").exists() and Path(home, "include/cuda_runtime_api.h").exists():
+            told = subprocess.run([home / "bin/nvcc", "--version"], capture_output=True, text=True).stdout
+            if version := re.search(r"release (\d+)\.(\d+)", told):
+                return str(home), (int(version[1]), int(version[2]))
+    return None, None
+
+
+def why_not_cuda(toolkit):
+    """What keeps the CUDA kernels from being built here, with what mends it; None if nothing does."""
+    import torch
+
+    if torch.version.cuda is None:
+        return (
+            f"this torch ({torch.__version__}) is not built for CUDA; get one that is from: "
+            "https://pytorch.org/get-started"
+        )
+    home, version = toolkit
+    if home is None:
+        given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        where = f"in CUDA_HOME={given}" if given else "on the PATH nor in /usr/local/cuda"
+        return (
+            f"there is no CUDA toolkit (nvcc with its headers) {where}; install CUDA {torch.version.cuda}, or set "
+            "CUDA_HOME to its folder"
+        )
+    major = int(torch.version.cuda.split(".")[0])
+    if version[0] != major:
+        return (
+            f"the CUDA toolkit in {home} is version {version[0]}.{version[1]}, and this torch was built with CUDA "
+            f"{torch.version.cuda}; install a toolkit {major}.x and set CUDA_HOME to its folder"
+        )
+    return None
+
+
+def cuda_wanted(toolkit):
+    wish = choice("FASTVAE_CUDA")
+    if wish == "0":
+        return False
+    reason = why_not_cuda(toolkit)
+    if reason is not None and wish == "1":
+        stop(f"FASTVAE_CUDA=1, but {reason}")
+    import torch
+
+    # With a torch for CPUs nobody expects them.
+    if reason is not None and torch.version.cuda is not None:
+        print(f"fastvae: no CUDA kernels, because {reason}", file=sys.stderr)
+    return reason is None
+
+
 class BuildPython(build_py):
     def find_package_modules(self, package, package_dir):
         # A build record left in the tree by an editable install says nothing about the wheel made now.
@@ -101,14 +170,19 @@ class BuildPython(build_py):
 
 def native():
     """The arguments of setup() that add the extension."""
-    import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    toolkit = find_toolkit() if choice("FASTVAE_CUDA") != "0" else (None, None)
+    cuda = cuda_wanted(toolkit)
 
-    # The gate for CUDA kernels. It asks what torch was built for, never torch.cuda.is_available(): the machine that
-    # builds needs no GPU.
-    cuda = torch.version.cuda
-    if choice("FASTVAE_CUDA") == "1":
-        stop(f"FASTVAE_CUDA=1, but this version has no CUDA kernels yet (this torch: CUDA {cuda or 'none'})")
+    import torch
+    from torch.utils import cpp_extension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    arches = ""
+    if cuda:
+        cpp_extension.CUDA_HOME = toolkit[0]
+        default = next(arches for version, arches in CUDA_ARCHES.items() if toolkit[1] >= version)
+        # Without it torch would build for the GPUs of this machine, of which there may be none.
+        arches = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
 
     include_dirs = []
     if importlib.util.find_spec("pybind11"):  # else torch's own copy serves
@@ -138,7 +212,7 @@ def native():
                     output_dir=str(Path(self.build_temp, name)),
                     include_dirs=ext.include_dirs,
                     debug=self.debug,
-                    extra_postargs=[*ext.extra_compile_args, f"-DFASTVAE_ISA=isa_{name}", *flags],
+                    extra_postargs=[*compile_args, f"-DFASTVAE_ISA=isa_{name}", *flags],
                 )
             super().build_extension(ext)
 
@@ -147,25 +221,34 @@ def native():
             in_tree = self.inplace or self.editable_mode
             record = {
                 "TORCH_VERSION": str(torch.__version__),
-                "CUDA_VERSION": cuda,
+                "CUDA_VERSION": ".".join(map(str, toolkit[1])) if cuda else None,
                 "PYTHON_VERSION": platform.python_version(),
                 "CPU_CAPABILITIES": tuple(INSTRUCTION_SETS),
-                "CUDA_ARCHES": (),
+                "CUDA_ARCHES": tuple(re.split(r"[;, ]+", arches.strip())) if cuda else (),
             }
             lines = ['"""What the extension was built with and for; written by setup.py."""', ""]
             lines += [f"{name} = {value!r}" for name, value in record.items()]
             folder = Path("fastvae") if in_tree else Path(self.build_lib, "fastvae")
             (folder / "_build_info.py").write_text("\n".join(lines) + "\n")
 
-    extension = CppExtension(
-        "fastvae._C",
-        ["csrc/module.cpp", *sorted(str(path) for path in Path("csrc/ops").glob("*.cpp"))],
-        include_dirs=include_dirs,
-        # csrc/ops refers to the instruction sets that are there.
-        extra_compile_args=COMPILE_ARGS + [f"-DFASTVAE_HAVE_{name.upper()}" for name in INSTRUCTION_SETS],
-        # Not linked with -fopenmp: then the OpenMP runtime is the one that torch itself depends on, whatever its
-        # file is called. A second one would have threads of its own, out of reach of torch.set_num_threads.
-    )
+    # csrc/ops refers to the instruction sets that are there.
+    compile_args = COMPILE_ARGS + [f"-DFASTVAE_HAVE_{name.upper()}" for name in INSTRUCTION_SETS]
+    sources = ["csrc/module.cpp", *sorted(map(str, Path("csrc/ops").glob("*.cpp")))]
+    kernels = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
+    # Not linked with -fopenmp: then the OpenMP runtime is the one that torch itself depends on, whatever its file is
+    # called. A second one would have threads of its own, out of reach of torch.set_num_threads.
+    if cuda:
+        extension = CUDAExtension(
+            "fastvae._C",
+            sources + kernels,
+            include_dirs=include_dirs,
+            extra_compile_args={"cxx": compile_args, "nvcc": NVCC_ARGS},
+        )
+    else:
+        sources = [source for source in sources if not source.endswith("_cuda.cpp")]
+        extension = CppExtension(
+            "fastvae._C", sources, include_dirs=include_dirs, extra_compile_args=compile_args
+        )
     torch_minor = ".".join(torch.__version__.split(".")[:2])
     return {
         "ext_modules": [extension],

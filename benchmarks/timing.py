@@ -12,9 +12,11 @@ import inspect
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +38,8 @@ FEWEST_ROUNDS, MOST_ROUNDS = 9, 1500
 class Measurement:
     case: Case
     cold: dict[str, list[float]]
-    """The first calls of each side and of `mul`: torch.mul(a, b, out=c) that moves as many bytes as the case must."""
+    """The first calls of each side, of rival backends, and of `mul`: torch.mul(a, b, out=c) that moves as many bytes as
+    the case must."""
     warm: dict[str, list[float]]
     """The second calls."""
     peak_bytes: dict[str, int]
@@ -52,8 +55,11 @@ class Measurement:
         return statistics.median(self.seconds[side])
 
 
-def measure(case: Case, device: torch.device, budget: float = 4.0) -> Measurement:
-    """Times `case` for about `budget` seconds, after a check that both sides compute the same."""
+def measure(case: Case, device: torch.device, budget: float = 4.0, rivals: Sequence[str] = ()) -> Measurement:
+    """Times `case` for about `budget` seconds, after a check that all sides compute the same.
+
+    `rivals` are backends of fastvae, sides of their own beside "fused", which runs on the backend that is set.
+    """
     torch.manual_seed(0)
     first = case.setup(device)
     sets = [first, *(_copy(first) for _ in range(1, _ring(case.moves, _size(first), device)))]
@@ -62,19 +68,26 @@ def measure(case: Case, device: torch.device, budget: float = 4.0) -> Measuremen
     fused = case.fused(device)
     compiled = torch.compile(case.written, dynamic=False)
     functions = dict(zip(SIDES, (fused, case.written, compiled), strict=True))
+    functions |= {rival: case.fused(device) for rival in rivals}
     calls = {side: [_bind(function, inputs) for inputs in sets] for side, function in functions.items()}
-    _check(case, *(calls[side][0]() for side in SIDES))
+    results = {}
+    for side in functions:
+        with _backend_of(side, rivals):
+            results[side] = calls[side][0]()
+    _check(case, **results)
+    results.clear()
 
     rings: dict[str, Iterator[Call]] = {}
     order = itertools.cycle(range(len(sets)))  # one ring for all sides: a set is cold when its turn comes
-    for side in SIDES:
+    for side in functions:
         rings[side] = map(calls[side].__getitem__, order)
     rings["mul"] = itertools.cycle(_multiplications(case.moves, device))
 
     clock = _cuda_clock if device.type == "cuda" else _cpu_clock
     for side in rings:
-        for _ in range(3):
-            clock(next(rings[side]))
+        with _backend_of(side, rivals):
+            for _ in range(3):
+                clock(next(rings[side]))
     cold: dict[str, list[float]] = {side: [] for side in rings}
     warm: dict[str, list[float]] = {side: [] for side in rings}
     names = list(rings)
@@ -87,12 +100,17 @@ def measure(case: Case, device: torch.device, budget: float = 4.0) -> Measuremen
                 break
             for side in names[i % len(names) :] + names[: i % len(names)]:
                 call = next(rings[side])
-                cold[side].append(clock(call))
-                warm[side].append(clock(call))
+                with _backend_of(side, rivals):
+                    cold[side].append(clock(call))
+                    warm[side].append(clock(call))
     finally:
         gc.enable()
     peak_bytes = {side: _peak_bytes(calls[side][0], device) for side in SIDES}
     return Measurement(case, cold, warm, peak_bytes, len(sets))
+
+
+def _backend_of(side: str, rivals: Sequence[str]) -> AbstractContextManager[None]:
+    return fastvae.use_backend(side) if side in rivals else nullcontext()
 
 
 def _bind(function: Callable[..., tuple[Tensor, ...]], inputs: Inputs) -> Call:
@@ -109,12 +127,12 @@ def _bind(function: Callable[..., tuple[Tensor, ...]], inputs: Inputs) -> Call:
     return call
 
 
-def _check(case: Case, fused: object, *others: object) -> None:
+def _check(case: Case, **results: Any) -> None:
     """The first gradient does not depend on the noise: that of recon, or of mu."""
-    (_, (expected, *_)) = others[0]  # type: ignore[misc]
-    for _, (gradient, *_) in (fused, *others[1:]):  # type: ignore[misc]
+    (_, (expected, *_)) = results["eager"]
+    for side, (_, (gradient, *_)) in results.items():
         error = (gradient.double() - expected.double()).abs().max() / expected.double().abs().max()
-        assert error < case.tolerance, f"{case.name}: the sides differ by {error:.2g}"
+        assert error < case.tolerance, f"{case.name}: {side} and eager differ by {error:.2g}"
 
 
 def _copy(inputs: Inputs) -> Inputs:

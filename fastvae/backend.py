@@ -14,6 +14,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import platform
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -112,6 +113,10 @@ def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
+def _major(version: str | None) -> str:
+    return (version or "").partition(".")[0]
+
+
 def _load_native() -> Backend:
     built = _build_info()
     if built is not None:
@@ -126,6 +131,12 @@ def _load_native() -> Backend:
             raise _Missing(
                 f"the extension was built for Python {built.PYTHON_VERSION} and this is Python "
                 f"{platform.python_version()}; rebuild it with: {_BUILD}"
+            )
+        cuda = getattr(built, "CUDA_VERSION", None)
+        if cuda is not None and _major(cuda) != _major(torch.version.cuda):
+            raise _Missing(
+                f"the extension was built for CUDA {cuda} and this torch ({torch.__version__}) is for "
+                f"{f'CUDA {torch.version.cuda}' if torch.version.cuda else 'no CUDA'}; rebuild it with: {_BUILD}"
             )
     try:
         importlib.import_module("fastvae._C")
@@ -315,10 +326,43 @@ def _reason(name: str, device_type: str) -> str:
     if device_type == "cuda" and not torch.cuda.is_available():
         return "torch sees no GPU; see what it says to: https://pytorch.org/get-started"
     if name == "native" and device_type == "cuda":
-        return f"this version has no CUDA kernels; Triton's serve CUDA tensors: {_TRITON}"
+        if torch.version.cuda is None:
+            return "its GPU kernels are for NVIDIA's; Triton's serve AMD's as well"
+        if not _has_kernels(name, device_type):
+            return f"the extension was built without CUDA kernels; build them with: FASTVAE_CUDA=1 {_BUILD}"
+        built, capability = _build_info(), torch.cuda.get_device_capability()
+        return (
+            f"it was built for compute capability {', '.join(built.CUDA_ARCHES)} and this GPU has "
+            f"{capability[0]}.{capability[1]}; build for it with: TORCH_CUDA_ARCH_LIST="
+            f"{capability[0]}.{capability[1]} {_BUILD}"
+        )
     return (
         "its kernels are for GPUs" if name == "triton" else f"its kernels are not for {device_type} tensors"
     )
+
+
+def _built_for(capability: tuple[int, int]) -> bool:
+    """Whether the extension's CUDA kernels run on a GPU: as machine code of its generation or PTX of an older one."""
+    arches = getattr(_build_info(), "CUDA_ARCHES", ())
+    for arch in arches:
+        if found := re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", arch):
+            built = int(found[1]), int(found[2])
+            if built <= capability and (found[3] or built[0] == capability[0]):
+                return True
+        else:
+            return True  # a name of torch's, "Hopper" or "native", or code for one GPU alone: "9.0a"
+    return not arches
+
+
+def _serves(name: str, device_type: str) -> bool:
+    """What `_has_kernels` tells, and whether this machine's GPU can run them."""
+    if not _has_kernels(name, device_type):
+        return False
+    if device_type != "cuda":
+        return True
+    if not torch.cuda.is_available():
+        return False
+    return name != "native" or _built_for(torch.cuda.get_device_capability())
 
 
 def _version(distribution: str) -> str:
@@ -381,8 +425,7 @@ def show_config() -> str:
             absent += [
                 f"  {name} on {device_type}: {_reason(name, device_type)}"
                 for device_type in _DEVICES
-                if not _has_kernels(name, device_type)
-                or (device_type == "cuda" and not torch.cuda.is_available())
+                if not _serves(name, device_type)
             ]
     if absent:
         lines += ["", "missing", *absent]

@@ -106,11 +106,16 @@ class _Step(Generic[Batch, Result]):
             for slot, leaf in zip(self._slots, leaves, strict=True):
                 if isinstance(slot, Tensor):
                     slot.copy_(leaf, non_blocking=True)
-        if self._warmups_left:
-            return self._warm_up()
         if self._graph is None:
-            self._capture()
-        assert self._graph is not None
+            # An autocast around the calls keeps the weights that it has cast for as long as it lasts: steps would go on
+            # with those of the first one, and replays for ever.
+            torch.clear_autocast_cache()
+            try:
+                if self._warmups_left:
+                    return self._warm_up()
+                self._graph = self._capture()
+            finally:
+                torch.clear_autocast_cache()
         self._graph.replay()
         return self._result
 
@@ -150,12 +155,10 @@ class _Step(Generic[Batch, Result]):
         self._warmups_left -= 1
         return result
 
-    def _capture(self) -> None:
+    def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
-        # Weights that an autocast around the call has cast already would be read by every replay as they are now.
-        torch.clear_autocast_cache()
         cause: RuntimeError | None = None
         try:
             # Not "global": a DataLoader's thread may pin memory meanwhile.
@@ -176,9 +179,7 @@ class _Step(Generic[Batch, Result]):
                 f"fastvae.graph_step: the step cannot be captured as a CUDA graph: {first_line}; nothing in it may "
                 "wait for the GPU (.item(), .cpu(), printing a tensor) or copy from memory that is not pinned"
             ) from cause
-        finally:
-            torch.clear_autocast_cache()
-        self._graph = graph
+        return graph
 
 
 # ---------------------------------------------------------------------------------------------------------------------

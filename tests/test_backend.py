@@ -213,8 +213,12 @@ def test_importing_builds_nothing_and_brings_no_trainer() -> None:
             "pip install --no-build-isolation -e .",
         ),
         ({"PYTHON_VERSION": "3.9.2"}, "the extension was built for Python 3.9.2 and this is Python 3."),
+        (
+            {"CUDA_VERSION": "9.2"},
+            f"the extension was built for CUDA 9.2 and this torch ({torch.__version__}) is for",
+        ),
     ],
-    ids=["torch", "python"],
+    ids=["torch", "python", "cuda"],
 )
 def test_an_extension_built_for_another_version(
     monkeypatch: pytest.MonkeyPatch, record: dict[str, str], message: str
@@ -225,6 +229,47 @@ def test_an_extension_built_for_another_version(
     monkeypatch.setattr(backends, "_build_info", lambda: built)
     with pytest.raises(backends._Missing, match=re.escape(message)):
         backends._load_native()
+
+
+@pytest.mark.parametrize(
+    ("arches", "capability", "serves"),
+    [
+        (("8.0", "9.0", "10.0+PTX"), (8, 0), True),
+        (("8.0", "9.0", "10.0+PTX"), (8, 9), True),
+        (("8.0", "9.0", "10.0+PTX"), (9, 0), True),
+        (("8.0", "9.0", "10.0+PTX"), (12, 0), True),
+        (("8.0", "9.0", "10.0+PTX"), (7, 5), False),
+        (("9.0",), (10, 0), False),
+        (("8.6",), (8, 0), False),
+        (("Hopper",), (9, 0), True),
+        ((), (9, 0), True),
+    ],
+)
+def test_gpus_that_the_extension_was_built_for(
+    monkeypatch: pytest.MonkeyPatch, arches: tuple[str, ...], capability: tuple[int, int], serves: bool
+) -> None:
+    """Machine code runs within its generation, PTX on all that came later; of what it cannot tell it says yes."""
+    monkeypatch.setattr(backends, "_build_info", lambda: types.SimpleNamespace(CUDA_ARCHES=arches))
+    assert backends._built_for(capability) is serves
+
+
+def test_the_reasons_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an extension without CUDA kernels, and of one whose kernels are for other GPUs, each with what mends it."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    built = types.SimpleNamespace(CUDA_ARCHES=("8.0", "9.0"))
+    monkeypatch.setattr(backends, "_build_info", lambda: built)
+    for has, reason in (
+        (False, "built without CUDA kernels; build them with: FASTVAE_CUDA=1 pip install"),
+        (
+            True,
+            "built for compute capability 8.0, 9.0 and this GPU has 7.5; build for it with: TORCH_CUDA_ARCH",
+        ),
+    ):
+        monkeypatch.setattr(backends, "_has_kernels", lambda name, device_type, has=has: has)
+        assert not backends._serves("native", "cuda")
+        assert reason in backends._reason("native", "cuda")
 
 
 def test_a_patch_release_of_torch_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,17 @@
 """The built extension: one file that runs on every x86-64, whatever instruction sets its kernels were built for."""
 
 import importlib
+import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
+import torch
 
 import fastvae
 from fastvae import backend as backends
@@ -79,3 +83,79 @@ def test_the_build_record_tells_of_this_build() -> None:
     assert fastvae.show_config().count(record.TORCH_VERSION) >= 1
     capability = importlib.import_module("fastvae._C").cpu_capability()
     assert capability.lower() in {name.lower() for name in record.CPU_CAPABILITIES}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What setup.py says of CUDA kernels that it cannot build
+# ---------------------------------------------------------------------------------------------------------------------
+
+TOOLKIT = """#!/bin/sh
+echo "Cuda compilation tools, release {version}, V{version}.1"
+"""
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path) -> Path:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime_api.h").touch()
+    return tmp_path
+
+
+def setup(cuda: str | None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs setup.py as far as its arguments, with a torch that says it was built for that version of CUDA."""
+    code = f"import runpy, torch; torch.version.cuda = {cuda!r}; runpy.run_path('setup.py')"
+    return subprocess.run(
+        [sys.executable, "-c", code, "--version"],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"FASTVAE_NATIVE": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_no_cuda_in_torch() -> None:
+    done = setup(None, FASTVAE_CUDA="1")
+    assert done.returncode != 0
+    assert (
+        f"fastvae: FASTVAE_CUDA=1, but this torch ({torch.__version__}) is not built for CUDA; get one that is from: "
+        "https://pytorch.org" in done.stderr
+    )
+    # Nobody asked, and nobody expects them.
+    for wish in ("auto", "0"):
+        done = setup(None, FASTVAE_CUDA=wish)
+        assert done.returncode == 0, done.stderr
+        assert "CUDA" not in done.stderr
+
+
+def test_no_toolkit(tmp_path: Path) -> None:
+    reason = (
+        f"there is no CUDA toolkit (nvcc with its headers) in CUDA_HOME={tmp_path}; install CUDA 13.0, or set "
+        "CUDA_HOME to its folder"
+    )
+    done = setup("13.0", FASTVAE_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert done.returncode != 0
+    assert f"fastvae: FASTVAE_CUDA=1, but {reason}" in done.stderr
+    done = setup("13.0", FASTVAE_CUDA="auto", CUDA_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert f"fastvae: no CUDA kernels, because {reason}" in done.stderr
+    assert "no CUDA kernels" not in setup("13.0", FASTVAE_CUDA="0", CUDA_HOME=str(tmp_path)).stderr
+
+
+def test_a_toolkit_of_another_version(toolkit: Path) -> None:
+    nvcc = toolkit / "bin" / "nvcc"
+    nvcc.write_text(TOOLKIT.format(version="12.4"))
+    nvcc.chmod(0o755)
+    done = setup("13.0", FASTVAE_CUDA="1", CUDA_HOME=str(toolkit))
+    assert done.returncode != 0
+    assert (
+        f"the CUDA toolkit in {toolkit} is version 12.4, and this torch was built with CUDA 13.0; install a toolkit "
+        "13.x and set CUDA_HOME to its folder" in done.stderr
+    )
+
+
+def test_a_wish_that_there_is_not() -> None:
+    done = setup(None, FASTVAE_CUDA="yes")
+    assert done.returncode != 0
+    assert "FASTVAE_CUDA must be 0, 1 or auto, got 'yes'" in done.stderr

@@ -221,10 +221,10 @@ FASTVAE_DEVICE C group_sum(C value, int lanes, C* scratch) {
   return value;
 }
 
-// Whether this block is the last of `blocks` to come here; what the others wrote before is then there to read (by load_written).
+// Whether this block is the last of `blocks` to come here; what the first threads of the others wrote before is then there to read (by
+// load_written).
 FASTVAE_DEVICE bool is_last_block(uint32_t* counter, uint32_t blocks) {
   FASTVAE_SHARED(bool, last, 1);
-  __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
     last[0] = atomicInc(counter, blocks - 1) == blocks - 1;  // counts to zero again

@@ -55,10 +55,10 @@ struct NllArgs {
   Result slopes[kMaxParams];
   double weight = 1;
   Numbers grad_loss, grad_nll;
-  Output nll;  // no data: slopes alone are made, and nothing below is written
   Numbers kl, beta;
   bool reduced = false;
-  Output loss, scalar_rows;
+  Output loss;  // no data: the slopes alone are made
+  Output nll, scalar_rows;
   Workspace workspace;
 };
 

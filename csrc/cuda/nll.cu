@@ -22,7 +22,7 @@ auto with_likelihood(Element element, F f) {
 
 int64_t nll_scratch(const NllArgs& args) {
   const Plan plan = with_likelihood(args.element, [&](auto likelihood) { return plan_for<decltype(likelihood)>(args); });
-  if (!args.nll.data || plan.blocks == 1) return 0;
+  if (!args.loss.data || plan.blocks == 1) return 0;
   return plan.splits > 1 || args.reduced ? plan.items * int64_t(sizeof(double)) : 0;
 }
 

@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T))) nll_kernel(c
   FASTVAE_SHARED(C, row_scratch, 2 * kThreads / kWarp);
   FASTVAE_SHARED(double, loss_scratch, kThreads / kWarp);
   const int lane = threadIdx.x & (plan.lanes - 1), group = threadIdx.x >> plan.lanes_log2;
-  const bool values = args.nll.data;
+  const bool values = args.loss.data;
 
   math::Normaliser<C> same = {static_cast<C>(args.normaliser), {static_cast<C>(args.constants[0]), static_cast<C>(args.constants[1])}};
   if constexpr (kScales<L>) {

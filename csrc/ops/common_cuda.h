@@ -29,17 +29,27 @@ class OnDevice {
   c10::cuda::CUDAStream stream_;
 };
 
+[[noreturn]] void not_built_for_this_gpu();
+
 inline void check_launch(cudaError_t status) {
+  if (status == cudaErrorNoKernelImageForDevice) not_built_for_this_gpu();
   C10_CUDA_CHECK(status);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// A (B,) tensor, or a single number.
-inline cuda::Numbers numbers(const Tensor& t) {
-  TORCH_CHECK_TYPE(c10::isFloatingType(t.scalar_type()), "fastvae: expected a floating-point tensor, got ", t.scalar_type());
-  return {t.const_data_ptr(), dtype_of(t), t.dim() == 1 && t.size(0) != 1 ? t.stride(0) : 0};
+// A single number, of any floating type.
+inline cuda::Numbers number(const Tensor& t, const char* name) {
+  TORCH_CHECK_TYPE(c10::isFloatingType(t.scalar_type()), "fastvae: `", name, "` must be floating point, got ", t.scalar_type());
+  return {t.const_data_ptr(), dtype_of(t), 0};
 }
-inline cuda::Numbers numbers(const OptionalTensor& t) { return t ? numbers(*t) : cuda::Numbers{}; }
+
+// A number for every row, or one for all.
+inline cuda::Numbers numbers(const OptionalTensor& t, const char* name) {
+  if (!t) return {};
+  TORCH_CHECK_TYPE(t->scalar_type() == at::kFloat || t->scalar_type() == at::kDouble, "fastvae: `", name,
+                   "` must be Float or Double, got ", t->scalar_type());
+  return {t->const_data_ptr(), dtype_of(*t), t->dim() == 1 ? t->stride(0) : 0};
+}
 
 inline cuda::Output output(const Tensor& t) { return {t.mutable_data_ptr(), dtype_of(t)}; }
 

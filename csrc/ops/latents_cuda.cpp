@@ -101,7 +101,7 @@ Tensors sample_grad_cuda(const OptionalTensor& grad_z, const OptionalTensor& gra
   if (eps) fill_eps(args, noise, many);
   else args.noise = noise_from(seed, row_offset, device);
   if (grad_z) fill_grad_z(args, grad, many);
-  args.grad_kl = numbers(grad_kl);
+  args.grad_kl = numbers(grad_kl, "grad_kl");
   Tensors gradients = fill_gradients(args, posterior.mu, noise, needs, many);
   check_launch(cuda::sample_grad(args, device));
   return gradients;
@@ -131,7 +131,7 @@ Tensors kl_grad_cuda(const Tensor& grad_kl, const Tensor& mu, const Tensor& logv
   const bool per_element = is_per_element(grad_kl, mu);
   const Tensor dense = per_element ? dense_rows(grad_kl, at::MemoryFormat::Contiguous) : grad_kl;
   if (per_element) args.element_grad_kl = operand(dense);
-  else args.grad_kl = numbers(dense);
+  else args.grad_kl = numbers(grad_kl, "grad_kl");
   Tensors gradients = fill_gradients(args, posterior.mu, Tensor(), needs, false);
   check_launch(cuda::sample_grad(args, device));
   return gradients;

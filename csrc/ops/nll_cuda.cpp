@@ -19,7 +19,7 @@ Tensors fill(cuda::NllArgs& args, const OnDevice& device, const LikelihoodRow& r
   const auto norm = normaliser(row, constants, 0);
   std::copy_n(norm.constants, cuda::kMaxConstants, args.constants);
   args.normaliser = norm.per_element;
-  if (row.has_scalar) args.scalar = numbers(params.back());
+  if (row.has_scalar) args.scalar = number(params.back(), "params");
   args.weight = weight_of(reduction, args.rows);
   return gradients;
 }
@@ -47,8 +47,8 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cuda(std::string_view li
   args.loss = output(loss);
   if (with_scalar) args.scalar_rows = output(scalar_rows);
   args.reduced = reduction != kNone;
-  args.kl = numbers(kl);
-  if (kl) args.beta = numbers(beta);
+  args.kl = numbers(kl, "kl");
+  if (kl && beta) args.beta = number(*beta, "beta");
   const Scratch scratch(cuda::nll_scratch(args), device);
   args.workspace = scratch.workspace();
   check_launch(cuda::nll(args, device));
@@ -65,8 +65,8 @@ Tensors nll_gradient_cuda(std::string_view likelihood, at::TensorList params, co
   cuda::NllArgs args;
   Tensors kept;
   Tensors gradients = fill(args, device, row, params, target, constants, reduction, needs, kept);
-  args.grad_loss = numbers(grad_loss);
-  args.grad_nll = numbers(grad_nll);
+  args.grad_loss = numbers(grad_loss, "grad_loss");
+  args.grad_nll = numbers(grad_nll, "grad_nll");
   const Scratch scratch(cuda::nll_scratch(args), device);
   args.workspace = scratch.workspace();
   check_launch(cuda::nll(args, device));
@@ -97,11 +97,11 @@ Tensors nll_backward_into(at::TensorList results, const OptionalTensor& grad_los
     args.gradients[i] = operand(gradients[i]);
     args.results[i] = result(results[i]);
   }
-  args.grad_loss = numbers(grad_loss);
-  args.grad_nll = numbers(grad_nll);
-  args.scalar_rows = numbers(scalar_rows);
-  args.kl = numbers(kl);
-  args.beta = numbers(beta);
+  args.grad_loss = numbers(grad_loss, "grad_loss");
+  args.grad_nll = numbers(grad_nll, "grad_nll");
+  args.scalar_rows = numbers(scalar_rows, "scalar_rows");
+  args.kl = numbers(kl, "kl");
+  if (beta) args.beta = number(*beta, "beta");
   const auto extra = [&](const Tensor& like, at::IntArrayRef sizes) {
     extras.push_back(at::empty(sizes, like.options()));
     return output(extras.back());

@@ -53,6 +53,15 @@ Counters& counters_of_current_device() {
 
 }  // namespace
 
+void not_built_for_this_gpu() {
+  cudaGetLastError();  // or torch would report it of a later call
+  int major = 0, minor = 0, device = c10::cuda::current_device();
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  TORCH_CHECK(false, "fastvae: the CUDA kernels were not built for this GPU, of compute capability ", major, ".", minor,
+              "; build them for it with TORCH_CUDA_ARCH_LIST=", major, ".", minor, ", or use fastvae.set_backend(\"triton\")");
+}
+
 Scratch::Scratch(int64_t bytes, cudaStream_t stream) {
   const bool capturing = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
   counter_ = counters_of_current_device().take(stream, capturing);

@@ -1,0 +1,464 @@
+"""csrc/cuda without a GPU: the kernels' bodies compiled as C++ (tests/cuda_shim), called as csrc/ops would call them.
+
+The structs mirror csrc/cuda/kernels.h; a difference in size is noticed when the library is loaded.
+"""
+
+import ctypes
+import math
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import CDLL, Structure, byref, c_bool, c_double, c_int8, c_int64, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+SHIM = ROOT / "tests" / "cuda_shim"
+THREADS = 64  # of a block
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.bool)
+ELEMENTS = {
+    "bernoulli": 0,
+    "gaussian": 1,
+    "gaussian_learned": 1,
+    "gaussian_per_element": 2,
+    "gaussian_head": 2,
+}
+KEPT: list[Tensor] = []  # what the pointers of the last call point at
+
+
+def compiler_missing() -> str | None:
+    return None if shutil.which("g++") else "g++ is not installed"
+
+
+def build(directory: Path, *flags: str, main: str = "driver.cpp", jobs: int = 2) -> Path:
+    """Compiles the kernels and `main` for the CPU; returns the library, or the program."""
+    program = "-shared" not in flags
+    common = ["g++", "-std=c++20", "-pthread", "-fno-strict-aliasing", f"-DFASTVAE_THREADS={THREADS}"]
+    common += [f"-I{SHIM}", f"-I{ROOT / 'csrc' / 'cuda'}", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
+    common += [flag for flag in flags if flag != "-shared"]
+
+    def compile_one(source: Path) -> Path:
+        target = directory / f"{source.name}.o"
+        subprocess.run([*common, "-x", "c++", "-c", str(source), "-o", str(target)], check=True)
+        return target
+
+    with ThreadPoolExecutor(jobs) as pool:
+        objects = list(pool.map(compile_one, [*SOURCES, SHIM / main]))
+    result = directory / ("program" if program else "kernels.so")
+    link = [*common, *(() if program else ("-shared",)), *map(str, objects), "-o", str(result)]
+    subprocess.run(link, check=True)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kernels.h
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Operand(Structure):
+    _fields_ = (("data", c_void_p), ("type", c_int8), ("row_stride", c_int64), ("run", c_int64))
+    _fields_ += (("run_stride", c_int64),)
+
+
+class Numbers(Structure):
+    _fields_ = (("data", c_void_p), ("type", c_int8), ("stride", c_int64))
+
+
+class Output(Structure):
+    _fields_ = (("data", c_void_p), ("type", c_int8))
+
+
+class Workspace(Structure):
+    _fields_ = (("scratch", c_void_p), ("counter", c_void_p))
+
+
+class NllArgs(Structure):
+    _fields_ = (
+        ("element", c_int8),
+        ("rows", c_int64),
+        ("size", c_int64),
+        ("params", Operand * 3),
+        ("target", Operand),
+        ("constants", c_double * 2),
+        ("normaliser", c_double),
+        ("scalar", Numbers),
+        ("slopes", Operand * 3),
+        ("weight", c_double),
+        ("grad_loss", Numbers),
+        ("grad_nll", Numbers),
+        ("kl", Numbers),
+        ("beta", Numbers),
+        ("reduced", c_bool),
+        ("loss", Output),
+        ("nll", Output),
+        ("scalar_rows", Output),
+        ("workspace", Workspace),
+    )
+
+
+class NllBackwardArgs(Structure):
+    _fields_ = (
+        ("rows", c_int64),
+        ("size", c_int64),
+        ("gradients", Operand * 3),
+        ("results", Operand * 3),
+        ("weight", c_double),
+        ("grad_loss", Numbers),
+        ("grad_nll", Numbers),
+        ("scalar_rows", Numbers),
+        ("kl", Numbers),
+        ("beta", Numbers),
+        ("scalar_gradient", Output),
+        ("kl_gradient", Output),
+        ("beta_gradient", Output),
+        ("workspace", Workspace),
+    )
+
+
+class NoiseSource(Structure):
+    _fields_ = (
+        ("tensor", c_void_p),
+        ("seed", c_uint64),
+        ("offset", c_uint64),
+        ("seed_pointer", c_void_p),
+        ("offset_pointer", c_void_p),
+        ("offset_intragraph", c_uint64),
+        ("captured", c_bool),
+        ("row_offset", c_int64),
+    )
+
+
+_LATENTS = (
+    ("rows", c_int64),
+    ("size", c_int64),
+    ("draws", c_int64),
+    ("mu", Operand),
+    ("logvar", Operand),
+    ("prior_mu", Operand),
+    ("prior_logvar", Operand),
+    ("eps", Operand),
+    ("eps_draw_stride", c_int64),
+    ("noise", NoiseSource),
+)
+
+
+class SampleArgs(Structure):
+    _fields_ = (
+        *_LATENTS,
+        ("z", Operand),
+        ("z_draw_stride", c_int64),
+        ("row_kl", Output),
+        ("element_kl", Operand),
+        ("used_seed", c_void_p),
+        ("workspace", Workspace),
+    )
+
+
+class SampleGradArgs(Structure):
+    _fields_ = (
+        *_LATENTS,
+        ("grad_z", Operand),
+        ("grad_z_draw_stride", c_int64),
+        ("grad_kl", Numbers),
+        ("element_grad_kl", Operand),
+        ("grad_mu", Operand),
+        ("grad_logvar", Operand),
+        ("grad_prior_mu", Operand),
+        ("grad_prior_logvar", Operand),
+        ("grad_eps", Operand),
+        ("grad_eps_draw_stride", c_int64),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pointer(tensor: Tensor) -> int:
+    KEPT.append(tensor)
+    return tensor.data_ptr()
+
+
+def event_size(tensor: Tensor) -> int:
+    return math.prod(tensor.shape[1:])
+
+
+def operand(tensor: Tensor | None) -> Operand:
+    """Of dense rows, in whatever order."""
+    if tensor is None:
+        return Operand()
+    return Operand(pointer(tensor), DTYPES.index(tensor.dtype), tensor.stride(0), event_size(tensor), 0)
+
+
+def numbers(tensor: Tensor | None) -> Numbers:
+    if tensor is None:
+        return Numbers()
+    return Numbers(pointer(tensor), DTYPES.index(tensor.dtype), tensor.stride(0) if tensor.dim() else 0)
+
+
+def output(tensor: Tensor | None) -> Output:
+    return Output(pointer(tensor), DTYPES.index(tensor.dtype)) if tensor is not None else Output()
+
+
+def halves(whole: Tensor, channels: int) -> list[Operand]:
+    """The mean and the log-variance of a packed head."""
+    in_turns = not whole.is_contiguous()
+    size = event_size(whole) // 2
+    run = channels if in_turns else size
+    first, second = operand(whole), operand(whole)
+    for which, view in enumerate((first, second)):
+        view.data += which * run * whole.element_size()
+        view.run = run
+        view.run_stride = 2 * channels if in_turns else 0
+    return [first, second]
+
+
+def row_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def poisoned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """What nobody writes is not a number."""
+    return torch.full(tuple(shape), math.nan, dtype=dtype)
+
+
+def poisoned_like(tensor: Tensor) -> Tensor:
+    return torch.full_like(tensor, math.nan)  # in the same memory order
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ops
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Kernels:
+    """The ops of csrc/ops/library.cpp, on CPU tensors. One launch each."""
+
+    def __init__(self, library: Path) -> None:
+        self.library = CDLL(str(library))
+        for name in ("size_of", "run_nll_scratch", "run_nll_backward_scratch", "run_sample_scratch"):
+            getattr(self.library, name).restype = c_int64
+        structs = (NllArgs, NllBackwardArgs, SampleArgs, SampleGradArgs)
+        for i, struct in enumerate(structs):
+            assert self.library.size_of(i) == ctypes.sizeof(struct), struct.__name__
+        self.counter = torch.zeros(1, dtype=torch.int32)
+        self.processors = 1
+
+    @property
+    def processors(self) -> int:
+        return self._processors
+
+    @processors.setter
+    def processors(self, count: int) -> None:
+        self._processors = count
+        self.library.set_processors(count)
+
+    def _run(self, name: str, args: Any, *, scratch: bool = True) -> None:
+        if scratch:
+            size = getattr(self.library, f"{name}_scratch")(byref(args))
+            args.workspace.scratch = pointer(poisoned((size // 8,), torch.float64)) if size else None
+            args.workspace.counter = pointer(self.counter)
+        before = self.library.launches()
+        error = getattr(self.library, name)(byref(args))
+        assert error == 0
+        assert self.library.launches() <= before + 1
+        assert self.counter.item() == 0
+        KEPT.clear()
+
+    def _nll_args(
+        self,
+        likelihood: str,
+        params: Sequence[Tensor],
+        target: Tensor,
+        constants: Sequence[float],
+        needs: int,
+    ) -> tuple[NllArgs, list[Tensor]]:
+        args = NllArgs(element=ELEMENTS[likelihood], rows=target.shape[0], size=event_size(target))
+        if likelihood == "gaussian":
+            logvar = 2 * math.log(constants[0])
+            args.constants[0] = math.exp(-logvar)
+            args.normaliser = 0.5 * (math.log(2 * math.pi) + logvar)
+        elif args.element == 2:
+            args.normaliser = 0.5 * math.log(2 * math.pi)
+        elementwise = list(params)
+        if likelihood == "gaussian_learned":
+            args.scalar = numbers(elementwise.pop())
+        args.target = operand(target)
+        slopes = [poisoned_like(p) if needs >> i & 1 else None for i, p in enumerate(elementwise)]
+        if likelihood == "gaussian_head":
+            args.params[:2] = halves(params[0], target.shape[1])
+            if slopes[0] is not None:
+                args.slopes[:2] = halves(slopes[0], target.shape[1])
+        else:
+            for i, p in enumerate(elementwise):
+                args.params[i], args.slopes[i] = operand(p), operand(slopes[i])
+        return args, [slope for slope in slopes if slope is not None]
+
+    def nll_forward(
+        self,
+        likelihood: str,
+        params: Sequence[Tensor],
+        target: Tensor,
+        constants: Sequence[float] = (),
+        kl: Tensor | None = None,
+        beta: Tensor | None = None,
+        reduction: int = 2,
+        needs: int = 0,
+    ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
+        args, gradients = self._nll_args(likelihood, params, target, constants, needs)
+        rows, dtype = target.shape[0], row_dtype(params[0])
+        nll = poisoned((rows,), dtype)
+        loss_dtype = torch.float64 if kl is not None and kl.dtype == torch.float64 else dtype
+        loss = poisoned(() if reduction else (rows,), loss_dtype)
+        wants_scalar = likelihood == "gaussian_learned" and needs >> 1 & 1
+        scalar_rows = poisoned((rows,), dtype) if wants_scalar else None
+        args.weight = self.weight(reduction, rows)
+        args.nll, args.loss, args.reduced = output(nll), output(loss), reduction != 0
+        args.kl, args.beta, args.scalar_rows = numbers(kl), numbers(beta), output(scalar_rows)
+        self._run("run_nll", args)
+        return loss, nll, gradients, scalar_rows
+
+    @staticmethod
+    def weight(reduction: int, rows: int) -> float:
+        return (1.0 / rows if rows else math.inf) if reduction == 2 else 1.0
+
+    def nll_gradient(
+        self,
+        likelihood: str,
+        params: Sequence[Tensor],
+        target: Tensor,
+        constants: Sequence[float],
+        grad_loss: Tensor | None,
+        grad_nll: Tensor | None,
+        reduction: int,
+        needs: int,
+    ) -> list[Tensor]:
+        args, gradients = self._nll_args(likelihood, params, target, constants, needs)
+        args.weight = self.weight(reduction, target.shape[0])
+        args.grad_loss, args.grad_nll = numbers(grad_loss), numbers(grad_nll)
+        self._run("run_nll", args)
+        return gradients
+
+    def nll_backward(
+        self,
+        grad_loss: Tensor | None,
+        grad_nll: Tensor | None,
+        gradients: Sequence[Tensor],
+        scalar_rows: Tensor | None,
+        kl: Tensor | None,
+        beta: Tensor | None,
+        rows: int,
+        reduction: int,
+        *,
+        in_place: bool,
+        need_kl: bool = False,
+        need_beta: bool = False,
+    ) -> tuple[list[Tensor], Tensor | None, Tensor | None, Tensor | None]:
+        size = event_size(gradients[0]) if gradients else 0
+        args = NllBackwardArgs(rows=rows, size=size, weight=self.weight(reduction, rows))
+        results = list(gradients) if in_place else [poisoned_like(g) for g in gradients]
+        for i, (gradient, result) in enumerate(zip(gradients, results, strict=True)):
+            args.gradients[i], args.results[i] = operand(gradient), operand(result)
+        args.grad_loss, args.grad_nll = numbers(grad_loss), numbers(grad_nll)
+        args.scalar_rows, args.kl, args.beta = numbers(scalar_rows), numbers(kl), numbers(beta)
+        scalar = poisoned((), scalar_rows.dtype) if scalar_rows is not None else None
+        by_kl = poisoned((rows,), kl.dtype) if need_kl and kl is not None else None
+        by_beta = poisoned((), beta.dtype) if need_beta and beta is not None else None
+        args.scalar_gradient, args.kl_gradient, args.beta_gradient = map(output, (scalar, by_kl, by_beta))
+        self._run("run_nll_backward", args)
+        return results, scalar, by_kl, by_beta
+
+    def _latents(
+        self,
+        args: Any,
+        mu: Tensor,
+        logvar: Tensor,
+        prior: Sequence[Tensor] | None,
+        noise: NoiseSource | None,
+        eps: Tensor | None,
+        samples: int | None,
+    ) -> None:
+        args.rows, args.size = mu.shape[0], event_size(mu)
+        args.draws = 1 if samples is None else samples
+        args.mu, args.logvar = operand(mu), operand(logvar)
+        if prior is not None:
+            args.prior_mu, args.prior_logvar = map(operand, prior)
+        if noise is not None:
+            args.noise = noise
+        args.eps, args.eps_draw_stride = self._draws(eps, samples)
+
+    @staticmethod
+    def _draws(tensor: Tensor | None, samples: int | None) -> tuple[Operand, int]:
+        if tensor is None:
+            return Operand(), 0
+        return (operand(tensor), 0) if samples is None else (operand(tensor[0]), tensor.stride(0))
+
+    def sample(
+        self,
+        mu: Tensor,
+        logvar: Tensor,
+        prior: Sequence[Tensor] | None = None,
+        *,
+        noise: NoiseSource | None = None,
+        eps: Tensor | None = None,
+        samples: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        args = SampleArgs()
+        self._latents(args, mu, logvar, prior, noise, eps, samples)
+        z = poisoned(mu.shape if samples is None else (samples, *mu.shape), mu.dtype)
+        kl, used = poisoned((mu.shape[0],), row_dtype(mu)), torch.full((2,), -1)
+        args.z, args.z_draw_stride = self._draws(z, samples)
+        args.row_kl, args.used_seed = output(kl), pointer(used)
+        self._run("run_sample", args)
+        return z, kl, used
+
+    def kl(
+        self, mu: Tensor, logvar: Tensor, prior: Sequence[Tensor] | None = None, *, per_element: bool = False
+    ) -> Tensor:
+        args = SampleArgs()
+        self._latents(args, mu, logvar, prior, None, None, 0)
+        kl = poisoned(mu.shape if per_element else (mu.shape[0],), row_dtype(mu))
+        if per_element:
+            args.element_kl = operand(kl)
+        else:
+            args.row_kl = output(kl)
+        self._run("run_sample", args)
+        return kl
+
+    def sample_grad(
+        self,
+        grad_z: Tensor | None,
+        grad_kl: Tensor | None,
+        mu: Tensor,
+        logvar: Tensor,
+        prior: Sequence[Tensor] | None = None,
+        *,
+        noise: NoiseSource | None = None,
+        eps: Tensor | None = None,
+        samples: int | None = None,
+        per_element: bool = False,
+    ) -> list[Tensor]:
+        """The gradients of mu, logvar, the prior's and eps, of those that there are."""
+        args = SampleGradArgs()
+        self._latents(args, mu, logvar, prior, noise, eps, samples)
+        args.grad_z, args.grad_z_draw_stride = self._draws(grad_z, samples)
+        if per_element:
+            args.element_grad_kl = operand(grad_kl)
+        else:
+            args.grad_kl = numbers(grad_kl)
+        gradients = [poisoned(mu.shape, mu.dtype) for _ in range(2 if prior is None else 4)]
+        names = ("grad_mu", "grad_logvar", "grad_prior_mu", "grad_prior_logvar")
+        for name, gradient in zip(names, gradients, strict=False):
+            setattr(args, name, operand(gradient))
+        if eps is not None and grad_z is not None:
+            gradients.append(poisoned_like(eps))
+            args.grad_eps, args.grad_eps_draw_stride = self._draws(gradients[-1], samples)
+        self._run("run_sample_grad", args, scratch=False)
+        return gradients

@@ -1,0 +1,116 @@
+"""What can be told of a CUDA build where there is no GPU: `make cuda-link` runs this with the extension on its path.
+
+It loads, every op has its CUDA kernel and its fake one, fake CUDA tensors go through forwards and backwards to the
+right shapes, types and devices, and the binary holds machine code for every GPU that it was built for.
+"""
+
+import importlib
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+from torch._subclasses import FakeTensorMode
+
+import fastvae
+from fastvae import _build_info, backend
+from fastvae.reference import REDUCTIONS
+
+
+def has_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
+
+
+def check_kernels() -> int:
+    extension = importlib.import_module("fastvae._C").__file__
+    assert Path(extension).parents[1] == Path.cwd(), f"{extension} is not of this tree"
+    ops = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastvae::")]
+    # Those that users' calls run hand on to the others.
+    working = [op for op in ops if re.search("_(forward|backward_?|gradient)$", op)]
+    assert len(ops) == len(working) + len(backend.OPS), ops
+    for op in working:
+        for key in ("CUDA", "CPU", "Meta"):
+            assert has_kernel(op, key), f"{op} has no kernel for {key}"
+    for op in backend.OPS:
+        assert has_kernel(f"fastvae::{op}", "Autograd"), f"{op} has no autograd for CUDA"
+    fastvae.set_backend("native")
+    assert backend._serving["cuda"].name == "native"
+    return len(working)
+
+
+def check_fakes() -> int:
+    """Forwards through the public functions, backwards by their ops: the autograd engine itself asks for a GPU."""
+    count = 0
+
+    def expect(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        nonlocal count
+        found = (tuple(tensor.shape), tensor.dtype, tensor.device.type)
+        assert found == (shape, dtype, "cuda"), f"{found} where {(shape, dtype, 'cuda')} belongs"
+        count += 1
+
+    ops = torch.ops.fastvae
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            rows = torch.float64 if dtype == torch.float64 else torch.float32
+            mu, logvar, recon = (
+                torch.empty(shape, dtype=dtype, device="cuda", requires_grad=True)
+                for shape in ((6, 20), (6, 20), (6, 3, 8, 8))
+            )
+            x = torch.empty(6, 3, 8, 8, dtype=torch.uint8, device="cuda")
+            for samples, shape in ((None, (6, 20)), (4, (4, 6, 20))):
+                z, kl = fastvae.functional.reparameterize_kl(mu, logvar, samples=samples)
+                expect(z, shape, dtype)
+                expect(kl, (6,), rows)
+                seed = torch.empty(2, dtype=torch.int64, device="cuda")
+                for gradient in ops.reparameterize_kl_backward(
+                    z, kl, mu, logvar, None, None, samples, seed, 0, None, 3
+                ):
+                    expect(gradient, (6, 20), dtype)
+            expect(fastvae.functional.gaussian_kl(mu, logvar), (6,), rows)
+            expect(fastvae.functional.gaussian_kl(mu, logvar, reduction="none"), (6, 20), rows)
+            beta, scale = (torch.empty((), dtype=kind, device="cuda") for kind in (torch.float32, dtype))
+            head = torch.cat((recon, recon), 1)
+            for reduction in REDUCTIONS.values():
+                for name, params, constants in (
+                    ("bernoulli", [recon], []),
+                    ("gaussian", [recon], [0.5]),
+                    ("gaussian_learned", [recon, scale], []),
+                    ("gaussian_per_element", [recon, recon], []),
+                    ("gaussian_head", [head], []),
+                ):
+                    loss, nll = fastvae.functional._nll(name, params, x, constants, kl, beta, reduction)
+                    expect(loss, (6,) if reduction == REDUCTIONS["none"] else (), rows)
+                    expect(nll, (6,), rows)
+                    scaled = ops.nll_backward(loss, None, params[:1], nll, kl, beta, 6, reduction, True, True)
+                    shapes = ((tuple(params[0].shape), dtype), ((), rows), ((6,), rows), ((), torch.float32))
+                    for gradient, (shape, kind) in zip(scaled, shapes, strict=True):
+                        expect(gradient, shape, kind)
+    return count
+
+
+def machine_code() -> list[str]:
+    """The GPUs that the binary has code for, if cuobjdump can be found."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    program = Path(CUDA_HOME or "", "bin", "cuobjdump")
+    if not program.exists():
+        program = Path(importlib.import_module("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
+    extension = importlib.import_module("fastvae._C").__file__
+    listing = subprocess.run(
+        [program, "--list-elf", "--list-ptx", extension], capture_output=True, text=True, check=True
+    ).stdout
+    found = {
+        f"{int(sm) // 10}.{int(sm) % 10}" + ("+PTX" if kind == "ptx" else "")
+        for sm, kind in re.findall(r"\.sm_(\d+)\.(cubin|ptx)", listing)
+    }
+    wanted = set(_build_info.CUDA_ARCHES)
+    wanted |= {arch.removesuffix("+PTX") for arch in wanted}
+    assert found >= wanted, f"built for {sorted(wanted)}, found {sorted(found)}"
+    return sorted(found)
+
+
+if __name__ == "__main__":
+    print(fastvae.show_config())
+    print(f"\n{check_kernels()} ops with a CUDA, a CPU and a fake kernel")
+    print(f"{check_fakes()} fake CUDA tensors of the right shape, type and device")
+    print(f"machine code for {', '.join(machine_code())}")

@@ -1,0 +1,20 @@
+// The kernels of csrc/cuda as a library for tests/test_cuda_kernels.py: the functions of kernels.h by C names.
+#include "kernels.h"
+
+using namespace fastvae::cuda;
+
+extern "C" {
+void set_processors(int count) { shim::processors = count; }
+int launches() { return shim::launches; }
+int64_t size_of(int what) {
+  const int64_t sizes[] = {sizeof(NllArgs), sizeof(NllBackwardArgs), sizeof(SampleArgs), sizeof(SampleGradArgs)};
+  return sizes[what];
+}
+int64_t run_nll_scratch(const NllArgs* args) { return nll_scratch(*args); }
+int64_t run_nll_backward_scratch(const NllBackwardArgs* args) { return nll_backward_scratch(*args); }
+int64_t run_sample_scratch(const SampleArgs* args) { return sample_scratch(*args); }
+int run_nll(const NllArgs* args) { return nll(*args, nullptr); }
+int run_nll_backward(const NllBackwardArgs* args) { return nll_backward(*args, nullptr); }
+int run_sample(const SampleArgs* args) { return sample(*args, nullptr); }
+int run_sample_grad(const SampleGradArgs* args) { return sample_grad(*args, nullptr); }
+}

@@ -1,0 +1,158 @@
+// Every kernel once over in a program of its own, for the sanitizers: memory of just the size that is needed, and all paths: whole accesses
+// and single ones, one block to a row and several, a last block that adds up. Results are looked at roughly: tests/test_cuda_kernels.py
+// knows them better.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include <cuda_bf16.h>
+
+#include "kernels.h"
+
+using namespace fastvae::cuda;
+
+namespace {
+
+int failures = 0;
+
+void check(bool right, const char* what, int64_t rows, int64_t size) {
+  if (right) return;
+  ++failures;
+  std::printf("%s is wrong for (%lld, %lld)\n", what, static_cast<long long>(rows), static_cast<long long>(size));
+}
+
+bool near(double a, double b, double tolerance) { return std::abs(a - b) <= tolerance * (1 + std::abs(b)); }
+
+// A tensor whose memory ends where it ends; `shift` elements in, so that it is not aligned.
+struct Buffer {
+  DType type;
+  int64_t count, shift;
+  std::vector<char> bytes;
+
+  Buffer(DType type, int64_t count, int64_t shift = 0)
+      : type(type), count(count), shift(shift), bytes((count + shift) * fastvae::cpu::item_size(type)) {}
+  void* data() { return bytes.data() + shift * fastvae::cpu::item_size(type); }
+  double get(int64_t i) {
+    if (type == DType::f32) return static_cast<float*>(data())[i];
+    if (type == DType::bf16) return __bfloat162float(static_cast<__nv_bfloat16*>(data())[i]);
+    return static_cast<uint8_t*>(data())[i] / 255.0;
+  }
+  Buffer& fill(std::mt19937& random) {
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < count; ++i) {
+      if (type == DType::f32) static_cast<float*>(data())[i] = normal(random);
+      else if (type == DType::bf16) static_cast<__nv_bfloat16*>(data())[i] = __float2bfloat16_rn(normal(random));
+      else static_cast<uint8_t*>(data())[i] = static_cast<uint8_t>(random());
+    }
+    return *this;
+  }
+  template <class View>
+  View view(int64_t size) {
+    return {data(), type, size, size, 0};
+  }
+  Output output() { return {data(), type}; }
+  Numbers numbers(int64_t stride = 1) { return {data(), type, stride}; }
+};
+
+struct Scratch {
+  std::vector<double> memory;
+  uint32_t counter = 0;
+
+  Workspace of(int64_t bytes) {
+    memory.resize(bytes / 8);
+    return {bytes ? memory.data() : nullptr, &counter};
+  }
+  ~Scratch() { check(counter == 0, "the counter", 0, 0); }
+};
+
+void reconstruction(std::mt19937& random, DType type, DType target_type, int64_t rows, int64_t size, int64_t shift) {
+  Scratch scratch;
+  Buffer logits(type, rows * size, shift), target(target_type, rows * size), slope(type, rows * size, shift), kl(DType::f32, rows);
+  Buffer nll(DType::f32, rows), loss(DType::f32, 1), one(DType::f32, 1), kl_gradient(DType::f32, rows), beta_gradient(DType::f32, 1);
+  logits.fill(random), target.fill(random), kl.fill(random), one.fill(random);
+  NllArgs args;
+  args.rows = rows, args.size = size;
+  args.params[0] = logits.view<Operand>(size), args.slopes[0] = slope.view<Result>(size), args.target = target.view<Operand>(size);
+  args.weight = 1.0 / static_cast<double>(rows), args.reduced = true;
+  args.nll = nll.output(), args.loss = loss.output(), args.kl = kl.numbers();
+  args.workspace = scratch.of(nll_scratch(args));
+  check(fastvae::cuda::nll(args, nullptr) == cudaSuccess, "nll", rows, size);
+
+  double total = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    double sum = 0;
+    for (int64_t i = r * size; i < (r + 1) * size; ++i)
+      sum += std::log1p(std::exp(-std::abs(logits.get(i)))) + std::max(logits.get(i), 0.0) - logits.get(i) * target.get(i);
+    check(near(nll.get(r), sum, 1e-4), "a row's nll", rows, size);
+    total += sum + kl.get(r);
+  }
+  check(near(loss.get(0), total / static_cast<double>(rows), 1e-4), "the loss", rows, size);
+
+  for (const bool by_row : {false, true}) {
+    NllBackwardArgs back;
+    back.rows = rows, back.size = size, back.weight = args.weight;
+    back.gradients[0] = slope.view<Operand>(size), back.results[0] = slope.view<Result>(size);
+    back.grad_loss = one.numbers(0);
+    if (by_row) back.grad_nll = kl.numbers();
+    back.kl = back.scalar_rows = kl.numbers();
+    back.kl_gradient = kl_gradient.output(), back.beta_gradient = beta_gradient.output();
+    back.workspace = scratch.of(nll_backward_scratch(back));
+    check(nll_backward(back, nullptr) == cudaSuccess, "nll_backward", rows, size);
+    double sum = 0;
+    for (int64_t r = 0; r < rows; ++r) sum += one.get(0) * args.weight * kl.get(r);
+    check(near(beta_gradient.get(0), sum, 1e-4), "beta's gradient", rows, size);
+  }
+}
+
+void posterior(std::mt19937& random, DType type, int64_t rows, int64_t size, int64_t draws, int64_t shift) {
+  Scratch scratch;
+  Buffer mu(type, rows * size, shift), logvar(type, rows * size), z(type, draws * rows * size), kl(DType::f32, rows);
+  Buffer grad_mu(type, rows * size), grad_logvar(type, rows * size, shift);
+  int64_t used[2];
+  mu.fill(random), logvar.fill(random);
+  SampleArgs args;
+  args.rows = rows, args.size = size, args.draws = draws;
+  args.mu = mu.view<Operand>(size), args.logvar = logvar.view<Operand>(size);
+  args.noise.seed = 3;
+  args.z = z.view<Result>(size), args.z_draw_stride = rows * size;
+  args.row_kl = kl.output(), args.used_seed = used;
+  args.workspace = scratch.of(sample_scratch(args));
+  check(sample(args, nullptr) == cudaSuccess, "sample", rows, size);
+  for (int64_t r = 0; r < rows; ++r) {
+    double sum = 0;
+    for (int64_t i = r * size; i < (r + 1) * size; ++i)
+      sum += 0.5 * (mu.get(i) * mu.get(i) + std::expm1(logvar.get(i)) - logvar.get(i));
+    check(near(kl.get(r), sum, 1e-4), "a row's kl", rows, size);
+  }
+
+  SampleGradArgs grad;
+  static_cast<Latents&>(grad) = args;
+  grad.noise.tensor = used;
+  grad.grad_z = z.view<Operand>(size), grad.grad_z_draw_stride = rows * size;
+  grad.grad_kl = kl.numbers();
+  grad.grad_mu = grad_mu.view<Result>(size), grad.grad_logvar = grad_logvar.view<Result>(size);
+  check(sample_grad(grad, nullptr) == cudaSuccess, "sample_grad", rows, size);
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 random(1);
+  for (const int processors : {1, 2}) {
+    shim::processors = processors;
+    for (const int64_t shift : {0, 1}) {
+      reconstruction(random, DType::f32, DType::f32, 3, 17, shift);
+      reconstruction(random, DType::f32, DType::f32, 70, 4, shift);
+      reconstruction(random, DType::f32, DType::u8, 2, 2064, shift);
+      reconstruction(random, DType::bf16, DType::f32, 2, 4104, shift);
+      reconstruction(random, DType::f32, DType::f32, 300, 5, shift);
+      posterior(random, DType::f32, 5, 20, 1, shift);
+      posterior(random, DType::f32, 3, 7, 3, shift);
+      posterior(random, DType::bf16, 2, 1032, 1, shift);
+    }
+  }
+  if (!failures) std::puts("all right");
+  return failures != 0;
+}

@@ -1,0 +1,412 @@
+"""The CUDA kernels of the native backend, and `graph_step`, on a GPU.
+
+Values, layouts, noise and autograd are those of test_triton.py, run again on these kernels; what is here is what only
+they promise. What can be told without a GPU is in test_cuda_kernels.py and cuda_link.py.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import cases
+import pytest
+import torch
+from cases import CASES, Case
+from conftest import INTERPRETED
+from test_autograd import make_elbo
+from test_compile import OPS
+from test_triton import (
+    move,
+    moved,
+    step,
+    step_inputs,
+    test_a_second_stream,
+    test_against_the_reference,
+    test_channels_last,
+    test_chunks_of_a_head,
+    test_draws_stay_draws_when_compiled,
+    test_errors_have_the_same_words,
+    test_extremes,
+    test_graph_replays_draw_anew,
+    test_long_and_many_rows,
+    test_long_and_many_rows_of_latents,
+    test_more_than_two_to_the_31_elements,
+    test_nan_stays_in_its_row,
+    test_near_collapse,
+    test_no_host_sync,
+    test_normals_by_hand,
+    test_objectives,
+    test_one_graph,
+    test_peak_memory,
+    test_reparameterize_kl,
+    test_saturated_rows,
+    test_second_derivatives_are_refused_by_name,
+    test_seeds,
+    test_slices_and_expanded_data,
+    test_target_types,
+    test_the_backward_makes_it_again,
+    test_the_noise_belongs_to_its_place,
+    test_the_noise_of_the_cpu,
+    test_the_saved_gradient_becomes_the_result,
+    test_values,
+)
+from torch import Tensor
+
+import fastvae
+from fastvae import backend as backends
+from fastvae import functional
+
+if INTERPRETED or not torch.cuda.is_available():
+    pytest.skip("the CUDA kernels need a GPU", allow_module_level=True)
+if backends._load("native") is None or not backends._serves("native", "cuda"):
+    pytest.skip(f"no CUDA kernels: {backends._reason('native', 'cuda')}", allow_module_level=True)
+
+SHARED = (
+    test_a_second_stream,
+    test_against_the_reference,
+    test_channels_last,
+    test_chunks_of_a_head,
+    test_draws_stay_draws_when_compiled,
+    test_errors_have_the_same_words,
+    test_extremes,
+    test_graph_replays_draw_anew,
+    test_long_and_many_rows,
+    test_long_and_many_rows_of_latents,
+    test_more_than_two_to_the_31_elements,
+    test_nan_stays_in_its_row,
+    test_near_collapse,
+    test_no_host_sync,
+    test_normals_by_hand,
+    test_objectives,
+    test_one_graph,
+    test_peak_memory,
+    test_reparameterize_kl,
+    test_saturated_rows,
+    test_second_derivatives_are_refused_by_name,
+    test_seeds,
+    test_slices_and_expanded_data,
+    test_target_types,
+    test_the_backward_makes_it_again,
+    test_the_noise_belongs_to_its_place,
+    test_the_noise_of_the_cpu,
+    test_the_saved_gradient_becomes_the_result,
+    test_values,
+)
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    with fastvae.use_backend("native"):
+        yield torch.device("cuda")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ops
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_these() -> None:
+    assert fastvae.backend.choose(torch.empty(1, device="cuda")).name == "native"
+
+
+@pytest.mark.parametrize(("name", "row"), [(name, i) for name, rows in OPS.items() for i in range(len(rows))])
+def test_opcheck(device: torch.device, name: str, row: int) -> None:
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if name == "nll_backward_":
+        checks.remove("test_aot_dispatch_dynamic")  # see test_compile.py
+    args = tuple(moved(argument, device) for argument in OPS[name][row])
+    torch.library.opcheck(getattr(torch.ops.fastvae, name).default, args, test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=cases.ids)
+@pytest.mark.parametrize("case", CASES, ids=cases.ids)
+def test_the_other_backends_agree(device: torch.device, case: Case, dtype: torch.dtype) -> None:
+    """The native kernels of the CPU, and Triton's: the same formulas, so the same but for the last digits."""
+    inputs = cases.cast(case.inputs((6, 3, 7, 5)), dtype)
+    ours = cases.run(case, functional, move(inputs, device))
+    others = [cases.run(case, functional, inputs)]
+    if backends._load("triton") is not None:
+        with fastvae.use_backend("triton"):
+            others.append(cases.run(case, functional, move(inputs, device)))
+    close = {"rtol": cases.GRADIENT_TOLERANCE[dtype], "atol": 1e-6 if dtype != torch.float64 else 1e-13}
+    for theirs in others:
+        torch.testing.assert_close(ours.value.cpu(), theirs.value.cpu(), rtol=1e-5, atol=1e-5)
+        for name, gradient in ours.gradients.items():
+            torch.testing.assert_close(gradient.cpu(), theirs.gradients[name].cpu(), **close)
+
+
+def test_a_tensor_from_elsewhere_is_refused(device: torch.device) -> None:
+    """By name, in the op too: a kernel that follows a pointer of the CPU ends the process's use of the GPU."""
+    recon, x = torch.zeros(2, 3, device=device), torch.zeros(2, 3, device=device)
+    for kl, beta, name in (
+        (torch.zeros(2), None, "kl"),
+        (torch.zeros(2, device=device), torch.ones(()), "beta"),
+    ):
+        with pytest.raises(ValueError, match=f"fastvae: `{name}` must be on cuda:0, got cpu"):
+            torch.ops.fastvae.nll("bernoulli", [recon], x, [], kl, beta, 2)
+    with pytest.raises(ValueError, match="`seed` must be on cuda:0, got cpu"):
+        torch.ops.fastvae.reparameterize_kl(recon, x, None, None, None, torch.tensor([1, 2]), 0, None, None)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one(device: torch.device) -> None:
+    elbo, leaves, x = step_inputs()
+    torch.manual_seed(3)
+    want = step(elbo, leaves, x)
+    other = [leaf.detach().to("cuda:1").requires_grad_() for leaf in leaves]
+    torch.manual_seed(3)
+    got = step(elbo.to("cuda:1"), other, x.to("cuda:1"))
+    assert torch.cuda.current_device() == 0
+    for a, b in zip(got, want, strict=True):
+        assert a.device.index == 1
+        torch.testing.assert_close(a.cpu(), b.cpu())
+
+
+def test_launches_on_many_streams_at_once(device: torch.device) -> None:
+    """What the blocks of one launch count must not be counted by those of another."""
+    recon, x = torch.randn(64, 40_000, device=device), torch.rand(64, 40_000, device=device)
+    kl, elbo = torch.rand(64, device=device), make_elbo("bernoulli").to(device)
+    want = elbo(recon, x, kl=kl).loss
+    streams = [torch.cuda.Stream() for _ in range(8)]
+    torch.cuda.synchronize()
+    losses = []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                losses.append(elbo(recon, x, kl=kl).loss)
+    torch.cuda.synchronize()
+    assert all(torch.equal(loss, want) for loss in losses)
+
+
+def kernels_of(call: Callable[[], Any]) -> list[str]:
+    """What the GPU runs: names of kernels, copies and memsets."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as profile:
+        call()
+        torch.cuda.synchronize()
+    return [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "learned", "per_element"])
+def test_four_launches(device: torch.device, likelihood: str) -> None:
+    """Sample, nll and a backward of each; autograd's fill of the root gradient is not ours."""
+    _, leaves, x = step_inputs()
+    elbo = make_elbo(likelihood).to(device)
+    recon, mu, logvar = leaves
+    if likelihood == "per_element":
+        recon = torch.randn(128, 2 * 784, device=device, requires_grad=True)
+    weight = torch.randn(128, 20, device=device)
+
+    def call() -> None:
+        z, kl = elbo.reparameterize(mu, logvar)
+        loss = elbo(recon, x, kl=kl).loss
+        torch.autograd.grad((loss, z), [recon, mu, logvar, *elbo.parameters()], (None, weight))
+
+    names = kernels_of(call)
+    ours = [name for name in names if "fastvae" in name]
+    assert len(ours) == 4, names
+    rest = [name for name in names if name not in ours]
+    assert all("FillFunctor" in name for name in rest), names
+
+
+def test_no_launch_but_ours_without_a_gradient(device: torch.device) -> None:
+    elbo, leaves, x = step_inputs()
+    with torch.no_grad():
+        names = kernels_of(lambda: elbo(leaves[0], x, kl=elbo.reparameterize(leaves[1], leaves[2])[1]))
+    assert len(names) == 2, names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CUDA graphs
+# ---------------------------------------------------------------------------------------------------------------------
+
+FIRST = """
+import torch, fastvae
+fastvae.set_backend("native")
+elbo = fastvae.ELBO("bernoulli").cuda()
+elbo._looked = True
+recon, x = torch.randn(64, 40_000, device="cuda"), torch.rand(64, 40_000, device="cuda")
+kl = torch.rand(64, device="cuda")
+with torch.no_grad():
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = elbo(recon, x, kl=kl).loss
+    for _ in range(3):
+        recon.add_(1.0)
+        graph.replay()
+        seen = loss.clone()
+        assert torch.equal(seen, elbo(recon, x, kl=kl).loss), (seen, elbo(recon, x, kl=kl).loss)
+"""
+
+
+def test_the_first_call_may_be_a_captured_one() -> None:
+    """Whatever the kernels keep for later calls must not become the graph's."""
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+class Vae(torch.nn.Module):
+    def __init__(self, likelihood: str = "bernoulli") -> None:
+        super().__init__()
+        self.encoder, self.decoder = torch.nn.Linear(784, 40), torch.nn.Linear(20, 784)
+        self.elbo = make_elbo(likelihood)
+
+    def forward(self, x: Tensor) -> fastvae.ELBOOutput:
+        z, kl = self.elbo.reparameterize(*self.encoder(x).chunk(2, 1))
+        return self.elbo(self.decoder(z), x, kl=kl)
+
+
+def trainer(device: torch.device, **options: Any) -> tuple[Vae, Callable[[Tensor], fastvae.ELBOOutput]]:
+    torch.manual_seed(1)
+    model = Vae(**options).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, capturable=True, fused=True)
+
+    def train_step(x: Tensor) -> fastvae.ELBOOutput:
+        optimizer.zero_grad()
+        out = model(x)
+        out.loss.backward()
+        optimizer.step()
+        return out
+
+    return model, train_step
+
+
+def batches(device: torch.device, count: int, rows: int = 128) -> list[Tensor]:
+    generator = torch.Generator(device).manual_seed(9)
+    return [0.2 * torch.rand(rows, 784, device=device, generator=generator) for _ in range(count)]
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "learned"])
+@pytest.mark.parametrize("name", ["native", "triton", "reference"])
+def test_replays_are_the_steps_of_eager(device: torch.device, name: str, likelihood: str) -> None:
+    """200 of them, from one seed, noise included; and no step more than there were calls."""
+    if name != "reference" and backends._load(name) is None:
+        pytest.skip(backends._missing[name])
+    losses = []
+    with fastvae.use_backend(name):
+        for graphed in (False, True):
+            _, run = trainer(device, likelihood=likelihood)
+            if graphed:
+                run = fastvae.graph_step(run, torch.empty(128, 784, device=device))
+            torch.manual_seed(2)
+            losses.append(torch.stack([run(x).loss.detach().clone() for x in batches(device, 200)]))
+    eager, replayed = losses
+    assert eager[-1] < 0.9 * eager[0]
+    torch.testing.assert_close(replayed, eager, rtol=2e-4, atol=0.05)
+    torch.testing.assert_close(replayed[:20], eager[:20], rtol=1e-5, atol=1e-3)
+
+
+def test_every_replay_draws_anew_and_beta_steers(device: torch.device) -> None:
+    elbo = fastvae.ELBO("gaussian").to(device)
+    zeros = torch.zeros(64, 20, device=device)
+
+    def draw(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z, kl = elbo.reparameterize(zeros, x)
+        out = elbo(zeros, zeros, kl=kl)
+        return z, out.loss, (out.nll + elbo.beta * out.kl).mean()
+
+    run = fastvae.graph_step(draw, zeros, warmup=1)
+    x, seen = torch.ones_like(zeros), []
+    for beta in (1.0, 1.0, 0.25, 4.0):
+        elbo.beta = beta
+        z, loss, want = run(x)
+        seen.append(z.clone())
+        torch.testing.assert_close(loss, want)
+        assert torch.equal(elbo.beta.cpu(), torch.tensor(beta))
+    assert len({tuple(z.flatten()[:4].tolist()) for z in seen}) == 4
+    state = torch.cuda.get_rng_state()
+    first = run(x)[0].clone()
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(run(x)[0], first)
+
+
+def test_a_generator_of_its_own(device: torch.device) -> None:
+    zeros = torch.zeros(8, 20, device=device)
+    generator = torch.Generator(device).manual_seed(4)
+    other = torch.Generator(device).manual_seed(4)
+    run = fastvae.graph_step(
+        lambda x: functional.reparameterize_kl(x, x, generator=generator)[0], zeros, generators=[generator]
+    )
+    for _ in range(6):
+        want = functional.reparameterize_kl(zeros, zeros, generator=other)[0]
+        assert torch.equal(run(zeros), want)
+
+
+def test_batches_of_the_cpu_and_an_odd_one(device: torch.device) -> None:
+    """What is on the CPU is copied; a batch of another size is refused, and may be stepped on by the step itself."""
+    results = []
+    for graphed in (False, True):
+        model, eager = trainer(device)
+        run = fastvae.graph_step(eager, torch.empty(128, 784, device=device)) if graphed else eager
+        torch.manual_seed(2)
+        for i, x in enumerate(batches(device, 12)):
+            run(x.cpu().pin_memory() if graphed and i % 2 else x)
+            if i == 8:
+                odd = batches(device, 1, rows=37)[0]
+                if graphed:
+                    with pytest.raises(ValueError, match=r"\(128, 784\), float32, got \(37, 784\), float32"):
+                        run(odd)
+                eager(odd)
+        results.append([parameter.detach().clone() for parameter in model.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_an_optimiser_that_counts_on_the_cpu(device: torch.device) -> None:
+    weight = torch.ones(3, device=device, requires_grad=True)
+    adam = torch.optim.Adam([weight])
+
+    def train_step(x: Tensor) -> Tensor:
+        loss = (weight * x).sum()
+        loss.backward()
+        adam.step()
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"graph_step: Adam must have `capturable` True"):
+        fastvae.graph_step(train_step, torch.ones(3, device=device))(torch.ones(3, device=device))
+    assert torch.equal(weight.detach().cpu(), torch.ones(3))
+
+
+WAITS = """
+import torch, fastvae
+step = fastvae.graph_step(lambda x: x * x.sum().item(), torch.ones(3, device="cuda"), warmup=1)
+x = torch.ones(3, device="cuda")
+assert torch.equal(step(x), 3 * x)
+try:
+    step(x)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_step_that_waits() -> None:
+    """In a process of its own: what a broken capture leaves behind is not for other tests."""
+    done = subprocess.run(
+        [sys.executable, "-c", WAITS], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fastvae.graph_step: the step cannot be captured as a CUDA graph: " in done.stdout
+    assert ".item()" in done.stdout
+
+
+def test_autocast_around_the_call(device: torch.device) -> None:
+    """Weights cast once, before the capture, would stay as they were."""
+    losses = []
+    for graphed in (False, True):
+        _, run = trainer(device)
+        if graphed:
+            run = fastvae.graph_step(run, torch.empty(128, 784, device=device))
+        torch.manual_seed(2)
+        with torch.autocast("cuda", torch.bfloat16):
+            for x in batches(device, 30):
+                loss = run(x).loss
+                if not graphed:
+                    torch.clear_autocast_cache()
+        losses.append(loss.clone())
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=0)

@@ -1,0 +1,604 @@
+"""The CUDA kernels on a machine without a GPU.
+
+Their bodies run on the CPU, compiled as C++ with a thread for every thread of a block, against `fastvae.reference` in
+float64, and under the sanitizers. And where nvcc is, they are compiled for every architecture and the machine code is
+looked at: registers, spills, 128-bit accesses; `python tests/test_cuda_kernels.py` prints that as a table.
+"""
+
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cuda_kernels
+import pytest
+import torch
+from cuda_kernels import DTYPES, ROOT, SOURCES, Kernels, NoiseSource, build, pointer, row_dtype
+from torch import Tensor
+
+from fastvae import reference
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# Of results, and of gradients, which have their input's type.
+VALUE = {torch.float32: 5e-6, torch.float64: 1e-13, torch.float16: 5e-6, torch.bfloat16: 5e-6}
+GRADIENT = {torch.float32: 5e-6, torch.float64: 1e-13, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+SIZES = (1, 7, 15, 16, 17, 24, 1000, 4099)
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    return Kernels(build(tmp_path_factory.mktemp("cuda"), "-O0", "-fPIC", "-shared"))
+
+
+@pytest.fixture
+def kernels(built: Kernels) -> Iterator[Kernels]:
+    yield built
+    built.processors = 1
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float, least: float = 0.0) -> None:
+    """Within `tolerance` of the largest number of each row, or of `least` where that is more."""
+    assert found.shape == expected.shape
+    assert not found.isnan().any()
+    scale = expected.abs().double().clamp_min(least)
+    if expected.dim() > 1 and expected.numel():
+        scale = scale.flatten(1).amax(1).view(-1, *[1] * (expected.dim() - 1))
+    # A type's smallest numbers have few digits, and the hardware's functions make zeros of float32's.
+    floor = {torch.float16: 2.0**-24, torch.float64: 0.0}.get(found.dtype, 2.0**-126)
+    error = (found.double() - expected.double()).abs()
+    assert (error <= tolerance * scale + floor).all(), (error / scale).max().item()
+
+
+def differentiable(*tensors: Tensor) -> list[Tensor]:
+    return [t.double().requires_grad_() for t in tensors]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reconstruction
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def case(likelihood: str, rows: int, size: int, dtype: torch.dtype) -> tuple[list[Tensor], list[float]]:
+    """(params, constants) with data of (rows, size)."""
+    mean = torch.randn(rows, size).mul(2).to(dtype)
+    if likelihood == "gaussian":
+        return [mean], [0.7]
+    if likelihood == "gaussian_learned":
+        return [mean, torch.tensor(-0.6, dtype=row_dtype(mean))], []
+    if likelihood == "gaussian_per_element":
+        return [mean, torch.randn(rows, size).to(dtype)], []
+    if likelihood == "gaussian_head":
+        return [torch.randn(rows, 2 * size).to(dtype)], []
+    return [mean], []
+
+
+def data(rows: int, size: int, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.uint8:
+        return torch.randint(0, 256, (rows, size), dtype=dtype)
+    return torch.rand(rows, size).round().bool() if dtype == torch.bool else torch.rand(rows, size).to(dtype)
+
+
+def expected(
+    likelihood: str,
+    params: list[Tensor],
+    target: Tensor,
+    constants: list[float],
+    kl: Tensor | None = None,
+    beta: Tensor | None = None,
+    reduction: int = 2,
+) -> tuple[Tensor, Tensor]:
+    if target.is_floating_point():
+        target = target.double()
+    return reference.nll(likelihood, params, target, constants, kl, beta, reduction)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("likelihood", cuda_kernels.ELEMENTS)
+@pytest.mark.parametrize("size", SIZES)
+def test_values_and_gradients(kernels: Kernels, likelihood: str, size: int, dtype: torch.dtype) -> None:
+    rows = 3
+    params, constants = case(likelihood, rows, size, dtype)
+    target, kl, beta = data(rows, size, dtype), torch.rand(rows, dtype=torch.float32), torch.tensor(0.3)
+    loss, nll, gradients, scalar_rows = kernels.nll_forward(
+        likelihood, params, target, constants, kl, beta, 2, needs=3
+    )
+    leaves = differentiable(*params)
+    full, full_nll = expected(likelihood, leaves, target, constants, kl.double(), beta.double())
+    full.backward()
+    scale = 1.0 if likelihood == "bernoulli" else 3.0  # the terms of a Gaussian may cancel
+    close(nll, full_nll.detach(), scale * VALUE[dtype])
+    close(loss, full.detach(), scale * VALUE[dtype])
+    for gradient, leaf in zip(gradients, leaves, strict=False):
+        assert leaf.grad is not None
+        close(gradient, leaf.grad, GRADIENT[dtype])
+    if scalar_rows is not None:
+        assert leaves[1].grad is not None
+        close(scalar_rows.double().mean(), leaves[1].grad, 10 * VALUE[dtype])
+
+
+PAIRS = [(d, t) for d in FLOATS for t in DTYPES if t in (d, torch.float32, torch.uint8, torch.bool)]
+
+
+@pytest.mark.parametrize("size", [16, 17])
+@pytest.mark.parametrize(("dtype", "target_dtype"), PAIRS, ids=str)
+def test_targets_of_other_types(
+    kernels: Kernels, dtype: torch.dtype, target_dtype: torch.dtype, size: int
+) -> None:
+    params, _ = case("bernoulli", 5, size, dtype)
+    target = data(5, size, target_dtype)
+    _, nll, (gradient,), _ = kernels.nll_forward("bernoulli", params, target, needs=1)
+    (leaf,) = differentiable(*params)
+    full, full_nll = expected("bernoulli", [leaf], target, [])
+    full.backward()
+    assert leaf.grad is not None
+    close(nll, full_nll.detach(), VALUE[dtype])
+    close(gradient, leaf.grad, GRADIENT[dtype])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (70, 3), (130, 20), (5, 1000), (1, 9000), (3, 9001)])
+@pytest.mark.parametrize("processors", [1, 3])
+def test_partitions(kernels: Kernels, processors: int, rows: int, size: int, reduction: str) -> None:
+    """Several rows to a block, several blocks to a row; every element counts once, whoever finishes last."""
+    kernels.processors = processors
+    params, target = [torch.randn(rows, size)], torch.rand(rows, size)
+    kl, beta = torch.rand(rows), torch.tensor(0.5)
+    runs = [
+        kernels.nll_forward("bernoulli", params, target, (), kl, beta, REDUCTIONS[reduction], 1)
+        for _ in range(3)
+    ]
+    loss, nll, (gradient,), _ = runs[0]
+    leaf = params[0].double().requires_grad_()
+    full, full_nll = expected(
+        "bernoulli", [leaf], target, [], kl.double(), beta.double(), REDUCTIONS[reduction]
+    )
+    full.sum().backward()
+    assert leaf.grad is not None
+    close(nll, full_nll.detach(), 5e-6)
+    close(loss, full.detach(), 5e-6)
+    close(gradient, leaf.grad, 5e-6)
+    for other in runs[1:]:
+        assert torch.equal(other[0], loss)
+        assert torch.equal(other[1], nll)
+        assert torch.equal(other[2][0], gradient)
+
+
+@pytest.mark.parametrize("a", [9.0, 15.0, 30.0, 80.0])
+@pytest.mark.parametrize("right", [True, False])
+def test_saturated_rows(kernels: Kernels, a: float, right: bool) -> None:
+    """Logits that are sure: what is lost in 1 + e is all that there is to the loss."""
+    logits = torch.where(torch.rand(2, 784) < 0.5, a, -a)
+    target = ((logits > 0) == right).float()
+    _, nll, (gradient,), _ = kernels.nll_forward("bernoulli", [logits], target, needs=1)
+    (leaf,) = differentiable(logits)
+    full, full_nll = expected("bernoulli", [leaf], target, [])
+    full.backward()
+    assert leaf.grad is not None
+    close(nll, full_nll.detach(), 5e-6)
+    if not right or a < 16:
+        assert ((gradient - leaf.grad).abs() <= 1.2e-7).all()
+
+
+def test_extreme_numbers_are_finite(kernels: Kernels) -> None:
+    logits = torch.tensor([[-1e4], [-104.0], [0.0], [89.0], [1e4]])
+    for t in (0.0, 1.0):
+        target = torch.full_like(logits, t)
+        _, nll, (gradient,), _ = kernels.nll_forward("bernoulli", [logits], target, needs=1)
+        close(nll, reference.bernoulli_nll(logits.double(), target.double()), 5e-6)
+        assert gradient.isfinite().all()
+
+
+def test_a_nan_stays_in_its_row(kernels: Kernels) -> None:
+    logits, target = torch.randn(4, 24), torch.rand(4, 24)
+    logits[1, 3] = math.nan
+    _, nll, (gradient,), _ = kernels.nll_forward("bernoulli", [logits], target, reduction=0, needs=1)
+    assert nll.isnan().tolist() == [False, True, False, False]
+    assert gradient.isnan().nonzero().tolist() == [[1, 3]]
+    logvar = torch.zeros(4, 24)
+    logvar[2, 20] = math.nan
+    z, kl, _ = kernels.sample(torch.zeros(4, 24), logvar, noise=seed(1, 2))
+    assert kl.isnan().tolist() == [False, False, True, False]
+    assert z.isnan().nonzero().tolist() == [[2, 20]]
+
+
+def test_only_what_is_wanted(kernels: Kernels) -> None:
+    params, _ = case("gaussian_per_element", 3, 20, torch.float32)
+    target = torch.rand(3, 20)
+    nothing, _, none, _ = kernels.nll_forward("gaussian_per_element", params, target)
+    both, _, (first, second), _ = kernels.nll_forward("gaussian_per_element", params, target, needs=3)
+    one, _, (only,), _ = kernels.nll_forward("gaussian_per_element", params, target, needs=2)
+    assert none == []
+    assert torch.equal(nothing, both)
+    assert torch.equal(one, both)
+    assert torch.equal(only, second)
+    assert first.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 8])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_packed_heads(
+    kernels: Kernels, order: torch.memory_format, channels: int, dtype: torch.dtype
+) -> None:
+    params = torch.randn(2, 2 * channels, 4, 5).to(dtype).contiguous(memory_format=order)
+    target = torch.rand(2, channels, 4, 5).to(dtype).contiguous(memory_format=order)
+    _, nll, (gradient,), _ = kernels.nll_forward("gaussian_head", [params], target, needs=1)
+    (leaf,) = differentiable(params)
+    full, full_nll = expected("gaussian_head", [leaf], target, [])
+    full.backward()
+    assert leaf.grad is not None
+    close(nll, full_nll.detach(), 3 * VALUE[dtype])
+    close(gradient, leaf.grad, GRADIENT[dtype])
+
+
+def test_rows_apart(kernels: Kernels) -> None:
+    """Slices of something wider, data that are expanded, and what begins in the middle of 16 bytes."""
+    for wide, start, size in ((64, 0, 24), (64, 3, 24), (33, 0, 17), (67, 4, 24)):
+        params = torch.randn(5, wide)[:, start : start + size]
+        target = torch.rand(1, size).expand(5, size)
+        _, nll, (gradient,), _ = kernels.nll_forward("bernoulli", [params], target, needs=1)
+        (leaf,) = differentiable(params)
+        full, full_nll = expected("bernoulli", [leaf], target, [])
+        full.backward()
+        assert leaf.grad is not None
+        close(nll, full_nll.detach(), 5e-6)
+        close(gradient, leaf.grad, 5e-6)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_rows_and_no_elements(kernels: Kernels, reduction: str) -> None:
+    for shape in ((0, 5), (3, 0), (0, 0)):
+        params, target = [torch.randn(shape)], torch.rand(shape)
+        kl = torch.rand(shape[0])
+        loss, nll, _, _ = kernels.nll_forward(
+            "bernoulli", params, target, (), kl, None, REDUCTIONS[reduction], 1
+        )
+        full, full_nll = reference.nll("bernoulli", params, target, [], kl, None, REDUCTIONS[reduction])
+        assert torch.equal(nll, full_nll)
+        torch.testing.assert_close(loss, full, equal_nan=True)
+        z, row_kl, _ = kernels.sample(params[0], target, noise=seed(1, 2))
+        assert z.shape == shape
+        assert torch.equal(row_kl, torch.zeros(shape[0]))
+        kernels.sample_grad(params[0], kl, params[0], target, noise=seed(1, 2))
+        grad = torch.rand(shape[0]) if reduction == "none" else torch.tensor(2.0)
+        _, scalar, by_kl, by_beta = kernels.nll_backward(
+            grad,
+            None,
+            params,
+            kl,
+            kl,
+            torch.tensor(1.0),
+            shape[0],
+            REDUCTIONS[reduction],
+            in_place=True,
+            need_kl=True,
+            need_beta=True,
+        )
+        for small in (scalar, by_kl, by_beta):
+            assert small is not None
+            assert not small.isnan().any()
+
+
+def test_types_of_the_small_tensors(kernels: Kernels) -> None:
+    """beta and a learned logvar have a type of their own; kl may be float64, and the loss then is."""
+    for dtype in FLOATS:
+        params, target = [torch.randn(4, 20), torch.tensor(-0.5, dtype=dtype)], torch.rand(4, 20)
+        beta = torch.tensor(0.5, dtype=dtype)
+        for kl in (torch.rand(4), torch.rand(4, dtype=torch.float64), torch.rand(1).expand(4)):
+            loss, _, _, _ = kernels.nll_forward("gaussian_learned", params, target, (), kl, beta)
+            full, _ = expected(
+                "gaussian_learned", [p.double() for p in params], target, [], kl.double(), beta
+            )
+            assert loss.dtype == kl.dtype
+            close(loss, full, 5e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Its backward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("size", [1, 17, 24, 4099])
+@pytest.mark.parametrize("factor", [1.0, 0.125, -3.0])
+def test_one_factor_for_all(
+    kernels: Kernels, factor: float, size: int, in_place: bool, dtype: torch.dtype
+) -> None:
+    gradients = [torch.randn(5, size).to(dtype) for _ in range(2)]
+    wanted = [(g.to(row_dtype(g)) * factor).to(dtype) for g in gradients]
+    results, *_ = kernels.nll_backward(
+        torch.tensor(factor, dtype=row_dtype(gradients[0])),
+        None,
+        gradients,
+        None,
+        None,
+        None,
+        5,
+        2,
+        in_place=in_place,
+    )
+    for result, want in zip(results, wanted, strict=True):
+        assert torch.equal(result, want)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("shape", [(70, 3), (5, 24), (3, 4099)])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_factor_for_each_row(
+    kernels: Kernels, reduction: str, shape: tuple[int, int], in_place: bool, dtype: torch.dtype
+) -> None:
+    rows = shape[0]
+    number = row_dtype(torch.empty(0, dtype=dtype))
+    gradient = torch.randn(shape).to(dtype)
+    grad_loss = torch.rand(() if reduction != "none" else (rows,), dtype=number)
+    grad_nll = torch.rand(rows, dtype=number)
+    grad_nll[0] = 0
+    if reduction == "none":
+        grad_loss[0] = 1  # a row that needs no scaling
+    weight = 1 / rows if reduction == "mean" else 1.0
+    want = gradient.double() * (grad_loss + grad_nll / weight).double().view(-1, 1)
+    for by_loss, by_nll, full in (
+        (grad_loss, grad_nll, want),
+        (None, grad_nll, gradient.double() * (grad_nll / weight).double().view(-1, 1)),
+    ):
+        copy = gradient.clone()
+        (result,), *_ = kernels.nll_backward(
+            by_loss, by_nll, [copy], None, None, None, rows, REDUCTIONS[reduction], in_place=in_place
+        )
+        close(result, full, {torch.float64: 1e-14, torch.float32: 2e-7}.get(dtype, GRADIENT[dtype]))
+        assert in_place or torch.equal(copy, gradient)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 300, 3000])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_small_gradients(kernels: Kernels, dtype: torch.dtype, reduction: str, rows: int) -> None:
+    """Of the scalar, of the kl and of beta; beside an elementwise gradient, and alone."""
+    weight = 1 / rows if reduction == "mean" else 1.0
+    grad_loss = torch.randn(() if reduction != "none" else (rows,), dtype=dtype)
+    grad_nll, scalar_rows, kl = (torch.randn(rows, dtype=dtype) for _ in range(3))
+    beta = torch.tensor(0.25, dtype=torch.bfloat16)
+    by_loss = (weight * grad_loss.double()).expand(rows)
+    for gradients in ([], [torch.randn(rows, 3, dtype=dtype)]):
+        for by_nll in (None, grad_nll):
+            _, scalar, by_kl, by_beta = kernels.nll_backward(
+                grad_loss,
+                by_nll,
+                gradients,
+                scalar_rows,
+                kl,
+                beta,
+                rows,
+                REDUCTIONS[reduction],
+                in_place=True,
+                need_kl=True,
+                need_beta=True,
+            )
+            total = by_loss + (by_nll.double() if by_nll is not None else 0)
+            scale = 1e-5 if dtype == torch.float32 else 1e-12
+            assert scalar is not None
+            assert by_kl is not None
+            assert by_beta is not None
+            assert (scalar - (total * scalar_rows).sum()).abs() <= scale * (total * scalar_rows).abs().sum()
+            close(by_kl, by_loss * 0.25, scale)
+            assert by_beta.dtype == torch.bfloat16
+            assert (by_beta - (by_loss * kl).sum()).abs() <= 1e-2 * (by_loss * kl).abs().sum()
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian_head"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradients_of_the_backward(
+    kernels: Kernels, reduction: str, dtype: torch.dtype, likelihood: str
+) -> None:
+    """nll_gradient: the factor is known when the gradient is made."""
+    params, constants = case(likelihood, 4, 24, dtype)
+    target = data(4, 24, torch.float32)
+    grad_loss = torch.rand(() if reduction != "none" else (4,)) * 1000
+    grad_nll = torch.rand(4)
+    (gradient,) = kernels.nll_gradient(
+        likelihood, params, target, constants, grad_loss, grad_nll, REDUCTIONS[reduction], 1
+    )
+    (leaf,) = differentiable(*params)
+    loss, nll = expected(likelihood, [leaf], target, constants, reduction=REDUCTIONS[reduction])
+    torch.autograd.backward((loss, nll), (grad_loss.double(), grad_nll.double()))
+    assert leaf.grad is not None
+    close(gradient, leaf.grad, GRADIENT[dtype])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The posterior
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def seed(key: int, offset: int, row_offset: int = 0) -> NoiseSource:
+    return NoiseSource(seed=key, offset=offset, row_offset=row_offset)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1, 4, 7, 20, 129, 1000])
+@pytest.mark.parametrize("samples", [None, 3])
+def test_the_noise(kernels: Kernels, samples: int | None, size: int, dtype: torch.dtype) -> None:
+    """float64 shows that the integers are the reference's: nothing else comes as close."""
+    key, offset, row_offset = 0x1234_5678_9ABC_DEF0, 0x7FFF_FFFF_0000_0004, (1 << 33) + 5
+    zero = torch.zeros(5, size, dtype=dtype)
+    z, _, used = kernels.sample(zero, zero, noise=seed(key, offset, row_offset), samples=samples)
+    noise = reference.normal_noise(
+        torch.tensor([key, offset]), row_offset, 5, size, samples or 1, torch.float64
+    )
+    assert used.tolist() == [key, offset]
+    error = (z.double().view(noise.shape) - noise).abs().max()
+    assert error <= (2e-6 if dtype == torch.float32 else 1e-13)
+
+
+def test_where_the_seed_comes_from(kernels: Kernels) -> None:
+    """By value, from a tensor, and from the places that a captured graph reads; the sign bits do not count."""
+    zero = torch.zeros(3, 20)
+    key, offset = 77, 1 << 40
+    z, _, used = kernels.sample(zero, zero, noise=seed(key, offset))
+    assert used.tolist() == [key, offset]
+    pair = torch.tensor([key - 2**63, offset - 2**63])
+    other, _, used = kernels.sample(zero, zero, noise=NoiseSource(tensor=pointer(pair)))
+    assert used.tolist() == [key, offset]
+    assert torch.equal(other, z)
+    keys, offsets = torch.tensor([key]), torch.tensor([offset - 12])
+    captured = NoiseSource(
+        seed_pointer=pointer(keys), offset_pointer=pointer(offsets), offset_intragraph=12, captured=True
+    )
+    other, _, used = kernels.sample(zero, zero, noise=captured)
+    assert used.tolist() == [key, offset]
+    assert torch.equal(other, z)
+    assert not torch.equal(kernels.sample(zero, zero, noise=seed(key, offset + 4))[0], z)
+
+
+def posterior(shape: tuple[int, ...], dtype: torch.dtype, prior: bool) -> tuple[list[Tensor], list[Tensor]]:
+    tensors = [torch.randn(shape).to(dtype) for _ in range(4)]
+    return tensors[:2], tensors[2:] if prior else []
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("size", [1, 7, 16, 20, 1000, 2049])
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("samples", [None, 2])
+@pytest.mark.parametrize("given", [False, True])
+def test_samples_and_their_gradients(
+    kernels: Kernels, given: bool, samples: int | None, prior: bool, size: int, dtype: torch.dtype
+) -> None:
+    shape = (3, size)
+    q, p = posterior(shape, dtype, prior)
+    drawn = shape if samples is None else (samples, *shape)
+    pair = torch.tensor([5, 8])
+    eps = torch.randn(drawn).to(dtype) if given else None
+    noise = NoiseSource(tensor=pointer(pair), row_offset=9)
+    z, kl, used = kernels.sample(*q, p or None, noise=noise, eps=eps, samples=samples)
+
+    leaves = differentiable(*q, *p, *([eps] if eps is not None else []))
+    full_z, full_kl = reference.reparameterize_kl(
+        *leaves[: 2 + len(p)], samples=samples, seed=pair, row_offset=9, eps=leaves[-1] if given else None
+    )
+    close(kl, full_kl.detach(), VALUE[dtype])
+    near = {torch.float32: 5e-6, torch.float64: 1e-13}.get(dtype, GRADIENT[dtype])
+    close(z, full_z.detach(), near)
+
+    grad_z, grad_kl = torch.randn(drawn).to(dtype), torch.randn(3, dtype=row_dtype(z))
+    torch.autograd.backward((full_z, full_kl), (grad_z.double(), grad_kl.double()))
+    noise = NoiseSource(tensor=pointer(used), row_offset=9)
+    gradients = kernels.sample_grad(grad_z, grad_kl, *q, p or None, noise=noise, eps=eps, samples=samples)
+    for gradient, leaf in zip(gradients, leaves, strict=True):
+        assert leaf.grad is not None
+        close(gradient, leaf.grad, GRADIENT[dtype], least=1.0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("size", [5, 64])
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("per_element", [False, True])
+def test_kl_alone(kernels: Kernels, per_element: bool, prior: bool, size: int, dtype: torch.dtype) -> None:
+    q, p = posterior((5, size), dtype, prior)
+    kl = kernels.kl(*q, p or None, per_element=per_element)
+    leaves = differentiable(*q, *p)
+    full = reference.gaussian_kl(*leaves, reduction="none" if per_element else "event")
+    close(kl, full.detach(), VALUE[dtype])
+    grad = torch.randn(full.shape, dtype=kl.dtype)
+    full.backward(grad.double())
+    gradients = kernels.sample_grad(None, grad, *q, p or None, per_element=per_element)
+    for gradient, leaf in zip(gradients, leaves, strict=True):
+        assert leaf.grad is not None
+        close(gradient, leaf.grad, GRADIENT[dtype], least=1.0)
+
+
+def test_the_kl_near_collapse(kernels: Kernels) -> None:
+    """Where the textbook's formula keeps no digit."""
+    for small in (1e-2, 1e-4, 1e-6):
+        mu, logvar = torch.zeros(2, 64), torch.randn(2, 64) * small
+        close(kernels.kl(mu, logvar), reference.gaussian_kl(mu.double(), logvar.double()), 5e-6)
+    for v in (-80.0, 80.0):
+        logvar = torch.full((1, 1), v)
+        close(
+            kernels.kl(torch.zeros(1, 1), logvar),
+            reference.gaussian_kl(logvar.double() * 0, logvar.double()),
+            5e-6,
+        )
+
+
+@pytest.mark.parametrize("processors", [1, 3])
+@pytest.mark.parametrize(
+    ("rows", "size", "samples"), [(70, 5, None), (2, 3000, None), (2, 20, 40), (3, 2001, 5)]
+)
+def test_partitions_of_a_posterior(
+    kernels: Kernels, rows: int, size: int, samples: int | None, processors: int
+) -> None:
+    """What every block does alone, and the sums that they share, are the same however the device is made."""
+    mu, logvar = torch.randn(2, rows, size)
+    z, kl, _ = kernels.sample(mu, logvar, noise=seed(3, 4), samples=samples)
+    kernels.processors = processors
+    other, other_kl, _ = kernels.sample(mu, logvar, noise=seed(3, 4), samples=samples)
+    assert torch.equal(z, other)
+    close(other_kl, reference.gaussian_kl(mu.double(), logvar.double()), 5e-6)
+    assert torch.equal(kernels.sample(mu, logvar, noise=seed(3, 4), samples=samples)[1], other_kl)
+    noise = reference.normal_noise(torch.tensor([3, 4]), 0, rows, size, samples or 1, torch.float64)
+    close(z.view(-1, rows, size), mu + torch.exp(logvar.double() / 2) * noise, 5e-6)
+
+
+def test_gradients_that_are_missing(kernels: Kernels) -> None:
+    q, _ = posterior((3, 20), torch.float32, False)
+    used = torch.tensor([1, 2])
+    noise = NoiseSource(tensor=pointer(used))
+    by_z, by_kl = torch.randn(3, 20), torch.randn(3)
+    both = kernels.sample_grad(by_z, by_kl, *q, noise=noise)
+    noise = NoiseSource(tensor=pointer(used))
+    first = kernels.sample_grad(by_z, None, *q, noise=noise)
+    second = kernels.sample_grad(None, by_kl, *q)
+    for a, b, c in zip(first, second, both, strict=True):
+        torch.testing.assert_close(a + b, c, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sanitizers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sanitized(directory: Path, sanitizer: str) -> Path:
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    probe = ["g++", f"-fsanitize={sanitizer}", "-x", "c++", "-", "-o", str(directory / "probe")]
+    if subprocess.run(probe, input="int main() {}", text=True, capture_output=True).returncode:
+        pytest.skip(f"this g++ has no {sanitizer} sanitizer")
+    flags = ("-O0", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
+    return build(directory, *flags, main="sanitized.cpp")
+
+
+def run(program: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(program)], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.slow
+def test_memory_is_accessed_as_it_should_be(tmp_path: Path) -> None:
+    done = run(sanitized(tmp_path, "address,undefined"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "all right\n"
+
+
+@pytest.mark.slow
+def test_threads_do_not_race(tmp_path: Path) -> None:
+    program = sanitized(tmp_path, "thread")
+    done = run(program, TSAN_OPTIONS="halt_on_error=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "all right\n"
+    # And the sanitizer is not blind.
+    done = run(program, TSAN_OPTIONS="halt_on_error=1", SHIM_WITHOUT_BARRIERS="1")
+    assert "data race" in done.stderr
