@@ -199,8 +199,8 @@ def _check_dimensions(kl: Any) -> None:
         raise TypeError(f"fastvae.ELBO: `kl` must be floating point, got {kl.dtype}")
     if kl.dim() < 2:
         raise ValueError(
-            "fastvae.ELBO: with `free_bits`, `kl` must be that of every dimension, (B, ...), as elbo.reparameterize and "
-            f'functional.gaussian_kl(..., reduction="none") give it, got shape {tuple(kl.shape)}'
+            "fastvae.ELBO: with `free_bits`, `kl` must be that of every dimension, (B, ...), as elbo.reparameterize "
+            f'and functional.gaussian_kl(..., reduction="none") give it, got shape {tuple(kl.shape)}'
         )
 
 

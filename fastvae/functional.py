@@ -287,7 +287,7 @@ def _check_class_numbers(where: str, name: str, target: Tensor, classes: int, ig
     if type(target) is not Tensor or target.device.type != "cpu" or target.numel() == 0 or not _has_values():
         return
     low, high = torch.aminmax(target)
-    if 0 <= int(low) and int(high) < classes:
+    if int(low) >= 0 and int(high) < classes:
         return
     wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
     if wrong.numel() > 0:

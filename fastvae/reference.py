@@ -253,8 +253,8 @@ def gaussian_head_nll(params: Tensor, target: Tensor) -> Tensor:
 def categorical_nll(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
     """-log Categorical(target | softmax(logits)), (B,), summed over positions ([B], equations 4.104 and 4.108).
 
-    Per position log sum_v e^a_v - a_t for logits a, which lie along the last dimension, and the class t. Positions whose
-    target is `ignore_index` (padding) add nothing and pass no gradient.
+    Per position log sum_v e^a_v - a_t for logits a, which lie along the last dimension, and the class t. Positions
+    whose target is `ignore_index` (padding) add nothing and pass no gradient.
     """
     ignored = target == ignore_index
     log_probs = F.log_softmax(logits.to(_compute_dtype(logits)), dim=-1)
