@@ -247,9 +247,17 @@ def empty_cache() -> int:
     return int(importlib.import_module("fastvae._C").empty_buffer_pool())
 
 
-def choose(tensor: Tensor) -> Backend:
-    """The backend that serves tensors on this tensor's device."""
+# Likelihoods that not every backend, or not on every device, has a kernel for yet: there the reference serves them.
+_PARTLY = {"categorical": ("triton", "cuda", "cpu")}
+
+
+def choose(tensor: Tensor, likelihood: str = "") -> Backend:
+    """The backend that serves tensors on this tensor's device, of those that have a kernel for the likelihood."""
     backend = _serving.get(tensor.device.type)
+    if likelihood in _PARTLY and backend is not None:
+        without = _PARTLY[likelihood]
+        if backend.name in without or tensor.device.type in without:
+            return _reference
     if backend is None:
         return _unserved(tensor.device.type)
     # Compiled ops cannot cross these: torch's own message for a transform names no way out, and forward-mode AD would

@@ -12,6 +12,7 @@ Accepted dtypes, the same on every backend:
 | logvar, prior_mu, prior_logvar, eps      | that of the line above (a 0-dim logvar of a half mean also: float32)      |
 | target                                   | that of the parameters, float32, or uint8, which is read as x / 255       |
 | target of a Bernoulli                    | bool too                                                                  |
+| target of a categorical                  | int64 and nothing else                                                    |
 | target that counts                       | that of the parameters, float32, or uint8, uint16, int32, int64 as it is  |
 | seed                                     | int64                                                                     |
 
@@ -30,6 +31,7 @@ from .reference import REDUCTIONS, draw_seed
 
 __all__ = [
     "bernoulli_nll",
+    "categorical_nll",
     "continuous_bernoulli_nll",
     "gaussian_head_nll",
     "gaussian_kl",
@@ -185,6 +187,9 @@ class _Row(NamedTuple):
     differentiates_target: bool
     scalar: bool = False  # the last of `params` is 0-dimensional; the others have the shape of the first
     packed: bool = False  # the first holds the parameters of 2C channels for a target of C
+    classes: bool = (
+        False  # the first has a further dimension, last: the logits of the classes; the target names one
+    )
     halves: str = "mean and log-variance"  # of a packed one
 
 
@@ -211,6 +216,7 @@ _ROWS = {
     "student_t_head": _Row(
         "student_t_head_nll", ("params",), (torch.uint8,), True, packed=True, halves="location and log-scale"
     ),
+    "categorical": _Row("categorical_nll", ("logits",), (torch.int64,), False, classes=True),
 }
 
 
@@ -245,6 +251,9 @@ def _check_nll(
 
     if not isinstance(target, Tensor):
         raise TypeError(f"fastvae.{where}: `{name}` must be a Tensor, got {type(target).__name__}")
+    if row.classes:
+        _check_classes(where, names[0], first, name, target)
+        return
     dtype = target.dtype
     if dtype != first.dtype and dtype != torch.float32 and dtype not in row.integers:
         accepted = _list((first.dtype, torch.float32, *row.integers))
@@ -274,6 +283,52 @@ def _check_head(where: str, name: str, params: Tensor, halves: str, target_name:
     expected = (params.shape[0], params.shape[1] // 2, *params.shape[2:])
     if target.shape != expected:
         raise ValueError(_shape_message(where, target_name, target, name, params, tuple(expected)))
+
+
+def _check_classes(where: str, name: str, logits: Tensor, target_name: str, target: Tensor) -> None:
+    if target.dtype != torch.int64:
+        raise TypeError(
+            f"fastvae.{where}: `{target_name}` must be int64, the classes' numbers, got {_name(target.dtype)}; "
+            f"did you mean {target_name}.long()?"
+        )
+    if target.device != logits.device:
+        raise ValueError(_device_message(where, target_name, target, name, logits))
+    shape, found = tuple(logits.shape), tuple(target.shape)
+    if len(shape) < 2 or shape[-1] < 1:
+        raise ValueError(
+            f"fastvae.{where}: `{name}` must have shape (B, ..., V), one logit for each of V classes last, got {shape}"
+        )
+    if found != shape[:-1]:
+        hint = ""
+        if len(shape) > 2 and found == (shape[0], *shape[2:]):
+            hint = f"; the classes come last here: did you mean {name}.movedim(1, -1)?"
+        raise ValueError(
+            f"fastvae.{where}: `{target_name}` must have the shape {shape[:-1]} for `{name}` {shape}, got {found}{hint}"
+        )
+
+
+def _check_class_numbers(where: str, name: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """That every class exists. Only where looking waits for nothing: on a GPU it is left to the kernel."""
+    if type(target) is not Tensor or target.device.type != "cpu" or target.numel() == 0 or not _has_values():
+        return
+    low, high = torch.aminmax(target)
+    if int(low) >= 0 and int(high) < classes:
+        return
+    wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
+    if wrong.numel() > 0:
+        raise ValueError(
+            f"fastvae.{where}: `{name}` must be from 0 to {classes - 1}, or {ignore_index} (ignore_index), "
+            f"got {wrong[0].item()}"
+        )
+
+
+def _has_values() -> bool:
+    """Not in a trace or a transform, where tensors cannot be looked at."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and backend._transform_level() is None
+    )
 
 
 def _check_kl(where: str, kl: Any, like_name: str, like: Tensor) -> None:
@@ -428,6 +483,8 @@ def _nll(
         where, names, name = caller, ("recon", *row.params[1:]), "x"
     _check_nll(where, names, row, params, target, name)
     first = params[0]
+    if row.classes:
+        _check_class_numbers(where, name, target, first.shape[-1], int(constants[0]))
     if kl is not None:
         _check_kl(where, kl, names[0], first)
         # A KL of the user's own may be half; sums are never kept in half.
@@ -436,7 +493,8 @@ def _nll(
         # As torch does with 0-dim operands: a beta left on the CPU, or cast along with a model, still serves.
         if beta is not None and (beta.device != first.device or beta.dtype != torch.float32):
             beta = beta.to(first.device, torch.float32)
-    return backend.choose(first).nll(likelihood, params, target, constants, kl, beta, reduction)
+    chosen = backend.choose(first, likelihood)
+    return chosen.nll(likelihood, params, target, constants, kl, beta, reduction)
 
 
 def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
@@ -688,3 +746,33 @@ def _check_counts(where: str, name: str, target: Tensor) -> None:
         raise ValueError(
             f"fastvae.{where}: `{name}` must hold counts, 0, 1, 2, ..., got {found:g} at {place}"
         )
+
+
+def categorical_nll(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """-log Categorical(target | softmax(logits)) of every row, in nats, summed over its positions.
+
+    Per position log sum_v e^a_v - a_t for logits a and the class t (Bishop 2006, equations 4.104 and 4.108): what
+    `F.cross_entropy(..., reduction="sum")` gives, for each row. The classes come last, as a decoder's linear layer
+    leaves them: sentences of T tokens are logits (B, T, V) and a target (B, T), one label each is (B, V) and (B,).
+
+    Args:
+        logits: (B, ..., V).
+        target: (B, ...), int64: the class of each position, 0 to V - 1, or `ignore_index`.
+        ignore_index: positions of this target (padding) add nothing and pass no gradient.
+
+    Returns:
+        (B,), float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError: a dtype or kind that does not fit.
+        ValueError: a shape or device that does not fit, or (of tensors on the CPU) a class that there is not.
+    """
+    return _nll("categorical", [logits], target, [_checked_index("categorical_nll", ignore_index)])[0]
+
+
+def _checked_index(where: str, index: Any) -> float:
+    if not isinstance(index, int) or isinstance(index, bool):
+        raise TypeError(f"fastvae.{where}: `ignore_index` must be an int, got {index!r}")
+    if abs(index) >= 2**53:  # constants travel as floats
+        raise ValueError(f"fastvae.{where}: `ignore_index` must be within ±2^53, got {index}")
+    return float(index)

@@ -16,6 +16,8 @@ Sources:
   [RW]  Rasmussen and Williams, "Gaussian Processes for Machine Learning", MIT Press 2006.
   [S]   Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
   [BM]  Box and Muller, "A Note on the Generation of Random Normal Deviates", Ann. Math. Statist. 29 (1958).
+  [B]   Bishop, "Pattern Recognition and Machine Learning", Springer 2006.
+  [K16] Kingma et al., "Improving Variational Inference with Inverse Autoregressive Flow", NeurIPS 2016.
   [LC]  Loaiza-Ganem and Cunningham, "The Continuous Bernoulli: Fixing a Pervasive Error in Variational Autoencoders",
         NeurIPS 2019.
   [LLT] Lange, Little and Taylor, "Robust Statistical Modeling Using the t Distribution", JASA 84 (1989).
@@ -355,6 +357,29 @@ def student_t_head_nll(params: Tensor, target: Tensor, *, df: float) -> Tensor:
     return student_t_nll(loc, target, log_scale, df=df)
 
 
+def categorical_nll(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """-log Categorical(target | softmax(logits)), (B,), summed over positions ([B], equations 4.104 and 4.108).
+
+    Per position log sum_v e^a_v - a_t for logits a, which lie along the last dimension, and the class t. Positions
+    whose target is `ignore_index` (padding) add nothing and pass no gradient.
+    """
+    ignored = target == ignore_index
+    log_probs = F.log_softmax(logits.to(_compute_dtype(logits)), dim=-1)
+    chosen = log_probs.gather(-1, target.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
+    return _sum_event(torch.where(ignored, 0.0, -chosen))
+
+
+def free_bits(kl: Tensor, nats: float, *, batch_mean: bool = True) -> Tensor:
+    """The KL per row with free bits, (B,): a dimension whose KL is below `nats` counts as `nats` ([K16], appendix C.8).
+
+    `kl` is per dimension, (B, ...). With `batch_mean` a dimension is judged by its mean over the batch, as there: the
+    mean of the rows is sum_j max(nats, mean_b kl_bj), and its gradient is theirs. Without it every datum is judged by
+    itself: max(nats, kl_bj).
+    """
+    judged = kl.mean(0, keepdim=True) if batch_mean else kl
+    return _sum_event(torch.where(judged > nats, kl, nats))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One entry for every likelihood, the shape that all backends share
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,6 +391,9 @@ LIKELIHOODS: dict[str, Callable[[Sequence[Tensor], Tensor, Sequence[float]], Ten
     "gaussian_learned": lambda params, target, _: gaussian_nll(params[0], target, params[1]),
     "gaussian_per_element": lambda params, target, _: gaussian_nll(params[0], target, params[1]),
     "gaussian_head": lambda params, target, _: gaussian_head_nll(params[0], target),
+    "categorical": lambda params, target, constants: categorical_nll(
+        params[0], target, ignore_index=int(constants[0])
+    ),
     "laplace": lambda params, target, constants: laplace_nll(params[0], target, scale=constants[0]),
     "laplace_learned": lambda params, target, _: laplace_nll(params[0], target, params[1]),
     "laplace_per_element": lambda params, target, _: laplace_nll(params[0], target, params[1]),

@@ -260,7 +260,7 @@ WRONG = {
         lambda: fastvae.ELBO(Bernoulli),
         TypeError,
         "fastvae.ELBO: `likelihood` must be one of 'bernoulli', 'gaussian', 'laplace', 'continuous_bernoulli', "
-        "'poisson', or an nn.Module with a method `nll(params, target)`, got Bernoulli, a class",
+        "'poisson', 'categorical', or an nn.Module with a method `nll(params, target)`, got Bernoulli, a class",
     ),
     "likelihood without nll": Wrong(
         lambda: fastvae.ELBO(nn.Identity()), TypeError, "`nll(params, target)`, got Identity"
@@ -313,7 +313,7 @@ WRONG = {
         lambda: fastvae.ELBO("bernouilli"),
         ValueError,
         "fastvae.ELBO: `likelihood` must be one of 'bernoulli', 'gaussian', 'laplace', 'continuous_bernoulli', "
-        "'poisson', got 'bernouilli'",
+        "'poisson', 'categorical', got 'bernouilli'",
     ),
     "unknown reduction": Wrong(
         lambda: fastvae.ELBO("bernoulli", reduction="avg"),
