@@ -174,6 +174,9 @@ class _Row(NamedTuple):
     packed: bool = False  # the first holds the parameters of 2C channels for a target of C
 
 
+_COUNTS = (torch.uint8, torch.uint16, torch.int32, torch.int64)  # integers that a target of counts may be
+
+
 _ROWS = {
     "bernoulli": _Row("bernoulli_nll", ("logits",), (torch.uint8, torch.bool), False),
     "gaussian": _Row("gaussian_nll", ("mean",), (torch.uint8,), True),

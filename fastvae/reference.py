@@ -42,6 +42,11 @@ def _read_target(target: Tensor, dtype: torch.dtype) -> Tensor:
     return value / 255 if target.dtype == torch.uint8 else value
 
 
+def _read_counts(target: Tensor, dtype: torch.dtype) -> Tensor:
+    """Counts as numbers: every integer type is itself, uint8 too."""
+    return target.to(dtype)
+
+
 def _sum_event(value: Tensor) -> Tensor:
     """Sum over every dimension but the batch: (B, ...) -> (B,)."""
     # torch reads an empty list of dimensions as "all of them", so rank 1 has nothing to sum and goes its own way.

@@ -4,13 +4,14 @@
 
 namespace fastvae::cpu {
 
-enum class DType : int8_t { f32, f64, f16, bf16, u8, boolean };
+// u8 is a pixel, read as x / 255; byte is a number, read as it is, as are the wider integers.
+enum class DType : int8_t { f32, f64, f16, bf16, u8, boolean, byte, u16, i32, i64 };
 
 constexpr int64_t item_size(DType type) {
   switch (type) {
-    case DType::f64: return 8;
-    case DType::f32: return 4;
-    case DType::f16: case DType::bf16: return 2;
+    case DType::f64: case DType::i64: return 8;
+    case DType::f32: case DType::i32: return 4;
+    case DType::f16: case DType::bf16: case DType::u16: return 2;
     default: return 1;
   }
 }

@@ -70,19 +70,21 @@ inline void narrow(const float* in, Half* out, int64_t n) {
   for (; i < n; ++i) out[i] = static_cast<Half>(in[i]);
 }
 
+template <class T, class C>
+inline void read_numbers(const void* data, int64_t position, C* out, int64_t n) {
+  const T* in = static_cast<const T*>(data) + position;
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<C>(in[i]);
+}
+
 template <class C>
 inline void convert_in(const void* data, DType type, int64_t position, C* out, int64_t n) {
   switch (type) {
-    case DType::f32: {
-      const float* in = static_cast<const float*>(data) + position;
-      for (int64_t i = 0; i < n; ++i) out[i] = in[i];
-      break;
-    }
-    case DType::f64: {
-      const double* in = static_cast<const double*>(data) + position;
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<C>(in[i]);
-      break;
-    }
+    case DType::f32: read_numbers<float>(data, position, out, n); break;
+    case DType::f64: read_numbers<double>(data, position, out, n); break;
+    case DType::byte: read_numbers<uint8_t>(data, position, out, n); break;
+    case DType::u16: read_numbers<uint16_t>(data, position, out, n); break;
+    case DType::i32: read_numbers<int32_t>(data, position, out, n); break;
+    case DType::i64: read_numbers<int64_t>(data, position, out, n); break;
     case DType::u8: {
       const uint8_t* in = static_cast<const uint8_t*>(data) + position;
       for (int64_t i = 0; i < n; ++i) out[i] = C(in[i]) / C(255);

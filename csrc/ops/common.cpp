@@ -48,6 +48,9 @@ cpu::DType dtype_of(const Tensor& t) {
     case at::kBFloat16: return cpu::DType::bf16;
     case at::kByte: return cpu::DType::u8;
     case at::kBool: return cpu::DType::boolean;
+    case at::kUInt16: return cpu::DType::u16;
+    case at::kInt: return cpu::DType::i32;
+    case at::kLong: return cpu::DType::i64;
     default: TORCH_CHECK_TYPE(false, "fastvae: unsupported dtype ", t.scalar_type());
   }
 }
@@ -60,6 +63,12 @@ int64_t event_size(const Tensor& t) {
 
 cpu::Operand operand(const Tensor& dense) {
   return {dense.const_data_ptr(), dtype_of(dense), dense.stride(0), event_size(dense), 0};
+}
+
+cpu::Operand count_operand(const Tensor& dense) {
+  cpu::Operand view = operand(dense);
+  if (view.type == cpu::DType::u8) view.type = cpu::DType::byte;
+  return view;
 }
 
 cpu::Result result(const Tensor& dense) {

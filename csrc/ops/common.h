@@ -41,6 +41,8 @@ c10::SmallVector<int64_t, 5> strides_in(at::IntArrayRef sizes, at::MemoryFormat 
 cpu::DType dtype_of(const Tensor& t);
 int64_t event_size(const Tensor& t);
 cpu::Operand operand(const Tensor& dense);
+// The same of counts: uint8 is a number like the wider integers, and no pixel.
+cpu::Operand count_operand(const Tensor& dense);
 cpu::Result result(const Tensor& dense);
 
 // The values of a (B,) or 0-dim CPU tensor.

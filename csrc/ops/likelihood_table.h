@@ -2,6 +2,7 @@
 // csrc/math/likelihoods.h, its Element (cpu/kernels.h) and the line that calls it (nll() in cpu/likelihoods.cpp), its row and its
 // normaliser here.
 #pragma once
+#include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 #include <c10/util/string_view.h>
 
@@ -20,6 +21,7 @@ struct LikelihoodRow {
   bool packed;       // one tensor (B, 2C, ...) holds the kernel's two params along dimension 1
   bool has_scalar;   // the last tensor is 0-dim, one value for all elements; it has a derivative for each row
   bool is_location;  // a density of (target - mean): the target's derivative is the mean's, negated. Others have none.
+  bool counts = false;  // the target counts something: all integers, uint8 too, are read as they are
 };
 
 constexpr LikelihoodRow kLikelihoods[] = {
@@ -34,6 +36,13 @@ inline const LikelihoodRow& likelihood_row(std::string_view name) {
   for (const auto& row : kLikelihoods)
     if (row.name == name) return row;
   TORCH_CHECK_VALUE(false, "fastvae: unknown likelihood '", std::string(name), "'");
+}
+
+// Whether a target of that type goes with params of another.
+inline bool takes_target(const LikelihoodRow& row, at::ScalarType params, at::ScalarType target) {
+  if (target == params || target == at::kFloat || target == at::kByte) return true;
+  if (row.counts) return target == at::kUInt16 || target == at::kInt || target == at::kLong;
+  return target == at::kBool;
 }
 
 constexpr double kHalfLog2Pi = 0.918938533204672741780329736406;

@@ -43,8 +43,8 @@ void check(const LikelihoodRow& row, at::TensorList params, const Tensor& target
   TORCH_CHECK_TYPE(c10::isFloatingType(lead.scalar_type()), "fastvae::nll: `params` must be floating point, got ",
                    lead.scalar_type());
   const auto type = target.scalar_type();
-  TORCH_CHECK_TYPE(type == lead.scalar_type() || type == at::kFloat || type == at::kByte || type == at::kBool,
-                   "fastvae::nll: a `target` of ", type, " does not go with params of ", lead.scalar_type());
+  TORCH_CHECK_TYPE(takes_target(row, lead.scalar_type(), type), "fastvae::nll: a `target` of ", type,
+                   " does not go with params of ", lead.scalar_type());
   for (size_t i = 1; i < params.size(); ++i) {
     const bool scalar = row.has_scalar && i + 1 == params.size();
     TORCH_CHECK_VALUE(scalar ? params[i].numel() == 1 : params[i].sizes() == lead.sizes(), "fastvae::nll: params[", i,
@@ -100,7 +100,7 @@ Evaluation evaluate(const LikelihoodRow& row, at::TensorList params, const Tenso
     }
   }
   const Tensor dense_target = dense_rows(target, order);
-  args.target = operand(dense_target);
+  args.target = row.counts ? count_operand(dense_target) : operand(dense_target);
   cpu::kernels().nll(args);
   return out;
 }

@@ -5,7 +5,7 @@ To add one: its function here and its row in `LIKELIHOODS`. The kernels of nll.p
     element(first, second, target, scalar) -> (value, e, first_slope, second_slope, scalar_slope)
 
     first, second   tiles of the parameters, float32 or float64; of one parameter, `second` is `first` again
-    target          the data, as numbers: uint8 is x / 255 already
+    target          the data, as numbers: uint8 is x / 255 already, unless the row `counts`
     scalar          one number for all elements, where the row has one
     value + log(1 + e)   the negative log-likelihood of each element in nats. A likelihood with a term log(1 + e), e in
                     [0, 1], leaves it to the kernel, which takes one logarithm for many elements (`log_term`)
@@ -62,6 +62,9 @@ class Likelihood(NamedTuple):
     has_scalar: bool = False  # the last tensor is 0-dimensional: `scalar`
     is_location: bool = True  # a density of (target - first): the target's derivative is the first's, negated
     log_term: bool = False
+    counts: bool = (
+        False  # the target counts something: uint8 is a number like the wider integers, and no pixel
+    )
     scalar_of: Callable[[Sequence[float]], float] = lambda constants: 0.0  # `scalar` where no tensor holds it
 
 

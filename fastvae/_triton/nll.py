@@ -128,6 +128,7 @@ def nll_kernel(
     tiles: "number",
     ELEMENT: tl.constexpr,
     LOG_TERM: tl.constexpr,
+    COUNTS: tl.constexpr,  # integers are numbers, uint8 too
     UNIT: tl.constexpr,
     RUN: tl.constexpr,  # 0, or the channels of a packed head in channels_last order, where the halves alternate
     ROWS: tl.constexpr,
@@ -180,7 +181,7 @@ def nll_kernel(
         else:
             b = a
         t = tl.load(target + columns, inside, 0)
-        is_pixel: tl.constexpr = t.dtype == tl.uint8
+        is_pixel: tl.constexpr = t.dtype == tl.uint8 and not COUNTS
         t = t.to(C)
         if is_pixel:
             t = t / 255.0
@@ -482,6 +483,7 @@ def _evaluate(
         cut.tiles,
         ELEMENT=row.element,
         LOG_TERM=row.log_term,
+        COUNTS=row.counts,
         UNIT=unit,
         RUN=run,
         ROWS=cut.rows,
