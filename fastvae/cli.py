@@ -334,7 +334,7 @@ def _app() -> Any:
             int | None,
             typer.Option(
                 help="Importance samples for each image or sentence: more come closer to the likelihood.",
-                show_default="500; 20 of text",
+                show_default="500; 100 of counts, 20 of text",
             ),
         ] = None,
         limit: Annotated[
@@ -352,8 +352,9 @@ def _app() -> Any:
 
         from .training import evaluate, messages, pictures, runs
 
-        if runs.kind(run) == "text":
-            _evaluate_text(run, data, checkpoint, samples, limit, seed)
+        if (of := runs.kind(run)) != "image":
+            measure = _evaluate_counts if of == "counts" else _evaluate_text
+            measure(run, data, checkpoint, samples, limit, seed)
             return
         samples = 500 if samples is None else samples
         loaded = runs.load(run, data=data, checkpoint=checkpoint)
@@ -459,6 +460,30 @@ def _evaluate_text(
     )
     done.write(run / "evaluation.json")
     of = f"{_count(done.sentences, 'held-out sentence')} of {done.data}"
+    messages.say(f"{run}: {of}; epoch {done.epoch} ({checkpoint})\n")
+    get_console().print(done.table())
+    messages.say(f"\nwritten to {run / 'evaluation.json'}")
+
+
+def _evaluate_counts(
+    run: Path, data: str | None, checkpoint: Any, samples: int | None, limit: int | None, seed: int
+) -> None:
+    from rich import get_console
+
+    from .training import cell_evaluate, cell_runs, messages, pictures
+
+    loaded = cell_runs.load(run, data=data, checkpoint=checkpoint)
+    pictures.prepare_folder(run, ["evaluation.json"])
+    done = cell_evaluate.evaluate(
+        loaded,
+        get_console(),
+        checkpoint=checkpoint,
+        samples=100 if samples is None else samples,
+        limit=limit,
+        seed=seed,
+    )
+    done.write(run / "evaluation.json")
+    of = f"{_count(done.cells, 'held-out cell')} of {done.data}"
     messages.say(f"{run}: {of}; epoch {done.epoch} ({checkpoint})\n")
     get_console().print(done.table())
     messages.say(f"\nwritten to {run / 'evaluation.json'}")

@@ -2,9 +2,10 @@
 
 from fastvae.training.settings import Settings
 
+from .counts import Counts
 from .image import MLP, Conv
 from .text import Text
 
 __all__ = ["RECIPES"]
 
-RECIPES: dict[str, type[Settings]] = {recipe.recipe: recipe for recipe in (MLP, Conv, Text)}
+RECIPES: dict[str, type[Settings]] = {recipe.recipe: recipe for recipe in (MLP, Conv, Text, Counts)}

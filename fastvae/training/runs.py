@@ -101,7 +101,7 @@ def restore(model: "VAE", path: Path, settings: Settings, checkpoint: str) -> tu
 
 
 def kind(path: Path) -> str:
-    """What a run is of: "image" or "text". Raises InputError for a folder that is no run."""
+    """What a run is of: "image", "text" or "counts". Raises InputError for a folder that is no run."""
     return _read_table(path)[0].kind
 
 
@@ -113,9 +113,10 @@ def train(settings: Settings, out: Path, *, overwrite: bool = False) -> None:
     """
     settings.check()
     if not isinstance(settings, ImageSettings):
-        from . import text_runs
+        from . import cell_runs, text_runs
 
-        return text_runs.train(settings, out, overwrite=overwrite)
+        other = cell_runs.train if settings.kind == "counts" else text_runs.train
+        return other(settings, out, overwrite=overwrite)
     images = data.load(settings.data, seed=settings.seed, size=settings.size)
     shape = _shape(images)
     settings = settings.resolve(shape[2])
@@ -160,10 +161,10 @@ def resume(path: Path, *, epochs: int | None = None, data: str | None = None) ->
     """
     changed: dict[str, Any] = {"epochs": epochs, "data": data}
     changed = {name: value for name, value in changed.items() if value is not None}
-    if kind(path) == "text":
-        from . import text_runs
+    if (of := kind(path)) != "image":
+        from . import cell_runs, text_runs
 
-        return text_runs.resume(path, changed)
+        return (cell_runs.resume if of == "counts" else text_runs.resume)(path, changed)
     settings, shape = _read_config(path)
     settings = dataclasses.replace(settings, **changed).resolve(shape[2])
     settings.check()
@@ -361,7 +362,9 @@ def fit(
         f"{out}: {', '.join((*TABLES[:1], *(name for name in names if (out / name).exists())))}, checkpoints/"
     )
     say(
-        f"next: fastvae evaluate {out}, fastvae sample {out}, fastvae resume {out} --epochs {2 * settings.epochs}"
+        f"next: fastvae evaluate {out}, "
+        + ("" if settings.kind == "counts" else f"fastvae sample {out}, ")
+        + f"fastvae resume {out} --epochs {2 * settings.epochs}"
     )
 
 
@@ -432,6 +435,10 @@ def write_config(out: Path, settings: Settings, head: str = "") -> None:
 def _read_config(path: Path) -> tuple[ImageSettings, Shape]:
     settings, shape = _read_table(path)
     if not isinstance(settings, ImageSettings):
+        if settings.kind == "counts":
+            raise InputError(
+                f"{path}: a run of counts, and this is for images; there are evaluate and resume"
+            )
         raise InputError(
             f"{path}: a run of {settings.kind}, which has no pictures; there are sample, reconstruct, interpolate and "
             "evaluate"

@@ -48,7 +48,7 @@ class Settings:
     recipe: ClassVar[str]
 
     kind: ClassVar[str] = "image"
-    """What it models: image or text."""
+    """What it models: image, text or counts."""
 
     data: str = option("", "The data.", "Data")
     latent: int = option(20, "Latent dimensions.", "Model", at_least=1)
