@@ -123,6 +123,14 @@ def _fused_gaussian(device: torch.device) -> Callable[..., Outputs]:
     return _elbo(fastvae.likelihoods.Gaussian(scale=math.sqrt(0.5)), device)
 
 
+def _fused_laplace(device: torch.device) -> Callable[..., Outputs]:
+    return _elbo(fastvae.likelihoods.Laplace(), device)
+
+
+def _fused_continuous_bernoulli(device: torch.device) -> Callable[..., Outputs]:
+    return _elbo(fastvae.likelihoods.ContinuousBernoulli(), device)
+
+
 def _fused_per_element(device: torch.device) -> Callable[..., Outputs]:
     elbo = fastvae.ELBO(fastvae.likelihoods.Gaussian(scale="per_element")).to(device)
 
@@ -181,6 +189,15 @@ def _written_gaussian_uint8(recon: Tensor, x: Tensor, kld: Tensor) -> Outputs:
     return _written_gaussian(recon, x.float() / 255, kld)
 
 
+def _written_laplace(recon: Tensor, x: Tensor, kld: Tensor) -> Outputs:
+    return ((F.l1_loss(recon, x, reduction="sum") + kld) / x.shape[0],)
+
+
+def _written_continuous_bernoulli(recon: Tensor, x: Tensor, kld: Tensor) -> Outputs:
+    nll = -torch.distributions.ContinuousBernoulli(logits=recon).log_prob(x).sum()
+    return ((nll + kld) / x.shape[0],)
+
+
 def _written_per_element(recon: Tensor, recon_logvar: Tensor, x: Tensor, kld: Tensor) -> Outputs:
     nll = 0.5 * torch.sum(LOG_2PI + recon_logvar + (x - recon).pow(2) / recon_logvar.exp())
     return ((nll + kld) / x.shape[0],)
@@ -233,6 +250,10 @@ CASES = (
          4 * 5 * 512 * 3072, (4.0, 2.0)),
     Case("reparameterise + KL 4096 x 256", lambda device: _latents(4096, 256, device), _fused_latents,
          _written_latents, 4 * _SAMPLE * 4096 * 256, (3.0, 3.0)),
+    Case("continuous Bernoulli 512 x 3072", _bernoulli(512, 3072), _fused_continuous_bernoulli,
+         _written_continuous_bernoulli, 4 * _LOSS * 512 * 3072, (6.0, 3.0)),
+    Case("Laplace 512 x 3072", _bernoulli(512, 3072), _fused_laplace, _written_laplace,
+         4 * _LOSS * 512 * 3072, (3.0, 1.5)),
     # Beyond what is asked for.
     Case("Gaussian, packed head, 512 x 6 x 32 x 32", _head, _fused_head, _written_head, 4 * 5 * 512 * 3072),
     Case("Gaussian, uint8 data, 512 x 3072", _bernoulli(512, 3072, data=torch.uint8), _fused_gaussian,

@@ -188,7 +188,17 @@ def _has_kernels(name: str, device_type: str) -> bool:
 # Choose
 # ---------------------------------------------------------------------------------------------------------------------
 
+# Rows of the likelihoods that a backend lacks.
+_GENES = (
+    "negative_binomial",
+    "zero_inflated_negative_binomial",
+    "negative_binomial_logits",
+    "zero_inflated_negative_binomial_logits",
+)
+_ABSENT: dict[str, tuple[str, ...]] = {"native": _GENES, "triton": _GENES}
+
 _setting = "auto"
+_told: set[str] = set()  # likelihoods whose fallback was warned of
 _serving: dict[str, Backend] = {}  # device type -> backend under the current setting, where one was found
 _warned = False
 
@@ -258,11 +268,21 @@ def empty_cache() -> int:
     return int(importlib.import_module("fastvae._C").empty_buffer_pool())
 
 
-def choose(tensor: Tensor) -> Backend:
-    """The backend that serves tensors on this tensor's device."""
+# Likelihoods that not every backend, or not on every device, has a kernel for yet: there the reference serves them.
+_PARTLY = {"categorical": ("triton", "cuda", "cpu")}
+
+
+def choose(tensor: Tensor, likelihood: str = "") -> Backend:
+    """The backend that serves tensors on this tensor's device, of those that have a kernel for the likelihood."""
     backend = _serving.get(tensor.device.type)
+    if likelihood in _PARTLY and backend is not None:
+        without = _PARTLY[likelihood]
+        if backend.name in without or tensor.device.type in without:
+            return _reference
     if backend is None:
         return _unserved(tensor.device.type)
+    if likelihood in _ABSENT.get(backend.name, ()):
+        return _unserved_likelihood(backend.name, likelihood)
     # Compiled ops cannot cross these: torch's own message for a transform names no way out, and forward-mode AD would
     # get no tangent at all, in silence.
     if (
@@ -296,6 +316,22 @@ def _unserved(device_type: str) -> Backend:
         warn(
             f"fastvae runs {device_type} tensors on its pure-PyTorch reference, which is slow "
             f"(fastvae.set_backend('reference') accepts that silently): {'; '.join(reasons)}",
+            RuntimeWarning,
+        )
+    return _reference
+
+
+def _unserved_likelihood(name: str, likelihood: str) -> Backend:
+    if _setting != "auto":
+        raise RuntimeError(
+            f"fastvae: backend {name!r} has no kernel for the likelihood {likelihood!r}; "
+            f"fastvae.set_backend('auto') takes the reference for it"
+        )
+    if not torch.compiler.is_compiling() and likelihood not in _told:
+        _told.add(likelihood)
+        warn(
+            f"fastvae runs the likelihood {likelihood!r} on its pure-PyTorch reference, which is slow "
+            f"(fastvae.set_backend('reference') accepts that silently): backend {name!r} has no kernel for it",
             RuntimeWarning,
         )
     return _reference

@@ -12,7 +12,9 @@ Accepted dtypes, the same on every backend:
 | logvar, prior_mu, prior_logvar, eps      | that of the line above (a 0-dim logvar of a half mean also: float32)      |
 | target                                   | that of the parameters, float32, or uint8, which is read as x / 255       |
 | target of a Bernoulli                    | bool too                                                                  |
-| target that counts                       | that of the parameters, float32, or uint8, uint16, int32, int64 as it is  |
+| target of a categorical                  | int64 and nothing else                                                    |
+| target of counts                         | that of the parameters, float32, uint8 (as it is), uint16, int32, int64   |
+| (G,) dispersion, library                 | that of the parameters; beside half types float32 too                     |
 | seed                                     | int64                                                                     |
 
 A value or shape that does not fit is a ValueError, as is a wrong device; a wrong dtype or kind is a TypeError.
@@ -30,16 +32,21 @@ from .reference import REDUCTIONS, draw_seed
 
 __all__ = [
     "bernoulli_nll",
+    "categorical_nll",
     "continuous_bernoulli_nll",
     "gaussian_head_nll",
     "gaussian_kl",
     "gaussian_nll",
     "laplace_head_nll",
     "laplace_nll",
+    "negative_binomial_logits_nll",
+    "negative_binomial_nll",
     "poisson_nll",
     "reparameterize_kl",
     "student_t_head_nll",
     "student_t_nll",
+    "zero_inflated_negative_binomial_logits_nll",
+    "zero_inflated_negative_binomial_nll",
 ]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,7 +192,11 @@ class _Row(NamedTuple):
     differentiates_target: bool
     scalar: bool = False  # the last of `params` is 0-dimensional; the others have the shape of the first
     packed: bool = False  # the first holds the parameters of 2C channels for a target of C
+    classes: bool = (
+        False  # the first has a further dimension, last: the logits of the classes; the target names one
+    )
     halves: str = "mean and log-variance"  # of a packed one
+    genes: bool = False  # (B, G) counts: see _check_genes
 
 
 _COUNTS = (torch.uint8, torch.uint16, torch.int32, torch.int64)  # integers that a target of counts may be
@@ -211,21 +222,33 @@ _ROWS = {
     "student_t_head": _Row(
         "student_t_head_nll", ("params",), (torch.uint8,), True, packed=True, halves="location and log-scale"
     ),
+    "categorical": _Row("categorical_nll", ("logits",), (torch.int64,), False, classes=True),
+    "negative_binomial": _Row(
+        "negative_binomial_nll", ("mean", "inverse_dispersion"), _COUNTS, False, genes=True
+    ),
+    "zero_inflated_negative_binomial": _Row(
+        "zero_inflated_negative_binomial_nll",
+        ("mean", "inverse_dispersion", "zi_logits"),
+        _COUNTS,
+        False,
+        genes=True,
+    ),
+    "negative_binomial_logits": _Row(
+        "negative_binomial_logits_nll", ("logits", "log_dispersion", "library"), _COUNTS, False, genes=True
+    ),
+    "zero_inflated_negative_binomial_logits": _Row(
+        "zero_inflated_negative_binomial_logits_nll",
+        ("logits", "log_dispersion", "zi_logits", "library"),
+        _COUNTS,
+        False,
+        genes=True,
+    ),
 }
 
 
 def _check_learned(where: str, name: str, value: Any, like_name: str, like: Tensor) -> None:
-    """`value` is a 0-dim parameter; beside half tensors it may be float32, which is what autocast makes of a model."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"fastvae.{where}: `{name}` must be a Tensor, got {type(value).__name__}")
-    autocast = value.dtype == torch.float32 and like.dtype in (torch.float16, torch.bfloat16)
-    if value.dtype != like.dtype and not autocast:
-        raise TypeError(
-            f"fastvae.{where}: `{name}` must be {_name(like.dtype)} as `{like_name}`, got {_name(value.dtype)}; "
-            f"did you mean {name}.to({like_name}.dtype)?"
-        )
-    if value.device != like.device:
-        raise ValueError(_device_message(where, name, value, like_name, like))
+    """`value` is a 0-dim parameter."""
+    _check_beside(where, name, value, like_name, like)
     if value.dim() != 0:
         raise ValueError(
             f"fastvae.{where}: `{name}` must be 0-dimensional or have the shape of `{like_name}` "
@@ -242,7 +265,17 @@ def _check_nll(
     for i in range(1, len(params)):
         check = _check_learned if row.scalar and i == len(params) - 1 else _check_like
         check(where, names[i], params[i], names[0], first)
+    if row.classes:
+        _check_classes(where, names[0], first, name, target)
+        return
+    _check_target(where, names, row, first, target, name)
+    if row.packed:
+        _check_head(where, names[0], first, row.halves, name, target)
+    elif target.shape != first.shape:
+        raise ValueError(_shape_message(where, name, target, names[0], first, tuple(first.shape)))
 
+
+def _check_target(where: str, names: Sequence[str], row: _Row, first: Tensor, target: Any, name: str) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"fastvae.{where}: `{name}` must be a Tensor, got {type(target).__name__}")
     dtype = target.dtype
@@ -254,10 +287,6 @@ def _check_nll(
         )
     if target.device != first.device:
         raise ValueError(_device_message(where, name, target, names[0], first))
-    if row.packed:
-        _check_head(where, names[0], first, row.halves, name, target)
-    elif target.shape != first.shape:
-        raise ValueError(_shape_message(where, name, target, names[0], first, tuple(first.shape)))
     if target.requires_grad and not row.differentiates_target and torch.is_grad_enabled():
         raise ValueError(
             f"fastvae.{where}: `{name}` requires a gradient, which this likelihood does not give; "
@@ -274,6 +303,112 @@ def _check_head(where: str, name: str, params: Tensor, halves: str, target_name:
     expected = (params.shape[0], params.shape[1] // 2, *params.shape[2:])
     if target.shape != expected:
         raise ValueError(_shape_message(where, target_name, target, name, params, tuple(expected)))
+
+
+def _check_classes(where: str, name: str, logits: Tensor, target_name: str, target: Any) -> None:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"fastvae.{where}: `{target_name}` must be a Tensor, got {type(target).__name__}")
+    if target.dtype != torch.int64:
+        raise TypeError(
+            f"fastvae.{where}: `{target_name}` must be int64, the classes' numbers, got {_name(target.dtype)}; "
+            f"did you mean {target_name}.long()?"
+        )
+    if target.device != logits.device:
+        raise ValueError(_device_message(where, target_name, target, name, logits))
+    shape, found = tuple(logits.shape), tuple(target.shape)
+    if len(shape) < 2 or shape[-1] < 1:
+        raise ValueError(
+            f"fastvae.{where}: `{name}` must have shape (B, ..., V), one logit for each of V classes last, got {shape}"
+        )
+    if found != shape[:-1]:
+        hint = ""
+        if len(shape) > 2 and found == (shape[0], *shape[2:]):
+            hint = f"; the classes come last here: did you mean {name}.movedim(1, -1)?"
+        raise ValueError(
+            f"fastvae.{where}: `{target_name}` must have the shape {shape[:-1]} for `{name}` {shape}, got {found}{hint}"
+        )
+
+
+def _check_class_numbers(where: str, name: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """That every class exists. Only where looking waits for nothing: on a GPU it is left to the kernel."""
+    if type(target) is not Tensor or target.device.type != "cpu" or target.numel() == 0 or not _has_values():
+        return
+    low, high = torch.aminmax(target)
+    if int(low) >= 0 and int(high) < classes:
+        return
+    wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
+    if wrong.numel() > 0:
+        raise ValueError(
+            f"fastvae.{where}: `{name}` must be from 0 to {classes - 1}, or {ignore_index} (ignore_index), "
+            f"got {wrong[0].item()}"
+        )
+
+
+def _has_values() -> bool:
+    """Not in a trace or a transform, where tensors cannot be looked at."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and backend._transform_level() is None
+    )
+
+
+def _check_genes(
+    where: str, names: Sequence[str], row: _Row, params: Sequence[Any], target: Any, name: str
+) -> tuple[Tensor, ...]:
+    """Parameters of (B, G) counts. The dispersion may be (G,), one for every gene; `library` is (B,) or (B, 1), and
+    (B,) where it is returned."""
+    first = params[0]
+    _check_floating(where, names[0], first)
+    if first.dim() != 2:
+        raise ValueError(
+            f"fastvae.{where}: `{names[0]}` must have shape (B, G), cells and genes, got {tuple(first.shape)}"
+        )
+    rows, genes = first.shape
+    checked = [first]
+    for argument, label, value in zip(row.params[1:], names[1:], params[1:], strict=True):
+        if argument == "library":
+            _check_beside(where, label, value, names[0], first)
+            if value.shape not in ((rows,), (rows, 1)):
+                raise ValueError(
+                    f"fastvae.{where}: `{label}` must have one value per row of `{names[0]}`, shape ({rows},) or "
+                    f"({rows}, 1), got {tuple(value.shape)}"
+                )
+            value = value.reshape(rows)
+        elif argument.endswith("dispersion") and isinstance(value, Tensor) and value.dim() == 1:
+            _check_beside(where, label, value, names[0], first)
+            if value.shape[0] != genes:
+                raise ValueError(
+                    f"fastvae.{where}: `{label}` must have the shape ({genes},), one for every gene of `{names[0]}`, "
+                    f"or {tuple(first.shape)}, got {tuple(value.shape)}"
+                )
+        else:
+            _check_like(where, label, value, names[0], first)
+        checked.append(value)
+    if isinstance(target, Tensor) and target.layout not in (torch.strided, torch.sparse_csr):
+        raise TypeError(
+            f"fastvae.{where}: `{name}` must be dense or torch.sparse_csr, got {target.layout}; "
+            f"did you mean {name}.to_sparse_csr()?"
+        )
+    _check_target(where, names, row, first, target, name)
+    if target.shape != first.shape:
+        raise ValueError(_shape_message(where, name, target, names[0], first, tuple(first.shape)))
+    return tuple(checked)
+
+
+def _check_beside(where: str, name: str, value: Any, like_name: str, like: Tensor) -> None:
+    """`value` is a tensor of the dtype and device of `like`; beside half tensors it may be float32, which is what
+    autocast makes of a model."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"fastvae.{where}: `{name}` must be a Tensor, got {type(value).__name__}")
+    autocast = value.dtype == torch.float32 and like.dtype in (torch.float16, torch.bfloat16)
+    if value.dtype != like.dtype and not autocast:
+        raise TypeError(
+            f"fastvae.{where}: `{name}` must be {_name(like.dtype)} as `{like_name}`, got {_name(value.dtype)}; "
+            f"did you mean {name}.to({like_name}.dtype)?"
+        )
+    if value.device != like.device:
+        raise ValueError(_device_message(where, name, value, like_name, like))
 
 
 def _check_kl(where: str, kl: Any, like_name: str, like: Tensor) -> None:
@@ -426,8 +561,13 @@ def _nll(
         where, names, name = row.function, row.params, "target"
     else:
         where, names, name = caller, ("recon", *row.params[1:]), "x"
-    _check_nll(where, names, row, params, target, name)
+    if row.genes:
+        params = _check_genes(where, names, row, params, target, name)
+    else:
+        _check_nll(where, names, row, params, target, name)
     first = params[0]
+    if row.classes:
+        _check_class_numbers(where, name, target, first.shape[-1], int(constants[0]))
     if kl is not None:
         _check_kl(where, kl, names[0], first)
         # A KL of the user's own may be half; sums are never kept in half.
@@ -436,7 +576,12 @@ def _nll(
         # As torch does with 0-dim operands: a beta left on the CPU, or cast along with a model, still serves.
         if beta is not None and (beta.device != first.device or beta.dtype != torch.float32):
             beta = beta.to(first.device, torch.float32)
-    return backend.choose(first).nll(likelihood, params, target, constants, kl, beta, reduction)
+    chosen = backend.choose(first, likelihood)
+    if target.layout == torch.sparse_csr and chosen.name != "reference":
+        # Ops take no sparse tensors: its positions travel behind the parameters.
+        positions = (target.crow_indices().long(), target.col_indices().long())
+        params, target = (*params, *positions), target.values()
+    return chosen.nll(likelihood, params, target, constants, kl, beta, reduction)
 
 
 def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
@@ -676,15 +821,159 @@ def poisson_nll(log_rate: Tensor, target: Tensor, *, validate: bool = False) -> 
     return _nll("poisson", [log_rate], target)[0]
 
 
-def _check_counts(where: str, name: str, target: Tensor) -> None:
-    """Every value is a whole number of at least 0. Reads the values."""
-    value = target.detach().to(torch.int64) if target.dtype == torch.uint16 else target.detach()
-    bad = value < 0
-    if value.is_floating_point():
-        bad = bad | (value != value.floor()) | ~value.isfinite()
-    if bad.any():
-        place = tuple(bad.nonzero()[0].tolist())
-        found = value[place].item()
+def categorical_nll(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """-log Categorical(target | softmax(logits)) of every row, in nats, summed over its positions.
+
+    Per position log sum_v e^a_v - a_t for logits a and the class t (Bishop 2006, equations 4.104 and 4.108): what
+    `F.cross_entropy(..., reduction="sum")` gives, for each row. The classes come last, as a decoder's linear layer
+    leaves them: sentences of T tokens are logits (B, T, V) and a target (B, T), one label each is (B, V) and (B,).
+
+    Args:
+        logits: (B, ..., V).
+        target: (B, ...), int64: the class of each position, 0 to V - 1, or `ignore_index`.
+        ignore_index: positions of this target (padding) add nothing and pass no gradient.
+
+    Returns:
+        (B,), float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError: a dtype or kind that does not fit.
+        ValueError: a shape or device that does not fit, or (of tensors on the CPU) a class that there is not.
+    """
+    return _nll("categorical", [logits], target, [_checked_index("categorical_nll", ignore_index)])[0]
+
+
+def _checked_index(where: str, index: Any) -> float:
+    if not isinstance(index, int) or isinstance(index, bool):
+        raise TypeError(f"fastvae.{where}: `ignore_index` must be an int, got {index!r}")
+    if abs(index) >= 2**53:  # constants travel as floats
+        raise ValueError(f"fastvae.{where}: `ignore_index` must be within ±2^53, got {index}")
+    return float(index)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counts of genes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def negative_binomial_nll(
+    mean: Tensor, target: Tensor, inverse_dispersion: Tensor, *, validate: bool = False
+) -> Tensor:
+    """-log NB(target | mean, inverse dispersion) of every row, in nats, as scvi-tools parametrises it.
+
+    Per element, with mean m, inverse dispersion r and count t: lgamma(r) + lgamma(t + 1) - lgamma(t + r)
+    - r log(r / (r + m)) - t log(m / (r + m)) (Lopez et al. 2018). The variance is m + m^2 / r. Computed so that r from
+    1e-4 to 1e8 and counts to 1e6 keep their digits; zeros cost one logarithm.
+
+    Args:
+        mean: (B, G), above 0.
+        target: counts (B, G): floating, uint8, uint16, int32 or int64, dense or torch.sparse_csr, which is read as it
+            is. It must not require a gradient.
+        inverse_dispersion: above 0: (G,), one for every gene, or (B, G).
+        validate: look at every value first, and name the first that is no count or leaves its domain.
+
+    Returns:
+        (B,), float32 (float64 for a float64 mean).
+
+    Raises:
+        TypeError: a dtype or kind that does not fit.
+        ValueError: a shape, device or value that does not fit, or a target that requires a gradient.
+    """
+    return _genes_nll("negative_binomial", (mean, inverse_dispersion), target, validate)
+
+
+def zero_inflated_negative_binomial_nll(
+    mean: Tensor, target: Tensor, inverse_dispersion: Tensor, zi_logits: Tensor, *, validate: bool = False
+) -> Tensor:
+    """`negative_binomial_nll` of counts that are 0 with probability sigmoid(zi_logits) besides.
+
+    Per element -log( p [t = 0] + (1 - p) NB(t) ), p = sigmoid(zi_logits) (Risso et al. 2018; Lopez et al. 2018).
+
+    Args:
+        mean, target, inverse_dispersion, validate: as for `negative_binomial_nll`.
+        zi_logits: (B, G), logits of the additional zeros.
+
+    Returns and raises as `negative_binomial_nll` does.
+    """
+    return _genes_nll(
+        "zero_inflated_negative_binomial", (mean, inverse_dispersion, zi_logits), target, validate
+    )
+
+
+def negative_binomial_logits_nll(
+    logits: Tensor, target: Tensor, log_dispersion: Tensor, library: Tensor, *, validate: bool = False
+) -> Tensor:
+    """`negative_binomial_nll` from a decoder's raw outputs, softmax and exponential in the same pass.
+
+    mean = library * softmax(logits) over the genes of a cell, inverse dispersion = e^log_dispersion.
+
+    Args:
+        logits: (B, G).
+        target, validate: as for `negative_binomial_nll`.
+        log_dispersion: (G,) or (B, G).
+        library: (B,) or (B, 1), above 0: the expected total of a cell. Its gradient is given where it requires one.
+
+    Returns and raises as `negative_binomial_nll` does.
+    """
+    return _genes_nll("negative_binomial_logits", (logits, log_dispersion, library), target, validate)
+
+
+def zero_inflated_negative_binomial_logits_nll(
+    logits: Tensor,
+    target: Tensor,
+    log_dispersion: Tensor,
+    zi_logits: Tensor,
+    library: Tensor,
+    *,
+    validate: bool = False,
+) -> Tensor:
+    """`negative_binomial_logits_nll` of counts that are 0 with probability sigmoid(zi_logits) besides.
+
+    Args:
+        logits, target, log_dispersion, library, validate: as for `negative_binomial_logits_nll`.
+        zi_logits: (B, G), logits of the additional zeros.
+
+    Returns and raises as `negative_binomial_nll` does.
+    """
+    params = (logits, log_dispersion, zi_logits, library)
+    return _genes_nll("zero_inflated_negative_binomial_logits", params, target, validate)
+
+
+def _genes_nll(likelihood: str, params: Sequence[Tensor], target: Tensor, validate: bool) -> Tensor:
+    if validate:
+        row = _ROWS[likelihood]
+        _check_genes(row.function, row.params, row, params, target, "target")
+        _check_counts(row.function, "target", target)
+        for name, value in zip(row.params, params, strict=True):
+            if name in ("mean", "inverse_dispersion", "library"):
+                _check_values(
+                    row.function, name, value, (value > 0) & (value < math.inf), "positive and finite"
+                )
+            else:
+                _check_values(row.function, name, value, value.isfinite(), "finite numbers")
+    return _nll(likelihood, params, target)[0]
+
+
+def _check_counts(where: str, name: str, counts: Tensor) -> None:
+    """Every value of `counts`, dense or sparse CSR, is a whole number, 0 or more."""
+    what = "counts: whole numbers, 0 or more"
+    stored = counts.values() if counts.layout == torch.sparse_csr else counts
+    if stored.is_floating_point():
+        good = (stored >= 0) & (stored.floor() == stored) & (stored < math.inf)
+    else:
+        good = stored.to(torch.int64) >= 0
+    if counts.layout == torch.sparse_csr and not good.all():
+        i = int((~good).nonzero()[0])
+        row = int((counts.crow_indices() > i).nonzero()[0]) - 1
+        position = (row, int(counts.col_indices()[i]))
+        raise ValueError(f"fastvae.{where}: `{name}` must hold {what}, got {stored[i].item()} at {position}")
+    _check_values(where, name, stored, good, what)
+
+
+def _check_values(where: str, name: str, values: Tensor, good: Tensor, what: str) -> None:
+    """`good` holds everywhere, else the first position where it does not is named."""
+    if not good.all():
+        position = tuple((~good).nonzero()[0].tolist())
         raise ValueError(
-            f"fastvae.{where}: `{name}` must hold counts, 0, 1, 2, ..., got {found:g} at {place}"
+            f"fastvae.{where}: `{name}` must hold {what}, got {values[position].item()} at {position}"
         )

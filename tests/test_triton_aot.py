@@ -132,7 +132,7 @@ def data(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 
 def loss(likelihood: str, params: list[torch.Tensor], target: torch.Tensor, needs: int = 1) -> object:
-    constants = [0.5] if likelihood == "gaussian" else []
+    constants = {"gaussian": [0.5], "laplace": [0.5], "student_t_learned": [4.0]}.get(likelihood, [])
     return nll.nll_forward(likelihood, params, target, constants, ROWS[: target.shape[0]], ONE, 2, needs)
 
 
@@ -189,6 +189,11 @@ ALIGNED: dict[str, Callable[[], object]] = {
     "gaussian, per element": lambda: loss("gaussian_per_element", [data(FLOAT)] * 2, data(FLOAT), 3),
     "head": lambda: loss("gaussian_head", [data(HALF, B, 2 * D)], data(HALF)),
     "head, channels_last": lambda: loss("gaussian_head", [IMAGE], HALF_IMAGE),
+    "laplace": lambda: loss("laplace", [data(FLOAT)], data(FLOAT)),
+    "laplace, per element": lambda: loss("laplace_per_element", [data(FLOAT)] * 2, data(FLOAT), 3),
+    "continuous Bernoulli": lambda: loss("continuous_bernoulli", [data(FLOAT)], data(FLOAT)),
+    "poisson, int32": lambda: loss("poisson", [data(FLOAT)], data(torch.int32)),
+    "student t, learned": lambda: loss("student_t_learned", [data(FLOAT), ONE], data(FLOAT), 3),
     "rows of MNIST": lambda: loss("bernoulli", [data(FLOAT, 128, 784)], data(FLOAT, 128, 784)),
     "scale": lambda: scale(FLOAT, False),
     "scale, by row, bf16": lambda: scale(HALF, True),
@@ -206,6 +211,8 @@ ALIGNED: dict[str, Callable[[], object]] = {
 OTHERS: dict[str, Callable[[], object]] = {
     "no gradient": lambda: bernoulli(FLOAT, FLOAT, 0),
     "double": lambda: bernoulli(DOUBLE, DOUBLE),
+    "poisson, double, int64": lambda: loss("poisson", [data(DOUBLE)], data(torch.int64)),
+    "continuous Bernoulli, double": lambda: loss("continuous_bernoulli", [data(DOUBLE)], data(DOUBLE)),
     "odd rows, bool": lambda: loss("bernoulli", [data(FLOAT, 9, 33)], data(torch.bool, 9, 33)),
     "many rows": lambda: nll.nll_forward("bernoulli", [MANY], MANY, [], NONE, NONE, 2, 1),
     "fp16 gradient": lambda: nll.nll_gradient("bernoulli", [data(torch.float16)], data(FLOAT), [], ONE, ROWS, 2, 1),

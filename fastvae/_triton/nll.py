@@ -108,6 +108,8 @@ def nll_kernel(
     target,  # (rows, size), any dtype
     scalar,  # one number, or None: then `scalar_value` is it
     scalar_value: tl.float64,
+    shape: tl.float64,  # see likelihoods.py
+    offset: tl.float64,
     first_slope,  # out, or None: (rows, size) as the parameters
     second_slope,
     row_sums,  # out, or None: (rows, splits) in C
@@ -153,6 +155,8 @@ def nll_kernel(
         shared = tl.load(scalar).to(C)
     else:
         shared = tl.full((), scalar_value, C)
+    shape = tl.full((), shape, C)
+    offset = tl.full((), offset, C)
     if grad_loss is None and grad_nll is None:
         factor = tl.full((), weight, C)
     else:
@@ -185,7 +189,7 @@ def nll_kernel(
         t = t.to(C)
         if is_pixel:
             t = t / 255.0
-        value, e, slope_a, slope_b, slope_shared = ELEMENT(a, b, t, shared)
+        value, e, slope_a, slope_b, slope_shared = ELEMENT(a, b, t, shared, shape, offset)
 
         if first_slope is not None:
             tl.store(first_slope + places, (slope_a * factor).to(first_slope.dtype.element_ty), inside)
@@ -464,6 +468,8 @@ def _evaluate(
         data,
         scalar,
         row.scalar_of(constants),
+        row.shape_of(constants),
+        row.offset_of(constants),
         *slopes,
         row_sums,
         scalar_sums,
@@ -491,7 +497,7 @@ def _evaluate(
         FOLD=fold,
         WIDE=cut.wide,
         C=COMPUTE[dtype],
-        num_warps=cut.warps,
+        num_warps=cut.warps * (row.warps_64 if dtype == torch.float64 else 1),
     )
     return gradients, row_sums, scalar_sums, cut
 
