@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "buffer_pool.h"
+#include "counts.h"
 #include "cpu_kernels.h"
 #include "likelihood_table.h"
 #include "nll.h"
@@ -23,13 +24,23 @@ View half_of_head(View whole, int64_t which, int64_t channels, bool channels_las
   return whole;
 }
 
+void check_terms(at::TensorList params, const OptionalTensor& kl, const OptionalTensor& beta) {
+  const int64_t rows = params[0].size(0);
+  TORCH_CHECK_VALUE(!kl || (kl->dim() == 1 && kl->size(0) == rows), "fastvae::nll: `kl` must have the shape (", rows, ",)");
+  TORCH_CHECK_VALUE(!beta || beta->numel() == 1, "fastvae::nll: `beta` must be a single number");
+}
+
 void check(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
            const OptionalTensor& kl, const OptionalTensor& beta, int64_t reduction) {
+  TORCH_CHECK_VALUE(reduction >= kNone && reduction <= kMean, "fastvae::nll: `reduction` must be 0, 1 or 2, got ", reduction);
+  if (row.family == Family::counts) {
+    check_counts(row, params, target);
+    return check_terms(params, kl, beta);
+  }
   TORCH_CHECK_VALUE(int64_t(params.size()) == row.tensors, "fastvae::nll: ", std::string(row.name), " takes ", row.tensors,
                     " params, got ", params.size());
   TORCH_CHECK_VALUE(int64_t(constants.size()) == row.constants, "fastvae::nll: ", std::string(row.name), " takes ", row.constants,
                     " constants, got ", constants.size());
-  TORCH_CHECK_VALUE(reduction >= kNone && reduction <= kMean, "fastvae::nll: `reduction` must be 0, 1 or 2, got ", reduction);
   const Tensor& lead = params[0];
   TORCH_CHECK_VALUE(lead.dim() >= 1, "fastvae::nll: `params` need a batch dimension");
   auto expected = lead.sizes().vec();
@@ -52,9 +63,7 @@ void check(const LikelihoodRow& row, at::TensorList params, const Tensor& target
     TORCH_CHECK_TYPE(scalar || params[i].scalar_type() == lead.scalar_type(), "fastvae::nll: params[", i, "] must be ",
                      lead.scalar_type(), ", got ", params[i].scalar_type());
   }
-  TORCH_CHECK_VALUE(!kl || (kl->dim() == 1 && kl->size(0) == lead.size(0)), "fastvae::nll: `kl` must have the shape (",
-                    lead.size(0), ",)");
-  TORCH_CHECK_VALUE(!beta || beta->numel() == 1, "fastvae::nll: `beta` must be a single number");
+  check_terms(params, kl, beta);
 }
 
 struct Evaluation {
@@ -66,6 +75,10 @@ struct Evaluation {
 // Runs the kernel; the gradient of row r is multiplied by weights[r * weight_stride].
 Evaluation evaluate(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
                     int64_t needs, const double* weights, int64_t weight_stride) {
+  if (row.family == Family::counts) {
+    auto [nll, gradients] = evaluate_counts(row, params, target, needs, weights, weight_stride);
+    return {std::move(nll), std::move(gradients), {0, 0}};
+  }
   const Tensor& lead = params[0];
   const auto order = memory_order(lead);
   const size_t elementwise = params.size() - row.has_scalar;
@@ -208,7 +221,9 @@ void scale(const RowGradients& g, at::TensorList gradients, at::TensorList out, 
       if (!gradients[i].is_same(out[i])) out[i].copy_(gradients[i]);
       continue;
     }
-    cpu::kernels().scale_rows({rows, event_size(gradients[i]), operand(gradients[i]), result(out[i]), factor.data(), !g.uniform});
+    // One factor holds for a gradient of any shape, several for one of a row each.
+    const int64_t count = g.uniform ? gradients[i].size(0) : rows;
+    cpu::kernels().scale_rows({count, event_size(gradients[i]), operand(gradients[i]), result(out[i]), factor.data(), !g.uniform});
   }
 }
 
