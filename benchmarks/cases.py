@@ -93,6 +93,31 @@ def _step(device: torch.device) -> Inputs:
     return _latents(128, 20, device) | _reconstruction((128, 784), device)
 
 
+def _counts(zero_inflated: bool, raw: bool) -> Callable[[torch.device], Inputs]:
+    """128 cells of 20,000 genes, 95 % zeros; the decoder's outputs, raw or as mean and inverse dispersion."""
+
+    def setup(device: torch.device) -> Inputs:
+        shape = 128, 20_000
+        present = torch.rand(shape, device=device) < 0.05
+        x = (1 + torch.poisson(torch.exp(torch.randn(shape, device=device)))) * present
+        logits, log_theta = torch.randn(shape, device=device), torch.randn(20_000, device=device)
+        inputs = {"x": x, "kl": torch.rand(128, device=device)}
+        if raw:
+            inputs |= {
+                "logits": logits.requires_grad_(),
+                "log_theta": log_theta.requires_grad_(),
+                "library": x.sum(1),
+            }
+        else:
+            mean = x.sum(1, keepdim=True) * torch.softmax(logits, 1)
+            inputs |= {"mean": mean.requires_grad_(), "theta": log_theta.exp().requires_grad_()}
+        if zero_inflated:
+            inputs["zi_logits"] = torch.randn(shape, device=device).requires_grad_()
+        return inputs
+
+    return setup
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Fused
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,6 +183,51 @@ def _fused_step(device: torch.device) -> Callable[..., Outputs]:
     def fused(mu: Tensor, logvar: Tensor, recon: Tensor, x: Tensor) -> Outputs:
         z, kl = elbo.reparameterize(mu, logvar)
         return elbo(recon, x, kl=kl).loss, z
+
+    return fused
+
+
+def _fused_nb(device: torch.device) -> Callable[..., Outputs]:
+    def fused(mean: Tensor, theta: Tensor, x: Tensor) -> Outputs:
+        return (fastvae.functional.negative_binomial_nll(mean, x, theta).mean(),)
+
+    return fused
+
+
+def _fused_zinb(device: torch.device) -> Callable[..., Outputs]:
+    def fused(mean: Tensor, theta: Tensor, zi_logits: Tensor, x: Tensor) -> Outputs:
+        return (fastvae.functional.zero_inflated_negative_binomial_nll(mean, x, theta, zi_logits).mean(),)
+
+    return fused
+
+
+def _raw_counts(likelihood: fastvae.likelihoods.NegativeBinomial, device: torch.device) -> fastvae.ELBO:
+    """With a dispersion from outside, so that it is an input like the others."""
+    elbo = fastvae.ELBO(likelihood).to(device)
+    del likelihood.log_dispersion
+    return elbo
+
+
+def _fused_nb_raw(device: torch.device) -> Callable[..., Outputs]:
+    likelihood = fastvae.likelihoods.NegativeBinomial(20_000)
+    elbo = _raw_counts(likelihood, device)
+
+    def fused(logits: Tensor, log_theta: Tensor, library: Tensor, x: Tensor, kl: Tensor) -> Outputs:
+        likelihood.log_dispersion = log_theta  # type: ignore[assignment]
+        return (elbo((logits, library), x, kl=kl).loss,)
+
+    return fused
+
+
+def _fused_zinb_raw(device: torch.device) -> Callable[..., Outputs]:
+    likelihood = fastvae.likelihoods.ZeroInflatedNegativeBinomial(20_000)
+    elbo = _raw_counts(likelihood, device)
+
+    def fused(
+        logits: Tensor, log_theta: Tensor, zi_logits: Tensor, library: Tensor, x: Tensor, kl: Tensor
+    ) -> Outputs:
+        likelihood.log_dispersion = log_theta  # type: ignore[assignment]
+        return (elbo((logits, library, zi_logits), x, kl=kl).loss,)
 
     return fused
 
@@ -229,6 +299,48 @@ def _written_step(mu: Tensor, logvar: Tensor, recon: Tensor, x: Tensor) -> Outpu
     return (bce + _written_kld(mu, logvar)) / x.shape[0], z
 
 
+_EPS = 1e-8  # scvi-tools' default
+
+
+def _written_log_nb(x: Tensor, mean: Tensor, theta: Tensor) -> Tensor:
+    """What users of scvi-tools' log_nb_positive run, term by term."""
+    log_sum = torch.log(theta + mean + _EPS)
+    zero = theta * (torch.log(theta + _EPS) - log_sum)
+    counts = x * (torch.log(mean + _EPS) - log_sum)
+    return zero + counts + torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+
+
+def _written_nb(mean: Tensor, theta: Tensor, x: Tensor) -> Outputs:
+    return (-_written_log_nb(x, mean, theta.unsqueeze(0)).sum(-1).mean(),)
+
+
+def _written_zinb(mean: Tensor, theta: Tensor, zi_logits: Tensor, x: Tensor) -> Outputs:
+    """The same of log_zinb_positive: both cases of every element, and a mask."""
+    theta = theta.unsqueeze(0)
+    not_inflated = F.softplus(-zi_logits)
+    log_sum = torch.log(theta + mean + _EPS)
+    zero = -zi_logits + theta * (torch.log(theta + _EPS) - log_sum)
+    if_zero = F.softplus(zero) - not_inflated
+    counts = x * (torch.log(mean + _EPS) - log_sum)
+    other = (
+        -not_inflated + zero + counts + torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+    )
+    log_p = (x < _EPS).float() * if_zero + (x > _EPS).float() * other
+    return (-log_p.sum(-1).mean(),)
+
+
+def _written_nb_raw(logits: Tensor, log_theta: Tensor, library: Tensor, x: Tensor, kl: Tensor) -> Outputs:
+    mean = library.unsqueeze(1) * torch.softmax(logits, dim=-1)
+    return (_written_nb(mean, torch.exp(log_theta), x)[0] + kl.mean(),)
+
+
+def _written_zinb_raw(
+    logits: Tensor, log_theta: Tensor, zi_logits: Tensor, library: Tensor, x: Tensor, kl: Tensor
+) -> Outputs:
+    mean = library.unsqueeze(1) * torch.softmax(logits, dim=-1)
+    return (_written_zinb(mean, torch.exp(log_theta), zi_logits, x)[0] + kl.mean(),)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,7 +366,17 @@ CASES = (
          _written_continuous_bernoulli, 4 * _LOSS * 512 * 3072, (6.0, 3.0)),
     Case("Laplace 512 x 3072", _bernoulli(512, 3072), _fused_laplace, _written_laplace,
          4 * _LOSS * 512 * 3072, (3.0, 1.5)),
+    # In the decoder's raw outputs: their softmax and exponential belong to the loss on both sides. What float32 leaves of the
+    # differences of lgamma on the written side is what the tolerance is for.
+    Case("ZINB 128 x 20000", _counts(True, True), _fused_zinb_raw, _written_zinb_raw, 4 * 5 * 128 * 20_000, (8.0, 3.0),
+         tolerance=1e-4),
+    Case("NB 128 x 20000", _counts(False, True), _fused_nb_raw, _written_nb_raw, 4 * 3 * 128 * 20_000, (6.0, 2.5),
+         tolerance=1e-4),
     # Beyond what is asked for.
+    Case("ZINB 128 x 20000, mean and inverse dispersion", _counts(True, False), _fused_zinb, _written_zinb,
+         4 * 5 * 128 * 20_000, tolerance=1e-4),
+    Case("NB 128 x 20000, mean and inverse dispersion", _counts(False, False), _fused_nb, _written_nb,
+         4 * 3 * 128 * 20_000, tolerance=1e-4),
     Case("Gaussian, packed head, 512 x 6 x 32 x 32", _head, _fused_head, _written_head, 4 * 5 * 512 * 3072),
     Case("Gaussian, uint8 data, 512 x 3072", _bernoulli(512, 3072, data=torch.uint8), _fused_gaussian,
          _written_gaussian_uint8, (4 + 1 + 4) * 512 * 3072),

@@ -195,7 +195,7 @@ _GENES = (
     "negative_binomial_logits",
     "zero_inflated_negative_binomial_logits",
 )
-_ABSENT: dict[str, tuple[str, ...]] = {"native": _GENES, "triton": _GENES}
+_ABSENT: dict[str, tuple[str, ...]] = {"triton": _GENES}
 
 _setting = "auto"
 _told: set[str] = set()  # likelihoods whose fallback was warned of

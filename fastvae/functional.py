@@ -947,7 +947,7 @@ def _genes_nll(likelihood: str, params: Sequence[Tensor], target: Tensor, valida
         for name, value in zip(row.params, params, strict=True):
             if name in ("mean", "inverse_dispersion", "library"):
                 _check_values(
-                    row.function, name, value, (value > 0) & (value < math.inf), "positive and finite"
+                    row.function, name, value, (value > 0) & (value < math.inf), "positive, finite numbers"
                 )
             else:
                 _check_values(row.function, name, value, value.isfinite(), "finite numbers")

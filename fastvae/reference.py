@@ -485,7 +485,7 @@ def _with_zeros(nll: Tensor, zi_logits: Tensor, t: Tensor) -> Tensor:
     zero = torch.where(
         near,
         -torch.log1p(torch.where(near, lost, 0.0)),
-        F.logsigmoid(zi_logits + nll) - F.logsigmoid(zi_logits) + torch.clamp_min(nll, 0),
+        F.logsigmoid(zi_logits + nll) - F.logsigmoid(zi_logits),
     )
     return torch.where(t == 0, zero, nll - F.logsigmoid(-zi_logits))
 

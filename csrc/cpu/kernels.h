@@ -71,6 +71,27 @@ struct NllArgs {
   double* row_pull;  // of an Element that has_pull: the sum of (params[0] - target) times its unweighted derivative; may be null
 };
 
+// Negative binomial counts of (rows, genes), see math/counts.h.
+struct CountArgs {
+  bool in_double;
+  bool raw;       // mean holds logits and dispersion logarithms: the mean is library[row] * softmax(logits) over the row
+  bool inflated;  // there are additional zeros, of logits `zero_logits`
+  int64_t rows, genes;
+  Operand mean, dispersion, zero_logits;  // a dispersion of one row serves all rows (row_stride 0)
+  bool shared_dispersion;
+  const double* library;
+  Operand target;  // read where there are no `starts`; else row r holds target_values of columns[i], i from starts[r] to starts[r + 1]
+  const int64_t *starts, *columns;
+  Operand target_values;  // one row
+  // Derivatives times weight[row * weight_stride]; what has no data is not wanted.
+  Result d_mean, d_dispersion, d_zero_logits;
+  double* d_shared_dispersion;  // (genes,), summed over the rows
+  double* d_library;            // (rows,)
+  const double* weight;
+  int64_t weight_stride;
+  double* row_nll;
+};
+
 // The noise of Philox4x32-10: see math/philox.h.
 struct NoiseKey {
   uint64_t seed, offset, row_offset;
@@ -112,6 +133,7 @@ struct ScaleArgs {
 #define FASTVAE_DECLARE_KERNELS(isa)         \
   namespace isa {                            \
   void nll(const NllArgs&);                  \
+  void count_nll(const CountArgs&);          \
   void sample(const SampleArgs&);            \
   void sample_grad(const SampleGradArgs&);   \
   void scale_rows(const ScaleArgs&);         \

@@ -43,6 +43,29 @@ struct Primitives<at::vec::Vectorized<C>> {
 
   static FASTVAE_HD V log_factorial(V t) { return (t + V(1)).lgamma(); }
 
+  static FASTVAE_HD V minimum(V a, V b) { return at::vec::minimum(a, b); }
+  static FASTVAE_HD V clamp(V x, C low, C high) { return at::vec::clamp_min(at::vec::clamp_max(x, V(high)), V(low)); }  // keeps a NaN
+
+  // Vectorized<float>::log1p is exact to a unit and several times as long.
+  static FASTVAE_HD Log1pParts<V> log1p_parts(V x) {
+    const V one_plus_x = V(1) + x, inverse = V(1) / one_plus_x;
+    if constexpr (sizeof(C) == 8) return log1p_parts_by_series(x, x.log1p(), inverse);
+    else {
+      // 1 + x = 2^k (1 + f), 1 + f from sqrt(1/2) to sqrt(2); what 1 + x lost of x comes back in f.
+      using Bits = at::vec::Vectorized<int32_t>;
+      const Bits bits = at::vec::cast<int32_t>(one_plus_x), k = (bits - Bits(0x3f3504f3)) >> Bits(23);
+      const V m = at::vec::cast<float>(bits - (k << Bits(23))), scale = at::vec::cast<float>((Bits(127) - k) << Bits(23));
+      const V f = fma(x - (one_plus_x - V(1)), scale, m - V(1));
+      const V n = at::vec::cast<float>(k + Bits(0x4b400000)) - V(12582912.0f);  // 1.5 * 2^23, in whose low bits an integer fits
+      // (log(1 + f) - f) / f^2, minimax fit, absolute error 3e-8.
+      constexpr float fit[] = {-0.0806465298f, 0.129178673f, -0.130725533f, 0.141734555f, -0.166289195f,
+                               0.200026959f,   -0.25000751f, 0.333333135f,  -0.49999997f};
+      const V rest = polynomial(f, fit), value = fma(n, V(0.693147182f), fma(f * f, rest, f));
+      // Where k is 0, f is x, and x - x / (1 + x) = x^2 / (1 + x).
+      return {value, select(less(x, V(0.414f)), x * x * (rest + inverse), fma(neg(x), inverse, value)), inverse};
+    }
+  }
+
   static FASTVAE_HD V relu(V x) { return at::vec::clamp_min(x, V(0)); }  // keeps a NaN
 
   // Vectorized<float>::exp is exact to one unit in the last place, with far more instructions; this one has a relative error of a
@@ -59,6 +82,17 @@ struct Primitives<at::vec::Vectorized<C>> {
       const ExpSplit<V> s = split(x);
       constexpr float twice[] = {0.01673829742f, 0.0838350132f, 0.33333009f, 0.99997741f, 2.0f, 2.00000024f};
       return polynomial(s.r, twice) * s.power;
+    }
+  }
+
+  // exp(x) and exp(x) - 1, the latter with its relative accuracy near 0, for x <= 0.
+  static FASTVAE_HD DecayParts<V> decay_parts(V x) {
+    if constexpr (sizeof(C) == 8) return {x.exp(), x.expm1()};
+    else {
+      const ExpSplit<V> s = split(x);
+      constexpr float fit[] = {0.00278524263f, 0.0167264063f, 0.0833331123f, 0.333331525f, 1.0f};  // as in exp_parts
+      const V twice = fma(s.r * s.r, polynomial(s.r, fit), s.r + s.r);
+      return {s.power * (V(2) + twice), fma(s.power, twice, fma(V(2), s.power, V(-1)))};
     }
   }
 

@@ -19,7 +19,8 @@ inline namespace FASTVAE_ISA {
 
 // Scalar: the C type of one lane. Functions: exp, exp_bounded (x must not pass 88), exp_parts (see ExpParts), log (of a positive,
 // normal, finite number), log1p, log_factorial (fp64 only), abs, neg, relu, fma, divide (by a number of ordinary size), less,
-// select(mask, a, b) = mask ? a : b in each lane, and any(mask).
+// minimum, clamp, select(mask, a, b) = mask ? a : b in each lane, any(mask); for x >= 0 log1p_parts (see Log1pParts), for x <= 0
+// decay_parts (see DecayParts).
 template <class V>
 struct Primitives;
 
@@ -67,6 +68,34 @@ FASTVAE_HD ExpParts<V> exp_parts_by_split(V h) {
   const V minus_1_h = P::fma(s.power, square, P::fma(s.power, twice_r, P::fma(V(2), s.power, V(-1)) - h));
   return {s.power * (V(2) + (twice_r + square)), minus_1_h + h, minus_1_h};
 }
+
+// log(1 + x), log(1 + x) - x / (1 + x), with its relative accuracy near x = 0, and 1 / (1 + x).
+template <class V>
+struct Log1pParts {
+  V value, excess, inverse;
+};
+
+// With s = x / (2 + x): log(1 + x) = 2 (s + s^3/3 + s^5/5 + ...) and x / (1 + x) = 2 s / (1 + s). The rest of the first series over s^3 and
+// over s^2, exact in fp64 for |x| < 1/2.
+template <class V>
+FASTVAE_HD V log1p_series(V square) {
+  constexpr double series[] = {2. / 25, 2. / 23, 2. / 21, 2. / 19, 2. / 17, 2. / 15, 2. / 13, 2. / 11, 2. / 9, 2. / 7, 2. / 5, 2. / 3};
+  return polynomial(square, series);
+}
+
+// For any x > -1, given log(1 + x) and 1 / (1 + x).
+template <class V>
+FASTVAE_HD Log1pParts<V> log1p_parts_by_series(V x, V value, V inverse) {
+  using P = Primitives<V>;
+  const V s = x / (V(2) + x), square = s * s;
+  const V near = square * P::fma(s, log1p_series(square), V(2) / (V(1) + s));
+  return {value, P::select(P::less(P::abs(x), V(0.5f)), near, P::fma(P::neg(x), inverse, value)), inverse};
+}
+
+template <class V>
+struct DecayParts {
+  V exp, minus_1;
+};
 
 // 1/18!, ..., 1/3!, 1/2!: the Taylor series of (exp(h) - 1 - h) / h^2, exact in fp64 for |h| < 1.
 struct ResidualSeries {

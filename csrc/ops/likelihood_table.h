@@ -15,6 +15,9 @@
 
 namespace fastvae {
 
+// What evaluates a row: the loop over elements, or one of its own (counts.h).
+enum class Family : int8_t { elementwise, counts };
+
 struct LikelihoodRow {
   std::string_view name;
   cpu::Element element;
@@ -24,6 +27,7 @@ struct LikelihoodRow {
   bool has_scalar;   // the last tensor is 0-dim, one value for all elements; it has a derivative for each row
   bool is_location;  // a density of (target - mean): the target's derivative is the mean's, negated. Others have none.
   bool counts = false;  // the target counts something: all integers, uint8 too, are read as they are
+  Family family = Family::elementwise;
 };
 
 constexpr LikelihoodRow kLikelihoods[] = {
@@ -42,12 +46,24 @@ constexpr LikelihoodRow kLikelihoods[] = {
     {"student_t_learned", cpu::Element::student_t, 2, 1, false, true, true},                  // loc, log_scale (0-dim); df
     {"student_t_per_element", cpu::Element::student_t_per_element, 2, 1, false, false, true}, // loc, log_scale; df
     {"student_t_head", cpu::Element::student_t_per_element, 1, 1, true, false, true},         // loc and log_scale, packed; df
+    // mean, inverse dispersion; logits of additional zeros
+    {"negative_binomial", {}, 2, 0, false, false, false, true, Family::counts},
+    {"zero_inflated_negative_binomial", {}, 3, 0, false, false, false, true, Family::counts},
+    // logits, log-dispersion; logits of additional zeros; library
+    {"negative_binomial_logits", {}, 3, 0, false, false, false, true, Family::counts},
+    {"zero_inflated_negative_binomial_logits", {}, 4, 0, false, false, false, true, Family::counts},
 };
 
 inline const LikelihoodRow& likelihood_row(std::string_view name) {
   for (const auto& row : kLikelihoods)
     if (row.name == name) return row;
   TORCH_CHECK_VALUE(false, "fastvae: unknown likelihood '", std::string(name), "'");
+}
+
+// The bit of a param that serves all rows, whose gradient is a sum over them: with a factor for each it must be made again.
+template <class Params>
+int64_t shared_bit(const LikelihoodRow& row, const Params& params) {
+  return row.family == Family::counts && params[1].dim() == 1 ? 2 : 0;
 }
 
 // Whether a target of that type goes with params of another.

@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
+#include "counts.h"
 #include "likelihood_table.h"
 
 namespace fastvae {
@@ -33,7 +34,10 @@ struct Nll : torch::autograd::Function<Nll> {
     for (size_t i = 0; i < params.size(); ++i) needs |= int64_t(params[i].requires_grad()) << i;
     const int64_t scalar_bit = row.has_scalar ? int64_t(1) << (params.size() - 1) : 0;
     const int64_t computed = needs | int64_t(target.requires_grad());  // the target's comes from the mean's
-    const bool at_once = gradient_in_forward(params[0].scalar_type());
+    // The gradient of a param that serves all rows is saved for one factor, and made again, from the inputs, for a factor of each.
+    const int64_t shared = needs & shared_bit(row, params);
+    const bool at_once = gradient_in_forward(params[0].scalar_type()) && !(shared && reduction == kNone);
+    const bool keep_inputs = !at_once || shared;
     auto [loss, nll, gradients, scalar_rows] =
         forward_op(likelihood, params, target, constants, kl, beta, reduction, at_once ? computed : computed & scalar_bit);
 
@@ -46,15 +50,15 @@ struct Nll : torch::autograd::Function<Nll> {
     ctx->saved_data["params"] = static_cast<int64_t>(params.size());
     ctx->saved_data["at_once"] = at_once;
     ctx->saved_data["reduction"] = reduction;
-    ctx->saved_data["rows"] = target.sym_size(0);
+    ctx->saved_data["keep_inputs"] = keep_inputs;
+    ctx->saved_data["rows"] = params[0].sym_size(0);
     ctx->saved_data["need_kl"] = need_kl;
     ctx->saved_data["need_beta"] = need_beta;
     if (target.requires_grad()) ctx->saved_data["target_dtype"] = target.scalar_type();
     const bool with_kl = need_kl || need_beta;
     variable_list saved = {scalar_rows, with_kl ? *kl : Tensor(), with_kl ? beta.value_or(Tensor()) : Tensor()};
-    if (at_once) {
-      saved.insert(saved.end(), gradients.begin(), gradients.end());
-    } else {
+    if (at_once) saved.insert(saved.end(), gradients.begin(), gradients.end());
+    if (keep_inputs) {
       saved.insert(saved.end(), params.begin(), params.end());
       saved.push_back(target);
     }
@@ -67,12 +71,14 @@ struct Nll : torch::autograd::Function<Nll> {
     if (!grads[0].defined() && !grads[1].defined()) return once_differentiable(std::move(results));
 
     const variable_list saved = ctx->get_saved_variables();
-    const variable_list rest(saved.begin() + 3, saved.end());  // the gradients, or the params and the target
     const auto& row = likelihood_row(ctx->saved_data["likelihood"].toStringRef());
     const int64_t needs = ctx->saved_data["needs"].toInt(), elementwise = ctx->saved_data["elementwise"].toInt();
     const int64_t reduction = ctx->saved_data["reduction"].toInt(), params = ctx->saved_data["params"].toInt();
     const bool need_kl = ctx->saved_data["need_kl"].toBool(), need_beta = ctx->saved_data["need_beta"].toBool();
     const bool need_scalar = row.has_scalar && (needs >> (params - 1) & 1);
+    const auto inputs = saved.end() - (ctx->saved_data["keep_inputs"].toBool() ? params + 1 : 0);  // the params and the target
+    const Tensors ready(saved.begin() + 3, inputs);
+    const bool at_once = ctx->saved_data["at_once"].toBool() && !(inputs != saved.end() && grads[1].defined());
 
     static const auto gradient = op<NllGradient>("fastvae::nll_gradient");
     static const auto new_tensors = op<NllBackward>("fastvae::nll_backward");
@@ -85,19 +91,19 @@ struct Nll : torch::autograd::Function<Nll> {
     {
       const at::AutoDispatchBelowADInplaceOrView guard;
       const Tensor& any = grads[0].defined() ? grads[0] : grads[1];
-      if (!ctx->saved_data["at_once"].toBool()) {
+      if (!at_once) {
         if (elementwise)
-          gradients = gradient.call(row.name, at::TensorList(rest).slice(0, params), rest.back(),
+          gradients = gradient.call(row.name, Tensors(inputs, inputs + params), saved.back(),
                                     ctx->saved_data["constants"].toDoubleVector(), optional(grads[0]), optional(grads[1]), reduction,
                                     elementwise);
         extras = scaled(new_tensors, {});
       } else if (traced(any) || torch::autograd::get_current_graph_task_keep_graph()) {
-        gradients = scaled(new_tensors, rest);
-        extras.assign(gradients.begin() + rest.size(), gradients.end());
-        gradients.resize(rest.size());
+        gradients = scaled(new_tensors, ready);
+        extras.assign(gradients.begin() + ready.size(), gradients.end());
+        gradients.resize(ready.size());
       } else {
         // Once the graph is freed nobody else can read the saved gradient: it becomes the result.
-        gradients = rest;
+        gradients = ready;
         extras = scaled(in_place, gradients);
       }
     }
@@ -150,6 +156,11 @@ std::tuple<Tensor, Tensor> nll_autograd(std::string_view likelihood, at::TensorL
   return {out[0], out[1]};
 }
 
+Tensor empty_gradient(const LikelihoodRow& row, at::TensorList params, size_t i) {
+  if (row.family == Family::counts) return at::empty_symint(params[i].sym_sizes(), params[i].options());
+  return at::empty_like(params[0], params[0].options(), memory_order(params[0]));
+}
+
 std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_meta(std::string_view likelihood, at::TensorList params,
                                                              const Tensor& target, at::ArrayRef<double>, const OptionalTensor& kl,
                                                              const OptionalTensor&, int64_t reduction, int64_t needs) {
@@ -164,17 +175,17 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_meta(std::string_view li
   Tensors gradients;
   const size_t elementwise = params.size() - row.has_scalar;
   for (size_t i = 0; i < elementwise; ++i)
-    if (needs >> i & 1) gradients.push_back(at::empty_like(lead, lead.options(), memory_order(lead)));
+    if (needs >> i & 1) gradients.push_back(empty_gradient(row, params, i));
   const bool scalar = row.has_scalar && (needs >> elementwise & 1);
   return {reduction == kNone ? make(loss_dtype, {rows}) : make(loss_dtype, {}), make(nll_dtype, {rows}), gradients,
           scalar ? make(nll_dtype, {rows}) : make(nll_dtype, {0})};
 }
 
-Tensors nll_gradient_meta(std::string_view, at::TensorList params, const Tensor&, at::ArrayRef<double>, const OptionalTensor&,
+Tensors nll_gradient_meta(std::string_view likelihood, at::TensorList params, const Tensor&, at::ArrayRef<double>, const OptionalTensor&,
                           const OptionalTensor&, int64_t, int64_t needs) {
   Tensors gradients;
   for (int64_t i = 0; i < int64_t(params.size()); ++i)
-    if (needs >> i & 1) gradients.push_back(at::empty_like(params[0], params[0].options(), memory_order(params[0])));
+    if (needs >> i & 1) gradients.push_back(empty_gradient(likelihood_row(likelihood), params, i));
   return gradients;
 }
 
@@ -198,15 +209,11 @@ Tensors nll_backward_meta(const OptionalTensor& grad_loss, const OptionalTensor&
   return all;
 }
 
-}  // namespace
-
-void check_nll(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
-           const OptionalTensor& kl, const OptionalTensor& beta, int64_t reduction) {
+void check_elements(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants) {
   TORCH_CHECK_VALUE(int64_t(params.size()) == row.tensors, "fastvae::nll: ", std::string(row.name), " takes ", row.tensors,
                     " params, got ", params.size());
   TORCH_CHECK_VALUE(int64_t(constants.size()) == row.constants, "fastvae::nll: ", std::string(row.name), " takes ", row.constants,
                     " constants, got ", constants.size());
-  TORCH_CHECK_VALUE(reduction >= kNone && reduction <= kMean, "fastvae::nll: `reduction` must be 0, 1 or 2, got ", reduction);
   const Tensor& lead = params[0];
   TORCH_CHECK_VALUE(lead.dim() >= 1, "fastvae::nll: `params` need a batch dimension");
   auto expected = lead.sizes().vec();
@@ -229,8 +236,19 @@ void check_nll(const LikelihoodRow& row, at::TensorList params, const Tensor& ta
     TORCH_CHECK_TYPE(scalar || params[i].scalar_type() == lead.scalar_type(), "fastvae::nll: params[", i, "] must be ",
                      lead.scalar_type(), ", got ", params[i].scalar_type());
   }
-  TORCH_CHECK_VALUE(!kl || (kl->dim() == 1 && kl->size(0) == lead.size(0)), "fastvae::nll: `kl` must have the shape (",
-                    lead.size(0), ",)");
+}
+
+}  // namespace
+
+void check_nll(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
+               const OptionalTensor& kl, const OptionalTensor& beta, int64_t reduction) {
+  TORCH_CHECK_VALUE(reduction >= kNone && reduction <= kMean, "fastvae::nll: `reduction` must be 0, 1 or 2, got ", reduction);
+  switch (row.family) {
+    case Family::elementwise: check_elements(row, params, target, constants); break;
+    case Family::counts: check_counts(row, params, target); break;
+  }
+  const int64_t rows = params[0].size(0);
+  TORCH_CHECK_VALUE(!kl || (kl->dim() == 1 && kl->size(0) == rows), "fastvae::nll: `kl` must have the shape (", rows, ",)");
   TORCH_CHECK_VALUE(!beta || beta->numel() == 1, "fastvae::nll: `beta` must be a single number");
 }
 

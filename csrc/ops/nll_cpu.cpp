@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "buffer_pool.h"
+#include "counts.h"
 #include "cpu_kernels.h"
 #include "likelihood_table.h"
 #include "nll_views.h"
@@ -20,6 +21,10 @@ struct Evaluation {
 // Runs the kernel; the gradient of row r is multiplied by weights[r * weight_stride].
 Evaluation evaluate(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
                     int64_t needs, const double* weights, int64_t weight_stride) {
+  if (row.family == Family::counts) {
+    auto [nll, gradients] = evaluate_counts(row, params, target, needs, weights, weight_stride);
+    return {std::move(nll), {}, std::move(gradients), {}};
+  }
   const Tensor& lead = params[0];
 
   Evaluation out;
@@ -142,7 +147,9 @@ void scale(const RowGradients& g, at::TensorList gradients, at::TensorList out, 
       if (!gradients[i].is_same(out[i])) out[i].copy_(gradients[i]);
       continue;
     }
-    cpu::kernels().scale_rows({rows, event_size(gradients[i]), operand(gradients[i]), result(out[i]), factor.data(), !g.uniform});
+    // One factor holds for a gradient of any shape, several for one of a row each.
+    const int64_t count = g.uniform ? gradients[i].size(0) : rows;
+    cpu::kernels().scale_rows({count, event_size(gradients[i]), operand(gradients[i]), result(out[i]), factor.data(), !g.uniform});
   }
 }
 

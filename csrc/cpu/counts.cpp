@@ -1,0 +1,414 @@
+// One pass over the counts of a cell: its nll and, where wanted, the gradients. Most counts are zeros; every lane takes the zeros' short
+// path, and the few others are gathered, computed in fp64 and written over it.
+#include "../math/counts.h"
+
+#include <ATen/Parallel.h>
+
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "staging.h"
+
+namespace fastvae::cpu::FASTVAE_ISA {
+namespace {
+
+using Wide = Vec<double>;
+
+// Rows are shared out in chunks, by their number alone: each adds up the derivatives by a shared dispersion of its own rows, and these sums
+// are added in order.
+constexpr int64_t kMostChunks = 32;
+int64_t rows_of_chunk(int64_t rows) { return std::max<int64_t>(8, (rows + kMostChunks - 1) / kMostChunks); }
+
+// A dispersion that serves all rows, for every gene.
+template <class C>
+struct SharedDispersion {
+  std::vector<C> theta, inverse;
+  std::vector<double> exact, log_gamma, digamma;
+};
+
+// The logarithms of a dispersion are read between bounds that leave 1 / theta finite.
+template <class C>
+constexpr C kLogBound = sizeof(C) == 8 ? 700 : 85;
+
+template <class C>
+SharedDispersion<C> prepare(const CountArgs& args) {
+  SharedDispersion<C> out;
+  const int64_t genes = args.genes, room = genes + kBufferSlack;
+  out.theta.resize(room);
+  out.inverse.resize(room);
+  for (auto* field : {&out.exact, &out.log_gamma, &out.digamma}) field->resize(room);
+  at::parallel_for(0, (genes + kBlock - 1) / kBlock, 4, [&](int64_t first, int64_t last) {
+    Buffer<C> buffer;
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t begin = block * kBlock, n = std::min(kBlock, genes - begin);
+      const C* in = load(args.dispersion, 0, begin, n, genes, buffer);
+      double* exact = out.exact.data() + begin;
+      for (int64_t i = 0; i < n; ++i) exact[i] = in[i];
+      for (int64_t i = 0; i < n; i += Wide::size()) {
+        const int64_t lanes = std::min<int64_t>(Wide::size(), n - i);
+        Wide theta = load_lanes(exact + i, lanes);
+        if (args.raw) theta = math::Primitives<Wide>::clamp(theta, -kLogBound<C>, kLogBound<C>).exp();
+        store_lanes(theta, exact + i, lanes);
+        const auto parts = math::dispersion_parts(theta);
+        store_lanes(parts.log_gamma, out.log_gamma.data() + begin + i, lanes);
+        store_lanes(parts.digamma, out.digamma.data() + begin + i, lanes);
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        out.theta[begin + i] = static_cast<C>(exact[i]);
+        out.inverse[begin + i] = static_cast<C>(1 / exact[i]);
+      }
+    }
+  });
+  return out;
+}
+
+// The counts above zero of a block that lie on the same sides of kStirlingFrom, as dense arrays.
+struct Gathered {
+  int64_t count;
+  int32_t place[kBlock];
+  double t[kBlock + kBufferSlack], mean[kBlock + kBufferSlack], theta[kBlock + kBufferSlack], pi[kBlock + kBufferSlack];
+  double log_gamma[kBlock + kBufferSlack], digamma[kBlock + kBufferSlack], log_factorial[kBlock + kBufferSlack];
+  double d_mean[kBlock + kBufferSlack], d_theta[kBlock + kBufferSlack], d_pi[kBlock + kBufferSlack];
+};
+
+template <class C>
+struct Scratch {
+  std::vector<C> exponentials, slopes, target;  // a row each, where needed
+  Buffer<C> mean, dispersion, pi, counts, d_mean, d_dispersion, d_pi;
+  int32_t positive[kBlock + kBufferSlack];
+  Gathered gathered[4];
+};
+
+// What is the same for all elements of a row.
+template <class C>
+struct Row {
+  C mean_scale;       // raw: what the exponentials of the logits are multiplied with
+  double log_offset;  // raw: what is added to a logit to make the logarithm of the mean
+  C weight;
+};
+
+// n elements of a block, dense. `d_theta` is added to where the dispersion is shared; all may be null but those of the inputs that are there.
+template <class C>
+struct Block {
+  int64_t n;
+  const C *mean, *logits, *theta, *inverse, *log_theta, *pi, *target;
+  const double *exact, *log_gamma, *digamma;  // of a shared dispersion
+  C *d_mean, *d_theta, *d_pi;
+};
+
+double log_factorial(double t) {
+  constexpr double table[] = {0, 0, 0.693147180559945309, 1.79175946922805500, 3.17805383034794562, 4.78749174278204599,
+                              6.57925121201010100, 8.52516136106541430};
+  const int i = t >= 0 && t < 8 ? static_cast<int>(t) : 0;
+  if (i == t) return table[i];
+  int sign;
+  return ::lgamma_r(t + 1, &sign);
+}
+
+struct Sums {
+  double nll, slope;  // of the values; of the derivatives by log mean
+};
+
+// How the counts of `Gathered` are to be read; `bound`: kLogBound of the parameters' type.
+struct Reading {
+  bool raw, inflated, shared;
+  double bound, log_offset;
+};
+
+template <bool kLarge, bool kNearPoisson>
+Sums evaluate(Gathered& g, const Reading& read) {
+  using P = math::Primitives<Wide>;
+  constexpr int64_t L = Wide::size();
+  Sum<double> nll, slope;
+  const int64_t padded = (g.count + L - 1) / L * L;
+  for (int64_t i = g.count; i < padded; ++i)
+    for (auto* field : {g.t, g.mean, g.theta, g.pi, g.log_gamma, g.digamma, g.log_factorial}) field[i] = field[g.count - 1];
+  for (int64_t i = 0; i < padded; i += L) {
+    const auto at = [&](const double* field) FASTVAE_INLINE { return Wide::loadu(field + i); };
+    Wide theta = at(g.theta), mu = at(g.mean), log_mu(0), underflow(0);
+    if (read.raw) {
+      const Wide unbounded = mu + Wide(read.log_offset);
+      log_mu = P::clamp(unbounded, -670, 670);
+      underflow = log_mu - unbounded;  // down there the nll is -t log mu and a constant
+      mu = log_mu.exp();
+    } else if (kNearPoisson && !kLarge) {
+      log_mu = mu.log();
+    }
+    math::GammaParts<Wide> of_theta{at(g.log_gamma), at(g.digamma)};
+    if (!read.shared) {
+      if (read.raw) {
+        theta = P::clamp(theta, -read.bound, read.bound).exp();
+        // The logarithm that put this element here may have lain an ulp on the other side.
+        if (kNearPoisson) theta = at::vec::clamp_min(theta, Wide(math::kStirlingFrom));
+      }
+      of_theta = math::dispersion_parts(theta);
+    }
+    auto term = math::negative_binomial_positive<kLarge, kNearPoisson>(at(g.t), mu, log_mu, theta, of_theta, at(g.log_factorial));
+    if (read.inflated) {
+      math::without_additional_zero(term, at(g.pi));
+      term.d_pi.store(g.d_pi + i);
+    }
+    (read.raw ? term.d_mu : term.d_mu / mu).store(g.d_mean + i);
+    (read.raw ? term.d_theta * theta : term.d_theta).store(g.d_theta + i);
+    nll.add_lanes(read.raw ? at::vec::fmadd(at(g.t), underflow, term.value) : term.value, g.count - i);
+    slope.add_lanes(term.d_mu, g.count - i);
+  }
+  return {nll.total(), slope.total()};
+}
+
+template <class C, bool kRaw, bool kInflated, bool kShared>
+struct Kernel {
+  using V = Vec<C>;
+  using P = math::Primitives<V>;
+  static constexpr int64_t W = V::size();
+
+  // Every element as if its count were zero; lists those whose count is not.
+  static Sums zeros(const Block<C>& b, const Row<C>& row, int32_t* positive, int64_t& positives) {
+    const V scale(row.mean_scale), weight(row.weight);
+    Sum<C> nll, slope;
+    positives = 0;
+    const auto step = [&](int64_t i, auto lanes, int slot) FASTVAE_INLINE {
+      V mu = load_lanes(b.mean + i, lanes), theta, inverse;
+      if constexpr (kRaw) mu = mu * scale;
+      if constexpr (kShared || !kRaw) theta = load_lanes(b.theta + i, lanes);
+      if constexpr (kShared) inverse = load_lanes(b.inverse + i, lanes);
+      else if constexpr (kRaw) {
+        const V logarithm = P::clamp(load_lanes(b.log_theta + i, lanes), -kLogBound<C>, kLogBound<C>);
+        theta = P::exp_bounded(logarithm);
+        inverse = V(1) / theta;
+      } else {
+        inverse = V(1) / theta;
+      }
+      const V t = load_lanes(b.target + i, lanes), is_zero = t == V(0);
+      auto term = math::negative_binomial_zero(mu, theta, inverse);
+      if constexpr (kInflated) term = math::with_additional_zeros(term, load_lanes(b.pi + i, lanes));
+      const V value = P::select(is_zero, term.value, V(0));
+      const V d_log_mu = kRaw ? P::select(is_zero, term.d_mu * mu, V(0)) : V(0);
+      if (b.d_mean) store_lanes(kRaw ? d_log_mu : term.d_mu * weight, b.d_mean + i, lanes);
+      if (b.d_theta) {
+        const V d = (kRaw ? term.d_theta * theta : term.d_theta) * weight;
+        if constexpr (kShared) store_lanes(load_lanes(b.d_theta + i, lanes) + P::select(is_zero, d, V(0)), b.d_theta + i, lanes);
+        else store_lanes(d, b.d_theta + i, lanes);
+      }
+      if (kInflated && b.d_pi) store_lanes(term.d_pi * weight, b.d_pi + i, lanes);
+      if (lanes < W) {
+        nll.add_lanes(value, lanes);
+        if constexpr (kRaw) slope.add_lanes(d_log_mu, lanes);
+      } else {
+        nll.add(slot, value);
+        if constexpr (kRaw) slope.add(slot, d_log_mu);
+      }
+      unsigned others = ~static_cast<unsigned>(t.zero_mask()) & ((1u << W) - 1);
+      while (others) {
+        positive[positives++] = static_cast<int32_t>(i + __builtin_ctz(others));
+        others &= others - 1;
+      }
+    };
+    constexpr std::integral_constant<int64_t, W> whole;
+    int64_t i = 0;
+    for (; i + W <= b.n; i += W) step(i, whole, i / W % 4);
+    if (i < b.n) step(i, b.n - i, 0);
+    return {nll.total(), slope.total()};
+  }
+
+  static Sums positives(const Block<C>& b, const Row<C>& row, Scratch<C>& scratch, int64_t count) {
+    constexpr bool kLogTheta = kRaw && !kShared;
+    for (auto& g : scratch.gathered) g.count = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      const int32_t i = scratch.positive[k];
+      const double t = b.target[i], theta = kShared ? b.exact[i] : kRaw ? b.log_theta[i] : b.theta[i];
+      const bool large = t >= math::kStirlingFrom, near_poisson = theta >= (kLogTheta ? 2.0794415416798359 : math::kStirlingFrom);
+      Gathered& g = scratch.gathered[2 * large + near_poisson];
+      const int64_t j = g.count++;
+      g.place[j] = i;
+      g.t[j] = t;
+      g.mean[j] = kRaw ? b.logits[i] : b.mean[i];
+      g.theta[j] = theta;
+      g.log_factorial[j] = large ? 0 : log_factorial(t);
+      if constexpr (kShared) {
+        g.log_gamma[j] = b.log_gamma[i];
+        g.digamma[j] = b.digamma[i];
+      }
+      if constexpr (kInflated) g.pi[j] = b.pi[i];
+    }
+    const Reading read{kRaw, kInflated, kShared, kLogBound<C>, row.log_offset};
+    Sums sums{0, 0};
+    for (int c = 0; c < 4; ++c) {
+      Gathered& g = scratch.gathered[c];
+      if (!g.count) continue;
+      const Sums part = c == 0   ? evaluate<false, false>(g, read)
+                        : c == 1 ? evaluate<false, true>(g, read)
+                        : c == 2 ? evaluate<true, false>(g, read)
+                                 : evaluate<true, true>(g, read);
+      sums.nll += part.nll;
+      sums.slope += part.slope;
+      const double weight = row.weight;
+      if (b.d_mean)
+        for (int64_t j = 0; j < g.count; ++j) b.d_mean[g.place[j]] = static_cast<C>(kRaw ? g.d_mean[j] : g.d_mean[j] * weight);
+      if (b.d_theta)
+        for (int64_t j = 0; j < g.count; ++j) {
+          C& d = b.d_theta[g.place[j]];
+          d = static_cast<C>((kShared ? d : 0) + g.d_theta[j] * weight);
+        }
+      if (kInflated && b.d_pi)
+        for (int64_t j = 0; j < g.count; ++j) b.d_pi[g.place[j]] = static_cast<C>(g.d_pi[j] * weight);
+    }
+    return sums;
+  }
+
+  // The largest logit, the exponentials of what the others lie below it, and their sum.
+  static void softmax(const CountArgs& args, int64_t r, Row<C>& row, Scratch<C>& scratch) {
+    V largest(-std::numeric_limits<C>::infinity());
+    for (int64_t begin = 0; begin < args.genes; begin += kBlock) {
+      const int64_t n = std::min(kBlock, args.genes - begin);
+      const C* logits = load(args.mean, r, begin, n, args.genes, scratch.mean);
+      for (int64_t i = 0; i < n; i += W) {
+        const int64_t lanes = std::min(W, n - i);
+        const V x = load_lanes(logits + i, lanes);
+        largest = at::vec::maximum(largest, lanes < W ? V::set(largest, x, lanes) : x);
+      }
+    }
+    C lanes_of[W];
+    largest.store(lanes_of);
+    C top = lanes_of[0];
+    for (const C x : lanes_of) top = x > top || x != x ? x : top;
+    const V shift(top);
+    double sum = 0;
+    for (int64_t begin = 0; begin < args.genes; begin += kBlock) {
+      const int64_t n = std::min(kBlock, args.genes - begin);
+      const C* logits = load(args.mean, r, begin, n, args.genes, scratch.mean);
+      C* out = scratch.exponentials.data() + begin;
+      Sum<C> part;
+      int64_t i = 0;
+      for (; i + W <= n; i += W) {
+        const V e = P::exp_bounded(V::loadu(logits + i) - shift);
+        e.store(out + i);
+        part.add(i / W % 4, e);
+      }
+      if (i < n) {
+        const V e = P::exp_bounded(V::loadu(logits + i, n - i) - shift);
+        store_lanes(e, out + i, n - i);
+        part.add_lanes(e, n - i);
+      }
+      sum += part.total();
+    }
+    const double library = args.library[r];
+    row.mean_scale = static_cast<C>(library / sum);
+    row.log_offset = std::log(library) - static_cast<double>(top) - std::log(sum);
+  }
+
+  static void one_row(const CountArgs& args, const SharedDispersion<C>& shared, int64_t r, C* d_shared, Scratch<C>& scratch) {
+    const int64_t genes = args.genes;
+    Row<C> row{C(1), 0, static_cast<C>(args.weight[r * args.weight_stride])};
+    if constexpr (kRaw) softmax(args, r, row, scratch);
+    if (args.starts)
+      for (int64_t i = args.starts[r]; i < args.starts[r + 1]; ++i) {
+        C value;
+        convert_in(args.target_values.data, args.target_values.type, i, &value, 1);
+        scratch.target[args.columns[i]] += value;
+      }
+
+    double nll = 0, slope = 0;
+    for (int64_t begin = 0; begin < genes; begin += kBlock) {
+      Block<C> b{};
+      b.n = std::min(kBlock, genes - begin);
+      b.mean = kRaw ? scratch.exponentials.data() + begin : load(args.mean, r, begin, b.n, genes, scratch.mean);
+      if constexpr (kShared) {
+        b.theta = shared.theta.data() + begin;
+        b.inverse = shared.inverse.data() + begin;
+        b.exact = shared.exact.data() + begin;
+        b.log_gamma = shared.log_gamma.data() + begin;
+        b.digamma = shared.digamma.data() + begin;
+        b.d_theta = d_shared ? d_shared + begin : nullptr;
+      } else {
+        (kRaw ? b.log_theta : b.theta) = load(args.dispersion, r, begin, b.n, genes, scratch.dispersion);
+        b.d_theta = destination(args.d_dispersion, r, begin, genes, scratch.d_dispersion);
+      }
+      if constexpr (kInflated) {
+        b.pi = load(args.zero_logits, r, begin, b.n, genes, scratch.pi);
+        b.d_pi = destination(args.d_zero_logits, r, begin, genes, scratch.d_pi);
+      }
+      b.target = !args.starts ? load(args.target, r, begin, b.n, genes, scratch.counts) : scratch.target.data() + begin;
+      if constexpr (kRaw) b.d_mean = args.d_mean.data ? scratch.slopes.data() + begin : nullptr;
+      else b.d_mean = destination(args.d_mean, r, begin, genes, scratch.d_mean);
+
+      int64_t count;
+      const Sums zero = zeros(b, row, scratch.positive, count);
+      nll += zero.nll;
+      slope += zero.slope;
+      if (count) {
+        if constexpr (kRaw) b.logits = load(args.mean, r, begin, b.n, genes, scratch.mean);
+        const Sums more = positives(b, row, scratch, count);
+        nll += more.nll;
+        slope += more.slope;
+      }
+      if constexpr (!kShared) store(args.d_dispersion, r, begin, b.n, genes, scratch.d_dispersion);
+      if constexpr (kInflated) store(args.d_zero_logits, r, begin, b.n, genes, scratch.d_pi);
+      if constexpr (!kRaw) store(args.d_mean, r, begin, b.n, genes, scratch.d_mean);
+    }
+    args.row_nll[r] = nll;
+    if (args.d_library) args.d_library[r] = static_cast<double>(row.weight) * slope / args.library[r];
+    if (kRaw && args.d_mean.data) through_softmax(args, r, row, slope, scratch);
+    if (args.starts)
+      for (int64_t i = args.starts[r]; i < args.starts[r + 1]; ++i) scratch.target[args.columns[i]] = 0;
+  }
+
+  // By logit g: the derivative by log mu_g, less the share of g in the sum of all.
+  static void through_softmax(const CountArgs& args, int64_t r, const Row<C>& row, double slope, Scratch<C>& scratch) {
+    const V weight(row.weight), factor(static_cast<C>(static_cast<double>(row.mean_scale) / args.library[r] * slope));
+    for (int64_t begin = 0; begin < args.genes; begin += kBlock) {
+      const int64_t n = std::min(kBlock, args.genes - begin);
+      const C *slopes = scratch.slopes.data() + begin, *exponentials = scratch.exponentials.data() + begin;
+      C* out = destination(args.d_mean, r, begin, args.genes, scratch.d_mean);
+      for (int64_t i = 0; i < n; i += W) {
+        const int64_t lanes = std::min(W, n - i);
+        const V d = (load_lanes(slopes + i, lanes) - load_lanes(exponentials + i, lanes) * factor) * weight;
+        store_lanes(d, out + i, lanes);
+      }
+      store(args.d_mean, r, begin, n, args.genes, scratch.d_mean);
+    }
+  }
+
+  static void run(const CountArgs& args) {
+    const int64_t rows = args.rows, genes = args.genes, step = rows_of_chunk(rows), chunks = (rows + step - 1) / step;
+    SharedDispersion<C> shared;
+    if constexpr (kShared) shared = prepare<C>(args);
+    std::vector<C> sums(args.d_shared_dispersion ? chunks * genes : 0);
+    at::parallel_for(0, chunks, grain(2 * step * genes), [&](int64_t first, int64_t last) {
+      auto scratch = std::make_unique<Scratch<C>>();
+      if constexpr (kRaw) scratch->exponentials.resize(genes + kBufferSlack);
+      if (kRaw && args.d_mean.data) scratch->slopes.resize(genes + kBufferSlack);
+      if (args.starts) scratch->target.resize(genes + kBufferSlack);
+      for (int64_t chunk = first; chunk < last; ++chunk) {
+        C* d_shared = args.d_shared_dispersion ? sums.data() + chunk * genes : nullptr;
+        for (int64_t r = chunk * step; r < std::min(rows, (chunk + 1) * step); ++r) one_row(args, shared, r, d_shared, *scratch);
+      }
+    });
+    if (!args.d_shared_dispersion) return;
+    at::parallel_for(0, genes, kGrain, [&](int64_t first, int64_t last) {
+      for (int64_t g = first; g < last; ++g) {
+        double sum = 0;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += sums[chunk * genes + g];
+        args.d_shared_dispersion[g] = sum;
+      }
+    });
+  }
+};
+
+template <class C, bool... kFlags>
+void run(const CountArgs& args) {
+  if constexpr (sizeof...(kFlags) == 3) {
+    Kernel<C, kFlags...>::run(args);
+  } else {
+    const bool flags[] = {args.raw, args.inflated, args.shared_dispersion};
+    flags[sizeof...(kFlags)] ? run<C, kFlags..., true>(args) : run<C, kFlags..., false>(args);
+  }
+}
+
+}  // namespace
+
+void count_nll(const CountArgs& args) { args.in_double ? run<double>(args) : run<float>(args); }
+
+}  // namespace fastvae::cpu::FASTVAE_ISA

@@ -1,0 +1,159 @@
+// Negative binomial counts (Lopez et al. 2018, in scvi-tools' parametrisation), and with additional zeros (Risso et al. 2018):
+// -log p of one element in nats, and its derivatives. mu is the mean, theta the inverse dispersion, pi the logit of the additional
+// zeros, t the count.
+//
+// Of the zeros, which are most of what a cell holds, nothing is left but theta log(1 + mu / theta): for any V. The others go through
+// differences of log Gamma that keep their digits in fp64 alone.
+#pragma once
+#include "elementary.h"
+
+namespace fastvae::math {
+inline namespace FASTVAE_ISA {
+
+template <class V>
+struct CountTerm {
+  V value;
+  V d_mu;     // the derivative by mu
+  V d_theta;  // by theta
+  V d_pi;
+};
+
+// t = 0. inverse_theta: 1 / theta.
+template <class V>
+FASTVAE_HD CountTerm<V> negative_binomial_zero(V mu, V theta, V inverse_theta) {
+  using P = Primitives<V>;
+  constexpr typename P::Scalar largest = sizeof(typename P::Scalar) == 8 ? 1e307 : 8e37;  // whose logarithm is within reach
+  const auto parts = P::log1p_parts(P::clamp(mu * inverse_theta, 0, largest));
+  return {theta * parts.value, parts.inverse, parts.excess, V(0)};
+}
+
+// The same with additional zeros: -log(p + (1 - p) exp(-z)), p = 1 / (1 + exp(-pi)) and z the value of `term`.
+template <class V>
+FASTVAE_HD CountTerm<V> with_additional_zeros(const CountTerm<V>& term, V pi) {
+  using P = Primitives<V>;
+  constexpr typename P::Scalar bound = sizeof(typename P::Scalar) == 8 ? 700 : 80;  // whose exponential is neither 0 nor infinite
+  const V z = term.value, odds = P::exp_bounded(P::clamp(pi, -bound, bound));
+  const auto decay = P::decay_parts(P::neg(z));
+  const V q = V(1) / (odds + decay.exp), r = P::neg(decay.minus_1) * q;
+  V value = P::log1p_parts(r).value, d_z = decay.exp * q, d_pi = P::neg(r) * (odds / (V(1) + odds));
+  const auto beyond = P::less(pi, V(-bound)), far = P::select(beyond, z, V(0));
+  if (P::any(P::less(V(bound / 2), far))) {
+    // Both terms are too small for their sum: log(exp(pi) + exp(-z)) from the larger.
+    const auto use = P::less(V(bound / 2), far);
+    const V difference = z + pi, e = P::exp_bounded(P::neg(P::abs(difference))), share = V(1) / (V(1) + e);
+    const V kept = P::select(P::less(difference, V(0)), share, e * share);
+    value = P::select(use, P::minimum(P::neg(pi), z) - P::log1p(e), value);
+    d_z = P::select(use, kept, d_z);
+    d_pi = P::select(use, kept - V(1), d_pi);
+  }
+  return {value, term.d_mu * d_z, term.d_theta * d_z, d_pi};
+}
+
+// From here on V is in fp64.
+
+// Below, Stirling's series does not reach fp64.
+constexpr double kStirlingFrom = 8;
+constexpr double kHalfLogTwoPi = 0.918938533204672741780329736406;
+
+// log Gamma(z) - [(z - 1/2) log z - z + log(2 pi) / 2] and log z - 1 / (2 z) - digamma(z), for z >= kStirlingFrom, given 1 / z
+// (Abramowitz and Stegun 6.1.41, 6.3.18).
+template <class V>
+FASTVAE_HD V log_gamma_rest(V inverse) {
+  constexpr double series[] = {-3617. / 122400, 1. / 156, -691. / 360360, 1. / 1188, -1. / 1680, 1. / 1260, -1. / 360, 1. / 12};
+  return inverse * polynomial(inverse * inverse, series);
+}
+template <class V>
+FASTVAE_HD V digamma_rest(V inverse) {
+  constexpr double series[] = {43867. / 14364, -3617. / 8160, 1. / 12,   -691. / 32760, 1. / 132,
+                               -1. / 240,      1. / 252,      -1. / 120, 1. / 12};
+  const V square = inverse * inverse;
+  return square * polynomial(square, series);
+}
+
+// log Gamma(z) and digamma(z) for z in (0, 2 kStirlingFrom): from those of z + 8 through the product of z, ..., z + 7 and its
+// logarithmic derivative.
+template <class V>
+struct GammaParts {
+  V log_gamma, digamma;
+};
+template <class V>
+FASTVAE_HD GammaParts<V> gamma_parts(V z) {
+  using P = Primitives<V>;
+  V product = z, derivative = V(1);
+  for (int k = 1; k < 8; ++k) {
+    const V factor = z + V(k);
+    derivative = P::fma(derivative, factor, product);
+    product = product * factor;
+  }
+  const V shifted = z + V(8), log_shifted = P::log(shifted), inverse = V(1) / shifted;
+  const V log_gamma = P::fma(shifted - V(0.5), log_shifted, V(kHalfLogTwoPi) - shifted) + log_gamma_rest(inverse);
+  const V digamma = log_shifted - V(0.5) * inverse - digamma_rest(inverse);
+  return {log_gamma - P::log(product), digamma - derivative / product};
+}
+
+// What the count does not change: log Gamma(theta) and digamma(theta), or where theta >= kStirlingFrom what Stirling's formula lacks
+// of them.
+template <class V>
+FASTVAE_HD GammaParts<V> dispersion_parts(V theta) {
+  using P = Primitives<V>;
+  const auto small = P::less(theta, V(kStirlingFrom));
+  GammaParts<V> parts{V(0), V(0)};
+  if (P::any(small)) parts = gamma_parts(P::select(small, theta, V(1)));
+  const V inverse = V(1) / P::select(small, V(kStirlingFrom), theta);
+  return {P::select(small, parts.log_gamma, log_gamma_rest(inverse)), P::select(small, parts.digamma, digamma_rest(inverse))};
+}
+
+// t > 0, all lanes on the same side of kStirlingFrom by t (kLarge) and by theta (kNearPoisson). log_factorial: log(t!), read for small t
+// only. d_mu is the derivative by log mu.
+//
+// With n = t + theta and d = mu - t, log Gamma(n) - log Gamma(theta) by Stirling's formula where theta is large:
+//   value = n log(1 + d / n) + log(1 + t / theta) / 2 + t - t log mu + log t! + rest(theta) - rest(n)
+// and log t! by it, too, where t is. By theta: log(1 + d / n) - d / (theta + mu) - t / (2 theta n) + ..., the first two as one function.
+template <bool kLarge, bool kNearPoisson, class V>
+FASTVAE_HD CountTerm<V> negative_binomial_positive(V t, V mu, V log_mu, V theta, const GammaParts<V>& of_theta, V log_factorial) {
+  using P = Primitives<V>;
+  const V n = t + theta, d = mu - t, share = theta / (theta + mu);
+  CountTerm<V> term;
+  term.d_mu = d * share;
+  if constexpr (kNearPoisson) {
+    const V inverse_n = V(1) / n, e = d * inverse_n;
+    const auto parts = log1p_parts_by_series(e, P::log1p(e), n / (theta + mu));
+    const V rest = of_theta.log_gamma - log_gamma_rest(inverse_n), t_theta = t / theta;
+    if constexpr (kLarge)
+      term.value = P::fma(theta, parts.value, t * P::log1p(P::neg(theta) * e / mu)) +
+                   (V(0.5) * P::log(t * (V(1) + t_theta)) + (V(kHalfLogTwoPi) + log_gamma_rest(V(1) / t) + rest));
+    else
+      term.value = P::fma(n, parts.value, t) - t * log_mu + (V(0.5) * P::log1p(t_theta) + (log_factorial + rest));
+    term.d_theta = parts.excess - V(0.5) * t_theta * inverse_n + (digamma_rest(inverse_n) - of_theta.digamma);
+  } else {
+    const V x = mu / theta;
+    const auto parts = log1p_parts_by_series(x, P::log1p(x), share);
+    const V zeros = P::fma(theta, parts.value, t * P::log1p(theta / mu)) + of_theta.log_gamma;
+    V digamma_n;
+    if constexpr (kLarge) {
+      const V inverse_n = V(1) / n, a = t + V(1), b = theta - V(1), log_n = P::log(n), ratio = P::log1p(b / a);
+      // log Gamma(n) - log t!; log a is log n less the ratio.
+      const V difference = P::fma(n - V(0.5), ratio, b * (log_n - ratio - V(1)));
+      term.value = zeros - (difference + (log_gamma_rest(inverse_n) - log_gamma_rest(V(1) / a)));
+      digamma_n = log_n - V(0.5) * inverse_n - digamma_rest(inverse_n);
+    } else {
+      const auto of_n = gamma_parts(n);
+      term.value = zeros + (log_factorial - of_n.log_gamma);
+      digamma_n = of_n.digamma;
+    }
+    term.d_theta = parts.excess + t / (theta + mu) - (digamma_n - of_theta.digamma);
+  }
+  return term;
+}
+
+// The same where the element might have been an additional zero, and was not.
+template <class V>
+FASTVAE_HD void without_additional_zero(CountTerm<V>& term, V pi) {
+  using P = Primitives<V>;
+  const V e = P::exp_bounded(P::neg(P::abs(pi))), share = V(1) / (V(1) + e);
+  term.value = term.value + (P::relu(pi) + P::log1p(e));
+  term.d_pi = P::select(P::less(pi, V(0)), e * share, share);
+}
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae::math

@@ -1,0 +1,145 @@
+#include "counts.h"
+
+#include "buffer_pool.h"
+#include "cpu_kernels.h"
+
+namespace fastvae {
+namespace {
+
+// Where each row keeps its params; the dispersion is the second of all.
+struct Form {
+  std::string_view name;
+  bool raw;  // logits and logarithms of the dispersion
+  int zero_logits, library;
+};
+
+constexpr Form kForms[] = {
+    {"negative_binomial", false, -1, -1},
+    {"zero_inflated_negative_binomial", false, 2, -1},
+    {"negative_binomial_logits", true, -1, 2},
+    {"zero_inflated_negative_binomial_logits", true, 2, 3},
+};
+
+const Form& form_of(const LikelihoodRow& row) {
+  for (const auto& form : kForms)
+    if (form.name == row.name) return form;
+  TORCH_INTERNAL_ASSERT(false, "a row of counts without a form");
+}
+
+bool is_sparse(const LikelihoodRow& row, at::TensorList params) { return int64_t(params.size()) == row.tensors + 2; }
+
+// Other people's sparse tensors are not known to be well-formed, and the kernel writes where they point.
+void check_positions(const int64_t* starts, const int64_t* columns, int64_t rows, int64_t genes, int64_t values) {
+  bool good = starts[0] == 0 && starts[rows] == values;
+  for (int64_t r = 0; r < rows; ++r) good &= starts[r] <= starts[r + 1];
+  TORCH_CHECK_VALUE(good, "fastvae::nll: the crow_indices of `target` must rise from 0 to its ", values, " values");
+  for (int64_t i = 0; i < values; ++i) good &= columns[i] >= 0 && columns[i] < genes;
+  TORCH_CHECK_INDEX(good, "fastvae::nll: the col_indices of `target` must lie between 0 and ", genes - 1);
+}
+
+}  // namespace
+
+void check_counts(const LikelihoodRow& row, at::TensorList params, const Tensor& target) {
+  const std::string name(row.name);
+  const auto& form = form_of(row);
+  TORCH_CHECK_VALUE(int64_t(params.size()) == row.tensors || is_sparse(row, params), "fastvae::nll: ", name, " takes ", row.tensors,
+                    " params, and two more for the positions of a sparse target, got ", params.size());
+  const Tensor& lead = params[0];
+  TORCH_CHECK_VALUE(lead.dim() == 2, "fastvae::nll: the `params` of ", name, " must be (B, G), got ", lead.sizes());
+  TORCH_CHECK_TYPE(c10::isFloatingType(lead.scalar_type()), "fastvae::nll: `params` must be floating point, got ",
+                   lead.scalar_type());
+  const int64_t rows = lead.size(0), genes = lead.size(1);
+  const int64_t of_gene[] = {genes}, of_row[] = {rows};
+  for (int i = 1; i < row.tensors; ++i) {
+    const Tensor& p = params[i];
+    const bool of_genes = i == 1 && p.dim() == 1, of_rows = i == form.library;
+    const at::IntArrayRef expected = of_genes ? at::IntArrayRef(of_gene) : of_rows ? at::IntArrayRef(of_row) : lead.sizes();
+    TORCH_CHECK_VALUE(p.sizes() == expected, "fastvae::nll: params[", i, "] must have the shape ", expected, ", got ", p.sizes());
+    const bool beside_half = p.scalar_type() == at::kFloat && lead.scalar_type() != at::kDouble && (of_genes || of_rows);
+    TORCH_CHECK_TYPE(p.scalar_type() == lead.scalar_type() || beside_half, "fastvae::nll: params[", i, "] must be ",
+                     lead.scalar_type(), ", got ", p.scalar_type());
+  }
+  TORCH_CHECK_TYPE(takes_target(row, lead.scalar_type(), target.scalar_type()), "fastvae::nll: a `target` of ", target.scalar_type(),
+                   " does not go with params of ", lead.scalar_type());
+  if (!is_sparse(row, params)) {
+    TORCH_CHECK_VALUE(target.sizes() == lead.sizes(), "fastvae::nll: `target` must have the shape ", lead.sizes(), ", got ",
+                      target.sizes());
+    return;
+  }
+  const Tensor &starts = params[row.tensors], &columns = params[row.tensors + 1];
+  TORCH_CHECK_TYPE(starts.scalar_type() == at::kLong && columns.scalar_type() == at::kLong,
+                   "fastvae::nll: the positions of a sparse target must be int64");
+  TORCH_CHECK_VALUE(starts.dim() == 1 && starts.size(0) == rows + 1 && target.dim() == 1 && columns.sizes() == target.sizes(),
+                    "fastvae::nll: a sparse target of ", rows, " rows must have ", rows + 1, " crow_indices and as many col_indices as values");
+}
+
+CountEvaluation evaluate_counts(const LikelihoodRow& row, at::TensorList params, const Tensor& target, int64_t needs,
+                                const double* weights, int64_t weight_stride) {
+  constexpr auto order = at::MemoryFormat::Contiguous;
+  const auto& form = form_of(row);
+  const Tensor& lead = params[0];
+  const int64_t rows = lead.size(0), genes = lead.size(1);
+  Tensors kept;  // what the views point into
+  const auto keep = [&](const Tensor& t) -> const Tensor& { return kept.emplace_back(t); };
+  kept.reserve(8);
+
+  CountEvaluation out;
+  out.nll.resize(rows);
+  cpu::CountArgs args{};
+  args.in_double = lead.scalar_type() == at::kDouble;
+  args.raw = form.raw;
+  args.inflated = form.zero_logits >= 0;
+  args.rows = rows;
+  args.genes = genes;
+  args.mean = operand(keep(dense_rows(lead, order)));
+  args.shared_dispersion = params[1].dim() == 1;
+  const Tensor& dispersion = keep(args.shared_dispersion ? params[1].contiguous() : dense_rows(params[1], order));
+  args.dispersion = {dispersion.const_data_ptr(), dtype_of(dispersion), args.shared_dispersion ? 0 : dispersion.stride(0), genes, 0};
+  if (args.inflated) args.zero_logits = operand(keep(dense_rows(params[form.zero_logits], order)));
+  std::vector<double> library;
+  if (form.library >= 0) library = to_doubles(params[form.library]);
+  args.library = library.data();
+
+  if (is_sparse(row, params)) {
+    const Tensor &values = keep(target.contiguous()), &starts = keep(params[row.tensors].contiguous()),
+                 &columns = keep(params[row.tensors + 1].contiguous());
+    args.starts = starts.const_data_ptr<int64_t>();
+    args.columns = columns.const_data_ptr<int64_t>();
+    check_positions(args.starts, args.columns, rows, genes, values.size(0));
+    args.target_values = count_operand(values);
+  } else {
+    args.target = count_operand(keep(dense_rows(target, order)));
+  }
+
+  std::vector<double> of_genes, of_rows;
+  for (int i = 0; i < row.tensors; ++i) {
+    if (!(needs >> i & 1)) continue;
+    if (i == 1 && args.shared_dispersion) {
+      of_genes.resize(genes);
+      args.d_shared_dispersion = of_genes.data();
+      out.gradients.emplace_back();
+    } else if (i == form.library) {
+      of_rows.resize(rows);
+      args.d_library = of_rows.data();
+      out.gradients.emplace_back();
+    } else {
+      out.gradients.push_back(pooled_empty(lead.sizes(), lead, order));
+      (i == 0 ? args.d_mean : i == 1 ? args.d_dispersion : args.d_zero_logits) = result(out.gradients.back());
+    }
+  }
+  args.weight = weights;
+  args.weight_stride = weight_stride;
+  args.row_nll = out.nll.data();
+  cpu::kernels().count_nll(args);
+
+  auto gradient = out.gradients.begin();
+  for (int i = 0; i < row.tensors; ++i) {
+    if (!(needs >> i & 1)) continue;
+    if (i == 1 && args.shared_dispersion) *gradient = from_doubles(of_genes, {genes}, params[i].scalar_type());
+    else if (i == form.library) *gradient = from_doubles(of_rows, {rows}, params[i].scalar_type());
+    ++gradient;
+  }
+  return out;
+}
+
+}  // namespace fastvae
