@@ -59,6 +59,22 @@ struct NllArgs {
   double* row_nll;
 };
 
+// logits (rows, positions, classes), positions and classes dense; the views are those of the first position, and slopes are dense.
+// A position whose target is `ignored` adds nothing.
+struct CategoricalArgs {
+  bool in_double;
+  int64_t rows, positions, classes;
+  Operand logits;
+  int64_t row_stride;
+  const int64_t* target;
+  int64_t target_row_stride;
+  int64_t ignored;
+  Result slopes;  // no data: not wanted
+  const double* weight;
+  int64_t weight_stride;
+  double* row_nll;
+};
+
 // The noise of Philox4x32-10: see math/philox.h.
 struct NoiseKey {
   uint64_t seed, offset, row_offset;
@@ -100,6 +116,7 @@ struct ScaleArgs {
 #define FASTVAE_DECLARE_KERNELS(isa)         \
   namespace isa {                            \
   void nll(const NllArgs&);                  \
+  void categorical(const CategoricalArgs&);  \
   void sample(const SampleArgs&);            \
   void sample_grad(const SampleGradArgs&);   \
   void scale_rows(const ScaleArgs&);         \

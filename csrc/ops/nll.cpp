@@ -150,6 +150,11 @@ std::tuple<Tensor, Tensor> nll_autograd(std::string_view likelihood, at::TensorL
   return {out[0], out[1]};
 }
 
+// What order a gradient is written in.
+at::MemoryFormat gradient_order(const LikelihoodRow& row, const Tensor& lead) {
+  return row.family == Family::categorical ? at::MemoryFormat::Contiguous : memory_order(lead);
+}
+
 std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_meta(std::string_view likelihood, at::TensorList params,
                                                              const Tensor& target, at::ArrayRef<double>, const OptionalTensor& kl,
                                                              const OptionalTensor&, int64_t reduction, int64_t needs) {
@@ -162,19 +167,21 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_meta(std::string_view li
     return at::empty_symint(sizes, lead.options().dtype(dtype));
   };
   Tensors gradients;
+  const auto order = gradient_order(row, lead);
   const size_t elementwise = params.size() - row.has_scalar;
   for (size_t i = 0; i < elementwise; ++i)
-    if (needs >> i & 1) gradients.push_back(at::empty_like(lead, lead.options(), memory_order(lead)));
+    if (needs >> i & 1) gradients.push_back(at::empty_like(lead, lead.options(), order));
   const bool scalar = row.has_scalar && (needs >> elementwise & 1);
   return {reduction == kNone ? make(loss_dtype, {rows}) : make(loss_dtype, {}), make(nll_dtype, {rows}), gradients,
           scalar ? make(nll_dtype, {rows}) : make(nll_dtype, {0})};
 }
 
-Tensors nll_gradient_meta(std::string_view, at::TensorList params, const Tensor&, at::ArrayRef<double>, const OptionalTensor&,
+Tensors nll_gradient_meta(std::string_view likelihood, at::TensorList params, const Tensor&, at::ArrayRef<double>, const OptionalTensor&,
                           const OptionalTensor&, int64_t, int64_t needs) {
   Tensors gradients;
+  const auto order = gradient_order(likelihood_row(likelihood), params[0]);
   for (int64_t i = 0; i < int64_t(params.size()); ++i)
-    if (needs >> i & 1) gradients.push_back(at::empty_like(params[0], params[0].options(), memory_order(params[0])));
+    if (needs >> i & 1) gradients.push_back(at::empty_like(params[0], params[0].options(), order));
   return gradients;
 }
 
