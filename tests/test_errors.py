@@ -210,8 +210,8 @@ WRONG = {
     "likelihood a class": Wrong(
         lambda: fastvae.ELBO(Bernoulli),
         TypeError,
-        "fastvae.ELBO: `likelihood` must be one of 'bernoulli', 'gaussian', or an nn.Module with a method "
-        "`nll(params, target)`, got Bernoulli, a class",
+        "fastvae.ELBO: `likelihood` must be one of 'bernoulli', 'gaussian', 'categorical', or an nn.Module with a "
+        "method `nll(params, target)`, got Bernoulli, a class",
     ),
     "likelihood without nll": Wrong(
         lambda: fastvae.ELBO(nn.Identity()), TypeError, "`nll(params, target)`, got Identity"
@@ -263,7 +263,7 @@ WRONG = {
     "unknown likelihood": Wrong(
         lambda: fastvae.ELBO("bernouilli"),
         ValueError,
-        "fastvae.ELBO: `likelihood` must be one of 'bernoulli', 'gaussian', got 'bernouilli'",
+        "fastvae.ELBO: `likelihood` must be one of 'bernoulli', 'gaussian', 'categorical', got 'bernouilli'",
     ),
     "unknown reduction": Wrong(
         lambda: fastvae.ELBO("bernoulli", reduction="avg"),

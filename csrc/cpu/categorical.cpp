@@ -98,7 +98,7 @@ double position(const Operand& logits, const Result& slopes, int64_t classes, in
   const double a = static_cast<double>(own), top = std::max(others.max, a);
   const double own_part = std::exp(a - top), rest = others.sum == 0 ? 0 : others.sum * std::exp(others.max - top);
   const double total = own_part + rest;
-  if (std::isnan(own) || broken || top == std::numeric_limits<double>::infinity()) others.sum = NAN;
+  if (std::isnan(own) || broken || !std::isfinite(top)) others.sum = NAN;
   const double nll = std::isnan(others.sum) ? NAN : a >= others.max ? std::log1p(rest) : (top - a) + std::log(total);
   if (!slopes.data) return nll;
 
