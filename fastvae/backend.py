@@ -269,7 +269,7 @@ def empty_cache() -> int:
 
 
 # Likelihoods that not every backend, or not on every device, has a kernel for yet: there the reference serves them.
-_PARTLY = {"categorical": ("triton", "cuda", "cpu")}
+_PARTLY = {"categorical": ("triton", "cuda")}
 
 
 def choose(tensor: Tensor, likelihood: str = "") -> Backend:

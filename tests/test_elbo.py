@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastvae
+from fastvae import functional
 from fastvae.likelihoods import Bernoulli, Gaussian, Likelihood
 
 B, D, L = 6, 12, 5
@@ -325,3 +327,105 @@ def test_only_the_first_batch_is_looked_at() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         elbo(PROBS, LOGITS, kl=torch.zeros(B))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Free bits
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kl_per_dimension(mu: Tensor, logvar: Tensor) -> Tensor:
+    return 0.5 * (mu**2 + logvar.exp() - 1 - logvar)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("batch_mean", [True, False])
+@pytest.mark.parametrize("given", ["kl", "posterior"])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "own"])
+def test_free_bits(backend: str, likelihood: str, given: str, batch_mean: bool, reduction: str) -> None:
+    """Kingma et al. 2016, appendix C.8, written out: loss, its gradient, and a KL that stays the true one."""
+
+    class Own(nn.Module):
+        def nll(self, params: Tensor, target: Tensor) -> Tensor:
+            return functional.bernoulli_nll(params, target)
+
+    chosen = Own() if likelihood == "own" else likelihood
+    elbo = fastvae.ELBO(chosen, beta=0.7, reduction=reduction, free_bits=0.4, free_bits_mean=batch_mean)
+    scales = torch.tensor([0.1, 0.5, 1.0, 2.0])  # dimensions below the 0.4 nats, above, and in between
+    mu, logvar = (scales * torch.randn(6, 4)).requires_grad_(), (scales * torch.randn(6, 4)).requires_grad_()
+    logits, x = torch.randn(6, 5), torch.rand(6, 5)
+    if given == "kl":
+        _, kl = elbo.reparameterize(mu, logvar)
+        assert kl.shape == mu.shape
+        out = elbo(logits, x, kl=kl)
+    else:
+        out = elbo(logits, x, mu, logvar)
+
+    wide_mu, wide_logvar = (t.detach().double().requires_grad_() for t in (mu, logvar))
+    each = kl_per_dimension(wide_mu, wide_logvar)
+    nll = functional.bernoulli_nll(logits.double(), x.double())
+    bits = each.mean(0).clamp(min=0.4).sum() if batch_mean else each.clamp(min=0.4).sum(1).mean()
+    want = nll.mean() + 0.7 * bits
+    loss = {"mean": out.loss, "sum": out.loss / 6, "none": out.loss.mean()}[reduction]
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.kl.double(), each.sum(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.elbo, -(out.nll + out.kl))
+    got = torch.autograd.grad(loss, (mu, logvar))
+    for a, b in zip(got, torch.autograd.grad(want, (wide_mu, wide_logvar)), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
+    assert not got[0][:, 0].any()  # free
+
+
+def test_free_bits_of_nothing_to_spare() -> None:
+    """Below every dimension's KL they change nothing."""
+    mu, logvar = 3 + torch.rand(4, 3), torch.zeros(4, 3)
+    logits, x = torch.randn(4, 5), torch.rand(4, 5)
+    plain, free = (fastvae.ELBO("bernoulli", free_bits=b)(logits, x, mu, logvar) for b in (0.0, 0.1))
+    for a, b in zip(plain, free, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
+def test_free_bits_with_a_prior_and_latents_of_any_rank(backend: str) -> None:
+    elbo = fastvae.ELBO("gaussian", free_bits=0.2)
+    mu, logvar, prior_mu, prior_logvar = (torch.randn(3, 2, 4, 4) for _ in range(4))
+    z, kl = elbo.reparameterize(mu, logvar, prior_mu, prior_logvar, samples=2)
+    assert z.shape == (2, 3, 2, 4, 4)
+    each = functional.gaussian_kl(mu, logvar, prior_mu, prior_logvar, reduction="none")
+    out = elbo(torch.zeros(3, 5), torch.zeros(3, 5), kl=kl)
+    torch.testing.assert_close(out.kl, each.flatten(1).sum(1))
+    torch.testing.assert_close(out.loss - out.nll.mean(), each.mean(0).clamp(min=0.2).sum())
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "said"),
+    [
+        (lambda: fastvae.ELBO("bernoulli", free_bits=-1.0), ValueError, "`free_bits` must be .* at least 0, got -1"),
+        (lambda: fastvae.ELBO("bernoulli", free_bits=math.inf), ValueError, "`free_bits` must be finite"),
+        (lambda: fastvae.ELBO("bernoulli", free_bits="much"), TypeError, "`free_bits` must be a float, got 'much'"),
+        (
+            lambda: fastvae.ELBO("bernoulli", free_bits=0.1)(torch.zeros(3, 2), torch.zeros(3, 2), kl=torch.zeros(3)),
+            ValueError,
+            r"`kl` must be that of every dimension, \(B, \.\.\.\).*got shape \(3,\)",
+        ),
+        (
+            lambda: fastvae.ELBO("bernoulli", free_bits=0.1)(torch.zeros(3, 2), torch.zeros(3, 2), kl=2.0),
+            TypeError,
+            "`kl` must be a Tensor, got float",
+        ),
+        (
+            lambda: fastvae.ELBO("bernoulli", free_bits=0.1)(
+                torch.zeros(3, 2), torch.zeros(3, 2), kl=torch.zeros(4, 2)
+            ),
+            ValueError,
+            "one value per row of `recon`",
+        ),
+    ],
+)  # fmt: skip
+def test_free_bits_that_do_not_fit(make: Callable[[], object], kind: type[Exception], said: str) -> None:
+    with pytest.raises(kind, match=said):
+        make()
+
+
+def test_free_bits_show() -> None:
+    assert "free_bits=0.25" in repr(fastvae.ELBO("bernoulli", free_bits=0.25))
+    assert "free_bits" not in repr(fastvae.ELBO("bernoulli"))

@@ -92,6 +92,22 @@ struct CountArgs {
   double* row_nll;
 };
 
+// logits (rows, positions, classes), positions and classes dense; the views are those of the first position, and slopes are dense.
+// A position whose target is `ignored` adds nothing.
+struct CategoricalArgs {
+  bool in_double;
+  int64_t rows, positions, classes;
+  Operand logits;
+  int64_t row_stride;
+  const int64_t* target;
+  int64_t target_row_stride;
+  int64_t ignored;
+  Result slopes;  // no data: not wanted
+  const double* weight;
+  int64_t weight_stride;
+  double* row_nll;
+};
+
 // The noise of Philox4x32-10: see math/philox.h.
 struct NoiseKey {
   uint64_t seed, offset, row_offset;
@@ -134,6 +150,7 @@ struct ScaleArgs {
   namespace isa {                            \
   void nll(const NllArgs&);                  \
   void count_nll(const CountArgs&);          \
+  void categorical(const CategoricalArgs&);  \
   void sample(const SampleArgs&);            \
   void sample_grad(const SampleGradArgs&);   \
   void scale_rows(const ScaleArgs&);         \

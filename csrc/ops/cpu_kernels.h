@@ -8,6 +8,7 @@ struct Kernels {
   const char* capability;
   void (*nll)(const NllArgs&);
   void (*count_nll)(const CountArgs&);
+  void (*categorical)(const CategoricalArgs&);
   void (*sample)(const SampleArgs&);
   void (*sample_grad)(const SampleGradArgs&);
   void (*scale_rows)(const ScaleArgs&);

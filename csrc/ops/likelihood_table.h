@@ -15,8 +15,8 @@
 
 namespace fastvae {
 
-// What evaluates a row: the loop over elements, or one of its own (counts.h).
-enum class Family : int8_t { elementwise, counts };
+// What checks and evaluates a row: the loop over elements, or one of its own (counts.h, categorical.h).
+enum class Family : int8_t { elementwise, counts, categorical };
 
 struct LikelihoodRow {
   std::string_view name;
@@ -52,6 +52,7 @@ constexpr LikelihoodRow kLikelihoods[] = {
     // logits, log-dispersion; logits of additional zeros; library
     {"negative_binomial_logits", {}, 3, 0, false, false, false, true, Family::counts},
     {"zero_inflated_negative_binomial_logits", {}, 4, 0, false, false, false, true, Family::counts},
+    {"categorical", {}, 1, 1, false, false, false, false, Family::categorical},               // logits; the ignored target
 };
 
 inline const LikelihoodRow& likelihood_row(std::string_view name) {

@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
+#include "categorical.h"
 #include "counts.h"
 #include "likelihood_table.h"
 
@@ -158,7 +159,8 @@ std::tuple<Tensor, Tensor> nll_autograd(std::string_view likelihood, at::TensorL
 
 Tensor empty_gradient(const LikelihoodRow& row, at::TensorList params, size_t i) {
   if (row.family == Family::counts) return at::empty_symint(params[i].sym_sizes(), params[i].options());
-  return at::empty_like(params[0], params[0].options(), memory_order(params[0]));
+  const auto order = row.family == Family::categorical ? at::MemoryFormat::Contiguous : memory_order(params[0]);
+  return at::empty_like(params[0], params[0].options(), order);
 }
 
 std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_meta(std::string_view likelihood, at::TensorList params,
@@ -246,6 +248,7 @@ void check_nll(const LikelihoodRow& row, at::TensorList params, const Tensor& ta
   switch (row.family) {
     case Family::elementwise: check_elements(row, params, target, constants); break;
     case Family::counts: check_counts(row, params, target); break;
+    case Family::categorical: check_categorical(params[0], target, constants); break;
   }
   const int64_t rows = params[0].size(0);
   TORCH_CHECK_VALUE(!kl || (kl->dim() == 1 && kl->size(0) == rows), "fastvae::nll: `kl` must have the shape (", rows, ",)");

@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "buffer_pool.h"
+#include "categorical.h"
 #include "counts.h"
 #include "cpu_kernels.h"
 #include "likelihood_table.h"
@@ -26,6 +27,11 @@ Evaluation evaluate(const LikelihoodRow& row, at::TensorList params, const Tenso
     return {std::move(nll), {}, std::move(gradients), {}};
   }
   const Tensor& lead = params[0];
+  if (row.family == Family::categorical) {
+    Evaluation out{};
+    evaluate_categorical(lead, target, constants, needs & 1, weights, weight_stride, out.nll, out.gradients);
+    return out;
+  }
 
   Evaluation out;
   out.normaliser = normaliser(row, constants, row.has_scalar ? to_doubles(params.back())[0] : 0);

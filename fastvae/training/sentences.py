@@ -1,4 +1,4 @@
-"""Sentences to train on: lines of a text file or a column of a Hugging Face dataset, and the tokens in them."""
+"""Sentences to train on, lines of a text file or a column of a Hugging Face dataset, and their tokens."""
 
 import re
 from collections.abc import Sequence

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from . import sentences
-from .callbacks import _is_drawn
+from . import callbacks, sentences
 from .decoding import Decoding, write
 from .loader import generator
 from .sentences import Corpus, Vocabulary
@@ -32,7 +31,7 @@ class Writings(Callback):
         self.folder, self.corpus, self.vocabulary, self.settings = folder, corpus, vocabulary, settings
 
     def on_validation_epoch_end(self, trainer: Trainer, model: LightningModule) -> None:
-        if trainer.is_global_zero and _is_drawn(trainer):
+        if trainer.is_global_zero and callbacks._is_drawn(trainer):
             assert isinstance(model, TextVAE)
             self.draw(model)
 

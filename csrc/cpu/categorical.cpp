@@ -1,0 +1,149 @@
+// One pass over the logits of a categorical: the nll of each row and, where wanted, the gradient.
+#include <ATen/Parallel.h>
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "staging.h"
+
+namespace fastvae::cpu::FASTVAE_ISA {
+namespace {
+
+template <class C>
+constexpr C kNothing = -std::numeric_limits<C>::infinity();
+
+// The sum of exp(x) over some logits, as exp(max) * sum: nothing overflows, and no more is read than once.
+struct Scaled {
+  double max = kNothing<double>, sum = 0;
+
+  void add(double other_max, double other_sum) {
+    if (other_max > max) {
+      sum = sum * std::exp(max - other_max) + other_sum;
+      max = other_max;
+    } else {
+      sum += other_sum * std::exp(other_max - max);
+    }
+  }
+};
+
+template <class C>
+C max_of(const C* x, int64_t n) {
+  using V = Vec<C>;
+  constexpr int64_t W = V::size();
+  V best[4] = {V(kNothing<C>), V(kNothing<C>), V(kNothing<C>), V(kNothing<C>)};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W)
+    for (int k = 0; k < 4; ++k) best[k] = at::vec::clamp_min(best[k], V::loadu(x + i + k * W));
+  for (; i + W <= n; i += W) best[0] = at::vec::clamp_min(best[0], V::loadu(x + i));
+  C lanes[W], result = kNothing<C>;
+  at::vec::clamp_min(at::vec::clamp_min(best[0], best[1]), at::vec::clamp_min(best[2], best[3])).store(lanes);
+  for (C lane : lanes) result = lane > result ? lane : result;
+  for (; i < n; ++i) result = x[i] > result ? x[i] : result;
+  return result;
+}
+
+// Sum of exp(x - max), x <= max.
+template <class C>
+double sum_of_exp(const C* x, C max, int64_t n) {
+  using V = Vec<C>;
+  using P = math::Primitives<V>;
+  constexpr int64_t W = V::size();
+  const V shift(max);
+  Sum<C> sum;
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W)
+    for (int k = 0; k < 4; ++k) sum.add(k, P::exp_bounded(V::loadu(x + i + k * W) - shift));
+  for (; i + W <= n; i += W) sum.add(0, P::exp_bounded(V::loadu(x + i) - shift));
+  if (i < n) sum.add_lanes(P::exp_bounded(load_lanes(x + i, n - i) - shift), n - i);
+  return sum.total();
+}
+
+// slope[i] = factor exp(x[i] - max).
+template <class C>
+void softmax(const C* x, C max, C factor, C* slope, int64_t n) {
+  using V = Vec<C>;
+  using P = math::Primitives<V>;
+  constexpr int64_t W = V::size();
+  const V shift(max), f(factor);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) (P::exp_bounded(V::loadu(x + i) - shift) * f).store(slope + i);
+  if (i < n) store_lanes(P::exp_bounded(load_lanes(x + i, n - i) - shift) * f, slope + i, n - i);
+}
+
+// The nll of one position: log(exp(a_t) + sum of the others') - a_t. The others are summed by themselves, so that a sure and
+// right prediction keeps the digits of its nll and of its slope, p - 1.
+template <class C>
+double position(const Operand& logits, const Result& slopes, int64_t classes, int64_t target, double weight,
+                Buffer<C>& in_buffer, Buffer<C>& out_buffer) {
+  Scaled others;
+  C own = 0;
+  bool broken = false;
+  for (int64_t begin = 0; begin < classes; begin += kBlock) {
+    const int64_t n = std::min(kBlock, classes - begin);
+    const C* x = load(logits, 0, begin, n, classes, in_buffer);
+    if (target >= begin && target < begin + n) {
+      own = x[target - begin];
+      if (x != in_buffer.data) std::copy(x, x + n, in_buffer.data);
+      in_buffer.data[target - begin] = kNothing<C>;
+      x = in_buffer.data;
+    }
+    const C max = max_of(x, n);
+    if (max == kNothing<C>) {  // nothing, unless it hides a NaN
+      for (int64_t i = 0; i < n; ++i) broken |= std::isnan(x[i]);
+      continue;
+    }
+    others.add(max, sum_of_exp(x, max, n));
+  }
+  const double a = static_cast<double>(own), top = std::max(others.max, a);
+  const double own_part = std::exp(a - top), rest = others.sum == 0 ? 0 : others.sum * std::exp(others.max - top);
+  const double total = own_part + rest;
+  if (std::isnan(own) || broken || !std::isfinite(top)) others.sum = NAN;
+  const double nll = std::isnan(others.sum) ? NAN : a >= others.max ? std::log1p(rest) : (top - a) + std::log(total);
+  if (!slopes.data) return nll;
+
+  const C factor = static_cast<C>(std::isnan(nll) ? NAN : weight / total);
+  for (int64_t begin = 0; begin < classes; begin += kBlock) {
+    const int64_t n = std::min(kBlock, classes - begin);
+    const C* x = load(logits, 0, begin, n, classes, in_buffer);
+    C* slope = destination(slopes, 0, begin, classes, out_buffer);
+    softmax(x, static_cast<C>(top), factor, slope, n);
+    if (target >= begin && target < begin + n) slope[target - begin] = static_cast<C>(-weight * (rest / total));
+    store(slopes, 0, begin, n, classes, out_buffer);
+  }
+  return nll;
+}
+
+template <class C>
+void run(const CategoricalArgs& args) {
+  const int64_t positions = args.positions, classes = args.classes, tasks = args.rows * positions;
+  std::vector<double> nll(tasks);
+  at::parallel_for(0, tasks, grain(classes), [&](int64_t first, int64_t last) {
+    Buffer<C> in_buffer, out_buffer;
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t row = task / positions, t = task % positions;
+      const Operand logits = shifted(args.logits, row * args.row_stride + t * classes);
+      const Result slopes = shifted(args.slopes, task * classes);
+      const int64_t target = args.target[row * args.target_row_stride + t];
+      if (target != args.ignored) {
+        nll[task] = position<C>(logits, slopes, classes, target, args.weight[row * args.weight_stride], in_buffer, out_buffer);
+      } else if (slopes.data) {
+        // All bits zero is zero in every type.
+        std::fill_n(static_cast<char*>(slopes.data), classes * item_size(slopes.type), char(0));
+      }
+    }
+  });
+  for (int64_t row = 0; row < args.rows; ++row) {
+    double sum = 0;
+    for (int64_t t = 0; t < positions; ++t) sum += nll[row * positions + t];
+    args.row_nll[row] = sum;
+  }
+}
+
+}  // namespace
+
+void categorical(const CategoricalArgs& args) {
+  args.in_double ? run<double>(args) : run<float>(args);
+}
+
+}  // namespace fastvae::cpu::FASTVAE_ISA

@@ -1,0 +1,58 @@
+// The CPU side of the row "categorical".
+#include "categorical.h"
+
+#include <cmath>
+
+#include "buffer_pool.h"
+#include "cpu_kernels.h"
+
+namespace fastvae {
+
+void check_categorical(const Tensor& logits, const Tensor& target, at::ArrayRef<double> constants) {
+  TORCH_CHECK_TYPE(c10::isFloatingType(logits.scalar_type()), "fastvae::nll: `params` must be floating point, got ",
+                   logits.scalar_type());
+  TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "fastvae::nll: the `target` of categorical must be int64, got ",
+                   target.scalar_type());
+  TORCH_CHECK_VALUE(logits.dim() >= 2 && logits.size(-1) >= 1, "fastvae::nll: the logits must be (B, ..., V), got ",
+                    logits.sizes());
+  TORCH_CHECK_VALUE(target.sizes() == logits.sizes().slice(0, logits.dim() - 1), "fastvae::nll: `target` must have the shape ",
+                    logits.sizes().slice(0, logits.dim() - 1), ", got ", target.sizes());
+  TORCH_CHECK_VALUE(std::abs(constants[0]) < 0x1p53 && constants[0] == std::floor(constants[0]),
+                    "fastvae::nll: the number that is ignored must be whole and within 2^53, got ", constants[0]);
+}
+
+void evaluate_categorical(const Tensor& logits, const Tensor& target, at::ArrayRef<double> constants, bool wanted,
+                          const double* weights, int64_t weight_stride, std::vector<double>& nll, Tensors& gradients) {
+  const Tensor dense = dense_rows(logits, at::MemoryFormat::Contiguous);
+  const Tensor dense_target = dense_rows(target, at::MemoryFormat::Contiguous);
+  cpu::CategoricalArgs args{};
+  args.in_double = logits.scalar_type() == at::kDouble;
+  args.rows = logits.size(0);
+  args.classes = logits.size(-1);
+  args.positions = event_size(target);
+  args.logits = operand(dense);
+  args.row_stride = dense.stride(0);
+  args.logits.row_stride = args.logits.run = args.classes;
+  args.target = dense_target.const_data_ptr<int64_t>();
+  args.target_row_stride = dense_target.stride(0);
+  args.ignored = static_cast<int64_t>(constants[0]);
+  for (int64_t row = 0; row < args.rows; ++row)
+    for (int64_t t = 0; t < args.positions; ++t) {
+      const int64_t number = args.target[row * args.target_row_stride + t];
+      TORCH_CHECK_VALUE((number >= 0 && number < args.classes) || number == args.ignored,
+                        "fastvae::nll: the `target` of categorical must be from 0 to ", args.classes - 1, ", or ", args.ignored,
+                        " (ignored), got ", number);
+    }
+  if (wanted) {
+    gradients.push_back(pooled_empty(logits.sizes(), logits));
+    args.slopes = result(gradients.back());
+    args.slopes.row_stride = args.slopes.run = args.classes;
+  }
+  args.weight = weights;
+  args.weight_stride = weight_stride;
+  nll.resize(args.rows);
+  args.row_nll = nll.data();
+  cpu::kernels().categorical(args);
+}
+
+}  // namespace fastvae
