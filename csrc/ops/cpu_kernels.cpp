@@ -4,7 +4,7 @@
 
 namespace fastvae::cpu {
 
-#define FASTVAE_KERNELS(name, isa) Kernels{name, isa::nll, isa::sample, isa::sample_grad, isa::scale_rows}
+#define FASTVAE_KERNELS(name, isa) Kernels{name, isa::nll, isa::discretized_logistic, isa::sample, isa::sample_grad, isa::scale_rows}
 
 static Kernels choose() {
   [[maybe_unused]] const std::string capability = at::get_cpu_capability();

@@ -7,6 +7,7 @@ namespace fastvae::cpu {
 struct Kernels {
   const char* capability;
   void (*nll)(const NllArgs&);
+  void (*discretized_logistic)(const LogisticArgs&);
   void (*sample)(const SampleArgs&);
   void (*sample_grad)(const SampleGradArgs&);
   void (*scale_rows)(const ScaleArgs&);

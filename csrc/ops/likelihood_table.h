@@ -12,6 +12,9 @@
 
 namespace fastvae {
 
+// Which file does the checks and the work of a row: nll_cpu.cpp, an element of `Element` at a time, or mixture_cpu.cpp.
+enum class Family : int8_t { elementwise, logistic };
+
 struct LikelihoodRow {
   std::string_view name;
   cpu::Element element;
@@ -20,6 +23,7 @@ struct LikelihoodRow {
   bool packed;       // one tensor (B, 2C, ...) holds the kernel's two params along dimension 1
   bool has_scalar;   // the last tensor is 0-dim, one value for all elements; it has a derivative for each row
   bool is_location;  // a density of (target - mean): the target's derivative is the mean's, negated. Others have none.
+  Family family = Family::elementwise;
 };
 
 constexpr LikelihoodRow kLikelihoods[] = {
@@ -28,6 +32,10 @@ constexpr LikelihoodRow kLikelihoods[] = {
     {"gaussian_learned", cpu::Element::gaussian, 2, 0, false, true, true},                    // mean, logvar (0-dim)
     {"gaussian_per_element", cpu::Element::gaussian_per_element, 2, 0, false, false, true},  // mean, logvar
     {"gaussian_head", cpu::Element::gaussian_per_element, 1, 0, true, false, true},          // mean and logvar, packed
+    // mean and log-scale, packed; bits, floor of the log-scale, small mass
+    {"discretized_logistic", cpu::Element{}, 1, 3, false, false, false, Family::logistic},
+    // see Mixture in cpu/mixtures.cpp; components, and the same
+    {"discretized_logistic_mixture", cpu::Element{}, 1, 4, false, false, false, Family::logistic},
 };
 
 inline const LikelihoodRow& likelihood_row(std::string_view name) {

@@ -5,6 +5,7 @@
 #include "buffer_pool.h"
 #include "cpu_kernels.h"
 #include "likelihood_table.h"
+#include "mixture.h"
 #include "nll.h"
 
 namespace fastvae {
@@ -32,6 +33,10 @@ void check(const LikelihoodRow& row, at::TensorList params, const Tensor& target
   TORCH_CHECK_VALUE(reduction >= kNone && reduction <= kMean, "fastvae::nll: `reduction` must be 0, 1 or 2, got ", reduction);
   const Tensor& lead = params[0];
   TORCH_CHECK_VALUE(lead.dim() >= 1, "fastvae::nll: `params` need a batch dimension");
+  TORCH_CHECK_VALUE(!kl || (kl->dim() == 1 && kl->size(0) == lead.size(0)), "fastvae::nll: `kl` must have the shape (",
+                    lead.size(0), ",)");
+  TORCH_CHECK_VALUE(!beta || beta->numel() == 1, "fastvae::nll: `beta` must be a single number");
+  if (row.family == Family::logistic) return check_logistic(row, lead, target, constants);
   auto expected = lead.sizes().vec();
   if (row.packed) {
     TORCH_CHECK_VALUE(lead.dim() >= 2 && expected[1] % 2 == 0, "fastvae::nll: a packed head needs an even dimension 1, got ",
@@ -52,9 +57,6 @@ void check(const LikelihoodRow& row, at::TensorList params, const Tensor& target
     TORCH_CHECK_TYPE(scalar || params[i].scalar_type() == lead.scalar_type(), "fastvae::nll: params[", i, "] must be ",
                      lead.scalar_type(), ", got ", params[i].scalar_type());
   }
-  TORCH_CHECK_VALUE(!kl || (kl->dim() == 1 && kl->size(0) == lead.size(0)), "fastvae::nll: `kl` must have the shape (",
-                    lead.size(0), ",)");
-  TORCH_CHECK_VALUE(!beta || beta->numel() == 1, "fastvae::nll: `beta` must be a single number");
 }
 
 struct Evaluation {
@@ -67,6 +69,11 @@ struct Evaluation {
 Evaluation evaluate(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
                     int64_t needs, const double* weights, int64_t weight_stride) {
   const Tensor& lead = params[0];
+  if (row.family == Family::logistic) {
+    Evaluation out{};
+    evaluate_logistic(row, lead, target, constants, needs & 1, weights, weight_stride, out.nll, out.gradients);
+    return out;
+  }
   const auto order = memory_order(lead);
   const size_t elementwise = params.size() - row.has_scalar;
   const double scalar = row.has_scalar ? to_doubles(params.back())[0] : constants.empty() ? 0 : constants[0];
