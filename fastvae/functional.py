@@ -12,6 +12,7 @@ Accepted dtypes, the same on every backend:
 | logvar, prior_mu, prior_logvar, eps      | that of the line above (a 0-dim logvar of a half mean also: float32)      |
 | target                                   | that of the parameters, float32, or uint8, which is read as x / 255       |
 | target of a Bernoulli                    | bool too                                                                  |
+| target of a discretised logistic         | uint8 alone, which is the level itself                                    |
 | seed                                     | int64                                                                     |
 
 A value or shape that does not fit is a ValueError, as is a wrong device; a wrong dtype or kind is a TypeError.
@@ -27,7 +28,15 @@ from torch import Tensor
 from . import backend
 from .reference import REDUCTIONS, draw_seed
 
-__all__ = ["bernoulli_nll", "gaussian_head_nll", "gaussian_kl", "gaussian_nll", "reparameterize_kl"]
+__all__ = [
+    "bernoulli_nll",
+    "discretized_logistic_mixture_nll",
+    "discretized_logistic_nll",
+    "gaussian_head_nll",
+    "gaussian_kl",
+    "gaussian_nll",
+    "reparameterize_kl",
+]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks. They run in every call: plain comparisons, and no work for the message until one fails.
@@ -172,6 +181,9 @@ class _Row(NamedTuple):
     differentiates_target: bool
     scalar: bool = False  # the last of `params` is 0-dimensional; the others have the shape of the first
     packed: bool = False  # the first holds the parameters of 2C channels for a target of C
+    levels: bool = (
+        False  # the target is uint8 and means what it says; `_check_levels` knows the channels of the first
+    )
 
 
 _ROWS = {
@@ -180,6 +192,10 @@ _ROWS = {
     "gaussian_learned": _Row("gaussian_nll", ("mean", "logvar"), (torch.uint8,), True, scalar=True),
     "gaussian_per_element": _Row("gaussian_nll", ("mean", "logvar"), (torch.uint8,), True),
     "gaussian_head": _Row("gaussian_head_nll", ("params",), (torch.uint8,), True, packed=True),
+    "discretized_logistic": _Row("discretized_logistic_nll", ("params",), (torch.uint8,), False, levels=True),
+    "discretized_logistic_mixture": _Row(
+        "discretized_logistic_mixture_nll", ("params",), (torch.uint8,), False, levels=True
+    ),
 }
 
 
@@ -203,7 +219,13 @@ def _check_learned(where: str, name: str, value: Any, like_name: str, like: Tens
 
 
 def _check_nll(
-    where: str, names: Sequence[str], row: _Row, params: Sequence[Any], target: Any, name: str
+    where: str,
+    names: Sequence[str],
+    row: _Row,
+    params: Sequence[Any],
+    target: Any,
+    name: str,
+    constants: Sequence[float],
 ) -> None:
     """`names` are those of `params`, `name` that of `target`, as the user knows them."""
     first = params[0]
@@ -214,6 +236,9 @@ def _check_nll(
 
     if not isinstance(target, Tensor):
         raise TypeError(f"fastvae.{where}: `{name}` must be a Tensor, got {type(target).__name__}")
+    if row.levels:
+        _check_levels(where, names[0], first, name, target, constants)
+        return
     dtype = target.dtype
     if dtype != first.dtype and dtype != torch.float32 and dtype not in row.integers:
         accepted = _list((first.dtype, torch.float32, *row.integers))
@@ -243,6 +268,39 @@ def _check_head(where: str, name: str, params: Tensor, target_name: str, target:
     expected = (params.shape[0], params.shape[1] // 2, *params.shape[2:])
     if target.shape != expected:
         raise ValueError(_shape_message(where, target_name, target, name, params, tuple(expected)))
+
+
+def _check_levels(
+    where: str, name: str, params: Tensor, target_name: str, target: Tensor, constants: Sequence[float]
+) -> None:
+    """The target of a discretised likelihood and the channels that the decoder must have for it."""
+    if target.dtype != torch.uint8:
+        raise TypeError(
+            f"fastvae.{where}: `{target_name}` must be uint8, the levels of the data as they are, got "
+            f"{_name(target.dtype)}; did you mean ({target_name} * 255).round().to(torch.uint8)?"
+        )
+    if target.device != params.device:
+        raise ValueError(_device_message(where, target_name, target, name, params))
+    components = int(constants[0]) if len(constants) == 4 else None
+    if target.dim() < 2 or (components is not None and target.shape[1] not in (1, 3)):
+        wanted = "(B, C, ...)" if components is None else "(B, 3, ...) or (B, 1, ...)"
+        raise ValueError(
+            f"fastvae.{where}: `{target_name}` must have shape {wanted}, got {tuple(target.shape)}"
+        )
+    channels = target.shape[1]
+    planes = 2 * channels if components is None else _planes(components, channels)
+    expected = (target.shape[0], planes, *target.shape[2:])
+    if params.shape != expected:
+        what = "mean and log-scale" if components is None else f"{components} components"
+        raise ValueError(
+            f"fastvae.{where}: `{name}` must have shape {tuple(expected)}, {what} for `{target_name}` "
+            f"{tuple(target.shape)}, got {tuple(params.shape)}"
+        )
+
+
+def _planes(components: int, channels: int) -> int:
+    """Of a mixture's decoder: logits, means and log-scales, and of three channels as many coefficients."""
+    return components * (10 if channels == 3 else 3)
 
 
 def _check_kl(where: str, kl: Any, like_name: str, like: Tensor) -> None:
@@ -395,7 +453,7 @@ def _nll(
         where, names, name = row.function, row.params, "target"
     else:
         where, names, name = caller, ("recon", *row.params[1:]), "x"
-    _check_nll(where, names, row, params, target, name)
+    _check_nll(where, names, row, params, target, name, constants)
     first = params[0]
     if kl is not None:
         _check_kl(where, kl, names[0], first)
@@ -488,3 +546,116 @@ def gaussian_head_nll(params: Tensor, target: Tensor) -> Tensor:
         ValueError: a shape or device that does not fit.
     """
     return _nll("gaussian_head", [params], target, [])[0]
+
+
+def discretized_logistic_nll(
+    params: Tensor,
+    target: Tensor,
+    *,
+    bits: int = 8,
+    log_scale_floor: float = -7.0,
+    small_mass: float = 1e-5,
+    validate: bool = False,
+) -> Tensor:
+    """-log P(target | params) of every row under discretised logistics, in nats: a true likelihood of bytes.
+
+    Data of 2^`bits` levels are scaled to x in [-1, 1]; a level has the mass that a logistic puts into its bin, which
+    reaches half way to its neighbours and, at both ends, to infinity (Salimans et al. 2017, equation 2; Kingma et al.
+    2016). As in the code of PixelCNN++, a mass below `small_mass` is that of the density in the middle of the bin, so
+    that its logarithm and gradient stay finite.
+
+    Args:
+        params: (B, 2C, ...): the C channels of the mean, in units of x, then the C channels of the log-scale.
+        target: uint8 (B, C, ...), the levels 0, ..., 2^bits - 1 as they are. Higher ones count as the highest.
+        bits: 1 to 8.
+        log_scale_floor: log-scales below it count as it, and get no gradient; between -60 and 60.
+        small_mass: at least 0 and below 1; with 0 every mass is that of its bin, and the masses of all levels sum to
+            1 exactly.
+        validate: look for levels above the highest, and raise. It reads the target once more, and waits for a GPU.
+
+    Returns:
+        (B,), float32 (float64 for float64 params).
+
+    Raises:
+        TypeError: a dtype or kind that does not fit.
+        ValueError: a shape, device or number that does not fit; with `validate`, a level out of range.
+    """
+    where = "discretized_logistic_nll"
+    constants = _logistic_constants(where, bits, log_scale_floor, small_mass)
+    if validate:
+        _check_range(where, "target", target, bits)
+    return _nll("discretized_logistic", [params], target, constants)[0]
+
+
+def discretized_logistic_mixture_nll(
+    params: Tensor,
+    target: Tensor,
+    *,
+    components: int,
+    bits: int = 8,
+    log_scale_floor: float = -7.0,
+    small_mass: float = 1e-5,
+    validate: bool = False,
+) -> Tensor:
+    """-log P(target | params) of every row under mixtures of discretised logistics, in nats: PixelCNN++'s likelihood.
+
+    A pixel has one component for all its channels, -log sum_k pi_k prod_c P(channel c | k), with the masses of
+    `discretized_logistic_nll`. Of three channels, red green blue, the mean of green is m_g + a r and that of blue
+    m_b + b r + c g, r and g being the pixel's own (Salimans et al. 2017, equation 3).
+
+    Args:
+        params: (B, 10K, ...) for three channels, in the order of PixelCNN++'s code (and NVAE's and VDVAE's): K logits;
+            for each channel in turn K means, K log-scales, and K numbers whose tanh are a (in red's place), b (in
+            green's) and c (in blue's). (B, 3K, ...) for one channel: K logits, K means, K log-scales.
+        target: uint8 (B, 3, ...) or (B, 1, ...), as there.
+        components: K, at least 1.
+        bits, log_scale_floor, small_mass, validate: as there.
+
+    Returns:
+        (B,), float32 (float64 for float64 params).
+
+    Raises:
+        TypeError: a dtype or kind that does not fit.
+        ValueError: a shape, device or number that does not fit; with `validate`, a level out of range.
+    """
+    where = "discretized_logistic_mixture_nll"
+    constants = [
+        float(_whole(where, "components", components, 1, None)),
+        *_logistic_constants(where, bits, log_scale_floor, small_mass),
+    ]
+    if validate:
+        _check_range(where, "target", target, bits)
+    return _nll("discretized_logistic_mixture", [params], target, constants)[0]
+
+
+def _whole(where: str, name: str, value: Any, least: int, most: int | None) -> int:
+    """`value`, an int between the two."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"fastvae.{where}: `{name}` must be an int, got {value!r}")
+    if value < least or (most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"fastvae.{where}: `{name}` must be {bounds}, got {value}")
+    return value
+
+
+def _logistic_constants(where: str, bits: Any, log_scale_floor: Any, small_mass: Any) -> list[float]:
+    _whole(where, "bits", bits, 1, 8)
+    for name, value in (("log_scale_floor", log_scale_floor), ("small_mass", small_mass)):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"fastvae.{where}: `{name}` must be a float, got {value!r}")
+    if not -60 <= log_scale_floor <= 60:
+        raise ValueError(
+            f"fastvae.{where}: `log_scale_floor` must be between -60 and 60, got {log_scale_floor}"
+        )
+    if not 0 <= small_mass < 1:
+        raise ValueError(f"fastvae.{where}: `small_mass` must be at least 0 and below 1, got {small_mass}")
+    return [float(bits), float(log_scale_floor), float(small_mass)]
+
+
+def _check_range(where: str, name: str, target: Any, bits: int) -> None:
+    if isinstance(target, Tensor) and target.dtype == torch.uint8 and target.numel() > 0:
+        highest = int(target.max())
+        if highest >= 2**bits:
+            raise ValueError(
+                f"fastvae.{where}: `{name}` must have levels from 0 to {2**bits - 1} with `bits` {bits}, got {highest}"
+            )

@@ -12,7 +12,8 @@
 namespace fastvae::cpu::FASTVAE_ISA {
 namespace {
 
-constexpr int64_t kTile = 64;  // pixels that are staged, where they are, at a time
+constexpr int64_t kTile = 128;  // pixels that are staged at a time
+constexpr int64_t kStride = kTile + 16;  // of planes there: a power of two would have them share a few sets of the cache
 
 // A plane for each parameter, of consecutive pixels.
 template <class C>
@@ -44,6 +45,7 @@ template <class C>
 struct Single {
   using V = Vec<C>;
   static constexpr int64_t kPixels = kBlock;
+  static constexpr bool kInPlace = true;
 
   static int64_t planes(const LogisticArgs& args) { return 2 * args.channels; }
 
@@ -108,6 +110,8 @@ template <class C, int kChannels>
 struct Mixture {
   using V = Vec<C>;
   static constexpr int64_t kPixels = 256;
+  // A hundred planes whose distance is a power of two would share a few sets of the cache.
+  static constexpr bool kInPlace = false;
   static constexpr int kBlocks = kChannels == 3 ? 3 : 2;
 
   struct Component {
@@ -210,13 +214,13 @@ void gather(const Operand& view, int64_t row, int64_t begin, int64_t n, int64_t 
             C* line) {
   if (!alternate) {
     for (int64_t p = 0; p < planes; ++p)
-      convert_in(view.data, view.type, row * view.row_stride + p * pixels + begin, out + p * kTile, n);
+      convert_in(view.data, view.type, row * view.row_stride + p * pixels + begin, out + p * kStride, n);
     return;
   }
   const int64_t start = row * view.row_stride + begin * planes;
   for (int64_t i = 0; i < n; ++i) {
     convert_in(view.data, view.type, start + i * planes, line, planes);
-    for (int64_t p = 0; p < planes; ++p) out[p * kTile + i] = line[p];
+    for (int64_t p = 0; p < planes; ++p) out[p * kStride + i] = line[p];
   }
 }
 
@@ -225,12 +229,12 @@ void scatter(const C* in, const Result& view, int64_t row, int64_t begin, int64_
              bool alternate, C* line) {
   if (!alternate) {
     for (int64_t p = 0; p < planes; ++p)
-      convert_out(in + p * kTile, view.data, view.type, row * view.row_stride + p * pixels + begin, n);
+      convert_out(in + p * kStride, view.data, view.type, row * view.row_stride + p * pixels + begin, n);
     return;
   }
   const int64_t start = row * view.row_stride + begin * planes;
   for (int64_t i = 0; i < n; ++i) {
-    for (int64_t p = 0; p < planes; ++p) line[p] = in[p * kTile + i];
+    for (int64_t p = 0; p < planes; ++p) line[p] = in[p * kStride + i];
     convert_out(line, view.data, view.type, start + i * planes, planes);
   }
 }
@@ -243,7 +247,7 @@ void half_bins(const Operand& view, int64_t row, int64_t begin, int64_t n, int64
   for (int64_t c = 0; c < channels; ++c) {
     const uint8_t* first = alternate ? in + begin * channels + c : in + c * pixels + begin;
     const int64_t step = alternate ? channels : 1;
-    for (int64_t i = 0; i < n; ++i) out[c * kTile + i] = static_cast<C>(2 * std::min<int>(first[i * step], levels) - levels);
+    for (int64_t i = 0; i < n; ++i) out[c * kStride + i] = static_cast<C>(2 * std::min<int>(first[i * step], levels) - levels);
   }
 }
 
@@ -252,19 +256,19 @@ void run(const LogisticArgs& args) {
   const int64_t planes = Model::planes(args);
   const int64_t blocks = (args.pixels + Model::kPixels - 1) / Model::kPixels, tasks = args.rows * blocks;
   const bool wanted = args.slopes.data != nullptr;
-  const auto dense = [&](const auto& view) { return !args.alternate && view.type == dtype_of<C>(); };
+  const auto dense = [&](const auto& view) { return Model::kInPlace && !args.alternate && view.type == dtype_of<C>(); };
   std::vector<double> sums(tasks);
 
   at::parallel_for(0, tasks, grain(std::min(args.pixels, Model::kPixels) * planes), [&](int64_t first, int64_t last) {
     Model model(args);
-    std::vector<C> params(dense(args.params) ? 0 : planes * kTile), slopes(!wanted || dense(args.slopes) ? 0 : planes * kTile);
-    std::vector<C> data(args.channels * kTile), line(args.alternate ? planes : 0);
+    std::vector<C> params(dense(args.params) ? 0 : planes * kStride), slopes(!wanted || dense(args.slopes) ? 0 : planes * kStride);
+    std::vector<C> data(args.channels * kStride), line(args.alternate ? planes : 0);
     for (int64_t task = first; task < last; ++task) {
       const int64_t row = task / blocks, end = std::min(args.pixels, (task % blocks + 1) * Model::kPixels);
       double sum = 0;
       for (int64_t begin = task % blocks * Model::kPixels; begin < end; begin += kTile) {
         const int64_t n = std::min(kTile, end - begin);
-        Tile<C> tile{{params.data(), kTile}, {data.data(), kTile}, {slopes.data(), kTile}, n, 0};
+        Tile<C> tile{{params.data(), kStride}, {data.data(), kStride}, {slopes.data(), kStride}, n, 0};
         tile.weight = static_cast<C>(args.weight[row * args.weight_stride]);
         if (dense(args.params))
           tile.params = {static_cast<const C*>(args.params.data) + row * args.params.row_stride + begin, args.pixels};
