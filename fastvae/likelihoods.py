@@ -183,13 +183,13 @@ class DiscretizedLogistic(Likelihood):
 
     def mean(self, params: Tensor) -> Tensor:
         """The expected data over the highest level, right to half a level where the scale is narrower than a bin."""
-        mean, log_scale = params.chunk(2, dim=1)
-        return (_clipped_mean(mean, self._scale(log_scale)) + 1) / 2
+        mean, log_scale = _wide(params).chunk(2, dim=1)
+        return ((_clipped_mean(mean, self._scale(log_scale)) + 1) / 2).to(params.dtype)
 
     @torch.no_grad()
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        mean, log_scale = params.chunk(2, dim=1)
-        x = mean.float() + self._scale(log_scale.float()) * _logistic_noise(mean, generator)
+        mean, log_scale = _wide(params).chunk(2, dim=1)
+        x = mean + self._scale(log_scale) * _logistic_noise(mean, generator)
         return self._level(x).to(torch.uint8)
 
     def channels(self, c: int) -> int:
@@ -239,7 +239,7 @@ class DiscretizedLogisticMixture(DiscretizedLogistic):
 
         Right to half a level where a scale is narrower than a bin, and where a channel seldom leaves [-1, 1].
         """
-        logits, mean, log_scale, coefficients = self._parts(params)
+        logits, mean, log_scale, coefficients = self._parts(_wide(params))
         weights = torch.softmax(logits, 1)
         channels: list[Tensor] = []  # (B, K, ...) each: every component has its own red
         for c in range(mean.shape[1]):
@@ -248,11 +248,12 @@ class DiscretizedLogisticMixture(DiscretizedLogistic):
             for j, before in enumerate(channels):
                 at = at + coefficients[:, c - 1 + j] * before
             channels.append(_clipped_mean(at, self._scale(log_scale[:, c])))
-        return (torch.stack([(weights * channel).sum(1) for channel in channels], 1) + 1) / 2
+        x = torch.stack([(weights * channel).sum(1) for channel in channels], 1)
+        return ((x + 1) / 2).to(params.dtype)
 
     @torch.no_grad()
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        logits, mean, log_scale, coefficients = self._parts(params.float())
+        logits, mean, log_scale, coefficients = self._parts(_wide(params))
         # The largest of logits plus Gumbel noise is a draw from their softmax.
         uniform = _uniform(logits, generator)
         chosen = (logits - torch.log(-torch.log(uniform))).argmax(1, keepdim=True)
@@ -289,7 +290,12 @@ class DiscretizedLogisticMixture(DiscretizedLogistic):
 
 def _clipped_mean(mean: Tensor, scale: Tensor) -> Tensor:
     """E[clip(x, -1, 1)] of a logistic x: -1 plus the integral over [-1, 1] of P(x > t)."""
-    return scale * (F.softplus((mean + 1) / scale) - F.softplus((mean - 1) / scale)) - 1
+    x = scale * (F.softplus((mean + 1) / scale) - F.softplus((mean - 1) / scale)) - 1
+    return x.clamp(-1, 1)  # past the ends by rounding
+
+
+def _wide(params: Tensor) -> Tensor:
+    return params if params.dtype == torch.float64 else params.float()
 
 
 def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:

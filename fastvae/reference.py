@@ -303,7 +303,8 @@ def mixture_parts(params: Tensor, components: int, channels: int) -> tuple[Tenso
     channels K coefficients, (B, 3, K, ...), which go through tanh here. (None for one channel: (B, 1, 0, ...).)
     """
     logits, rest = params[:, :components], params[:, components:]
-    rest = rest.reshape(rest.shape[0], channels, -1, components, *rest.shape[2:])
+    blocks = 3 if channels == 3 else 2
+    rest = rest.reshape(rest.shape[0], channels, blocks, components, *rest.shape[2:])
     coefficients = torch.tanh(rest[:, :, 2]) if channels == 3 else rest[:, :, 0, :0]
     return logits, rest[:, :, 0], rest[:, :, 1], coefficients
 

@@ -37,7 +37,8 @@ struct LogMass {
     const V h = P::exp_bounded(P::neg(log_scale)) * bins.half_width;
     const V u = h * (n - middle), size = P::abs(u);
     const ExpParts<V> r = P::exp_parts(P::neg(h));
-    const V q = P::exp_bounded(P::neg(size));
+    const ExpParts<V> parts = P::exp_parts(P::neg(size));
+    const V q = parts.exp;
 
     const auto lowest = P::less(n, one - bins.levels), highest = P::less(bins.levels - one, n);
     const auto inner_or = [&](V inner, V edge) { return P::select(lowest, edge, P::select(highest, edge, inner)); };
@@ -46,7 +47,8 @@ struct LogMass {
     V y = t - h;
     e1 = P::exp_bounded(P::neg(P::abs(y)));
     e2 = inner_or(q * r.exp, zero);
-    factor = inner_or(P::select(P::less(h, one), P::neg(r.minus_1), one - r.exp) * (one + r.exp), one);
+    factor = inner_or(one_minus_square(h, r), one);
+    const V odd = inner_or(one_minus_square(size, parts), one);
 
     // In bins so narrow that 1 - r^2 would have to be tiny, the density in the middle is the mass to all digits.
     constexpr double narrow = sizeof(typename P::Scalar) == 8 ? 1e-8 : 1e-4;
@@ -62,11 +64,19 @@ struct LogMass {
     const V f1 = one + e1, f2 = one + e2;
     const V inverse = one / (f1 * f2 * factor), i1 = inverse * f2 * factor, i2 = inverse * f1 * factor;
     one_over_factors = factor * i1 * i2;
-    const V slope = P::select(P::less(y, zero), e1, one) * i1 - e2 * i2;  // of -log mass by t
+    const V slope = P::select(P::less(y, zero), e1, one) * odd * i1 * i2;  // of -log mass by t: sinh t / (cosh h + cosh t)
     const V coth = P::fma(r.exp, r.exp, one) * (inverse * f1 * f2);
     const V by_h = P::select(is_small, one, h * inner_or(coth - P::select(P::less(zero, y), e1, one) * one_over_factors, slope));
     by_log_scale = P::select(floored, zero, P::fma(t, slope, P::neg(by_h)));
     by_middle = h * sign * slope;
+  }
+
+ private:
+  // 1 - e^-2x for x >= 0, given the parts of e^-x.
+  static FASTVAE_HD V one_minus_square(V x, const ExpParts<V>& parts) {
+    using P = Primitives<V>;
+    const V one(1);
+    return P::select(P::less(x, one), P::neg(parts.minus_1), one - parts.exp) * (one + parts.exp);
   }
 };
 
