@@ -620,7 +620,7 @@ def discretized_logistic_mixture_nll(
     """
     where = "discretized_logistic_mixture_nll"
     constants = [
-        float(_whole(where, "components", components, 1, None)),
+        _whole(where, "components", components, 1, None),
         *_logistic_constants(where, bits, log_scale_floor, small_mass),
     ]
     if validate:
@@ -649,7 +649,8 @@ def _logistic_constants(where: str, bits: Any, log_scale_floor: Any, small_mass:
         )
     if not 0 <= small_mass < 1:
         raise ValueError(f"fastvae.{where}: `small_mass` must be at least 0 and below 1, got {small_mass}")
-    return [float(bits), float(log_scale_floor), float(small_mass)]
+    # Whole numbers stay int: torch.compile takes a module's ints for constants, and its floats for inputs.
+    return [bits, float(log_scale_floor), float(small_mass)]
 
 
 def _check_range(where: str, name: str, target: Any, bits: int) -> None:

@@ -229,7 +229,7 @@ class DiscretizedLogisticMixture(DiscretizedLogistic):
     ) -> None:
         super().__init__(bits, log_scale_floor=log_scale_floor, small_mass=small_mass)
         self.k = functional._whole("likelihoods.DiscretizedLogisticMixture", "k", k, 1, None)
-        self.constants = [float(k), *self.constants]
+        self.constants = [k, *self.constants]
 
     def row(self, params: Tensor) -> Row:
         return "discretized_logistic_mixture", [params], self.constants

@@ -625,7 +625,9 @@ def test_compiles(native: None) -> None:
             (2 * out.loss + out.nll.mean()).backward()
             results.append((out.loss.detach(), leaf.grad))
         torch.testing.assert_close(results[1], results[0])
-    assert counter.frame_count == 1
+    # torch.compile starts again, and leaves an empty graph, where it finds that a float is a constant.
+    graphs = [g for g in counter.graphs if any(node.op == "call_function" for node in g.graph.nodes)]
+    assert len(graphs) == 1
 
 
 def test_validate(backend: str) -> None:
