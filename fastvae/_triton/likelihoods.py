@@ -63,6 +63,9 @@ class Likelihood(NamedTuple):
     is_location: bool = True  # a density of (target - first): the target's derivative is the first's, negated
     log_term: bool = False
     scalar_of: Callable[[Sequence[float]], float] = lambda constants: 0.0  # `scalar` where no tensor holds it
+    family: str = (
+        "elementwise"  # the function of nll.EVALUATE that does the work; others than this have no element
+    )
 
 
 LIKELIHOODS = {
@@ -71,4 +74,6 @@ LIKELIHOODS = {
     "gaussian_learned": Likelihood(gaussian, tensors=2, has_scalar=True),
     "gaussian_per_element": Likelihood(gaussian_per_element, tensors=2),
     "gaussian_head": Likelihood(gaussian_per_element, packed=True),
+    "discretized_logistic": Likelihood(None, is_location=False, family="logistic"),
+    "discretized_logistic_mixture": Likelihood(None, is_location=False, family="logistic"),
 }
