@@ -5,12 +5,14 @@ Your own: any `nn.Module` with `nll(params, target) -> (B,)` works in `fastvae.E
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional
+from . import functional, reference
 from .functional import _checked_positive, _checked_scale
 from .reference import _BERNOULLI_NUMBERS
 
@@ -18,11 +20,14 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "ContinuousBernoulli",
+    "DiscretizedLogistic",
+    "DiscretizedLogisticMixture",
     "Gaussian",
     "Laplace",
     "Likelihood",
     "NegativeBinomial",
     "Poisson",
+    "Product",
     "StudentT",
     "ZeroInflatedNegativeBinomial",
 ]
@@ -429,6 +434,233 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
     """
 
     _inflated = True
+
+
+class DiscretizedLogistic(Likelihood):
+    """Bytes, and data of fewer `bits`, as levels: a logistic for each, cut into bins (Kingma et al. 2016).
+
+    `params` is (B, 2C, ...), mean and log-scale packed along dimension 1, with data scaled to [-1, 1]; data are uint8
+    (B, C, ...), read as they are. nll / (dimensions * ln 2) is the number of bits per dimension: nothing is added.
+    Options as in `fastvae.functional.discretized_logistic_nll`.
+
+    `mean` is a float in [0, 1], for pictures; `sample` gives uint8 levels.
+    """
+
+    def __init__(
+        self,
+        bits: int = 8,
+        *,
+        log_scale_floor: float = -7.0,
+        small_mass: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.constants = functional._logistic_constants(
+            f"likelihoods.{type(self).__name__}", bits, log_scale_floor, small_mass
+        )
+        self.bits, self.log_scale_floor, self.small_mass = bits, log_scale_floor, small_mass
+
+    def row(self, params: Tensor) -> Row:
+        return "discretized_logistic", [params], self.constants
+
+    def mean(self, params: Tensor) -> Tensor:
+        """The expected data over the highest level, right to half a level where the scale is narrower than a bin."""
+        mean, log_scale = _wide(params).chunk(2, dim=1)
+        return ((_clipped_mean(mean, self._scale(log_scale)) + 1) / 2).to(params.dtype)
+
+    @torch.no_grad()
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        mean, log_scale = _wide(params).chunk(2, dim=1)
+        x = mean + self._scale(log_scale) * _logistic_noise(mean, generator)
+        return self._level(x).to(torch.uint8)
+
+    def channels(self, c: int) -> int:
+        return 2 * c
+
+    def _scale(self, log_scale: Tensor) -> Tensor:
+        return torch.exp(log_scale.clamp(min=self.log_scale_floor))
+
+    def _level(self, x: Tensor) -> Tensor:
+        """The level whose bin has x in it."""
+        highest = 2**self.bits - 1
+        return torch.round((x + 1) / 2 * highest).clamp(0, highest)
+
+    def extra_repr(self) -> str:
+        options = {"log_scale_floor": (self.log_scale_floor, -7.0), "small_mass": (self.small_mass, 1e-5)}
+        set_ones = [f"{name}={value}" for name, (value, default) in options.items() if value != default]
+        return ", ".join([f"bits={self.bits}", *set_ones])
+
+
+class DiscretizedLogisticMixture(DiscretizedLogistic):
+    """PixelCNN++'s likelihood of bytes, and NVAE's and VDVAE's: `k` logistics for each pixel (Salimans et al. 2017).
+
+    `params` is (B, 10k, ...) for colour and (B, 3k, ...) for grey images, in the order of PixelCNN++'s code; data are
+    uint8 (B, 3, ...) or (B, 1, ...), read as they are. Green depends on the pixel's red, blue on both. Options as in
+    `fastvae.functional.discretized_logistic_mixture_nll`.
+
+    `mean` is a float in [0, 1], for pictures; `sample` gives uint8 levels, red first and the others given it.
+    """
+
+    def __init__(
+        self,
+        k: int = 10,
+        bits: int = 8,
+        *,
+        log_scale_floor: float = -7.0,
+        small_mass: float = 1e-5,
+    ) -> None:
+        super().__init__(bits, log_scale_floor=log_scale_floor, small_mass=small_mass)
+        self.k = functional._whole("likelihoods.DiscretizedLogisticMixture", "k", k, 1, None)
+        self.constants = [k, *self.constants]
+
+    def row(self, params: Tensor) -> Row:
+        return "discretized_logistic_mixture", [params], self.constants
+
+    def mean(self, params: Tensor) -> Tensor:
+        """The expected data over the highest level; of green and blue, given the expected channels before.
+
+        Right to half a level where a scale is narrower than a bin, and where a channel seldom leaves [-1, 1].
+        """
+        logits, mean, log_scale, coefficients = self._parts(_wide(params))
+        weights = torch.softmax(logits, 1)
+        channels: list[Tensor] = []  # (B, K, ...) each: every component has its own red
+        for c in range(mean.shape[1]):
+            at = mean[:, c]
+            # As in reference.mixture_means, whose x is one for all components.
+            for j, before in enumerate(channels):
+                at = at + coefficients[:, c - 1 + j] * before
+            channels.append(_clipped_mean(at, self._scale(log_scale[:, c])))
+        x = torch.stack([(weights * channel).sum(1) for channel in channels], 1)
+        return ((x + 1) / 2).to(params.dtype)
+
+    @torch.no_grad()
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        logits, mean, log_scale, coefficients = self._parts(_wide(params))
+        # The largest of logits plus Gumbel noise is a draw from their softmax.
+        uniform = _uniform(logits, generator)
+        chosen = (logits - torch.log(-torch.log(uniform))).argmax(1, keepdim=True)
+        noise = _logistic_noise(mean[:, :, 0], generator)
+        highest = 2**self.bits - 1
+        levels: list[Tensor] = []
+        for c in range(mean.shape[1]):
+            x = [2 * level / highest - 1 for level in levels]
+            at = reference.mixture_means(mean, coefficients, x)[c].gather(1, chosen)[:, 0]
+            scale = self._scale(log_scale[:, c].gather(1, chosen)[:, 0])
+            levels.append(self._level(at + scale * noise[:, c]))
+        return torch.stack(levels, 1).to(torch.uint8)
+
+    def channels(self, c: int) -> int:
+        if c not in (1, 3):
+            raise ValueError(
+                f"fastvae.likelihoods.DiscretizedLogisticMixture: data must have 1 or 3 channels, got {c}"
+            )
+        return functional._planes(self.k, c)
+
+    def _parts(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        planes = params.shape[1] if params.dim() > 1 else 0
+        for channels in (3, 1):
+            if planes == functional._planes(self.k, channels):
+                return reference.mixture_parts(params, self.k, channels)
+        raise ValueError(
+            f"fastvae.likelihoods.DiscretizedLogisticMixture: `params` must have shape (B, {10 * self.k}, ...) or "
+            f"(B, {3 * self.k}, ...) for {self.k} components, got {tuple(params.shape)}"
+        )
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, {super().extra_repr()}"
+
+
+def _clipped_mean(mean: Tensor, scale: Tensor) -> Tensor:
+    """E[clip(x, -1, 1)] of a logistic x: -1 plus the integral over [-1, 1] of P(x > t)."""
+    x = scale * (F.softplus((mean + 1) / scale) - F.softplus((mean - 1) / scale)) - 1
+    return x.clamp(-1, 1)  # past the ends by rounding
+
+
+def _wide(params: Tensor) -> Tensor:
+    return params if params.dtype == torch.float64 else params.float()
+
+
+def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Numbers in the open interval (0, 1), float32."""
+    uniform = torch.rand(like.shape, device=like.device, generator=generator)
+    return uniform.clamp(2.0**-26, 1 - 2.0**-24)
+
+
+def _logistic_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.logit(_uniform(like, generator))
+
+
+class Product(Likelihood):
+    """Several heads for several parts of the data, independent given z: their negative log-likelihoods add up.
+
+    `parts` names a likelihood, or an `nn.Module` with `nll`, for each; decoder and data come as dicts with these keys::
+
+        likelihood = Product({"image": DiscretizedLogisticMixture(10), "label": "bernoulli"})
+        elbo = fastvae.ELBO(likelihood)
+        out = elbo({"image": a, "label": b}, {"image": x, "label": y}, kl=kl)
+
+    `mean`, `sample` and `channels` take and give such dicts too.
+    """
+
+    def __init__(self, parts: Mapping[str, str | nn.Module]) -> None:
+        super().__init__()
+        if not isinstance(parts, Mapping):
+            raise TypeError(
+                f"fastvae.likelihoods.Product: `parts` must be a dict of likelihoods, got {type(parts).__name__}"
+            )
+        if not parts:
+            raise ValueError(
+                "fastvae.likelihoods.Product: `parts` must name at least one likelihood, got none"
+            )
+        self.parts = nn.ModuleDict({name: get(part) for name, part in parts.items()})
+
+    def nll(self, params: Any, target: Any) -> Tensor:
+        return torch.stack(list(self.nll_of_parts(params, target).values())).sum(0)
+
+    def nll_of_parts(self, params: Mapping[str, Any], target: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What each part contributes to `nll`, (B,) each."""
+        self._check("params", params)
+        self._check("target", target)
+        nlls: dict[str, Tensor] = {}
+        for name, part in self.parts.items():
+            nlls[name] = part.nll(params[name], target[name])  # type: ignore[operator]
+            first = next(iter(nlls))
+            if nlls[name].shape != nlls[first].shape:
+                raise ValueError(
+                    f"fastvae.likelihoods.Product: every part must have the same rows, got "
+                    f"{tuple(nlls[first].shape)} of {first!r} and {tuple(nlls[name].shape)} of {name!r}"
+                )
+        return nlls
+
+    def mean(self, params: Any) -> Any:
+        self._check("params", params)
+        return {name: part.mean(params[name]) for name, part in self.parts.items()}  # type: ignore[operator]
+
+    def sample(self, params: Any, generator: torch.Generator | None = None) -> Any:
+        self._check("params", params)
+        return {name: part.sample(params[name], generator) for name, part in self.parts.items()}  # type: ignore[operator]
+
+    def channels(self, c: Any) -> Any:
+        self._check("c", c)
+        return {name: part.channels(c[name]) for name, part in self.parts.items()}  # type: ignore[operator]
+
+    def _check(self, name: str, value: Any) -> None:
+        if not isinstance(value, Mapping):
+            raise TypeError(
+                f"fastvae.likelihoods.Product: `{name}` must be a dict with the keys "
+                f"{', '.join(map(repr, self.parts))}, got {type(value).__name__}"
+            )
+        if value.keys() != set(self.parts):
+            missing = [key for key in self.parts if key not in value]
+            unknown = [key for key in value if key not in self.parts]
+            found = [
+                f"{what} {', '.join(map(repr, keys))}"
+                for what, keys in (("missing", missing), ("unknown", unknown))
+                if keys
+            ]
+            raise ValueError(
+                f"fastvae.likelihoods.Product: `{name}` must have the keys {', '.join(map(repr, self.parts))}, "
+                f"got {list(value)}: {'; '.join(found)}"
+            )
 
 
 BY_NAME: dict[str, type[Likelihood]] = {

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+import published_logistics
 import pytest
 import torch
 import torch.nn.functional as F
@@ -143,6 +144,12 @@ CASES = {
         {"m": SHAPE, "x": SHAPE, "s": SHAPE},
         ("m", "x", "s"),
     ),
+    "discretized_logistic_mixture": Case(
+        lambda p, n: fv.discretized_logistic_mixture_nll(p, n.to(torch.uint8), components=2),
+        lambda p, n: published_logistics.mixture(p, n, 2),
+        {"p": (B, 20, 4), "n": (B, 3, 4)},
+        ("p",),
+    ),
     "kl": Case(
         fv.gaussian_kl,
         lambda mu, v: kl_divergence(mu, v, ZERO, ZERO),
@@ -181,6 +188,8 @@ def make(case: Case) -> dict[str, Tensor]:
     values = {name: torch.randn(shape, generator=generator) for name, shape in case.inputs.items()}
     if "t" in values:
         values["t"] = torch.sigmoid(values["t"])
+    if "n" in values:  # levels
+        values["n"] = (255 * torch.sigmoid(2 * values["n"])).round()
     return values
 
 

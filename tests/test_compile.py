@@ -179,6 +179,8 @@ def plain(*shape: int) -> Tensor:
 X, M, ROWS, BETA, NONE = (3, D), (3, L), torch.ones(3), torch.tensor(0.5), None
 IMAGE = plain(2, 3, 4, 4).to(memory_format=torch.channels_last)
 
+LEVELS = torch.arange(18, dtype=torch.uint8).view(2, 3, 3)
+
 # The ops themselves, then the forward and backward that they call.
 OPS = {
     "reparameterize_kl": [
@@ -201,6 +203,17 @@ OPS = {
         ("continuous_bernoulli", [leaf(*X)], plain(*X).sigmoid(), [], ROWS, BETA, 2),
         ("poisson", [leaf(*X)], plain(*X).abs().int(), [], ROWS, BETA, 2),
         ("student_t_learned", [leaf(*X), leaf()], leaf(*X), [2.5], ROWS, BETA, 0),
+        ("discretized_logistic", [leaf(2, 4, 3)], LEVELS[:, :2], [8, -7.0, 1e-5], NONE, NONE, 0),
+        ("discretized_logistic_mixture", [leaf(2, 20, 3)], LEVELS, [2, 8, -7.0, 1e-5], ROWS[:2], BETA, 2),
+        (
+            "discretized_logistic_mixture",
+            [leaf(2, 6, 3).detach().half().requires_grad_()],
+            LEVELS[:, :1],
+            [2, 5, -7.0, 0.0],
+            NONE,
+            NONE,
+            1,
+        ),
         (
             "gaussian_learned",
             [leaf(*X).detach().half().requires_grad_(), leaf()],
@@ -238,10 +251,21 @@ OPS = {
         ("gaussian_learned", [IMAGE, torch.tensor(0.1)], IMAGE, [], NONE, NONE, 0, 0b11),
         ("gaussian_per_element", [plain(*X), plain(*X)], plain(*X), [], ROWS.double(), BETA, 1, 0b10),
         ("student_t", [plain(*X)], plain(*X), [2.5, 0.7], ROWS, BETA, 2, 1),
+        ("discretized_logistic_mixture", [plain(2, 20, 3)], LEVELS, [2, 8, -7.0, 1e-5], NONE, NONE, 0, 1),
     ],
     "nll_gradient": [
         ("bernoulli", [plain(*X).half()], plain(*X).sigmoid(), [], torch.tensor(2.0), NONE, 2, 1),
         ("gaussian_per_element", [plain(*X), plain(*X)], plain(*X), [], NONE, ROWS, 0, 0b10),
+        (
+            "discretized_logistic",
+            [plain(2, 6, 3).half()],
+            LEVELS,
+            [8, -7.0, 1e-5],
+            torch.tensor(2.0),
+            NONE,
+            2,
+            1,
+        ),
     ],
     "nll_backward": [
         (torch.tensor(2.0), NONE, [plain(*X)], NONE, ROWS, BETA, 3, 2, True, True),

@@ -10,11 +10,20 @@ from torch import nn
 
 import fastvae
 import fastvae.functional as fv
-from fastvae.likelihoods import Bernoulli, Gaussian
+from fastvae.likelihoods import (
+    Bernoulli,
+    DiscretizedLogistic,
+    DiscretizedLogisticMixture,
+    Gaussian,
+    Product,
+)
 
 FLAT = torch.zeros(4, 12)
 IMAGE = torch.zeros(4, 3, 2, 2)
 HEAD = torch.zeros(4, 6, 2, 2)
+LEVELS = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
+MIXED = torch.zeros(4, 50, 2, 2)
+BOTH = Product({"image": DiscretizedLogisticMixture(5), "label": "bernoulli"})
 ROWS = torch.zeros(4)
 SEED = torch.tensor([1, 0])
 META = torch.zeros(4, 12, device="meta")
@@ -38,6 +47,121 @@ class Unsummed(nn.Module):
 
 
 WRONG = {
+    # Levels and mixtures
+    "float data as levels": Wrong(
+        lambda: fv.discretized_logistic_nll(HEAD, IMAGE),
+        TypeError,
+        "fastvae.discretized_logistic_nll: `target` must be uint8, the levels of the data as they are, got float32; "
+        "did you mean (target * 255).round().to(torch.uint8)?",
+    ),
+    "float x as levels": Wrong(
+        lambda: elbo(MIXED, IMAGE, kl=ROWS, likelihood=DiscretizedLogisticMixture(5)),
+        TypeError,
+        "fastvae.ELBO: `x` must be uint8, the levels of the data as they are, got float32; "
+        "did you mean (x * 255).round().to(torch.uint8)?",
+    ),
+    "integer params of a mixture": Wrong(
+        lambda: fv.discretized_logistic_mixture_nll(LEVELS, LEVELS, components=5),
+        TypeError,
+        "fastvae.discretized_logistic_mixture_nll: `params` must be float32, bfloat16, float16 or float64, got uint8",
+    ),
+    "another decoder": Wrong(
+        lambda: fv.discretized_logistic_mixture_nll(MIXED, LEVELS, components=10),
+        ValueError,
+        "fastvae.discretized_logistic_mixture_nll: `params` must have shape (4, 100, 2, 2), 10 components for "
+        "`target` (4, 3, 2, 2), got (4, 50, 2, 2)",
+    ),
+    "half a decoder": Wrong(
+        lambda: fv.discretized_logistic_nll(IMAGE, LEVELS),
+        ValueError,
+        "fastvae.discretized_logistic_nll: `params` must have shape (4, 6, 2, 2), mean and log-scale for `target` "
+        "(4, 3, 2, 2), got (4, 3, 2, 2)",
+    ),
+    "two channels": Wrong(
+        lambda: fv.discretized_logistic_mixture_nll(MIXED, LEVELS[:, :2], components=5),
+        ValueError,
+        "fastvae.discretized_logistic_mixture_nll: `target` must have shape (B, 3, ...) or (B, 1, ...), "
+        "got (4, 2, 2, 2)",
+    ),
+    "two channels of a decoder": Wrong(
+        lambda: DiscretizedLogisticMixture(5).channels(2),
+        ValueError,
+        "fastvae.likelihoods.DiscretizedLogisticMixture: data must have 1 or 3 channels, got 2",
+    ),
+    "mean of another decoder": Wrong(
+        lambda: DiscretizedLogisticMixture(4).mean(MIXED),
+        ValueError,
+        "fastvae.likelihoods.DiscretizedLogisticMixture: `params` must have shape (B, 40, ...) or (B, 12, ...) "
+        "for 4 components, got (4, 50, 2, 2)",
+    ),
+    "no components": Wrong(
+        lambda: fv.discretized_logistic_mixture_nll(MIXED, LEVELS, components=0),
+        ValueError,
+        "fastvae.discretized_logistic_mixture_nll: `components` must be at least 1, got 0",
+    ),
+    "half a component": Wrong(
+        lambda: DiscretizedLogisticMixture(2.5),
+        TypeError,
+        "fastvae.likelihoods.DiscretizedLogisticMixture: `k` must be an int, got 2.5",
+    ),
+    "nine bits": Wrong(
+        lambda: DiscretizedLogistic(9),
+        ValueError,
+        "fastvae.likelihoods.DiscretizedLogistic: `bits` must be from 1 to 8, got 9",
+    ),
+    "floor": Wrong(
+        lambda: DiscretizedLogistic(log_scale_floor=-float("inf")),
+        ValueError,
+        "fastvae.likelihoods.DiscretizedLogistic: `log_scale_floor` must be between -60 and 60, got -inf",
+    ),
+    "small mass": Wrong(
+        lambda: fv.discretized_logistic_nll(HEAD, LEVELS, small_mass=1.0),
+        ValueError,
+        "fastvae.discretized_logistic_nll: `small_mass` must be at least 0 and below 1, got 1.0",
+    ),
+    "levels on another device": Wrong(
+        lambda: fv.discretized_logistic_nll(HEAD, LEVELS.to("meta")),
+        ValueError,
+        "fastvae.discretized_logistic_nll: `target` must be on the device of `params`, cpu, got meta; "
+        "did you mean target.to(params.device)?",
+    ),
+    # Products
+    "a part is missing": Wrong(
+        lambda: elbo({"image": MIXED}, {"image": LEVELS, "label": FLAT}, kl=ROWS, likelihood=BOTH),
+        ValueError,
+        "fastvae.likelihoods.Product: `params` must have the keys 'image', 'label', got ['image']: missing 'label'",
+    ),
+    "a part too many": Wrong(
+        lambda: BOTH.nll({"image": MIXED, "label": FLAT}, {"image": LEVELS, "label": FLAT, "text": FLAT}),
+        ValueError,
+        "fastvae.likelihoods.Product: `target` must have the keys 'image', 'label', got "
+        "['image', 'label', 'text']: unknown 'text'",
+    ),
+    "a part by another name": Wrong(
+        lambda: BOTH.mean({"image": MIXED, "labels": FLAT}),
+        ValueError,
+        "got ['image', 'labels']: missing 'label'; unknown 'labels'",
+    ),
+    "no dict": Wrong(
+        lambda: elbo(MIXED, LEVELS, kl=ROWS, likelihood=BOTH),
+        TypeError,
+        "fastvae.likelihoods.Product: `params` must be a dict with the keys 'image', 'label', got Tensor",
+    ),
+    "parts of different batches": Wrong(
+        lambda: BOTH.nll({"image": MIXED, "label": FLAT[:2]}, {"image": LEVELS, "label": FLAT[:2]}),
+        ValueError,
+        "fastvae.likelihoods.Product: every part must have the same rows, got (4,) of 'image' and (2,) of 'label'",
+    ),
+    "no parts": Wrong(
+        lambda: Product({}),
+        ValueError,
+        "fastvae.likelihoods.Product: `parts` must name at least one likelihood, got none",
+    ),
+    "parts without names": Wrong(
+        lambda: Product([Bernoulli()]),
+        TypeError,
+        "fastvae.likelihoods.Product: `parts` must be a dict of likelihoods, got list",
+    ),
     # Shapes
     "target image for flat logits": Wrong(
         lambda: fv.bernoulli_nll(FLAT, IMAGE),

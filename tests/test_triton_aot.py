@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from fastvae._triton import latents, nll, tuning  # noqa: E402
+from fastvae._triton import latents, mixtures, nll, tuning  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -61,7 +61,7 @@ def record(run: Callable[[], object]) -> list[Launch]:
         launches.append(Launch(kernel, args, options))
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (nll, latents):
+        for module in (nll, latents, mixtures):
             patch.setattr(module, "launch", note)
         run()
     return launches
@@ -132,7 +132,13 @@ def data(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 
 def loss(likelihood: str, params: list[torch.Tensor], target: torch.Tensor, needs: int = 1) -> object:
-    constants = {"gaussian": [0.5], "laplace": [0.5], "student_t_learned": [4.0]}.get(likelihood, [])
+    constants = {
+        "gaussian": [0.5],
+        "laplace": [0.5],
+        "student_t_learned": [4.0],
+        "discretized_logistic": [8, -7.0, 1e-5],
+        "discretized_logistic_mixture": [10, 8, -7.0, 1e-5],
+    }.get(likelihood, [])
     return nll.nll_forward(likelihood, params, target, constants, ROWS[: target.shape[0]], ONE, 2, needs)
 
 
@@ -175,6 +181,8 @@ def scale(dtype: torch.dtype, by_row: bool) -> object:
 IMAGE, HALF_IMAGE = (
     data(FLOAT, 64, c, 16, 16).contiguous(memory_format=torch.channels_last) for c in (32, 16)
 )
+MIXED = data(FLOAT, 512, 100)
+PLANES, LEVELS = data(FLOAT, 16, 100, 32, 32), data(BYTE, 16, 3, 32, 32)
 MANY, LONG = data(FLOAT, 10_000, 4), data(FLOAT, 2, 100_000)
 
 # Calls whose tensors are aligned: their first launch reads and writes 128 bits at a time.
@@ -194,6 +202,8 @@ ALIGNED: dict[str, Callable[[], object]] = {
     "continuous Bernoulli": lambda: loss("continuous_bernoulli", [data(FLOAT)], data(FLOAT)),
     "poisson, int32": lambda: loss("poisson", [data(FLOAT)], data(torch.int32)),
     "student t, learned": lambda: loss("student_t_learned", [data(FLOAT), ONE], data(FLOAT), 3),
+    "discretised, uint8": lambda: loss("discretized_logistic", [PLANES[:, :6]], LEVELS),
+    "mixture, uint8": lambda: loss("discretized_logistic_mixture", [PLANES], LEVELS),
     "rows of MNIST": lambda: loss("bernoulli", [data(FLOAT, 128, 784)], data(FLOAT, 128, 784)),
     "scale": lambda: scale(FLOAT, False),
     "scale, by row, bf16": lambda: scale(HALF, True),
@@ -217,6 +227,13 @@ OTHERS: dict[str, Callable[[], object]] = {
     "many rows": lambda: nll.nll_forward("bernoulli", [MANY], MANY, [], NONE, NONE, 2, 1),
     "fp16 gradient": lambda: nll.nll_gradient("bernoulli", [data(torch.float16)], data(FLOAT), [], ONE, ROWS, 2, 1),
     "learned, backward": lambda: nll.nll_backward_(ONE, NONE, [data(FLOAT)], ROWS, ROWS, ONE, B, 2, True, True),
+    "mixture, bf16, grey": lambda: loss(
+        "discretized_logistic_mixture", [PLANES[:, :30].bfloat16()], LEVELS[:, :1]),
+    "mixture, channels_last": lambda: loss(
+        "discretized_logistic_mixture", [PLANES.to(memory_format=torch.channels_last)], LEVELS),
+    "mixture, no gradient": lambda: loss("discretized_logistic_mixture", [PLANES], LEVELS, 0),
+    "mixture, double": lambda: loss("discretized_logistic_mixture", [PLANES.double()], LEVELS),
+    "mixture of many rows": lambda: loss("discretized_logistic_mixture", [MIXED], LEVELS[0, :, 0, 0].expand(512, 3)),
     "small latents": lambda: sample(FLOAT, 20),
     "sample, double": lambda: sample(DOUBLE, 20),
     "long latents": lambda: latents.gaussian_kl_forward(LONG, LONG, NONE, NONE, False),
@@ -249,7 +266,9 @@ def test_others(architecture: str, name: str) -> None:
 def test_every_kernel_is_compiled() -> None:
     calls = [*ALIGNED.values(), *OTHERS.values()]
     compiled = {launch.kernel.__name__ for call in calls for launch in record(call)}
-    kernels = {name for module in (nll, latents) for name in vars(module) if name.endswith("_kernel")}
+    kernels = {
+        name for module in (nll, latents, mixtures) for name in vars(module) if name.endswith("_kernel")
+    }
     assert compiled == kernels
 
 

@@ -108,6 +108,21 @@ struct CategoricalArgs {
   double* row_nll;
 };
 
+// The discretised logistic (components == 0) and the mixtures of it, of 1 or 3 channels; params and slopes have a plane of `pixels`
+// for each of what the kernel's struct lists (mixtures.cpp). In memory planes lie one behind the other or, where `alternate`, take
+// turns at every pixel (channels_last); the target's channels likewise.
+struct LogisticArgs {
+  bool in_double, alternate;
+  int64_t rows, pixels, channels, components;
+  double levels, log_scale_floor, small_mass;
+  Operand params;
+  Operand target;  // u8: levels
+  Result slopes;   // no data: not wanted
+  const double* weight;
+  int64_t weight_stride;
+  double* row_nll;
+};
+
 // The noise of Philox4x32-10: see math/philox.h.
 struct NoiseKey {
   uint64_t seed, offset, row_offset;
@@ -146,14 +161,15 @@ struct ScaleArgs {
   int64_t factor_stride;
 };
 
-#define FASTVAE_DECLARE_KERNELS(isa)         \
-  namespace isa {                            \
-  void nll(const NllArgs&);                  \
-  void count_nll(const CountArgs&);          \
-  void categorical(const CategoricalArgs&);  \
-  void sample(const SampleArgs&);            \
-  void sample_grad(const SampleGradArgs&);   \
-  void scale_rows(const ScaleArgs&);         \
+#define FASTVAE_DECLARE_KERNELS(isa)              \
+  namespace isa {                                 \
+  void nll(const NllArgs&);                       \
+  void count_nll(const CountArgs&);               \
+  void categorical(const CategoricalArgs&);       \
+  void discretized_logistic(const LogisticArgs&); \
+  void sample(const SampleArgs&);                 \
+  void sample_grad(const SampleGradArgs&);        \
+  void scale_rows(const ScaleArgs&);              \
   }
 FASTVAE_DECLARE_KERNELS(isa_default)
 FASTVAE_DECLARE_KERNELS(isa_avx2)

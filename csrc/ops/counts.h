@@ -7,13 +7,8 @@ namespace fastvae {
 
 void check_counts(const LikelihoodRow& row, at::TensorList params, const Tensor& target);
 
-struct CountEvaluation {
-  std::vector<double> nll;  // of each row
-  Tensors gradients;
-};
-
-// As `evaluate` of nll_cpu.cpp: the gradient of row r is multiplied by weights[r * weight_stride].
-CountEvaluation evaluate_counts(const LikelihoodRow& row, at::TensorList params, const Tensor& target, int64_t needs,
-                                const double* weights, int64_t weight_stride);
+// Writes the nll of each row and appends the gradients that `needs` asks for; that of row r is multiplied by weights[r * weight_stride].
+void evaluate_counts(const LikelihoodRow& row, at::TensorList params, const Tensor& target, int64_t needs, const double* weights,
+                     int64_t weight_stride, std::vector<double>& nll, Tensors& gradients);
 
 }  // namespace fastvae

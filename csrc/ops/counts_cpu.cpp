@@ -73,8 +73,8 @@ void check_counts(const LikelihoodRow& row, at::TensorList params, const Tensor&
                     "fastvae::nll: a sparse target of ", rows, " rows must have ", rows + 1, " crow_indices and as many col_indices as values");
 }
 
-CountEvaluation evaluate_counts(const LikelihoodRow& row, at::TensorList params, const Tensor& target, int64_t needs,
-                                const double* weights, int64_t weight_stride) {
+void evaluate_counts(const LikelihoodRow& row, at::TensorList params, const Tensor& target, int64_t needs, const double* weights,
+                     int64_t weight_stride, std::vector<double>& nll, Tensors& gradients) {
   constexpr auto order = at::MemoryFormat::Contiguous;
   const auto& form = form_of(row);
   const Tensor& lead = params[0];
@@ -83,8 +83,7 @@ CountEvaluation evaluate_counts(const LikelihoodRow& row, at::TensorList params,
   const auto keep = [&](const Tensor& t) -> const Tensor& { return kept.emplace_back(t); };
   kept.reserve(8);
 
-  CountEvaluation out;
-  out.nll.resize(rows);
+  nll.resize(rows);
   cpu::CountArgs args{};
   args.in_double = lead.scalar_type() == at::kDouble;
   args.raw = form.raw;
@@ -117,29 +116,28 @@ CountEvaluation evaluate_counts(const LikelihoodRow& row, at::TensorList params,
     if (i == 1 && args.shared_dispersion) {
       of_genes.resize(genes);
       args.d_shared_dispersion = of_genes.data();
-      out.gradients.emplace_back();
+      gradients.emplace_back();
     } else if (i == form.library) {
       of_rows.resize(rows);
       args.d_library = of_rows.data();
-      out.gradients.emplace_back();
+      gradients.emplace_back();
     } else {
-      out.gradients.push_back(pooled_empty(lead.sizes(), lead, order));
-      (i == 0 ? args.d_mean : i == 1 ? args.d_dispersion : args.d_zero_logits) = result(out.gradients.back());
+      gradients.push_back(pooled_empty(lead.sizes(), lead, order));
+      (i == 0 ? args.d_mean : i == 1 ? args.d_dispersion : args.d_zero_logits) = result(gradients.back());
     }
   }
   args.weight = weights;
   args.weight_stride = weight_stride;
-  args.row_nll = out.nll.data();
+  args.row_nll = nll.data();
   cpu::kernels().count_nll(args);
 
-  auto gradient = out.gradients.begin();
+  auto gradient = gradients.begin();
   for (int i = 0; i < row.tensors; ++i) {
     if (!(needs >> i & 1)) continue;
     if (i == 1 && args.shared_dispersion) *gradient = from_doubles(of_genes, {genes}, params[i].scalar_type());
     else if (i == form.library) *gradient = from_doubles(of_rows, {rows}, params[i].scalar_type());
     ++gradient;
   }
-  return out;
 }
 
 }  // namespace fastvae

@@ -9,6 +9,7 @@ struct Kernels {
   void (*nll)(const NllArgs&);
   void (*count_nll)(const CountArgs&);
   void (*categorical)(const CategoricalArgs&);
+  void (*discretized_logistic)(const LogisticArgs&);
   void (*sample)(const SampleArgs&);
   void (*sample_grad)(const SampleGradArgs&);
   void (*scale_rows)(const ScaleArgs&);

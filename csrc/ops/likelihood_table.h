@@ -15,8 +15,8 @@
 
 namespace fastvae {
 
-// What checks and evaluates a row: the loop over elements, or one of its own (counts.h, categorical.h).
-enum class Family : int8_t { elementwise, counts, categorical };
+// What checks and evaluates a row: the loop over elements, or one of its own (counts.h, categorical.h, mixture.h).
+enum class Family : int8_t { elementwise, counts, categorical, logistic };
 
 struct LikelihoodRow {
   std::string_view name;
@@ -53,6 +53,10 @@ constexpr LikelihoodRow kLikelihoods[] = {
     {"negative_binomial_logits", {}, 3, 0, false, false, false, true, Family::counts},
     {"zero_inflated_negative_binomial_logits", {}, 4, 0, false, false, false, true, Family::counts},
     {"categorical", {}, 1, 1, false, false, false, false, Family::categorical},               // logits; the ignored target
+    // mean and log-scale, packed; bits, floor of the log-scale, small mass
+    {"discretized_logistic", {}, 1, 3, false, false, false, false, Family::logistic},
+    // see Mixture in cpu/mixtures.cpp; components, and the same
+    {"discretized_logistic_mixture", {}, 1, 4, false, false, false, false, Family::logistic},
 };
 
 inline const LikelihoodRow& likelihood_row(std::string_view name) {

@@ -11,6 +11,7 @@
 #include "categorical.h"
 #include "counts.h"
 #include "likelihood_table.h"
+#include "mixture.h"
 
 namespace fastvae {
 namespace {
@@ -249,6 +250,7 @@ void check_nll(const LikelihoodRow& row, at::TensorList params, const Tensor& ta
     case Family::elementwise: check_elements(row, params, target, constants); break;
     case Family::counts: check_counts(row, params, target); break;
     case Family::categorical: check_categorical(params[0], target, constants); break;
+    case Family::logistic: check_logistic(row, params[0], target, constants); break;
   }
   const int64_t rows = params[0].size(0);
   TORCH_CHECK_VALUE(!kl || (kl->dim() == 1 && kl->size(0) == rows), "fastvae::nll: `kl` must have the shape (", rows, ",)");

@@ -7,6 +7,7 @@
 #include "counts.h"
 #include "cpu_kernels.h"
 #include "likelihood_table.h"
+#include "mixture.h"
 #include "nll_views.h"
 
 namespace fastvae {
@@ -20,25 +21,14 @@ struct Evaluation {
 };
 
 // Runs the kernel; the gradient of row r is multiplied by weights[r * weight_stride].
-Evaluation evaluate(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
-                    int64_t needs, const double* weights, int64_t weight_stride) {
-  if (row.family == Family::counts) {
-    auto [nll, gradients] = evaluate_counts(row, params, target, needs, weights, weight_stride);
-    return {std::move(nll), {}, std::move(gradients), {}};
-  }
-  const Tensor& lead = params[0];
-  if (row.family == Family::categorical) {
-    Evaluation out{};
-    evaluate_categorical(lead, target, constants, needs & 1, weights, weight_stride, out.nll, out.gradients);
-    return out;
-  }
-
+Evaluation evaluate_elements(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
+                             int64_t needs, const double* weights, int64_t weight_stride) {
   Evaluation out;
   out.normaliser = normaliser(row, constants, row.has_scalar ? to_doubles(params.back())[0] : 0);
-  out.nll.resize(lead.size(0));
-  out.pull.resize(row.has_scalar ? lead.size(0) : 0);
+  out.nll.resize(params[0].size(0));
+  out.pull.resize(row.has_scalar ? params[0].size(0) : 0);
   cpu::NllArgs args{};
-  args.in_double = lead.scalar_type() == at::kDouble;
+  args.in_double = params[0].scalar_type() == at::kDouble;
   std::copy_n(out.normaliser.constants, cpu::kMaxConstants, args.constants);
   args.weight = weights;
   args.weight_stride = weight_stride;
@@ -47,6 +37,22 @@ Evaluation evaluate(const LikelihoodRow& row, at::TensorList params, const Tenso
   Tensors kept;
   out.gradients = fill_elements(args, row, params, target, needs, kept);
   cpu::kernels().nll(args);
+  return out;
+}
+
+Evaluation evaluate(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
+                    int64_t needs, const double* weights, int64_t weight_stride) {
+  Evaluation out{};
+  switch (row.family) {
+    case Family::elementwise: return evaluate_elements(row, params, target, constants, needs, weights, weight_stride);
+    case Family::counts: evaluate_counts(row, params, target, needs, weights, weight_stride, out.nll, out.gradients); break;
+    case Family::categorical:
+      evaluate_categorical(params[0], target, constants, needs & 1, weights, weight_stride, out.nll, out.gradients);
+      break;
+    case Family::logistic:
+      evaluate_logistic(row, params[0], target, constants, needs & 1, weights, weight_stride, out.nll, out.gradients);
+      break;
+  }
   return out;
 }
 

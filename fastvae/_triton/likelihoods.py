@@ -193,6 +193,9 @@ class Likelihood(NamedTuple):
     warps_64: int = 1  # times the usual number, in float64: for an element that fills many registers
     shape_of: Callable[[Sequence[float]], float] = lambda constants: 0.0
     offset_of: Callable[[Sequence[float]], float] = lambda constants: 0.0
+    family: str = (
+        "elementwise"  # the function of nll.EVALUATE that does the work; others than this have no element
+    )
 
 
 def _df(constants: Sequence[float]) -> float:
@@ -230,4 +233,6 @@ LIKELIHOODS = {
     "student_t_head": Likelihood(
         student_t_per_element, packed=True, shape_of=_df, offset_of=_student_t_offset
     ),
+    "discretized_logistic": Likelihood(None, is_location=False, family="logistic"),
+    "discretized_logistic_mixture": Likelihood(None, is_location=False, family="logistic"),
 }

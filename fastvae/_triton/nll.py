@@ -8,7 +8,7 @@ Everything is computed in float32, or float64 for float64 parameters: C below. S
 decides. Offsets are 64-bit where rows are counted, and 32-bit within a row unless it is longer than that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -502,6 +502,12 @@ def _evaluate(
     return gradients, row_sums, scalar_sums, cut
 
 
+# By the family of a likelihood; mixtures.py adds its own.
+EVALUATE: dict[str, Callable[..., tuple[list[Tensor], Tensor | None, Tensor | None, Partition]]] = {
+    "elementwise": _evaluate
+}
+
+
 def nll_forward(
     likelihood: str,
     params: Sequence[Tensor],
@@ -520,8 +526,9 @@ def nll_forward(
     lead = params[0]
     rows = lead.shape[0]
     weight = weight_of(reduction, rows)
-    gradients, row_sums, scalar_sums, cut = _evaluate(
-        LIKELIHOODS[likelihood], params, target, constants, needs, weight
+    row = LIKELIHOODS[likelihood]
+    gradients, row_sums, scalar_sums, cut = EVALUATE[row.family](
+        row, params, target, constants, needs, weight
     )
     assert row_sums is not None
     nll = row_sums.new_empty(rows)
@@ -578,8 +585,9 @@ def nll_gradient(
     needs: int,
 ) -> list[Tensor]:
     """The gradients of the objective, for what the forward cannot make yet: fp16 must know the factor first."""
-    gradients, *_ = _evaluate(
-        LIKELIHOODS[likelihood],
+    row = LIKELIHOODS[likelihood]
+    gradients, *_ = EVALUATE[row.family](
+        row,
         params,
         target,
         constants,

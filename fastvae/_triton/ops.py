@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import INTERPRETED, latents, nll
+from . import INTERPRETED, latents, mixtures, nll  # noqa: F401
 from .launch import memory_order, row_dtype
 from .likelihoods import LIKELIHOODS
 

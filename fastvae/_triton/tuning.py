@@ -18,7 +18,7 @@ class Choice(NamedTuple):
     programs: int  # that fill the chip: rows are split until there are about as many
 
 
-KERNELS = ("nll", "scale", "sample", "sample_gradient")
+KERNELS = ("nll", "logistic", "scale", "sample", "sample_gradient")
 
 # What a class of shapes is called, and how many elements (rows * size) it ends at.
 SMALL = 1 << 20
@@ -26,6 +26,9 @@ SMALL = 1 << 20
 _DEFAULT = {
     ("nll", "small"): Choice(1024, 4, 1024),
     ("nll", "large"): Choice(2048, 4, 2048),
+    # Of pixels: many planes for each, and much to compute.
+    ("logistic", "small"): Choice(256, 2, 1024),
+    ("logistic", "large"): Choice(512, 4, 2048),
     ("scale", "small"): Choice(1024, 4, 1024),
     ("scale", "large"): Choice(4096, 8, 1024),
     ("sample", "small"): Choice(512, 2, 1024),

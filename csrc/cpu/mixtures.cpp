@@ -1,0 +1,309 @@
+// The discretised logistic and the mixtures of it: one pass over the parameters of each pixel, a lane for each of a few pixels.
+// What the gradient needs of K components is kept for those pixels alone, in the L1 cache.
+#include "../math/logistic.h"
+
+#include <ATen/Parallel.h>
+
+#include <cmath>
+#include <vector>
+
+#include "staging.h"
+
+namespace fastvae::cpu::FASTVAE_ISA {
+namespace {
+
+constexpr int64_t kTile = 128;  // pixels that are staged at a time
+constexpr int64_t kStride = kTile + 16;  // of planes there: a power of two would have them share a few sets of the cache
+
+// A plane for each parameter, of consecutive pixels.
+template <class C>
+struct Planes {
+  C* data;
+  int64_t stride;
+
+  C* at(int64_t plane, int64_t pixel) const { return data + plane * stride + pixel; }
+};
+
+template <class C>
+struct Tile {
+  Planes<const C> params;
+  Planes<const C> data;  // a plane for each channel, in half bins: 2 level - levels
+  Planes<C> slopes;
+  int64_t pixels;
+  C weight;
+};
+
+template <class V>
+math::Bins<V> bins_of(const LogisticArgs& args) {
+  using C = typename math::Primitives<V>::Scalar;
+  const auto all = [](double value) { return V(static_cast<C>(value)); };
+  return {all(args.levels), all(1 / args.levels), all(std::log(2 / args.levels)), all(args.log_scale_floor), all(args.small_mass)};
+}
+
+// Planes: `channels` means, `channels` log-scales.
+template <class C>
+struct Single {
+  using V = Vec<C>;
+  static constexpr int64_t kPixels = kBlock;
+  static constexpr bool kInPlace = true;
+
+  static int64_t planes(const LogisticArgs& args) { return 2 * args.channels; }
+
+  explicit Single(const LogisticArgs& args) : bins(bins_of<V>(args)), channels(args.channels) {}
+
+  template <bool kSlopes>
+  double nll(const Tile<C>& tile) {
+    const V weight(-tile.weight);
+    Sum<C> sum;
+    for (int64_t c = 0; c < channels; ++c) {
+      math::Log1pSum<V> logs;
+      V factors(1);
+      int count = 0;
+      const auto step = [&](int64_t i, auto lanes) FASTVAE_INLINE {
+        const V n = load_lanes(tile.data.at(c, i), lanes);
+        const V mean = load_lanes(tile.params.at(c, i), lanes), log_scale = load_lanes(tile.params.at(channels + c, i), lanes);
+        const math::LogMass<V> mass(n, mean * bins.levels, log_scale, bins);
+        if constexpr (kSlopes) {
+          store_lanes(mass.by_middle * bins.levels * weight, tile.slopes.at(c, i), lanes);
+          store_lanes(mass.by_log_scale * weight, tile.slopes.at(channels + c, i), lanes);
+        }
+        return mass;
+      };
+      constexpr std::integral_constant<int64_t, V::size()> whole;
+      int64_t i = 0;
+      for (; i + whole <= tile.pixels; i += whole) {
+        const auto mass = step(i, whole);
+        logs.add(mass.e1, V(1) + mass.e1);
+        logs.add(mass.e2, V(1) + mass.e2);
+        factors = factors * mass.factor;
+        sum.add(0, mass.linear);
+        // Eight factors of at least 2e-4 are a normal number, 128 of at most 2 are finite.
+        if (++count % 8 == 0) {
+          sum.add(1, factors.log().neg());
+          factors = V(1);
+        }
+        if (count % 32 == 0) {
+          sum.add(2, logs.value());
+          logs = {};
+        }
+      }
+      sum.add(1, factors.log().neg());
+      sum.add(2, logs.value());
+      if (i < tile.pixels) {
+        const auto mass = step(i, tile.pixels - i);
+        math::Log1pSum<V> last;
+        last.add(mass.e1, V(1) + mass.e1);
+        last.add(mass.e2, V(1) + mass.e2);
+        sum.add_lanes(mass.linear + last.value() - mass.factor.log(), tile.pixels - i);
+      }
+    }
+    return sum.total();
+  }
+
+  math::Bins<V> bins;
+  int64_t channels;
+};
+
+// Planes, as PixelCNN++ has them: K logits, and then for each channel K means, K log-scales and, of three channels, K coefficients:
+// that of channel 0 in the mean of 1, that of 0 in the mean of 2, that of 1 in the mean of 2.
+template <class C, int kChannels>
+struct Mixture {
+  using V = Vec<C>;
+  static constexpr int64_t kPixels = 256;
+  // A hundred planes whose distance is a power of two would share a few sets of the cache.
+  static constexpr bool kInPlace = false;
+  static constexpr int kBlocks = kChannels == 3 ? 3 : 2;
+
+  struct Component {
+    V logit, linear, factor;
+    V by_mean[kChannels], by_log_scale[kChannels], by_coefficient[3];  // of its log-mass
+  };
+
+  static int64_t planes(const LogisticArgs& args) { return args.components * (1 + kBlocks * kChannels); }
+
+  explicit Mixture(const LogisticArgs& args) : bins(bins_of<V>(args)), components(args.components) {}
+
+  template <bool kSlopes>
+  double nll(const Tile<C>& tile) {
+    constexpr std::integral_constant<int64_t, V::size()> whole;
+    Sum<C> sum;
+    int64_t i = 0;
+    for (; i + whole <= tile.pixels; i += whole) sum.add(0, step<kSlopes>(tile, i, whole));
+    if (i < tile.pixels) sum.add_lanes(step<kSlopes>(tile, i, tile.pixels - i), tile.pixels - i);
+    return sum.total();
+  }
+
+  template <bool kSlopes, class Lanes>
+  V step(const Tile<C>& tile, int64_t i, Lanes lanes) {
+    using P = math::Primitives<V>;
+    const auto K = static_cast<int64_t>(components.size());
+    const auto param = [&](int64_t plane) FASTVAE_INLINE { return load_lanes(tile.params.at(plane, i), lanes); };
+    V n[kChannels];
+    for (int c = 0; c < kChannels; ++c) n[c] = load_lanes(tile.data.at(c, i), lanes);
+
+    V top_logit, top;
+    for (int64_t k = 0; k < K; ++k) {
+      Component& component = components[k];
+      const auto at = [&](int c, int block) { return K * (1 + kBlocks * c + block) + k; };
+      component.logit = param(k);
+      component.linear = component.logit;
+      component.factor = V(1);
+      math::Tanh<V> coefficient[3] = {math::Tanh<V>(V(0)), math::Tanh<V>(V(0)), math::Tanh<V>(V(0))};
+      if constexpr (kChannels == 3)
+        for (int j = 0; j < 3; ++j) coefficient[j] = math::Tanh<V>(param(at(j, 2)));
+      for (int c = 0; c < kChannels; ++c) {
+        V middle = param(at(c, 0)) * bins.levels;
+        if constexpr (kChannels == 3) {
+          if (c == 1) middle = P::fma(coefficient[0].value, n[0], middle);
+          if (c == 2) middle = P::fma(coefficient[2].value, n[1], P::fma(coefficient[1].value, n[0], middle));
+        }
+        const math::LogMass<V> mass(n[c], middle, param(at(c, 1)), bins);
+        component.linear = component.linear - mass.linear;
+        component.factor = component.factor * mass.one_over_factors;
+        if constexpr (kSlopes) {
+          component.by_mean[c] = mass.by_middle * bins.levels;
+          component.by_log_scale[c] = mass.by_log_scale;
+          if constexpr (kChannels == 3) {
+            if (c == 1) component.by_coefficient[0] = mass.by_middle * n[0] * coefficient[0].slope;
+            if (c == 2) {
+              component.by_coefficient[1] = mass.by_middle * n[0] * coefficient[1].slope;
+              component.by_coefficient[2] = mass.by_middle * n[1] * coefficient[2].slope;
+            }
+          }
+        }
+      }
+      top_logit = k == 0 ? component.logit : P::select(P::less(top_logit, component.logit), component.logit, top_logit);
+      top = k == 0 ? component.linear : P::select(P::less(top, component.linear), component.linear, top);
+    }
+
+    V weights(0), masses(0);  // sum of e^(logit - top_logit); of e^(linear - top) factor
+    for (int64_t k = 0; k < K; ++k) {
+      Component& component = components[k];
+      component.logit = P::exp_bounded(component.logit - top_logit);
+      component.factor = component.factor * P::exp_bounded(component.linear - top);
+      weights = weights + component.logit;
+      masses = masses + component.factor;
+    }
+    const V value = (weights / masses).log() + (top_logit - top);
+
+    if constexpr (kSlopes) {
+      const V weight(tile.weight), prior = weight / weights, posterior = weight / masses;
+      const auto store = [&](int64_t plane, V slope) FASTVAE_INLINE { store_lanes(slope, tile.slopes.at(plane, i), lanes); };
+      for (int64_t k = 0; k < K; ++k) {
+        const Component& component = components[k];
+        const auto at = [&](int c, int block) { return K * (1 + kBlocks * c + block) + k; };
+        const V share = P::neg(component.factor * posterior);
+        store(k, P::fma(component.logit, prior, share));
+        for (int c = 0; c < kChannels; ++c) {
+          store(at(c, 0), component.by_mean[c] * share);
+          store(at(c, 1), component.by_log_scale[c] * share);
+          if constexpr (kChannels == 3) store(at(c, 2), component.by_coefficient[c] * share);
+        }
+      }
+    }
+    return value;
+  }
+
+  math::Bins<V> bins;
+  std::vector<Component> components;
+};
+
+// Pixels [begin, begin + n) of a row, by planes, from data whose planes lie one behind the other or, channels_last, alternate.
+template <class C>
+void gather(const Operand& view, int64_t row, int64_t begin, int64_t n, int64_t planes, int64_t pixels, bool alternate, C* out,
+            C* line) {
+  if (!alternate) {
+    for (int64_t p = 0; p < planes; ++p)
+      convert_in(view.data, view.type, row * view.row_stride + p * pixels + begin, out + p * kStride, n);
+    return;
+  }
+  const int64_t start = row * view.row_stride + begin * planes;
+  for (int64_t i = 0; i < n; ++i) {
+    convert_in(view.data, view.type, start + i * planes, line, planes);
+    for (int64_t p = 0; p < planes; ++p) out[p * kStride + i] = line[p];
+  }
+}
+
+template <class C>
+void scatter(const C* in, const Result& view, int64_t row, int64_t begin, int64_t n, int64_t planes, int64_t pixels,
+             bool alternate, C* line) {
+  if (!alternate) {
+    for (int64_t p = 0; p < planes; ++p)
+      convert_out(in + p * kStride, view.data, view.type, row * view.row_stride + p * pixels + begin, n);
+    return;
+  }
+  const int64_t start = row * view.row_stride + begin * planes;
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t p = 0; p < planes; ++p) line[p] = in[p * kStride + i];
+    convert_out(line, view.data, view.type, start + i * planes, planes);
+  }
+}
+
+// Levels as they are, in half bins; those above the highest count as the highest.
+template <class C>
+void half_bins(const Operand& view, int64_t row, int64_t begin, int64_t n, int64_t channels, int64_t pixels, bool alternate,
+               int levels, C* out) {
+  const uint8_t* in = static_cast<const uint8_t*>(view.data) + row * view.row_stride;
+  for (int64_t c = 0; c < channels; ++c) {
+    const uint8_t* first = alternate ? in + begin * channels + c : in + c * pixels + begin;
+    const int64_t step = alternate ? channels : 1;
+    for (int64_t i = 0; i < n; ++i) out[c * kStride + i] = static_cast<C>(2 * std::min<int>(first[i * step], levels) - levels);
+  }
+}
+
+template <class C, class Model>
+void run(const LogisticArgs& args) {
+  const int64_t planes = Model::planes(args);
+  const int64_t blocks = (args.pixels + Model::kPixels - 1) / Model::kPixels, tasks = args.rows * blocks;
+  const bool wanted = args.slopes.data != nullptr;
+  const auto dense = [&](const auto& view) { return Model::kInPlace && !args.alternate && view.type == dtype_of<C>(); };
+  std::vector<double> sums(tasks);
+
+  at::parallel_for(0, tasks, grain(std::min(args.pixels, Model::kPixels) * planes), [&](int64_t first, int64_t last) {
+    Model model(args);
+    std::vector<C> params(dense(args.params) ? 0 : planes * kStride), slopes(!wanted || dense(args.slopes) ? 0 : planes * kStride);
+    std::vector<C> data(args.channels * kStride), line(args.alternate ? planes : 0);
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t row = task / blocks, end = std::min(args.pixels, (task % blocks + 1) * Model::kPixels);
+      double sum = 0;
+      for (int64_t begin = task % blocks * Model::kPixels; begin < end; begin += kTile) {
+        const int64_t n = std::min(kTile, end - begin);
+        Tile<C> tile{{params.data(), kStride}, {data.data(), kStride}, {slopes.data(), kStride}, n, 0};
+        tile.weight = static_cast<C>(args.weight[row * args.weight_stride]);
+        if (dense(args.params))
+          tile.params = {static_cast<const C*>(args.params.data) + row * args.params.row_stride + begin, args.pixels};
+        else
+          gather(args.params, row, begin, n, planes, args.pixels, args.alternate, params.data(), line.data());
+        half_bins(args.target, row, begin, n, args.channels, args.pixels, args.alternate, int(args.levels), data.data());
+        if (!wanted) {
+          sum += model.template nll<false>(tile);
+          continue;
+        }
+        const bool there = dense(args.slopes);
+        if (there) tile.slopes = {static_cast<C*>(args.slopes.data) + row * args.slopes.row_stride + begin, args.pixels};
+        sum += model.template nll<true>(tile);
+        if (!there) scatter(slopes.data(), args.slopes, row, begin, n, planes, args.pixels, args.alternate, line.data());
+      }
+      sums[task] = sum;
+    }
+  });
+
+  for (int64_t row = 0; row < args.rows; ++row) {
+    double sum = 0;
+    for (int64_t b = 0; b < blocks; ++b) sum += sums[row * blocks + b];
+    args.row_nll[row] = sum;
+  }
+}
+
+template <class C>
+void run(const LogisticArgs& args) {
+  if (args.components == 0) run<C, Single<C>>(args);
+  else if (args.channels == 3) run<C, Mixture<C, 3>>(args);
+  else run<C, Mixture<C, 1>>(args);
+}
+
+}  // namespace
+
+void discretized_logistic(const LogisticArgs& args) { args.in_double ? run<double>(args) : run<float>(args); }
+
+}  // namespace fastvae::cpu::FASTVAE_ISA

@@ -1,0 +1,23 @@
+// fastvae::nll of the rows of Family::logistic: the discretised logistic and the mixtures of it.
+#pragma once
+#include "common.h"
+#include "likelihood_table.h"
+
+namespace fastvae {
+
+// What the constants of such a row say. A single logistic has no components.
+struct LogisticConstants {
+  int64_t components, levels;
+  double log_scale_floor, small_mass;
+};
+
+LogisticConstants logistic_constants(const LikelihoodRow& row, at::ArrayRef<double> constants);
+
+// Raises where `params` (one tensor), `target` and the constants do not go together.
+void check_logistic(const LikelihoodRow& row, const Tensor& params, const Tensor& target, at::ArrayRef<double> constants);
+
+// Writes the nll of each row and, where wanted, appends the gradient; that of row r is multiplied by weights[r * weight_stride].
+void evaluate_logistic(const LikelihoodRow& row, const Tensor& params, const Tensor& target, at::ArrayRef<double> constants,
+                       bool wanted, const double* weights, int64_t weight_stride, std::vector<double>& nll, Tensors& gradients);
+
+}  // namespace fastvae

@@ -1,0 +1,376 @@
+"""The discretised logistic and the mixtures of it: what nll.py is to the likelihoods of one element.
+
+A program takes a tile of pixels and goes over their components twice: for the sum of the mixture, and, when that is
+known, for the gradient. Everything is computed again in between, for nothing of a component is kept. Formulas, and what
+is counted in half bins, are those of csrc/math/logistic.h.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import nll
+from .elementary import combine_excess, exp, exp_minus_1_minus, log1p
+from .launch import (
+    COMPUTE,
+    Partition,
+    dense_rows,
+    divisor,
+    event_size,
+    kernel,
+    launch,
+    memory_order,
+    number,
+    partition,
+    row_dtype,
+)
+from .likelihoods import Likelihood
+from .nll import first_column, row_factor, row_size, tile_columns, tile_rows
+from .tuning import choice
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An element
+# ---------------------------------------------------------------------------------------------------------------------
+
+# A bin narrower than this, in units of the scale, has the mass of the density in its middle to all digits.
+_NARROW_32: tl.constexpr = tl.constexpr(1e-4)
+_NARROW_64: tl.constexpr = tl.constexpr(1e-8)
+
+
+@triton.jit
+def one_minus_square(x, e):
+    """1 - e^-2x for x >= 0 and e = e^-x."""
+    return tl.where(x < 1.0, x - exp_minus_1_minus(-x, e), 1.0 - e) * (1.0 + e)
+
+
+@triton.jit
+def log_mass(n, middle, raw_log_scale, levels, log_width, floor, small):
+    """(linear, e1, e2, factor, factor / ((1 + e1) (1 + e2)), slope by middle, slope by log-scale) of log mass.
+
+    log mass = log(factor) - linear - log(1 + e1) - log(1 + e2).
+    """
+    floored = raw_log_scale < floor
+    log_scale = tl.where(floored, floor, raw_log_scale)
+    h = exp(-log_scale) / levels
+    u = h * (n - middle)
+    size = tl.abs(u)
+    r = exp(-h)
+    q = exp(-size)
+
+    lowest = n < 1.0 - levels
+    edge = lowest | (n > levels - 1.0)
+    t = tl.where(edge, tl.where(lowest, -u, u), size)
+    sign = tl.where(edge, tl.where(lowest, -1.0, 1.0), tl.where(u < 0.0, -1.0, 1.0))
+    y = t - h
+    e1 = exp(-tl.abs(y))
+    e2 = tl.where(edge, 0.0, q * r)
+    factor = tl.where(edge, 1.0, one_minus_square(h, r))
+    odd = tl.where(edge, 1.0, one_minus_square(size, q))
+
+    narrow = h < (_NARROW_64 if h.dtype == tl.float64 else _NARROW_32)
+    mass = tl.where(y > 0.0, e1, 1.0) * factor
+    is_small = ((mass < small * (1.0 + e1) * (1.0 + e2)) | narrow) & (edge == 0)
+    y = tl.where(is_small, size, y)
+    e1 = tl.where(is_small, q, e1)
+    e2 = tl.where(is_small, q, e2)
+    factor = tl.where(is_small, 1.0, factor)
+    linear = tl.where(y < 0.0, 0.0, y) + tl.where(is_small, log_scale - log_width, 0.0)
+
+    f1 = 1.0 + e1
+    f2 = 1.0 + e2
+    over = factor / (f1 * f2)
+    slope = tl.where(y < 0.0, e1, 1.0) * odd / (f1 * f2)
+    inner = (1.0 + r * r) / factor - tl.where(y > 0.0, e1, 1.0) * over
+    by_h = tl.where(is_small, 1.0, h * tl.where(edge, slope, inner))
+    by_log_scale = tl.where(floored, 0.0, t * slope - by_h)
+    return linear, e1, e2, factor, over, h * sign * slope, by_log_scale
+
+
+@triton.jit
+def tanh(x):
+    """(tanh(x), its derivative)."""
+    twice = 2.0 * tl.abs(x)
+    e = exp(-twice)
+    inverse = 1.0 / (1.0 + e)
+    size = tl.where(twice < 1.0, twice - exp_minus_1_minus(-twice, e), 1.0 - e) * inverse
+    return tl.where(x < 0.0, -size, size), 4.0 * e * inverse * inverse
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A component
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_plane(first, places, plane, step, inside, C: tl.constexpr):
+    return tl.load(first + places + plane * step, inside, 0.0).to(C)
+
+
+@triton.jit
+def store_plane(slopes, places, plane, step, inside, value):
+    tl.store(slopes + places + plane * step, value.to(slopes.dtype.element_ty), inside)
+
+
+@triton.jit
+def component(
+    first, places, k, K, step, inside, n0, n1, n2, levels, log_width, floor, small, CHANNELS: tl.constexpr
+):
+    """(logit, linear, factor, nine slopes of its log-mass) of component k: see Mixture in csrc/cpu/mixtures.cpp.
+
+    Slopes are by means, by log-scales and by coefficients; of one channel the first and the fourth are there.
+    """
+    C: tl.constexpr = n0.dtype
+    logit = load_plane(first, places, k, step, inside, C)
+    middle = load_plane(first, places, K + k, step, inside, C) * levels
+    scale = load_plane(first, places, 2 * K + k, step, inside, C)
+    linear, _, _, _, factor, m0, s0 = log_mass(n0, middle, scale, levels, log_width, floor, small)
+    linear = logit - linear
+    m1, m2, s1, s2, c0, c1, c2 = m0, m0, s0, s0, m0, m0, m0
+    if CHANNELS == 3:
+        a, a_slope = tanh(load_plane(first, places, 3 * K + k, step, inside, C))
+        b, b_slope = tanh(load_plane(first, places, 6 * K + k, step, inside, C))
+        c, c_slope = tanh(load_plane(first, places, 9 * K + k, step, inside, C))
+        middle = load_plane(first, places, 4 * K + k, step, inside, C) * levels + a * n0
+        scale = load_plane(first, places, 5 * K + k, step, inside, C)
+        more, _, _, _, over, m1, s1 = log_mass(n1, middle, scale, levels, log_width, floor, small)
+        linear -= more
+        factor *= over
+        middle = load_plane(first, places, 7 * K + k, step, inside, C) * levels + b * n0 + c * n1
+        scale = load_plane(first, places, 8 * K + k, step, inside, C)
+        more, _, _, _, over, m2, s2 = log_mass(n2, middle, scale, levels, log_width, floor, small)
+        linear -= more
+        factor *= over
+        c0 = m1 * n0 * a_slope
+        c1 = m2 * n0 * b_slope
+        c2 = m2 * n1 * c_slope
+    return logit, linear, factor, m0 * levels, m1 * levels, m2 * levels, s0, s1, s2, c0, c1, c2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernel
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def logistic_kernel(
+    first,  # (rows, planes * pixels), any stride of rows
+    target,  # uint8 levels (rows, channels * pixels), the same
+    slopes,  # out, or None: as `first`
+    row_sums,  # out, or None: (rows, splits) in C
+    levels: tl.float64,  # 2^bits - 1
+    log_width: tl.float64,  # log(2 / levels)
+    floor: tl.float64,
+    small: tl.float64,
+    grad_loss,  # see nll.row_factor; with neither of the two, slopes are multiplied by `weight`
+    grad_nll,
+    weight: tl.float64,
+    row_count: "number",
+    pixels: "number",  # this and all strides in units of UNIT elements
+    params_stride: "number",
+    target_stride: "number",
+    slopes_stride: "number",
+    planes: "number",
+    K: "number",  # components; 0: no mixture
+    channels: "number",
+    grad_loss_stride: "number",
+    grad_nll_stride: "number",
+    splits: "number",
+    tiles: "number",
+    MIXED: tl.constexpr,  # the channels of a mixture, or 0
+    ALTERNATE: tl.constexpr,  # planes take turns at every pixel: channels_last
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr,
+    WIDE: tl.constexpr,
+    C: tl.constexpr,
+):
+    rows, split = tile_rows(splits, ROWS)
+    inside_rows = rows < row_count
+    size = row_size(pixels, UNIT, WIDE)
+    first += rows[:, None] * params_stride * UNIT
+    target += rows[:, None] * target_stride * UNIT
+    if slopes is not None:
+        slopes += rows[:, None] * slopes_stride * UNIT
+    if grad_loss is None and grad_nll is None:
+        weights = tl.full((), weight, C)
+    else:
+        weights = row_factor(
+            grad_loss, grad_nll, weight, rows, inside_rows, grad_loss_stride, grad_nll_stride, C
+        )
+        weights = weights[:, None]
+    highest = tl.full((), levels, C)
+    width = tl.full((), log_width, C)
+    least = tl.full((), floor, C)
+    smallest = tl.full((), small, C)
+
+    sums = tl.zeros((ROWS, COLUMNS), C)
+    start = first_column(split, tiles, COLUMNS, WIDE)
+    for i in range(0, tiles):
+        columns = tile_columns(start + i * COLUMNS, COLUMNS, WIDE)[None, :]
+        inside = inside_rows[:, None] & (columns < size)
+        if ALTERNATE:
+            places = columns * planes
+            data_places = columns * channels
+            step = 1
+            data_step = 1
+            singles = channels
+        else:
+            places = tl.max_contiguous(columns, (1, FOLD))
+            data_places = columns
+            step = size
+            data_step = size
+            singles = 1
+
+        if MIXED > 0:
+            n0 = 2.0 * tl.minimum(tl.load(target + data_places, inside, 0).to(C), highest) - highest
+            n1 = n0
+            n2 = n0
+            if MIXED == 3:
+                n1 = (
+                    2.0 * tl.minimum(tl.load(target + data_places + data_step, inside, 0).to(C), highest)
+                    - highest
+                )
+                n2 = (
+                    2.0 * tl.minimum(tl.load(target + data_places + 2 * data_step, inside, 0).to(C), highest)
+                    - highest
+                )
+            top = tl.full((ROWS, COLUMNS), float("-inf"), C)
+            top_logit = tl.full((ROWS, COLUMNS), float("-inf"), C)
+            masses = tl.zeros((ROWS, COLUMNS), C)  # sum of e^(linear - top) factor
+            priors = tl.zeros((ROWS, COLUMNS), C)  # sum of e^(logit - top_logit)
+            for k in range(0, K):
+                logit, linear, factor, _, _, _, _, _, _, _, _, _ = component(
+                    first, places, k, K, step, inside, n0, n1, n2, highest, width, least, smallest, MIXED
+                )
+                higher = tl.where(linear > top, linear, top)
+                shift = tl.where(higher == float("-inf"), 0.0, higher)  # nothing so far
+                masses = masses * exp(top - shift) + factor * exp(linear - shift)
+                top = higher
+                higher = tl.where(logit > top_logit, logit, top_logit)
+                shift = tl.where(higher == float("-inf"), 0.0, higher)
+                priors = priors * exp(top_logit - shift) + exp(logit - shift)
+                top_logit = higher
+            sums += tl.where(inside, tl.log(priors / masses) + (top_logit - top), 0.0)
+            if slopes is not None:
+                for k in range(0, K):
+                    logit, linear, factor, m0, m1, m2, s0, s1, s2, c0, c1, c2 = component(
+                        first, places, k, K, step, inside, n0, n1, n2, highest, width, least, smallest, MIXED
+                    )
+                    share = -weights * factor * exp(linear - top) / masses
+                    by_logit = weights * exp(logit - top_logit) / priors + share
+                    store_plane(slopes, places, k, step, inside, by_logit)
+                    store_plane(slopes, places, K + k, step, inside, m0 * share)
+                    store_plane(slopes, places, 2 * K + k, step, inside, s0 * share)
+                    if MIXED == 3:
+                        store_plane(slopes, places, 3 * K + k, step, inside, c0 * share)
+                        store_plane(slopes, places, 4 * K + k, step, inside, m1 * share)
+                        store_plane(slopes, places, 5 * K + k, step, inside, s1 * share)
+                        store_plane(slopes, places, 6 * K + k, step, inside, c1 * share)
+                        store_plane(slopes, places, 7 * K + k, step, inside, m2 * share)
+                        store_plane(slopes, places, 8 * K + k, step, inside, s2 * share)
+                        store_plane(slopes, places, 9 * K + k, step, inside, c2 * share)
+        else:
+            for c in range(0, singles):
+                level = tl.load(target + data_places + c * data_step, inside, 0).to(C)
+                n = 2.0 * tl.minimum(level, highest) - highest
+                middle = load_plane(first, places, c, step, inside, C) * highest
+                scale = load_plane(first, places, channels + c, step, inside, C)
+                linear, e1, e2, factor, _, by_middle, by_scale = log_mass(
+                    n, middle, scale, highest, width, least, smallest
+                )
+                value = linear + log1p(combine_excess(e1, e2)) - tl.log(factor)
+                sums += tl.where(inside, value, 0.0)
+                if slopes is not None:
+                    store_plane(slopes, places, c, step, inside, -weights * by_middle * highest)
+                    store_plane(slopes, places, channels + c, step, inside, -weights * by_scale)
+
+    if row_sums is not None:
+        tl.store(row_sums + rows * splits + split, tl.sum(sums, 1), inside_rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launch
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    row: Likelihood,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float],
+    needs: int,
+    weight: float,
+    *,
+    grad_loss: Tensor | None = None,
+    grad_nll: Tensor | None = None,
+    values: bool = True,
+) -> tuple[list[Tensor], Tensor | None, Tensor | None, Partition]:
+    """nll._evaluate of the rows of family "logistic": runs logistic_kernel."""
+    components = int(constants[0]) if len(constants) == 4 else 0
+    bits, floor, small = constants[-3:]
+    levels = 2.0**bits - 1
+    lead = params[0]
+    order, dtype = memory_order(lead), row_dtype(lead)
+    first, data = dense_rows(lead, order), dense_rows(target, order)
+    rows, planes, channels = lead.shape[0], lead.shape[1], target.shape[1]
+    alternate = order != torch.contiguous_format
+    pixels = event_size(target) // max(1, channels)
+    if not components and not alternate:  # every channel is for itself: one long plane
+        pixels, planes, channels = pixels * channels, 2, 1
+
+    slopes = torch.empty_like(lead, memory_format=order) if needs & 1 else None
+    slopes_stride = event_size(lead)
+    unit = divisor(pixels, first.stride(0), data.stride(0), slopes_stride)
+    fold = min(16 // lead.element_size(), unit)
+    cut = partition(rows, pixels, choice("logistic", rows * pixels, lead.device), narrowest=fold)
+    # A plane's place is counted in 32 bits, and there are many.
+    wide = slopes_stride > 2**31 - 2**20
+    row_sums = lead.new_empty((rows, cut.splits), dtype=dtype) if values else None
+    # What a thread holds of float64, or where no access is wide, must be fewer pixels.
+    spread = 2 if dtype == torch.float64 or alternate else 1
+    launch(
+        logistic_kernel,
+        cut.programs,
+        lead.device,
+        first,
+        data,
+        slopes,
+        row_sums,
+        levels,
+        math.log(2.0 / levels),
+        floor,
+        small,
+        grad_loss,
+        grad_nll,
+        weight,
+        rows,
+        pixels // unit,
+        first.stride(0) // unit,
+        data.stride(0) // unit,
+        slopes_stride // unit,
+        planes,
+        components,
+        channels,
+        nll._stride(grad_loss),
+        nll._stride(grad_nll),
+        cut.splits,
+        cut.tiles,
+        MIXED=channels if components else 0,
+        ALTERNATE=alternate,
+        UNIT=unit,
+        ROWS=cut.rows,
+        COLUMNS=cut.columns,
+        FOLD=fold,
+        WIDE=wide,
+        C=COMPUTE[dtype],
+        num_warps=cut.warps * spread,
+    )
+    return ([slopes] if slopes is not None else []), row_sums, None, cut
+
+
+nll.EVALUATE["logistic"] = evaluate

@@ -1,0 +1,640 @@
+"""Discretised logistics: the published formula, masses that sum to 1, 50 digits where it is hard, and their draws."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mpmath
+import published_logistics
+import pytest
+import torch
+from torch import Tensor
+
+import fastvae
+from fastvae import functional, reference
+from fastvae.likelihoods import DiscretizedLogistic, DiscretizedLogisticMixture, Product
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+VALUE_TOLERANCE = {torch.float64: 1e-13}  # of the others 5e-6: rows are float32
+GRADIENT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+# components (0: no mixture), channels
+KINDS = [(0, 3), (0, 1), (1, 3), (4, 3), (10, 3), (1, 1), (5, 1)]
+kinds = pytest.mark.parametrize(("components", "channels"), KINDS, ids=lambda n: str(n))
+
+
+def nll(module: Any, params: Tensor, target: Tensor, components: int, **options: float) -> Tensor:
+    if components:
+        return module.discretized_logistic_mixture_nll(params, target, components=components, **options)
+    return module.discretized_logistic_nll(params, target, **options)
+
+
+def planes(components: int, channels: int) -> int:
+    return components * (10 if channels == 3 else 3) or 2 * channels
+
+
+def make(components: int, channels: int, shape: tuple[int, ...], scale: float = 1.5) -> tuple[Tensor, Tensor]:
+    """float64 parameters with log-scales about -1, and levels with both edges among them."""
+    batch, *rest = shape
+    params = scale * torch.randn(batch, planes(components, channels), *rest, dtype=torch.float64) - 0.5
+    target = torch.randint(-40, 296, (batch, channels, *rest)).clamp(0, 255).to(torch.uint8)
+    return params, target
+
+
+def value_and_gradient(module: Any, params: Tensor, *args: Any, **options: float) -> tuple[Tensor, Tensor]:
+    leaf = params.detach().requires_grad_()
+    value = nll(module, leaf, *args, **options)
+    weights = torch.linspace(0.5, 1.5, len(value)).to(value)
+    (gradient,) = torch.autograd.grad(value, leaf, weights)
+    return value.detach(), gradient
+
+
+def check(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+    """Relative to the row; a gradient also to its element."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert got[0].dtype == wide
+    assert got[1].dtype == dtype
+    tolerance = VALUE_TOLERANCE.get(dtype, 5e-6)
+    assert ((got[0].double() - want[0]).abs() <= tolerance * want[0].abs()).all()
+    assert got[1].shape == want[1].shape
+    if want[1].numel():
+        row = want[1].abs().flatten(1).amax(1).view(-1, *[1] * (want[1].dim() - 1))
+        bound = GRADIENT_TOLERANCE[dtype] * want[1].abs() + max(tolerance, 1e-12) * row
+        # Half the smallest step that float16 has.
+        bound += 2.0**-24 if dtype == torch.float16 else 0
+        assert ((got[1].double() - want[1]).abs() <= bound).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+# ---------------------------------------------------------------------------------------------------------------------
+
+STORED = json.loads(published_logistics.STORED.read_text())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", STORED)
+def test_the_published_values(backend: str, name: str, dtype: torch.dtype) -> None:
+    case = STORED[name]
+    leaf = torch.tensor(case["params"], dtype=dtype, requires_grad=True)
+    value = nll(functional, leaf, torch.tensor(case["target"], dtype=torch.uint8), case["components"])
+    (gradient,) = torch.autograd.grad(value.sum(), leaf)
+    want, slope = (torch.tensor(case[key], dtype=torch.float64) for key in ("nll", "gradient"))
+    tolerance = 1e-10 if dtype == torch.float64 else 5e-6  # that of the published differences
+    assert ((value.double() - want).abs() <= tolerance * want).all()
+    row = slope.abs().amax((1, 2), keepdim=True)
+    assert ((gradient.double() - slope).abs() <= tolerance * (row + slope.abs())).all()
+
+
+def test_the_stored_values_are_those_of_the_script() -> None:
+    for name, (components, params, target) in published_logistics.cases().items():
+        value = (
+            published_logistics.mixture(params, target, components)
+            if components
+            else published_logistics.logistic(params, target)
+        )
+        torch.testing.assert_close(value.tolist(), STORED[name]["nll"], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("small_mass", [1e-5, 0.0])
+@pytest.mark.parametrize("shape", [(3,), (2, 5), (4, 131), (2, 7, 9), (1, 40, 33), (2, 2, 3, 5)], ids=str)
+@kinds
+def test_float64_reference(
+    backend: str,
+    components: int,
+    channels: int,
+    shape: tuple[int, ...],
+    small_mass: float,
+    dtype: torch.dtype,
+) -> None:
+    """The reference in float64 is the formula; the stored values hold it to the published one."""
+    params, target = make(components, channels, shape)
+    params = params.to(dtype)
+    got = value_and_gradient(functional, params, target, components, small_mass=small_mass)
+    want = value_and_gradient(reference, params.double(), target, components, small_mass=small_mass)
+    check(got, want, dtype)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 5, 7])
+@kinds
+def test_fewer_bits(backend: str, components: int, channels: int, bits: int) -> None:
+    """Higher levels count as the highest."""
+    params, target = make(components, channels, (3, 17))
+    inside = target.clamp(max=2**bits - 1)
+    assert (inside < target).any()
+    for dtype in (torch.float32, torch.float64):
+        want = value_and_gradient(reference, params.to(dtype).double(), inside, components, bits=bits)
+        check(value_and_gradient(functional, params.to(dtype), inside, components, bits=bits), want, dtype)
+        check(value_and_gradient(functional, params.to(dtype), target, components, bits=bits), want, dtype)
+
+
+@kinds
+def test_gradcheck(backend: str, components: int, channels: int) -> None:
+    params, target = make(components, channels, (2, 3))
+    assert torch.autograd.gradcheck(
+        lambda p: nll(functional, p, target, components), params.requires_grad_(), atol=1e-6
+    )
+
+
+def test_the_reference_differentiates_twice() -> None:
+    params, target = make(2, 3, (1, 2))
+    leaf = params.requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda p: nll(reference, p, target, 2), leaf)
+
+
+@pytest.mark.parametrize("floor", [-7.0, -2.0, 1.5])
+@kinds
+def test_the_floor(backend: str, components: int, channels: int, floor: float) -> None:
+    """Below it log-scales count as it and get no gradient; at it they do."""
+    params, target = make(components, channels, (4, 11), scale=4)
+    want = value_and_gradient(reference, params, target, components, log_scale_floor=floor)
+    got = value_and_gradient(functional, params, target, components, log_scale_floor=floor)
+    check(got, want, torch.float64)
+    one = torch.tensor([[0.0, floor], [0.0, floor - 1e-3]], dtype=torch.float64)
+    _, gradient = value_and_gradient(
+        functional, one, torch.full((2, 1), 100, dtype=torch.uint8), 0, log_scale_floor=floor
+    )
+    assert gradient[0, 1] != 0
+    assert gradient[1, 1] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("components", [0, 1, 4])
+@pytest.mark.parametrize("log_scale", [-9.0, -6.0, -4.0, -1.0, 2.0])
+def test_masses_of_a_channel_sum_to_one(backend: str, log_scale: float, components: int) -> None:
+    levels = torch.arange(256, dtype=torch.uint8).view(256, 1)
+    params = torch.randn(planes(components, 1), dtype=torch.float64)
+    params[-max(1, components) :] += log_scale
+    for means in (0.0, 0.7, -1.3):  # between and outside the edges
+        shifted = params.clone()
+        shifted[-2 * max(1, components) : -max(1, components)] += means
+        rows = shifted.expand(256, -1)
+        mass = torch.exp(-nll(functional, rows, levels, components, small_mass=0.0))
+        assert abs(mass.sum().item() - 1) < 1e-12
+        assert (
+            abs(torch.exp(-nll(functional, rows.float(), levels, components, small_mass=0.0)).sum() - 1)
+            < 1e-6
+        )
+        # As published it is a bit less than 1 where scales are much narrower than a bin.
+        published = torch.exp(-nll(functional, rows, levels, components)).sum().item()
+        assert abs(published - 1) < (1e-6 if log_scale > -4 else 2e-5)
+
+
+def test_masses_of_a_channel_sum_to_one_given_the_others(backend: str) -> None:
+    """P(r, g, b) over b is P(r, g), for each of a mixture's components; and over g it is P(r)."""
+    levels = torch.arange(256, dtype=torch.uint8)
+    params = torch.randn(10, dtype=torch.float64) - torch.tensor([0.0] + [0.0, 2.0, 0.0] * 3)
+    means, log_scales, raw = params[1::3], params[2::3], torch.tanh(params[3::3])
+
+    def channel(level: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+        row = torch.stack((mean, log_scale)).expand(len(level), 2)
+        return torch.exp(-functional.discretized_logistic_nll(row, level.view(-1, 1), small_mass=0.0))
+
+    for red, green in ((0, 255), (13, 200), (255, 0)):
+        r, g = 2 * red / 255 - 1, 2 * green / 255 - 1
+        pixels = torch.stack([torch.full_like(levels, red), torch.full_like(levels, green), levels], 1)
+        joint = torch.exp(
+            -functional.discretized_logistic_mixture_nll(
+                params.expand(256, 10), pixels, components=1, small_mass=0.0
+            )
+        )
+        red_green = channel(torch.tensor([red], dtype=torch.uint8), means[0], log_scales[0]) * channel(
+            torch.tensor([green], dtype=torch.uint8), means[1] + raw[0] * r, log_scales[1]
+        )
+        assert abs(joint.sum() / red_green - 1) < 1e-12
+        given = channel(levels, means[2] + raw[1] * r + raw[2] * g, log_scales[2])
+        torch.testing.assert_close(joint / red_green, given, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_masses_of_all_pixels_sum_to_one(backend: str, dtype: torch.dtype) -> None:
+    bits = 2 if backend == "triton" else 4
+    pixels = torch.tensor(list(itertools.product(range(2**bits), repeat=3)), dtype=torch.uint8)
+    params = torch.randn(1, 30, dtype=dtype) - 1
+    rows = functional.discretized_logistic_mixture_nll(
+        params.expand(len(pixels), 30), pixels, components=3, bits=bits, small_mass=0.0
+    )
+    assert abs(torch.exp(-rows.double()).sum().item() - 1) < (1e-12 if dtype == torch.float64 else 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where digits are lost
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def exact(level: int, mean: float, log_scale: float, small_mass: float) -> tuple[float, float, float]:
+    """-log mass and its derivatives by mean and log-scale, from 50 digits and more."""
+
+    def log_mass(mean: Any, log_scale: Any) -> Any:
+        x, half, inverse = mpmath.mpf(2 * level) / 255 - 1, mpmath.mpf(1) / 255, mpmath.exp(-log_scale)
+        if level in (0, 255):
+            past = (x + half - mean if level == 0 else mean - x + half) * inverse
+            return -mpmath.log1p(mpmath.exp(-past))
+        # The same on both sides of the mean, and far below it no difference of two numbers close to 1.
+        middle = -abs(x - mean) * inverse
+        above, below = (1 / (1 + mpmath.exp(-middle - side * half * inverse)) for side in (1, -1))
+        if above - below > small_mass:
+            return mpmath.log(above - below)
+        return middle - log_scale - 2 * mpmath.log(1 + mpmath.exp(middle)) - mpmath.log(mpmath.mpf(255) / 2)
+
+    with mpmath.workdps(150):  # derivatives by a step of 10^-50 lose a hundred of them
+        m, v, step = mpmath.mpf(mean), mpmath.mpf(log_scale), mpmath.mpf(10) ** -50
+        by_mean = (log_mass(m + step, v) - log_mass(m - step, v)) / (2 * step)
+        by_log_scale = (log_mass(m, v + step) - log_mass(m, v - step)) / (2 * step)
+        return float(-log_mass(m, v)), float(-by_mean), float(-by_log_scale)
+
+
+HARD = [
+    (level, mean, log_scale)
+    for level in (0, 1, 128, 254, 255)
+    for mean in (-20.0, -1.0, 0.00390625, 1.0, 3.5)
+    for log_scale in (-6.75, -4.5, 0.0, 6.0, 30.0)
+]
+
+
+@pytest.mark.parametrize("small_mass", [1e-5, 0.0])
+def test_fifty_digits(backend: str, small_mass: float) -> None:
+    """Edges, tiny and huge scales, far means: one row each. Inputs are exact in float32."""
+    want = torch.tensor([exact(*point, small_mass) for point in HARD], dtype=torch.float64)
+    params = torch.tensor([point[1:] for point in HARD], dtype=torch.float64)
+    target = torch.tensor([point[:1] for point in HARD], dtype=torch.uint8)
+    for dtype in (torch.float64, torch.float32):
+        leaf = params.to(dtype).requires_grad_()
+        value = functional.discretized_logistic_nll(leaf, target, small_mass=small_mass)
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        eps = torch.finfo(dtype).eps
+        # u = (x - mean) / scale has the rounding of x, mean and 1 / scale: no way around it with inputs of this type.
+        inverse = torch.exp(-params[:, 1])
+        u = ((2 * target.double() / 255 - 1 - params[:, :1]).abs()[:, 0] + 2) * inverse
+        by_u = want[:, 1].abs() / inverse
+        error = (value.double() - want[:, 0]).abs()
+        assert (error <= eps * (20 * want[:, 0].abs() + 4 * u * by_u) + torch.finfo(dtype).tiny).all()
+        error = (gradient.double() - want[:, 1:]).abs()
+        # The reference adds up slopes of both ends of the bin, which cancel.
+        rest = u + (1 if backend == "reference" else 0)
+        bound = 40 * want[:, 1:].abs() + 8 * (1 + u[:, None]) * torch.stack((inverse * rest, rest), 1)
+        assert (error <= eps * bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@kinds
+@pytest.mark.parametrize("row", ["sure", "wrong", "edges"])
+def test_as_accurate_as_eager(
+    native: None, row: str, components: int, channels: int, dtype: torch.dtype
+) -> None:
+    """Rows of 500 pixels that the decoder is sure of: no worse than the published formula in the same dtype."""
+    k = max(1, components)
+    target = torch.randint(0, 256, (3, channels, 500), dtype=torch.uint8)
+    if row == "edges":
+        target = 255 * (target % 2)
+    x = target.double() / 127.5 - 1
+    mean = {"sure": x, "wrong": -x, "edges": 3 * x}[row].repeat_interleave(k, 1).view(3, channels, 1, k, 500)
+    block = [mean, torch.full_like(mean, -6.0)]
+    if components and channels == 3:
+        block.append(torch.zeros_like(mean))
+    params = (
+        torch.cat(block, 2).flatten(1, 3) if components else torch.cat([b.flatten(1, 3) for b in block], 1)
+    )
+    if components:
+        params = torch.cat((torch.randn(3, k, 500, dtype=torch.float64), params), 1)
+    params = params.to(dtype)
+
+    def written(p: Tensor) -> Tensor:
+        if components:
+            return published_logistics.mixture(p, target, components)
+        return published_logistics.logistic(p, target)
+
+    want = nll(reference, params.double(), target, components)
+    got = nll(functional, params, target, components).double()
+    eager = written(params.float()).double()
+    assert ((got - want).abs() <= (eager - want).abs() + 5e-6 * want).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("components", [0, 3])
+def test_extremes(backend: str, components: int, dtype: torch.dtype) -> None:
+    """Finite wherever the float64 answer is representable: means and log-scales that no network should give."""
+    points = list(itertools.product((0, 1, 200, 255), (-1e4, 0.0, 1e4), (-80.0, 0.0, 30.0, 80.0)))
+    target = torch.tensor([[level] for level, *_ in points], dtype=torch.uint8)
+    pair = torch.tensor([rest for _, *rest in points], dtype=torch.float64)
+    params = (
+        pair if not components else torch.cat((torch.zeros(len(pair), 3), pair.repeat_interleave(3, 1)), 1)
+    )
+    for options in ({}, {"small_mass": 0.0}, {"log_scale_floor": -60.0}):
+        leaf = params.to(dtype).requires_grad_()
+        value = nll(functional, leaf, target, components, **options)
+        want = nll(reference, params.to(dtype).double(), target, components, **options)
+        fits = want < torch.finfo(torch.float32).max
+        assert value[fits].isfinite().all()
+        error = (value.double() - want).abs()[fits]
+        assert (error <= 1e-5 * want[fits].abs() + 1e-6).all()
+        (gradient,) = torch.autograd.grad(value[fits].sum(), leaf)
+        if "log_scale_floor" not in options and dtype != torch.float16:
+            assert gradient.isfinite().all()
+
+
+@kinds
+def test_nan_stays_in_its_row(backend: str, components: int, channels: int) -> None:
+    params, target = make(components, channels, (4, 37))
+    clean = value_and_gradient(functional, params.float(), target, components)
+    for plane in {0, planes(components, channels) - 1}:
+        for place in (0, 36):
+            dirty = params.float().clone()
+            dirty[2, plane, place] = float("nan")
+            if components and channels == 3 and plane and (target[2, :2, place] == 0).any():
+                continue
+            value, gradient = value_and_gradient(functional, dirty, target, components)
+            assert value[2].isnan()
+            if backend != "reference":  # where a log-scale that is NaN passes clamp() without a gradient
+                assert gradient[2, plane, place].isnan()
+            others = torch.tensor([0, 1, 3])
+            assert torch.equal(value[others], clean[0][others])
+            assert torch.equal(gradient[others], clean[1][others])
+
+
+def test_a_component_that_is_switched_off(backend: str) -> None:
+    """Logits of minus infinity: weight 0."""
+    params, target = make(3, 1, (2, 9))
+    params[:, 1] = -math.inf
+    rest = params.view(2, 3, 3, 9)[:, :, [0, 2]].reshape(2, 6, 9)
+    for dtype in (torch.float32, torch.float64):
+        value, gradient = value_and_gradient(functional, params.to(dtype), target, 3)
+        torch.testing.assert_close(value.double(), nll(reference, rest, target, 2), rtol=1e-5, atol=0)
+        assert gradient.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layouts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": Tensor.contiguous,
+    "channels_last": channels_last,
+    "other": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "slice": lambda x: torch.cat((x[:, :1], x, x[:, :1]), 1)[:, 1:-1],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("data", LAYOUTS)
+@pytest.mark.parametrize("decoder", LAYOUTS)
+@kinds
+def test_layouts(
+    backend: str, components: int, channels: int, decoder: str, data: str, dtype: torch.dtype
+) -> None:
+    """Whatever way the tensors lie, the answer is that of contiguous ones; the gradient lies as the parameters."""
+    params, target = make(components, channels, (2, 20, 19))
+    params = params.to(dtype)
+    lying = LAYOUTS[decoder](params)
+    got = value_and_gradient(functional, lying, LAYOUTS[data](target), components)
+    want = value_and_gradient(functional, params, target, components)
+    torch.testing.assert_close(got[0], want[0], rtol=2e-6 if dtype != torch.float64 else 1e-14, atol=0)
+    torch.testing.assert_close(got[1], want[1], rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+    if backend != "reference" and decoder == "channels_last":
+        assert got[1].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_expanded_data(backend: str) -> None:
+    params, target = make(2, 3, (4, 5, 6))
+    one = target[:1].expand(4, -1, -1, -1)
+    got = nll(functional, params, one, 2)
+    assert torch.equal(got, nll(functional, params, one.contiguous(), 2))
+
+
+@kinds
+def test_nothing(backend: str, components: int, channels: int) -> None:
+    for shape in ((0, 4, 4), (3, 0)):
+        params, target = make(components, channels, shape)
+        value, gradient = value_and_gradient(functional, params, target, components)
+        assert torch.equal(value, torch.zeros(shape[0], dtype=torch.float64))
+        assert gradient.shape == params.shape
+
+
+@pytest.mark.parametrize("shape", [(1, 200, 251), (1027, 3), (16, 32, 32)], ids=str)
+@kinds
+def test_any_thread_count(
+    native: None, threads: None, components: int, channels: int, shape: tuple[int, ...]
+) -> None:
+    params, target = make(components, channels, shape)
+    for x in (params.float(), params.bfloat16()):
+        torch.set_num_threads(2)
+        want = value_and_gradient(functional, x, target, components)
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            got = value_and_gradient(functional, x, target, components)
+            assert torch.equal(got[0], want[0])
+            assert torch.equal(got[1], want[1])
+
+
+FRESH = """
+import torch, fastvae
+from fastvae import functional, reference
+fastvae.set_backend("native")
+torch.manual_seed(0)
+for components, channels in ((0, 3), (4, 3), (3, 1)):
+    planes = components * (10 if channels == 3 else 3) or 2 * channels
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        params = torch.randn(3, planes, 7, 19).to(dtype)
+        target = torch.randint(-40, 296, (3, channels, 7, 19)).clamp(0, 255).to(torch.uint8)
+        values = []
+        for module, p in ((functional, params), (reference, params.double())):
+            leaf = p.detach().requires_grad_()
+            if components:
+                value = module.discretized_logistic_mixture_nll(leaf, target, components=components)
+            else:
+                value = module.discretized_logistic_nll(leaf, target)
+            values.append((value.detach().double(), torch.autograd.grad(value.sum(), leaf)[0].double()))
+        (value, slope), (want, exact) = values
+        assert ((value - want).abs() <= 5e-6 * want).all()
+        assert ((slope - exact).abs() <= (1e-2 if dtype == torch.bfloat16 else 1e-5) * exact.abs().max()).all()
+print("right")
+"""
+
+
+def test_every_instruction_set(on_capability: Callable[[str], str]) -> None:
+    assert on_capability(FRESH).strip() == "right"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Modules
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def chi_square(counts: Tensor, expected: Tensor) -> float:
+    """The probability of a worse fit: cells of fewer than 10 expected draws are taken together."""
+    rare = expected < 10
+    counts = torch.cat((counts[~rare], counts[rare].sum()[None])).double()
+    expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
+    kept = expected > 0
+    statistic = ((counts - expected)[kept] ** 2 / expected[kept]).sum().item()
+    return float(mpmath.gammainc((int(kept.sum()) - 1) / 2, statistic / 2, regularized=True))
+
+
+@pytest.mark.parametrize("draws", [1_000_000])
+@pytest.mark.parametrize(("components", "channels", "bits"), [(0, 1, 8), (3, 1, 8), (4, 3, 2)])
+def test_draws_have_the_masses(native: None, components: int, channels: int, bits: int, draws: int) -> None:
+    likelihood = DiscretizedLogisticMixture(components, bits) if components else DiscretizedLogistic(bits)
+    assert likelihood.channels(channels) == planes(components, channels)
+    params = torch.randn(1, planes(components, channels)) - (0.5 if bits == 2 else 1)
+    generator = torch.Generator().manual_seed(1)
+    drawn = likelihood.sample(params.expand(draws, -1), generator)
+    assert drawn.dtype == torch.uint8
+    assert drawn.shape == (draws, channels)
+    code = sum(drawn[:, c].long() * 2 ** (bits * c) for c in range(channels))
+    counts = torch.bincount(code, minlength=2 ** (bits * channels))
+    cells = torch.arange(2 ** (bits * channels))
+    levels = torch.stack([cells >> bits * c & 2**bits - 1 for c in range(channels)], 1).to(torch.uint8)
+    masses = torch.exp(-likelihood.nll(params.double().expand(len(cells), -1), levels))
+    assert chi_square(counts, draws * masses) > 1e-3
+    # That the test can fail: parameters off by one part in fifty.
+    wrong = 1.02 * params.double()
+    assert chi_square(counts, draws * torch.exp(-likelihood.nll(wrong.expand(len(cells), -1), levels))) < 1e-3
+
+
+def test_draws_repeat(native: None) -> None:
+    likelihood, params = DiscretizedLogisticMixture(3), torch.randn(2, 30, 4, 5)
+    first, second = (likelihood.sample(params, torch.Generator().manual_seed(7)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, likelihood.sample(params, torch.Generator().manual_seed(8)))
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize(("components", "channels"), [(0, 3), (4, 1), (4, 3)])
+def test_mean(native: None, components: int, channels: int, bits: int) -> None:
+    """Against the mean of many draws, with scales that seldom leave the range."""
+    likelihood = DiscretizedLogisticMixture(components, bits) if components else DiscretizedLogistic(bits)
+    params = 0.2 * torch.randn(5, planes(components, channels))
+    k = max(1, components)
+    for c in range(channels):
+        log_scales = slice(3 + c, 4 + c) if not components else None
+        if components:
+            start = k + c * (3 if channels == 3 else 2) * k + k
+            log_scales = slice(start, start + k)
+        params[:, log_scales] -= 2.5
+    draws = likelihood.sample(params.repeat(40_000, 1), torch.Generator().manual_seed(1)).double()
+    average = draws.view(40_000, 5, channels).mean(0) / (2**bits - 1)
+    mean = likelihood.mean(params)
+    # A level of 3 bits is wider than these scales.
+    assert ((mean - average).abs() < (2e-2 if bits == 3 else 2e-3)).all()
+    assert mean.dtype == params.dtype
+    assert likelihood.mean(params.bfloat16()).dtype == torch.bfloat16
+    leaf = params.requires_grad_()
+    assert torch.autograd.grad(likelihood.mean(leaf).sum(), leaf)[0].abs().sum() > 0
+
+
+def test_mean_stays_inside() -> None:
+    params = torch.tensor([[-50.0, 2.0], [50.0, 2.0], [0.0, -7.0], [-1.0, -30.0], [1.0, 20.0]])
+    mean = DiscretizedLogistic().mean(params)
+    assert ((mean >= 0) & (mean <= 1)).all()
+    torch.testing.assert_close(mean[:3, 0], torch.tensor([0.0, 1.0, 0.5]), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_elbo(backend: str, reduction: str, dtype: torch.dtype) -> None:
+    params, target = make(3, 3, (4, 6, 5))
+    elbo = fastvae.ELBO(DiscretizedLogisticMixture(3, small_mass=0.0), beta=0.5, reduction=reduction)
+    leaf, kl = params.to(dtype).requires_grad_(), torch.rand(4).requires_grad_()
+    out = elbo(leaf, target, kl=kl)
+    (3 * out.loss.sum() + out.nll.square().mean() / 100).backward()
+
+    exact_leaf, exact_kl = params.to(dtype).double().requires_grad_(), kl.detach().double().requires_grad_()
+    rows = nll(reference, exact_leaf, target, 3, small_mass=0.0)
+    loss = rows + 0.5 * exact_kl
+    loss = loss if reduction == "none" else getattr(loss, reduction)()
+    (3 * loss.sum() + rows.square().mean() / 100).backward()
+    torch.testing.assert_close(out.loss.double(), loss, rtol=5e-6, atol=0)
+    check((out.nll.detach(), leaf.grad), (rows.detach(), exact_leaf.grad), dtype)
+    torch.testing.assert_close(kl.grad.double(), exact_kl.grad, rtol=1e-5, atol=0)
+
+
+def test_small_gradients_survive_float16(backend: str) -> None:
+    """Weighted by 1/B before they are scaled up they would be zero in float16."""
+    params, target = make(2, 3, (512, 3))
+    leaf = (params / 4).half().requires_grad_()
+    loss = fastvae.ELBO(DiscretizedLogisticMixture(2))(leaf, target, kl=torch.zeros(512)).loss
+    (gradient,) = torch.autograd.grad(loss * 2**15, leaf)
+    exact_leaf = leaf.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(nll(reference, exact_leaf, target, 2).mean() * 2**15, exact_leaf)
+    assert ((gradient.double() - exact).abs() <= 1e-3 * exact.abs() + 2e-3).all()
+    lost = leaf.detach().requires_grad_()
+    early = torch.autograd.grad(nll(functional, lost, target, 2).mean(), lost)[0]
+    assert (early == 0).sum() > (gradient == 0).sum()
+
+
+def test_product(backend: str) -> None:
+    likelihood = Product({"image": DiscretizedLogisticMixture(2), "label": "bernoulli", "size": "gaussian"})
+    assert likelihood.channels({"image": 3, "label": 10, "size": 1}) == {"image": 20, "label": 10, "size": 1}
+    params, image = make(2, 3, (4, 5, 6))
+    recon = {"image": params.float(), "label": torch.randn(4, 10), "size": torch.randn(4, 1)}
+    leaves = {name: x.requires_grad_() for name, x in recon.items()}
+    data = {"label": torch.rand(4, 10), "size": torch.randn(4, 1), "image": image}
+    kl = torch.rand(4)
+    out = fastvae.ELBO(likelihood, beta=2.0)(leaves, data, kl=kl)
+    alone = {name: part.nll(leaves[name], data[name]) for name, part in likelihood.parts.items()}
+    torch.testing.assert_close(out.nll, sum(alone.values()))
+    torch.testing.assert_close(out.loss, (sum(alone.values()) + 2 * kl).mean())
+    assert likelihood.nll_of_parts(leaves, data).keys() == alone.keys()
+    got = torch.autograd.grad(out.loss, list(leaves.values()))
+    want = torch.autograd.grad(sum(alone.values()).mean(), list(leaves.values()))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+    means = likelihood.mean(recon)
+    assert {name: x.shape for name, x in means.items()} == {name: x.shape for name, x in data.items()}
+    draws = [likelihood.sample(recon, torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert all(torch.equal(draws[0][name], draws[1][name]) for name in data)
+
+
+def test_product_trains_what_its_parts_have() -> None:
+    learned = fastvae.likelihoods.Gaussian("learned")
+    likelihood = Product({"a": learned, "b": fastvae.likelihoods.Gaussian("per_element")})
+    assert list(fastvae.ELBO(likelihood).parameters()) == [learned.logvar]
+    rows = likelihood.nll(
+        {"a": torch.zeros(3, 2), "b": torch.zeros(3, 4)}, {"a": torch.ones(3, 2), "b": torch.ones(3, 2)}
+    )
+    rows.sum().backward()
+    assert learned.logvar.grad is not None
+
+
+def test_compiles(native: None) -> None:
+    """One graph for all batch sizes, with the numbers of eager."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    elbo = fastvae.ELBO(DiscretizedLogisticMixture(2))
+    compiled = torch.compile(elbo, fullgraph=True, dynamic=True, backend=counter)
+    for rows in (7, 8, 5):  # a first batch of 3 would be taken for the 3 channels, and compiled by itself
+        params, target = make(2, 3, (rows, 4, 6))
+        results = []
+        for step in (elbo, compiled):
+            leaf = params.float().requires_grad_()
+            out = step(leaf, target, kl=torch.ones(rows))
+            (2 * out.loss + out.nll.mean()).backward()
+            results.append((out.loss.detach(), leaf.grad))
+        torch.testing.assert_close(results[1], results[0])
+    # torch.compile starts again, and leaves an empty graph, where it finds that a float is a constant.
+    graphs = [g for g in counter.graphs if any(node.op == "call_function" for node in g.graph.nodes)]
+    assert len(graphs) == 1
+
+
+def test_validate(backend: str) -> None:
+    params, target = make(2, 3, (2, 4))
+    nll(functional, params, target.clamp(max=31), 2, bits=5, validate=True)
+    message = "`target` must have levels from 0 to 31 with `bits` 5, got"
+    with pytest.raises(ValueError, match=message):
+        nll(functional, params, target, 2, bits=5, validate=True)
+    with pytest.raises(ValueError, match=message):
+        nll(functional, params[:, :6], target, 0, bits=5, validate=True)
