@@ -199,6 +199,24 @@ FASTVAE_DEVICE double row_factor(const Numbers& grad_loss, const Numbers& grad_n
   return factor;
 }
 
+// The part of a row that a thread of an item sees to, together with the others of its group.
+struct Part {
+  int64_t row, begin;
+  uint32_t count;
+
+  FASTVAE_DEVICE Part(const Plan& plan, int64_t item, int64_t size) {
+    if (plan.splits > 1) {
+      row = uint32_t(item) / uint32_t(plan.splits);
+      begin = (uint32_t(item) - uint32_t(row) * uint32_t(plan.splits)) * plan.split_size;
+      count = static_cast<uint32_t>(begin + plan.split_size < size ? plan.split_size : size - begin);
+    } else {
+      row = item * (kThreads >> plan.lanes_log2) + (threadIdx.x >> plan.lanes_log2);
+      begin = 0;
+      count = static_cast<uint32_t>(size);
+    }
+  }
+};
+
 // ---------------------------------------------------------------------------------------------------------------------------------
 // Sums
 // ---------------------------------------------------------------------------------------------------------------------------------
