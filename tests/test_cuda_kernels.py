@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import cuda_kernels
 import pytest
 import torch
-from cuda_kernels import DTYPES, SOURCES, Kernels, NoiseSource, build, pointer, row_dtype
+from cuda_kernels import DTYPES, SOURCES, THREADS, Kernels, NoiseSource, build, pointer, row_dtype
 from torch import Tensor
 
 from fastvae import reference
@@ -542,7 +542,7 @@ def test_partitions_of_a_posterior(
 ) -> None:
     """What every block does alone, and the sums that they share, are the same however the device is made."""
     mu, logvar = torch.randn(2, rows, size)
-    z, kl, _ = kernels.sample(mu, logvar, noise=seed(3, 4), samples=samples)
+    z, _, _ = kernels.sample(mu, logvar, noise=seed(3, 4), samples=samples)
     kernels.processors = processors
     other, other_kl, _ = kernels.sample(mu, logvar, noise=seed(3, 4), samples=samples)
     assert torch.equal(z, other)
@@ -563,6 +563,44 @@ def test_gradients_that_are_missing(kernels: Kernels) -> None:
     second = kernels.sample_grad(None, by_kl, *q)
     for a, b, c in zip(first, second, both, strict=True):
         torch.testing.assert_close(a + b, c, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is too large to run here
+# ---------------------------------------------------------------------------------------------------------------------
+
+EDGES = (0, 1, 3, 31, 33, 784, 4099, 65536, 2**20 + 1, 2**31, 2**33 + 3)
+
+
+@pytest.mark.parametrize("slots", [1, 4, 132 * 4])
+@pytest.mark.parametrize(("unit", "unroll"), [(1, 4), (4, 2), (8, 1)])
+def test_every_element_is_in_one_item(kernels: Kernels, unit: int, unroll: int, slots: int) -> None:
+    for rows in EDGES:
+        for size in EDGES:
+            if rows * size > 2**40:
+                continue  # more than memory holds
+            plan = kernels.plan(rows, size, unit, unroll, slots)
+            assert plan.lanes == 1 << plan.lanes_log2 <= THREADS
+            if plan.splits == 1:
+                assert plan.items == -(-rows // (THREADS // plan.lanes))
+                assert plan.split_size == size
+                assert rows == 0 or size <= 2**30
+                assert 1 <= plan.blocks <= max(1, min(plan.items, 8 * slots))
+            else:
+                assert plan.lanes == THREADS
+                assert plan.items == plan.blocks == rows * plan.splits
+                assert plan.split_size <= 2**30
+                assert plan.split_size % (THREADS * unit * unroll) == 0
+                assert (plan.splits - 1) * plan.split_size < size <= plan.splits * plan.split_size
+
+
+def test_where_elements_of_runs_lie(kernels: Kernels) -> None:
+    """The division by a multiplication is exact."""
+    for run in (1, 2, 3, 5, 7, 64, 1000, 2**20 - 1, 2**20, 2**24 + 1):
+        multiples = [k * run + d for k in (1, 2, 3, 1000, 2**17 + 1) for d in (-1, 0, 1)]
+        for i in (0, 1, 2, run // 2, *multiples, 2**31 - 1, 2**31, 2**33 + 5, 2**36 - 1):
+            assert kernels.place(i, run, 2 * run) == i // run * 2 * run + i % run, (i, run)
+            assert kernels.place(i, run, 0) == i
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -670,7 +708,9 @@ def compile_kernels(source: Path, architecture: str, directory: Path) -> list[Ke
         return []
     names, code = readable([f[0] for f in found]), {}
     if dump := cuobjdump():
-        listing = subprocess.run([dump, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run(
+            [dump, "-sass", str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
         for part in listing.split("Function : ")[1:]:
             symbol, _, body = part.partition("\n")
             code[symbol.strip()] = body

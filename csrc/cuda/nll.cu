@@ -5,7 +5,7 @@ namespace fastvae::cuda {
 int64_t nll_scratch(const NllArgs& args) {
   const Plan plan = plan_for(args);
   if (!args.loss.data || plan.blocks == 1) return 0;
-  return plan.splits > 1 || args.reduced ? plan.items * int64_t(sizeof(double)) : 0;
+  return (plan.splits > 1 ? plan.items : args.reduced ? plan.blocks : 0) * int64_t(sizeof(double));
 }
 
 cudaError_t nll(const NllArgs& args, cudaStream_t stream) {

@@ -127,8 +127,9 @@ BackwardPlan backward_plan(const NllBackwardArgs& args) {
   how.over_weight = 1 / args.weight;
   if (!args.gradients[0].data || args.rows * args.size == 0) return how;
   const int64_t at_a_time = slots(resident(cpu::item_size(args.gradients[0].type)));
-  how.plan = plan_for(how.uniform ? 1 : args.rows, how.uniform ? args.rows * args.size : args.size, unit_of(args), kUnroll, at_a_time);
-  // Often there is nothing to do, and then every block costs.
+  // Often there is nothing to do, and then every block costs: half as many as elsewhere.
+  how.plan = plan_for(how.uniform ? 1 : args.rows, how.uniform ? args.rows * args.size : args.size, unit_of(args), kUnroll,
+                      std::max<int64_t>(1, at_a_time / 2));
   if (how.plan.splits == 1) how.plan.blocks = static_cast<int>(std::min<int64_t>(how.plan.blocks, 2 * at_a_time));
   return how;
 }

@@ -152,7 +152,6 @@ inline void __syncthreads() {
   static const bool without = std::getenv("SHIM_WITHOUT_BARRIERS");
   if (!without) shim::team->block.arrive_and_wait();
 }
-inline void __threadfence() {}  // atomicInc orders all memory here
 
 inline uint32_t atomicInc(uint32_t* p, uint32_t limit) {
   std::atomic_ref<uint32_t> value(*p);
