@@ -67,7 +67,8 @@ cuda-link:
 	@rm -rf $(LINK)/tree && mkdir $(LINK)/tree && cp -r csrc fastvae setup.py pyproject.toml README.md LICENSE $(LINK)/tree
 	@rm -f $(LINK)/tree/fastvae/_C*.so $(LINK)/tree/fastvae/_build_info.py
 	@ln -s ../objects $(LINK)/tree/build && mkdir -p $(LINK)/objects
-	@cd $(LINK)/tree && FASTVAE_NATIVE=1 FASTVAE_CUDA=1 ../venv/bin/python setup.py -q build_ext --inplace
+	@cd $(LINK)/tree && FASTVAE_NATIVE=1 FASTVAE_CUDA=1 ../venv/bin/python setup.py -q build_ext --inplace \
+	    > ../build.log 2>&1 || { tail -n 50 ../build.log; exit 1; }
 	@echo "== what it holds"
 	@cd $(LINK)/tree && PYTHONPATH=. ../venv/bin/python $(CURDIR)/tests/cuda_link.py
 

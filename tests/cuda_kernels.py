@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import CDLL, Structure, byref, c_bool, c_double, c_int8, c_int64, c_uint64, c_void_p
+from ctypes import CDLL, Structure, byref, c_bool, c_double, c_int, c_int8, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,13 @@ def build(directory: Path, *flags: str, main: str = "driver.cpp", jobs: int = 2)
 
 
 class Operand(Structure):
-    _fields_ = (("data", c_void_p), ("type", c_int8), ("row_stride", c_int64), ("run", c_int64))
-    _fields_ += (("run_stride", c_int64),)
+    _fields_ = (
+        ("data", c_void_p),
+        ("type", c_int8),
+        ("row_stride", c_int64),
+        ("run", c_int64),
+        ("run_stride", c_int64),
+    )
 
 
 class Numbers(Structure):
@@ -72,6 +77,19 @@ class Numbers(Structure):
 
 class Output(Structure):
     _fields_ = (("data", c_void_p), ("type", c_int8))
+
+
+class Plan(Structure):
+    """Of plan.h."""
+
+    _fields_ = (
+        ("lanes", c_int),
+        ("lanes_log2", c_int),
+        ("splits", c_int),
+        ("split_size", c_int64),
+        ("items", c_int64),
+        ("blocks", c_int),
+    )
 
 
 class Workspace(Structure):
@@ -243,9 +261,9 @@ class Kernels:
 
     def __init__(self, library: Path) -> None:
         self.library = CDLL(str(library))
-        for name in ("size_of", "run_nll_scratch", "run_nll_backward_scratch", "run_sample_scratch"):
+        for name in ("size_of", "place", "run_nll_scratch", "run_nll_backward_scratch", "run_sample_scratch"):
             getattr(self.library, name).restype = c_int64
-        structs = (NllArgs, NllBackwardArgs, SampleArgs, SampleGradArgs)
+        structs = (NllArgs, NllBackwardArgs, SampleArgs, SampleGradArgs, Plan)
         for i, struct in enumerate(structs):
             assert self.library.size_of(i) == ctypes.sizeof(struct), struct.__name__
         self.counter = torch.zeros(1, dtype=torch.int32)
@@ -259,6 +277,15 @@ class Kernels:
     def processors(self, count: int) -> None:
         self._processors = count
         self.library.set_processors(count)
+
+    def plan(self, rows: int, size: int, unit: int, unroll: int, slots: int) -> Plan:
+        plan = Plan()
+        self.library.plan(c_int64(rows), c_int64(size), unit, unroll, c_int64(slots), byref(plan))
+        return plan
+
+    def place(self, i: int, run: int, run_stride: int) -> int:
+        """Where element i of a row lies that is made of runs."""
+        return self.library.place(c_int64(i), c_int64(run), c_int64(run_stride))
 
     def _run(self, name: str, args: Any, *, scratch: bool = True) -> None:
         if scratch:

@@ -1,7 +1,7 @@
 """What can be told of a CUDA build where there is no GPU: `make cuda-link` runs this with the extension on its path.
 
-It loads, every op has its CUDA kernel and its fake one, fake CUDA tensors go through forwards and backwards to the
-right shapes, types and devices, and the binary holds machine code for every GPU that it was built for.
+It loads, its CPU kernels run, every op has its CUDA kernel and its fake one, fake CUDA tensors go through forwards and
+backwards to the right shapes, types and devices, and the binary holds machine code for every GPU that it was built for.
 """
 
 import importlib
@@ -34,6 +34,9 @@ def check_kernels() -> int:
     for op in backend.OPS:
         assert has_kernel(f"fastvae::{op}", "Autograd"), f"{op} has no autograd for CUDA"
     fastvae.set_backend("native")
+    logits, target = torch.randn(5, 33), torch.rand(5, 33)
+    expected = fastvae.reference.bernoulli_nll(logits, target)
+    torch.testing.assert_close(fastvae.functional.bernoulli_nll(logits, target), expected)
     assert backend._serving["cuda"].name == "native"
     return len(working)
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import cuda_kernels
 import pytest
 import torch
-from cuda_kernels import DTYPES, ROOT, SOURCES, Kernels, NoiseSource, build, pointer, row_dtype
+from cuda_kernels import DTYPES, SOURCES, THREADS, Kernels, NoiseSource, build, pointer, row_dtype
 from torch import Tensor
 
 from fastvae import reference
@@ -542,7 +542,7 @@ def test_partitions_of_a_posterior(
 ) -> None:
     """What every block does alone, and the sums that they share, are the same however the device is made."""
     mu, logvar = torch.randn(2, rows, size)
-    z, kl, _ = kernels.sample(mu, logvar, noise=seed(3, 4), samples=samples)
+    z, _, _ = kernels.sample(mu, logvar, noise=seed(3, 4), samples=samples)
     kernels.processors = processors
     other, other_kl, _ = kernels.sample(mu, logvar, noise=seed(3, 4), samples=samples)
     assert torch.equal(z, other)
@@ -563,6 +563,44 @@ def test_gradients_that_are_missing(kernels: Kernels) -> None:
     second = kernels.sample_grad(None, by_kl, *q)
     for a, b, c in zip(first, second, both, strict=True):
         torch.testing.assert_close(a + b, c, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is too large to run here
+# ---------------------------------------------------------------------------------------------------------------------
+
+EDGES = (0, 1, 3, 31, 33, 784, 4099, 65536, 2**20 + 1, 2**31, 2**33 + 3)
+
+
+@pytest.mark.parametrize("slots", [1, 4, 132 * 4])
+@pytest.mark.parametrize(("unit", "unroll"), [(1, 4), (4, 2), (8, 1)])
+def test_every_element_is_in_one_item(kernels: Kernels, unit: int, unroll: int, slots: int) -> None:
+    for rows in EDGES:
+        for size in EDGES:
+            if rows * size > 2**40:
+                continue  # more than memory holds
+            plan = kernels.plan(rows, size, unit, unroll, slots)
+            assert plan.lanes == 1 << plan.lanes_log2 <= THREADS
+            if plan.splits == 1:
+                assert plan.items == -(-rows // (THREADS // plan.lanes))
+                assert plan.split_size == size
+                assert rows == 0 or size <= 2**30
+                assert 1 <= plan.blocks <= max(1, min(plan.items, 8 * slots))
+            else:
+                assert plan.lanes == THREADS
+                assert plan.items == plan.blocks == rows * plan.splits
+                assert plan.split_size <= 2**30
+                assert plan.split_size % (THREADS * unit * unroll) == 0
+                assert (plan.splits - 1) * plan.split_size < size <= plan.splits * plan.split_size
+
+
+def test_where_elements_of_runs_lie(kernels: Kernels) -> None:
+    """The division by a multiplication is exact."""
+    for run in (1, 2, 3, 5, 7, 64, 1000, 2**20 - 1, 2**20, 2**24 + 1):
+        multiples = [k * run + d for k in (1, 2, 3, 1000, 2**17 + 1) for d in (-1, 0, 1)]
+        for i in (0, 1, 2, run // 2, *multiples, 2**31 - 1, 2**31, 2**33 + 5, 2**36 - 1):
+            assert kernels.place(i, run, 2 * run) == i // run * 2 * run + i % run, (i, run)
+            assert kernels.place(i, run, 0) == i
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -602,3 +640,176 @@ def test_threads_do_not_race(tmp_path: Path) -> None:
     # And the sanitizer is not blind.
     done = run(program, TSAN_OPTIONS="halt_on_error=1", SHIM_WITHOUT_BARRIERS="1")
     assert "data race" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Machine code
+# ---------------------------------------------------------------------------------------------------------------------
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin")
+
+
+class Kernel(NamedTuple):
+    architecture: str
+    name: str
+    registers: int
+    shared: int
+    stack: int
+    spilled: int  # bytes
+    code: str  # SASS, or "" where there is no cuobjdump
+
+    def accesses(self, operation: str) -> list[str]:
+        return re.findall(rf"\b{operation}\.E\S*", self.code)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the variant that reads and writes 128 bits at a time."""
+        return "Any" not in self.name and not re.search(r"(, 1>|false>)$", self.name)
+
+
+def cuobjdump() -> str | None:
+    """The toolkit's, or the one that Triton carries."""
+    if found := shutil.which("cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump"):
+        return found
+    try:
+        import triton
+    except ImportError:
+        return None
+    carried = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(carried) if carried.exists() else None
+
+
+def readable(symbols: list[str]) -> dict[str, str]:
+    """`nll_kernel<Bernoulli, float, float, 4>` of a mangled name."""
+    done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
+    names = {}
+    for symbol, name in zip(symbols, done.stdout.splitlines(), strict=True):
+        name = re.sub(r"fastvae::cuda::|fastvae::math::isa_cuda::|\(anonymous namespace\)::|^void ", "", name)
+        name = name[: name.index(">(") + 1].replace("__nv_bfloat16", "bf16").replace("__half", "half")
+        names[symbol] = re.sub(r"\(bool\)([01])", lambda m: "true" if m[1] == "1" else "false", name)
+    return names
+
+
+def compile_kernels(source: Path, architecture: str, directory: Path) -> list[Kernel]:
+    assert NVCC is not None
+    cubin = directory / f"{source.stem}.{architecture}.cubin"
+    command = [NVCC, *FLAGS, f"-arch={architecture}", str(source), "-o", str(cubin)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    pattern = (
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers([^\n]*)"
+    )
+    found = re.findall(pattern, done.stderr, re.DOTALL)
+    if not found:
+        return []
+    names, code = readable([f[0] for f in found]), {}
+    if dump := cuobjdump():
+        listing = subprocess.run(
+            [dump, "-sass", str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
+        for part in listing.split("Function : ")[1:]:
+            symbol, _, body = part.partition("\n")
+            code[symbol.strip()] = body
+    kernels = []
+    for symbol, stack, stores, loads, registers, rest in found:
+        shared = re.search(r"(\d+) bytes smem", rest)
+        # The listing cuts long names short.
+        body = next((text for name, text in code.items() if symbol.startswith(name)), "")
+        spilled = int(stores) + int(loads)
+        size = int(shared[1]) if shared else 0
+        kernels.append(Kernel(architecture, names[symbol], int(registers), size, int(stack), spilled, body))
+    return kernels
+
+
+def compile_all() -> list[Kernel]:
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(compile_kernels, source, architecture, Path(directory))
+            for source in SOURCES
+            for architecture in ARCHITECTURES
+        ]
+        return [kernel for job in jobs for kernel in job.result()]
+
+
+@pytest.fixture(scope="session")
+def compiled() -> list[Kernel]:
+    if NVCC is None:
+        pytest.skip("nvcc is not installed")
+    return compile_all()
+
+
+# What a kernel's name begins with: registers that the number of blocks on a multiprocessor leaves each thread.
+REGISTERS = (
+    (r"nll_kernel<GaussianPerElement, (float|half|bf16)", 80),
+    (r"nll_kernel<\w+, double", 128),
+    (r"nll_kernel", 64),
+    (r"nll_backward_kernel<double", 128),
+    (r"nll_backward_kernel", 64),
+    (r"sample_kernel<double", 255),
+    (r"sample_kernel", 64),
+    (r"sample_grad_kernel<double", 255),
+    (r"sample_grad_kernel", 128),
+)
+
+
+@pytest.mark.slow
+def test_nothing_is_spilled(compiled: list[Kernel]) -> None:
+    assert {k.architecture for k in compiled} == set(ARCHITECTURES)
+    for kernel in compiled:
+        assert (kernel.stack, kernel.spilled) == (0, 0), kernel[:6]
+        bound = next(bound for pattern, bound in REGISTERS if re.match(pattern, kernel.name))
+        assert kernel.registers <= bound, kernel[:6]
+        assert kernel.shared <= 1024, kernel[:6]
+
+
+@pytest.mark.slow
+def test_accesses_are_wide(compiled: list[Kernel]) -> None:
+    if cuobjdump() is None:
+        pytest.skip("no cuobjdump: neither the CUDA toolkit's nor Triton's")
+    seen = 0
+    for kernel in compiled:
+        assert kernel.code, kernel.name
+        assert not re.search(r"\b(LDL|STL)\b", kernel.code), kernel.name
+        if not kernel.whole:
+            continue
+        seen += 1
+        loads, stores = kernel.accesses("LDG"), kernel.accesses("STG")
+        assert any(".128" in load for load in loads), (kernel.name, loads)
+        assert any(".128" in store for store in stores), (kernel.name, stores)
+    assert seen >= len(ARCHITECTURES) * 40
+
+
+@pytest.mark.slow
+def test_loads_come_before_their_use(compiled: list[Kernel]) -> None:
+    """A thread asks for all that it will read in a step before it computes: that hides the memory's latency."""
+    if cuobjdump() is None:
+        pytest.skip("no cuobjdump: neither the CUDA toolkit's nor Triton's")
+    for kernel in compiled:
+        if kernel.name != "nll_kernel<Bernoulli, float, float, 4>":
+            continue
+        operations = re.findall(r"\b(LDG\.E\.128|MUFU\.EX2|STG\.E\.128)", kernel.code)
+        first = operations.index("MUFU.EX2")
+        assert operations[:first].count("LDG.E.128") == 4, (kernel.architecture, operations)
+
+
+def table(kernels: list[Kernel]) -> str:
+    """The resources as Markdown: a row for each kernel, a column for each architecture."""
+    rows: dict[str, dict[str, Any]] = {}
+    for kernel in kernels:
+        cell = f"{kernel.registers} / {kernel.shared} / {kernel.spilled}"
+        rows.setdefault(kernel.name, {})[kernel.architecture] = cell
+    head = f"| registers / shared bytes / spilled bytes | {' | '.join(ARCHITECTURES)} |"
+    lines = [head, "|---" * (1 + len(ARCHITECTURES)) + "|"]
+    for name, cells in sorted(rows.items()):
+        lines.append(f"| `{name}` | " + " | ".join(str(cells.get(a, "")) for a in ARCHITECTURES) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if NVCC is None:
+        sys.exit("nvcc is not installed, or not on the PATH")
+    print(table(compile_all()))

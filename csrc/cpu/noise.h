@@ -1,6 +1,6 @@
 // math/philox.h, a vector of counters at a time.
 #pragma once
-#include "../math/philox.h"
+#include "../math/normals.h"
 #include "staging.h"
 
 namespace fastvae::cpu::FASTVAE_ISA {
@@ -108,50 +108,21 @@ inline void store_in_order(const Floats (&n)[4], float* out) {
 #endif
 }
 
-inline Floats square_root(Floats x) {
-  to_vec(x).sqrt().store(&x);
-  return x;
-}
+// For math/normals.h.
+struct Lanes {
+  using Floats = cpu::FASTVAE_ISA::Floats;
+  using Words = cpu::FASTVAE_ISA::Words;
+  using Integers = cpu::FASTVAE_ISA::Integers;
 
-inline Floats open_unit(Words x) {
-  // 1.m - (1 - 2^-24) = (2 m + 1) 2^-24, exactly.
-  return (Floats)((x >> 9) | 0x3f800000u) - 0.999999940395355224609375f;
-}
-
-inline Floats horner(Floats x, std::initializer_list<float> highest_first) {
-  Floats sum{};
-  for (float coefficient : highest_first) sum = sum * x + coefficient;
-  return sum;
-}
-
-// sqrt(-2 log u) for u from open_unit.
-inline Floats radius(Words x) {
-  const Floats u = open_unit(x);
-  // u = 2^n m with m in [sqrt(1/2), sqrt(2)).
-  const Words biased = (Words)u - 0x3f3504f3u;
-  const Floats n = __builtin_convertvector((Integers)biased >> 23, Floats);
-  const Floats f = (Floats)((biased & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
-  // log(1 + f) / f, Chebyshev fit on that interval, relative error 8e-9.
-  const Floats log_m = f * horner(f, {-0.0745118633f, 0.128066108f, -0.132660314f, 0.141996503f, -0.166083694f, 0.200009391f,
-                                      -0.250015795f, 0.333333462f, -0.499999881f, 1.0f});
-  return square_root(-2.0f * (n * 0.693147180559945f + log_m));
-}
-
-// Cosine and sine of 2 pi u.
-inline void circle(Words x, Floats& cosine, Floats& sine) {
-  const Floats turns = open_unit(x) * 4.0f;
-  const Integers quadrant = __builtin_convertvector(turns + 0.5f, Integers);
-  const Floats f = turns - __builtin_convertvector(quadrant, Floats);  // in [-1/2, 1/2], exact
-  const Floats y = f * f;
-  // Chebyshev fits in y of sin(f pi / 2) / f and cos(f pi / 2), relative errors 3e-8 and 1e-8.
-  const Floats s = f * horner(y, {0.000158206298f, -0.00468126638f, 0.0796925798f, -0.645964086f, 1.57079637f});
-  const Floats c = horner(y, {0.000903628068f, -0.0208600704f, 0.253669202f, -1.23370051f, 1.0f});
-  const Words q = (Words)quadrant;
-  const Words exchanged = ((Words)s ^ (Words)c) & -(q & 1);
-  const Words signs = q << 30;  // bit 1 of the quadrant becomes the sign
-  sine = (Floats)((Words)s ^ exchanged ^ (signs & 0x80000000u));
-  cosine = (Floats)((Words)c ^ exchanged ^ ((signs + (q << 31)) & 0x80000000u));
-}
+  static FASTVAE_HD Floats as_floats(Words x) { return (Floats)x; }
+  static FASTVAE_HD Words as_words(Floats x) { return (Words)x; }
+  static FASTVAE_HD Floats to_floats(Integers x) { return __builtin_convertvector(x, Floats); }
+  static FASTVAE_HD Integers to_integers(Floats x) { return __builtin_convertvector(x, Integers); }
+  static FASTVAE_HD Floats sqrt(Floats x) {
+    to_vec(x).sqrt().store(&x);
+    return x;
+  }
+};
 
 // Four normals for each of `counters` consecutive counters from `high` on; writes up to 4 * kWords - 4 numbers past them. fetch(i, n) is
 // called before the numbers [i, i + n) are made: so much arithmetic leaves room to load memory meanwhile.
@@ -166,8 +137,8 @@ inline void normals(uint64_t seed, uint64_t low, uint64_t high, int64_t counters
     Floats n[4];
     for (int pair = 0; pair < 2; ++pair) {
       Floats cosine, sine;
-      circle(word[2 * pair + 1], cosine, sine);
-      const Floats r = radius(word[2 * pair]);
+      math::circle<Lanes>(word[2 * pair + 1], cosine, sine);
+      const Floats r = math::radius<Lanes>(word[2 * pair]);
       n[2 * pair] = r * cosine;
       n[2 * pair + 1] = r * sine;
     }

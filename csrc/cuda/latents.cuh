@@ -3,7 +3,7 @@
 #include "device.cuh"
 //
 #include "../math/kl.h"
-#include "../math/philox.h"
+#include "../math/normals.h"
 
 namespace fastvae::cuda {
 
@@ -25,14 +25,27 @@ struct NoiseKey {
   }
 };
 
-// As math::box_muller, without the slow path of a cosine of large numbers and with its angle exact.
+// For math/normals.h.
+struct Lane {
+  using Floats = float;
+  using Words = uint32_t;
+  using Integers = int32_t;
+
+  static FASTVAE_DEVICE float as_floats(uint32_t x) { return __uint_as_float(x); }
+  static FASTVAE_DEVICE uint32_t as_words(float x) { return __float_as_uint(x); }
+  static FASTVAE_DEVICE float to_floats(int32_t x) { return static_cast<float>(x); }
+  static FASTVAE_DEVICE int32_t to_integers(float x) { return static_cast<int32_t>(x); }
+  static FASTVAE_DEVICE float sqrt(float x) { return x * math::inverse_root_approximately(x); }  // of no zero
+};
+
 FASTVAE_DEVICE void box_muller(uint32_t x0, uint32_t x1, float& n0, float& n1) {
-  const float square = -2.0f * logf(math::open_unit<float>(x0)), radius = square * rsqrtf(square);
   float sine, cosine;
-  sincospif(2.0f * math::open_unit<float>(x1), &sine, &cosine);
+  math::circle<Lane>(x1, cosine, sine);
+  const float radius = math::radius<Lane>(x0);
   n0 = radius * cosine;
   n1 = radius * sine;
 }
+// Without the slow path that a cosine has for large angles.
 FASTVAE_DEVICE void box_muller(uint32_t x0, uint32_t x1, double& n0, double& n1) {
   const double radius = sqrt(-2.0 * log(math::open_unit<double>(x0)));
   double sine, cosine;
@@ -54,20 +67,20 @@ FASTVAE_DEVICE void normals(const NoiseKey& key, int64_t draw, uint64_t counter,
 
 // N neighbouring values of type T: in one access, or those that the row has.
 template <class T, int N, bool kWhole>
-FASTVAE_DEVICE void read(const T* p, int64_t left, Compute<T> (&out)[N]) {
+FASTVAE_DEVICE void read(const T* p, uint32_t left, Compute<T> (&out)[N]) {
   Pack<T, N> pack;
   if constexpr (kWhole) {
     pack.load(p);
   } else {
 #pragma unroll
-    for (int j = 0; j < N; ++j) pack.value[j] = j < left ? p[j] : narrowed<T>(0.0f);
+    for (int j = 0; j < N; ++j) pack.value[j] = uint32_t(j) < left ? p[j] : narrowed<T>(0.0f);
   }
 #pragma unroll
   for (int j = 0; j < N; ++j) out[j] = widened(pack.value[j]);
 }
 
 template <class T, int N, bool kWhole, class C>
-FASTVAE_DEVICE void write(T* p, int64_t left, const C (&in)[N]) {
+FASTVAE_DEVICE void write(T* p, uint32_t left, const C (&in)[N]) {
   Pack<T, N> pack;
   pack.fill(in);
   if constexpr (kWhole) {
@@ -75,14 +88,21 @@ FASTVAE_DEVICE void write(T* p, int64_t left, const C (&in)[N]) {
   } else {
 #pragma unroll
     for (int j = 0; j < N; ++j)
-      if (j < left) p[j] = pack.value[j];
+      if (uint32_t(j) < left) p[j] = pack.value[j];
   }
 }
 
+// Where part of a row begins.
 template <class T, class View>
-FASTVAE_DEVICE auto row_of(const View& view, int64_t row) {
+FASTVAE_DEVICE auto row_of(const View& view, const Part& part) {
   using P = std::conditional_t<std::is_same_v<View, Operand>, const T*, T*>;
-  return view.data ? static_cast<P>(view.data) + row * view.row_stride : nullptr;
+  return view.data ? static_cast<P>(view.data) + part.row * view.row_stride + part.begin : nullptr;
+}
+
+// The high half of its noise's first counter.
+FASTVAE_DEVICE uint64_t first_counter(const Latents& args, const Part& part) {
+  const uint64_t row = static_cast<uint64_t>(args.noise.row_offset + part.row);
+  return row * static_cast<uint64_t>((args.size + 3) / 4) + static_cast<uint64_t>(part.begin / 4);
 }
 
 // The elements that a thread takes at a time: those of one counter, or of two where they make an access of 128 bits.

@@ -23,7 +23,7 @@ auto with_likelihood(Element element, F f) {
 int64_t nll_scratch(const NllArgs& args) {
   const Plan plan = with_likelihood(args.element, [&](auto likelihood) { return plan_for<decltype(likelihood)>(args); });
   if (!args.loss.data || plan.blocks == 1) return 0;
-  return plan.splits > 1 || args.reduced ? plan.items * int64_t(sizeof(double)) : 0;
+  return (plan.splits > 1 ? plan.items : args.reduced ? plan.blocks : 0) * int64_t(sizeof(double));
 }
 
 cudaError_t nll(const NllArgs& args, cudaStream_t stream) {

@@ -62,13 +62,15 @@ struct Data<Any, C, 1, U> {
   FASTVAE_DEVICE C value(int u, int) const { return values[u]; }
 };
 
-// `count` elements of a row from `begin` on, as far as they are this thread's: the sum of their nll less the normaliser. Writes the slopes.
+// The elements of part of a row, as far as they are this thread's: the sum of their nll less the normaliser. Writes the slopes.
 template <class L, class T, class D, int N>
-FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, int64_t row, int64_t begin, uint32_t count, int lane, int lanes,
+FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int lane, int lanes,
                                       const Compute<T>* constants, Compute<T> factor, const Runs& runs) {
   using C = Compute<T>;
   constexpr int U = unroll(L::params, N);
   constexpr bool kRuns = L::params > 1;  // of a packed head
+  const int64_t row = part.row, begin = part.begin;
+  const uint32_t count = part.count;
   const T* param[L::params];
   T* slope[L::params];
 #pragma unroll
@@ -141,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T))) nll_kernel(c
   using C = Compute<T>;
   FASTVAE_SHARED(C, row_scratch, 2 * kThreads / kWarp);
   FASTVAE_SHARED(double, loss_scratch, kThreads / kWarp);
-  const int lane = threadIdx.x & (plan.lanes - 1), group = threadIdx.x >> plan.lanes_log2;
+  const int lane = threadIdx.x & (plan.lanes - 1);
   const bool values = args.loss.data;
 
   math::Normaliser<C> same = {static_cast<C>(args.normaliser), {static_cast<C>(args.constants[0]), static_cast<C>(args.constants[1])}};
@@ -152,20 +154,14 @@ __global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T))) nll_kernel(c
   double loss = 0;  // of the rows whose first lane this is
   int turn = 0;
   for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-    int64_t row = item, begin = 0, end = args.size;
-    if (plan.splits > 1) {
-      row = uint32_t(item) / uint32_t(plan.splits);
-      begin = (uint32_t(item) - uint32_t(row) * uint32_t(plan.splits)) * plan.split_size;
-      end = begin + plan.split_size < end ? begin + plan.split_size : end;
-    } else {
-      row = item * (kThreads >> plan.lanes_log2) + group;
-    }
+    const Part part(plan, item, args.size);
+    const int64_t row = part.row;
     C sum(0);
     if (row < args.rows) {
       C factor = static_cast<C>(args.weight);
       if (args.grad_loss.data || args.grad_nll.data)
         factor = static_cast<C>(row_factor(args.grad_loss, args.grad_nll, args.weight, row));
-      sum = part_of_row<L, T, D, N>(args, row, begin, static_cast<uint32_t>(end - begin), lane, plan.lanes, same.constants, factor, place);
+      sum = part_of_row<L, T, D, N>(args, part, lane, plan.lanes, same.constants, factor, place);
     }
     if (!values) continue;
     sum = group_sum(sum, plan.lanes, row_scratch + (turn ^= kThreads / kWarp));

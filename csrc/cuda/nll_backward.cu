@@ -53,20 +53,21 @@ __device__ void small_gradients(const NllBackwardArgs& args, const BackwardPlan&
 }
 
 template <class T, int N>
-FASTVAE_DEVICE void scale_part(const void* from, void* to, int64_t begin, int64_t end, int64_t step, Compute<T> factor) {
-  const T* in = static_cast<const T*>(from);
-  T* out = static_cast<T*>(to);
-  for (int64_t i = begin; i < end; i += step * kUnroll) {
+FASTVAE_DEVICE void scale_part(const T* in, T* out, uint32_t count, uint32_t first, uint32_t step, Compute<T> factor) {
+#pragma unroll 1
+  for (uint32_t i = first; i < count; i += step * kUnroll) {
     Pack<T, N> packs[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
-      if (i + u * step < end) packs[u].load_own(in + i + u * step);
+      if (i + u * step < count) packs[u].load_own(in + (i + u * step));
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (i + u * step >= end) break;
+      if (i + u * step >= count) break;
+      Compute<T> scaled[N];
 #pragma unroll
-      for (int j = 0; j < N; ++j) packs[u].value[j] = narrowed<T>(widened(packs[u].value[j]) * factor);
-      packs[u].store(out + i + u * step);
+      for (int j = 0; j < N; ++j) scaled[j] = widened(packs[u].value[j]) * factor;
+      packs[u].fill(scaled);
+      packs[u].store(out + (i + u * step));
     }
   }
 }
@@ -79,16 +80,10 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
   const Plan& plan = how.plan;
   const bool in_place = args.results[0].data == args.gradients[0].data;
   const int64_t size = how.uniform ? args.rows * args.size : args.size;
-  const int lane = threadIdx.x & (plan.lanes - 1), group = threadIdx.x >> plan.lanes_log2;
+  const int lane = threadIdx.x & (plan.lanes - 1);
   for (int64_t item = blockIdx.x - how.row_blocks; item < plan.items; item += gridDim.x - how.row_blocks) {
-    int64_t row = item, begin = 0, end = size;
-    if (plan.splits > 1) {
-      row = uint32_t(item) / uint32_t(plan.splits);
-      begin = (uint32_t(item) - uint32_t(row) * uint32_t(plan.splits)) * plan.split_size;
-      end = begin + plan.split_size < end ? begin + plan.split_size : end;
-    } else {
-      row = item * (kThreads >> plan.lanes_log2) + group;
-    }
+    const Part part(plan, item, size);
+    const int64_t row = part.row;
     if (row >= (how.uniform ? 1 : args.rows)) continue;
     double factor = args.grad_loss.data ? number(args.grad_loss, row) : 0.0;
     if (args.grad_nll.data) factor += number(args.grad_nll, row) * how.over_weight;
@@ -97,9 +92,9 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
       continue;
     }
     for (int k = 0; k < kMaxParams && args.gradients[k].data; ++k) {
-      const int64_t offset = row * size * int64_t(sizeof(T));
-      scale_part<T, N>(static_cast<const char*>(args.gradients[k].data) + offset, static_cast<char*>(args.results[k].data) + offset,
-                       begin + int64_t(lane) * N, end, int64_t(plan.lanes) * N, static_cast<C>(factor));
+      const int64_t offset = row * size + part.begin;
+      scale_part<T, N>(static_cast<const T*>(args.gradients[k].data) + offset, static_cast<T*>(args.results[k].data) + offset, part.count,
+                       uint32_t(lane) * N, uint32_t(plan.lanes) * N, static_cast<C>(factor));
     }
   }
 }
@@ -132,8 +127,9 @@ BackwardPlan backward_plan(const NllBackwardArgs& args) {
   how.over_weight = 1 / args.weight;
   if (!args.gradients[0].data || args.rows * args.size == 0) return how;
   const int64_t at_a_time = slots(resident(cpu::item_size(args.gradients[0].type)));
-  how.plan = plan_for(how.uniform ? 1 : args.rows, how.uniform ? args.rows * args.size : args.size, unit_of(args), kUnroll, at_a_time);
-  // Often there is nothing to do, and then every block costs.
+  // Often there is nothing to do, and then every block costs: half as many as elsewhere.
+  how.plan = plan_for(how.uniform ? 1 : args.rows, how.uniform ? args.rows * args.size : args.size, unit_of(args), kUnroll,
+                      std::max<int64_t>(1, at_a_time / 2));
   if (how.plan.splits == 1) how.plan.blocks = static_cast<int>(std::min<int64_t>(how.plan.blocks, 2 * at_a_time));
   return how;
 }

@@ -26,6 +26,33 @@ FASTVAE_HD float reciprocal_approximately(float x) {
 #endif
 }
 
+FASTVAE_HD float inverse_root_approximately(float x) {
+#ifdef __CUDA_ARCH__
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
+  return x;
+#else
+  return 1.0f / sqrtf(x);
+#endif
+}
+
+// The smaller and the larger of two, but a NaN where x is one.
+FASTVAE_HD float at_most(float x, float bound) {
+#ifdef __CUDA_ARCH__
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(bound));
+  return x;
+#else
+  return x > bound ? bound : x;
+#endif
+}
+FASTVAE_HD float at_least(float x, float bound) {
+#ifdef __CUDA_ARCH__
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(bound));
+  return x;
+#else
+  return x < bound ? bound : x;
+#endif
+}
+
 template <class C>
 struct ScalarPrimitives {
   using Scalar = C;
@@ -49,12 +76,12 @@ struct Primitives<float> : ScalarPrimitives<float> {
   // In two instructions, within two units in the last place.
   static FASTVAE_HD float divide(float a, float b) { return a * reciprocal_approximately(b); }
 
-  static FASTVAE_HD ExpParts<float> exp_parts(float h) { return exp_parts_by_split(h > 88.73f ? 88.73f : h); }
+  static FASTVAE_HD ExpParts<float> exp_parts(float h) { return exp_parts_by_split(at_most(h, 88.73f)); }
 
   // As in cpu/simd.h.
   static FASTVAE_HD ExpSplit<float> split(float x) {
     const float magic = 12582912.0f + 126.0f;
-    x = x < -87.3f ? -87.3f : x;
+    x = at_least(x, -87.3f);
     const float shifted = fmaf(x, 1.44269504f, magic);
     return {fmaf(shifted - magic, -0.693147182f, x), __int_as_float(__float_as_int(shifted) << 23)};
   }

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
   using P = math::Primitives<C>;
   FASTVAE_SHARED(C, scratch, 2 * kThreads / kWarp);
   const Plan& plan = how.plan;
-  const int lane = threadIdx.x & (plan.lanes - 1), group = threadIdx.x >> plan.lanes_log2;
+  const int lane = threadIdx.x & (plan.lanes - 1);
   const int64_t first_draw = blockIdx.y * how.draws_each;
   const int64_t last_draw = first_draw + how.draws_each < args.draws ? first_draw + how.draws_each : args.draws;
   const bool wants_kl = blockIdx.y == 0 && (args.row_kl.data || args.element_kl.data);
@@ -33,55 +33,54 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
 
   int turn = 0;
   for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-    int64_t row = item, begin = 0, end = args.size;
-    if (plan.splits > 1) {
-      row = uint32_t(item) / uint32_t(plan.splits);
-      begin = (uint32_t(item) - uint32_t(row) * uint32_t(plan.splits)) * plan.split_size;
-      end = begin + plan.split_size < end ? begin + plan.split_size : end;
-    } else {
-      row = item * (kThreads >> plan.lanes_log2) + group;
-    }
+    const Part part(plan, item, args.size);
+    const int64_t row = part.row;
     C sum(0);
     if (row < args.rows) {
-      const T *mu = row_of<T>(args.mu, row), *logvar = row_of<T>(args.logvar, row);
-      const T *prior_mu = row_of<T>(args.prior_mu, row), *prior_logvar = row_of<T>(args.prior_logvar, row);
-      const uint64_t counter = static_cast<uint64_t>(args.noise.row_offset + row) * static_cast<uint64_t>((args.size + 3) / 4);
-      for (int64_t i = begin + int64_t(lane) * N; i < end; i += int64_t(plan.lanes) * N) {
-        const int64_t left = end - i;
-        C m[N], v[N], sigma[N];
-        read<T, N, kWhole>(mu + i, left, m);
-        read<T, N, kWhole>(logvar + i, left, v);
-        C kl[N];
-        if (prior_mu && wants_kl) {
-          C pm[N], pv[N];
-          read<T, N, kWhole>(prior_mu + i, left, pm);
-          read<T, N, kWhole>(prior_logvar + i, left, pv);
+      const T *mu = row_of<T>(args.mu, part), *logvar = row_of<T>(args.logvar, part), *eps = row_of<T>(args.eps, part);
+      const T *prior_mu = row_of<T>(args.prior_mu, part), *prior_logvar = row_of<T>(args.prior_logvar, part);
+      T* z = row_of<T>(args.z, part);
+      const uint64_t counter = first_counter(args, part);
+#pragma unroll 1
+      for (uint32_t i = uint32_t(lane) * N; i < part.count; i += uint32_t(plan.lanes) * N) {
+        const uint32_t left = part.count - i;
+        C m[N], sigma[N];
+        {
+          C v[N], kl[N];
+          read<T, N, kWhole>(mu + i, left, m);
+          read<T, N, kWhole>(logvar + i, left, v);
+          if (prior_mu && wants_kl) {
+            C pm[N], pv[N];
+            read<T, N, kWhole>(prior_mu + i, left, pm);
+            read<T, N, kWhole>(prior_logvar + i, left, pv);
 #pragma unroll
-          for (int j = 0; j < N; ++j) {
-            kl[j] = math::prior_kl(m[j], v[j], pm[j], pv[j]).value;
-            sigma[j] = P::exp(C(0.5f) * v[j]);
+            for (int j = 0; j < N; ++j) {
+              kl[j] = math::prior_kl(m[j], v[j], pm[j], pv[j]).value;
+              sigma[j] = P::exp(C(0.5f) * v[j]);
+            }
+          } else {
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+              const auto parts = P::exp_parts(C(0.5f) * v[j]);
+              kl[j] = math::standard_kl(m[j], parts).value;
+              sigma[j] = parts.exp;
+            }
           }
-        } else {
+          if (wants_kl) {
+            if (args.element_kl.data) write<C, N, kWhole>(row_of<C>(args.element_kl, part) + i, left, kl);
+            // Past the end of a row all numbers are 0, and so is their KL.
 #pragma unroll
-          for (int j = 0; j < N; ++j) {
-            const auto parts = P::exp_parts(C(0.5f) * v[j]);
-            kl[j] = math::standard_kl(m[j], parts).value;
-            sigma[j] = parts.exp;
+            for (int j = 0; j < N; ++j) sum += kl[j];
           }
         }
-        if (wants_kl) {
-          if (args.element_kl.data) write<C, N, kWhole>(row_of<C>(args.element_kl, row) + i, left, kl);
-          // Past the end of a row all numbers are 0, and so is their KL.
-#pragma unroll
-          for (int j = 0; j < N; ++j) sum += kl[j];
-        }
+#pragma unroll 1
         for (int64_t draw = first_draw; draw < last_draw; ++draw) {
           C noise[N];
-          if (args.eps.data) read<T, N, kWhole>(row_of<T>(args.eps, row) + draw * args.eps_draw_stride + i, left, noise);
-          else normals(key, draw, counter + static_cast<uint64_t>(i / 4), noise);
+          if (eps) read<T, N, kWhole>(eps + draw * args.eps_draw_stride + i, left, noise);
+          else normals(key, draw, counter + i / 4, noise);
 #pragma unroll
           for (int j = 0; j < N; ++j) noise[j] = P::fma(sigma[j], noise[j], m[j]);
-          write<T, N, kWhole>(row_of<T>(args.z, row) + draw * args.z_draw_stride + i, left, noise);
+          write<T, N, kWhole>(z + draw * args.z_draw_stride + i, left, noise);
         }
       }
     }

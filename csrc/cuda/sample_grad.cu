@@ -4,43 +4,46 @@
 namespace fastvae::cuda {
 namespace {
 
-constexpr int resident(int64_t item_size) { return item_size == 8 ? 1 : item_size == 2 ? 2 : 3; }
+constexpr int resident(int64_t item_size, bool prior) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  constexpr int most = 2;  // there nvcc's code for three spills
+#else
+  constexpr int most = 3;
+#endif
+  return item_size == 8 ? 1 : item_size == 2 || prior ? 2 : most;
+}
 
-template <class T, int N, bool kWhole>
-__global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
+template <class T, int N, bool kWhole, bool kPrior>
+__global__ void __launch_bounds__(kThreads, resident(sizeof(T), kPrior))
     sample_grad_kernel(const __grid_constant__ SampleGradArgs args, const __grid_constant__ Plan plan) {
   using C = Compute<T>;
   using P = math::Primitives<C>;
-  const int lane = threadIdx.x & (plan.lanes - 1), group = threadIdx.x >> plan.lanes_log2;
+  const int lane = threadIdx.x & (plan.lanes - 1);
   const NoiseKey key(args.noise);
   const int64_t draws = args.grad_z.data ? args.draws : 0;
 
   for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-    int64_t row = item, begin = 0, end = args.size;
-    if (plan.splits > 1) {
-      row = uint32_t(item) / uint32_t(plan.splits);
-      begin = (uint32_t(item) - uint32_t(row) * uint32_t(plan.splits)) * plan.split_size;
-      end = begin + plan.split_size < end ? begin + plan.split_size : end;
-    } else {
-      row = item * (kThreads >> plan.lanes_log2) + group;
-    }
+    const Part part(plan, item, args.size);
+    const int64_t row = part.row;
     if (row >= args.rows) continue;
-    const T *mu = row_of<T>(args.mu, row), *logvar = row_of<T>(args.logvar, row);
-    const T *prior_mu = row_of<T>(args.prior_mu, row), *prior_logvar = row_of<T>(args.prior_logvar, row);
-    const uint64_t counter = static_cast<uint64_t>(args.noise.row_offset + row) * static_cast<uint64_t>((args.size + 3) / 4);
+    const T *mu = row_of<T>(args.mu, part), *logvar = row_of<T>(args.logvar, part), *eps = row_of<T>(args.eps, part);
+    const T* grad_z = row_of<T>(args.grad_z, part);
+    const uint64_t counter = first_counter(args, part);
     const C row_weight = args.grad_kl.data ? static_cast<C>(number(args.grad_kl, row)) : C(0);
-    for (int64_t i = begin + int64_t(lane) * N; i < end; i += int64_t(plan.lanes) * N) {
-      const int64_t left = end - i;
+#pragma unroll 1
+    for (uint32_t i = uint32_t(lane) * N; i < part.count; i += uint32_t(plan.lanes) * N) {
+      const uint32_t left = part.count - i;
       C m[N], v[N], d_mu[N], d_logvar[N];
       read<T, N, kWhole>(mu + i, left, m);
       read<T, N, kWhole>(logvar + i, left, v);
 #pragma unroll
       for (int j = 0; j < N; ++j) d_mu[j] = d_logvar[j] = C(0);
+#pragma unroll 1
       for (int64_t draw = 0; draw < draws; ++draw) {
         C by_z[N], noise[N];
-        read<T, N, kWhole>(row_of<T>(args.grad_z, row) + draw * args.grad_z_draw_stride + i, left, by_z);
-        if (args.eps.data) read<T, N, kWhole>(row_of<T>(args.eps, row) + draw * args.eps_draw_stride + i, left, noise);
-        else normals(key, draw, counter + static_cast<uint64_t>(i / 4), noise);
+        read<T, N, kWhole>(grad_z + draw * args.grad_z_draw_stride + i, left, by_z);
+        if (eps) read<T, N, kWhole>(eps + draw * args.eps_draw_stride + i, left, noise);
+        else normals(key, draw, counter + i / 4, noise);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
           d_mu[j] += by_z[j];
@@ -49,18 +52,18 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
         if (args.grad_eps.data) {
 #pragma unroll
           for (int j = 0; j < N; ++j) noise[j] = by_z[j] * P::exp(C(0.5f) * v[j]);
-          write<T, N, kWhole>(row_of<T>(args.grad_eps, row) + draw * args.grad_eps_draw_stride + i, left, noise);
+          write<T, N, kWhole>(row_of<T>(args.grad_eps, part) + draw * args.grad_eps_draw_stride + i, left, noise);
         }
       }
 
-      C w[N], d_prior_mu[N], d_prior_logvar[N];
+      C w[N];
 #pragma unroll
       for (int j = 0; j < N; ++j) w[j] = row_weight;
-      if (args.element_grad_kl.data) read<C, N, kWhole>(row_of<C>(args.element_grad_kl, row) + i, left, w);
-      if (prior_mu) {
-        C pm[N], pv[N];
-        read<T, N, kWhole>(prior_mu + i, left, pm);
-        read<T, N, kWhole>(prior_logvar + i, left, pv);
+      if (args.element_grad_kl.data) read<C, N, kWhole>(row_of<C>(args.element_grad_kl, part) + i, left, w);
+      if constexpr (kPrior) {
+        C pm[N], pv[N], d_prior_mu[N], d_prior_logvar[N];
+        read<T, N, kWhole>(row_of<T>(args.prior_mu, part) + i, left, pm);
+        read<T, N, kWhole>(row_of<T>(args.prior_logvar, part) + i, left, pv);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
           const auto kl = math::prior_kl(m[j], v[j], pm[j], pv[j]);
@@ -69,8 +72,8 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
           d_prior_mu[j] = -w[j] * kl.d_mu;
           d_prior_logvar[j] = w[j] * kl.d_prior_logvar;
         }
-        if (args.grad_prior_mu.data) write<T, N, kWhole>(row_of<T>(args.grad_prior_mu, row) + i, left, d_prior_mu);
-        if (args.grad_prior_logvar.data) write<T, N, kWhole>(row_of<T>(args.grad_prior_logvar, row) + i, left, d_prior_logvar);
+        if (args.grad_prior_mu.data) write<T, N, kWhole>(row_of<T>(args.grad_prior_mu, part) + i, left, d_prior_mu);
+        if (args.grad_prior_logvar.data) write<T, N, kWhole>(row_of<T>(args.grad_prior_logvar, part) + i, left, d_prior_logvar);
       } else {
 #pragma unroll
         for (int j = 0; j < N; ++j) {
@@ -80,8 +83,8 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
           d_logvar[j] = P::fma(w[j], kl.d_logvar, C(0.5f) * sigma.exp * d_logvar[j]);
         }
       }
-      if (args.grad_mu.data) write<T, N, kWhole>(row_of<T>(args.grad_mu, row) + i, left, d_mu);
-      if (args.grad_logvar.data) write<T, N, kWhole>(row_of<T>(args.grad_logvar, row) + i, left, d_logvar);
+      if (args.grad_mu.data) write<T, N, kWhole>(row_of<T>(args.grad_mu, part) + i, left, d_mu);
+      if (args.grad_logvar.data) write<T, N, kWhole>(row_of<T>(args.grad_logvar, part) + i, left, d_logvar);
     }
   }
 }
@@ -101,11 +104,13 @@ cudaError_t sample_grad(const SampleGradArgs& args, cudaStream_t stream) {
   const bool is_whole_args = is_whole(args);
   if (args.rows == 0 || args.size == 0) return cudaSuccess;
   const int64_t item_size = cpu::item_size(args.mu.type);
-  const Plan plan = plan_for(args.rows, args.size, is_whole_args ? whole_unit(item_size) : 4, 1, slots(resident(item_size)));
+  const Plan plan = plan_for(args.rows, args.size, is_whole_args ? whole_unit(item_size) : 4, 1, slots(resident(item_size, args.prior_mu.data)));
   return with_types(args.mu.type, is_whole_args, [&](auto type, auto whole) {
     using T = decltype(type);
     constexpr int N = whole ? whole_unit(sizeof(T)) : 4;
-    return FASTVAE_LAUNCH((sample_grad_kernel<T, N, decltype(whole)::value>), plan.blocks, stream, args, plan);
+    constexpr bool kWhole = decltype(whole)::value;
+    if (args.prior_mu.data) return FASTVAE_LAUNCH((sample_grad_kernel<T, N, kWhole, true>), plan.blocks, stream, args, plan);
+    return FASTVAE_LAUNCH((sample_grad_kernel<T, N, kWhole, false>), plan.blocks, stream, args, plan);
   });
 }
 

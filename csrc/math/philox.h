@@ -25,11 +25,22 @@ struct PhiloxWords {
   uint32_t x[4];
 };
 
+FASTVAE_HD uint64_t wide_product(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  // nvcc would carry the zeros above a and b through sums and products of their own.
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return uint64_t(a) * b;
+#endif
+}
+
 FASTVAE_HD PhiloxWords philox(uint64_t seed, uint64_t low, uint64_t high) {
   PhiloxWords c = {{uint32_t(low), uint32_t(low >> 32), uint32_t(high), uint32_t(high >> 32)}};
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxWeyl0, k1 += kPhiloxWeyl1) {
-    const uint64_t p0 = uint64_t(kPhiloxMultiplier0) * c.x[0], p1 = uint64_t(kPhiloxMultiplier1) * c.x[2];
+    const uint64_t p0 = wide_product(c.x[0], kPhiloxMultiplier0), p1 = wide_product(c.x[2], kPhiloxMultiplier1);
     c = {{uint32_t(p1 >> 32) ^ c.x[1] ^ k0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.x[3] ^ k1, uint32_t(p0)}};
   }
   return c;

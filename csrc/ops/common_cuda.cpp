@@ -10,7 +10,7 @@
 namespace fastvae {
 namespace {
 
-constexpr size_t kCounters = 4096;
+constexpr size_t kCounters = 1024;
 constexpr size_t kCounterBytes = 16;  // keeps what lies behind it aligned
 
 // The counters of a device, each zero while it is not in use. A stream has one of its own, for what it runs comes in turn. A captured

@@ -152,7 +152,6 @@ inline void __syncthreads() {
   static const bool without = std::getenv("SHIM_WITHOUT_BARRIERS");
   if (!without) shim::team->block.arrive_and_wait();
 }
-inline void __threadfence() {}  // atomicInc orders all memory here
 
 inline uint32_t atomicInc(uint32_t* p, uint32_t limit) {
   std::atomic_ref<uint32_t> value(*p);
@@ -185,14 +184,9 @@ T __ldcg(const T* p) {
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64); }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
+inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline void sincospi(double x, double* sine, double* cosine) {
   *sine = std::sin(x * 3.141592653589793238);
   *cosine = std::cos(x * 3.141592653589793238);
-}
-inline void sincospif(float x, float* sine, float* cosine) {
-  double s, c;
-  sincospi(x, &s, &c);
-  *sine = static_cast<float>(s);
-  *cosine = static_cast<float>(c);
 }

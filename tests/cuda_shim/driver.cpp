@@ -1,5 +1,5 @@
 // The kernels of csrc/cuda as a library for tests/test_cuda_kernels.py: the functions of kernels.h by C names.
-#include "kernels.h"
+#include "device.cuh"
 
 using namespace fastvae::cuda;
 
@@ -7,8 +7,17 @@ extern "C" {
 void set_processors(int count) { shim::processors = count; }
 int launches() { return shim::launches; }
 int64_t size_of(int what) {
-  const int64_t sizes[] = {sizeof(NllArgs), sizeof(NllBackwardArgs), sizeof(SampleArgs), sizeof(SampleGradArgs)};
+  const int64_t sizes[] = {sizeof(NllArgs), sizeof(NllBackwardArgs), sizeof(SampleArgs), sizeof(SampleGradArgs), sizeof(Plan)};
   return sizes[what];
+}
+void plan(int64_t rows, int64_t size, int unit, int unroll, int64_t slots, Plan* plan) {
+  *plan = plan_for(rows, size, unit, unroll, slots);
+}
+int64_t place(int64_t i, int64_t run, int64_t run_stride) {
+  Operand view;
+  view.run = run;
+  view.run_stride = run_stride;
+  return Runs(view)(i);
 }
 int64_t run_nll_scratch(const NllArgs* args) { return nll_scratch(*args); }
 int64_t run_nll_backward_scratch(const NllBackwardArgs* args) { return nll_backward_scratch(*args); }

@@ -1,0 +1,114 @@
+"""What the binding adds to the kernels: how many launches, and what a capture changes. Run by test_cuda_binding.py."""
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastvae
+import fastvae.functional as fv
+
+extension: Any = importlib.import_module("fastvae._C")
+
+
+@pytest.fixture(autouse=True)
+def _native() -> Iterator[None]:
+    with fastvae.use_backend("native"):
+        yield
+
+
+@pytest.fixture
+def capturing() -> Iterator[Callable[[bool], None]]:
+    yield extension.set_capturing
+    extension.set_capturing(False)
+
+
+def launches(call: Callable[[], Any]) -> int:
+    before = extension.launches()
+    call()
+    return extension.launches() - before
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(shape, requires_grad=True)
+
+
+# First: the counters of the device must not be made during a capture, when their memory would be the graph's.
+def test_the_first_call_may_be_a_captured_one(capturing: Callable[[bool], None]) -> None:
+    recon, x, kl = leaf(64, 3000), torch.rand(64, 3000), torch.rand(64)
+    elbo = fastvae.ELBO("bernoulli")
+    losses = []
+    for on in (True, True, False, True, False):
+        capturing(on)
+        losses.append(elbo(recon, x, kl=kl).loss.detach())
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+    with fastvae.use_backend("reference"):
+        torch.testing.assert_close(losses[0], elbo(recon, x, kl=kl).loss.detach())
+
+
+def test_more_captured_launches_than_there_are_counters(capturing: Callable[[bool], None]) -> None:
+    recon, x = torch.randn(3, 5), torch.rand(3, 5)
+    capturing(True)
+    want = fv.bernoulli_nll(recon, x)
+    for _ in range(1100):
+        got = fv.bernoulli_nll(recon, x)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", "learned", "per_element"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("rows", [4, 600])
+def test_the_loss_part_of_a_step_is_four_launches(likelihood: str, reduction: str, rows: int) -> None:
+    """Reparameterise + KL, the reconstruction with its scalar, and a backward of each."""
+    known = likelihood in fastvae.likelihoods.BY_NAME
+    elbo = fastvae.ELBO(
+        likelihood if known else fastvae.likelihoods.Gaussian(scale=likelihood), reduction=reduction
+    )
+    head, x = leaf(rows, 40), torch.rand(rows, 784)
+    recon = leaf(rows, 784 * (2 if likelihood == "per_element" else 1))
+
+    def step() -> None:
+        z, kl = elbo.reparameterize(*head.chunk(2, 1))
+        loss = elbo(recon, x, kl=kl).loss
+        torch.autograd.grad((loss.sum(), z), [recon, head, *elbo.parameters()], (None, torch.ones_like(z)))
+
+    assert launches(step) == 4
+    with torch.no_grad():
+        assert launches(lambda: elbo(recon, x, kl=elbo.reparameterize(*head.chunk(2, 1))[1])) == 2
+
+
+def test_half_parameters_take_one_more() -> None:
+    """Their gradient is made when its factor is known: in the backward."""
+    recon, x = leaf(4, 30).detach().half().requires_grad_(), torch.rand(4, 30)
+    elbo = fastvae.ELBO("bernoulli")
+    for kl, count in ((torch.rand(4), 2), (leaf(4), 3)):
+        assert launches(lambda kl=kl: torch.autograd.grad(elbo(recon, x, kl=kl).loss, recon)) == count
+
+
+@pytest.mark.parametrize("samples", [None, 3])
+def test_a_captured_draw_is_drawn_from_where_the_replay_will_look(
+    capturing: Callable[[bool], None], samples: int | None
+) -> None:
+    """The same words behind pointers are the same noise, in the backward too, which may come when they have changed."""
+    mu, results = torch.zeros(5, 7), []
+    for on in (False, True):
+        logvar = torch.zeros(5, 7, requires_grad=True)
+        capturing(on)
+        torch.manual_seed(3)
+        z, _ = fv.reparameterize_kl(mu, logvar, samples=samples)
+        fv.reparameterize_kl(mu, logvar)
+        (gradient,) = torch.autograd.grad(z.sum(), logvar)
+        results.append(z.detach())
+        torch.testing.assert_close(gradient, z.detach().reshape(-1, 5, 7).sum(0) / 2)
+    assert torch.equal(*results)
+
+
+def test_values_of_the_wrong_type_are_refused() -> None:
+    recon, x = torch.zeros(2, 3), torch.zeros(2, 3)
+    with pytest.raises(TypeError, match="fastvae: `kl` must be Float or Double, got Half"):
+        torch.ops.fastvae.nll("bernoulli", [recon], x, [], torch.zeros(2).half(), None, 2)
+    with pytest.raises(TypeError, match="fastvae: `beta` must be floating point, got Long"):
+        torch.ops.fastvae.nll("bernoulli", [recon], x, [], torch.zeros(2), torch.tensor(1), 2)

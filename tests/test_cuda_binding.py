@@ -1,0 +1,66 @@
+"""The CUDA side of csrc/ops without a GPU: over kernels that run on the CPU (cuda_shim), in the place of the CPU's.
+
+CPU tensors then go the way of CUDA tensors, through the same schemas, autograd and binding, and the tests of the native
+backend say whether they arrive. The runtime, allocator and generator of CUDA are played by a few lines each.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_kernels
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+HERE = ROOT / "tests" / "cuda_binding"
+TORCH = Path(torch.__file__).parent
+TESTS = {
+    "launches": ["tests/cuda_binding/launches.py"],
+    "autograd": ["tests/test_autograd.py", "-k", "native and not ddp and not large_buffers"],
+    "layouts": ["tests/test_layouts.py", "-k", "native"],
+    "noise": ["tests/test_noise.py", "-k", "native"],
+    "opcheck": ["tests/test_compile.py", "-k", "opcheck or one_graph and native"],
+}
+
+if missing := cuda_kernels.compiler_missing():
+    pytest.skip(missing, allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("cuda_binding")
+    kernels = cuda_kernels.build(folder, "-shared", "-fPIC", "-O1")
+    binding = folder / "binding.so"
+    command = [
+        "g++",
+        "-std=c++20",
+        "-O0",
+        "-g0",
+        "-fPIC",
+        "-shared",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-Werror",
+    ]
+    command += [f"-DFASTVAE_THREADS={cuda_kernels.THREADS}", f"-I{HERE}", f"-I{cuda_kernels.SHIM}"]
+    command += ["-isystem", str(TORCH / "include"), "-isystem", str(TORCH / "include/torch/csrc/api/include")]
+    command += [str(HERE / "binding.cpp"), "-o", str(binding), str(kernels), f"-L{TORCH / 'lib'}"]
+    command += ["-lc10", "-ltorch", "-ltorch_cpu", f"-Wl,-rpath,{folder},-rpath,{TORCH / 'lib'}"]
+    subprocess.run(command, check=True)
+    return binding, kernels
+
+
+@pytest.mark.parametrize("tests", list(TESTS))
+def test_the_binding(libraries: tuple[Path, Path], tests: str) -> None:
+    done = subprocess.run(
+        [sys.executable, HERE / "run.py", *libraries, "-q", "-p", "no:cacheprovider", *TESTS[tests]],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    print(done.stdout[-8000:])
+    assert done.returncode == 0, done.stderr
