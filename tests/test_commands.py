@@ -99,6 +99,29 @@ def test_sample(run, tmp_path, capsys, n, columns, rows):
     assert os.listdir(out.parent) == ["new.png"]
 
 
+def test_a_run_on_bytes(colour, tmp_path, capsys):
+    """Everything that a run can be asked for, with a likelihood of bytes."""
+    data = colour.parent / "colour.npz"
+    out = trained(tmp_path / "run", "--likelihood", "dmol", "--components", "2", "--data", str(data))
+    assert (out / "reconstructions.png").exists()
+    for command in ("sample", "reconstruct", "interpolate"):
+        done(capsys, command, out)
+    first = tmp_path / "first.png"
+    done(capsys, "inpaint", out, "--out", first)
+    done(capsys, "inpaint", out, "--out", tmp_path / "second.png")
+    assert first.read_bytes() == (tmp_path / "second.png").read_bytes()
+    done(capsys, "inpaint", out, "--out", tmp_path / "second.png", "--seed", 1)
+    assert first.read_bytes() != (tmp_path / "second.png").read_bytes()
+    done(capsys, "evaluate", out, "--samples", 5)
+    found = json.loads((out / "evaluation.json").read_text())
+    assert found["bits_per_dim"] == pytest.approx(found["iw_nll"] / (9 * 7 * 3 * math.log(2)))
+    opened = runs.load(out)
+    x = opened.images.held_out.permute(0, 3, 1, 2).contiguous()
+    # The evaluation's first draw: that of seed 0.
+    part, _ = evaluate.bounds(opened.model, x, 5)
+    assert found["reconstruction"] == pytest.approx(part.reconstruction.mean().item())
+
+
 def test_samples_are_repeatable(run, tmp_path, capsys):
     def draw(*options: object) -> bytes:
         done(capsys, "sample", run, "-n", 4, *options)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import cases
 import pytest
+import test_discretized
 import torch
 from cases import CASES, DTYPES, GRADIENT_TOLERANCE, VALUE_TOLERANCE, Case, Inputs, Result
 from conftest import INTERPRETED
@@ -88,6 +89,31 @@ def test_against_the_reference(device: torch.device, case: Case) -> None:
     scale = cases.exact(case, inputs).scale
     exact = Result(want.value.double(), scale, {n: g.double() for n, g in want.gradients.items()})
     check(got, exact, torch.float32)
+
+
+# components (0: no mixture), channels, pixels
+DISCRETIZED = [(0, 3, (16, 24)), (3, 3, (16, 24)), (10, 3, (33,)), (3, 1, (7, 5)), (2, 3, ())]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("components", "channels", "pixels"), DISCRETIZED, ids=cases.ids)
+def test_discretized_logistics(
+    device: torch.device,
+    components: int,
+    channels: int,
+    pixels: tuple[int, ...],
+    channels_last: bool,
+    dtype: torch.dtype,
+) -> None:
+    """The reference in float64; test_discretized.py holds that, and these kernels, to what is published."""
+    params, target = test_discretized.make(components, channels, (3, *pixels))
+    params, target = params.to(device, dtype), target.to(device)
+    if channels_last and len(pixels) == 2:
+        params = params.contiguous(memory_format=torch.channels_last)
+    got = test_discretized.value_and_gradient(functional, params, target, components)
+    want = test_discretized.value_and_gradient(reference, params.double(), target, components)
+    test_discretized.check(got, want, dtype)
 
 
 # Rows that many programs share, rows whose product of 1 + e is flushed on the way, more rows than one program finishes.

@@ -239,8 +239,9 @@ def logistic_kernel(
                     2.0 * tl.minimum(tl.load(target + data_places + 2 * data_step, inside, 0).to(C), highest)
                     - highest
                 )
-            top = tl.full((ROWS, COLUMNS), float("-inf"), C)
-            top_logit = tl.full((ROWS, COLUMNS), float("-inf"), C)
+            # Below any; with -inf, a first component of weight 0 would make -inf less -inf.
+            top = tl.full((ROWS, COLUMNS), -1e38, C)
+            top_logit = tl.full((ROWS, COLUMNS), -1e38, C)
             masses = tl.zeros((ROWS, COLUMNS), C)  # sum of e^(linear - top) factor
             priors = tl.zeros((ROWS, COLUMNS), C)  # sum of e^(logit - top_logit)
             for k in range(0, K):
@@ -248,12 +249,10 @@ def logistic_kernel(
                     first, places, k, K, step, inside, n0, n1, n2, highest, width, least, smallest, MIXED
                 )
                 higher = tl.where(linear > top, linear, top)
-                shift = tl.where(higher == float("-inf"), 0.0, higher)  # nothing so far
-                masses = masses * exp(top - shift) + factor * exp(linear - shift)
+                masses = masses * exp(top - higher) + factor * exp(linear - higher)
                 top = higher
                 higher = tl.where(logit > top_logit, logit, top_logit)
-                shift = tl.where(higher == float("-inf"), 0.0, higher)
-                priors = priors * exp(top_logit - shift) + exp(logit - shift)
+                priors = priors * exp(top_logit - higher) + exp(logit - higher)
                 top_logit = higher
             sums += tl.where(inside, tl.log(priors / masses) + (top_logit - top), 0.0)
             if slopes is not None:

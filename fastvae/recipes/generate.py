@@ -161,19 +161,20 @@ def inpaint(
     draws = torch.Generator(run.device).manual_seed(seed)
     x = prepare(images, run.settings, generator(seed)).to(run.device)
     hidden = x[:, :, y0:y1, x0:x1]  # a view
-    hidden.uniform_(generator=draws)
+    if run.settings.of_bytes:
+        hidden.random_(0, 256, generator=draws)
+    else:
+        hidden.uniform_(generator=draws)
     for step in range(steps):
         mu, logvar = model.encode(x)
         if step < steps - 1:
             z, _ = model.elbo.reparameterize(mu, logvar, generator=draws)
-            filled = likelihood.sample(model.decode(z), draws)  # type: ignore[operator]
-        else:
-            filled = likelihood.mean(model.decode(mu))  # type: ignore[operator]
-        hidden.copy_(filled[:, :, y0:y1, x0:x1])
+            hidden.copy_(likelihood.sample(model.decode(z), draws)[:, :, y0:y1, x0:x1])  # type: ignore[operator]
+    filled = likelihood.mean(model.decode(mu))[:, :, y0:y1, x0:x1]  # type: ignore[operator]
     masked, whole = _grey(images), _grey(images)
     masked[:, y0:y1, x0:x1] = pictures.BACKGROUND / 255
     completed = whole.clone()
-    completed[:, y0:y1, x0:x1] = hidden.float().cpu().permute(0, 2, 3, 1)
+    completed[:, y0:y1, x0:x1] = filled.float().cpu().permute(0, 2, 3, 1)
     rows: list[Tensor] = []
     for three in zip(*(part.split(_COLUMNS) for part in (masked, completed, whole)), strict=True):
         rows += three

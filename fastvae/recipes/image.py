@@ -31,7 +31,8 @@ class MLP(ImageSettings):
         inner = [self.hidden] * self.layers
         encoder = nn.Sequential(nn.Flatten(), *_dense(prod(shape), *inner, 2 * self.latent))
         decoder = nn.Sequential(
-            *_dense(self.latent, *inner, prod(shape)), nn.Unflatten(1, (channels, height, width))
+            *_dense(self.latent, *inner, self.planes(channels) * height * width),
+            nn.Unflatten(1, (self.planes(channels), height, width)),
         )
         return encoder, decoder
 
@@ -74,6 +75,7 @@ class Conv(ImageSettings):
         small = (widths[-1], *sizes[-1])
         flat = prod(small)
         encoder = nn.Sequential(*down, nn.Flatten(), *_dense(flat, self.hidden, 2 * self.latent))
+        widths[0] = self.planes(colours)
         up: list[nn.Module] = [*_dense(self.latent, self.hidden, flat), nn.Unflatten(1, small)]
         for i in range(len(sizes) - 1, 0, -1):
             # The side that was halved comes back exactly: 2n - 1 from an odd one, 2n from an even one. Kernels of 4

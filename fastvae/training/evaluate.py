@@ -187,7 +187,8 @@ def evaluate(
     count, dimensions = len(held_out), held_out[0].numel()
 
     def bits(nats: float) -> float:
-        # `prepare` scales bytes to [0, 1]: a density 256 times that of the bytes, in each dimension.
+        # For the Gaussian `prepare` scales bytes to [0, 1]: a density 256 times that of the bytes, in each dimension.
+        # Masses of bytes, and of zeros and ones, are what they are.
         return nats / (dimensions * math.log(2)) + (8 if run.settings.likelihood == "gaussian" else 0)
 
     nelbo, iw_nll = (reconstruction + kl).mean().item(), nll.mean().item()

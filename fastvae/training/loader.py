@@ -16,13 +16,16 @@ _HELD_OUT_BATCH = 1000
 
 
 def prepare(images: Tensor, settings: ImageSettings, generator: torch.Generator | None = None) -> Tensor:
-    """uint8 images (B, H, W, C) as the likelihood takes them: float (B, C, H, W) in [0, 1].
+    """uint8 images (B, H, W, C) as the likelihood takes them: (B, C, H, W), float in [0, 1], or the bytes themselves.
 
-    bernoulli: zeros and ones, by threshold (1 from 128 on) or dynamically (1 with probability image / 255). gaussian:
-    uniformly dequantised, (image + u) / 256, so that nll / (D ln 2) + 8 bounds the bits per dimension (Theis et al.
-    2016, section 3.1). What is drawn is drawn on the CPU, from `generator` or torch's own.
+    dlogistic, dmol: the bytes. bernoulli: zeros and ones, by threshold (1 from 128 on) or dynamically (1 with
+    probability image / 255). gaussian: uniformly dequantised, (image + u) / 256, so that nll / (D ln 2) + 8 bounds the
+    bits per dimension (Theis et al. 2016, section 3.1). What is drawn is drawn on the CPU, from `generator` or torch's
+    own.
     """
     images = images.permute(0, 3, 1, 2)
+    if settings.of_bytes:
+        return images.contiguous()
     if settings.likelihood == "gaussian":
         noise = torch.rand(images.shape, generator=generator)
         return noise.add_(images).div_(256)

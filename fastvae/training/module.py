@@ -26,15 +26,15 @@ class VAE(LightningModule):
 
     Args:
         encoder: x (B, C, H, W) -> (B, 2L), the posterior's mu and logvar.
-        decoder: z (B, L) -> the likelihood's parameters, (B, C, H, W).
+        decoder: z (B, L) -> the likelihood's parameters, (B, P, H, W).
         elbo: with reduction "mean". Its `beta` is where a warm-up ends.
         latents, dimensions: L, and C H W.
         lr: the learning rate of Adam.
         seed: of the noise. Step t of a run draws the same noise however often the run was stopped, and over however
             many processes its batches are spread.
         schedule, schedule_epochs, cycles: how beta rises; see `fastvae.training.warmup`.
-        bits_offset: what bits per dimension need added to nats / (D ln 2): 0 for binary data, 8 for bytes scaled to
-            [0, 1], None where the data have no bits per dimension.
+        bits_offset: what bits per dimension need added to nats / (D ln 2): 0 for binary data and for bytes as they are,
+            8 for bytes scaled to [0, 1], None where the data have no bits per dimension.
         fused: Adam's fused kernel, which also serves to skip steps.
 
     Logged at the end of each epoch, in nats per image: train_loss (with beta), train_nll, train_kl, train_bits_per_dim;
@@ -81,12 +81,14 @@ class VAE(LightningModule):
         self.first_skip: str | None = None
 
     def encode(self, x: Any) -> tuple[Tensor, Tensor]:
-        """mu, logvar: (B, L) each."""
+        """mu, logvar: (B, L) each. Bytes are scaled to [0, 1] for the encoder."""
+        if x.dtype == torch.uint8:
+            x = x.float() / 255
         mu, logvar = self.encoder(x).chunk(2, dim=1)
         return mu, logvar
 
     def decode(self, z: Tensor) -> Tensor:
-        """The parameters of the likelihood, (B, C, H, W)."""
+        """The parameters of the likelihood, (B, P, H, W)."""
         return self.decoder(z)
 
     def nll(self, z: Tensor, x: Any) -> Tensor:

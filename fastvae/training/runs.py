@@ -199,20 +199,13 @@ def prepare_again(path: Path, names: Sequence[str]) -> None:
 
 def build(settings: ImageSettings, shape: Shape) -> "VAE":
     """The model of a recipe for images (H, W, C), with fresh weights from torch's generator."""
-    from fastvae import likelihoods
-
     from .module import VAE
 
-    bernoulli = settings.likelihood == "bernoulli"
     encoder, decoder = settings.build(shape)
     return VAE(
         encoder,
         decoder,
-        fastvae.ELBO(
-            likelihoods.Bernoulli() if bernoulli else likelihoods.Gaussian("learned"),
-            beta=settings.beta,
-            free_bits=settings.free_bits,
-        ),
+        fastvae.ELBO(settings.make_likelihood(), beta=settings.beta, free_bits=settings.free_bits),
         latents=settings.latent,
         dimensions=math.prod(shape),
         lr=settings.lr,
@@ -220,7 +213,7 @@ def build(settings: ImageSettings, shape: Shape) -> "VAE":
         schedule=settings.warmup,
         schedule_epochs=settings.warmup_epochs,
         cycles=settings.cycles,
-        bits_offset=0 if bernoulli else 8,
+        bits_offset=8 if settings.likelihood == "gaussian" else 0,
         # Lightning cannot unscale gradients for a fused optimizer, as it must before it clips them.
         fused=not (settings.precision == "16-mixed" and settings.clip),
     )
@@ -375,6 +368,12 @@ def _introduction(model: "VAE", images: data.Images, settings: ImageSettings) ->
         yield f"warning: {note}"
     if settings.likelihood == "gaussian":
         likelihood = "Gaussian likelihood with a learned scale"
+    elif settings.likelihood == "dlogistic":
+        likelihood = "likelihood of bytes: a discretised logistic for each"
+    elif settings.likelihood == "dmol":
+        likelihood = (
+            f"likelihood of bytes: a mixture of {settings.components} discretised logistics for each pixel"
+        )
     else:
         how = "at half of the full value" if settings.binarize == "threshold" else "afresh in each epoch"
         likelihood = f"Bernoulli likelihood, images binarised {how}"

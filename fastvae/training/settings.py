@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, 
 
 from torch import nn
 
+from fastvae import likelihoods
+
 from .data import InputError
 
 __all__ = ["ImageSettings", "Settings", "option"]
@@ -153,11 +155,13 @@ class ImageSettings(Settings):
         "Data",
         at_least=0,
     )
-    likelihood: Literal["auto", "bernoulli", "gaussian"] = option(
+    likelihood: Literal["auto", "bernoulli", "gaussian", "dlogistic", "dmol"] = option(
         "auto",
-        "bernoulli, gaussian (with a learned scale), or auto: the first for grey images, the second for colour.",
+        "bernoulli, gaussian (with a learned scale), dlogistic or dmol (of bytes as they are: a discretised logistic "
+        "for each, or a mixture for each pixel), or auto: the first for grey images, the second for colour.",
         "Model",
     )
+    components: int = option(10, "Of dmol: logistics in a pixel's mixture.", "Model", at_least=1)
     binarize: Literal["threshold", "dynamic"] = option(
         "threshold",
         "Of a Bernoulli likelihood: by threshold, at half of the full value, or dynamic: drawn afresh every epoch.",
@@ -165,11 +169,30 @@ class ImageSettings(Settings):
     )
 
     def build(self, shape: tuple[int, int, int]) -> tuple[nn.Module, nn.Module]:
-        """Encoder and decoder for images (H, W, C): x (B, C, H, W) -> (B, 2 latent), z (B, latent) -> (B, C, H, W).
+        """Encoder and decoder for images (H, W, C): x (B, C, H, W) -> (B, 2 latent), z (B, latent) -> (B, P, H, W).
 
-        Raises InputError for images that the model cannot take.
+        P is `planes(C)`. Raises InputError for images that the model cannot take.
         """
         raise NotImplementedError
+
+    @property
+    def of_bytes(self) -> bool:
+        """Whether the likelihood is one of the images' bytes as they are."""
+        return self.likelihood in ("dlogistic", "dmol")
+
+    def make_likelihood(self) -> likelihoods.Likelihood:
+        """That of a resolved `likelihood`."""
+        if self.likelihood == "gaussian":
+            return likelihoods.Gaussian("learned")
+        if self.likelihood == "dlogistic":
+            return likelihoods.DiscretizedLogistic()
+        if self.likelihood == "dmol":
+            return likelihoods.DiscretizedLogisticMixture(self.components)
+        return likelihoods.Bernoulli()
+
+    def planes(self, channels: int) -> int:
+        """How many numbers the decoder gives for each pixel of so many channels."""
+        return self.make_likelihood().channels(channels)
 
     def resolve(self, channels: int) -> "Self":
         """With the likelihood that `auto` stands for, and `data` so that it is found from any folder."""
