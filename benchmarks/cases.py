@@ -89,6 +89,19 @@ def _head(device: torch.device) -> Inputs:
     return _reconstruction((512, 3, 32, 32), device, channels=2)
 
 
+def _categorical(rows: int, length: int, classes: int) -> Callable[[torch.device], Inputs]:
+    def setup(device: torch.device) -> Inputs:
+        kl = torch.rand(rows, device=device)
+        return {
+            "recon": torch.randn(rows, length, classes, device=device).requires_grad_(),
+            "x": torch.randint(0, classes, (rows, length), device=device),
+            "kl": kl,
+            "kld": kl.sum(),
+        }
+
+    return setup
+
+
 def _step(device: torch.device) -> Inputs:
     return _latents(128, 20, device) | _reconstruction((128, 784), device)
 
@@ -134,6 +147,10 @@ def _fused_per_element(device: torch.device) -> Callable[..., Outputs]:
 
 def _fused_head(device: torch.device) -> Callable[..., Outputs]:
     return _elbo(fastvae.likelihoods.Gaussian(scale="per_element"), device)
+
+
+def _fused_categorical(device: torch.device) -> Callable[..., Outputs]:
+    return _elbo("categorical", device)
 
 
 def _fused_latents(device: torch.device) -> Callable[..., Outputs]:
@@ -191,6 +208,11 @@ def _written_head(recon: Tensor, x: Tensor, kld: Tensor) -> Outputs:
     return _written_per_element(mean, logvar, x, kld)
 
 
+def _written_categorical(recon: Tensor, x: Tensor, kld: Tensor) -> Outputs:
+    entropy = F.cross_entropy(recon.flatten(0, 1), x.flatten(), reduction="sum")
+    return ((entropy + kld) / x.shape[0],)
+
+
 def _written_sample(mu: Tensor, logvar: Tensor) -> Tensor:
     std = torch.exp(0.5 * logvar)
     eps = torch.randn_like(std)
@@ -233,6 +255,8 @@ CASES = (
          4 * 5 * 512 * 3072, (4.0, 2.0)),
     Case("reparameterise + KL 4096 x 256", lambda device: _latents(4096, 256, device), _fused_latents,
          _written_latents, 4 * _SAMPLE * 4096 * 256, (3.0, 3.0)),
+    Case("categorical 32 x 80 x 20000", _categorical(32, 80, 20000), _fused_categorical, _written_categorical,
+         4 * 2 * 32 * 80 * 20000, (2.0, 1.5)),
     # Beyond what is asked for.
     Case("Gaussian, packed head, 512 x 6 x 32 x 32", _head, _fused_head, _written_head, 4 * 5 * 512 * 3072),
     Case("Gaussian, uint8 data, 512 x 3072", _bernoulli(512, 3072, data=torch.uint8), _fused_gaussian,
