@@ -83,7 +83,7 @@ class ELBO(nn.Module):
         functional._check_choice("ELBO", "reduction", reduction, (*REDUCTIONS, *_ALIASES))
         self.likelihood = likelihoods.get(likelihood)
         self.reduction = reduction
-        # None, not 0: torch.compile makes a float a variable of the graph, on which no branch can be taken once for all.
+        # None, not 0: torch.compile makes a float a variable of the graph, on which no branch is taken once for all.
         self._free_bits = _checked("free_bits", "float", free_bits) or None
         self.free_bits_mean = free_bits_mean
         # Without a device of its own a number follows torch's default device, like every other parameter.
