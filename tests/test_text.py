@@ -320,16 +320,21 @@ def log_prob(model: Any, z: torch.Tensor, tokens: list[int], longest: int) -> fl
 def test_beam_finds_the_best():
     """With as many beams as there are beginnings it is an exhaustive search."""
     model = small_model()
-    longest, words = 3, [n for n in range(12) if n not in (PAD, UNKNOWN, START, END)]
-    z = 3 * torch.randn(1, 3)
-    candidates = [list(c) for n in range(longest + 1) for c in itertools.product(words, repeat=n)]
-    scored = {
-        tuple(c): log_prob(model, z, c, longest) / ((5 + min(len(c) + 1, longest)) / 6) ** 0.6
-        for c in candidates
-    }
-    best = max(scored, key=scored.__getitem__)
-    how = decoding.Decoding("beam", beams=100, longest=longest)
-    assert decoding.write(model, z, how) == [list(best)]
+    for parameter in model.decoder.parameters():
+        parameter *= 3  # so that what was written before matters
+    model.decoder.logits.bias[END] = 1.0
+    longest, words = 3, range(4, 12)
+    z = torch.randn(12, 3)
+    found = decoding.write(model, z, decoding.Decoding("beam", beams=100, longest=longest))
+    likeliest = 0
+    for row, got in zip(z.split(1), found, strict=True):
+        candidates = [list(c) for n in range(longest + 1) for c in itertools.product(words, repeat=n)]
+        log_probs = {tuple(c): log_prob(model, row, c, longest) for c in candidates}
+        lengths = {c: min(len(c) + 1, longest) for c in log_probs}
+        best = max(log_probs, key=lambda c: log_probs[c] / ((5 + lengths[c]) / 6) ** 0.6)
+        assert got == list(best)
+        likeliest += best == max(log_probs, key=log_probs.__getitem__)
+    assert 0 < likeliest < len(z), "this test needs sentences that the length decides, and others"
 
 
 @torch.no_grad()
