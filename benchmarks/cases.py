@@ -100,6 +100,19 @@ def _levels(planes: int, *shape: int) -> Callable[[torch.device], Inputs]:
     return setup
 
 
+def _categorical(rows: int, length: int, classes: int) -> Callable[[torch.device], Inputs]:
+    def setup(device: torch.device) -> Inputs:
+        kl = torch.rand(rows, device=device)
+        return {
+            "recon": torch.randn(rows, length, classes, device=device).requires_grad_(),
+            "x": torch.randint(0, classes, (rows, length), device=device),
+            "kl": kl,
+            "kld": kl.sum(),
+        }
+
+    return setup
+
+
 def _step(device: torch.device) -> Inputs:
     return _latents(128, 20, device) | _reconstruction((128, 784), device)
 
@@ -186,6 +199,10 @@ def _fused_mixture(device: torch.device) -> Callable[..., Outputs]:
 
 def _fused_logistic(device: torch.device) -> Callable[..., Outputs]:
     return _elbo(fastvae.likelihoods.DiscretizedLogistic(), device)
+
+
+def _fused_categorical(device: torch.device) -> Callable[..., Outputs]:
+    return _elbo("categorical", device)
 
 
 def _fused_latents(device: torch.device) -> Callable[..., Outputs]:
@@ -337,6 +354,11 @@ def _written_logistic(recon: Tensor, x: Tensor, kld: Tensor) -> Outputs:
     return ((kld - log_probs.sum()) / x.shape[0],)
 
 
+def _written_categorical(recon: Tensor, x: Tensor, kld: Tensor) -> Outputs:
+    entropy = F.cross_entropy(recon.flatten(0, 1), x.flatten(), reduction="sum")
+    return ((entropy + kld) / x.shape[0],)
+
+
 def _written_sample(mu: Tensor, logvar: Tensor) -> Tensor:
     std = torch.exp(0.5 * logvar)
     eps = torch.randn_like(std)
@@ -425,7 +447,7 @@ CASES = (
          _written_continuous_bernoulli, 4 * _LOSS * 512 * 3072, (6.0, 3.0)),
     Case("Laplace 512 x 3072", _bernoulli(512, 3072), _fused_laplace, _written_laplace,
          4 * _LOSS * 512 * 3072, (3.0, 1.5)),
-    # In the decoder's raw outputs: their softmax and exponential belong to the loss on both sides. What float32 leaves of the
+    # In the raw outputs: their softmax and exponential belong to the loss on both sides. What float32 leaves of the
     # differences of lgamma on the written side is what the tolerance is for.
     Case("ZINB 128 x 20000", _counts(True, True), _fused_zinb_raw, _written_zinb_raw, 4 * 5 * 128 * 20_000, (8.0, 3.0),
          tolerance=1e-4),
@@ -438,6 +460,8 @@ CASES = (
          _written_mixture, (4 * 2 * 100 + 3) * 256 * 256, (10.0, 3.0), tolerance=1e-2),
     Case("discretised logistic 64 x 3 x 32 x 32", _levels(6, 64, 3, 32, 32), _fused_logistic,
          _written_logistic, (4 * 2 * 2 + 1) * 64 * 3 * 32 * 32, (6.0, 2.0), tolerance=1e-2),
+    Case("categorical 32 x 80 x 20000", _categorical(32, 80, 20000), _fused_categorical, _written_categorical,
+         4 * 2 * 32 * 80 * 20000, (2.0, 1.5)),
     # Beyond what is asked for.
     Case("ZINB 128 x 20000, mean and inverse dispersion", _counts(True, False), _fused_zinb, _written_zinb,
          4 * 5 * 128 * 20_000, tolerance=1e-4),

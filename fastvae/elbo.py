@@ -83,13 +83,18 @@ class ELBO(nn.Module):
         functional._check_choice("ELBO", "reduction", reduction, (*REDUCTIONS, *_ALIASES))
         self.likelihood = likelihoods.get(likelihood)
         self.reduction = reduction
-        self.free_bits = _checked("free_bits", "float", free_bits)
+        # None, not 0: torch.compile makes a float a variable of the graph, on which no branch is taken once for all.
+        self._free_bits = _checked("free_bits", "float", free_bits) or None
         self.free_bits_mean = free_bits_mean
         # Without a device of its own a number follows torch's default device, like every other parameter.
         device = beta.device if isinstance(beta, Tensor) else None
         weight = torch.tensor(_checked_beta(beta), dtype=torch.float32, device=device)
         self.register_buffer("beta", weight, persistent=False)
         self._looked = False
+
+    @property
+    def free_bits(self) -> float:
+        return self._free_bits or 0.0
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "beta" and "beta" in self.__dict__.get("_buffers", ()):
@@ -131,7 +136,7 @@ class ELBO(nn.Module):
             row_offset=row_offset,
             eps=eps,
         )
-        if self.free_bits:
+        if self._free_bits is not None:
             kl = functional.gaussian_kl(mu, logvar, prior_mu, prior_logvar, reduction="none")
         return z, kl
 
@@ -164,16 +169,16 @@ class ELBO(nn.Module):
                 raise ValueError(
                     f"fastvae.ELBO: `mu` must have as many rows as `x` {tuple(x.shape)}, got {tuple(mu.shape)}"
                 )
-            kl = functional.gaussian_kl(mu, logvar, reduction="none" if self.free_bits else "event")
+            kl = functional.gaussian_kl(mu, logvar, reduction="event" if self._free_bits is None else "none")
         elif mu is not None or logvar is not None:
             raise TypeError(_call_forms("both"))
         true_kl = kl
-        if self.free_bits:
+        if self._free_bits is not None:
             _check_dimensions(kl)
             # Half would not hold their sum.
             kl = kl if kl.dtype == torch.float64 else kl.float()
             true_kl = kl.flatten(1).sum(1)
-            kl = free_bits(kl, self.free_bits, batch_mean=self.free_bits_mean)
+            kl = free_bits(kl, self._free_bits, batch_mean=self.free_bits_mean)
 
         likelihood = self.likelihood
         reduction = REDUCTIONS[_ALIASES.get(self.reduction, self.reduction)]

@@ -368,6 +368,9 @@ def test_free_bits(backend: str, likelihood: str, given: str, batch_mean: bool, 
     want = nll.mean() + 0.7 * bits
     loss = {"mean": out.loss, "sum": out.loss / 6, "none": out.loss.mean()}[reduction]
     torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+    if reduction == "none":
+        free = torch.where((each.mean(0) if batch_mean else each) > 0.4, each, 0.4)
+        torch.testing.assert_close(out.loss.double(), nll + 0.7 * free.sum(1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out.kl.double(), each.sum(1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out.elbo, -(out.nll + out.kl))
     got = torch.autograd.grad(loss, (mu, logvar))

@@ -139,7 +139,7 @@ class Decoder(nn.Module):
         lstm = len(state) == 2
         out, after = self.rnn(read, state if lstm else state[0])
         narrow = self.narrow(torch.cat((self.dropout(out), beside), 2))
-        return self.logits(self.dropout(narrow)), after if lstm else (after,)
+        return self.logits(narrow), after if lstm else (after,)
 
 
 _CELLS: dict[str, Any] = {"lstm": nn.LSTM, "gru": nn.GRU}

@@ -92,7 +92,7 @@ class Metrics(Checkpoint):
                 _csv([["epoch", *names], *([int(epoch), *map(_number, kl)] for epoch, *kl in self.kl_rows)]),
             )
             if _is_drawn(trainer):
-                pictures.save_loss_curve(self.rows, self.folder / "loss.png", what=model.what)
+                pictures.save_loss_curve(self.rows, self.folder / "loss.png", model.unit)
 
 
 def _line(row: dict[str, float], shown: tuple[tuple[str, str, int], ...]) -> str:

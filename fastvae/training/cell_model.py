@@ -21,7 +21,7 @@ class CellVAE(VAE):
     The library size of a cell is the observed one, its counts summed (Lopez et al. 2018 may also infer it).
     """
 
-    what = "cell"
+    unit = "cell"
     shown = ()
 
     def decode(self, z: Tensor, x: Batch) -> Any:  # type: ignore[override]

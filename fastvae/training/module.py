@@ -41,13 +41,13 @@ class VAE(LightningModule):
     the same of the held-out images, without beta: held_out_nelbo, held_out_nll, held_out_kl, held_out_bits_per_dim;
     beta, active_units and skipped_steps. `kl_per_dimension` has the held-out KL of each latent dimension, (L,).
 
-    `shown` names what a line of progress ends with: a heading, the metric and its decimals; `what`, a datum.
+    `unit` is what a datum is called, `shown` what a line of progress ends with: a heading, the metric and its decimals.
 
     A step whose loss is not finite leaves the weights as they are; `first_skip` then says where it was.
     """
 
+    unit = "image"
     shown: tuple[tuple[str, str, int], ...] = (("bits/dim", "held_out_bits_per_dim", 3),)
-    what: str = "image"
 
     def __init__(
         self,

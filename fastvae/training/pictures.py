@@ -97,8 +97,11 @@ def save_grid(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_loss_curve(rows: Sequence[Mapping[str, float]], path: Path, *, what: str = "image") -> None:
-    """Draw the negative ELBO and its KL over the epochs, from rows of metrics.csv. Raises InputError as `save_grid`."""
+def save_loss_curve(rows: Sequence[Mapping[str, float]], path: Path, unit: str = "image") -> None:
+    """Draw the negative ELBO and its KL over the epochs, from rows of metrics.csv: nats per `unit`.
+
+    Raises InputError as `save_grid`.
+    """
 
     def column(name: str) -> Any:
         return np.array([row.get(name, np.nan) for row in rows], dtype=float)
@@ -115,7 +118,7 @@ def save_loss_curve(rows: Sequence[Mapping[str, float]], path: Path, *, what: st
         axes.plot(epochs, trained, **style, **train)
         axes.plot(epochs, kept, **style, **held_out)
         axes.set_title(title, fontsize=11)
-        axes.set_ylabel(f"nats per {what}")
+        axes.set_ylabel(f"nats per {unit}")
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)

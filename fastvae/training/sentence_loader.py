@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 __all__ = ["SentenceData"]
 
 _POOL = 50  # batches whose sentences are sorted by length together
-_HELD_OUT_BATCH = 250
 
 
 class SentenceData(LightningDataModule):
@@ -43,11 +42,9 @@ class _Batches:
         self.data, self.is_held_out = data, held_out
         self.rows = data.held_out if held_out else data.train
         trainer = data.trainer
+        # For held-out ones too: what fits into memory in training must do so then.
+        self.size = data.settings.batch_size
         self.rank, self.world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-
-    @property
-    def size(self) -> int:
-        return _HELD_OUT_BATCH if self.is_held_out else self.data.settings.batch_size
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.rows.lengths), self.size)

@@ -245,9 +245,9 @@ class Vocabulary:
 
     def numbers(self, lines: Sequence[str]) -> list[list[int]]:
         """Each line's tokens."""
-        return [
-            encoding.ids for encoding in self.tokenizer.encode_batch(list(lines), add_special_tokens=False)
-        ]
+        encodings = self.tokenizer.encode_batch(list(lines), add_special_tokens=False)
+        # A text may hold "</s>" as well, and must not end there.
+        return [[UNKNOWN if n in (PAD, START, END) else n for n in encoding.ids] for encoding in encodings]
 
     def text(self, numbers: Sequence[int]) -> str:
         """The sentence of tokens up to END; an unknown word is <unk>."""

@@ -29,7 +29,7 @@ class TextVAE(VAE):
     process). There are no bits per dimension.
     """
 
-    what = "sentence"
+    unit = "sentence"
     shown = (("perplexity", "held_out_perplexity", 1), ("MI", "mutual_information", 2))
 
     def __init__(

@@ -24,7 +24,6 @@ from .text_runs import TextRun, tokens_each
 
 __all__ = ["TextEvaluation", "evaluate"]
 
-_BATCH = 250
 _COMPARED = 10_000  # sentences that the mutual information is estimated from, at most
 
 
@@ -125,7 +124,7 @@ def evaluate(
     )
     parts, posteriors = [], []
     with bar:
-        batches = order.split(_BATCH)
+        batches = order.split(run.settings.batch_size)
         task = bar.add_task("evaluating", total=len(batches) * samples)
         for number, places in enumerate(batches):
             some = sentences.batch(sentences.Rows(held_out.tokens[places], held_out.lengths[places]))
@@ -135,7 +134,7 @@ def evaluate(
                 x,
                 samples,
                 seed=seed,
-                first_row=number * _BATCH,
+                first_row=number * run.settings.batch_size,
                 advance=lambda: bar.advance(task),
             )
             parts.append(torch.stack(part).cpu())

@@ -1,0 +1,58 @@
+"""A picture of two runs of text beside each other: with what keeps a posterior from collapsing, and without.
+
+    fastvae train text --data sentences.txt --out runs/text
+    fastvae train text --data sentences.txt --out runs/collapsed --free-bits 0 --warmup none --word-dropout 0
+    python -m benchmarks.collapse runs/text runs/collapsed --out collapse.png
+
+Reads the runs' metrics.csv: everything drawn was measured on held-out sentences, after each epoch.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PANELS = (
+    ("held_out_kl", "KL, nats"),
+    ("mutual_information", "mutual information of x and z, nats"),
+    ("active_units", "active units"),
+    ("held_out_perplexity", "perplexity, a bound"),
+)
+
+
+def read(run: Path) -> dict[str, list[float]]:
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows] for name in ("epoch", *(name for name, _ in PANELS))}
+
+
+def draw(kept: dict[str, list[float]], collapsed: dict[str, list[float]], out: Path) -> None:
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(3.2 * len(PANELS), 2.8), layout="constrained")
+    for axis, (name, title) in zip(axes, PANELS, strict=True):
+        axis.plot(kept["epoch"], kept[name], marker=".", label="free bits, warm-up, word dropout")
+        axis.plot(collapsed["epoch"], collapsed[name], marker=".", label="none of them")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("epoch")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("kept", type=Path, help="the run with them")
+    parser.add_argument("collapsed", type=Path, help="the run without")
+    parser.add_argument("--out", type=Path, default=Path("collapse.png"))
+    given = parser.parse_args()
+    draw(read(given.kept), read(given.collapsed), given.out)
+    print(given.out)
+
+
+if __name__ == "__main__":
+    main()
