@@ -345,8 +345,8 @@ CASES = (
          4 * 5 * 512 * 3072, (4.0, 2.0)),
     Case("reparameterise + KL 4096 x 256", lambda device: _latents(4096, 256, device), _fused_latents,
          _written_latents, 4 * _SAMPLE * 4096 * 256, (3.0, 3.0)),
-    # In the decoder's raw outputs: their softmax and exponential belong to the loss on both sides. What float32 leaves of the
-    # differences of lgamma on the written side is what the tolerance is for.
+    # In the decoder's raw outputs: their softmax and exponential belong to the loss on both sides. The tolerance is for
+    # what float32 leaves of the differences of lgamma on the written side.
     Case("ZINB 128 x 20000", _counts(True, True), _fused_zinb_raw, _written_zinb_raw, 4 * 5 * 128 * 20_000, (8.0, 3.0),
          tolerance=1e-4),
     Case("NB 128 x 20000", _counts(False, True), _fused_nb_raw, _written_nb_raw, 4 * 3 * 128 * 20_000, (6.0, 2.5),
