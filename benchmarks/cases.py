@@ -447,8 +447,8 @@ CASES = (
          _written_continuous_bernoulli, 4 * _LOSS * 512 * 3072, (6.0, 3.0)),
     Case("Laplace 512 x 3072", _bernoulli(512, 3072), _fused_laplace, _written_laplace,
          4 * _LOSS * 512 * 3072, (3.0, 1.5)),
-    # In the raw outputs: their softmax and exponential belong to the loss on both sides. What float32 leaves of the
-    # differences of lgamma on the written side is what the tolerance is for.
+    # In the decoder's raw outputs: their softmax and exponential belong to the loss on both sides. The tolerance is for
+    # what float32 leaves of the differences of lgamma on the written side.
     Case("ZINB 128 x 20000", _counts(True, True), _fused_zinb_raw, _written_zinb_raw, 4 * 5 * 128 * 20_000, (8.0, 3.0),
          tolerance=1e-4),
     Case("NB 128 x 20000", _counts(False, True), _fused_nb_raw, _written_nb_raw, 4 * 3 * 128 * 20_000, (6.0, 2.5),
