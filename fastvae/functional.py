@@ -870,7 +870,7 @@ def poisson_nll(log_rate: Tensor, target: Tensor, *, validate: bool = False) -> 
             that is none.
     """
     if validate:
-        _check_nll("poisson_nll", ("log_rate",), _ROWS["poisson"], [log_rate], target, "target")
+        _check_nll("poisson_nll", ("log_rate",), _ROWS["poisson"], [log_rate], target, "target", ())
         _check_counts("poisson_nll", "target", target)
     return _nll("poisson", [log_rate], target)[0]
 
