@@ -188,14 +188,24 @@ def _has_kernels(name: str, device_type: str) -> bool:
 # Choose
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Rows of the likelihoods that a backend lacks.
-_GENES = (
+# Likelihoods that a backend has no kernel for on a type of device. "auto" takes the next one that has.
+_COUNTS = (
     "negative_binomial",
     "zero_inflated_negative_binomial",
     "negative_binomial_logits",
     "zero_inflated_negative_binomial_logits",
 )
-_ABSENT: dict[str, tuple[str, ...]] = {"triton": _GENES}
+_LACKS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("native", "cuda"): (
+        *_COUNTS,
+        "categorical",
+        "discretized_logistic",
+        "discretized_logistic_mixture",
+        "student_t_learned",
+    ),
+    ("triton", "cuda"): (*_COUNTS, "categorical"),
+    ("triton", "cpu"): (*_COUNTS, "categorical"),
+}
 
 _setting = "auto"
 _told: set[str] = set()  # likelihoods whose fallback was warned of
@@ -268,21 +278,14 @@ def empty_cache() -> int:
     return int(importlib.import_module("fastvae._C").empty_buffer_pool())
 
 
-# Likelihoods that not every backend, or not on every device, has a kernel for yet: there the reference serves them.
-_PARTLY = {"categorical": ("triton", "cuda")}
-
-
 def choose(tensor: Tensor, likelihood: str = "") -> Backend:
     """The backend that serves tensors on this tensor's device, of those that have a kernel for the likelihood."""
-    backend = _serving.get(tensor.device.type)
-    if likelihood in _PARTLY and backend is not None:
-        without = _PARTLY[likelihood]
-        if backend.name in without or tensor.device.type in without:
-            return _reference
+    device_type = tensor.device.type
+    backend = _serving.get(device_type)
     if backend is None:
-        return _unserved(tensor.device.type)
-    if likelihood in _ABSENT.get(backend.name, ()):
-        return _unserved_likelihood(backend.name, likelihood)
+        return _unserved(device_type)
+    if likelihood in _LACKS.get((backend.name, device_type), ()):
+        backend = _instead(backend.name, device_type, likelihood)
     # Compiled ops cannot cross these: torch's own message for a transform names no way out, and forward-mode AD would
     # get no tangent at all, in silence.
     if (
@@ -321,17 +324,22 @@ def _unserved(device_type: str) -> Backend:
     return _reference
 
 
-def _unserved_likelihood(name: str, likelihood: str) -> Backend:
+def _instead(name: str, device_type: str, likelihood: str) -> Backend:
     if _setting != "auto":
         raise RuntimeError(
-            f"fastvae: backend {name!r} has no kernel for the likelihood {likelihood!r}; "
-            f"fastvae.set_backend('auto') takes the reference for it"
+            f"fastvae: backend {name!r} has no kernel for the likelihood {likelihood!r} on {device_type} tensors; "
+            f"fastvae.set_backend('auto') takes what there is"
         )
+    if name == "native" and device_type == "cuda" and likelihood not in _LACKS["triton", "cuda"]:
+        triton = _serve("triton", "cuda")
+        if triton is not None:
+            return triton
     if not torch.compiler.is_compiling() and likelihood not in _told:
         _told.add(likelihood)
         warn(
             f"fastvae runs the likelihood {likelihood!r} on its pure-PyTorch reference, which is slow "
-            f"(fastvae.set_backend('reference') accepts that silently): backend {name!r} has no kernel for it",
+            f"(fastvae.set_backend('reference') accepts that silently): there is no kernel for it on {device_type} "
+            "tensors yet",
             RuntimeWarning,
         )
     return _reference

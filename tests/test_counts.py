@@ -732,7 +732,7 @@ def test_module_errors() -> None:
 
 
 def test_a_backend_without_the_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(fastvae.backend._ABSENT, "native", (NB,))
+    monkeypatch.setitem(fastvae.backend._LACKS, ("native", "cpu"), (NB,))
     monkeypatch.setattr(fastvae.backend, "_told", set())
     inputs = make(NB)
     with fastvae.use_backend("auto"):
