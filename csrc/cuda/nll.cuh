@@ -9,7 +9,16 @@ namespace fastvae::cuda {
 // Accesses of each operand that a thread has under way at a time, and how many blocks a multiprocessor's registers are shared by.
 constexpr int unroll(int params, int unit) { return (unit == 1 ? 4 : 2) / params; }
 constexpr int resident(int params, int64_t item_size) { return item_size == 8 ? 2 : params > 1 ? 3 : 4; }
-constexpr int params_of(Element element) { return element == Element::gaussian_per_element ? 2 : 1; }
+
+// f(an object of the likelihood's struct).
+template <class F>
+auto with_likelihood(Element element, const F& f) {
+  switch (element) {
+    case Element::bernoulli: return f(math::Bernoulli());
+    case Element::gaussian: return f(math::Gaussian());
+    default: return f(math::GaussianPerElement());
+  }
+}
 
 // U packs of data, `step` elements apart from i on, as far as they lie before `count`; and then their numbers.
 template <class D, class C, int N, int U>
@@ -208,7 +217,7 @@ inline int unit_of(const NllArgs& args) {
 
 inline Plan plan_for(const NllArgs& args) {
   const int unit = unit_of(args);
-  const int params = params_of(args.element);
+  const int params = with_likelihood(args.element, [](auto likelihood) { return decltype(likelihood)::params; });
   return plan_for(args.rows, args.size, unit, unroll(params, unit), slots(resident(params, cpu::item_size(args.params[0].type))));
 }
 
