@@ -471,7 +471,11 @@ def show_config() -> str:
                 for device_type in _DEVICES
                 if not _serves(name, device_type)
             ]
-    absent += [f"  {name} on cuda: no kernel yet, the reference serves it" for name in _PARTLY]
+    absent += [
+        f"  {name} on {device_type}: no kernel yet for {', '.join(names)}"
+        for (name, device_type), names in _LACKS.items()
+        if _load(name) is not None and _serves(name, device_type)
+    ]
     if absent:
         lines += ["", "missing", *absent]
     return "\n".join(line.rstrip() for line in lines)

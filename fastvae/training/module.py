@@ -82,7 +82,7 @@ class VAE(LightningModule):
 
     def encode(self, x: Any) -> tuple[Tensor, Tensor]:
         """mu, logvar: (B, L) each. Bytes are scaled to [0, 1] for the encoder."""
-        if x.dtype == torch.uint8:
+        if isinstance(x, Tensor) and x.dtype == torch.uint8:
             x = x.float() / 255
         mu, logvar = self.encoder(x).chunk(2, dim=1)
         return mu, logvar
