@@ -22,6 +22,7 @@ struct Primitives<at::vec::Vectorized<C>> {
   static FASTVAE_HD V neg(V x) { return x.neg(); }
   static FASTVAE_HD V less(V a, V b) { return a < b; }
   static FASTVAE_HD V select(V mask, V a, V b) { return V::blendv(b, a, mask); }
+  static FASTVAE_HD V log(V x) { return x.log(); }
   static FASTVAE_HD V log1p(V x) { return x.log1p(); }
 
   static FASTVAE_HD V relu(V x) { return at::vec::clamp_min(x, V(0)); }  // keeps a NaN
@@ -48,16 +49,30 @@ struct Primitives<at::vec::Vectorized<C>> {
     else {
       h = at::vec::clamp_max(h, V(88.73f));  // infinity from here on
       const Split s = split(h);
-      // 2 (exp(r) - 1 - r) / r^2, Chebyshev fit, relative error 1.4e-7.
-      constexpr float fit[] = {0.00278524263f, 0.0167264063f, 0.0833331123f, 0.333331525f, 1.0f};
-      const V square = s.r * s.r * polynomial(s.r, fit), twice_r = s.r + s.r;
+      const V square = twice_residual(s.r), twice_r = s.r + s.r;
       // Where |h| is small n is 0, so the bracket vanishes exactly and `square` is left.
       const V minus_1_h = fma(s.power, square, fma(s.power, twice_r, fma(V(2), s.power, V(-1)) - h));
       return {s.power * (V(2) + (twice_r + square)), minus_1_h + h, minus_1_h};
     }
   }
 
+  static FASTVAE_HD ExpPair<V> exp_pair(V x) {
+    if constexpr (sizeof(C) == 8) return {x.exp(), x.expm1()};
+    else {
+      const Split s = split(x);
+      const V rest = s.r + s.r + twice_residual(s.r);
+      // Where |x| is small n is 0, and the last bracket vanishes.
+      return {s.power * (V(2) + rest), fma(s.power, rest, fma(V(2), s.power, V(-1)))};
+    }
+  }
+
  private:
+  // 2 (exp(r) - 1 - r), Chebyshev fit, relative error 1.4e-7.
+  static FASTVAE_HD V twice_residual(V r) {
+    constexpr float fit[] = {0.00278524263f, 0.0167264063f, 0.0833331123f, 0.333331525f, 1.0f};
+    return r * r * polynomial(r, fit);
+  }
+
   // x = n log 2 + r, |r| <= log(2) / 2, and power = 2^(n - 1); 0 where x is below -87.
   struct Split {
     V r, power;

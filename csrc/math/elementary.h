@@ -17,8 +17,8 @@
 namespace fastvae::math {
 inline namespace FASTVAE_ISA {
 
-// Scalar: the C type of one lane. Functions: exp, exp_bounded (x must not pass 88), exp_parts (see ExpParts), log1p, abs, neg, relu,
-// fma, less, and select(mask, a, b) = mask ? a : b in each lane.
+// Scalar: the C type of one lane. Functions: exp, exp_bounded (x must not pass 88), exp_parts and exp_pair (see ExpParts and
+// ExpPair; x must not pass 88 in the latter), log, log1p, abs, neg, relu, fma, less, and select(mask, a, b) = mask ? a : b in each lane.
 template <class V>
 struct Primitives;
 
@@ -46,6 +46,12 @@ struct Log1pSum {
 template <class V>
 struct ExpParts {
   V exp, minus_1, minus_1_h;
+};
+
+// exp(x) and exp(x) - 1, each with its relative accuracy: ExpParts without what only a KL needs.
+template <class V>
+struct ExpPair {
+  V exp, minus_1;
 };
 
 // 1/18!, ..., 1/3!, 1/2!: the Taylor series of (exp(h) - 1 - h) / h^2, exact in fp64 for |h| < 1.
