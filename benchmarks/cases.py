@@ -148,6 +148,14 @@ def _fused_gaussian(device: torch.device) -> Callable[..., Outputs]:
     return _elbo(fastvae.likelihoods.Gaussian(scale=math.sqrt(0.5)), device)
 
 
+def _fused_laplace(device: torch.device) -> Callable[..., Outputs]:
+    return _elbo(fastvae.likelihoods.Laplace(), device)
+
+
+def _fused_continuous_bernoulli(device: torch.device) -> Callable[..., Outputs]:
+    return _elbo(fastvae.likelihoods.ContinuousBernoulli(), device)
+
+
 def _fused_per_element(device: torch.device) -> Callable[..., Outputs]:
     elbo = fastvae.ELBO(fastvae.likelihoods.Gaussian(scale="per_element")).to(device)
 
@@ -251,6 +259,15 @@ def _written_gaussian_uint8(recon: Tensor, x: Tensor, kld: Tensor) -> Outputs:
     return _written_gaussian(recon, x.float() / 255, kld)
 
 
+def _written_laplace(recon: Tensor, x: Tensor, kld: Tensor) -> Outputs:
+    return ((F.l1_loss(recon, x, reduction="sum") + kld) / x.shape[0],)
+
+
+def _written_continuous_bernoulli(recon: Tensor, x: Tensor, kld: Tensor) -> Outputs:
+    nll = -torch.distributions.ContinuousBernoulli(logits=recon).log_prob(x).sum()
+    return ((nll + kld) / x.shape[0],)
+
+
 def _written_per_element(recon: Tensor, recon_logvar: Tensor, x: Tensor, kld: Tensor) -> Outputs:
     nll = 0.5 * torch.sum(LOG_2PI + recon_logvar + (x - recon).pow(2) / recon_logvar.exp())
     return ((nll + kld) / x.shape[0],)
@@ -351,6 +368,10 @@ CASES = (
          tolerance=1e-4),
     Case("NB 128 x 20000", _counts(False, True), _fused_nb_raw, _written_nb_raw, 4 * 3 * 128 * 20_000, (6.0, 2.5),
          tolerance=1e-4),
+    Case("continuous Bernoulli 512 x 3072", _bernoulli(512, 3072), _fused_continuous_bernoulli,
+         _written_continuous_bernoulli, 4 * _LOSS * 512 * 3072, (6.0, 3.0)),
+    Case("Laplace 512 x 3072", _bernoulli(512, 3072), _fused_laplace, _written_laplace,
+         4 * _LOSS * 512 * 3072, (3.0, 1.5)),
     # Beyond what is asked for.
     Case("ZINB 128 x 20000, mean and inverse dispersion", _counts(True, False), _fused_zinb, _written_zinb,
          4 * 5 * 128 * 20_000, tolerance=1e-4),

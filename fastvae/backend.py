@@ -178,13 +178,7 @@ def _has_kernels(name: str, device_type: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Rows of the likelihoods that a backend lacks.
-_GENES = (
-    "negative_binomial",
-    "zero_inflated_negative_binomial",
-    "negative_binomial_logits",
-    "zero_inflated_negative_binomial_logits",
-)
-_ABSENT: dict[str, tuple[str, ...]] = {"triton": _GENES}
+_ABSENT: dict[str, tuple[str, ...]] = {}
 
 _setting = "auto"
 _told: set[str] = set()  # likelihoods whose fallback was warned of
@@ -257,9 +251,17 @@ def empty_cache() -> int:
     return int(importlib.import_module("fastvae._C").empty_buffer_pool())
 
 
+# Likelihoods that not every backend, or not on every device, has a kernel for yet: there the reference serves them.
+_PARTLY = {"categorical": ("triton", "cuda", "cpu")}
+
+
 def choose(tensor: Tensor, likelihood: str = "") -> Backend:
-    """The backend that serves tensors on this tensor's device, and this likelihood's row where one is named."""
+    """The backend that serves tensors on this tensor's device, of those that have a kernel for the likelihood."""
     backend = _serving.get(tensor.device.type)
+    if likelihood in _PARTLY and backend is not None:
+        without = _PARTLY[likelihood]
+        if backend.name in without or tensor.device.type in without:
+            return _reference
     if backend is None:
         return _unserved(tensor.device.type)
     if likelihood in _ABSENT.get(backend.name, ()):

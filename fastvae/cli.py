@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 # The packages of the extra `train`, as they are imported.
-_EXTRA = {"typer", "rich", "PIL", "matplotlib", "sklearn", "lightning", "tomli", "tomli_w"}
+_EXTRA = {"typer", "rich", "PIL", "matplotlib", "sklearn", "lightning", "tokenizers", "tomli", "tomli_w"}
 
 
 class _Interrupted(Exception):
@@ -120,7 +120,7 @@ def _app() -> Any:
         str | None,
         typer.Option(
             metavar="DATA",
-            help="Other images than the run's own, given as for `fastvae train`. The held-out ones are taken.",
+            help="Other data than the run's own, given as for `fastvae train`. The held-out ones are taken.",
             show_default=False,
         ),
     ]
@@ -128,27 +128,54 @@ def _app() -> Any:
 
     def out(name: str) -> Any:
         text = f"Where the picture goes; RUN/{name} if not given."
-        return typer.Option(metavar="FILE.png", help=text, show_default=False)
+        if name in ("samples.png", "reconstructions.png", "interpolations.png"):
+            text += " Of text: a .txt file, in place of the screen."
+        return typer.Option(metavar="FILE", help=text, show_default=False)
+
+    Method = Annotated[
+        Literal["greedy", "nucleus", "beam"] | None,
+        typer.Option("--decoding", help="Of text: how words are chosen.", show_default=False),
+    ]
+    TopP = Annotated[
+        float | None,
+        typer.Option(help="Of nucleus: the share of the probability that is drawn from.", show_default="0.9"),
+    ]
+    Beams = Annotated[int | None, typer.Option(help="Of beam: how many beginnings.", show_default="5")]
 
     @app.command(rich_help_panel=panel)
     @_stoppable
     def sample(
         run: RunArgument,
-        n: Annotated[int, typer.Option("-n", help="How many.")] = 64,
+        n: Annotated[int | None, typer.Option("-n", help="How many.", show_default="64; 20 of text")] = None,
         temperature: Annotated[
             float, typer.Option(help="Standard deviation of z: below 1 plainer images, above 1 odder ones.")
         ] = 1.0,
         seed: Seed = 0,
+        decoding: Method = None,
+        top_p: TopP = None,
+        beams: Beams = None,
         checkpoint: Checkpoint = "best",
         out: Annotated[Path | None, out("samples.png")] = None,
     ) -> None:
-        """Draw new images."""
-        from .recipes import generate
-        from .training import messages, runs
+        """Draw new images, or write new sentences."""
+        from .recipes import generate, write
+        from .training import messages, runs, text_runs
 
+        text = runs.kind(run) == "text"
+        how = _decoding(text, "nucleus", decoding, top_p, beams)
+        what = f"z ~ N(0, {temperature:g}² I)" if temperature != 1 else "z ~ N(0, I)"
+        if text:
+            loaded = text_runs.load(run, checkpoint=checkpoint)
+            path = _text_out(out, run / "samples.txt")
+            n = 20 if n is None else n
+            lines = write.sample(loaded, how, n=n, temperature=temperature, seed=seed)
+            _tell(lines, out)
+            write.output(path, lines)
+            messages.say(f"{path}: {_count(n, 'new sentence')}, written from {what}")
+            return
+        n = 64 if n is None else n
         out = out or run / "samples.png"
         generate.sample(runs.load(run, checkpoint=checkpoint), out, n=n, temperature=temperature, seed=seed)
-        what = f"z ~ N(0, {temperature:g}² I)" if temperature != 1 else "z ~ N(0, I)"
         messages.say(f"{out}: {_count(n, 'new image')}, decoded from {what}")
 
     @app.command(rich_help_panel=panel)
@@ -157,13 +184,34 @@ def _app() -> Any:
         run: RunArgument,
         n: Annotated[int, typer.Option("-n", help="How many, if there are so many.")] = 30,
         data: Data = None,
+        seed: Seed = 0,
+        decoding: Method = None,
+        top_p: TopP = None,
+        beams: Beams = None,
         checkpoint: Checkpoint = "best",
         out: Annotated[Path | None, out("reconstructions.png")] = None,
     ) -> None:
-        """Encode and decode held-out images."""
-        from .recipes import generate
-        from .training import messages, runs
+        """Encode and decode held-out images, or held-out sentences, or those of a text file."""
+        from .recipes import generate, write
+        from .training import messages, runs, sentences, text_runs
 
+        text = runs.kind(run) == "text"
+        how = _decoding(text, "greedy", decoding, top_p, beams)
+        if text:
+            # Of a file all lines are taken, not only a part held out.
+            is_file = data is not None and (Path(data).is_file() or data.endswith(".txt"))
+            opened = text_runs.load(run, data=None if is_file else data, checkpoint=checkpoint)
+            path = _text_out(out, run / "reconstructions.txt")
+            given = sentences.read(Path(str(data)).expanduser()) if is_file else []
+            for note in write.notes(opened, given[:n]):
+                messages.say(f"warning: {data}: {note}")
+            pairs = write.reconstruct(opened, how, n=n, seed=seed, lines=given)
+            lines = [line for original, made in pairs for line in (original, f"  {made}")]
+            _tell(lines, out)
+            write.output(path, lines)
+            whose = "sentence" if is_file else "held-out sentence"
+            messages.say(f"{path}: {_count(len(pairs), whose)}, each above what the model makes of it")
+            return
         out = out or run / "reconstructions.png"
         count = generate.reconstruct(runs.load(run, data=data, checkpoint=checkpoint), out, n=n)
         messages.say(f"{out}: {_count(count, 'held-out image')}, each above what the model makes of it")
@@ -172,6 +220,12 @@ def _app() -> Any:
     @_stoppable
     def interpolate(
         run: RunArgument,
+        first: Annotated[
+            str | None, typer.Argument(metavar="FIRST", help="Of text: a sentence.", show_default=False)
+        ] = None,
+        second: Annotated[
+            str | None, typer.Argument(metavar="SECOND", help="Of text: another.", show_default=False)
+        ] = None,
         start: Annotated[
             list[int] | None,
             typer.Option(
@@ -186,15 +240,38 @@ def _app() -> Any:
             list[int] | None,
             typer.Option("--to", metavar="J", help="Held-out image to end with.", show_default=False),
         ] = None,
-        steps: Annotated[int, typer.Option(help="Images on the way.")] = 10,
+        steps: Annotated[int, typer.Option(help="Images, or sentences, on the way.")] = 10,
         data: Data = None,
+        seed: Seed = 0,
+        decoding: Method = None,
+        top_p: TopP = None,
+        beams: Beams = None,
         checkpoint: Checkpoint = "best",
         out: Annotated[Path | None, out("interpolations.png")] = None,
     ) -> None:
-        """Go from one image to another in the latent space, a row for each pair."""
-        from .recipes import generate
-        from .training import messages, runs
+        """Go from one image to another in the latent space, a row for each pair, or from one sentence to another."""
+        from .recipes import generate, write
+        from .training import messages, runs, text_runs
 
+        text = runs.kind(run) == "text"
+        how = _decoding(text, "greedy", decoding, top_p, beams)
+        if text:
+            if first is None or second is None:
+                raise InputError(f'two sentences are needed: fastvae interpolate {run} "FIRST" "SECOND"')
+            if start or end:
+                raise InputError("--from and --to are for runs of images; this one takes two sentences")
+            opened = text_runs.load(run, checkpoint=checkpoint)
+            path = _text_out(out, run / "interpolations.txt")
+            for note in write.notes(opened, [first, second]):
+                messages.say(f"warning: {note}")
+            written = write.interpolate(opened, how, first, second, steps=steps, seed=seed)
+            lines = [first, *(f"  {line}" for line in written), second]
+            _tell(lines, out)
+            write.output(path, lines)
+            messages.say(f"{path}: {_count(steps, 'sentence')} on the way, between the two given")
+            return
+        if first is not None:
+            raise InputError(f"{run}: a run of images: give --from and --to, not sentences")
         out = out or run / "interpolations.png"
         loaded = runs.load(run, data=data, checkpoint=checkpoint)
         pairs = generate.interpolate(loaded, out, starts=start or (), ends=end or (), steps=steps)
@@ -254,21 +331,32 @@ def _app() -> Any:
     def evaluate(
         run: RunArgument,
         samples: Annotated[
-            int, typer.Option(help="Importance samples for each image: more come closer to the likelihood.")
-        ] = 500,
+            int | None,
+            typer.Option(
+                help="Importance samples for each image or sentence: more come closer to the likelihood.",
+                show_default="500; 100 of counts, 20 of text",
+            ),
+        ] = None,
         limit: Annotated[
             int | None,
-            typer.Option(metavar="N", help="Only the first N held-out images.", show_default=False),
+            typer.Option(
+                metavar="N", help="Only the first N held-out images or sentences.", show_default=False
+            ),
         ] = None,
         seed: Seed = 0,
         data: Data = None,
         checkpoint: Checkpoint = "best",
     ) -> None:
-        """Measure a run on held-out images: ELBO, likelihood, active units. Leaves RUN/evaluation.json."""
+        """Measure a run on held-out data: ELBO, likelihood, active units. Leaves RUN/evaluation.json."""
         from rich import get_console
 
         from .training import evaluate, messages, pictures, runs
 
+        if (of := runs.kind(run)) != "image":
+            measure = _evaluate_counts if of == "counts" else _evaluate_text
+            measure(run, data, checkpoint, samples, limit, seed)
+            return
+        samples = 500 if samples is None else samples
         loaded = runs.load(run, data=data, checkpoint=checkpoint)
         pictures.prepare_folder(run, ["evaluation.json"])
         done = evaluate.evaluate(
@@ -313,6 +401,92 @@ def _app() -> Any:
         return _doctor()
 
     return app
+
+
+def _decoding(text: bool, default: Any, method: Any, top_p: float | None, beams: int | None) -> Any:
+    """How sentences are written; of a run of images, that nobody asked for it."""
+    given = {"--decoding": method, "--top-p": top_p, "--beams": beams}
+    named = [name for name, value in given.items() if value is not None]
+    if not text:
+        if named:
+            raise InputError(f"{named[0]} is for runs of text, and this is one of images")
+        return None
+    from .training.decoding import Decoding
+
+    method = method or default
+    for name, value, needed in (("--top-p", top_p, "nucleus"), ("--beams", beams, "beam")):
+        if value is not None and method != needed:
+            raise InputError(f"{name} is of --decoding {needed}, and this is {method}")
+    how = Decoding(method)
+    how = how._replace(
+        top_p=how.top_p if top_p is None else top_p, beams=how.beams if beams is None else beams
+    )
+    how.check()
+    return how
+
+
+def _text_out(out: Path | None, default: Path) -> Path:
+    if out is not None and out.suffix.lower() != ".txt":
+        raise InputError(f"--out {out}: sentences go into a text file, so its name must end in .txt")
+    return out or default
+
+
+def _tell(lines: Sequence[str], out: Path | None) -> None:
+    """On the screen, where no file was asked for."""
+    from .training import messages
+
+    if out is None:
+        for line in lines:
+            messages.say(line)
+        messages.say()
+
+
+def _evaluate_text(
+    run: Path, data: str | None, checkpoint: Any, samples: int | None, limit: int | None, seed: int
+) -> None:
+    from rich import get_console
+
+    from .training import messages, pictures, text_evaluate, text_runs
+
+    loaded = text_runs.load(run, data=data, checkpoint=checkpoint)
+    pictures.prepare_folder(run, ["evaluation.json"])
+    done = text_evaluate.evaluate(
+        loaded,
+        get_console(),
+        checkpoint=checkpoint,
+        samples=20 if samples is None else samples,
+        limit=limit,
+        seed=seed,
+    )
+    done.write(run / "evaluation.json")
+    of = f"{_count(done.sentences, 'held-out sentence')} of {done.data}"
+    messages.say(f"{run}: {of}; epoch {done.epoch} ({checkpoint})\n")
+    get_console().print(done.table())
+    messages.say(f"\nwritten to {run / 'evaluation.json'}")
+
+
+def _evaluate_counts(
+    run: Path, data: str | None, checkpoint: Any, samples: int | None, limit: int | None, seed: int
+) -> None:
+    from rich import get_console
+
+    from .training import cell_evaluate, cell_runs, messages, pictures
+
+    loaded = cell_runs.load(run, data=data, checkpoint=checkpoint)
+    pictures.prepare_folder(run, ["evaluation.json"])
+    done = cell_evaluate.evaluate(
+        loaded,
+        get_console(),
+        checkpoint=checkpoint,
+        samples=100 if samples is None else samples,
+        limit=limit,
+        seed=seed,
+    )
+    done.write(run / "evaluation.json")
+    of = f"{_count(done.cells, 'held-out cell')} of {done.data}"
+    messages.say(f"{run}: {of}; epoch {done.epoch} ({checkpoint})\n")
+    get_console().print(done.table())
+    messages.say(f"\nwritten to {run / 'evaluation.json'}")
 
 
 def _stoppable(command: Callable[..., None]) -> Callable[..., None]:

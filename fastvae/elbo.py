@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import backend, functional, likelihoods
 from .likelihoods import Bernoulli, Likelihood
-from .reference import REDUCTIONS
+from .reference import REDUCTIONS, free_bits
 
 __all__ = ["ELBO", "ELBOOutput"]
 
@@ -19,11 +19,11 @@ class ELBOOutput(NamedTuple):
     """What `ELBO` returns, all of it differentiable: train on `loss`, log the rest."""
 
     loss: Tensor
-    """nll + beta * kl, reduced: a scalar, or (B,) with reduction "none"."""
+    """nll + beta * kl, reduced: a scalar, or (B,) with reduction "none". With free bits, the KL in it is theirs."""
     nll: Tensor
     """-log p(x | z) of every row, (B,), in nats."""
     kl: Tensor
-    """KL( q(z | x) || p(z) ) of every row, (B,), in nats."""
+    """KL( q(z | x) || p(z) ) of every row, (B,), in nats; the true one, with free bits too."""
 
     @property
     def elbo(self) -> Tensor:
@@ -50,14 +50,20 @@ class ELBO(nn.Module):
     A model that samples z itself passes the posterior instead: `elbo(recon, x, mu, logvar).loss`.
 
     Args:
-        likelihood: `"bernoulli"`, `"gaussian"`, a module of `fastvae.likelihoods`, or any `nn.Module` with a method
-            `nll(params, target) -> (B,)`. It may have parameters (a learned scale): pass `elbo.parameters()` to the
-            optimiser, and under DDP put the ELBO inside the module that is wrapped.
+        likelihood: `"bernoulli"`, `"gaussian"`, `"categorical"`, a module of `fastvae.likelihoods`, or any `nn.Module`
+            with a method `nll(params, target) -> (B,)`. It may have parameters (a learned scale): pass
+            `elbo.parameters()` to the optimiser, and under DDP put the ELBO inside the module that is wrapped.
         beta: the weight of the KL, a float or a 0-dim tensor, at least 0. Kept as a buffer (not in the state dict: it
             is a setting), so that a schedule may write `elbo.beta = 0.5` between steps, under torch.compile too. No
             gradient flows to it.
         reduction: `"mean"` (or `"batchmean"`): summed over each datum, mean over the batch: nats per datum.
             `"sum"`: over all. `"none"`: one loss per row.
+        free_bits: nats of KL that each latent dimension may have at no cost: in the loss, a dimension with less counts
+            as having that much, and so nothing pushes it to collapse (Kingma et al. 2016, appendix C.8). 0: none.
+            `reparameterize` then returns the KL of every dimension, of the shape of `mu`, which is what a call takes;
+            `out.kl` stays the true KL of every row.
+        free_bits_mean: whether a dimension is judged by its mean over the batch (of this process), as in the paper, or,
+            if False, in each datum by itself.
 
     Called as `elbo(recon, x, kl=kl)` or `elbo(recon, x, mu, logvar)`; see `forward`.
     """
@@ -65,12 +71,20 @@ class ELBO(nn.Module):
     beta: Tensor
 
     def __init__(
-        self, likelihood: str | nn.Module, *, beta: float | Tensor = 1.0, reduction: str = "mean"
+        self,
+        likelihood: str | nn.Module,
+        *,
+        beta: float | Tensor = 1.0,
+        reduction: str = "mean",
+        free_bits: float = 0.0,
+        free_bits_mean: bool = True,
     ) -> None:
         super().__init__()
         functional._check_choice("ELBO", "reduction", reduction, (*REDUCTIONS, *_ALIASES))
         self.likelihood = likelihoods.get(likelihood)
         self.reduction = reduction
+        self.free_bits = _checked("free_bits", "float", free_bits)
+        self.free_bits_mean = free_bits_mean
         # Without a device of its own a number follows torch's default device, like every other parameter.
         device = beta.device if isinstance(beta, Tensor) else None
         weight = torch.tensor(_checked_beta(beta), dtype=torch.float32, device=device)
@@ -103,9 +117,10 @@ class ELBO(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`fastvae.functional.reparameterize_kl`: z ~ N(mu, e^logvar), and the row's KL, (B,).
 
+        With free bits, the KL of every dimension, of the shape of `mu`: hand it on as `kl=`, sum it to look at it.
         Draws in training and in evaluation alike; use `mu` itself for a z without noise.
         """
-        return functional.reparameterize_kl(
+        z, kl = functional.reparameterize_kl(
             mu,
             logvar,
             prior_mu,
@@ -116,6 +131,9 @@ class ELBO(nn.Module):
             row_offset=row_offset,
             eps=eps,
         )
+        if self.free_bits:
+            kl = functional.gaussian_kl(mu, logvar, prior_mu, prior_logvar, reduction="none")
+        return z, kl
 
     def forward(
         self,
@@ -132,7 +150,8 @@ class ELBO(nn.Module):
             recon: what the decoder returned, (B, ...): the parameters of the likelihood.
             x: the data, (B, ...), of the shape that the likelihood expects for `recon`.
             mu, logvar: the posterior, (B, ...), for a KL from N(0, 1);
-            kl: or else the KL of every row, (B,), as `reparameterize` returns it.
+            kl: or else the KL of every row, (B,), as `reparameterize` returns it; with free bits, of every dimension,
+                (B, ...).
 
         Raises:
             TypeError: neither posterior nor `kl`, or both; a dtype or kind that does not fit.
@@ -145,23 +164,44 @@ class ELBO(nn.Module):
                 raise ValueError(
                     f"fastvae.ELBO: `mu` must have as many rows as `x` {tuple(x.shape)}, got {tuple(mu.shape)}"
                 )
-            kl = functional.gaussian_kl(mu, logvar)
+            kl = functional.gaussian_kl(mu, logvar, reduction="none" if self.free_bits else "event")
         elif mu is not None or logvar is not None:
             raise TypeError(_call_forms("both"))
+        true_kl = kl
+        if self.free_bits:
+            _check_dimensions(kl)
+            # Half would not hold their sum.
+            kl = kl if kl.dtype == torch.float64 else kl.float()
+            true_kl = kl.flatten(1).sum(1)
+            kl = free_bits(kl, self.free_bits, batch_mean=self.free_bits_mean)
 
         likelihood = self.likelihood
         reduction = REDUCTIONS[_ALIASES.get(self.reduction, self.reduction)]
         if not isinstance(likelihood, Likelihood) or type(likelihood).nll is not Likelihood.nll:
-            return _compose(likelihood.nll(recon, x), kl, self.beta, reduction)  # type: ignore[operator]
+            composed = _compose(likelihood.nll(recon, x), kl, self.beta, reduction)  # type: ignore[operator]
+            return composed._replace(kl=true_kl)
         name, params, constants = likelihood.row(recon)
         loss, nll = functional._nll(name, params, x, constants, kl, self.beta, reduction, caller="ELBO")
         if not torch.compiler.is_compiling() and not self._looked and isinstance(likelihood, Bernoulli):
             self._looked = _look(likelihood, recon, x)
-        return ELBOOutput(loss, nll, kl)
+        return ELBOOutput(loss, nll, true_kl)
 
     def extra_repr(self) -> str:
         beta = "?" if self.beta.is_meta else f"{self.beta.item():g}"
-        return f"beta={beta}, reduction={self.reduction!r}"
+        free = f", free_bits={self.free_bits:g}" if self.free_bits else ""
+        return f"beta={beta}, reduction={self.reduction!r}{free}"
+
+
+def _check_dimensions(kl: Any) -> None:
+    if not isinstance(kl, Tensor):
+        raise TypeError(f"fastvae.ELBO: `kl` must be a Tensor, got {type(kl).__name__}")
+    if not kl.is_floating_point():
+        raise TypeError(f"fastvae.ELBO: `kl` must be floating point, got {kl.dtype}")
+    if kl.dim() < 2:
+        raise ValueError(
+            "fastvae.ELBO: with `free_bits`, `kl` must be that of every dimension, (B, ...), as elbo.reparameterize "
+            f'and functional.gaussian_kl(..., reduction="none") give it, got shape {tuple(kl.shape)}'
+        )
 
 
 def _checked_beta(beta: Any) -> float:
@@ -169,12 +209,16 @@ def _checked_beta(beta: Any) -> float:
         raise ValueError(
             f"fastvae.ELBO: `beta` must be a float or a 0-dim tensor, got shape {tuple(beta.shape)}"
         )
+    return _checked("beta", "float or a 0-dim tensor", beta)
+
+
+def _checked(name: str, kind: str, number: Any) -> float:
     try:
-        value = float(beta)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"fastvae.ELBO: `beta` must be a float or a 0-dim tensor, got {beta!r}") from error
+        value = float(number)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"fastvae.ELBO: `{name}` must be a {kind}, got {number!r}") from error
     if not 0.0 <= value < math.inf:
-        raise ValueError(f"fastvae.ELBO: `beta` must be finite and at least 0, got {value}")
+        raise ValueError(f"fastvae.ELBO: `{name}` must be finite and at least 0, got {value}")
     return value
 
 

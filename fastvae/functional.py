@@ -12,6 +12,7 @@ Accepted dtypes, the same on every backend:
 | logvar, prior_mu, prior_logvar, eps      | that of the line above (a 0-dim logvar of a half mean also: float32)      |
 | target                                   | that of the parameters, float32, or uint8, which is read as x / 255       |
 | target of a Bernoulli                    | bool too                                                                  |
+| target of a categorical                  | int64 and nothing else                                                    |
 | target of counts                         | that of the parameters, float32, uint8 (as it is), uint16, int32, int64   |
 | (G,) dispersion, library                 | that of the parameters; beside half types float32 too                     |
 | seed                                     | int64                                                                     |
@@ -31,12 +32,19 @@ from .reference import REDUCTIONS, draw_seed
 
 __all__ = [
     "bernoulli_nll",
+    "categorical_nll",
+    "continuous_bernoulli_nll",
     "gaussian_head_nll",
     "gaussian_kl",
     "gaussian_nll",
+    "laplace_head_nll",
+    "laplace_nll",
     "negative_binomial_logits_nll",
     "negative_binomial_nll",
+    "poisson_nll",
     "reparameterize_kl",
+    "student_t_head_nll",
+    "student_t_nll",
     "zero_inflated_negative_binomial_logits_nll",
     "zero_inflated_negative_binomial_nll",
 ]
@@ -184,6 +192,10 @@ class _Row(NamedTuple):
     differentiates_target: bool
     scalar: bool = False  # the last of `params` is 0-dimensional; the others have the shape of the first
     packed: bool = False  # the first holds the parameters of 2C channels for a target of C
+    classes: bool = (
+        False  # the first has a further dimension, last: the logits of the classes; the target names one
+    )
+    halves: str = "mean and log-variance"  # of a packed one
     genes: bool = False  # (B, G) counts: see _check_genes
 
 
@@ -196,6 +208,21 @@ _ROWS = {
     "gaussian_learned": _Row("gaussian_nll", ("mean", "logvar"), (torch.uint8,), True, scalar=True),
     "gaussian_per_element": _Row("gaussian_nll", ("mean", "logvar"), (torch.uint8,), True),
     "gaussian_head": _Row("gaussian_head_nll", ("params",), (torch.uint8,), True, packed=True),
+    "laplace": _Row("laplace_nll", ("loc",), (torch.uint8,), True),
+    "laplace_learned": _Row("laplace_nll", ("loc", "log_scale"), (torch.uint8,), True, scalar=True),
+    "laplace_per_element": _Row("laplace_nll", ("loc", "log_scale"), (torch.uint8,), True),
+    "laplace_head": _Row(
+        "laplace_head_nll", ("params",), (torch.uint8,), True, packed=True, halves="location and log-scale"
+    ),
+    "continuous_bernoulli": _Row("continuous_bernoulli_nll", ("logits",), (torch.uint8,), False),
+    "poisson": _Row("poisson_nll", ("log_rate",), _COUNTS, False),
+    "student_t": _Row("student_t_nll", ("loc",), (torch.uint8,), True),
+    "student_t_learned": _Row("student_t_nll", ("loc", "log_scale"), (torch.uint8,), True, scalar=True),
+    "student_t_per_element": _Row("student_t_nll", ("loc", "log_scale"), (torch.uint8,), True),
+    "student_t_head": _Row(
+        "student_t_head_nll", ("params",), (torch.uint8,), True, packed=True, halves="location and log-scale"
+    ),
+    "categorical": _Row("categorical_nll", ("logits",), (torch.int64,), False, classes=True),
     "negative_binomial": _Row(
         "negative_binomial_nll", ("mean", "inverse_dispersion"), _COUNTS, False, genes=True
     ),
@@ -238,9 +265,12 @@ def _check_nll(
     for i in range(1, len(params)):
         check = _check_learned if row.scalar and i == len(params) - 1 else _check_like
         check(where, names[i], params[i], names[0], first)
+    if row.classes:
+        _check_classes(where, names[0], first, name, target)
+        return
     _check_target(where, names, row, first, target, name)
     if row.packed:
-        _check_head(where, names[0], first, name, target)
+        _check_head(where, names[0], first, row.halves, name, target)
     elif target.shape != first.shape:
         raise ValueError(_shape_message(where, name, target, names[0], first, tuple(first.shape)))
 
@@ -264,15 +294,63 @@ def _check_target(where: str, names: Sequence[str], row: _Row, first: Tensor, ta
         )
 
 
-def _check_head(where: str, name: str, params: Tensor, target_name: str, target: Tensor) -> None:
+def _check_head(where: str, name: str, params: Tensor, halves: str, target_name: str, target: Tensor) -> None:
     if params.dim() < 2 or params.shape[1] % 2 != 0:
         raise ValueError(
-            f"fastvae.{where}: `{name}` must have shape (B, 2C, ...), mean and log-variance packed along dimension 1, "
+            f"fastvae.{where}: `{name}` must have shape (B, 2C, ...), {halves} packed along dimension 1, "
             f"got {tuple(params.shape)}"
         )
     expected = (params.shape[0], params.shape[1] // 2, *params.shape[2:])
     if target.shape != expected:
         raise ValueError(_shape_message(where, target_name, target, name, params, tuple(expected)))
+
+
+def _check_classes(where: str, name: str, logits: Tensor, target_name: str, target: Any) -> None:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"fastvae.{where}: `{target_name}` must be a Tensor, got {type(target).__name__}")
+    if target.dtype != torch.int64:
+        raise TypeError(
+            f"fastvae.{where}: `{target_name}` must be int64, the classes' numbers, got {_name(target.dtype)}; "
+            f"did you mean {target_name}.long()?"
+        )
+    if target.device != logits.device:
+        raise ValueError(_device_message(where, target_name, target, name, logits))
+    shape, found = tuple(logits.shape), tuple(target.shape)
+    if len(shape) < 2 or shape[-1] < 1:
+        raise ValueError(
+            f"fastvae.{where}: `{name}` must have shape (B, ..., V), one logit for each of V classes last, got {shape}"
+        )
+    if found != shape[:-1]:
+        hint = ""
+        if len(shape) > 2 and found == (shape[0], *shape[2:]):
+            hint = f"; the classes come last here: did you mean {name}.movedim(1, -1)?"
+        raise ValueError(
+            f"fastvae.{where}: `{target_name}` must have the shape {shape[:-1]} for `{name}` {shape}, got {found}{hint}"
+        )
+
+
+def _check_class_numbers(where: str, name: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """That every class exists. Only where looking waits for nothing: on a GPU it is left to the kernel."""
+    if type(target) is not Tensor or target.device.type != "cpu" or target.numel() == 0 or not _has_values():
+        return
+    low, high = torch.aminmax(target)
+    if int(low) >= 0 and int(high) < classes:
+        return
+    wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
+    if wrong.numel() > 0:
+        raise ValueError(
+            f"fastvae.{where}: `{name}` must be from 0 to {classes - 1}, or {ignore_index} (ignore_index), "
+            f"got {wrong[0].item()}"
+        )
+
+
+def _has_values() -> bool:
+    """Not in a trace or a transform, where tensors cannot be looked at."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and backend._transform_level() is None
+    )
 
 
 def _check_genes(
@@ -488,6 +566,8 @@ def _nll(
     else:
         _check_nll(where, names, row, params, target, name)
     first = params[0]
+    if row.classes:
+        _check_class_numbers(where, name, target, first.shape[-1], int(constants[0]))
     if kl is not None:
         _check_kl(where, kl, names[0], first)
         # A KL of the user's own may be half; sums are never kept in half.
@@ -560,12 +640,16 @@ def gaussian_nll(mean: Tensor, target: Tensor, logvar: Tensor | None = None, *, 
 
 
 def _checked_scale(where: str, scale: Any) -> float:
+    return _checked_positive(where, "scale", scale)
+
+
+def _checked_positive(where: str, name: str, number: Any) -> float:
     try:
-        value = float(scale)
+        value = float(number)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"fastvae.{where}: `scale` must be a float, got {scale!r}") from error
+        raise TypeError(f"fastvae.{where}: `{name}` must be a float, got {number!r}") from error
     if not 0.0 < value < math.inf:
-        raise ValueError(f"fastvae.{where}: `scale` must be positive and finite, got {value}")
+        raise ValueError(f"fastvae.{where}: `{name}` must be positive and finite, got {value}")
     return value
 
 
@@ -584,6 +668,187 @@ def gaussian_head_nll(params: Tensor, target: Tensor) -> Tensor:
         ValueError: a shape or device that does not fit.
     """
     return _nll("gaussian_head", [params], target, [])[0]
+
+
+def laplace_nll(
+    loc: Tensor, target: Tensor, log_scale: Tensor | None = None, *, scale: float = 1.0
+) -> Tensor:
+    """-log Laplace(target | loc, scale) of every row, in nats: the normalised form of an L1 loss.
+
+    Per element log 2b + |x - m| / b for a scale b. Where x = m the gradient is 0.
+
+    Args:
+        loc: (B, ...), the median and mean m.
+        target: the shape of `loc`: floating, or uint8 read as x / 255. Its gradient is given where it requires one.
+        log_scale: log b: the shape of `loc` (per element), or 0-dimensional (one learned scale).
+        scale: b where there is no `log_scale`; a positive number.
+
+    Returns:
+        (B,), float32 (float64 for a float64 loc).
+
+    Raises:
+        TypeError: a dtype or kind that does not fit (a learned scale is a `log_scale`).
+        ValueError: a shape, device or scale that does not fit, or both `log_scale` and `scale`.
+    """
+    name, params, fixed = _scale_row("laplace", loc, log_scale, scale)
+    return _nll(name, params, target, fixed)[0]
+
+
+def laplace_head_nll(params: Tensor, target: Tensor) -> Tensor:
+    """`laplace_nll` with location and log-scale packed in one tensor, whose gradient comes packed too.
+
+    Args:
+        params: (B, 2C, ...): the C channels of the location, then the C channels of the log-scale.
+        target: (B, C, ...): floating, or uint8 read as x / 255. Its gradient is given where it requires one.
+
+    Returns:
+        (B,) in nats, float32 (float64 for float64 params).
+
+    Raises:
+        TypeError: a dtype or kind that does not fit.
+        ValueError: a shape or device that does not fit.
+    """
+    return _nll("laplace_head", [params], target)[0]
+
+
+def student_t_nll(
+    loc: Tensor, target: Tensor, log_scale: Tensor | None = None, *, df: float, scale: float = 1.0
+) -> Tensor:
+    """-log of Student's t with `df` degrees of freedom, of every row, in nats: robust where a Gaussian is not.
+
+    Per element, for z = (x - m) / s and v degrees of freedom: (v + 1)/2 log(1 + z^2 / v) + log s + log B(v/2, 1/2) +
+    1/2 log v (Lange, Little and Taylor 1989). An outlier's gradient falls off as 1 / z.
+
+    Args:
+        loc: (B, ...), the centre m.
+        target: the shape of `loc`: floating, or uint8 read as x / 255. Its gradient is given where it requires one.
+        log_scale: log s: the shape of `loc` (per element), or 0-dimensional (one learned scale).
+        df: the degrees of freedom v, a positive number: 1 is the Cauchy, and towards infinity it is the Gaussian.
+        scale: s where there is no `log_scale`; a positive number.
+
+    Returns:
+        (B,), float32 (float64 for a float64 loc).
+
+    Raises:
+        TypeError: a dtype or kind that does not fit (a learned scale is a `log_scale`).
+        ValueError: a shape, device, df or scale that does not fit, or both `log_scale` and `scale`.
+    """
+    df = _checked_positive("student_t_nll", "df", df)
+    name, params, fixed = _scale_row("student_t", loc, log_scale, scale)
+    return _nll(name, params, target, [df, *fixed])[0]
+
+
+def student_t_head_nll(params: Tensor, target: Tensor, *, df: float) -> Tensor:
+    """`student_t_nll` with location and log-scale packed in one tensor, whose gradient comes packed too.
+
+    Args:
+        params: (B, 2C, ...): the C channels of the location, then the C channels of the log-scale.
+        target: (B, C, ...): floating, or uint8 read as x / 255. Its gradient is given where it requires one.
+        df: the degrees of freedom, a positive number.
+
+    Returns:
+        (B,) in nats, float32 (float64 for float64 params).
+
+    Raises:
+        TypeError: a dtype or kind that does not fit.
+        ValueError: a shape, device or df that does not fit.
+    """
+    return _nll("student_t_head", [params], target, [_checked_positive("student_t_head_nll", "df", df)])[0]
+
+
+def _scale_row(family: str, loc: Any, log_scale: Any, scale: Any) -> tuple[str, list[Tensor], list[float]]:
+    """Which row of a family serves a scale that is fixed, learned or given per element: (name, params, constants)."""
+    where = f"{family}_nll"
+    if isinstance(scale, Tensor):
+        raise TypeError(
+            f"fastvae.{where}: `scale` must be a float, got Tensor; pass a scale that is a tensor as "
+            "`log_scale` = scale.log()"
+        )
+    scale = _checked_scale(where, scale)
+    if log_scale is None:
+        return family, [loc], [scale]
+    if scale != 1.0:
+        raise ValueError(f"fastvae.{where}: `log_scale` and `scale` exclude each other, got `scale` {scale}")
+    learned = isinstance(log_scale, Tensor) and isinstance(loc, Tensor) and log_scale.shape != loc.shape
+    return f"{family}_learned" if learned else f"{family}_per_element", [loc, log_scale], []
+
+
+def continuous_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
+    """-log of the continuous Bernoulli of every row, in nats: a density of grey values, which `bernoulli_nll` is not.
+
+    Per element log((e^a - 1) / a) - a t for logit a and target t in [0, 1] (Loaiza-Ganem and Cunningham 2019), which
+    is `bernoulli_nll` less the log of its missing normaliser. Exact near a = 0, too. It is a density, and so may be
+    negative.
+
+    Args:
+        logits: (B, ...), before the sigmoid. The mean is not their sigmoid: see likelihoods.ContinuousBernoulli.
+        target: the shape of `logits`, in [0, 1]: floating, or uint8 read as x / 255. It must not require a gradient.
+
+    Returns:
+        (B,), float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError: a dtype or kind that does not fit.
+        ValueError: a shape or device that does not fit, or a target that requires a gradient.
+    """
+    return _nll("continuous_bernoulli", [logits], target)[0]
+
+
+def poisson_nll(log_rate: Tensor, target: Tensor, *, validate: bool = False) -> Tensor:
+    """-log Poisson(target | e^log_rate) of every row, in nats, with its term log t!.
+
+    Per element e^a - t a + log t! for log-rate a and count t. The three terms of a large count, which cancel, are not
+    made: the result is as exact for t = 1e6 as for t = 1.
+
+    Args:
+        log_rate: (B, ...), the logarithm of the expected counts.
+        target: the shape of `log_rate`: counts, floating or uint8, uint16, int32 or int64, each as it is. It must not
+            require a gradient.
+        validate: look for counts that are negative, fractional or not finite, which otherwise give meaningless numbers.
+            This reads the values, which on a GPU waits for them.
+
+    Returns:
+        (B,), float32 (float64 for a float64 log_rate).
+
+    Raises:
+        TypeError: a dtype or kind that does not fit.
+        ValueError: a shape or device that does not fit, a target that requires a gradient, or with `validate` a count
+            that is none.
+    """
+    if validate:
+        _check_nll("poisson_nll", ("log_rate",), _ROWS["poisson"], [log_rate], target, "target")
+        _check_counts("poisson_nll", "target", target)
+    return _nll("poisson", [log_rate], target)[0]
+
+
+def categorical_nll(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """-log Categorical(target | softmax(logits)) of every row, in nats, summed over its positions.
+
+    Per position log sum_v e^a_v - a_t for logits a and the class t (Bishop 2006, equations 4.104 and 4.108): what
+    `F.cross_entropy(..., reduction="sum")` gives, for each row. The classes come last, as a decoder's linear layer
+    leaves them: sentences of T tokens are logits (B, T, V) and a target (B, T), one label each is (B, V) and (B,).
+
+    Args:
+        logits: (B, ..., V).
+        target: (B, ...), int64: the class of each position, 0 to V - 1, or `ignore_index`.
+        ignore_index: positions of this target (padding) add nothing and pass no gradient.
+
+    Returns:
+        (B,), float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError: a dtype or kind that does not fit.
+        ValueError: a shape or device that does not fit, or (of tensors on the CPU) a class that there is not.
+    """
+    return _nll("categorical", [logits], target, [_checked_index("categorical_nll", ignore_index)])[0]
+
+
+def _checked_index(where: str, index: Any) -> float:
+    if not isinstance(index, int) or isinstance(index, bool):
+        raise TypeError(f"fastvae.{where}: `ignore_index` must be an int, got {index!r}")
+    if abs(index) >= 2**53:  # constants travel as floats
+        raise ValueError(f"fastvae.{where}: `ignore_index` must be within ±2^53, got {index}")
+    return float(index)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,15 +4,28 @@ Your own: any `nn.Module` with `nll(params, target) -> (B,)` works in `fastvae.E
 `row` instead of `nll` to have a fused kernel serve it.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
-from .functional import _checked_scale
+from .functional import _checked_positive, _checked_scale
+from .reference import _BERNOULLI_NUMBERS
 
-__all__ = ["Bernoulli", "Gaussian", "Likelihood", "NegativeBinomial", "ZeroInflatedNegativeBinomial"]
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "ContinuousBernoulli",
+    "Gaussian",
+    "Laplace",
+    "Likelihood",
+    "NegativeBinomial",
+    "Poisson",
+    "StudentT",
+    "ZeroInflatedNegativeBinomial",
+]
 
 # A backend's row: the likelihood's name there, its tensors and its constants.
 Row = tuple[str, list[Tensor], list[float]]
@@ -142,8 +155,196 @@ class Gaussian(Likelihood):
         return f"scale={self.scale!r}"
 
 
+class _ScaleFamily(Likelihood):
+    """A location and a scale, which come in the ways that `Laplace` describes."""
+
+    family: str
+
+    def __init__(self, scale: float | str = 1.0) -> None:
+        super().__init__()
+        if isinstance(scale, Tensor) or (isinstance(scale, str) and scale not in ("learned", "per_element")):
+            kind = TypeError if isinstance(scale, Tensor) else ValueError
+            found = "a Tensor" if isinstance(scale, Tensor) else repr(scale)
+            raise kind(
+                f"fastvae.likelihoods.{type(self).__name__}: `scale` must be a positive float, 'learned' or "
+                f"'per_element', got {found}"
+            )
+        if not isinstance(scale, str):
+            scale = _checked_scale(f"likelihoods.{type(self).__name__}", scale)
+        self.scale = scale
+        if scale == "learned":
+            self.log_scale = nn.Parameter(torch.zeros(()))
+
+    def row(self, params: Any) -> Row:
+        if self.scale == "learned":
+            return f"{self.family}_learned", [params, self.log_scale], []
+        if self.scale == "per_element":
+            if _is_pair(params):
+                return f"{self.family}_per_element", list(params), []
+            return f"{self.family}_head", [params], []
+        return self.family, [params], [float(self.scale)]
+
+    def mean(self, params: Any) -> Tensor:
+        return self._location_and_scale(params)[0]
+
+    @torch.no_grad()
+    def sample(self, params: Any, generator: torch.Generator | None = None) -> Tensor:
+        loc, scale = self._location_and_scale(params)
+        return loc + scale * self._standard(loc, generator)
+
+    def _standard(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        """A draw with location 0 and scale 1, in the shape and type of `like`."""
+        raise NotImplementedError
+
+    def _location_and_scale(self, params: Any) -> tuple[Tensor, Tensor | float]:
+        if self.scale == "per_element":
+            loc, log_scale = params if _is_pair(params) else params.chunk(2, dim=1)
+            return loc, torch.exp(log_scale)
+        if self.scale == "learned":
+            return params, torch.exp(self.log_scale)
+        return params, float(self.scale)
+
+    def channels(self, c: int) -> int:
+        return 2 * c if self.scale == "per_element" else c
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale!r}"
+
+
+class Laplace(_ScaleFamily):
+    """Independent data with the Laplace density e^(-|x - m| / b) / 2b: an L1 loss, normalised.
+
+    `params` is the location m, or location and log-scale. Where the scale b comes from:
+
+    - `scale=b`, a positive float: the same everywhere.
+    - `scale="learned"`: one scale for all elements, trained: `log_scale`, a parameter of this module that starts at 0.
+      Give it to the optimiser with `elbo.parameters()`.
+    - `scale="per_element"`: from the decoder, which returns location and log-scale packed along dimension 1,
+      (B, 2C, ...) for data (B, C, ...), or as a pair.
+    """
+
+    family = "laplace"
+
+    def _standard(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        signs = torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=generator) < 0.5
+        size = torch.empty_like(like).exponential_(generator=generator)
+        return torch.where(signs, -size, size)
+
+
+class StudentT(_ScaleFamily):
+    """Independent data with Student's t of `df` degrees of freedom: a Gaussian that outliers do not drag along.
+
+    `params` is the centre, or centre and log-scale. `scale` as for `Laplace`. The mean exists for df > 1; `mean` gives
+    the centre for any.
+    """
+
+    family = "student_t"
+
+    def __init__(self, df: float, scale: float | str = 1.0) -> None:
+        super().__init__(scale)
+        self.df = _checked_positive("likelihoods.StudentT", "df", df)
+
+    def row(self, params: Any) -> Row:
+        name, tensors, constants = super().row(params)
+        return name, tensors, [self.df, *constants]
+
+    def _standard(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        normal = torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+        shape = torch.full_like(normal, self.df / 2, dtype=torch.float64)
+        # Small df: a gamma that underflows would make an infinite draw.
+        gamma = torch._standard_gamma(shape, generator=generator).clamp(min=torch.finfo(torch.float64).tiny)
+        return (normal.double() * torch.rsqrt(gamma / shape)).to(like.dtype)
+
+    def extra_repr(self) -> str:
+        return f"df={self.df:g}, {super().extra_repr()}"
+
+
+class ContinuousBernoulli(Likelihood):
+    """Independent data in [0, 1], grey values: the Bernoulli's formula made a density. `params` are logits.
+
+    Loaiza-Ganem and Cunningham 2019. The expected value is not the sigmoid of the logits, as for `Bernoulli`, but
+    1 / (1 - e^-a) - 1 / a for a logit a: `mean` gives it.
+    """
+
+    def row(self, params: Tensor) -> Row:
+        return "continuous_bernoulli", [params], []
+
+    def mean(self, params: Tensor) -> Tensor:
+        a = params if params.dtype == torch.float64 else params.float()
+        near = a.abs() < 0.5
+        # Near 0 by its series; both branches are kept finite outside of their range.
+        small, large = torch.where(near, a, 0.0), torch.where(near, 1.0, a)
+        series = torch.zeros_like(a)
+        for n, number in reversed(list(enumerate(_BERNOULLI_NUMBERS, 1))):
+            series = series * small * small + number / math.factorial(2 * n)
+        far = -1 / torch.expm1(-large) - 1 / large
+        return torch.where(near, 0.5 + small * series, far).to(params.dtype)
+
+    @torch.no_grad()
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        a = params.double()
+        u = torch.rand(a.shape, dtype=a.dtype, device=a.device, generator=generator)
+        # The inverse of the distribution function, for a negative logit: of a positive one it is the mirror image.
+        size = a.abs()
+        tilted = -torch.log1p(u * torch.expm1(-size)) / size
+        draw = torch.where(size == 0, u, tilted)
+        return torch.where(a > 0, 1 - draw, draw).to(params.dtype)
+
+
+class Poisson(Likelihood):
+    """Independent counts. `params` are log-rates: the decoder ends without an exponential.
+
+    The data are whole numbers in any type, integers read as they are; `functional.poisson_nll(..., validate=True)`
+    looks whether they are.
+    """
+
+    def row(self, params: Tensor) -> Row:
+        return "poisson", [params], []
+
+    def mean(self, params: Tensor) -> Tensor:
+        return torch.exp(params)
+
+    @torch.no_grad()
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.poisson(torch.exp(params), generator=generator)
+
+
 def _is_pair(params: Any) -> bool:
     return isinstance(params, (tuple, list)) and len(params) == 2
+
+
+class Categorical(Likelihood):
+    """One of V classes at every position: the tokens of a text, or a label. `params` are logits (B, ..., V), classes
+    last; the data are the classes' numbers, int64 (B, ...).
+
+    `ignore_index`: data of this number (padding) count for nothing.
+    """
+
+    def __init__(self, ignore_index: int = -100) -> None:
+        super().__init__()
+        functional._checked_index("likelihoods.Categorical", ignore_index)
+        self.ignore_index = ignore_index
+
+    def row(self, params: Tensor) -> Row:
+        return "categorical", [params], [float(self.ignore_index)]
+
+    def mean(self, params: Tensor) -> Tensor:
+        """The classes' probabilities, (B, ..., V)."""
+        return torch.softmax(params, -1)
+
+    @torch.no_grad()
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Classes drawn, int64 (B, ...)."""
+        dtype = torch.float64 if params.dtype == torch.float64 else torch.float32
+        probs = torch.softmax(params, -1, dtype=dtype).flatten(0, -2)
+        return torch.multinomial(probs, 1, generator=generator).view(params.shape[:-1])
+
+    def channels(self, c: int) -> int:
+        """For c classes: a logit for each."""
+        return c
+
+    def extra_repr(self) -> str:
+        return f"ignore_index={self.ignore_index}"
 
 
 class NegativeBinomial(Likelihood):
@@ -230,7 +431,14 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
     _inflated = True
 
 
-BY_NAME: dict[str, type[Likelihood]] = {"bernoulli": Bernoulli, "gaussian": Gaussian}
+BY_NAME: dict[str, type[Likelihood]] = {
+    "bernoulli": Bernoulli,
+    "gaussian": Gaussian,
+    "laplace": Laplace,
+    "continuous_bernoulli": ContinuousBernoulli,
+    "poisson": Poisson,
+    "categorical": Categorical,
+}
 
 
 def get(likelihood: str | nn.Module) -> nn.Module:

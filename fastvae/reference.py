@@ -16,6 +16,11 @@ Sources:
   [RW]  Rasmussen and Williams, "Gaussian Processes for Machine Learning", MIT Press 2006.
   [S]   Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
   [BM]  Box and Muller, "A Note on the Generation of Random Normal Deviates", Ann. Math. Statist. 29 (1958).
+  [B]   Bishop, "Pattern Recognition and Machine Learning", Springer 2006.
+  [K16] Kingma et al., "Improving Variational Inference with Inverse Autoregressive Flow", NeurIPS 2016.
+  [LC]  Loaiza-Ganem and Cunningham, "The Continuous Bernoulli: Fixing a Pervasive Error in Variational Autoencoders",
+        NeurIPS 2019.
+  [LLT] Lange, Little and Taylor, "Robust Statistical Modeling Using the t Distribution", JASA 84 (1989).
   [R]   Rybkin, Daniilidis and Levine, "Simple and Effective VAE Training with Calibrated Decoders", ICML 2021.
   [L]   Lopez, Regier, Cole, Jordan and Yosef, "Deep generative modeling for single-cell transcriptomics", Nature
         Methods 15 (2018); the parametrisation is that of scvi-tools' log_nb_positive and log_zinb_positive.
@@ -258,6 +263,128 @@ def gaussian_head_nll(params: Tensor, target: Tensor) -> Tensor:
     return gaussian_nll(mean, target, logvar)
 
 
+def laplace_nll(
+    loc: Tensor, target: Tensor, log_scale: Tensor | None = None, *, scale: float = 1.0
+) -> Tensor:
+    """-log Laplace(target | loc, scale), (B,), with its constant.
+
+    Per element log 2b + |x - m| / b. The scale b is `scale`, or e^log_scale for a `log_scale` of loc's shape, or one
+    e^log_scale for all where `log_scale` is 0-dimensional. The gradient in the kink x = m is 0.
+    """
+    dtype = _compute_dtype(loc)
+    distance = _absolute(_read_target(target, dtype) - loc.to(dtype))
+    if log_scale is None:
+        return _sum_event(distance / scale + math.log(2 * scale))
+    log_scales = log_scale.to(dtype)
+    return _sum_event(distance * torch.exp(-log_scales) + (math.log(2) + log_scales))
+
+
+def _absolute(x: Tensor) -> Tensor:
+    """|x|, with the derivative 0 at 0 and NaN at NaN (torch's is 0 there, too)."""
+    return x * torch.where(x.isnan(), x, x.sign()).detach()
+
+
+def laplace_head_nll(params: Tensor, target: Tensor) -> Tensor:
+    """`laplace_nll` with location and log-scale packed along dimension 1: `params` (B, 2C, ...), location first."""
+    loc, log_scale = params.chunk(2, dim=1)
+    return laplace_nll(loc, target, log_scale)
+
+
+def continuous_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
+    """-log CB(target | sigmoid(logits)), (B,): the density on [0, 1] that the Bernoulli's formula lacks ([LC]).
+
+    Per element, for a logit a: the density is proportional to e^(a t), whose integral over [0, 1] is (e^a - 1) / a. So
+    the nll is log((e^a - 1) / a) - a t.
+    """
+    dtype = _compute_dtype(logits)
+    a, t = logits.to(dtype), _read_target(target, dtype)
+    near = a.abs() < 0.5
+    # Near 0 by the even series of log(sinh(a / 2) / (a / 2)); both branches are kept finite outside of their range.
+    small, large = torch.where(near, a, 0.0), torch.where(near, 1.0, a)
+    square, series = small * small, torch.zeros_like(a)
+    for n, bernoulli_number in reversed(list(enumerate(_BERNOULLI_NUMBERS, 1))):
+        series = (series + bernoulli_number / (2 * n * math.factorial(2 * n))) * square
+    size = large.abs()
+    far = torch.relu(large) - large * t + torch.log(-torch.expm1(-size) / size)
+    return _sum_event(torch.where(near, small * (0.5 - t) + series, far))
+
+
+# B_2, B_4, ...
+_BERNOULLI_NUMBERS = (1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6, -3617 / 510, 43867 / 798)
+
+
+def poisson_nll(log_rate: Tensor, target: Tensor) -> Tensor:
+    """-log Poisson(target | e^log_rate), (B,): per element e^a - t a + log t!, with log t! = log Gamma(t + 1)."""
+    dtype = _compute_dtype(log_rate)
+    a, t = log_rate.to(dtype), _read_counts(target, dtype)
+    return _sum_event(torch.exp(a) - t * a + torch.lgamma(t + 1))
+
+
+def student_t_nll(
+    loc: Tensor, target: Tensor, log_scale: Tensor | None = None, *, df: float, scale: float = 1.0
+) -> Tensor:
+    """-log of Student's t with `df` degrees of freedom, (B,): a Gaussian with heavy tails ([LLT]).
+
+    Per element, for z = (x - m) / s and df = v:  (v + 1)/2 log(1 + z^2 / v) + log s + log B(v/2, 1/2) + 1/2 log v. The
+    scale s is `scale`, or e^log_scale as for `laplace_nll`.
+    """
+    dtype = _compute_dtype(loc)
+    distance = (_read_target(target, dtype) - loc.to(dtype)) / math.sqrt(df)
+    constant = log_beta_half(df) + math.log(df) / 2
+    if log_scale is None:
+        return _sum_event((df + 1) * _half_log1p_square(distance / scale) + (constant + math.log(scale)))
+    log_scales = log_scale.to(dtype)
+    return _sum_event(
+        (df + 1) * _half_log1p_square(distance * torch.exp(-log_scales)) + (constant + log_scales)
+    )
+
+
+def log_beta_half(df: float) -> float:
+    """log B(df / 2, 1/2) = log Gamma(x) + 1/2 log pi - log Gamma(x + 1/2), x = df / 2."""
+    x = df / 2
+    if df < 200:
+        return math.lgamma(x) - math.lgamma(x + 0.5) + math.log(math.pi) / 2
+    # The two log-gammas, each about x log x, would cancel: their difference by its asymptotic series.
+    return (math.log(math.pi) - math.log(x)) / 2 + (1 / 8 - (1 / 192 - 1 / (640 * x * x)) / (x * x)) / x
+
+
+def _half_log1p_square(y: Tensor) -> Tensor:
+    """log(1 + y^2) / 2, for y whose square is too large a number, too."""
+    near = y.abs() < 1
+    small, large = torch.where(near, y, 0.0), torch.where(near, 1.0, y)
+    far = torch.log(large.abs()) + torch.log1p(large**-2) / 2
+    return torch.where(near, torch.log1p(small * small) / 2, far)
+
+
+def student_t_head_nll(params: Tensor, target: Tensor, *, df: float) -> Tensor:
+    """`student_t_nll` with location and log-scale packed along dimension 1: `params` (B, 2C, ...), location first."""
+    loc, log_scale = params.chunk(2, dim=1)
+    return student_t_nll(loc, target, log_scale, df=df)
+
+
+def categorical_nll(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """-log Categorical(target | softmax(logits)), (B,), summed over positions ([B], equations 4.104 and 4.108).
+
+    Per position log sum_v e^a_v - a_t for logits a, which lie along the last dimension, and the class t. Positions
+    whose target is `ignore_index` (padding) add nothing and pass no gradient.
+    """
+    ignored = target == ignore_index
+    log_probs = F.log_softmax(logits.to(_compute_dtype(logits)), dim=-1)
+    chosen = log_probs.gather(-1, target.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
+    return _sum_event(torch.where(ignored, 0.0, -chosen))
+
+
+def free_bits(kl: Tensor, nats: float, *, batch_mean: bool = True) -> Tensor:
+    """The KL per row with free bits, (B,): a dimension whose KL is below `nats` counts as `nats` ([K16], appendix C.8).
+
+    `kl` is per dimension, (B, ...). With `batch_mean` a dimension is judged by its mean over the batch, as there: the
+    mean of the rows is sum_j max(nats, mean_b kl_bj), and its gradient is theirs. Without it every datum is judged by
+    itself: max(nats, kl_bj).
+    """
+    judged = kl.mean(0, keepdim=True) if batch_mean else kl
+    return _sum_event(torch.where(judged > nats, kl, nats))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Counts: negative binomial, and with additional zeros
 # ---------------------------------------------------------------------------------------------------------------------
@@ -422,6 +549,27 @@ LIKELIHOODS: dict[str, Callable[[Sequence[Tensor], Tensor, Sequence[float]], Ten
     "gaussian_learned": lambda params, target, _: gaussian_nll(params[0], target, params[1]),
     "gaussian_per_element": lambda params, target, _: gaussian_nll(params[0], target, params[1]),
     "gaussian_head": lambda params, target, _: gaussian_head_nll(params[0], target),
+    "categorical": lambda params, target, constants: categorical_nll(
+        params[0], target, ignore_index=int(constants[0])
+    ),
+    "laplace": lambda params, target, constants: laplace_nll(params[0], target, scale=constants[0]),
+    "laplace_learned": lambda params, target, _: laplace_nll(params[0], target, params[1]),
+    "laplace_per_element": lambda params, target, _: laplace_nll(params[0], target, params[1]),
+    "laplace_head": lambda params, target, _: laplace_head_nll(params[0], target),
+    "continuous_bernoulli": lambda params, target, _: continuous_bernoulli_nll(params[0], target),
+    "poisson": lambda params, target, _: poisson_nll(params[0], target),
+    "student_t": lambda params, target, constants: student_t_nll(
+        params[0], target, df=constants[0], scale=constants[1]
+    ),
+    "student_t_learned": lambda params, target, constants: student_t_nll(
+        params[0], target, params[1], df=constants[0]
+    ),
+    "student_t_per_element": lambda params, target, constants: student_t_nll(
+        params[0], target, params[1], df=constants[0]
+    ),
+    "student_t_head": lambda params, target, constants: student_t_head_nll(
+        params[0], target, df=constants[0]
+    ),
     "negative_binomial": lambda params, target, _: negative_binomial_nll(params[0], target, *params[1:]),
     "zero_inflated_negative_binomial": lambda params, target, _: zero_inflated_negative_binomial_nll(
         params[0], target, *params[1:]

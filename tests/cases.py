@@ -53,6 +53,7 @@ class Case(NamedTuple):
     min_rank: int = 1
     targets: tuple[torch.dtype, ...] = ()  # integer types that `target` may have
     fixed: tuple[str, ...] = ()  # inputs that no gradient is given for
+    counts: bool = False  # integer targets are themselves, uint8 too
     # float16 holds at most 65504; half-type inputs stay where the gradient is representable.
     extremes: Callable[[], Inputs] | None = None
 
@@ -73,6 +74,49 @@ def gaussian_terms(mean: Tensor, target: Tensor, logvar: Tensor) -> list[Tensor]
 def head_terms(params: Tensor, target: Tensor) -> list[Tensor]:
     channels = target.shape[1]
     return gaussian_terms(params[:, :channels], target, params[:, channels:])
+
+
+def laplace_terms(loc: Tensor, target: Tensor, log_scale: Tensor) -> list[Tensor]:
+    distance = (target - loc).abs() * torch.exp(-log_scale)
+    return [torch.full_like(loc, math.log(2)), log_scale.expand_as(loc), distance]
+
+
+def continuous_bernoulli_terms(logits: Tensor, target: Tensor) -> list[Tensor]:
+    """Of log((e^a - 1) / a) - a t. Near 0 as a (1/2 - t) + log(sinh(a/2) / (a/2)), the sine by its series."""
+    near = logits.abs() < 0.5
+    small, large = torch.where(near, logits, 0.0), torch.where(near, 1.0, logits)
+    sine = torch.zeros_like(logits)
+    for n in range(8, 0, -1):
+        sine = (1 + sine) * (small / 2) ** 2 / ((2 * n) * (2 * n + 1))
+    size = large.abs()
+    return [
+        torch.where(near, small * (0.5 - target), torch.relu(large) - large * target),
+        torch.where(near, torch.log1p(sine), torch.log(-torch.expm1(-size) / size)),
+    ]
+
+
+def poisson_terms(log_rate: Tensor, target: Tensor) -> list[Tensor]:
+    return [torch.exp(log_rate), -target * log_rate, torch.lgamma(target + 1)]
+
+
+def student_t_terms(loc: Tensor, target: Tensor, log_scale: Tensor, df: float = 2.5) -> list[Tensor]:
+    square = (target - loc) ** 2 * torch.exp(-2 * log_scale)
+    constant = math.lgamma(df / 2) - math.lgamma((df + 1) / 2) + 0.5 * math.log(df * math.pi)
+    return [
+        torch.full_like(loc, constant),
+        log_scale.expand_as(loc),
+        (df + 1) / 2 * torch.log1p(square / df),
+    ]
+
+
+def halves(terms: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """The terms of a packed head."""
+
+    def packed_terms(params: Tensor, target: Tensor) -> list[Tensor]:
+        first, second = params.chunk(2, dim=1)
+        return terms(first, target, second)
+
+    return packed_terms
 
 
 def expm1_minus(v: Tensor) -> Tensor:
@@ -120,6 +164,24 @@ def _logvar_extremes() -> Inputs:
 def _head_extremes() -> Inputs:
     inputs = _logvar_extremes()
     return {"params": torch.cat((inputs["mean"], inputs["logvar"]), 1), "target": inputs["target"]}
+
+
+def _scale_extremes() -> Inputs:
+    rows = [(0.5, 0.25, v) for v in (-80.0, -30.0, 30.0, 80.0)] + [(100.0, -100.0, 0.0), (1.0, 1.0, -80.0)]
+    return _columns("loc", "target", "log_scale", rows=rows)
+
+
+def _counts(shape: tuple[int, ...]) -> Tensor:
+    """0 and 1 for the most part, and some counts of some hundreds."""
+    return torch.poisson(torch.exp(_randn(shape, 2))).clamp(max=255)
+
+
+def _scaled(shape: tuple[int, ...]) -> Inputs:
+    return {"loc": _randn(shape), "target": _randn(shape), "log_scale": _randn(shape, 0.5)}
+
+
+def _learned(shape: tuple[int, ...]) -> Inputs:
+    return {"loc": _randn(shape), "target": _randn(shape), "log_scale": torch.tensor(0.375).double()}
 
 
 _KL_EXTREMES = [(m, v) for m in (0.0, -1.5, 100.0) for v in (-80.0, 0.0, 80.0)]
@@ -181,6 +243,95 @@ CASES = (
         extremes=_head_extremes,
     ),
     Case(
+        "laplace",
+        lambda f, loc, target: f.laplace_nll(loc, target, scale=0.7),
+        lambda shape: {"loc": _randn(shape), "target": _randn(shape)},
+        lambda loc, target: laplace_terms(loc, target, torch.tensor(math.log(0.7), dtype=torch.float64)),
+        targets=(torch.uint8,),
+        extremes=lambda: _columns("loc", "target", rows=[(-1e4, 1e4), (1e4, 1.0), (1e-4, 0.0), (0.5, 0.5)]),
+    ),
+    Case(
+        "laplace_learned",
+        lambda f, **inputs: f.laplace_nll(**inputs),
+        _learned,
+        laplace_terms,
+        targets=(torch.uint8,),
+    ),
+    Case(
+        "laplace_per_element",
+        lambda f, **inputs: f.laplace_nll(**inputs),
+        _scaled,
+        laplace_terms,
+        targets=(torch.uint8,),
+        extremes=_scale_extremes,
+    ),
+    Case(
+        "laplace_head",
+        lambda f, **inputs: f.laplace_head_nll(**inputs),
+        lambda shape: {"params": _randn(_packed(shape)), "target": _randn(shape)},
+        halves(laplace_terms),
+        min_rank=2,
+        targets=(torch.uint8,),
+    ),
+    Case(
+        "continuous_bernoulli",
+        lambda f, **inputs: f.continuous_bernoulli_nll(**inputs),
+        lambda shape: {"logits": _randn(shape, 3), "target": _rand(shape)},
+        continuous_bernoulli_terms,
+        targets=(torch.uint8,),
+        fixed=("target",),
+        extremes=lambda: _columns(
+            "logits",
+            "target",
+            rows=[(a, t) for a in (-1e4, -104.0, -1e-3, 0.0, 0.5, 2.0, 89.0, 1e4) for t in (0.0, 0.25, 1.0)],
+        ),
+    ),
+    Case(
+        "poisson",
+        lambda f, **inputs: f.poisson_nll(**inputs),
+        lambda shape: {"log_rate": _randn(shape), "target": _counts(shape)},
+        poisson_terms,
+        targets=(torch.uint8, torch.uint16, torch.int32, torch.int64),
+        fixed=("target",),
+        counts=True,
+        extremes=lambda: _columns(
+            "log_rate",
+            "target",
+            rows=[(a, t) for a in (-80.0, 0.0, 3.0, 80.0) for t in (0.0, 1.0, 2.0, 16.0, 300.0, 6e4)],
+        ),
+    ),
+    Case(
+        "student_t",
+        lambda f, loc, target: f.student_t_nll(loc, target, df=2.5, scale=0.7),
+        lambda shape: {"loc": _randn(shape), "target": _randn(shape)},
+        lambda loc, target: student_t_terms(loc, target, torch.tensor(math.log(0.7), dtype=torch.float64)),
+        targets=(torch.uint8,),
+        extremes=lambda: _columns("loc", "target", rows=[(-1e4, 1e4), (1e4, 1.0), (1e-4, 0.0), (0.5, 0.5)]),
+    ),
+    Case(
+        "student_t_learned",
+        lambda f, **inputs: f.student_t_nll(**inputs, df=2.5),
+        _learned,
+        student_t_terms,
+        targets=(torch.uint8,),
+    ),
+    Case(
+        "student_t_per_element",
+        lambda f, **inputs: f.student_t_nll(**inputs, df=2.5),
+        _scaled,
+        student_t_terms,
+        targets=(torch.uint8,),
+        extremes=_scale_extremes,
+    ),
+    Case(
+        "student_t_head",
+        lambda f, **inputs: f.student_t_head_nll(**inputs, df=2.5),
+        lambda shape: {"params": _randn(_packed(shape)), "target": _randn(shape)},
+        halves(student_t_terms),
+        min_rank=2,
+        targets=(torch.uint8,),
+    ),
+    Case(
         "kl",
         lambda f, mu, logvar: f.gaussian_kl(mu, logvar),
         lambda shape: {"mu": _randn(shape), "logvar": _randn(shape)},
@@ -237,13 +388,15 @@ def ids(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def cast(inputs: Inputs, dtype: torch.dtype, target: torch.dtype | None = None) -> Inputs:
+def cast(
+    inputs: Inputs, dtype: torch.dtype, target: torch.dtype | None = None, *, counts: bool = False
+) -> Inputs:
     """The inputs in the types under test, float targets rounded into an integer type that wants it."""
     result = {}
     for name, value in inputs.items():
         if name != "target" or target is None:
             result[name] = value.to(dtype)
-        elif target.is_floating_point:
+        elif target.is_floating_point or counts:
             result[name] = value.to(target)
         elif target == torch.bool:
             result[name] = value > 0.5
@@ -252,10 +405,10 @@ def cast(inputs: Inputs, dtype: torch.dtype, target: torch.dtype | None = None) 
     return result
 
 
-def to_exact(inputs: Inputs) -> Inputs:
+def to_exact(inputs: Inputs, counts: bool) -> Inputs:
     """What the inputs mean, in float64."""
     return {
-        name: value.detach().double() / (255 if value.dtype == torch.uint8 else 1)
+        name: value.detach().double() / (255 if value.dtype == torch.uint8 and not counts else 1)
         for name, value in inputs.items()
     }
 
@@ -278,7 +431,7 @@ def cotangent(value: Tensor) -> Tensor:
 
 def exact(case: Case, inputs: Inputs) -> Result:
     """Value and gradients by the formula, in float64."""
-    leaves = {name: x.requires_grad_() for name, x in to_exact(inputs).items()}
+    leaves = {name: x.requires_grad_() for name, x in to_exact(inputs, case.counts).items()}
     terms = case.terms(**leaves)
     value, scale = sum(terms), sum(term.abs() for term in terms)
     if not case.per_element:

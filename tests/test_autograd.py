@@ -42,6 +42,19 @@ def gaussian(m: Tensor, x: Tensor, v: Tensor) -> Tensor:
     return rows(0.5 * (math.log(2 * math.pi) + v + (x - m) ** 2 * torch.exp(-v)))
 
 
+def laplace(m: Tensor, x: Tensor, s: Tensor) -> Tensor:
+    return rows(math.log(2) + s + (x - m).abs() * torch.exp(-s))
+
+
+def student_t(m: Tensor, x: Tensor, s: Tensor) -> Tensor:
+    constant = math.lgamma(2.0) - math.lgamma(2.5) + 0.5 * math.log(4 * math.pi)
+    return rows(constant + s + 2.5 * torch.log1p((x - m) ** 2 * torch.exp(-2 * s) / 4))
+
+
+def continuous_bernoulli(a: Tensor, t: Tensor) -> Tensor:
+    return rows(torch.log(torch.expm1(a) / a) - a * t)
+
+
 def kl_divergence(mu: Tensor, v: Tensor, prior_mu: Tensor, prior_v: Tensor) -> Tensor:
     return rows(0.5 * ((mu - prior_mu) ** 2 / prior_v.exp() + (v - prior_v).exp() - 1 - (v - prior_v)))
 
@@ -96,6 +109,39 @@ CASES = {
         lambda p, x: gaussian(p[:, :3], x, p[:, 3:]),
         {"p": (B, 6, 4), "x": SHAPE},
         ("p", "x"),
+    ),
+    "laplace": Case(
+        lambda m, x: fv.laplace_nll(m, x, scale=0.3),
+        lambda m, x: laplace(m, x, torch.full_like(m, math.log(0.3))),
+        {"m": SHAPE, "x": SHAPE},
+        ("m", "x"),
+    ),
+    "laplace_head": Case(
+        fv.laplace_head_nll,
+        lambda p, x: laplace(p[:, :3], x, p[:, 3:]),
+        {"p": (B, 6, 4), "x": SHAPE},
+        ("p", "x"),
+    ),
+    "continuous_bernoulli": Case(
+        fv.continuous_bernoulli_nll, continuous_bernoulli, {"a": SHAPE, "t": SHAPE}, ("a",)
+    ),
+    "poisson": Case(
+        lambda a, t: fv.poisson_nll(a, (5 * t).round()),
+        lambda a, t: rows(a.exp() - a * (5 * t).round() + torch.lgamma((5 * t).round() + 1)),
+        {"a": SHAPE, "t": SHAPE},
+        ("a",),
+    ),
+    "student_t_learned": Case(
+        lambda m, x, s: fv.student_t_nll(m, x, s, df=4),
+        lambda m, x, s: student_t(m, x, s.expand_as(m)),
+        {"m": SHAPE, "x": SHAPE, "s": ()},
+        ("m", "x", "s"),
+    ),
+    "student_t_per_element": Case(
+        lambda m, x, s: fv.student_t_nll(m, x, s, df=4),
+        student_t,
+        {"m": SHAPE, "x": SHAPE, "s": SHAPE},
+        ("m", "x", "s"),
     ),
     "kl": Case(
         fv.gaussian_kl,

@@ -197,6 +197,10 @@ OPS = {
         ("gaussian_learned", [leaf(*X), leaf()], plain(*X), [], ROWS, BETA, 2),
         ("gaussian_per_element", [plain(*X), leaf(*X)], leaf(*X), [], ROWS, NONE, 2),
         ("gaussian_head", [leaf(2, 4, 3)], leaf(2, 2, 3), [], NONE, NONE, 0),
+        ("laplace", [leaf(*X)], leaf(*X), [0.5], ROWS, BETA, 1),
+        ("continuous_bernoulli", [leaf(*X)], plain(*X).sigmoid(), [], ROWS, BETA, 2),
+        ("poisson", [leaf(*X)], plain(*X).abs().int(), [], ROWS, BETA, 2),
+        ("student_t_learned", [leaf(*X), leaf()], leaf(*X), [2.5], ROWS, BETA, 0),
         (
             "gaussian_learned",
             [leaf(*X).detach().half().requires_grad_(), leaf()],
@@ -233,6 +237,7 @@ OPS = {
         ("bernoulli", [plain(*X)], plain(*X), [], ROWS, BETA, 2, 1),
         ("gaussian_learned", [IMAGE, torch.tensor(0.1)], IMAGE, [], NONE, NONE, 0, 0b11),
         ("gaussian_per_element", [plain(*X), plain(*X)], plain(*X), [], ROWS.double(), BETA, 1, 0b10),
+        ("student_t", [plain(*X)], plain(*X), [2.5, 0.7], ROWS, BETA, 2, 1),
     ],
     "nll_gradient": [
         ("bernoulli", [plain(*X).half()], plain(*X).sigmoid(), [], torch.tensor(2.0), NONE, 2, 1),

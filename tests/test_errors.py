@@ -84,6 +84,55 @@ WRONG = {
         "fastvae.gaussian_head_nll: `params` must have shape (B, 2C, ...), mean and log-variance packed along "
         "dimension 1, got (4, 3, 2, 2)",
     ),
+    "odd head of a Laplace": Wrong(
+        lambda: fv.laplace_head_nll(IMAGE, IMAGE),
+        ValueError,
+        "fastvae.laplace_head_nll: `params` must have shape (B, 2C, ...), location and log-scale packed along "
+        "dimension 1, got (4, 3, 2, 2)",
+    ),
+    "learned log_scale": Wrong(
+        lambda: fv.student_t_nll(FLAT, FLAT, ROWS, df=3),
+        ValueError,
+        "fastvae.student_t_nll: `log_scale` must be 0-dimensional or have the shape of `loc` (4, 12), got (4,)",
+    ),
+    "scale that is a tensor": Wrong(
+        lambda: fv.laplace_nll(FLAT, FLAT, scale=torch.tensor(2.0)),
+        TypeError,
+        "fastvae.laplace_nll: `scale` must be a float, got Tensor; pass a scale that is a tensor as "
+        "`log_scale` = scale.log()",
+    ),
+    "two scales": Wrong(
+        lambda: fv.laplace_nll(FLAT, FLAT, FLAT, scale=2.0),
+        ValueError,
+        "fastvae.laplace_nll: `log_scale` and `scale` exclude each other, got `scale` 2.0",
+    ),
+    "no degrees of freedom": Wrong(
+        lambda: fv.student_t_nll(FLAT, FLAT, df=0),
+        ValueError,
+        "fastvae.student_t_nll: `df` must be positive and finite, got 0.0",
+    ),
+    "bool counts": Wrong(
+        lambda: fv.poisson_nll(FLAT, FLAT > 0),
+        TypeError,
+        "fastvae.poisson_nll: `target` must be float32, uint8, uint16, int32 or int64 for a float32 `log_rate`, "
+        "got bool",
+    ),
+    "counts for a density": Wrong(
+        lambda: fv.continuous_bernoulli_nll(FLAT, FLAT.int()),
+        TypeError,
+        "fastvae.continuous_bernoulli_nll: `target` must be float32 or uint8 for a float32 `logits`, got int32",
+    ),
+    "counts with a gradient": Wrong(
+        lambda: fv.poisson_nll(FLAT, FLAT.abs().requires_grad_()),
+        ValueError,
+        "fastvae.poisson_nll: `target` requires a gradient, which this likelihood does not give; "
+        "pass target.detach()",
+    ),
+    "unknown scale of a module": Wrong(
+        lambda: fastvae.likelihoods.StudentT(3.0, "fixed"),
+        ValueError,
+        "fastvae.likelihoods.StudentT: `scale` must be a positive float, 'learned' or 'per_element', got 'fixed'",
+    ),
     "learned logvar": Wrong(
         lambda: fv.gaussian_nll(FLAT, FLAT, ROWS),
         ValueError,
@@ -210,8 +259,8 @@ WRONG = {
     "likelihood a class": Wrong(
         lambda: fastvae.ELBO(Bernoulli),
         TypeError,
-        "fastvae.ELBO: `likelihood` must be one of 'bernoulli', 'gaussian', or an nn.Module with a method "
-        "`nll(params, target)`, got Bernoulli, a class",
+        "fastvae.ELBO: `likelihood` must be one of 'bernoulli', 'gaussian', 'laplace', 'continuous_bernoulli', "
+        "'poisson', 'categorical', or an nn.Module with a method `nll(params, target)`, got Bernoulli, a class",
     ),
     "likelihood without nll": Wrong(
         lambda: fastvae.ELBO(nn.Identity()), TypeError, "`nll(params, target)`, got Identity"
@@ -263,7 +312,8 @@ WRONG = {
     "unknown likelihood": Wrong(
         lambda: fastvae.ELBO("bernouilli"),
         ValueError,
-        "fastvae.ELBO: `likelihood` must be one of 'bernoulli', 'gaussian', got 'bernouilli'",
+        "fastvae.ELBO: `likelihood` must be one of 'bernoulli', 'gaussian', 'laplace', 'continuous_bernoulli', "
+        "'poisson', 'categorical', got 'bernouilli'",
     ),
     "unknown reduction": Wrong(
         lambda: fastvae.ELBO("bernoulli", reduction="avg"),

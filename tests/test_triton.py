@@ -161,12 +161,14 @@ def test_columns_of_64_bits(device: torch.device, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
-@pytest.mark.parametrize("target", [torch.float32, torch.uint8, torch.bool], ids=cases.ids)
+@pytest.mark.parametrize(
+    "target", [torch.float32, torch.uint8, torch.bool, torch.uint16, torch.int32, torch.int64], ids=cases.ids
+)
 @pytest.mark.parametrize("case", WITH_TARGET, ids=cases.ids)
 def test_target_types(device: torch.device, case: Case, target: torch.dtype, dtype: torch.dtype) -> None:
     if target != torch.float32 and target not in case.targets:
         pytest.skip("not accepted")
-    inputs = move(cases.cast(case.inputs((2, 3, 20, 19)), dtype, target), device)
+    inputs = move(cases.cast(case.inputs((2, 3, 20, 19)), dtype, target, counts=case.counts), device)
     check(cases.run(case, functional, inputs), cases.exact(case, inputs), dtype)
 
 

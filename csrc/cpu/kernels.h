@@ -44,7 +44,17 @@ View shifted(View view, int64_t elements) {
 constexpr int kMaxParams = 3;
 constexpr int kMaxConstants = 2;
 
-enum class Element : int8_t { bernoulli, gaussian, gaussian_per_element };
+enum class Element : int8_t {
+  bernoulli,
+  gaussian,
+  gaussian_per_element,
+  laplace,
+  laplace_per_element,
+  continuous_bernoulli,
+  poisson,
+  student_t,
+  student_t_per_element,
+};
 
 // row_nll[r] = sum over the row of Element's value; slopes[i] (where wanted) = its derivative times weight[r * weight_stride].
 struct NllArgs {
@@ -58,6 +68,7 @@ struct NllArgs {
   const double* weight;
   int64_t weight_stride;
   double* row_nll;
+  double* row_pull;  // of an Element that has_pull: the sum of (params[0] - target) times its unweighted derivative; may be null
 };
 
 // Negative binomial counts of (rows, genes), see math/counts.h.

@@ -10,22 +10,28 @@
 namespace fastvae::cpu::FASTVAE_ISA {
 namespace {
 
-// n elements: returns the sum of their nll; slope[i] (null: not wanted) receives the weighted derivatives.
+struct BlockSums {
+  double nll, pull;
+};
+
+// n elements: returns the sums; slope[i] (null: not wanted) receives the weighted derivatives.
 template <class L, class C, bool kSlopes>
-double block(const C* const (&param)[kMaxParams], const C* target, C* const (&slope)[kMaxParams], const double* constants,
-             double weight, int64_t n) {
+BlockSums block(const C* const (&param)[kMaxParams], const C* target, C* const (&slope)[kMaxParams], const double* constants,
+                double weight, int64_t n) {
   using V = Vec<C>;
   constexpr int64_t W = V::size();
   V constant[L::constants + 1];
   for (int i = 0; i < L::constants; ++i) constant[i] = V(static_cast<C>(constants[i]));
   const V w(static_cast<C>(weight));
-  Sum<C> sum;
+  Sum<C> sum, pull;
   math::Log1pSum<V> logs[4];
 
-  const auto step = [&](int64_t i, auto lanes, math::Log1pSum<V>& logs) FASTVAE_INLINE {
+  const auto step = [&](int64_t i, auto lanes, int slot, math::Log1pSum<V>& logs) FASTVAE_INLINE {
     V p[L::params], d[L::params];
     for (int k = 0; k < L::params; ++k) p[k] = load_lanes(param[k] + i, lanes);
-    const V value = L::element(p, load_lanes(target + i, lanes), constant, d, logs);
+    const V t = load_lanes(target + i, lanes);
+    const V value = L::element(p, t, constant, d, logs);
+    if constexpr (L::has_pull) pull.add(slot, (p[0] - t) * d[0]);
     if constexpr (kSlopes) {
       for (int k = 0; k < L::params; ++k)
         if (slope[k]) store_lanes(d[k] * w, slope[k] + i, lanes);
@@ -43,12 +49,12 @@ double block(const C* const (&param)[kMaxParams], const C* target, C* const (&sl
       if (kSlopes && slope[k]) prefetch(slope[k] + i + kAhead, 4 * W * sizeof(C));
     }
     prefetch(target + i + kAhead, 4 * W * sizeof(C));
-    for (int k = 0; k < 4; ++k) sum.add(k, step(i + k * W, whole, logs[k]));
+    for (int k = 0; k < 4; ++k) sum.add(k, step(i + k * W, whole, k, logs[k]));
   }
-  for (; i + W <= n; i += W) sum.add(0, step(i, whole, logs[0]));
+  for (; i + W <= n; i += W) sum.add(0, step(i, whole, 0, logs[0]));
   if (i < n) {
     math::Log1pSum<V> rest;
-    const V value = step(i, n - i, rest);
+    const V value = step(i, n - i, 0, rest);
     sum.add_lanes(L::has_log1p ? value + rest.value() : value, n - i);
   }
   if constexpr (L::has_log1p) {
@@ -57,7 +63,7 @@ double block(const C* const (&param)[kMaxParams], const C* target, C* const (&sl
     for (int k = kSums; k < 4; ++k) logs[k % kSums].add(logs[k]);
     for (int k = 0; k < kSums; ++k) sum.add(k, logs[k].value());
   }
-  return sum.total();
+  return {sum.total(), L::has_pull ? pull.total() : 0};
 }
 
 template <class L, class C>
@@ -67,6 +73,9 @@ void run(const NllArgs& args) {
   for (int k = 0; k < L::params; ++k) wanted |= args.slopes[k].data != nullptr;
   std::vector<double> partial(blocks > 1 ? tasks : 0);
   double* sums = blocks > 1 ? partial.data() : args.row_nll;
+  const bool has_pull = L::has_pull && args.row_pull;
+  std::vector<double> partial_pull(has_pull && blocks > 1 ? tasks : 0);
+  double* pulls = blocks > 1 ? partial_pull.data() : args.row_pull;
 
   at::parallel_for(0, tasks, grain(std::min(args.size, kBlock)), [&](int64_t first, int64_t last) {
     Buffer<C> param_buffer[L::params], target_buffer, slope_buffer[L::params];
@@ -80,18 +89,24 @@ void run(const NllArgs& args) {
       }
       const C* target = load(args.target, row, begin, n, args.size, target_buffer);
       const double weight = args.weight[row * args.weight_stride];
-      sums[task] = wanted ? block<L, C, true>(param, target, slope, args.constants, weight, n)
-                          : block<L, C, false>(param, target, slope, args.constants, weight, n);
+      const BlockSums of_block = wanted ? block<L, C, true>(param, target, slope, args.constants, weight, n)
+                                        : block<L, C, false>(param, target, slope, args.constants, weight, n);
+      sums[task] = of_block.nll;
+      if (has_pull) pulls[task] = of_block.pull;
       for (int k = 0; k < L::params; ++k) store(args.slopes[k], row, begin, n, args.size, slope_buffer[k]);
     }
   });
 
   if (blocks == 1) return;
-  for (int64_t row = 0; row < args.rows; ++row) {
-    double sum = 0;
-    for (int64_t b = 0; b < blocks; ++b) sum += sums[row * blocks + b];
-    args.row_nll[row] = sum;
-  }
+  const auto add_up = [&](const double* of_blocks, double* of_rows) {
+    for (int64_t row = 0; row < args.rows; ++row) {
+      double sum = 0;
+      for (int64_t b = 0; b < blocks; ++b) sum += of_blocks[row * blocks + b];
+      of_rows[row] = sum;
+    }
+  };
+  add_up(sums, args.row_nll);
+  if (has_pull) add_up(pulls, args.row_pull);
 }
 
 template <class L>
@@ -122,6 +137,12 @@ void nll(const NllArgs& args) {
     case Element::bernoulli: return run<math::Bernoulli>(args);
     case Element::gaussian: return run<math::Gaussian>(args);
     case Element::gaussian_per_element: return run<math::GaussianPerElement>(args);
+    case Element::laplace: return run<math::Laplace>(args);
+    case Element::laplace_per_element: return run<math::LaplacePerElement>(args);
+    case Element::continuous_bernoulli: return run<math::ContinuousBernoulli>(args);
+    case Element::poisson: return run<math::Poisson>(args);
+    case Element::student_t: return run<math::StudentT>(args);
+    case Element::student_t_per_element: return run<math::StudentTPerElement>(args);
   }
 }
 

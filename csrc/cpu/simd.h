@@ -40,6 +40,8 @@ struct Primitives<at::vec::Vectorized<C>> {
     }
   }
 
+  static FASTVAE_HD V log_factorial(V t) { return (t + V(1)).lgamma(); }
+
   static FASTVAE_HD V minimum(V a, V b) { return at::vec::minimum(a, b); }
   static FASTVAE_HD V clamp(V x, C low, C high) { return at::vec::clamp_min(at::vec::clamp_max(x, V(high)), V(low)); }  // keeps a NaN
 

@@ -18,9 +18,8 @@ namespace fastvae::math {
 inline namespace FASTVAE_ISA {
 
 // Scalar: the C type of one lane. Functions: exp, exp_bounded (x must not pass 88), exp_parts (see ExpParts), log (of a positive,
-// normal, finite number), log1p, abs, neg, relu,
-// fma, less, minimum, clamp, select(mask, a, b) = mask ? a : b in each lane, any(mask); for x >= 0 log1p_parts (see Log1pParts), for
-// x <= 0 decay_parts (see DecayParts).
+// normal, finite number), log1p, log_factorial (fp64 only), abs, neg, relu, fma, less, minimum, clamp, select(mask, a, b) = mask ? a : b
+// in each lane, any(mask); for x >= 0 log1p_parts (see Log1pParts), for x <= 0 decay_parts (see DecayParts).
 template <class V>
 struct Primitives;
 
@@ -89,6 +88,36 @@ struct ResidualSeries {
     }
   }
 };
+
+// log(t!) for t in [0, 2), which is 0 for 0 and 1, and for fractions Gamma(t + 1).
+template <class V>
+FASTVAE_HD V log_small_factorial(V t) {
+  using P = Primitives<V>;
+  const V roots = t * (t - V(1));
+  if (!P::any(P::less(V(0), P::abs(roots)))) return V(0);
+  if constexpr (sizeof(typename P::Scalar) == 8) return P::select(P::less(V(0), P::abs(roots)), P::log_factorial(t), V(0));
+  // Chebyshev fit of log Gamma(t + 1) / (t (t - 1)), relative error 2e-8.
+  constexpr double fit[] = {-3.63155232e-05, 0.000477342051, -0.00283509935, 0.0101589505, -0.0249239597, 0.0456450246,
+                            -0.0677630454,   0.0893085077,   -0.114591829,   0.155378178,  -0.245249093,  0.577215672};
+  return roots * polynomial(t, fit);
+}
+
+// log(t!) = t log t - t + log(2 pi t) / 2 + stirling_rest(1 / t) from stirling_from() on.
+template <class V>
+constexpr typename Primitives<V>::Scalar stirling_from() {
+  return sizeof(typename Primitives<V>::Scalar) == 8 ? 16 : 2;
+}
+
+template <class V>
+FASTVAE_HD V stirling_rest(V inverse) {
+  if constexpr (sizeof(typename Primitives<V>::Scalar) == 8) {
+    constexpr double series[] = {1. / 156, -691. / 360360, 1. / 1188, -1. / 1680, 1. / 1260, -1. / 360, 1. / 12};
+    return inverse * polynomial(inverse * inverse, series);
+  } else {
+    constexpr float fit[] = {-0.000349723909f, 0.000761539966f, -0.00277628028f, 0.0833333209f};  // absolute error 5e-9
+    return inverse * polynomial(inverse * inverse, fit);
+  }
+}
 
 // ExpParts where there is nothing shorter.
 template <class V>

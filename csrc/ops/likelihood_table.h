@@ -3,6 +3,7 @@
 // normaliser here.
 #pragma once
 #include <c10/core/ScalarType.h>
+#include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
 #include <c10/util/string_view.h>
 
@@ -34,6 +35,16 @@ constexpr LikelihoodRow kLikelihoods[] = {
     {"gaussian_learned", cpu::Element::gaussian, 2, 0, false, true, true},                    // mean, logvar (0-dim)
     {"gaussian_per_element", cpu::Element::gaussian_per_element, 2, 0, false, false, true},  // mean, logvar
     {"gaussian_head", cpu::Element::gaussian_per_element, 1, 0, true, false, true},          // mean and logvar, packed
+    {"laplace", cpu::Element::laplace, 1, 1, false, false, true},                             // loc; scale
+    {"laplace_learned", cpu::Element::laplace, 2, 0, false, true, true},                      // loc, log_scale (0-dim)
+    {"laplace_per_element", cpu::Element::laplace_per_element, 2, 0, false, false, true},     // loc, log_scale
+    {"laplace_head", cpu::Element::laplace_per_element, 1, 0, true, false, true},             // loc and log_scale, packed
+    {"continuous_bernoulli", cpu::Element::continuous_bernoulli, 1, 0, false, false, false},  // logits
+    {"poisson", cpu::Element::poisson, 1, 0, false, false, false, true},                      // log_rate
+    {"student_t", cpu::Element::student_t, 1, 2, false, false, true},                         // loc; df, scale
+    {"student_t_learned", cpu::Element::student_t, 2, 1, false, true, true},                  // loc, log_scale (0-dim); df
+    {"student_t_per_element", cpu::Element::student_t_per_element, 2, 1, false, false, true}, // loc, log_scale; df
+    {"student_t_head", cpu::Element::student_t_per_element, 1, 1, true, false, true},         // loc and log_scale, packed; df
     // mean, inverse dispersion; logits of additional zeros
     {"negative_binomial", {}, 2, 0, false, false, false, true, Family::counts},
     {"zero_inflated_negative_binomial", {}, 3, 0, false, false, false, true, Family::counts},
@@ -62,28 +73,56 @@ inline bool takes_target(const LikelihoodRow& row, at::ScalarType params, at::Sc
 }
 
 constexpr double kHalfLog2Pi = 0.918938533204672741780329736406;
+constexpr double kLog2 = 0.693147180559945309417232121458;
+constexpr double kPi = 3.14159265358979323846264338328;
 
-// What the kernel needs besides tensors, and the part of the nll that is the same for every element. `scalar`: the value of the
-// 0-dim tensor, or the constant, of the rows that have one.
-struct Normaliser {
-  double constant;
-  double per_element;
-};
-
-inline Normaliser normaliser(const LikelihoodRow& row, double scalar) {
-  switch (row.element) {
-    case cpu::Element::bernoulli: return {0, 0};
-    case cpu::Element::gaussian_per_element: return {0, kHalfLog2Pi};
-    case cpu::Element::gaussian: {
-      const double logvar = row.has_scalar ? scalar : 2 * std::log(scalar);
-      return {std::exp(-logvar), kHalfLog2Pi + 0.5 * logvar};
-    }
-  }
-  return {0, 0};
+// log B(df / 2, 1/2): the normaliser of Student's t is that of scale sqrt(df).
+inline double log_beta_half(double df) {
+  // Where df is large the two log-gammas, each about df log(df) / 2, cancel: their difference by its asymptotic series.
+  const double x = 0.5 * df, r = 1 / x;
+  const double difference = df < 200 ? std::lgamma(x + 0.5) - std::lgamma(x)
+                                     : 0.5 * std::log(x) - r * (1. / 8 - r * r * (1. / 192 - r * r / 640));
+  return 0.5 * std::log(kPi) - difference;
 }
 
-// The derivative of a row by the 0-dim tensor, given what the kernel summed: for the Gaussian, of
-// (size logvar + sum (t - m)^2 exp(-logvar)) / 2.
-inline double scalar_slope(int64_t size, double nll_less_normaliser) { return 0.5 * static_cast<double>(size) - nll_less_normaliser; }
+// What the kernel needs besides tensors, and the part of the nll that is the same for every element. `constants`: those of the op;
+// `scalar`: the value of the 0-dim tensor, of the rows that have one.
+struct Normaliser {
+  double per_element;
+  double constants[cpu::kMaxConstants];
+};
+
+inline Normaliser normaliser(const LikelihoodRow& row, c10::ArrayRef<double> constants, double scalar) {
+  switch (row.element) {
+    case cpu::Element::bernoulli: case cpu::Element::continuous_bernoulli: case cpu::Element::poisson: return {0, {}};
+    case cpu::Element::gaussian_per_element: return {kHalfLog2Pi, {}};
+    case cpu::Element::gaussian: {
+      const double logvar = row.has_scalar ? scalar : 2 * std::log(constants[0]);
+      return {kHalfLog2Pi + 0.5 * logvar, {std::exp(-logvar)}};
+    }
+    case cpu::Element::laplace_per_element: return {kLog2, {}};
+    case cpu::Element::laplace: {
+      const double log_scale = row.has_scalar ? scalar : std::log(constants[0]);
+      return {kLog2 + log_scale, {std::exp(-log_scale)}};
+    }
+    case cpu::Element::student_t_per_element: case cpu::Element::student_t: {
+      const double df = constants[0];
+      const double log_scale = row.has_scalar ? scalar : constants.size() > 1 ? std::log(constants[1]) : 0;
+      return {log_beta_half(df) + 0.5 * std::log(df) + log_scale, {std::exp(-log_scale) / std::sqrt(df), df + 1}};
+    }
+  }
+  return {0, {}};
+}
+
+// The derivative of a row by the 0-dim tensor, given what the kernel summed. Every summand is log(scale) plus a function of
+// (t - m) / scale, so it is size less the pull, by a log-variance half of that. The pull of the Gaussian is twice the nll, that of the
+// Laplace the nll.
+inline double scalar_slope(const LikelihoodRow& row, int64_t size, double nll_less_normaliser, double pull) {
+  switch (row.element) {
+    case cpu::Element::gaussian: return 0.5 * static_cast<double>(size) - nll_less_normaliser;
+    case cpu::Element::laplace: return static_cast<double>(size) - nll_less_normaliser;
+    default: return static_cast<double>(size) - pull;
+  }
+}
 
 }  // namespace fastvae

@@ -68,6 +68,7 @@ void check(const LikelihoodRow& row, at::TensorList params, const Tensor& target
 
 struct Evaluation {
   std::vector<double> nll;  // of each row, less the normaliser
+  std::vector<double> pull;
   Tensors gradients;
   Normaliser normaliser;
 };
@@ -76,26 +77,30 @@ struct Evaluation {
 Evaluation evaluate(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
                     int64_t needs, const double* weights, int64_t weight_stride) {
   if (row.family == Family::counts) {
-    auto [nll, gradients] = evaluate_counts(row, params, target, needs, weights, weight_stride);
-    return {std::move(nll), std::move(gradients), {0, 0}};
+    auto counts = evaluate_counts(row, params, target, needs, weights, weight_stride);
+    Evaluation out{};
+    out.nll = std::move(counts.nll);
+    out.gradients = std::move(counts.gradients);
+    return out;
   }
   const Tensor& lead = params[0];
   const auto order = memory_order(lead);
   const size_t elementwise = params.size() - row.has_scalar;
-  const double scalar = row.has_scalar ? to_doubles(params.back())[0] : constants.empty() ? 0 : constants[0];
 
   Evaluation out;
-  out.normaliser = normaliser(row, scalar);
+  out.normaliser = normaliser(row, constants, row.has_scalar ? to_doubles(params.back())[0] : 0);
   out.nll.resize(lead.size(0));
+  out.pull.resize(row.has_scalar ? lead.size(0) : 0);
   cpu::NllArgs args{};
   args.element = row.element;
   args.in_double = lead.scalar_type() == at::kDouble;
   args.rows = lead.size(0);
   args.size = event_size(target);
-  args.constants[0] = out.normaliser.constant;
+  std::copy_n(out.normaliser.constants, cpu::kMaxConstants, args.constants);
   args.weight = weights;
   args.weight_stride = weight_stride;
   args.row_nll = out.nll.data();
+  args.row_pull = row.has_scalar ? out.pull.data() : nullptr;
 
   Tensors dense;
   for (size_t i = 0; i < elementwise; ++i) {
@@ -127,13 +132,13 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cpu(std::string_view lik
   const Tensor& lead = params[0];
   const int64_t rows = lead.size(0), size = event_size(target);
   const double weight = weight_of(reduction, rows);
-  auto [nll, gradients, norm] = evaluate(row, params, target, constants, needs, &weight, 0);
+  auto [nll, pull, gradients, norm] = evaluate(row, params, target, constants, needs, &weight, 0);
 
   const auto dtype = row_dtype(lead.scalar_type());
   Tensor scalar_rows = at::empty({0}, lead.options().dtype(dtype));
   if (row.has_scalar && (needs >> (params.size() - 1) & 1)) {
     std::vector<double> slope(rows);
-    for (int64_t r = 0; r < rows; ++r) slope[r] = scalar_slope(size, nll[r]);
+    for (int64_t r = 0; r < rows; ++r) slope[r] = scalar_slope(row, size, nll[r], pull[r]);
     scalar_rows = from_doubles(slope, {rows}, dtype);
   }
   for (double& value : nll) value += norm.per_element * static_cast<double>(size);

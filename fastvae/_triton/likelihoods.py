@@ -2,11 +2,13 @@
 
 To add one: its function here and its row in `LIKELIHOODS`. The kernels of nll.py call the function for every tile.
 
-    element(first, second, target, scalar) -> (value, e, first_slope, second_slope, scalar_slope)
+    element(first, second, target, scalar, shape, offset)
+        -> (value, e, first_slope, second_slope, scalar_slope)
 
     first, second   tiles of the parameters, float32 or float64; of one parameter, `second` is `first` again
     target          the data, as numbers: uint8 is x / 255 already, unless the row `counts`
     scalar          one number for all elements, where the row has one
+    shape, offset   two more, made of the row's constants on the host: a parameter of the density, and its normaliser
     value + log(1 + e)   the negative log-likelihood of each element in nats. A likelihood with a term log(1 + e), e in
                     [0, 1], leaves it to the kernel, which takes one logarithm for many elements (`log_term`)
     *_slope         its derivatives by first, second and scalar
@@ -21,13 +23,48 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .elementary import exp
+from ..reference import log_beta_half
+from .elementary import exp, exp_minus_1_minus, log1p, log_factorial, polynomial
 
 _HALF_LOG_2PI: tl.constexpr = tl.constexpr(0.9189385332046727)
+_LOG_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+# B_2n / (2n (2n)!) and B_2n / (2n)!: the Taylor series of log(sinh(a/2) / (a/2)) and its derivative, as multiples of
+# a^2 and a, by a^2. Exact in float64 for |a| < 1/2; float32 is served up to 2 by fits with relative errors 3e-8, 5e-8.
+_LOG_SINE_64: tl.constexpr = tl.constexpr(
+    (
+        -2.1185501852016142e-14,
+        9.55895466477477e-13,
+        -4.403491782239578e-11,
+        2.08767569878681e-09,
+        -1.033399470899471e-07,
+        5.5114638447971785e-06,
+        -1 / 2880,
+        1 / 24,
+    )
+)
+_COTANGENT_64: tl.constexpr = tl.constexpr(
+    (
+        -3.3896801963225827e-13,
+        1.3382536530684679e-11,
+        -5.284190138687493e-10,
+        2.08767569878681e-08,
+        -8.267195767195768e-07,
+        3.306878306878307e-05,
+        -1 / 720,
+        1 / 12,
+    )
+)
+_LOG_SINE_32: tl.constexpr = tl.constexpr(
+    (1.70277914e-09, -1.02051338e-07, 5.50965933e-06, -0.000347221328, 0.0416666679)
+)
+_COTANGENT_32: tl.constexpr = tl.constexpr(
+    (1.63568714e-08, -8.11700431e-07, 3.30478215e-05, -0.00138887856, 0.0833333358)
+)
 
 
 @triton.jit
-def bernoulli(logit, _, target, scalar):
+def bernoulli(logit, _, target, scalar, shape, offset):
     """-log Bernoulli(t; sigmoid(a)) = max(a, 0) - a t + log(1 + e^-|a|)."""
     e = tl.exp(-tl.abs(logit))
     slope = tl.where(logit < 0.0, e, 1.0) / (1.0 + e) - target
@@ -36,7 +73,7 @@ def bernoulli(logit, _, target, scalar):
 
 
 @triton.jit
-def gaussian(mean, _, target, logvar):
+def gaussian(mean, _, target, logvar, shape, offset):
     """-log N(t; m, e^v), one v for all elements."""
     difference = mean - target
     slope = difference * exp(-logvar)
@@ -45,12 +82,99 @@ def gaussian(mean, _, target, logvar):
 
 
 @triton.jit
-def gaussian_per_element(mean, logvar, target, scalar):
+def gaussian_per_element(mean, logvar, target, scalar, shape, offset):
     """-log N(t; m, e^v), a v for every element."""
     difference = mean - target
     slope = difference * exp(-logvar)
     half_square = 0.5 * difference * slope
     return half_square + (0.5 * logvar + _HALF_LOG_2PI), 0.0, slope, 0.5 - half_square, 0.0
+
+
+@triton.jit
+def _weighted_distance(difference, weight):
+    """(|difference| weight, its slope): 0 in the kink, NaN where the difference is."""
+    slope = tl.where(difference > 0.0, weight, tl.where(difference < 0.0, -weight, difference))
+    return tl.abs(difference) * weight, slope
+
+
+@triton.jit
+def laplace(loc, _, target, log_scale, shape, offset):
+    """-log Laplace(t; m, e^s), one s for all elements."""
+    distance, slope = _weighted_distance(loc - target, exp(-log_scale))
+    return distance + (log_scale + _LOG_2), 0.0, slope, 0.0, 1.0 - distance
+
+
+@triton.jit
+def laplace_per_element(loc, log_scale, target, scalar, shape, offset):
+    """-log Laplace(t; m, e^s), an s for every element."""
+    distance, slope = _weighted_distance(loc - target, exp(-log_scale))
+    return distance + (log_scale + _LOG_2), 0.0, slope, 1.0 - distance, 0.0
+
+
+@triton.jit
+def continuous_bernoulli(a, _, target, scalar, shape, offset):
+    """-log of the continuous Bernoulli: log((e^a - 1) / a) - a t. The mean is the logarithm's derivative."""
+    wide: tl.constexpr = a.dtype == tl.float64
+    size = tl.abs(a)
+    # Near 0 the far formulas are kept finite, and not used.
+    near = size < (0.5 if wide else 2.0)
+    x = tl.where(near, 2.0, size)
+    e = exp(-x)
+    c = 1.0 - e
+    rest = 1.0 / x - e / c
+    far_mean = tl.where(a < 0.0, rest, 1.0 - rest)
+    far = tl.where(a < 0.0, 0.0, a) - a * target + tl.log(c / x)
+    square = a * a
+    near_mean = 0.5 + a * polynomial(square, _COTANGENT_64 if wide else _COTANGENT_32)
+    close = a * (0.5 - target) + square * polynomial(square, _LOG_SINE_64 if wide else _LOG_SINE_32)
+    return tl.where(near, close, far), 0.0, tl.where(near, near_mean, far_mean) - target, 0.0, 0.0
+
+
+@triton.jit
+def poisson(a, _, target, scalar, shape, offset):
+    """-log Poisson(t; e^a) = e^a - t a + log t!, which cancel where t is large.
+
+    There, with u = a - log t, it is t (e^u - 1 - u) + log(2 pi t) / 2 + ...
+    """
+    large = target >= (16.0 if target.dtype == tl.float64 else 2.0)
+    log_n, rest, small = log_factorial(target, large)
+    u = a - tl.where(large, log_n, 0.0)
+    exp_u = exp(u)
+    minus_1_u = exp_minus_1_minus(u, exp_u)
+    small += exp_u - target * a
+    slope = tl.where(large, target * (minus_1_u + u), exp_u - target)
+    return tl.where(large, target * minus_1_u + rest, small), 0.0, slope, 0.0, 0.0
+
+
+@triton.jit
+def _student_t(loc, target, log_scale, df, offset):
+    """(value, slope by loc, slope by log_scale) of -log of Student's t; `offset` is its normaliser."""
+    inverse_scale = exp(-log_scale) / tl.sqrt(df)
+    y = (loc - target) * inverse_scale
+    size = tl.abs(y)
+    # log(1 + y^2) = 2 log|y| + log(1 + 1 / y^2), whose square is never too large a number.
+    far = size > 1.0
+    above_1 = tl.where(far, y, 1.0)
+    below_1 = tl.where(far, 1.0 / above_1, y)
+    square = below_1 * below_1
+    half_log = 0.5 * log1p(square) + tl.log(tl.abs(above_1))
+    ratio = below_1 / (1.0 + square)  # y / (1 + y^2)
+    pull = (df + 1.0) * y * ratio
+    return (df + 1.0) * half_log + (log_scale + offset), (df + 1.0) * inverse_scale * ratio, 1.0 - pull
+
+
+@triton.jit
+def student_t(loc, _, target, log_scale, shape, offset):
+    """-log of Student's t, one log-scale for all elements."""
+    value, slope, scale_slope = _student_t(loc, target, log_scale, shape, offset)
+    return value, 0.0, slope, 0.0, scale_slope
+
+
+@triton.jit
+def student_t_per_element(loc, log_scale, target, scalar, shape, offset):
+    """-log of Student's t, a log-scale for every element."""
+    value, slope, scale_slope = _student_t(loc, target, log_scale, shape, offset)
+    return value, 0.0, slope, scale_slope, 0.0
 
 
 class Likelihood(NamedTuple):
@@ -66,6 +190,17 @@ class Likelihood(NamedTuple):
         False  # the target counts something: uint8 is a number like the wider integers, and no pixel
     )
     scalar_of: Callable[[Sequence[float]], float] = lambda constants: 0.0  # `scalar` where no tensor holds it
+    warps_64: int = 1  # times the usual number, in float64: for an element that fills many registers
+    shape_of: Callable[[Sequence[float]], float] = lambda constants: 0.0
+    offset_of: Callable[[Sequence[float]], float] = lambda constants: 0.0
+
+
+def _df(constants: Sequence[float]) -> float:
+    return constants[0]
+
+
+def _student_t_offset(constants: Sequence[float]) -> float:
+    return log_beta_half(constants[0]) + math.log(constants[0]) / 2
 
 
 LIKELIHOODS = {
@@ -74,4 +209,30 @@ LIKELIHOODS = {
     "gaussian_learned": Likelihood(gaussian, tensors=2, has_scalar=True),
     "gaussian_per_element": Likelihood(gaussian_per_element, tensors=2),
     "gaussian_head": Likelihood(gaussian_per_element, packed=True),
+    "laplace": Likelihood(laplace, scalar_of=lambda constants: math.log(constants[0])),
+    "laplace_learned": Likelihood(laplace, tensors=2, has_scalar=True),
+    "laplace_per_element": Likelihood(laplace_per_element, tensors=2),
+    "laplace_head": Likelihood(laplace_per_element, packed=True),
+    "continuous_bernoulli": Likelihood(continuous_bernoulli, is_location=False),
+    "poisson": Likelihood(poisson, is_location=False, counts=True, warps_64=4),
+    "student_t": Likelihood(
+        student_t,
+        scalar_of=lambda constants: math.log(constants[1]),
+        shape_of=_df,
+        offset_of=_student_t_offset,
+    ),
+    "student_t_learned": Likelihood(
+        student_t, tensors=2, has_scalar=True, shape_of=_df, offset_of=_student_t_offset
+    ),
+    "student_t_per_element": Likelihood(
+        student_t_per_element, tensors=2, shape_of=_df, offset_of=_student_t_offset
+    ),
+    "student_t_head": Likelihood(
+        student_t_per_element, packed=True, shape_of=_df, offset_of=_student_t_offset
+    ),
+    # These have a kernel of their own: counts.py.
+    "negative_binomial": Likelihood(None, tensors=2, is_location=False, counts=True),
+    "zero_inflated_negative_binomial": Likelihood(None, tensors=3, is_location=False, counts=True),
+    "negative_binomial_logits": Likelihood(None, tensors=3, is_location=False, counts=True),
+    "zero_inflated_negative_binomial_logits": Likelihood(None, tensors=4, is_location=False, counts=True),
 }

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import counts
 from .elementary import combine_excess, log1p
 from .launch import (
     COMPUTE,
@@ -108,6 +109,8 @@ def nll_kernel(
     target,  # (rows, size), any dtype
     scalar,  # one number, or None: then `scalar_value` is it
     scalar_value: tl.float64,
+    shape: tl.float64,  # see likelihoods.py
+    offset: tl.float64,
     first_slope,  # out, or None: (rows, size) as the parameters
     second_slope,
     row_sums,  # out, or None: (rows, splits) in C
@@ -153,6 +156,8 @@ def nll_kernel(
         shared = tl.load(scalar).to(C)
     else:
         shared = tl.full((), scalar_value, C)
+    shape = tl.full((), shape, C)
+    offset = tl.full((), offset, C)
     if grad_loss is None and grad_nll is None:
         factor = tl.full((), weight, C)
     else:
@@ -185,7 +190,7 @@ def nll_kernel(
         t = t.to(C)
         if is_pixel:
             t = t / 255.0
-        value, e, slope_a, slope_b, slope_shared = ELEMENT(a, b, t, shared)
+        value, e, slope_a, slope_b, slope_shared = ELEMENT(a, b, t, shared, shape, offset)
 
         if first_slope is not None:
             tl.store(first_slope + places, (slope_a * factor).to(first_slope.dtype.element_ty), inside)
@@ -464,6 +469,8 @@ def _evaluate(
         data,
         scalar,
         row.scalar_of(constants),
+        row.shape_of(constants),
+        row.offset_of(constants),
         *slopes,
         row_sums,
         scalar_sums,
@@ -491,7 +498,7 @@ def _evaluate(
         FOLD=fold,
         WIDE=cut.wide,
         C=COMPUTE[dtype],
-        num_warps=cut.warps,
+        num_warps=cut.warps * (row.warps_64 if dtype == torch.float64 else 1),
     )
     return gradients, row_sums, scalar_sums, cut
 
@@ -514,10 +521,15 @@ def nll_forward(
     lead = params[0]
     rows = lead.shape[0]
     weight = weight_of(reduction, rows)
-    gradients, row_sums, scalar_sums, cut = _evaluate(
-        LIKELIHOODS[likelihood], params, target, constants, needs, weight
-    )
-    assert row_sums is not None
+    scalar_sums, splits = None, 1
+    if likelihood in counts.FORMS:
+        gradients, row_sums = counts.evaluate(likelihood, params, target, needs, weight)
+    else:
+        gradients, sums, scalar_sums, cut = _evaluate(
+            LIKELIHOODS[likelihood], params, target, constants, needs, weight
+        )
+        assert sums is not None
+        row_sums, splits = sums, cut.splits
     nll = row_sums.new_empty(rows)
     scalar_rows = row_sums.new_empty(rows if scalar_sums is not None else 0)
     loss_dtype = torch.float64 if kl is not None and kl.dtype == torch.float64 else row_sums.dtype
@@ -525,7 +537,7 @@ def nll_forward(
     # Where a single program sees all rows it writes the loss itself; else there is a sum of each program's rows to add.
     parts = max(1, -(-rows // _ROWS_PER_PROGRAM)) if reduces else -(-rows // 1024)
     loss = nll.new_empty((parts,) if reduces and parts > 1 else () if reduces else (rows,), dtype=loss_dtype)
-    splits = min(1024, triton.next_power_of_2(cut.splits))
+    tile = min(1024, triton.next_power_of_2(splits))
     launch(
         finish_kernel,
         parts,
@@ -539,12 +551,12 @@ def nll_forward(
         loss,
         weight if parts == 1 else 1.0,
         rows,
-        cut.splits,
+        splits,
         _ROWS_PER_PROGRAM if reduces else 1024,
         _stride(kl),
         REDUCE=reduces,
-        ROWS=max(1, 1024 // splits),
-        SPLITS=splits,
+        ROWS=max(1, 1024 // tile),
+        SPLITS=tile,
         num_warps=4,
     )
     if reduces and parts > 1:
@@ -572,13 +584,18 @@ def nll_gradient(
     needs: int,
 ) -> list[Tensor]:
     """The gradients of the objective, for what the forward cannot make yet: fp16 must know the factor first."""
+    weight = weight_of(reduction, params[0].shape[0])
+    if likelihood in counts.FORMS:
+        return counts.evaluate(
+            likelihood, params, target, needs, weight, grad_loss=grad_loss, grad_nll=grad_nll
+        )[0]
     gradients, *_ = _evaluate(
         LIKELIHOODS[likelihood],
         params,
         target,
         constants,
         needs,
-        weight_of(reduction, params[0].shape[0]),
+        weight,
         grad_loss=grad_loss,
         grad_nll=grad_nll,
         values=False,
@@ -642,19 +659,26 @@ def _scale(
         torch.empty_like(kl, memory_format=torch.contiguous_format) if need_kl and kl is not None else None
     )
     factors = (grad_loss, grad_nll)
-    if gradients or kl_gradient is not None:
-        first = gradients[0] if gradients else None
+    # A launch scales two gradients of one shape, and makes that of kl.
+    pairs = [(i, i + 1) for i in range(0, len(gradients), 2)]
+    if any(gradient.shape != gradients[0].shape for gradient in gradients):
+        pairs = [(i, len(gradients)) for i in range(len(gradients))]
+    for pair in pairs or [(0, 1)]:
+        first, second = (gradients[i] if i < len(gradients) else None for i in pair)
+        first_result, second_result = (results[i] if i < len(gradients) else None for i in pair)
+        makes_kl = kl_gradient is not None and pair[0] == 0
+        any_tensor = first if first is not None else kl_gradient
+        if any_tensor is None:
+            break
         # Gradients are dense: where one factor serves for all, they are a single long row.
         uniform = reduction != NONE and grad_nll is None
         size = first.numel() if first is not None else 0
         row_count = 1 if uniform else rows
         size = size // max(1, row_count)
-        any_tensor = first if first is not None else kl_gradient
-        assert any_tensor is not None
         device = any_tensor.device
         cut = partition(row_count, size, choice("scale", row_count * size, device))
         programs = cut.programs if size else 0
-        if kl_gradient is not None:
+        if makes_kl:
             programs = max(programs, min(-(-rows // 1024), 64))
         unit = divisor(size)
         launch(
@@ -662,10 +686,10 @@ def _scale(
             programs,
             device,
             first,
-            gradients[1] if len(gradients) > 1 else None,
-            results[0] if gradients else None,
-            results[1] if len(gradients) > 1 else None,
-            kl_gradient,
+            second,
+            first_result,
+            second_result,
+            kl_gradient if makes_kl else None,
             beta,
             *factors,
             weight,

@@ -1,7 +1,11 @@
 """Whole models trained with `fastvae.ELBO`, one file per kind, to be read and copied from."""
 
+from fastvae.training.settings import Settings
+
+from .counts import Counts
 from .image import MLP, Conv
+from .text import Text
 
 __all__ = ["RECIPES"]
 
-RECIPES = {recipe.recipe: recipe for recipe in (MLP, Conv)}
+RECIPES: dict[str, type[Settings]] = {recipe.recipe: recipe for recipe in (MLP, Conv, Text, Counts)}

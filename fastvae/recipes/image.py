@@ -12,13 +12,13 @@ from math import prod
 from torch import nn
 
 from fastvae.training.data import InputError
-from fastvae.training.settings import Settings, option
+from fastvae.training.settings import ImageSettings, option
 
 __all__ = ["MLP", "Conv"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MLP(Settings):
+class MLP(ImageSettings):
     """A fully connected VAE: with the settings as they are, the 784-400-20 of the tutorials."""
 
     recipe = "mlp"
@@ -45,7 +45,7 @@ def _dense(*sizes: int) -> list[nn.Module]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conv(Settings):
+class Conv(ImageSettings):
     """A convolutional VAE for grey and colour images of 8 pixels and more, made for 28 to 64."""
 
     recipe = "conv"

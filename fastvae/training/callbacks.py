@@ -19,14 +19,15 @@ from . import files, pictures
 from .data import Images, InputError
 from .loader import generator, prepare
 from .module import VAE
-from .settings import Settings
+from .settings import ImageSettings
 
 __all__ = ["MONITOR", "AtomicCheckpoints", "Bar", "Best", "Last", "Metrics", "Pictures", "average"]
 
 MONITOR = "held_out_nelbo"
 _COLUMNS = (
-    "epoch", "step", "train_loss", "train_nll", "train_kl", "train_bits_per_dim", "held_out_nelbo", "held_out_nll",
-    "held_out_kl", "held_out_bits_per_dim", "beta", "active_units", "skipped_steps", "seconds",
+    "epoch", "step", "train_loss", "train_nll", "train_kl", "train_bits_per_dim", "train_perplexity", "held_out_nelbo",
+    "held_out_nll", "held_out_kl", "held_out_bits_per_dim", "held_out_perplexity", "beta", "active_units",
+    "mutual_information", "skipped_steps", "seconds",
 )  # fmt: skip
 _DRAWN = 2000  # points in latents.png
 _WHOLE = {"epoch", "step", "active_units", "skipped_steps"}
@@ -53,8 +54,13 @@ class Metrics(Checkpoint):
         self.rows, self.kl_rows = state["rows"], state["kl_rows"]
 
     def on_train_start(self, trainer: Trainer, model: LightningModule) -> None:
-        for line in _HEADER:
-            self.say(line)
+        assert isinstance(model, VAE)
+        self.say(f"\n{'':5} {'train':^30} {'held out':^30}")
+        last = "".join(f"{heading:>{max(8, len(heading) + 2)}}" for heading, _, _ in model.shown)
+        self.say(
+            f"epoch {'loss':>10}{'recon':>10}{'KL':>10} {'-ELBO':>10}{'recon':>10}{'KL':>10}"
+            f"{last}{'active':>8}{'seconds':>9}"
+        )
 
     def on_train_epoch_start(self, trainer: Trainer, model: LightningModule) -> None:
         self._started = time.perf_counter()
@@ -69,7 +75,7 @@ class Metrics(Checkpoint):
         }
         self.rows.append({name: row[name] for name in _COLUMNS if name in row})
         self.kl_rows.append([trainer.current_epoch + 1, *model.kl_per_dimension.tolist()])
-        self.say(_line(row))
+        self.say(_line(row, model.shown))
         if skipped := int(row["skipped_steps"]):
             steps = int(trainer.num_training_batches)
             what = f"{model.first_skip} is not finite"
@@ -86,23 +92,19 @@ class Metrics(Checkpoint):
                 _csv([["epoch", *names], *([int(epoch), *map(_number, kl)] for epoch, *kl in self.kl_rows)]),
             )
             if _is_drawn(trainer):
-                pictures.save_loss_curve(self.rows, self.folder / "loss.png")
+                pictures.save_loss_curve(self.rows, self.folder / "loss.png", what=model.what)
 
 
-_HEADER = (
-    f"\n{'':5} {'train':^30} {'held out':^30}",
-    f"epoch {'loss':>10}{'recon':>10}{'KL':>10} {'-ELBO':>10}{'recon':>10}{'KL':>10}"
-    f"{'bits/dim':>10}{'active':>8}{'seconds':>9}",
-)
-
-
-def _line(row: dict[str, float]) -> str:
+def _line(row: dict[str, float], shown: tuple[tuple[str, str, int], ...]) -> str:
     values = [row[f"train_{name}"] for name in ("loss", "nll", "kl")]
     held_out = [row[f"held_out_{name}"] for name in ("nelbo", "nll", "kl")]
+    last = "".join(
+        f"{row.get(name, math.nan):{max(8, len(head) + 2)}.{places}f}" for head, name, places in shown
+    )
     return (
         f"{row['epoch']:5}"
         + "".join(" " + "".join(f"{value:10.2f}" for value in part) for part in (values, held_out))
-        + f"{row.get('held_out_bits_per_dim', math.nan):10.3f}{row['active_units']:8.0f}{row['seconds']:9.1f}"
+        + f"{last}{row['active_units']:8.0f}{row['seconds']:9.1f}"
     )
 
 
@@ -135,7 +137,7 @@ class Pictures(Callback):
     Stands before the moving average among the callbacks, which takes its weights back when an epoch's validation ends.
     """
 
-    def __init__(self, folder: Path, images: Images, settings: Settings) -> None:
+    def __init__(self, folder: Path, images: Images, settings: ImageSettings) -> None:
         self.folder = folder
         self.images = images
         self.settings = settings

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Images", "InputError", "digits", "folder", "hugging_face", "load", "npz"]
+__all__ = ["Images", "InputError", "digits", "folder", "hugging_face", "load", "npz", "splits"]
 
 DEFAULT_SIDE = 64  # pixels, of images that come in several sizes, or large
 
@@ -182,28 +182,10 @@ def hugging_face(name: str, seed: int, size: int = 0) -> Images:
 
     Raises InputError where the package `datasets` is missing, and for what cannot be loaded or holds no images.
     """
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        if error.name != "datasets":
-            raise
-        raise InputError(
-            f"{name}: no such file or folder; if it is a Hugging Face dataset, get the package first: "
-            "pip install datasets"
-        ) from None
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # it tells of every attempt without a network
-    try:
-        splits = datasets.load_dataset(name)
-    except Exception as error:  # whatever the network, the hub and the dataset's own files may raise
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(
-            f"{name}: no such file or folder, and it cannot be loaded as a Hugging Face dataset: {reason}"
-        ) from error
-    if "train" not in splits:
-        raise InputError(f"{name}: this dataset has no split `train`, only {', '.join(splits)}")
-    train = splits["train"]
+    loaded = splits(name)
+    import datasets
+
+    train = loaded["train"]
     column = next((key for key, kind in train.features.items() if isinstance(kind, datasets.Image)), None)
     if column is None:
         raise InputError(f"{name}: this dataset has no column of images, only {', '.join(train.features)}")
@@ -215,12 +197,12 @@ def hugging_face(name: str, seed: int, size: int = 0) -> Images:
         sources = [io.BytesIO(row["bytes"]) if row["bytes"] is not None else row["path"] for row in raw]
         return sources, None if label is None else torch.tensor(split[label])
 
-    other = next((key for key in ("test", "validation") if key in splits), None)
+    other = next((key for key in ("test", "validation") if key in loaded), None)
     sources, labels = rows(train)
     first = len(sources)
     names = [f"train[{i}]" for i in range(first)]
     if other is not None:
-        more, more_labels = rows(splits[other])
+        more, more_labels = rows(loaded[other])
         sources += more
         names += [f"{other}[{i}]" for i in range(len(more))]
         labels = torch.cat([labels, more_labels]) if labels is not None and more_labels is not None else None
@@ -241,6 +223,35 @@ def hugging_face(name: str, seed: int, size: int = 0) -> Images:
         None if labels is None else labels[~trained],
         notes,
     )
+
+
+def splits(name: str) -> Any:
+    """A dataset of the Hugging Face hub, by its splits, of which one is `train`.
+
+    Raises InputError where the package `datasets` is missing, and for what cannot be loaded.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        if error.name != "datasets":
+            raise
+        raise InputError(
+            f"{name}: no such file or folder; if it is a Hugging Face dataset, get the package first: "
+            "pip install datasets"
+        ) from None
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # it tells of every attempt without a network
+    try:
+        found = datasets.load_dataset(name)
+    except Exception as error:  # whatever the network, the hub and the dataset's own files may raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(
+            f"{name}: no such file or folder, and it cannot be loaded as a Hugging Face dataset: {reason}"
+        ) from error
+    if "train" not in found:
+        raise InputError(f"{name}: this dataset has no split `train`, only {', '.join(found)}")
+    return found
 
 
 class _Header(NamedTuple):

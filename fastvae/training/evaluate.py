@@ -18,6 +18,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from fastvae import functional
+
 from . import files
 from .data import InputError
 from .loader import generator, prepare
@@ -44,7 +46,7 @@ class Bounds(NamedTuple):
 @torch.no_grad()
 def bounds(
     model: VAE,
-    x: Tensor,
+    x: Any,
     samples: int,
     *,
     seed: int = 0,
@@ -63,12 +65,12 @@ def bounds(
     """
     mu, logvar = model.encode(x)
     mean, log_variance = mu.double().flatten(1), logvar.double().flatten(1)
-    total = torch.full((len(x),), -math.inf, dtype=torch.float64, device=mu.device)
+    total = torch.full((len(mu),), -math.inf, dtype=torch.float64, device=mu.device)
     reconstruction = torch.zeros_like(total)
     for k in range(samples):
         noise = torch.tensor([seed, 4 * k], device=mu.device)
-        z, kl = model.elbo.reparameterize(mu, logvar, seed=noise, row_offset=first_row)
-        nll = model.elbo.likelihood.nll(model.decode(z), x).double()  # type: ignore[operator]
+        z, kl = functional.reparameterize_kl(mu, logvar, seed=noise, row_offset=first_row)
+        nll = model.nll(z, x).double()
         at = z.double().flatten(1)
         # log p(z) - log q(z | x), of the very z that was decoded: rounded to float32 it is not mu + sigma eps any more.
         ratio = ((at - mean).square() * torch.exp(-log_variance) + log_variance - at.square()).sum(1) / 2

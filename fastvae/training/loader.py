@@ -8,14 +8,14 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from .data import Images
-from .settings import Settings
+from .settings import ImageSettings
 
 __all__ = ["ImageData", "generator", "prepare"]
 
 _HELD_OUT_BATCH = 1000
 
 
-def prepare(images: Tensor, settings: Settings, generator: torch.Generator | None = None) -> Tensor:
+def prepare(images: Tensor, settings: ImageSettings, generator: torch.Generator | None = None) -> Tensor:
     """uint8 images (B, H, W, C) as the likelihood takes them: float (B, C, H, W) in [0, 1].
 
     bernoulli: zeros and ones, by threshold (1 from 128 on) or dynamically (1 with probability image / 255). gaussian:
@@ -48,7 +48,7 @@ class ImageData(LightningDataModule):
     by the number of processes, fewer than it in each batch, are left out of that epoch. No held-out row is left out.
     """
 
-    def __init__(self, images: Images, settings: Settings) -> None:
+    def __init__(self, images: Images, settings: ImageSettings) -> None:
         super().__init__()
         self.images = images
         self.settings = settings

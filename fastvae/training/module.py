@@ -41,8 +41,13 @@ class VAE(LightningModule):
     the same of the held-out images, without beta: held_out_nelbo, held_out_nll, held_out_kl, held_out_bits_per_dim;
     beta, active_units and skipped_steps. `kl_per_dimension` has the held-out KL of each latent dimension, (L,).
 
+    `shown` names what a line of progress ends with: a heading, the metric and its decimals; `what`, a datum.
+
     A step whose loss is not finite leaves the weights as they are; `first_skip` then says where it was.
     """
+
+    shown: tuple[tuple[str, str, int], ...] = (("bits/dim", "held_out_bits_per_dim", 3),)
+    what: str = "image"
 
     def __init__(
         self,
@@ -75,7 +80,7 @@ class VAE(LightningModule):
         self.kl_per_dimension = torch.zeros(latents)
         self.first_skip: str | None = None
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Any) -> tuple[Tensor, Tensor]:
         """mu, logvar: (B, L) each."""
         mu, logvar = self.encoder(x).chunk(2, dim=1)
         return mu, logvar
@@ -84,7 +89,11 @@ class VAE(LightningModule):
         """The parameters of the likelihood, (B, C, H, W)."""
         return self.decoder(z)
 
-    def forward(self, x: Tensor, seed: Tensor, row_offset: int) -> tuple[fastvae.ELBOOutput, Tensor, Tensor]:
+    def nll(self, z: Tensor, x: Any) -> Tensor:
+        """-log p(x | z) of every row, (B,)."""
+        return self.elbo.likelihood.nll(self.decode(z), x)  # type: ignore[operator]
+
+    def forward(self, x: Any, seed: Tensor, row_offset: int) -> tuple[fastvae.ELBOOutput, Tensor, Tensor]:
         """The loss of a batch, and its posterior."""
         mu, logvar = self.encode(x)
         z, kl = self.elbo.reparameterize(mu, logvar, seed=seed, row_offset=row_offset)
@@ -109,7 +118,7 @@ class VAE(LightningModule):
         self._noise = torch.tensor([self.seed, 4 * self.global_step], device=self.device)
         self._next = torch.tensor([0, 4], device=self.device)
 
-    def training_step(self, batch: tuple[Tensor, int], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Any, int], batch_idx: int) -> Tensor:
         x, first_row = batch
         if self.schedule != "none":
             passed = self.current_epoch + batch_idx / self.trainer.num_training_batches
@@ -180,12 +189,16 @@ class VAE(LightningModule):
         self._mu: list[Tensor] = []
         self._kl_sums: list[Tensor] = []
 
-    def validation_step(self, batch: tuple[Tensor, int], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Any, int], batch_idx: int) -> None:
         x, first_row = batch
         # The same noise every time, and not that of the training.
         seed = torch.tensor([self.seed + 1, 4 * batch_idx], device=self.device)
         out, mu, logvar = self(x, seed, first_row)
         self._held_out.add(out)
+        self.keep_posterior(mu, logvar)
+
+    def keep_posterior(self, mu: Tensor, logvar: Tensor) -> None:
+        """Of held-out data, for the end of the epoch."""
         self._mu.append(mu)
         self._kl_sums.append(functional.gaussian_kl(mu, logvar, reduction="none").sum(0))
 

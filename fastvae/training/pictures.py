@@ -97,7 +97,7 @@ def save_grid(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_loss_curve(rows: Sequence[Mapping[str, float]], path: Path) -> None:
+def save_loss_curve(rows: Sequence[Mapping[str, float]], path: Path, *, what: str = "image") -> None:
     """Draw the negative ELBO and its KL over the epochs, from rows of metrics.csv. Raises InputError as `save_grid`."""
 
     def column(name: str) -> Any:
@@ -115,7 +115,7 @@ def save_loss_curve(rows: Sequence[Mapping[str, float]], path: Path) -> None:
         axes.plot(epochs, trained, **style, **train)
         axes.plot(epochs, kept, **style, **held_out)
         axes.set_title(title, fontsize=11)
-        axes.set_ylabel("nats per image")
+        axes.set_ylabel(f"nats per {what}")
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
@@ -145,19 +145,28 @@ def _forget_the_start(axes: Any) -> None:
             return
 
 
-def save_latents(mu: Tensor, labels: Tensor | None, path: Path) -> None:
+def save_latents(
+    mu: Tensor,
+    labels: Tensor | None,
+    path: Path,
+    *,
+    names: Sequence[str] = (),
+    what: str = "held-out images",
+) -> None:
     """Draw posterior means (N, L) as points, coloured by their labels (N,), the integers of a few classes.
+
+    `names` are the classes' names, by their integers; without them the legend shows the integers.
 
     More than two dimensions are shown by their first two principal components; a single one as a histogram. Of very
     many points an even choice is drawn. Raises InputError as `save_grid`.
     """
     some = torch.linspace(0, len(mu) - 1, min(len(mu), _POINTS)).long()
     mu = mu.double().cpu()
-    points, names = mu[some], ["z0", "z1"]
+    points, axis_names = mu[some], ["z0", "z1"]
     if mu.shape[1] > 2:
         directions, shares = _principal(mu)
         points = (points - mu.mean(0)) @ directions
-        names = [
+        axis_names = [
             f"{place} principal component ({share:.0%} of the variance)"
             for place, share in zip(("first", "second"), shares.tolist(), strict=True)
         ]
@@ -167,26 +176,25 @@ def save_latents(mu: Tensor, labels: Tensor | None, path: Path) -> None:
         classes, present = torch.zeros(len(some)), [0]
     colours = _colours(len(present))
     groups = [points[classes == label].numpy() for label in present]
+    texts = [names[int(label)] if names else str(int(label)) for label in present]
 
     figure = _figure(7.2, 6.4)
     axes = figure.subplots()
     if mu.shape[1] == 1:
         edges = np.histogram_bin_edges(points.numpy(), 60).tolist()
-        axes.hist(
-            [group[:, 0] for group in groups], edges, stacked=True, color=colours, label=_texts(present)
-        )
+        axes.hist([group[:, 0] for group in groups], edges, stacked=True, color=colours, label=texts)
         axes.set_xlabel("z0")
-        axes.set_ylabel("images")
+        axes.set_ylabel(what)
     else:
-        for group, colour, text in zip(groups, colours, _texts(present), strict=True):
+        for group, colour, text in zip(groups, colours, texts, strict=True):
             axes.scatter(
                 group[:, 0], group[:, 1], 6 + 6000 / len(points), alpha=0.7, lw=0, color=colour, label=text
             )
         axes.set_aspect("equal", "datalim")
-        axes.set_xlabel(names[0])
-        axes.set_ylabel(names[1])
+        axes.set_xlabel(axis_names[0])
+        axes.set_ylabel(axis_names[1])
         axes.grid(alpha=0.25)
-    axes.set_title("posterior means of held-out images", fontsize=11)
+    axes.set_title(f"posterior means of {what}", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     if len(present) > 1:
         axes.legend(
@@ -203,10 +211,6 @@ def _principal(mu: Tensor) -> tuple[Tensor, Tensor]:
     # An eigenvector has no sign of its own; with one, the picture does not flip from epoch to epoch for no reason.
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
     return directions * largest.sign(), variances[[-1, -2]].clamp(min=0) / variances.sum().clamp(min=1e-30)
-
-
-def _texts(present: list[Any]) -> list[str]:
-    return [str(int(label)) for label in present]
 
 
 def _colours(count: int) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The folder of a run: made by `train`, continued by `resume`, opened by `load`.
+"""The folder of a run: made by `train`, continued by `resume`, opened by `load`. (Of text: see `text_runs`.)
 
 config.toml  metrics.csv  kl_per_dimension.csv  checkpoints/last.ckpt  checkpoints/best.ckpt
 samples.png  reconstructions.png  loss.png  latents.png
@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,14 +24,14 @@ import fastvae
 
 from . import data, files, messages, pictures
 from .data import InputError
-from .settings import Settings
+from .settings import ImageSettings, Settings
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import Callback, LightningDataModule, Trainer
 
     from .module import VAE
 
-__all__ = ["Run", "build", "load", "resume", "train"]
+__all__ = ["Run", "build", "kind", "load", "resume", "train"]
 
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
@@ -56,7 +56,7 @@ class Run:
     """A run, finished or stopped, ready to be used."""
 
     path: Path
-    settings: Settings
+    settings: ImageSettings
     shape: Shape
     """Of an image: H, W, C."""
     model: "VAE"
@@ -83,14 +83,26 @@ def load(path: Path, *, data: str | None = None, checkpoint: Literal["best", "la
     settings, shape = _read_config(path)
     if data is not None:
         settings = dataclasses.replace(settings, data=data)
+    model = build(settings, shape)
+    device, epoch = restore(model, path, settings, checkpoint)
+    return Run(path, settings, shape, model, device, epoch)
+
+
+def restore(model: "VAE", path: Path, settings: Settings, checkpoint: str) -> tuple[torch.device, int]:
+    """Give the model a run's weights: then it is in eval mode on the device, trained for so many epochs."""
     file = path / CHECKPOINTS / f"{checkpoint}.ckpt"
     if not file.exists():
         raise InputError(f"{path}: there is no {file.relative_to(path)} yet: it comes with the first epoch")
-    model = build(settings, shape)
-    state = _read_checkpoint(file, model)
+    state = read_checkpoint(file, model)
     model.load_state_dict(state["state_dict"])
     device = torch.device("cuda" if torch.cuda.is_available() and settings.accelerator != "cpu" else "cpu")
-    return Run(path, settings, shape, model.to(device).eval(), device, state["epoch"] + 1)
+    model.to(device).eval()
+    return device, state["epoch"] + 1
+
+
+def kind(path: Path) -> str:
+    """What a run is of: "image", "text" or "counts". Raises InputError for a folder that is no run."""
+    return _read_table(path)[0].kind
 
 
 def train(settings: Settings, out: Path, *, overwrite: bool = False) -> None:
@@ -100,6 +112,11 @@ def train(settings: Settings, out: Path, *, overwrite: bool = False) -> None:
     replaces it), and KeyboardInterrupt, with words about how to go on, on Ctrl-C.
     """
     settings.check()
+    if not isinstance(settings, ImageSettings):
+        from . import cell_runs, text_runs
+
+        other = cell_runs.train if settings.kind == "counts" else text_runs.train
+        return other(settings, out, overwrite=overwrite)
     images = data.load(settings.data, seed=settings.seed, size=settings.size)
     shape = _shape(images)
     settings = settings.resolve(shape[2])
@@ -107,18 +124,32 @@ def train(settings: Settings, out: Path, *, overwrite: bool = False) -> None:
         raise InputError("--binarize is of the Bernoulli likelihood: give --likelihood bernoulli")
     if settings.devices > min(settings.batch_size, len(images.train)):
         raise InputError(f"--devices {settings.devices}: every device needs an image of every batch")
-    if (out / CONFIG).exists() and not overwrite and _is_first():
+    refuse_to_replace(out, overwrite)
+    model = _fresh(settings, images)
+    trainer = make_trainer(settings, out, _drawer(images, settings, out))
+    if is_first():
+        prepare(out, PICTURES)
+        _write_config(out, settings, shape)
+    _fit(trainer, model, images, settings, out, 0)
+    return None
+
+
+def refuse_to_replace(out: Path, overwrite: bool) -> None:
+    if (out / CONFIG).exists() and not overwrite and is_first():
         raise InputError(
             f"{out}: there is a run in this folder; continue it (fastvae resume {out}), give another --out, "
             "or replace it with --overwrite"
         )
-    model = _fresh(settings, images)
-    trainer = _trainer(settings, out, images)
-    if _is_first():
-        pictures.prepare_folder(out, (CONFIG, *TABLES, *PICTURES))
-        _clear(out)
-        _write_config(out, settings, shape)
-    _fit(trainer, model, images, settings, out, 0)
+
+
+def prepare(out: Path, names: Sequence[str]) -> None:
+    """Make the folder of a new run, and remove what an earlier one has left, and nothing else."""
+    pictures.prepare_folder(out, (CONFIG, *TABLES, *names))
+    for name in (CONFIG, *TABLES, *names):
+        (out / name).unlink(missing_ok=True)
+    for name in (CHECKPOINTS, TENSORBOARD):
+        shutil.rmtree(out / name, ignore_errors=True)
+    files.remove_partial(out)
 
 
 def resume(path: Path, *, epochs: int | None = None, data: str | None = None) -> None:
@@ -128,30 +159,45 @@ def resume(path: Path, *, epochs: int | None = None, data: str | None = None) ->
 
     Raises InputError where it cannot be continued or has nothing left to do, and KeyboardInterrupt as `train`.
     """
-    settings, shape = _read_config(path)
     changed: dict[str, Any] = {"epochs": epochs, "data": data}
     changed = {name: value for name, value in changed.items() if value is not None}
+    if (of := kind(path)) != "image":
+        from . import cell_runs, text_runs
+
+        return (cell_runs.resume if of == "counts" else text_runs.resume)(path, changed)
+    settings, shape = _read_config(path)
     settings = dataclasses.replace(settings, **changed).resolve(shape[2])
     settings.check()
     images = _images(settings, shape, path)
     model = _fresh(settings, images)
+    done = epochs_done(model, path, settings)
+    trainer = make_trainer(settings, path, _drawer(images, settings, path))
+    if is_first():
+        prepare_again(path, PICTURES)
+        if changed:
+            _write_config(path, settings, shape)
+    _fit(trainer, model, images, settings, path, done)
+    return None
+
+
+def epochs_done(model: "VAE", path: Path, settings: Settings) -> int:
+    """How many epochs a stopped run has whole. Raises InputError where none are left to do."""
     file = path / CHECKPOINTS / "last.ckpt"
-    done = _read_checkpoint(file, model)["epoch"] + 1 if file.exists() else 0
+    done: int = read_checkpoint(file, model)["epoch"] + 1 if file.exists() else 0
     if done >= settings.epochs:
         raise InputError(
             f"{path}: trained for {_epochs(done)} already; to go on, give a larger number of --epochs"
         )
-    trainer = _trainer(settings, path, images)
-    if _is_first():
-        pictures.prepare_folder(path, (CONFIG, *TABLES, *PICTURES))
-        for folder in (path, path / CHECKPOINTS):
-            files.remove_partial(folder)
-        if changed:
-            _write_config(path, settings, shape)
-    _fit(trainer, model, images, settings, path, done)
+    return done
 
 
-def build(settings: Settings, shape: Shape) -> "VAE":
+def prepare_again(path: Path, names: Sequence[str]) -> None:
+    pictures.prepare_folder(path, (CONFIG, *TABLES, *names))
+    for folder in (path, path / CHECKPOINTS):
+        files.remove_partial(folder)
+
+
+def build(settings: ImageSettings, shape: Shape) -> "VAE":
     """The model of a recipe for images (H, W, C), with fresh weights from torch's generator."""
     from fastvae import likelihoods
 
@@ -163,7 +209,9 @@ def build(settings: Settings, shape: Shape) -> "VAE":
         encoder,
         decoder,
         fastvae.ELBO(
-            likelihoods.Bernoulli() if bernoulli else likelihoods.Gaussian("learned"), beta=settings.beta
+            likelihoods.Bernoulli() if bernoulli else likelihoods.Gaussian("learned"),
+            beta=settings.beta,
+            free_bits=settings.free_bits,
         ),
         latents=settings.latent,
         dimensions=math.prod(shape),
@@ -184,7 +232,7 @@ def build(settings: Settings, shape: Shape) -> "VAE":
 
 
 @torch.no_grad()
-def _fresh(settings: Settings, images: data.Images) -> "VAE":
+def _fresh(settings: ImageSettings, images: data.Images) -> "VAE":
     """The model as training starts from it."""
     torch.manual_seed(settings.seed)
     model = build(settings, _shape(images))
@@ -197,7 +245,7 @@ def _fresh(settings: Settings, images: data.Images) -> "VAE":
     return model
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
     """Whether this process writes and speaks. Lightning starts the others as further runs of the program."""
     from lightning.fabric.utilities.rank_zero import _get_rank
 
@@ -205,11 +253,17 @@ def _is_first() -> bool:
 
 
 def _say() -> Callable[[str], None]:
-    return messages.say if _is_first() else lambda line: None
+    return messages.say if is_first() else lambda line: None
 
 
-def _trainer(settings: Settings, folder: Path, images: data.Images) -> "Trainer":
-    """Raises InputError for what Lightning refuses."""
+def _drawer(images: data.Images, settings: ImageSettings, folder: Path) -> "Callback":
+    from . import callbacks
+
+    return callbacks.Pictures(folder, images, settings)
+
+
+def make_trainer(settings: Settings, folder: Path, drawer: "Callback") -> "Trainer":
+    """`drawer` leaves samples in the folder. Raises InputError for what Lightning refuses."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
@@ -239,7 +293,7 @@ def _trainer(settings: Settings, folder: Path, images: data.Images) -> "Trainer"
             logger=logger,
             callbacks=[
                 *([callbacks.Bar()] if bar else []),
-                callbacks.Pictures(folder, images, settings),
+                drawer,
                 *([callbacks.average(settings.ema)] if settings.ema else []),
                 callbacks.Metrics(folder, _say()),
                 callbacks.Best(checkpoints),
@@ -264,20 +318,35 @@ def _trainer(settings: Settings, folder: Path, images: data.Images) -> "Trainer"
 
 
 def _fit(
-    trainer: "Trainer", model: "VAE", images: data.Images, settings: Settings, out: Path, done: int
+    trainer: "Trainer", model: "VAE", images: data.Images, settings: ImageSettings, out: Path, done: int
 ) -> None:
     """`done`: how many epochs are; they are in last.ckpt."""
     from .loader import ImageData
 
+    said = [*messages.backend_lines(trainer.strategy.root_device), *_introduction(model, images, settings)]
+    fit(trainer, model, ImageData(images, settings), settings, out, done, said, PICTURES)
+
+
+def fit(
+    trainer: "Trainer",
+    model: "VAE",
+    batches: "LightningDataModule",
+    settings: Settings,
+    out: Path,
+    done: int,
+    introduction: Sequence[str],
+    names: Sequence[str],
+) -> None:
+    """Train, with what is said before and after. `names` are of the files that the run leaves beside its tables."""
     say = _say()
-    for line in _introduction(trainer, model, images, settings, out, done):
+    for line in (*introduction, *_plan(settings, out, done)):
         say(line)
     last = out / CHECKPOINTS / "last.ckpt"
     handler = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit(
             model,
-            datamodule=ImageData(images, settings),
+            datamodule=batches,
             ckpt_path=last if done else None,
             weights_only=True,
         )
@@ -290,17 +359,16 @@ def _fit(
         signal.signal(signal.SIGINT, handler)
     say("")
     say(
-        f"{out}: {', '.join((*TABLES[:1], *(name for name in PICTURES if (out / name).exists())))}, checkpoints/"
+        f"{out}: {', '.join((*TABLES[:1], *(name for name in names if (out / name).exists())))}, checkpoints/"
     )
     say(
-        f"next: fastvae evaluate {out}, fastvae sample {out}, fastvae resume {out} --epochs {2 * settings.epochs}"
+        f"next: fastvae evaluate {out}, "
+        + ("" if settings.kind == "counts" else f"fastvae sample {out}, ")
+        + f"fastvae resume {out} --epochs {2 * settings.epochs}"
     )
 
 
-def _introduction(
-    trainer: "Trainer", model: "VAE", images: data.Images, settings: Settings, out: Path, done: int
-) -> Iterator[str]:
-    yield from messages.backend_lines(trainer.strategy.root_device)
+def _introduction(model: "VAE", images: data.Images, settings: ImageSettings) -> Iterator[str]:
     size = messages.size_of(_shape(images))
     yield f"data: {images.name}, {size}: {len(images.train)} to train on, {len(images.held_out)} held out"
     for note in images.notes:
@@ -313,6 +381,9 @@ def _introduction(
     parameters = sum(p.numel() for p in model.parameters())
     yield f"model: {settings.recipe}, {settings.latent} latent dimensions, {parameters:,} parameters"
     yield f"       {likelihood}"
+
+
+def _plan(settings: Settings, out: Path, done: int) -> Iterator[str]:
     yield f"run: {out}, {_epochs(settings.epochs)}" + (f", {done} of them done" if done else "")
     if settings.warmup != "none" and settings.warmup_epochs > settings.epochs:
         yield (
@@ -335,7 +406,7 @@ def _shape(images: data.Images) -> Shape:
     return height, width, channels
 
 
-def _images(settings: Settings, shape: Shape, path: Path) -> data.Images:
+def _images(settings: ImageSettings, shape: Shape, path: Path) -> data.Images:
     try:
         # Cut to the size of the run also where `data` is another folder of images.
         images = data.load(settings.data, seed=settings.seed, size=settings.size)
@@ -349,25 +420,37 @@ def _images(settings: Settings, shape: Shape, path: Path) -> data.Images:
     return images
 
 
-def _clear(out: Path) -> None:
-    """Remove what an earlier run has left, and nothing else."""
-    for name in (CONFIG, *TABLES, *PICTURES):
-        (out / name).unlink(missing_ok=True)
-    for name in (CHECKPOINTS, TENSORBOARD):
-        shutil.rmtree(out / name, ignore_errors=True)
-    files.remove_partial(out)
-
-
 def _write_config(out: Path, settings: Settings, shape: Shape) -> None:
+    write_config(out, settings, f"shape = {list(shape)}  # of an image: height, width, channels\n")
+
+
+def write_config(out: Path, settings: Settings, head: str = "") -> None:
     import tomli_w
 
-    head = {"recipe": settings.recipe, "fastvae": fastvae.__version__}
-    text = tomli_w.dumps(head) + f"shape = {list(shape)}  # of an image: height, width, channels\n\n"
-    text += tomli_w.dumps(dataclasses.asdict(settings))
+    first = {"recipe": settings.recipe, "fastvae": fastvae.__version__}
+    text = tomli_w.dumps(first) + head + "\n" + tomli_w.dumps(dataclasses.asdict(settings))
     files.write(out / CONFIG, text.encode())
 
 
-def _read_config(path: Path) -> tuple[Settings, Shape]:
+def _read_config(path: Path) -> tuple[ImageSettings, Shape]:
+    settings, shape = _read_table(path)
+    if not isinstance(settings, ImageSettings):
+        if settings.kind == "counts":
+            raise InputError(
+                f"{path}: a run of counts, and this is for images; there are evaluate and resume"
+            )
+        raise InputError(
+            f"{path}: a run of {settings.kind}, which has no pictures; there are sample, reconstruct, interpolate and "
+            "evaluate"
+        )
+    if not (isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)):
+        raise InputError(f"{path / CONFIG}: `shape` must be [height, width, channels], got {shape!r}")
+    height, width, channels = shape
+    return settings, (height, width, channels)
+
+
+def _read_table(path: Path) -> tuple[Settings, Any]:
+    """The settings, and `shape` as it stands there."""
     from fastvae.recipes import RECIPES  # the one arrow upwards: a run names its recipe
 
     if sys.version_info >= (3, 11):
@@ -390,13 +473,10 @@ def _read_config(path: Path) -> tuple[Settings, Shape]:
     table.pop("fastvae", None)
     if recipe not in RECIPES:
         raise InputError(f"{file}: `recipe` must be one of {', '.join(RECIPES)}, got {recipe!r}")
-    if not (isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)):
-        raise InputError(f"{file}: `shape` must be [height, width, channels], got {shape!r}")
-    height, width, channels = shape
-    return RECIPES[recipe].read(table, str(file)), (height, width, channels)
+    return RECIPES[recipe].read(table, str(file)), shape
 
 
-def _read_checkpoint(file: Path, model: "VAE") -> dict[str, Any]:
+def read_checkpoint(file: Path, model: "VAE") -> dict[str, Any]:
     """Raises InputError for a file that is no checkpoint, and for one of another model."""
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)

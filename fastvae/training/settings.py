@@ -13,7 +13,7 @@ from torch import nn
 
 from .data import InputError
 
-__all__ = ["Settings", "option"]
+__all__ = ["ImageSettings", "Settings", "option"]
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,32 +43,14 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What every recipe has; a recipe adds its own fields and `build`."""
+    """What every recipe has; a recipe adds its own fields and makes its networks."""
 
     recipe: ClassVar[str]
 
-    data: str = option(
-        "digits",
-        "digits (scikit-learn's), a .npz file (Keras' layout), a folder of images, or a Hugging Face dataset.",
-        "Data",
-    )
-    size: int = option(
-        0,
-        "Side to which the images of a folder or dataset are cut and resized; 0: as they are if all have one size "
-        "of at most 64 pixels, else 64.",
-        "Data",
-        at_least=0,
-    )
-    likelihood: Literal["auto", "bernoulli", "gaussian"] = option(
-        "auto",
-        "bernoulli, gaussian (with a learned scale), or auto: the first for grey images, the second for colour.",
-        "Model",
-    )
-    binarize: Literal["threshold", "dynamic"] = option(
-        "threshold",
-        "Of a Bernoulli likelihood: by threshold, at half of the full value, or dynamic: drawn afresh every epoch.",
-        "Data",
-    )
+    kind: ClassVar[str] = "image"
+    """What it models: image, text or counts."""
+
+    data: str = option("", "The data.", "Data")
     latent: int = option(20, "Latent dimensions.", "Model", at_least=1)
 
     epochs: int = option(20, "Passes over the data.", "Training", at_least=1)
@@ -83,6 +65,9 @@ class Settings:
     )
 
     beta: float = option(1.0, "Weight of the KL.", "Objective", at_least=0)
+    free_bits: float = option(
+        0.0, "Nats of KL that each latent dimension has at no cost; 0: none.", "Objective", at_least=0
+    )
     warmup: Literal["none", "linear", "cyclical", "sigmoid"] = option(
         "none", "How the weight of the KL rises to beta: none, linear, cyclical or sigmoid.", "Objective"
     )
@@ -97,23 +82,11 @@ class Settings:
         "csv", "csv, or tensorboard: its event files too.", "Machine"
     )
 
-    def build(self, shape: tuple[int, int, int]) -> tuple[nn.Module, nn.Module]:
-        """Encoder and decoder for images (H, W, C): x (B, C, H, W) -> (B, 2 latent), z (B, latent) -> (B, C, H, W).
-
-        Raises InputError for images that the model cannot take.
-        """
-        raise NotImplementedError
-
-    def resolve(self, channels: int) -> "Self":
-        """With the likelihood that `auto` stands for, and `data` so that it is found from any folder."""
-        likelihood = self.likelihood
-        if likelihood == "auto":
-            likelihood = "bernoulli" if channels == 1 else "gaussian"
+    def located(self) -> "Self":
+        """With `data` so that it is found from any folder."""
         path = Path(self.data).expanduser()
         is_file = self.data != "digits" and path.exists()
-        return dataclasses.replace(
-            self, likelihood=likelihood, data=str(path.resolve()) if is_file else self.data
-        )
+        return dataclasses.replace(self, data=str(path.resolve()) if is_file else self.data)
 
     def check(self) -> None:
         """Raises InputError for a value out of its range."""
@@ -162,6 +135,48 @@ class Settings:
             if bounds and not all(_holds(value, word, bound) for word, bound in bounds.items()):
                 text = " and ".join(f"{word} {bound:.10g}" for word, bound in bounds.items())
                 raise InputError(f"{called(f.name)} must be {text}, got {value:.10g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings(Settings):
+    """What every recipe for images has; a recipe adds its own fields and `build`."""
+
+    data: str = option(
+        "digits",
+        "digits (scikit-learn's), a .npz file (Keras' layout), a folder of images, or a Hugging Face dataset.",
+        "Data",
+    )
+    size: int = option(
+        0,
+        "Side to which the images of a folder or dataset are cut and resized; 0: as they are if all have one size "
+        "of at most 64 pixels, else 64.",
+        "Data",
+        at_least=0,
+    )
+    likelihood: Literal["auto", "bernoulli", "gaussian"] = option(
+        "auto",
+        "bernoulli, gaussian (with a learned scale), or auto: the first for grey images, the second for colour.",
+        "Model",
+    )
+    binarize: Literal["threshold", "dynamic"] = option(
+        "threshold",
+        "Of a Bernoulli likelihood: by threshold, at half of the full value, or dynamic: drawn afresh every epoch.",
+        "Data",
+    )
+
+    def build(self, shape: tuple[int, int, int]) -> tuple[nn.Module, nn.Module]:
+        """Encoder and decoder for images (H, W, C): x (B, C, H, W) -> (B, 2 latent), z (B, latent) -> (B, C, H, W).
+
+        Raises InputError for images that the model cannot take.
+        """
+        raise NotImplementedError
+
+    def resolve(self, channels: int) -> "Self":
+        """With the likelihood that `auto` stands for, and `data` so that it is found from any folder."""
+        likelihood = self.likelihood
+        if likelihood == "auto":
+            likelihood = "bernoulli" if channels == 1 else "gaussian"
+        return dataclasses.replace(self.located(), likelihood=likelihood)
 
 
 def _holds(value: float, word: str, bound: float) -> bool:

@@ -1,0 +1,141 @@
+"""How good a model of counts is on cells that it has not seen."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import files
+from .cell_runs import CellRun
+from .cells import Batch, batch
+from .data import InputError
+from .evaluate import bounds
+from .module import ACTIVE
+
+__all__ = ["CellEvaluation", "evaluate"]
+
+_BATCH = 500
+
+
+@dataclass(frozen=True)
+class CellEvaluation:
+    """Means over the cells, in nats per cell where nothing else is said."""
+
+    run: str
+    checkpoint: str
+    epoch: int
+    data: str
+    cells: int
+    genes: int
+    samples: int
+    seed: int
+    nelbo: float
+    reconstruction: float
+    kl: float
+    iw_nll: float
+    """By importance weighting: at least the true one in expectation, at most the negative ELBO."""
+    iw_nll_standard_error: float | None
+    """Of the mean over cells; None of a single one."""
+    active_units: int
+    """Whose posterior mean varies over the cells by more than 0.01 (Burda et al. 2016, section 5.2)."""
+    latents: int
+
+    def table(self) -> Table:
+        table = Table(box=SIMPLE_HEAD, show_edge=False)
+        table.add_column("")
+        table.add_column("nats per cell", justify="right")
+        for name, value in (
+            ("negative ELBO", self.nelbo),
+            ("  reconstruction", self.reconstruction),
+            ("  KL", self.kl),
+            (f"NLL, {self.samples} importance samples", self.iw_nll),
+            ("  standard error over cells", self.iw_nll_standard_error),
+        ):
+            table.add_row(name, "" if value is None else f"{value:.3f}")
+        table.add_section()
+        table.add_row("active units", f"{self.active_units} of {self.latents}")
+        return table
+
+    def write(self, path: Path) -> None:
+        """As JSON. Raises InputError where that cannot be written."""
+        # JSON has no NaN.
+        values: dict[str, Any] = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+        files.write(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+@torch.no_grad()
+def evaluate(
+    run: CellRun,
+    console: Console,
+    *,
+    checkpoint: str = "best",
+    samples: int = 100,
+    limit: int | None = None,
+    seed: int = 0,
+) -> CellEvaluation:
+    """Evaluate a run on its held-out cells, or the first `limit` of them, with a progress bar on `console`.
+
+    Raises InputError for a number out of range.
+    """
+    if samples < 1:
+        raise InputError(f"--samples must be at least 1, got {samples}")
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit must be at least 1, got {limit}")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed must be between 0 and {2**32 - 1}, got {seed}")
+    held_out = run.cells.held_out[:limit]
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    parts, means = [], []
+    with bar:
+        batches = held_out.split(_BATCH)
+        task = bar.add_task("evaluating", total=len(batches) * samples)
+        for number, rows in enumerate(batches):
+            x = Batch(*(part.to(run.device) for part in batch(run.cells, rows)))
+            part, mu = bounds(
+                run.model,
+                x,
+                samples,
+                seed=seed,
+                first_row=number * _BATCH,
+                advance=lambda: bar.advance(task),
+            )
+            parts.append(torch.stack(part).cpu())
+            means.append(mu.double().cpu())
+    nll, reconstruction, kl = torch.cat(parts, 1)
+    count = len(held_out)
+    return CellEvaluation(
+        run=str(run.path),
+        checkpoint=checkpoint,
+        epoch=run.epoch,
+        data=run.cells.name,
+        cells=count,
+        genes=run.cells.genes,
+        samples=samples,
+        seed=seed,
+        nelbo=(reconstruction + kl).mean().item(),
+        reconstruction=reconstruction.mean().item(),
+        kl=kl.mean().item(),
+        iw_nll=nll.mean().item(),
+        iw_nll_standard_error=nll.std().item() / math.sqrt(count) if count > 1 else None,
+        active_units=int((torch.cat(means).var(0, correction=0) > ACTIVE).sum()),
+        latents=run.model.latents,
+    )

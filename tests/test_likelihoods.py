@@ -1,0 +1,447 @@
+"""The densities: that they are those of torch, scipy and 50 digits, sum to 1, and give the mean and draws they should.
+
+Types, shapes, layouts and gradients are held to one rule for all by the shared cases (cases.py).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mpmath
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.special
+import scipy.stats
+import torch
+from torch import Tensor
+
+import fastvae
+from fastvae import functional as fv
+from fastvae import likelihoods, reference
+from fastvae.likelihoods import ContinuousBernoulli, Laplace, Likelihood, Poisson, StudentT
+
+mpmath.mp.dps = 50
+
+FLOATS = (torch.float32, torch.float64)
+# Relative to the result itself, cancellations included.
+EXACT = {torch.float32: 1e-6, torch.float64: 1e-13}
+
+
+def column(*values: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+# --- The libraries' densities -----------------------------------------------------------------------------------------
+
+LOC, DATA = torch.linspace(-3, 4, 41).double(), torch.linspace(2, -5, 41).double()
+RATES, COUNTS = torch.linspace(-4, 5, 60).double(), torch.arange(60).double()
+UNIT = torch.linspace(0, 1, 41).double()
+
+
+def scipy_continuous_bernoulli(logit: Tensor, x: Tensor) -> np.ndarray:
+    """An exponential distribution of rate -a, cut off at 1."""
+    a, x = logit.numpy(), x.numpy()
+    # scipy's is on [0, b] with scale 1 / rate: mirrored where the density rises.
+    rate = np.abs(a)
+    return scipy.stats.truncexpon.logpdf(np.where(a > 0, 1 - x, x), b=rate, scale=1 / rate)
+
+
+LIBRARIES: dict[str, tuple[Callable[[], Tensor], Callable[[], Any]]] = {
+    "Laplace, torch": (
+        lambda: fv.laplace_nll(LOC, DATA, scale=0.7),
+        lambda: torch.distributions.Laplace(LOC, 0.7).log_prob(DATA),
+    ),
+    "Laplace, scipy": (
+        lambda: fv.laplace_nll(LOC, DATA, LOC / 4),
+        lambda: scipy.stats.laplace.logpdf(DATA, LOC, np.exp(LOC.numpy() / 4)),
+    ),
+    "continuous Bernoulli, torch": (
+        lambda: fv.continuous_bernoulli_nll(2.05 * LOC, UNIT),
+        lambda: torch.distributions.ContinuousBernoulli(logits=2.05 * LOC).log_prob(UNIT),
+    ),
+    "continuous Bernoulli, scipy": (
+        lambda: fv.continuous_bernoulli_nll(LOC, UNIT),
+        lambda: scipy_continuous_bernoulli(LOC, UNIT),
+    ),
+    "Poisson, torch": (
+        lambda: fv.poisson_nll(RATES, COUNTS),
+        lambda: torch.distributions.Poisson(RATES.exp()).log_prob(COUNTS),
+    ),
+    "Poisson, scipy": (
+        lambda: fv.poisson_nll(RATES, COUNTS.long()),
+        lambda: scipy.stats.poisson.logpmf(COUNTS, RATES.exp()),
+    ),
+    "Student t, torch": (
+        lambda: fv.student_t_nll(LOC, DATA, df=2.5, scale=0.7),
+        lambda: torch.distributions.StudentT(2.5, LOC, 0.7).log_prob(DATA),
+    ),
+    "Student t, scipy": (
+        lambda: fv.student_t_nll(LOC, DATA, LOC / 4, df=2.5),
+        lambda: scipy.stats.t.logpdf(DATA, 2.5, LOC, np.exp(LOC.numpy() / 4)),
+    ),
+    "Student t with many degrees of freedom is nearly normal": (
+        lambda: fv.student_t_nll(LOC, DATA, df=1e12, scale=0.7),
+        lambda: scipy.stats.norm.logpdf(DATA, LOC, 0.7),
+    ),
+    "Student t with one is Cauchy": (
+        lambda: fv.student_t_nll(LOC, DATA, df=1),
+        lambda: scipy.stats.cauchy.logpdf(DATA, LOC),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_the_libraries_densities(backend: str, name: str) -> None:
+    ours, theirs = LIBRARIES[name]
+    torch.testing.assert_close(-ours(), torch.as_tensor(theirs()), rtol=1e-10, atol=1e-10)
+
+
+# --- 50 digits --------------------------------------------------------------------------------------------------------
+
+
+def exact_continuous_bernoulli(a: Any, t: Any) -> tuple[Any, Any]:
+    """(nll, its derivative by the logit)."""
+    if a == 0:
+        return mpmath.mpf(0), mpmath.mpf("0.5") - t
+    with mpmath.workdps(150):  # a hundred of them cancel
+        return mpmath.log(mpmath.expm1(a) / a) - a * t, 1 / -mpmath.expm1(-a) - 1 / a - t
+
+
+def exact_poisson(a: Any, t: Any) -> tuple[Any, Any]:
+    return mpmath.exp(a) - t * a + mpmath.loggamma(t + 1), mpmath.exp(a) - t
+
+
+def exact_student_t(z: Any, df: Any) -> tuple[Any, Any]:
+    """Of distance z, scale 1."""
+    constant = mpmath.loggamma(df / 2) - mpmath.loggamma((df + 1) / 2) + mpmath.log(df * mpmath.pi) / 2
+    return (df + 1) / 2 * mpmath.log1p(z * z / df) + constant, (df + 1) * z / (df + z * z)
+
+
+def compare(
+    function: Callable[..., Tensor],
+    exact: Callable[..., tuple[Any, Any]],
+    points: list[tuple[float, ...]],
+    dtype: torch.dtype,
+    scale: Callable[..., float] = lambda *point: 0.0,
+    slope_scale: float = 0.0,
+) -> None:
+    """`function`(first, second) of the columns of `points`, relative to itself or to `scale` of the point."""
+    first, second = (column(*values, dtype=dtype) for values in zip(*points, strict=True))
+    first.requires_grad_()
+    value = function(first, second)
+    (slope,) = torch.autograd.grad(value.sum(), first)
+    for i, (x, y) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
+        want, want_slope = exact(mpmath.mpf(x), mpmath.mpf(y))
+        bound = EXACT[dtype] * (abs(want) + scale(x, y)) + torch.finfo(dtype).tiny
+        assert abs(value[i].item() - want) <= bound, (x, y, value[i].item(), mpmath.nstr(want, 17))
+        slope_bound = EXACT[dtype] * (abs(want_slope) + (slope_scale or scale(x, y)))
+        assert abs(slope[i].item() - want_slope) <= slope_bound, (x, y, mpmath.nstr(want_slope, 17))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_continuous_bernoulli_to_50_digits(backend: str, dtype: torch.dtype) -> None:
+    """Around logit 0, where the normaliser is 0 / 0; where two formulas meet; far out."""
+    sizes = [
+        0,
+        1e-30,
+        1e-12,
+        1e-6,
+        1e-3,
+        0.03,
+        0.3,
+        0.499999,
+        0.5,
+        0.6,
+        1,
+        1.99999,
+        2,
+        2.1,
+        5,
+        20,
+        90,
+        800,
+        1e4,
+    ]
+    logits = [sign * size for size in sizes for sign in (1, -1)]
+    compare(
+        fv.continuous_bernoulli_nll,
+        exact_continuous_bernoulli,
+        [(a, t) for a in logits for t in (0.0, 0.3, 0.5, 1.0)],
+        dtype,
+        # For t = 1/2 the first order vanishes, and a^2 / 24 is left of the value: with all of its digits.
+        scale=lambda a, t: 0.0 if abs(a) < 0.5 and t == 0.5 else abs(a * (0.5 - t)) + 0.5 * abs(a),
+        slope_scale=1.0,  # it is a difference from t
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_poisson_to_50_digits(backend: str, dtype: torch.dtype) -> None:
+    rates = [-80.0, -3.0, 0.0, 0.4, 3.0, 12.0]
+    points = [(a, t) for a in rates for t in (0.0, 1.0, 2.0, 3.0, 15.0, 16.0, 17.0, 200.0, 65_535.0, 1e6)]
+    # Of the size of the terms: t a and log t!.
+    compare(
+        fv.poisson_nll,
+        exact_poisson,
+        points,
+        dtype,
+        lambda a, t: math.exp(a) + t * (1 + abs(a) + math.log(t + 1)),
+    )
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-4), (torch.float64, 1e-11)], ids=str)
+@pytest.mark.parametrize("t", [40.0, 1e3, 1e5, 1e6])
+def test_large_counts_keep_their_digits(native: None, t: float, dtype: torch.dtype, bound: float) -> None:
+    """At a good fit three terms of the size of t log t leave log(2 pi t) / 2: in float32 nothing, if they are made."""
+    rate = column(*(math.log(t) + d / math.sqrt(t) for d in (-2, -0.5, 0, 1, 3)), dtype=dtype)
+    target = torch.full_like(rate, t)
+    value = fv.poisson_nll(rate, target)
+    exact = column(*(float(exact_poisson(mpmath.mpf(a), mpmath.mpf(t))[0]) for a in rate.tolist()))
+    assert ((value - exact).abs() <= bound * exact.abs()).all()
+    if dtype == torch.float32 and t >= 1e5:  # that this test can fail: what users write does
+        written = torch.exp(rate) - target * rate + torch.lgamma(target + 1)
+        assert ((written - exact).abs() > 10 * bound * exact.abs()).any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_log_factorials(backend: str, dtype: torch.dtype) -> None:
+    """Log t! alone: a rate of 0 beside it. The integers from 2 on, fractions, where series meet."""
+    counts = [0, 1, 2, 3, 4, 7, 15, 16, 17, 100, 255, 1000, 65_535, 1e6, 0.5, 1.5, 1.999, 2.5, 0.001, 15.5]
+    value = fv.poisson_nll(torch.zeros(len(counts), dtype=dtype), column(*counts, dtype=dtype))
+    for got, t in zip(value.tolist(), counts, strict=True):
+        exact = mpmath.loggamma(mpmath.mpf(float(torch.tensor(t, dtype=dtype))) + 1) + 1
+        assert abs(got - exact) <= EXACT[dtype] * abs(exact), t
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("df", [0.5, 1.0, 4.0, 30.0, 199.0, 201.0, 1e4, 1e8])
+def test_student_t_to_50_digits(backend: str, df: float, dtype: torch.dtype) -> None:
+    """Near the centre, where log(1 + e) is e, and where a square is no float32 any more."""
+    points = [(s * z, 0.0) for z in (0.0, 1e-20, 1e-6, 1e-3, 0.4, 1.0, 3.0, 1e3, 1e10, 1e18) for s in (1, -1)]
+    if dtype == torch.float64:
+        points += [(1e150, 0.0)]
+    constant = abs(float(exact_student_t(mpmath.mpf(0), mpmath.mpf(df))[0]))
+    compare(
+        lambda loc, target: fv.student_t_nll(loc, target, df=df),
+        lambda loc, target: exact_student_t(loc - target, mpmath.mpf(df)),
+        [(z, t) for z, t in points if not (dtype == torch.float32 and abs(z) * df > 1e25)],
+        dtype,
+        lambda loc, target: constant,
+    )
+    # The centre's neighbourhood without the constant: the value is a square, and no digit of it is lost.
+    z = 1e-4
+    both = fv.student_t_nll(column(z, 0.0), column(0.0, 0.0), df=df)
+    exact = (df + 1) / 2 * math.log1p(z * z / df)
+    assert abs((both[0] - both[1]).item() - exact) <= 1e-6 * exact + 2e-15 * constant
+
+
+@pytest.mark.parametrize("df", [0.5, 3.0, 199.0, 201.0, 1e4, 1e8, 1e15])
+def test_the_normaliser_of_student_t(df: float) -> None:
+    exact = mpmath.log(mpmath.beta(mpmath.mpf(df) / 2, mpmath.mpf("0.5")))
+    assert abs(reference.log_beta_half(df) - exact) <= 1e-13 * (1 + abs(exact))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_laplace_far_out(backend: str, dtype: torch.dtype) -> None:
+    value = fv.laplace_nll(
+        column(1e30, -1e30, 0.0, dtype=dtype), column(0.0, 1e30, 0.0, dtype=dtype), scale=1e-3
+    )
+    torch.testing.assert_close(value.double(), column(1e33, 2e33, math.log(2e-3)), rtol=1e-6, atol=1e-6)
+
+
+def test_the_kink_of_laplace_has_slope_0(backend: str) -> None:
+    loc, target = torch.zeros(1, 33, requires_grad=True), torch.zeros(1, 33, requires_grad=True)
+    for call in (
+        lambda: fv.laplace_nll(loc, target),
+        lambda: fv.laplace_nll(loc, target, torch.zeros(1, 33)),
+    ):
+        for gradient in torch.autograd.grad(call().sum(), (loc, target)):
+            assert torch.equal(gradient, torch.zeros(1, 33))
+
+
+# --- Normalisation ----------------------------------------------------------------------------------------------------
+
+
+def total(
+    nll: Callable[[Tensor, Tensor], Tensor], param: float, low: float, high: float, middle: float
+) -> float:
+    """The integral of e^-nll, by scipy."""
+
+    def density(x: float) -> float:
+        return math.exp(-nll(column(param), column(x)).item())
+
+    return sum(
+        scipy.integrate.quad(density, a, b, epsabs=1e-11, epsrel=1e-11, limit=200)[0]
+        for a, b in ((low, middle), (middle, high))
+    )
+
+
+@pytest.mark.parametrize("logit", [-30.0, -2.0, -0.3, 0.0, 1e-9, 0.5, 1.999, 7.0, 100.0])
+def test_continuous_bernoulli_integrates_to_1(native: None, logit: float) -> None:
+    assert abs(total(fv.continuous_bernoulli_nll, logit, 0, 1, 0.5) - 1) < 1e-9
+
+
+def test_laplace_and_student_t_integrate_to_1(native: None) -> None:
+    inf = math.inf
+    assert abs(total(lambda m, x: fv.laplace_nll(m, x, scale=0.3), 0.7, -inf, inf, 0.7) - 1) < 1e-9
+    for df in (1.5, 3.0, 40.0):
+        t = lambda m, x, df=df: fv.student_t_nll(m, x, df=df, scale=0.3)  # noqa: E731
+        assert abs(total(t, 0.7, -inf, inf, 0.7) - 1) < 1e-8
+
+
+@pytest.mark.parametrize("log_rate", [-5.0, 0.0, 1.5, 4.0, 9.0])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_poisson_sums_to_1(backend: str, log_rate: float, dtype: torch.dtype) -> None:
+    counts = torch.arange(12_000).unsqueeze(1)
+    rates = torch.full(counts.shape, log_rate, dtype=dtype)
+    mass = torch.exp(-fv.poisson_nll(rates, counts).double()).sum()
+    # What users write, and the reference, lose digits where counts are large.
+    loose = 1e-2 if backend == "reference" and log_rate > 3 else 5e-6
+    assert abs(mass - 1) < (1e-10 if dtype == torch.float64 else loose)
+
+
+# --- The modules: mean, draws, channels -------------------------------------------------------------------------------
+
+
+def grid(n: int) -> Tensor:
+    return torch.tensor([-40.0, -3.0, -0.4, 0.0, 1e-3, 0.6, 5.0, 300.0]).repeat(n, 1)
+
+
+def test_mean_of_continuous_bernoulli() -> None:
+    logits = grid(1)[0].double().requires_grad_()
+    mean = ContinuousBernoulli().mean(logits)
+    for a, got in zip(logits.tolist(), mean.tolist(), strict=True):
+        slope = exact_continuous_bernoulli(mpmath.mpf(a), mpmath.mpf(0))[1]
+        assert abs(got - slope) < 1e-14
+    torch.autograd.gradcheck(ContinuousBernoulli().mean, logits)
+    assert ContinuousBernoulli().mean(logits.half()).dtype == torch.float16
+
+
+SAMPLED: dict[str, tuple[Likelihood, Callable[[int], Any], Callable[[np.ndarray], np.ndarray]]] = {
+    "laplace": (Laplace(0.5), lambda n: torch.full((n,), 0.2), scipy.stats.laplace(0.2, 0.5).cdf),
+    "laplace, per element": (
+        Laplace("per_element"),
+        lambda n: (torch.full((n,), 0.2), torch.full((n,), math.log(0.5))),
+        scipy.stats.laplace(0.2, 0.5).cdf,
+    ),
+    "student t": (StudentT(2.5, 0.5), lambda n: torch.full((n,), 0.2), scipy.stats.t(2.5, 0.2, 0.5).cdf),
+    "continuous Bernoulli": (
+        ContinuousBernoulli(),
+        lambda n: torch.full((n,), 3.0),
+        lambda x: np.expm1(3 * x) / np.expm1(3.0),
+    ),
+    "continuous Bernoulli, falling": (
+        ContinuousBernoulli(),
+        lambda n: torch.full((n,), -3.0),
+        lambda x: np.expm1(-3 * x) / np.expm1(-3.0),
+    ),
+    "continuous Bernoulli, flat": (ContinuousBernoulli(), lambda n: torch.zeros(n), scipy.stats.uniform.cdf),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_draws_follow_the_density(name: str) -> None:
+    likelihood, params, distribution = SAMPLED[name]
+    draws = likelihood.sample(params(20_000), torch.Generator().manual_seed(1))
+    assert scipy.stats.kstest(draws.numpy(), distribution).pvalue > 1e-3
+    again = likelihood.sample(params(20_000), torch.Generator().manual_seed(1))
+    assert torch.equal(draws, again)
+    assert not torch.equal(draws, likelihood.sample(params(20_000), torch.Generator().manual_seed(2)))
+
+
+def test_draws_of_poisson() -> None:
+    draws = Poisson().sample(torch.full((20_000,), 0.7), torch.Generator().manual_seed(1))
+    observed = torch.bincount(draws.long(), minlength=8)
+    expected = 20_000 * scipy.stats.poisson.pmf(np.arange(len(observed)), math.exp(0.7))
+    assert scipy.stats.chisquare(observed, expected * observed.sum().item() / expected.sum()).pvalue > 1e-3
+    torch.testing.assert_close(Poisson().mean(torch.tensor([0.7])), torch.tensor([math.exp(0.7)]))
+
+
+def test_draws_of_continuous_bernoulli_stay_in_range() -> None:
+    draws = ContinuousBernoulli().sample(grid(10_000))
+    assert ((draws >= 0) & (draws <= 1)).all()
+    torch.testing.assert_close(draws.mean(0), ContinuousBernoulli().mean(grid(1)[0]), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("make", [Laplace, lambda scale: StudentT(3.0, scale)], ids=["laplace", "student_t"])
+def test_ways_to_a_scale(backend: str, make: Callable[[Any], Likelihood]) -> None:
+    """The same scale by four ways gives the same loss and gradient; a learned one trains."""
+    loc, x = torch.randn(5, 6, 4), torch.randn(5, 6, 4)
+    log_scale = torch.full_like(loc, math.log(0.7))
+    learned = make("learned")
+    with torch.no_grad():
+        learned.log_scale.fill_(math.log(0.7))
+    want = make(0.7).nll(loc, x)
+    for likelihood, params in (
+        (learned, loc),
+        (make("per_element"), (loc, log_scale)),
+        (make("per_element"), torch.cat((loc, log_scale), 1)),
+    ):
+        torch.testing.assert_close(likelihood.nll(params, x), want)
+        torch.testing.assert_close(likelihood.mean(params), loc)
+        assert likelihood.sample(params).shape == x.shape
+        assert likelihood.channels(3) == (6 if likelihood.scale == "per_element" else 3)
+    elbo = fastvae.ELBO(learned)
+    elbo(loc, x, kl=torch.zeros(5)).loss.backward()
+    by_element = log_scale.clone().requires_grad_()
+    (make("per_element").nll((loc, by_element), x).mean()).backward()
+    torch.testing.assert_close(learned.log_scale.grad, by_element.grad.sum())
+
+
+def test_a_learned_scale_finds_the_scale_of_the_data(native: None) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for likelihood in (Laplace("learned"), StudentT(4.0, "learned")):
+        with torch.no_grad():
+            x = type(likelihood)(**({"df": 4.0} if isinstance(likelihood, StudentT) else {})).sample(
+                torch.zeros(64, 400), generator
+            )
+        x = 0.25 * x
+        optimiser = torch.optim.Adam(likelihood.parameters(), lr=0.1)
+        for _ in range(150):
+            optimiser.zero_grad()
+            (likelihood.nll(torch.zeros_like(x), x).mean() / 400).backward()
+            optimiser.step()
+        assert abs(likelihood.log_scale.exp().item() - 0.25) < 0.01
+
+
+@pytest.mark.parametrize("name", ["laplace", "continuous_bernoulli", "poisson"])
+def test_by_name(backend: str, name: str) -> None:
+    elbo = fastvae.ELBO(name)
+    x = torch.rand(3, 4).round()
+    out = elbo(torch.randn(3, 4, requires_grad=True), x, kl=torch.zeros(3))
+    assert type(elbo.likelihood) is likelihoods.BY_NAME[name]
+    out.loss.backward()
+
+
+def test_integer_counts_through_elbo(backend: str) -> None:
+    rates, counts = torch.randn(4, 9), torch.poisson(torch.full((4, 9), 20.0))
+    want = fastvae.ELBO("poisson")(rates, counts, kl=torch.zeros(4)).loss
+    for dtype in (torch.uint8, torch.uint16, torch.int32, torch.int64):
+        got = fastvae.ELBO("poisson")(rates, counts.to(dtype), kl=torch.zeros(4)).loss
+        assert torch.equal(got, want), dtype
+
+
+# --- Counts that are none ---------------------------------------------------------------------------------------------
+
+BAD_COUNTS = {
+    "negative": (torch.tensor([[0, 1], [2, -3]]), r"got -3 at \(1, 1\)"),
+    "fractional": (torch.tensor([[0.0, 1.5], [2.5, 3]]), r"got 1.5 at \(0, 1\)"),
+    "nan": (torch.tensor([[0.0, 1.0], [math.nan, 3]]), r"got nan at \(1, 0\)"),
+    "infinite": (torch.tensor([[0.0, 1.0], [math.inf, 3]]), r"got inf at \(1, 0\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_COUNTS)
+def test_validate_names_the_first_bad_count(name: str) -> None:
+    target, words = BAD_COUNTS[name]
+    with pytest.raises(
+        ValueError,
+        match=r"fastvae.poisson_nll: `target` must hold counts: whole numbers, 0 or more, " + words,
+    ):
+        fv.poisson_nll(torch.zeros(2, 2), target, validate=True)
+    fv.poisson_nll(torch.zeros(2, 2), target)  # not looked at
+
+
+def test_validate_passes_counts() -> None:
+    for dtype in (torch.float32, torch.uint8, torch.uint16, torch.int32, torch.int64):
+        fv.poisson_nll(torch.zeros(2, 3), torch.tensor([[0, 1, 2], [3, 250, 4]]).to(dtype), validate=True)
