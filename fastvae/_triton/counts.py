@@ -399,7 +399,8 @@ def evaluate(
         log_slopes = d_mean if d_mean.dtype == dtype else room(True, dtype)
     row_sums = lead.new_empty(rows, dtype=dtype)
     # A thread has four elements of a full tile, two in float64: their arithmetic takes most of its registers.
-    columns = min(1024 if dtype == torch.float32 else 512, max(16, triton.next_power_of_2(genes)))
+    widest = 512 if dtype == torch.float32 else 256
+    columns = min(widest, max(16, triton.next_power_of_2(genes)))
     strides = [
         t.stride(0) if t is not None and t.dim() == 2 else 0 for t in (mean, dispersion, zero_logits, data)
     ]
@@ -437,7 +438,7 @@ def evaluate(
         COLUMNS=columns,
         PLACES=min(128, columns),
         C=COMPUTE[dtype],
-        num_warps=max(1, 8 * columns // (1024 if dtype == torch.float32 else 512)),
+        num_warps=max(1, 4 * columns // widest),
     )
     if shared and d_dispersion is not None:
         d_dispersion = d_dispersion.sum(0).to(params[1].dtype)
