@@ -64,7 +64,7 @@ cuda-link:
 	    && $(LINK)/venv/bin/python -m pip --disable-pip-version-check install -qq torch==2.11.0 numpy "setuptools>=77" ninja \
 	    pybind11 && touch $(LINK)/.torch; }
 	@echo "== the extension, with its CUDA kernels"
-	@rm -rf $(LINK)/tree && mkdir $(LINK)/tree && cp -r csrc fastvae setup.py pyproject.toml README.md LICENSE $(LINK)/tree
+	@rm -rf $(LINK)/tree && mkdir $(LINK)/tree && cp -rp csrc fastvae setup.py pyproject.toml README.md LICENSE $(LINK)/tree
 	@rm -f $(LINK)/tree/fastvae/_C*.so $(LINK)/tree/fastvae/_build_info.py
 	@ln -s ../objects $(LINK)/tree/build && mkdir -p $(LINK)/objects
 	@cd $(LINK)/tree && FASTVAE_NATIVE=1 FASTVAE_CUDA=1 ../venv/bin/python setup.py -q build_ext --inplace \

@@ -50,9 +50,10 @@ class ELBO(nn.Module):
     A model that samples z itself passes the posterior instead: `elbo(recon, x, mu, logvar).loss`.
 
     Args:
-        likelihood: `"bernoulli"`, `"gaussian"`, `"categorical"`, a module of `fastvae.likelihoods`, or any `nn.Module`
-            with a method `nll(params, target) -> (B,)`. It may have parameters (a learned scale): pass
-            `elbo.parameters()` to the optimiser, and under DDP put the ELBO inside the module that is wrapped.
+        likelihood: `"bernoulli"`, `"continuous_bernoulli"`, `"gaussian"`, `"laplace"`, `"poisson"`, `"categorical"`, a
+            module of `fastvae.likelihoods`, or any `nn.Module` with a method `nll(params, target) -> (B,)`. It may have
+            parameters (a learned scale): pass `elbo.parameters()` to the optimiser, and under DDP put the ELBO inside
+            the module that is wrapped.
         beta: the weight of the KL, a float or a 0-dim tensor, at least 0. Kept as a buffer (not in the state dict: it
             is a setting), so that a schedule may write `elbo.beta = 0.5` between steps, under torch.compile too. No
             gradient flows to it.

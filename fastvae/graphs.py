@@ -159,6 +159,7 @@ class _Step(Generic[Batch, Result]):
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
+        current = torch.cuda.current_stream(self._device)
         cause: RuntimeError | None = None
         try:
             # Not "global": a DataLoader's thread may pin memory meanwhile.
@@ -172,7 +173,8 @@ class _Step(Generic[Batch, Result]):
                     cause = error
                     raise
         except RuntimeError as error:
-            # To end a broken capture is one more error, which says less.
+            # To end a broken capture is one more error, which says less; and torch stays on the stream of the capture.
+            torch.cuda.set_stream(current)
             cause = cause or error
             first_line = str(cause).partition("\n")[0]
             raise RuntimeError(

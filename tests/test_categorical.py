@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import fastvae
-from fastvae import functional, reference
+from fastvae import backend, functional, reference
 from fastvae.likelihoods import Categorical
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -523,3 +523,16 @@ def test_same_bits_in_every_call(backend_name: str) -> None:
             for _ in range(3)
         }
     assert len(digests) == 1
+
+
+def test_the_reference_serves_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments: Any) -> Any:
+        raise AssertionError("this backend has no such kernel")
+
+    monkeypatch.setitem(backend._serving, "cpu", backend.Backend("triton", missing, missing, missing))
+    logits, target = data((3, 4, 7), torch.float32)
+    nll = functional.categorical_nll(logits, target)
+    assert torch.equal(nll, reference.categorical_nll(logits, target))
+    with pytest.raises(AssertionError, match="no such kernel"):
+        functional.bernoulli_nll(logits, logits)
+    assert "categorical on cuda: no kernel yet" in fastvae.show_config()

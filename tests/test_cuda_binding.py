@@ -52,6 +52,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return binding, kernels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tests", list(TESTS))
 def test_the_binding(libraries: tuple[Path, Path], tests: str) -> None:
     done = subprocess.run(

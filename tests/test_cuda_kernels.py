@@ -581,14 +581,13 @@ def test_every_element_is_in_one_item(kernels: Kernels, unit: int, unroll: int, 
                 continue  # more than memory holds
             plan = kernels.plan(rows, size, unit, unroll, slots)
             assert plan.lanes == 1 << plan.lanes_log2 <= THREADS
+            assert 1 <= plan.blocks <= max(1, min(plan.items, 8 * slots))
             if plan.splits == 1:
                 assert plan.items == -(-rows // (THREADS // plan.lanes))
-                assert plan.split_size == size
                 assert rows == 0 or size <= 2**30
-                assert 1 <= plan.blocks <= max(1, min(plan.items, 8 * slots))
             else:
                 assert plan.lanes == THREADS
-                assert plan.items == plan.blocks == rows * plan.splits
+                assert plan.blocks <= plan.items == rows * plan.splits < 2**32
                 assert plan.split_size <= 2**30
                 assert plan.split_size % (THREADS * unit * unroll) == 0
                 assert (plan.splits - 1) * plan.split_size < size <= plan.splits * plan.split_size
@@ -599,6 +598,8 @@ def test_where_elements_of_runs_lie(kernels: Kernels) -> None:
     for run in (1, 2, 3, 5, 7, 64, 1000, 2**20 - 1, 2**20, 2**24 + 1):
         multiples = [k * run + d for k in (1, 2, 3, 1000, 2**17 + 1) for d in (-1, 0, 1)]
         for i in (0, 1, 2, run // 2, *multiples, 2**31 - 1, 2**31, 2**33 + 5, 2**36 - 1):
+            if i * run >= 2**63:
+                continue  # the limit that is stated
             assert kernels.place(i, run, 2 * run) == i // run * 2 * run + i % run, (i, run)
             assert kernels.place(i, run, 0) == i
 
@@ -666,7 +667,7 @@ class Kernel(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether it is the variant that reads and writes 128 bits at a time."""
-        return "Any" not in self.name and not re.search(r"(, 1>|false>)$", self.name)
+        return not re.search(r"Any|, 1>$|, 4, false", self.name)
 
 
 def cuobjdump() -> str | None:

@@ -2,6 +2,9 @@
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,3 +143,110 @@ def test_optimisers_that_a_graph_cannot_hold() -> None:
             adam.step()
         assert torch.equal(weight, before)
     adam.step()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Warm-up, capture, replay: with a graph that remembers a Python function
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Stands in for torch.cuda: a "graph" whose replay calls what `replayed` says, and a log of what happened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, replayed: Callable[[], None]) -> None:
+        self.log: list[str] = []
+        self.generators: list[torch.Generator] = []
+        self.broken = False
+
+        def replay() -> None:
+            self.log.append("replay")
+            replayed()
+
+        graph = SimpleNamespace(replay=replay, register_generator_state=self.generators.append)
+        current = SimpleNamespace(wait_stream=lambda other: None)
+        side = SimpleNamespace(wait_stream=lambda other: None)
+
+        @contextmanager
+        def stream(which: Any) -> Iterator[None]:
+            assert which is side
+            self.log.append("warm-up")
+            yield
+
+        @contextmanager
+        def capture(which: Any, *, stream: Any, capture_error_mode: str) -> Iterator[None]:
+            assert which is graph
+            assert stream is side
+            self.log.append("capture")
+            try:
+                yield
+            finally:
+                if self.broken:
+                    raise RuntimeError("ending the capture failed")
+
+        monkeypatch.setattr(graphs, "_device_of", lambda leaves: torch.device("cpu"))
+        for name, value in {
+            "Stream": lambda device: side,
+            "current_stream": lambda device=None: current,
+            "stream": stream,
+            "device": lambda device: nullcontext(),
+            "CUDAGraph": lambda: graph,
+            "graph": capture,
+            "set_stream": lambda which: self.log.append("back" if which is current else "lost"),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_every_call_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warm-ups and the capture read the same tensors, which every call fills; a replay gives the capture's result."""
+    seen: list[Any] = []
+
+    def double(batch: Any) -> Tensor:
+        seen.append(batch)
+        return 2 * batch["x"] + batch["n"]
+
+    results: list[Tensor] = []
+    recorder = Recorder(monkeypatch, lambda: results[-1].copy_(2 * seen[-1]["x"] + seen[-1]["n"]))
+    generator = torch.Generator()
+    example = {"x": torch.full((3,), torch.nan), "n": 5}
+    step = fastvae.graph_step(double, example, warmup=2, generators=[generator])
+    for i in range(5):
+        batch = {"x": torch.full((3,), float(i)), "n": 5}
+        if i == 2:
+            monkeypatch.setattr(graphs, "_detached", lambda out: results.append(out.detach()) or results[-1])
+        out = step(batch)
+        assert torch.equal(out, 2 * batch["x"] + 5), i
+    assert recorder.log == ["warm-up", "warm-up", "capture", "replay", "replay", "replay"]
+    assert recorder.generators == [generator]
+    assert out is results[0]
+    assert len(seen) == 3
+    assert len({batch["x"].data_ptr() for batch in seen}) == 1
+    assert example["x"].isnan().all()
+    assert seen[0]["x"].data_ptr() != example["x"].data_ptr()
+
+
+def test_a_capture_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first error is told, and torch is put back on its stream. A mistake in the step stays what it is."""
+    errors: list[Exception] = []
+
+    def fails(x: Tensor) -> Tensor:
+        if errors:
+            raise errors[0]
+        return x
+
+    recorder = Recorder(monkeypatch, lambda: None)
+    recorder.broken = True
+    step = fastvae.graph_step(fails, torch.zeros(2), warmup=1)
+    step(torch.zeros(2))
+    errors.append(RuntimeError("operation not permitted when stream is capturing\nmore"))
+    with pytest.raises(
+        RuntimeError, match=r"captured as a CUDA graph: operation not permitted when .* capturing; "
+    ):
+        step(torch.zeros(2))
+    assert recorder.log == ["warm-up", "capture", "back"]
+    recorder.broken = False
+    errors[0] = KeyError("mistake")
+    with pytest.raises(KeyError, match="mistake"):
+        step(torch.zeros(2))
+    errors.clear()
+    step(torch.zeros(2))
+    assert recorder.log[-2:] == ["capture", "replay"]

@@ -316,13 +316,15 @@ def log_prob(model: Any, z: torch.Tensor, tokens: list[int], longest: int) -> fl
     return sum(log_probs[t, token].item() for t, token in enumerate(after))
 
 
+@pytest.mark.parametrize("end", [1.0, -30.0], ids=["some end", "none end"])
 @torch.no_grad()
-def test_beam_finds_the_best():
+def test_beam_finds_the_best(end):
     """With as many beams as there are beginnings it is an exhaustive search."""
     model = small_model()
     for parameter in model.decoder.parameters():
         parameter *= 3  # so that what was written before matters
-    model.decoder.logits.bias[END] = 1.0
+    model.decoder.rnn.weight_hh_l0 *= 5
+    model.decoder.logits.bias[END] = end
     longest, words = 3, range(4, 12)
     z = torch.randn(12, 3)
     found = decoding.write(model, z, decoding.Decoding("beam", beams=100, longest=longest))
@@ -334,7 +336,7 @@ def test_beam_finds_the_best():
         best = max(log_probs, key=lambda c: log_probs[c] / ((5 + lengths[c]) / 6) ** 0.6)
         assert got == list(best)
         likeliest += best == max(log_probs, key=log_probs.__getitem__)
-    assert 0 < likeliest < len(z), "this test needs sentences that the length decides, and others"
+    assert end < 0 or 0 < likeliest < len(z), "this test needs sentences that the length decides, and others"
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from fastvae._triton import latents, mixtures, nll, tuning  # noqa: E402
+from fastvae._triton import counts, latents, mixtures, nll, tuning  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -61,7 +61,7 @@ def record(run: Callable[[], object]) -> list[Launch]:
         launches.append(Launch(kernel, args, options))
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (nll, latents, mixtures):
+        for module in (nll, counts, latents, mixtures):
             patch.setattr(module, "launch", note)
         run()
     return launches
@@ -178,6 +178,13 @@ def scale(dtype: torch.dtype, by_row: bool) -> object:
     )
 
 
+def genes(likelihood: str, dtype: torch.dtype, target: torch.dtype = FLOAT, shared: bool = True) -> object:
+    form = counts.FORMS[likelihood]
+    params = [data(dtype), data(dtype, D) if shared else data(dtype)]
+    params += [data(dtype)] * (form.zero_logits is not None) + [ROWS.to(dtype)] * (form.library is not None)
+    return loss(likelihood, params, data(target), (1 << len(params)) - 1)
+
+
 IMAGE, HALF_IMAGE = (
     data(FLOAT, 64, c, 16, 16).contiguous(memory_format=torch.channels_last) for c in (32, 16)
 )
@@ -223,6 +230,11 @@ OTHERS: dict[str, Callable[[], object]] = {
     "double": lambda: bernoulli(DOUBLE, DOUBLE),
     "poisson, double, int64": lambda: loss("poisson", [data(DOUBLE)], data(torch.int64)),
     "continuous Bernoulli, double": lambda: loss("continuous_bernoulli", [data(DOUBLE)], data(DOUBLE)),
+    "negative binomial": lambda: genes("negative_binomial_logits", FLOAT),
+    "zero-inflated": lambda: genes("zero_inflated_negative_binomial", FLOAT, torch.int32, False),
+    "zero-inflated, bf16": lambda: genes("zero_inflated_negative_binomial_logits", HALF),
+    "negative binomial, double": lambda: genes("negative_binomial_logits", DOUBLE, torch.int64),
+    "zero-inflated, double": lambda: genes("zero_inflated_negative_binomial", DOUBLE, DOUBLE, False),
     "odd rows, bool": lambda: loss("bernoulli", [data(FLOAT, 9, 33)], data(torch.bool, 9, 33)),
     "many rows": lambda: nll.nll_forward("bernoulli", [MANY], MANY, [], NONE, NONE, 2, 1),
     "fp16 gradient": lambda: nll.nll_gradient("bernoulli", [data(torch.float16)], data(FLOAT), [], ONE, ROWS, 2, 1),
@@ -263,11 +275,22 @@ def test_others(architecture: str, name: str) -> None:
         assert compile_launch(launch, architecture).spills == 0
 
 
+@pytest.mark.parametrize("name", ["negative binomial", "zero-inflated"])
+def test_counts_are_read_128_bits_at_a_time(name: str) -> None:
+    """The zeros' path: logits or mean, dispersion, additional zeros, counts. The few others are gathered."""
+    code = compile_launch(record(OTHERS[name])[0], "sm_90")
+    assert widest(code.loads) >= 3, code.loads
+    assert widest(code.stores) >= 2, code.stores
+
+
 def test_every_kernel_is_compiled() -> None:
     calls = [*ALIGNED.values(), *OTHERS.values()]
     compiled = {launch.kernel.__name__ for call in calls for launch in record(call)}
     kernels = {
-        name for module in (nll, latents, mixtures) for name in vars(module) if name.endswith("_kernel")
+        name
+        for module in (nll, counts, latents, mixtures)
+        for name in vars(module)
+        if name.endswith("_kernel")
     }
     assert compiled == kernels
 

@@ -85,20 +85,14 @@ struct Primitives<at::vec::Vectorized<C>> {
     }
   }
 
-  // exp(x) and exp(x) - 1, the latter with its relative accuracy near 0, for x <= 0.
-  static FASTVAE_HD DecayParts<V> decay_parts(V x) {
-    if constexpr (sizeof(C) == 8) return {x.exp(), x.expm1()};
-    else {
-      const ExpSplit<V> s = split(x);
-      constexpr float fit[] = {0.00278524263f, 0.0167264063f, 0.0833331123f, 0.333331525f, 1.0f};  // as in exp_parts
-      const V twice = fma(s.r * s.r, polynomial(s.r, fit), s.r + s.r);
-      return {s.power * (V(2) + twice), fma(s.power, twice, fma(V(2), s.power, V(-1)))};
-    }
-  }
-
   static FASTVAE_HD ExpParts<V> exp_parts(V h) {
     if constexpr (sizeof(C) == 8) return exp_parts_by_series(h);
     else return exp_parts_by_split(at::vec::clamp_max(h, V(88.73f)));
+  }
+
+  static FASTVAE_HD ExpPair<V> exp_pair(V x) {
+    if constexpr (sizeof(C) == 8) return {x.exp(), x.expm1()};
+    else return exp_pair_by_split(x);
   }
 
   static FASTVAE_HD ExpSplit<V> split(V x) {

@@ -87,7 +87,7 @@ struct Converter<Byte, C> {
   C divisor, reciprocal;
 
   explicit FASTVAE_DEVICE Converter(DType type)
-      : limit(type == DType::u8 ? 255 : 1), divisor(C(limit)), reciprocal(C(1) / divisor) {}
+      : limit(type == DType::u8 ? 255 : 1), divisor(C(limit)), reciprocal(type == DType::u8 ? C(1.0 / 255) : C(1)) {}
 
   // x / 255, exactly rounded, in three instructions.
   FASTVAE_DEVICE C operator()(Byte byte) const {

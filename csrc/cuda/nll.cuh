@@ -18,6 +18,22 @@ constexpr int resident(int64_t item_size) {
 template <class L>
 constexpr bool kScales = L::params == 1 && L::constants > 0;
 
+// f(an object of the likelihood's struct).
+template <class F>
+auto with_likelihood(Element element, const F& f) {
+  switch (element) {
+    case Element::bernoulli: return f(math::Bernoulli());
+    case Element::gaussian: return f(math::Gaussian());
+    case Element::gaussian_per_element: return f(math::GaussianPerElement());
+    case Element::laplace: return f(math::Laplace());
+    case Element::laplace_per_element: return f(math::LaplacePerElement());
+    case Element::continuous_bernoulli: return f(math::ContinuousBernoulli());
+    case Element::poisson: return f(math::Poisson());
+    case Element::student_t: return f(math::StudentT());
+    default: return f(math::StudentTPerElement());
+  }
+}
+
 // U packs of data, `step` elements apart from i on, as far as they lie before `count`; and then their numbers.
 template <class D, class C, int N, int U>
 struct Data {

@@ -17,7 +17,7 @@ constexpr int64_t kLongest = int64_t(1) << 30;  // no split is longer, so that 3
 // b + blocks, ...
 struct Plan {
   int lanes, lanes_log2;
-  int splits;          // of a row; more than one only where lanes == kThreads, and then blocks == items
+  int splits;          // of a row; more than one only where lanes == kThreads, and then 32 bits count the items
   int64_t split_size;  // in elements
   int64_t items;
   int blocks;

@@ -33,7 +33,7 @@ FASTVAE_HD CountTerm<V> with_additional_zeros(const CountTerm<V>& term, V pi) {
   using P = Primitives<V>;
   constexpr typename P::Scalar bound = sizeof(typename P::Scalar) == 8 ? 700 : 80;  // whose exponential is neither 0 nor infinite
   const V z = term.value, odds = P::exp_bounded(P::clamp(pi, -bound, bound));
-  const auto decay = P::decay_parts(P::neg(z));
+  const auto decay = P::exp_pair(P::neg(z));
   const V q = V(1) / (odds + decay.exp), r = P::neg(decay.minus_1) * q;
   V value = P::log1p_parts(r).value, d_z = decay.exp * q, d_pi = P::neg(r) * (odds / (V(1) + odds));
   const auto beyond = P::less(pi, V(-bound)), far = P::select(beyond, z, V(0));

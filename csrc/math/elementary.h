@@ -17,10 +17,10 @@
 namespace fastvae::math {
 inline namespace FASTVAE_ISA {
 
-// Scalar: the C type of one lane. Functions: exp, exp_bounded (x must not pass 88), exp_parts (see ExpParts), log (of a positive,
-// normal, finite number), log1p, log_factorial (fp64 only), abs, neg, relu, fma, divide (by a number of ordinary size), less,
-// minimum, clamp, select(mask, a, b) = mask ? a : b in each lane, any(mask); for x >= 0 log1p_parts (see Log1pParts), for x <= 0
-// decay_parts (see DecayParts).
+// Scalar: the C type of one lane. Functions: exp, exp_bounded (x must not pass 88), exp_parts and exp_pair (see ExpParts and ExpPair; x
+// must not pass 88 in the latter), log (of a positive, normal, finite number), log1p, log_factorial (fp64 only), log1p_parts (of x >= 0,
+// see Log1pParts), abs, neg, relu, fma, divide (by a number of ordinary size), less, minimum, clamp, select(mask, a, b) = mask ? a : b in
+// each lane, and any(mask).
 template <class V>
 struct Primitives;
 
@@ -56,14 +56,19 @@ struct ExpSplit {
   V r, power;
 };
 
+// 2 (exp(r) - 1 - r), Chebyshev fit, relative error 1.4e-7.
+template <class V>
+FASTVAE_HD V twice_residual(V r) {
+  constexpr float fit[] = {0.00278524263f, 0.0167264063f, 0.0833331123f, 0.333331525f, 1.0f};
+  return r * r * polynomial(r, fit);
+}
+
 // ExpParts in fp32, for V whose primitives have `split`; h must not pass 88.73, from where exp(h) is infinite.
 template <class V>
 FASTVAE_HD ExpParts<V> exp_parts_by_split(V h) {
   using P = Primitives<V>;
   const ExpSplit<V> s = P::split(h);
-  // 2 (exp(r) - 1 - r) / r^2, Chebyshev fit, relative error 1.4e-7.
-  constexpr float fit[] = {0.00278524263f, 0.0167264063f, 0.0833331123f, 0.333331525f, 1.0f};
-  const V square = s.r * s.r * polynomial(s.r, fit), twice_r = s.r + s.r;
+  const V square = twice_residual(s.r), twice_r = s.r + s.r;
   // Where |h| is small n is 0, so the bracket vanishes exactly and `square` is left.
   const V minus_1_h = P::fma(s.power, square, P::fma(s.power, twice_r, P::fma(V(2), s.power, V(-1)) - h));
   return {s.power * (V(2) + (twice_r + square)), minus_1_h + h, minus_1_h};
@@ -92,10 +97,20 @@ FASTVAE_HD Log1pParts<V> log1p_parts_by_series(V x, V value, V inverse) {
   return {value, P::select(P::less(P::abs(x), V(0.5f)), near, P::fma(P::neg(x), inverse, value)), inverse};
 }
 
+// exp(x) and exp(x) - 1, each with its relative accuracy: ExpParts without what only a KL needs.
 template <class V>
-struct DecayParts {
+struct ExpPair {
   V exp, minus_1;
 };
+
+template <class V>
+FASTVAE_HD ExpPair<V> exp_pair_by_split(V x) {
+  using P = Primitives<V>;
+  const ExpSplit<V> s = P::split(x);
+  const V rest = s.r + s.r + twice_residual(s.r);
+  // Where |x| is small n is 0, and the last bracket vanishes.
+  return {s.power * (V(2) + rest), P::fma(s.power, rest, P::fma(V(2), s.power, V(-1)))};
+}
 
 // 1/18!, ..., 1/3!, 1/2!: the Taylor series of (exp(h) - 1 - h) / h^2, exact in fp64 for |h| < 1.
 struct ResidualSeries {

@@ -36,47 +36,35 @@ struct LogMass {
     const V log_scale = P::select(floored, bins.floor, raw_log_scale);
     const V h = P::exp_bounded(P::neg(log_scale)) * bins.half_width;
     const V u = h * (n - middle), size = P::abs(u);
-    const ExpParts<V> r = P::exp_parts(P::neg(h));
-    const ExpParts<V> parts = P::exp_parts(P::neg(size));
-    const V q = parts.exp;
+    const ExpPair<V> r = P::exp_pair(P::neg(h)), q = P::exp_pair(P::neg(size));
 
-    const auto lowest = P::less(n, one - bins.levels), highest = P::less(bins.levels - one, n);
-    const auto inner_or = [&](V inner, V edge) { return P::select(lowest, edge, P::select(highest, edge, inner)); };
-    const V t = P::select(lowest, P::neg(u), P::select(highest, u, size));
-    const V sign = P::select(lowest, V(-1), P::select(highest, one, P::select(P::less(u, zero), V(-1), one)));
+    const auto edge = P::less(bins.levels - one, P::abs(n));
+    const V sign = P::select(P::less(P::select(edge, n, u), zero), V(-1), one), t = u * sign;  // |u| but at the edges
     V y = t - h;
     e1 = P::exp_bounded(P::neg(P::abs(y)));
-    e2 = inner_or(q * r.exp, zero);
-    factor = inner_or(one_minus_square(h, r), one);
-    const V odd = inner_or(one_minus_square(size, parts), one);
+    e2 = P::select(edge, zero, q.exp * r.exp);
+    factor = P::select(edge, one, P::neg(r.minus_1) * (one + r.exp));
+    const V odd = P::select(edge, one, P::neg(q.minus_1) * (one + q.exp));
 
     // In bins so narrow that 1 - r^2 would have to be tiny, the density in the middle is the mass to all digits.
     constexpr double narrow = sizeof(typename P::Scalar) == 8 ? 1e-8 : 1e-4;
-    const V above_0 = P::select(P::less(zero, y), e1, one) * factor;  // the mass but for (1 + e1) (1 + e2)
-    const V judged = inner_or(P::select(P::less(h, V(narrow)), V(-1), above_0), V(2));
+    const V above = P::select(P::less(zero, y), e1, one) * factor;  // the mass but for (1 + e1) (1 + e2)
+    const V judged = P::select(edge, V(2), P::select(P::less(h, V(narrow)), V(-1), above));
     const auto is_small = P::less(judged, bins.small * (one + e1) * (one + e2));
     y = P::select(is_small, size, y);
-    e1 = P::select(is_small, q, e1);
-    e2 = P::select(is_small, q, e2);
+    e1 = P::select(is_small, q.exp, e1);
+    e2 = P::select(is_small, q.exp, e2);
     factor = P::select(is_small, one, factor);
     linear = P::relu(y) + P::select(is_small, log_scale - bins.log_width, zero);
 
-    const V f1 = one + e1, f2 = one + e2;
-    const V inverse = one / (f1 * f2 * factor), i1 = inverse * f2 * factor, i2 = inverse * f1 * factor;
-    one_over_factors = factor * i1 * i2;
-    const V slope = P::select(P::less(y, zero), e1, one) * odd * i1 * i2;  // of -log mass by t: sinh t / (cosh h + cosh t)
-    const V coth = P::fma(r.exp, r.exp, one) * (inverse * f1 * f2);
-    const V by_h = P::select(is_small, one, h * inner_or(coth - P::select(P::less(zero, y), e1, one) * one_over_factors, slope));
+    const V f1 = one + e1, f2 = one + e2, f12 = f1 * f2;
+    const V inverse = one / (f12 * factor), i12 = inverse * factor;
+    one_over_factors = factor * i12;
+    const V slope = P::select(P::less(y, zero), e1, one) * odd * i12;  // of -log mass by t: sinh t / (cosh h + cosh t)
+    const V inner = P::fma(P::fma(r.exp, r.exp, one), inverse * f12, P::neg(above * i12));  // coth h - mass
+    const V by_h = P::select(is_small, one, h * P::select(edge, slope, inner));
     by_log_scale = P::select(floored, zero, P::fma(t, slope, P::neg(by_h)));
     by_middle = h * sign * slope;
-  }
-
- private:
-  // 1 - e^-2x for x >= 0, given the parts of e^-x.
-  static FASTVAE_HD V one_minus_square(V x, const ExpParts<V>& parts) {
-    using P = Primitives<V>;
-    const V one(1);
-    return P::select(P::less(x, one), P::neg(parts.minus_1), one - parts.exp) * (one + parts.exp);
   }
 };
 
@@ -87,7 +75,7 @@ struct Tanh {
 
   FASTVAE_HD explicit Tanh(V x) {
     using P = Primitives<V>;
-    const ExpParts<V> e = P::exp_parts(V(-2) * P::abs(x));
+    const ExpPair<V> e = P::exp_pair(V(-2) * P::abs(x));
     const V inverse = V(1) / (V(1) + e.exp);
     const V size = P::neg(e.minus_1) * inverse;
     value = P::select(P::less(x, V(0)), P::neg(size), size);

@@ -63,9 +63,9 @@ void not_built_for_this_gpu() {
 }
 
 Scratch::Scratch(int64_t bytes, cudaStream_t stream) {
+  if (bytes == 0) return;
   const bool capturing = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
   counter_ = counters_of_current_device().take(stream, capturing);
-  if (counter_ && bytes == 0) return;
   memory_ = c10::cuda::CUDACachingAllocator::get()->allocate(bytes + (counter_ ? 0 : kCounterBytes));
   scratch_ = memory_.get();
   if (counter_) return;

@@ -53,8 +53,8 @@ inline cuda::Numbers numbers(const OptionalTensor& t, const char* name) {
 
 inline cuda::Output output(const Tensor& t) { return {t.mutable_data_ptr(), dtype_of(t)}; }
 
-// Scratch memory for one launch, and the counter by which its blocks find out which of them is the last. Keep it until the launch is
-// on its stream.
+// Scratch memory for one launch, and the counter by which its blocks find out which of them is the last: where no block leaves
+// anything to another, neither. Keep it until the launch is on its stream.
 class Scratch {
  public:
   Scratch(int64_t bytes, cudaStream_t stream);
@@ -63,7 +63,7 @@ class Scratch {
  private:
   c10::DataPtr memory_;
   void* scratch_ = nullptr;
-  uint32_t* counter_;
+  uint32_t* counter_ = nullptr;
 };
 
 }  // namespace fastvae

@@ -235,4 +235,12 @@ LIKELIHOODS = {
     ),
     "discretized_logistic": Likelihood(None, is_location=False, family="logistic"),
     "discretized_logistic_mixture": Likelihood(None, is_location=False, family="logistic"),
+    "negative_binomial": Likelihood(None, tensors=2, is_location=False, counts=True, family="counts"),
+    "zero_inflated_negative_binomial": Likelihood(
+        None, tensors=3, is_location=False, counts=True, family="counts"
+    ),
+    "negative_binomial_logits": Likelihood(None, tensors=3, is_location=False, counts=True, family="counts"),
+    "zero_inflated_negative_binomial_logits": Likelihood(
+        None, tensors=4, is_location=False, counts=True, family="counts"
+    ),
 }

@@ -17,7 +17,6 @@ from . import nll
 from .elementary import combine_excess, exp, exp_minus_1_minus, log1p
 from .launch import (
     COMPUTE,
-    Partition,
     dense_rows,
     divisor,
     event_size,
@@ -28,7 +27,6 @@ from .launch import (
     partition,
     row_dtype,
 )
-from .likelihoods import Likelihood
 from .nll import first_column, row_factor, row_size, tile_columns, tile_rows
 from .tuning import choice
 
@@ -298,7 +296,7 @@ def logistic_kernel(
 
 
 def evaluate(
-    row: Likelihood,
+    likelihood: str,
     params: Sequence[Tensor],
     target: Tensor,
     constants: Sequence[float],
@@ -308,7 +306,7 @@ def evaluate(
     grad_loss: Tensor | None = None,
     grad_nll: Tensor | None = None,
     values: bool = True,
-) -> tuple[list[Tensor], Tensor | None, Tensor | None, Partition]:
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """nll._evaluate of the rows of family "logistic": runs logistic_kernel."""
     components = int(constants[0]) if len(constants) == 4 else 0
     bits, floor, small = constants[-3:]
@@ -369,7 +367,7 @@ def evaluate(
         C=COMPUTE[dtype],
         num_warps=cut.warps * spread,
     )
-    return ([slopes] if slopes is not None else []), row_sums, None, cut
+    return ([slopes] if slopes is not None else []), row_sums, None
 
 
 nll.EVALUATE["logistic"] = evaluate

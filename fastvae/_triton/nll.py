@@ -18,7 +18,6 @@ from torch import Tensor
 from .elementary import combine_excess, log1p
 from .launch import (
     COMPUTE,
-    Partition,
     dense_rows,
     divisor,
     event_size,
@@ -29,7 +28,7 @@ from .launch import (
     partition,
     row_dtype,
 )
-from .likelihoods import LIKELIHOODS, Likelihood
+from .likelihoods import LIKELIHOODS
 from .tuning import choice
 
 NONE, SUM, MEAN = 0, 1, 2  # `reduction`
@@ -412,7 +411,7 @@ def _stride(tensor: Tensor | None) -> int:
 
 
 def _evaluate(
-    row: Likelihood,
+    likelihood: str,
     params: Sequence[Tensor],
     target: Tensor,
     constants: Sequence[float],
@@ -422,12 +421,12 @@ def _evaluate(
     grad_loss: Tensor | None = None,
     grad_nll: Tensor | None = None,
     values: bool = True,
-) -> tuple[list[Tensor], Tensor | None, Tensor | None, Partition]:
-    """Runs nll_kernel: (gradients that `needs` asks for, sums of rows, sums of scalar slopes, how rows were split).
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """Runs nll_kernel: (gradients that `needs` asks for, sums (rows, splits) of rows, the same of scalar slopes).
 
     Without `values`, only the gradients are made.
     """
-    lead = params[0]
+    row, lead = LIKELIHOODS[likelihood], params[0]
     order, dtype = memory_order(lead), row_dtype(lead)
     rows, size = lead.shape[0], event_size(target)
     first, data = dense_rows(lead, order), dense_rows(target, order)
@@ -499,11 +498,11 @@ def _evaluate(
         C=COMPUTE[dtype],
         num_warps=cut.warps * (row.warps_64 if dtype == torch.float64 else 1),
     )
-    return gradients, row_sums, scalar_sums, cut
+    return gradients, row_sums, scalar_sums
 
 
-# By the family of a likelihood; mixtures.py adds its own.
-EVALUATE: dict[str, Callable[..., tuple[list[Tensor], Tensor | None, Tensor | None, Partition]]] = {
+# By the family of a likelihood; counts.py and mixtures.py add their own.
+EVALUATE: dict[str, Callable[..., tuple[list[Tensor], Tensor | None, Tensor | None]]] = {
     "elementwise": _evaluate
 }
 
@@ -526,11 +525,11 @@ def nll_forward(
     lead = params[0]
     rows = lead.shape[0]
     weight = weight_of(reduction, rows)
-    row = LIKELIHOODS[likelihood]
-    gradients, row_sums, scalar_sums, cut = EVALUATE[row.family](
-        row, params, target, constants, needs, weight
+    gradients, row_sums, scalar_sums = EVALUATE[LIKELIHOODS[likelihood].family](
+        likelihood, params, target, constants, needs, weight
     )
     assert row_sums is not None
+    splits = row_sums.shape[1]
     nll = row_sums.new_empty(rows)
     scalar_rows = row_sums.new_empty(rows if scalar_sums is not None else 0)
     loss_dtype = torch.float64 if kl is not None and kl.dtype == torch.float64 else row_sums.dtype
@@ -538,7 +537,7 @@ def nll_forward(
     # Where a single program sees all rows it writes the loss itself; else there is a sum of each program's rows to add.
     parts = max(1, -(-rows // _ROWS_PER_PROGRAM)) if reduces else -(-rows // 1024)
     loss = nll.new_empty((parts,) if reduces and parts > 1 else () if reduces else (rows,), dtype=loss_dtype)
-    splits = min(1024, triton.next_power_of_2(cut.splits))
+    tile = min(1024, triton.next_power_of_2(splits))
     launch(
         finish_kernel,
         parts,
@@ -552,12 +551,12 @@ def nll_forward(
         loss,
         weight if parts == 1 else 1.0,
         rows,
-        cut.splits,
+        splits,
         _ROWS_PER_PROGRAM if reduces else 1024,
         _stride(kl),
         REDUCE=reduces,
-        ROWS=max(1, 1024 // splits),
-        SPLITS=splits,
+        ROWS=max(1, 1024 // tile),
+        SPLITS=tile,
         num_warps=4,
     )
     if reduces and parts > 1:
@@ -585,9 +584,8 @@ def nll_gradient(
     needs: int,
 ) -> list[Tensor]:
     """The gradients of the objective, for what the forward cannot make yet: fp16 must know the factor first."""
-    row = LIKELIHOODS[likelihood]
-    gradients, *_ = EVALUATE[row.family](
-        row,
+    gradients, *_ = EVALUATE[LIKELIHOODS[likelihood].family](
+        likelihood,
         params,
         target,
         constants,
@@ -656,19 +654,26 @@ def _scale(
         torch.empty_like(kl, memory_format=torch.contiguous_format) if need_kl and kl is not None else None
     )
     factors = (grad_loss, grad_nll)
-    if gradients or kl_gradient is not None:
-        first = gradients[0] if gradients else None
+    # A launch scales two gradients of one shape, and makes that of kl.
+    pairs = [(i, i + 1) for i in range(0, len(gradients), 2)]
+    if any(gradient.shape != gradients[0].shape for gradient in gradients):
+        pairs = [(i, len(gradients)) for i in range(len(gradients))]
+    for pair in pairs or [(0, 1)]:
+        first, second = (gradients[i] if i < len(gradients) else None for i in pair)
+        first_result, second_result = (results[i] if i < len(gradients) else None for i in pair)
+        makes_kl = kl_gradient is not None and pair[0] == 0
+        any_tensor = first if first is not None else kl_gradient
+        if any_tensor is None:
+            break
         # Gradients are dense: where one factor serves for all, they are a single long row.
         uniform = reduction != NONE and grad_nll is None
         size = first.numel() if first is not None else 0
         row_count = 1 if uniform else rows
         size = size // max(1, row_count)
-        any_tensor = first if first is not None else kl_gradient
-        assert any_tensor is not None
         device = any_tensor.device
         cut = partition(row_count, size, choice("scale", row_count * size, device))
         programs = cut.programs if size else 0
-        if kl_gradient is not None:
+        if makes_kl:
             programs = max(programs, min(-(-rows // 1024), 64))
         unit = divisor(size)
         launch(
@@ -676,10 +681,10 @@ def _scale(
             programs,
             device,
             first,
-            gradients[1] if len(gradients) > 1 else None,
-            results[0] if gradients else None,
-            results[1] if len(gradients) > 1 else None,
-            kl_gradient,
+            second,
+            first_result,
+            second_result,
+            kl_gradient if makes_kl else None,
             beta,
             *factors,
             weight,

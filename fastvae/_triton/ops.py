@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import INTERPRETED, latents, mixtures, nll  # noqa: F401
+from . import INTERPRETED, counts, latents, mixtures, nll  # noqa: F401
 from .launch import memory_order, row_dtype
 from .likelihoods import LIKELIHOODS
 
@@ -62,6 +62,16 @@ def _empty_gradients(tensors: Sequence[Tensor], needs: int) -> list[Tensor]:
     return [torch.empty_like(lead, memory_format=order) for i in range(len(tensors)) if needs >> i & 1]
 
 
+def _fake_gradients(likelihood: str, params: Sequence[Tensor], needs: int) -> list[Tensor]:
+    if likelihood in counts.FORMS:
+        return [
+            torch.empty_like(p, memory_format=torch.contiguous_format)
+            for i, p in enumerate(params)
+            if needs >> i & 1
+        ]
+    return _empty_gradients(params, needs)
+
+
 def _fake_nll_forward(
     likelihood: str,
     params: Sequence[Tensor],
@@ -80,7 +90,7 @@ def _fake_nll_forward(
     return (
         lead.new_empty((rows,) if reduction == nll.NONE else (), dtype=loss_dtype),
         lead.new_empty((rows,), dtype=dtype),
-        _empty_gradients(elementwise, needs),
+        _fake_gradients(likelihood, elementwise, needs),
         lead.new_empty((rows if with_scalar else 0,), dtype=dtype),
     )
 
@@ -95,7 +105,7 @@ def _fake_nll_gradient(
     reduction: int,
     needs: int,
 ) -> list[Tensor]:
-    return _empty_gradients(params, needs)
+    return _fake_gradients(likelihood, params, needs)
 
 
 def _fake_extras(
@@ -237,7 +247,10 @@ class _Nll(torch.autograd.Function):
         computed = needs | int(target.requires_grad)  # the target's comes from the first parameter's
         # fp16 cannot hold a gradient before the factor that the backward brings: with 1/B small ones would round to
         # zero, without it large ones to infinity. nll_gradient makes those when the factor is known.
-        at_once = params[0].dtype != torch.float16
+        # What serves all rows has its gradient saved for one factor, and made again, from the inputs, for one of each.
+        shared = needs & counts.shared_bit(likelihood, params)
+        at_once = params[0].dtype != torch.float16 and not (shared and reduction == nll.NONE)
+        keeps_inputs = not at_once or shared != 0
         with _below_autograd():
             loss, rows, gradients, scalar_rows = _ops.nll_forward.default(
                 likelihood,
@@ -252,7 +265,7 @@ class _Nll(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.row, ctx.needs, ctx.elementwise, ctx.at_once = row, needs, computed & ~scalar_bit, at_once
         ctx.call = likelihood, constants, reduction
-        ctx.rows, ctx.tensors = target.shape[0], len(params)
+        ctx.rows, ctx.tensors, ctx.keeps_inputs = params[0].shape[0], len(params), keeps_inputs
         ctx.need_scalar = needs & scalar_bit != 0
         ctx.need_kl, ctx.need_beta = _requires_grad(kl), _requires_grad(beta)
         ctx.target_dtype = target.dtype if target.requires_grad else None
@@ -262,7 +275,8 @@ class _Nll(torch.autograd.Function):
             scalar_rows,
             kl if with_kl else None,
             beta if with_kl else None,
-            *(gradients if at_once else (*params, target)),
+            *(gradients if at_once else ()),
+            *((*params, target) if keeps_inputs else ()),
         )
         return loss, rows, scalar_rows
 
@@ -286,13 +300,16 @@ class _Nll(torch.autograd.Function):
         )
         with _below_autograd(), torch.no_grad():
             gradients: Sequence[Tensor]
-            if not ctx.at_once:
+            inputs: Sequence[Tensor] = ()
+            if ctx.keeps_inputs:
+                saved, inputs = saved[: -ctx.tensors - 1], saved[-ctx.tensors - 1 :]
+            if not ctx.at_once or (inputs and grad_nll is not None):
                 gradients = []
                 if ctx.elementwise:
                     gradients = _ops.nll_gradient.default(
                         likelihood,
-                        saved[:-1],
-                        saved[-1],
+                        inputs[:-1],
+                        inputs[-1],
                         constants,
                         grad_loss,
                         grad_nll,

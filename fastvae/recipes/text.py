@@ -41,11 +41,11 @@ class Text(Settings):
     lowercase: bool = option(True, "Read everything in lower case.", "Data")
     min_words: int = option(1, "Shorter lines are left out.", "Data", at_least=1)
     max_words: int = option(50, "Longer lines are left out.", "Data", at_least=1)
-    latent: int = option(32, "Latent dimensions.", "Model", at_least=1)
+    latent: int = option(16, "Latent dimensions.", "Model", at_least=1)
     cell: Literal["lstm", "gru"] = option("lstm", "Of the encoder and the decoder: lstm or gru.", "Model")
     embedding: int = option(200, "Dimensions of a token's embedding.", "Model", at_least=1)
     hidden: int = option(
-        256, "Units of the encoder (in each direction) and of the decoder.", "Model", at_least=1
+        320, "Units of the encoder (in each direction) and of the decoder.", "Model", at_least=1
     )
     bidirectional: bool = option(True, "The encoder reads from both ends.", "Model")
     dropout: float = option(
@@ -53,8 +53,9 @@ class Text(Settings):
     )
 
     batch_size: int = option(64, "Sentences in a batch, over all devices together.", "Training", at_least=1)
+    lr: float = option(2e-3, "Learning rate of Adam.", "Training", above=0)
     word_dropout: float = option(
-        0.3,
+        0.1,
         "Share of the words that are hidden from the decoder, so that it has to ask z.",
         "Training",
         at_least=0,
@@ -67,7 +68,7 @@ class Text(Settings):
     warmup: Literal["none", "linear", "cyclical", "sigmoid"] = option(
         "linear", "How the weight of the KL rises to beta: none, linear, cyclical or sigmoid.", "Objective"
     )
-    warmup_epochs: float = option(5.0, "Over how many epochs.", "Objective", above=0)
+    warmup_epochs: float = option(3.0, "Over how many epochs.", "Objective", above=0)
 
     def networks(self, vocabulary: int) -> tuple["Encoder", "Decoder"]:
         """Encoder and decoder for so many tokens."""

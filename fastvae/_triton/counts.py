@@ -1,0 +1,453 @@
+"""Negative binomial counts of genes in cells, with or without additional zeros: the kernel and its launch.
+
+csrc/math/counts.h has the formulas, and says why. Most counts are zeros: every element takes their path, in C; the
+places of the others are then listed, tile by tile, and these are computed in float64 and written over it.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import nll
+from .elementary import exp, exp_minus_1_minus, log1p, polynomial
+from .launch import COMPUTE, dense_rows, divisor, kernel, launch, number, row_dtype
+
+# 2 (1/3 + s^2/5 + s^4/7 + ...), of log(1 + x) = 2 (s + s^3/3 + ...) with s = x / (2 + x), for |x| < 1/2.
+_LOG1P_32: tl.constexpr = tl.constexpr((2 / 13, 2 / 11, 2 / 9, 2 / 7, 2 / 5, 2 / 3))
+_LOG1P_64: tl.constexpr = tl.constexpr(tuple(2 / n for n in range(25, 1, -2)))
+# What Stirling's formulas for log Gamma and digamma lack, from 8 on (Abramowitz and Stegun 6.1.41, 6.3.18).
+_STIRLING_FROM: tl.constexpr = tl.constexpr(8.0)
+_LOG_GAMMA: tl.constexpr = tl.constexpr(
+    (-3617 / 122400, 1 / 156, -691 / 360360, 1 / 1188, -1 / 1680, 1 / 1260, -1 / 360, 1 / 12)
+)
+_DIGAMMA: tl.constexpr = tl.constexpr(
+    (43867 / 14364, -3617 / 8160, 1 / 12, -691 / 32760, 1 / 132, -1 / 240, 1 / 252, -1 / 120, 1 / 12)
+)
+_HALF_LOG_2PI: tl.constexpr = tl.constexpr(0.9189385332046727)
+
+
+@triton.jit
+def log1p_excess(x, log_1_x, inverse):
+    """log(1 + x) - x / (1 + x) with its relative accuracy near 0, given log(1 + x) and 1 / (1 + x)."""
+    s = x / (2.0 + x)
+    square = s * s
+    series = polynomial(square, _LOG1P_64 if x.dtype == tl.float64 else _LOG1P_32)
+    return tl.where(tl.abs(x) < 0.5, square * (s * series + 2.0 / (1.0 + s)), log_1_x - x * inverse)
+
+
+@triton.jit
+def bounded(x, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """`x` between two bounds; a NaN stays one."""
+    return tl.where(x < LOW, LOW, tl.where(x > HIGH, HIGH, x))
+
+
+@triton.jit
+def zero_term(mu, theta):
+    """-log NB(0) and its derivatives by mu and theta."""
+    # Beyond the bound 1 + x has no reciprocal left.
+    x = bounded(mu / theta, 0.0, 1e307 if mu.dtype == tl.float64 else 8e37)
+    inverse = 1.0 / (1.0 + x)
+    log_1_x = log1p(x)
+    return theta * log_1_x, inverse, log1p_excess(x, log_1_x, inverse)
+
+
+@triton.jit
+def with_additional_zeros(z, pi):
+    """-log(p + (1 - p) e^-z), p = sigmoid(pi), and its derivatives by z and pi."""
+    BOUND: tl.constexpr = (
+        700.0 if z.dtype == tl.float64 else 80.0
+    )  # whose exponential is neither 0 nor infinite
+    odds = tl.exp(bounded(pi, -BOUND, BOUND))
+    decayed = tl.exp(-z)
+    q = 1.0 / (odds + decayed)
+    lost = z - exp_minus_1_minus(-z, decayed)  # 1 - e^-z
+    r = lost * q
+    # Where both are too small for their sum, from the larger.
+    far = (pi < -BOUND) & (z > BOUND / 2)
+    difference = z + pi
+    e = tl.exp(-tl.abs(difference))
+    share = tl.where(difference < 0.0, 1.0, e) / (1.0 + e)
+    value = tl.where(far, tl.minimum(-pi, z) - log1p(e), log1p(r))
+    d_z = tl.where(far, share, decayed * q)
+    d_pi = tl.where(far, share - 1.0, -r * (odds / (1.0 + odds)))
+    return value, d_z, d_pi
+
+
+@triton.jit
+def gamma_parts(z):
+    """log Gamma(z) and digamma(z), float64, for z in (0, 16): from those of z + 8."""
+    product = z
+    derivative = tl.full(z.shape, 1.0, tl.float64)
+    for k in tl.static_range(1, 8):
+        derivative = derivative * (z + k) + product
+        product *= z + k
+    shifted = z + 8.0
+    log_shifted = tl.log(shifted)
+    inverse = 1.0 / shifted
+    log_gamma = (shifted - 0.5) * log_shifted + (_HALF_LOG_2PI - shifted) + log_gamma_rest(inverse)
+    digamma = log_shifted - 0.5 * inverse - digamma_rest(inverse)
+    return log_gamma - tl.log(product), digamma - derivative / product
+
+
+@triton.jit
+def log_gamma_rest(inverse):
+    return inverse * polynomial(inverse * inverse, _LOG_GAMMA)
+
+
+@triton.jit
+def digamma_rest(inverse):
+    square = inverse * inverse
+    return square * polynomial(square, _DIGAMMA)
+
+
+@triton.jit
+def positive_term(t, mu, log_mu, theta):
+    """-log NB(t) of a count above zero, and its derivatives by log mu and theta; float64."""
+    n = t + theta
+    d = mu - t
+    share = theta / (theta + mu)
+    large = t >= _STIRLING_FROM
+    near_poisson = theta >= _STIRLING_FROM
+    both = large & near_poisson
+    inverse_n = 1.0 / tl.where(n >= _STIRLING_FROM, n, _STIRLING_FROM)
+    inverse_theta = 1.0 / tl.where(near_poisson, theta, _STIRLING_FROM)
+    t_theta = t / theta
+
+    # Each logarithm is taken once, of what the lane's case needs.
+    e = tl.where(near_poisson, d / n, mu / theta)
+    first = log1p(e)
+    excess = log1p_excess(e, first, tl.where(near_poisson, n / (theta + mu), share))
+    second = log1p(
+        tl.where(both, -theta * e / mu, tl.where(near_poisson, t_theta, theta / mu))
+    )  # the first where e is d / n
+    third = tl.log(tl.where(near_poisson, t * (1.0 + t_theta), n))
+    a = tl.where(large, t, 0.0) + 1.0
+    ratio = log1p((theta - 1.0) / a)
+
+    log_factorial, _ = gamma_parts(tl.where(large, 0.0, t) + 1.0)
+    log_gamma_theta, digamma_theta = gamma_parts(tl.where(near_poisson, 1.0, theta))
+    log_gamma_n, digamma_n = gamma_parts(tl.where(large | near_poisson, 1.0, n))
+    rest_n = log_gamma_rest(inverse_n)
+    digamma_rest_n = digamma_rest(inverse_n)
+    rest = log_gamma_rest(inverse_theta) - rest_n
+
+    rest_t = log_gamma_rest(1.0 / tl.where(large, t, _STIRLING_FROM))
+    near = tl.where(
+        large,
+        theta * first + t * second + (0.5 * third + (_HALF_LOG_2PI + rest_t + rest)),
+        (n * first + t) - t * log_mu + (0.5 * second + (log_factorial + rest)),
+    )
+    difference = (n - 0.5) * ratio + (theta - 1.0) * (third - ratio - 1.0)
+    difference += rest_n - log_gamma_rest(1.0 / tl.where(large, a, _STIRLING_FROM))
+    zeros = theta * first + t * second + log_gamma_theta
+    dispersed = tl.where(large, zeros - difference, zeros + (log_factorial - log_gamma_n))
+
+    d_near = excess - 0.5 * t_theta / n + (digamma_rest_n - digamma_rest(inverse_theta))
+    digamma_n = tl.where(large, third - 0.5 * inverse_n - digamma_rest_n, digamma_n)
+    d_dispersed = excess + t / (theta + mu) - (digamma_n - digamma_theta)
+    return tl.where(near_poisson, near, dispersed), d * share, tl.where(near_poisson, d_near, d_dispersed)
+
+
+@kernel
+def count_kernel(
+    mean,  # (rows, genes), any stride of rows; with RAW, logits
+    dispersion,  # the same, or one row for all: stride 0; with RAW, logarithms
+    zero_logits,  # (rows, genes), or None
+    library,  # with RAW, (rows,)
+    target,
+    d_mean,  # out, or None: (rows, genes), dense, as are the next two
+    d_dispersion,
+    d_zero_logits,
+    d_library,  # out, or None: (rows,)
+    row_sums,  # out: (rows,) in C
+    log_slopes,  # with RAW, room for (rows, genes) in C
+    places,  # room for (rows, COLUMNS) int16
+    grad_loss,  # see row_factor in nll.py
+    grad_nll,
+    weight: tl.float64,
+    genes: "number",  # this and the strides of rows in units of UNIT elements
+    mean_stride: "number",
+    dispersion_stride: "number",
+    zero_stride: "number",
+    library_stride: "number",
+    target_stride: "number",
+    grad_loss_stride: "number",
+    grad_nll_stride: "number",
+    RAW: tl.constexpr,
+    UNIT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PLACES: tl.constexpr,
+    C: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    genes = genes * UNIT
+    mean += row * mean_stride * UNIT
+    dispersion += row * dispersion_stride * UNIT
+    target += row * target_stride * UNIT
+    if zero_logits is not None:
+        zero_logits += row * zero_stride * UNIT
+    dense = row * genes
+    if grad_loss is None and grad_nll is None:
+        factor = tl.full((), weight, C)
+    else:
+        factor = tl.full((), 0.0, C)
+        if grad_loss is not None:
+            factor += tl.load(grad_loss + row * grad_loss_stride).to(C) * tl.full((), weight, C)
+        if grad_nll is not None:
+            factor += tl.load(grad_nll + row * grad_nll_stride).to(C)
+
+    LOG_BOUND: tl.constexpr = 700.0 if C == tl.float64 else 85.0  # which leaves 1 / theta finite
+    if RAW:
+        largest = tl.full((COLUMNS,), -float("inf"), C)
+        for start in range(0, genes, COLUMNS):
+            columns = start + tl.arange(0, COLUMNS)
+            largest = tl.maximum(largest, tl.load(mean + columns, columns < genes, -float("inf")).to(C))
+        top = tl.max(largest, 0)
+        exponentials = tl.zeros((COLUMNS,), C)
+        for start in range(0, genes, COLUMNS):
+            columns = start + tl.arange(0, COLUMNS)
+            logits = tl.load(mean + columns, columns < genes, -float("inf")).to(C)
+            exponentials += exp(logits - top)
+        total = tl.sum(exponentials, 0)
+        size = tl.load(library + row * library_stride).to(C)
+        scale = size / total
+        log_offset = tl.log(size.to(tl.float64)) - top.to(tl.float64) - tl.log(total.to(tl.float64))
+
+    values = tl.zeros((COLUMNS,), C)
+    slopes = tl.zeros((COLUMNS,), C)
+    other_values = tl.zeros((PLACES,), tl.float64)
+    other_slopes = tl.zeros((PLACES,), tl.float64)
+    places += row * COLUMNS
+    for start in range(0, genes, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        inside = columns < genes
+        mu = tl.load(mean + columns, inside, 1.0).to(C)
+        theta = tl.load(dispersion + columns, inside, 1.0).to(C)
+        t = tl.load(target + columns, inside, 0).to(C)
+        if RAW:
+            mu = exp(mu - top) * scale
+            theta = exp(bounded(theta, -LOG_BOUND, LOG_BOUND))
+        value, d_mu, d_theta = zero_term(mu, theta)
+        if zero_logits is not None:
+            pi = tl.load(zero_logits + columns, inside, 0.0).to(C)
+            value, d_z, d_pi = with_additional_zeros(value, pi)
+            d_mu *= d_z
+            d_theta *= d_z
+            if d_zero_logits is not None:
+                tl.store(
+                    d_zero_logits + dense + columns,
+                    (d_pi * factor).to(d_zero_logits.dtype.element_ty),
+                    inside,
+                )
+        is_zero = inside & (t == 0.0)
+        values += tl.where(is_zero, value, 0.0)
+        if RAW:
+            slopes += tl.where(is_zero, d_mu * mu, 0.0)
+            if log_slopes is not None:
+                tl.store(log_slopes + dense + columns, d_mu * mu, inside)
+            d_theta *= theta
+        elif d_mean is not None:
+            tl.store(d_mean + dense + columns, (d_mu * factor).to(d_mean.dtype.element_ty), inside)
+        if d_dispersion is not None:
+            tl.store(
+                d_dispersion + dense + columns,
+                (d_theta * factor).to(d_dispersion.dtype.element_ty),
+                inside,
+            )
+
+        other = inside & (t != 0.0)
+        position = tl.cumsum(other.to(tl.int32), 0) - 1
+        count = tl.sum(other.to(tl.int32), 0)
+        tl.store(places + position, (columns - start).to(tl.int16), other)
+        # All threads must have written, places and zeros' derivatives, before others read and write there.
+        tl.debug_barrier()
+        for begin in range(0, count, PLACES):
+            j = begin + tl.arange(0, PLACES)
+            there = j < count
+            place = start + tl.load(places + j, there, 0).to(tl.int32)
+            other_t = tl.load(target + place, there, 1).to(C).to(tl.float64)
+            other_mu = tl.load(mean + place, there, 1.0).to(C).to(tl.float64)
+            other_theta = tl.load(dispersion + place, there, 1.0).to(C).to(tl.float64)
+            if RAW:
+                unbounded = other_mu + log_offset
+                log_mu = bounded(unbounded, -670.0, 670.0)
+                other_mu = tl.exp(log_mu)
+                other_theta = tl.exp(bounded(other_theta, -LOG_BOUND, LOG_BOUND))
+            else:
+                log_mu = tl.log(other_mu)
+            other_value, d_log_mu, other_d_theta = positive_term(other_t, other_mu, log_mu, other_theta)
+            if RAW:
+                other_value += other_t * (
+                    log_mu - unbounded
+                )  # down there the nll is -t log mu and a constant
+                other_d_theta *= other_theta
+            if zero_logits is not None:
+                other_pi = tl.load(zero_logits + place, there, 0.0).to(C).to(tl.float64)
+                other_e = tl.exp(-tl.abs(other_pi))
+                other_value += tl.where(other_pi > 0.0, other_pi, 0.0) + log1p(other_e)
+                if d_zero_logits is not None:
+                    other_d_pi = tl.where(other_pi < 0.0, other_e, 1.0) / (1.0 + other_e)
+                    tl.store(
+                        d_zero_logits + dense + place,
+                        (other_d_pi * factor).to(C).to(d_zero_logits.dtype.element_ty),
+                        there,
+                    )
+            other_values += tl.where(there, other_value, 0.0)
+            if RAW:
+                other_slopes += tl.where(there, d_log_mu, 0.0)
+                if log_slopes is not None:
+                    tl.store(log_slopes + dense + place, d_log_mu.to(C), there)
+            elif d_mean is not None:
+                tl.store(
+                    d_mean + dense + place,
+                    (d_log_mu / other_mu * factor).to(C).to(d_mean.dtype.element_ty),
+                    there,
+                )
+            if d_dispersion is not None:
+                tl.store(
+                    d_dispersion + dense + place,
+                    (other_d_theta * factor).to(C).to(d_dispersion.dtype.element_ty),
+                    there,
+                )
+        tl.debug_barrier()
+
+    tl.store(row_sums + row, (tl.sum(values, 0).to(tl.float64) + tl.sum(other_values, 0)).to(C))
+    if RAW:
+        slope = (tl.sum(slopes, 0).to(tl.float64) + tl.sum(other_slopes, 0)).to(C)
+        if d_library is not None:
+            tl.store(d_library + row, (factor * slope / size).to(d_library.dtype.element_ty))
+        if d_mean is not None:
+            # By logit g: the derivative by log mu_g, less the share of g in the sum of all.
+            part = slope / total
+            for start in range(0, genes, COLUMNS):
+                columns = start + tl.arange(0, COLUMNS)
+                inside = columns < genes
+                d = tl.load(log_slopes + dense + columns, inside, 0.0)
+                d -= exp(tl.load(mean + columns, inside, 0.0).to(C) - top) * part
+                tl.store(d_mean + dense + columns, (d * factor).to(d_mean.dtype.element_ty), inside)
+
+
+class Form(NamedTuple):
+    """Where a likelihood keeps its params; the dispersion is the second of all."""
+
+    raw: bool
+    zero_logits: int | None
+    library: int | None
+
+    @property
+    def tensors(self) -> int:
+        return 2 + (self.zero_logits is not None) + (self.library is not None)
+
+
+FORMS = {
+    "negative_binomial": Form(False, None, None),
+    "zero_inflated_negative_binomial": Form(False, 2, None),
+    "negative_binomial_logits": Form(True, None, 2),
+    "zero_inflated_negative_binomial_logits": Form(True, 2, 3),
+}
+
+
+def shared_bit(likelihood: str, params: Sequence[Tensor]) -> int:
+    """The bit of a param that serves all rows: with a factor for each row its gradient must be made again."""
+    return 2 if likelihood in FORMS and params[1].dim() == 1 else 0
+
+
+def _dense(values: Tensor, starts: Tensor, columns: Tensor, shape: torch.Size) -> Tensor:
+    """A sparse target, as the kernel reads it: zeros and all."""
+    values = values if values.is_floating_point() or values.dtype == torch.int64 else values.to(torch.int32)
+    index = torch.searchsorted(starts, torch.arange(values.numel(), device=values.device), right=True) - 1
+    return values.new_zeros(shape).index_put_((index, columns), values, accumulate=True)
+
+
+def evaluate(
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float],
+    needs: int,
+    weight: float,
+    *,
+    grad_loss: Tensor | None = None,
+    grad_nll: Tensor | None = None,
+    values: bool = True,
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """nll._evaluate of the rows of family "counts": runs count_kernel, which makes the values in any case."""
+    form, lead = FORMS[likelihood], params[0]
+    rows, genes = lead.shape
+    dtype = row_dtype(lead)
+    if len(params) > form.tensors:
+        target = _dense(target, params[-2], params[-1], lead.shape)
+    mean, data = dense_rows(lead), dense_rows(target)
+    shared = params[1].dim() == 1
+    dispersion = params[1].contiguous() if shared else dense_rows(params[1])
+    zero_logits = dense_rows(params[form.zero_logits]) if form.zero_logits is not None else None
+    library = params[form.library] if form.library is not None else None
+
+    def room(wanted: bool, dtype: torch.dtype = lead.dtype) -> Tensor | None:
+        return lead.new_empty((rows, genes), dtype=dtype) if wanted else None
+
+    d_mean = room(bool(needs & 1))
+    # That of all rows is added up afterwards, in one order whatever the launch.
+    d_dispersion = room(bool(needs & 2), dtype if shared else lead.dtype)
+    d_zero_logits = room(form.zero_logits is not None and bool(needs >> form.zero_logits & 1))
+    d_library = (
+        torch.empty_like(library) if library is not None and needs >> (form.library or 0) & 1 else None
+    )
+    log_slopes = None
+    if form.raw and d_mean is not None:
+        log_slopes = d_mean if d_mean.dtype == dtype else room(True, dtype)
+    row_sums = lead.new_empty((rows, 1), dtype=dtype)
+    # A thread has four elements of a full tile, two in float64: their arithmetic takes most of its registers.
+    widest = 512 if dtype == torch.float32 else 256
+    columns = min(widest, max(16, triton.next_power_of_2(genes)))
+    strides = [
+        t.stride(0) if t is not None and t.dim() == 2 else 0 for t in (mean, dispersion, zero_logits, data)
+    ]
+    unit = divisor(genes, *strides)
+    factors = [(t, t.stride(0) if t is not None and t.dim() else 0) for t in (grad_loss, grad_nll)]
+    launch(
+        count_kernel,
+        rows,
+        lead.device,
+        mean,
+        dispersion,
+        zero_logits,
+        library,
+        data,
+        d_mean,
+        d_dispersion,
+        d_zero_logits,
+        d_library,
+        row_sums,
+        log_slopes,
+        torch.empty((rows, columns), dtype=torch.int16, device=lead.device),
+        factors[0][0],
+        factors[1][0],
+        weight,
+        genes // unit,
+        strides[0] // unit,
+        strides[1] // unit,
+        strides[2] // unit,
+        library.stride(0) if library is not None else 0,
+        strides[3] // unit,
+        factors[0][1],
+        factors[1][1],
+        RAW=form.raw,
+        UNIT=unit,
+        COLUMNS=columns,
+        PLACES=min(128, columns),
+        C=COMPUTE[dtype],
+        num_warps=max(1, 4 * columns // widest),
+    )
+    if shared and d_dispersion is not None:
+        d_dispersion = d_dispersion.sum(0).to(params[1].dtype)
+    by_param = {0: d_mean, 1: d_dispersion, form.zero_logits: d_zero_logits, form.library: d_library}
+    gradients = [by_param[i] for i in range(form.tensors) if needs >> i & 1]
+    return [gradient for gradient in gradients if gradient is not None], row_sums, None
+
+
+nll.EVALUATE["counts"] = evaluate
