@@ -318,6 +318,36 @@ def test_existing_run_is_replaced_only_when_asked(tmp_path, capsys):
     assert (run / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)], ids=["", "overwrite"])
+@pytest.mark.parametrize(
+    "name", ["checkpoints/other.ckpt", "tensorboard/events.1", "samples.png", "metrics.csv"]
+)
+def test_what_fastvae_did_not_make_is_not_touched(tmp_path, capsys, name, overwrite):
+    file = tmp_path / "project" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    assert train(tmp_path / "project", "--epochs", "1", *overwrite) == 2
+    assert f"{tmp_path / 'project' / Path(name).parts[0]}: there already" in one_line(capsys)
+    assert file.read_text() == "mine"
+    assert not (tmp_path / "project" / "config.toml").exists()
+
+
+def test_overwrite_removes_only_what_a_run_leaves(tmp_path):
+    pytest.importorskip("tensorboard")
+    run = tmp_path / "run"
+    assert train(run, "--epochs", "1", "--logger", "tensorboard") == 0
+    mine = [run / "checkpoints" / "other.ckpt", run / "tensorboard" / "notes.txt", run / "data" / "x.npz"]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    (run / "checkpoints" / ".last.ckpt.1.part").write_text("half")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    assert train(run, "--epochs", "1", "--overwrite") == 0
+    left = {path for path in run.rglob("*") if before.get(path) == path.stat().st_mtime_ns}
+    assert left == set(mine)
+    assert not list((run / "tensorboard").glob("events.*"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import dataclasses
 import importlib.util
 import logging
 import math
-import shutil
 import signal
 import sys
 import warnings
@@ -112,6 +111,13 @@ def train(settings: Settings, out: Path, *, overwrite: bool = False) -> None:
             f"{out}: there is a run in this folder; continue it (fastvae resume {out}), give another --out, "
             "or replace it with --overwrite"
         )
+    if not (out / CONFIG).exists() and _is_first():
+        for name in (*TABLES, *PICTURES, CHECKPOINTS, TENSORBOARD):
+            if (out / name).exists():
+                raise InputError(
+                    f"{out / name}: there already, in a folder that is no run (no {CONFIG}); a run would replace it: "
+                    "move it away, or give another --out"
+                )
     model = _fresh(settings, images)
     trainer = _trainer(settings, out, images)
     if _is_first():
@@ -350,12 +356,14 @@ def _images(settings: Settings, shape: Shape, path: Path) -> data.Images:
 
 
 def _clear(out: Path) -> None:
-    """Remove what an earlier run has left, and nothing else."""
-    for name in (CONFIG, *TABLES, *PICTURES):
-        (out / name).unlink(missing_ok=True)
-    for name in (CHECKPOINTS, TENSORBOARD):
-        shutil.rmtree(out / name, ignore_errors=True)
-    files.remove_partial(out)
+    """Remove what an earlier run has left, by name and nothing else; config.toml stays until it is replaced."""
+    checkpoints, tensorboard = out / CHECKPOINTS, out / TENSORBOARD
+    left = [out / name for name in (*TABLES, *PICTURES)]
+    left += [checkpoints / "last.ckpt", checkpoints / "best.ckpt", tensorboard / "hparams.yaml"]
+    for path in (*left, *tensorboard.glob("events.*")):
+        path.unlink(missing_ok=True)
+    for folder in (out, checkpoints):
+        files.remove_partial(folder)
 
 
 def _write_config(out: Path, settings: Settings, shape: Shape) -> None:
