@@ -168,6 +168,24 @@ def test_gaussian_learns(tmp_path):
     assert float(rows(tmp_path / "run")[-1]["held_out_kl"]) > 3
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_gaussian_begins_with_the_mean_image(recipe):
+    """Not with a black one, which many epochs go into leaving."""
+    torch.manual_seed(0)
+    x = torch.randint(0, 40, (60, 16, 20, 3), dtype=torch.uint8) + torch.tensor(
+        [200, 100, 20], dtype=torch.uint8
+    )
+    x[:, :8] += 10
+    model = runs._fresh(RECIPES[recipe](likelihood="gaussian"), data.Images("colour", x, x[:10]))
+    pixels = (x.permute(0, 3, 1, 2) + 0.5) / 256
+    mean = pixels.mean(0) if recipe == "mlp" else pixels.mean((0, 2, 3))[:, None, None]
+    with torch.no_grad():
+        shown = model.decode(torch.randn(20, model.latents))
+    assert (shown - pixels.mean(0)).square().mean() < 0.2 * pixels.square().mean()
+    error = (mean - pixels).square().mean().item()
+    assert model.elbo.likelihood.logvar.exp().item() == pytest.approx(error, rel=1e-3)
+
+
 def test_best_is_the_epoch_with_the_smallest_held_out_loss(tmp_path):
     # So large a rate makes the loss go up and down.
     assert train(tmp_path / "run", "--epochs", "6", "--lr", "0.05") == 0

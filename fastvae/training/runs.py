@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 
 import fastvae
 
@@ -195,10 +196,18 @@ def _fresh(settings: Settings, images: data.Images) -> "VAE":
     torch.manual_seed(settings.seed)
     model = build(settings, _shape(images))
     if settings.likelihood == "gaussian":
-        # The scale of a decoder that gives the mean image. From 1, far above any image's, too little of the
-        # reconstruction would count: the posterior collapses before the scale has come down.
-        pixels = images.train[:1000].float() / 256
-        variance = pixels.var(0, unbiased=False).mean() + 1 / (12 * 256**2)
+        # The decoder begins with the mean image, or the mean colour where its last layer is a convolution, and the
+        # scale with what is left of the images then. From 1, far above any image's, too little of the reconstruction
+        # would count: the posterior collapses before the scale has come down.
+        pixels = images.train[:1000].permute(0, 3, 1, 2).add(0.5).div(256)
+        mean = pixels.mean(0)
+        layers = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+        last = [layer for layer in model.decoder.modules() if isinstance(layer, layers)][-1]
+        if not isinstance(last, nn.Linear):
+            mean = mean.mean((1, 2), keepdim=True)
+        if last.bias is not None and last.bias.numel() == mean.numel():
+            last.bias.copy_(mean.flatten())
+        variance = (pixels - mean).square().mean() + 1 / (12 * 256**2)
         model.elbo.likelihood.logvar.fill_(variance.log())  # type: ignore[operator]
     return model
 
