@@ -550,7 +550,13 @@ def test_latents(tmp_path, latents, labels):
 
 
 def test_latents_of_little(tmp_path):
-    """A single image, and a posterior that has collapsed."""
+    """A single image, a posterior that has collapsed, and one that is nowhere."""
+    for dimensions in (1, 2, 5):
+        mu = torch.randn(50, dimensions)
+        mu[3] = torch.nan
+        for some in (mu, mu * torch.inf):
+            pictures.save_latents(some, torch.arange(50) % 3, tmp_path / "latents.png")
+            shape_of(tmp_path / "latents.png")
     for mu in (torch.zeros(1, 5), torch.zeros(50, 5), torch.zeros(50, 2), torch.zeros(50, 1)):
         pictures.save_latents(mu, torch.zeros(len(mu)).long(), tmp_path / "latents.png")
         assert (tmp_path / "latents.png").stat().st_size > 1000

@@ -463,7 +463,7 @@ def test_batches_of_all_processes_together(world, n):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("term", ["nll", "kl"])
+@pytest.mark.parametrize("term", ["nll", "kl", "the gradient"])
 @pytest.mark.parametrize("clip", [(), ("--clip", "1")], ids=["", "clipped"])
 def test_non_finite_step_is_skipped_counted_and_named(tmp_path, capsys, monkeypatch, term, clip):
     after = []
@@ -477,6 +477,16 @@ def test_non_finite_step_is_skipped_counted_and_named(tmp_path, capsys, monkeypa
 
     if term == "nll":
         spoil("decode", lambda self, recon: recon * math.nan if here(self) else recon)
+    elif term == "the gradient":
+
+        def spoilt(self, recon):
+            if here(self):
+                recon.register_hook(
+                    lambda gradient: gradient * math.inf
+                )  # the loss itself is as it should be
+            return recon
+
+        spoil("decode", spoilt)
     else:
         spoil(
             "encode", lambda self, posterior: (posterior[0] * (math.nan if here(self) else 1), posterior[1])
@@ -501,6 +511,36 @@ def test_run_that_never_steps_is_an_error(tmp_path, capsys, monkeypatch):
     assert train(tmp_path / "run", "--epochs", "2") == 2
     assert "every step of epoch 1 was skipped: nll of step 1 is not finite" in one_line(capsys)
     assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.usefixtures("drawn")
+def test_weights_that_give_no_finite_held_out_loss_are_not_kept(tmp_path, capsys, monkeypatch):
+    def spoilt(epochs):
+        encode = module.VAE.encode
+
+        def spoil(self, x):
+            bad = math.nan if not self.training and self.current_epoch in epochs else 1
+            return tuple(part * bad for part in encode(self, x))
+
+        monkeypatch.setattr(module.VAE, "encode", spoil)
+
+    run = tmp_path / "run"
+    spoilt([0])
+    assert train(run, "--epochs", "1") == 0
+    assert (
+        "warning: the held-out loss of epoch 1 is not finite: no checkpoint is kept"
+        in capsys.readouterr().out
+    )
+    assert not (run / "checkpoints").exists()
+    assert cli.main(["sample", str(run)]) == 2
+    assert "no checkpoints/best.ckpt yet" in one_line(capsys)
+    monkeypatch.undo()
+    assert cli.main(["resume", str(run)]) == 0
+    spoilt([1])
+    assert cli.main(["resume", str(run), "--epochs", "2"]) == 0
+    assert len(rows(run)) == 2
+    for name in ("last", "best"):
+        assert runs.load(run, checkpoint=name).epoch == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -801,7 +841,11 @@ def test_foreign_and_damaged_checkpoints(run, capsys):
     saved["state_dict"]["other.weight"] = torch.zeros(2)
     torch.save(saved, file)
     assert "`other.weight` is none of this one's" in refused()
-    del saved["state_dict"]["other.weight"], saved["state_dict"]["decoder.0.bias"]
+    del saved["state_dict"]["other.weight"]
+    saved["state_dict"]["decoder.0.bias"][0] = math.nan
+    torch.save(saved, file)
+    assert "`decoder.0.bias` holds NaN or infinity" in refused()
+    del saved["state_dict"]["decoder.0.bias"]
     torch.save(saved, file)
     assert "there is no `decoder.0.bias` in it" in refused()
     file.unlink()

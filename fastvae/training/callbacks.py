@@ -78,6 +78,10 @@ class Metrics(Checkpoint):
                     f"every step of epoch {row['epoch']} was skipped: {what}; try a smaller --lr, or --clip 1"
                 )
             self.say(f"warning: {skipped} of {steps} steps skipped, the weights left as they were: {what}")
+        if not math.isfinite(row[MONITOR]):
+            self.say(
+                f"warning: the held-out loss of epoch {row['epoch']} is not finite: no checkpoint is kept of it"
+            )
         if trainer.is_global_zero:
             names = [f"kl_{i}" for i in range(len(self.kl_rows[0]) - 1)]
             files.write(self.folder / "metrics.csv", _csv([list(self.rows[0]), *map(_cells, self.rows)]))
@@ -174,6 +178,10 @@ class _Movable(ModelCheckpoint):
     def __init__(self, folder: Path, name: str, monitor: str | None = None) -> None:
         super().__init__(folder, name, monitor, enable_version_counter=False, save_on_train_epoch_end=True)
 
+    def on_train_epoch_end(self, trainer: Trainer, model: LightningModule) -> None:
+        if math.isfinite(trainer.callback_metrics[MONITOR]):
+            super().on_train_epoch_end(trainer, model)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning forgets which epoch was best when the folder has been moved.
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
@@ -187,7 +195,7 @@ class Best(_Movable):
 
 
 class Last(_Movable):
-    """checkpoints/last.ckpt, after every epoch: what `resume` goes on from."""
+    """checkpoints/last.ckpt, after every epoch whose held-out loss is finite: what `resume` goes on from."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, "last")

@@ -41,7 +41,7 @@ class VAE(LightningModule):
     the same of the held-out images, without beta: held_out_nelbo, held_out_nll, held_out_kl, held_out_bits_per_dim;
     beta, active_units and skipped_steps. `kl_per_dimension` has the held-out KL of each latent dimension, (L,).
 
-    A step whose loss is not finite leaves the weights as they are; `first_skip` then says where it was.
+    A step whose loss or gradient is not finite leaves the weights as they are; `first_skip` then says where it was.
     """
 
     def __init__(
@@ -123,11 +123,18 @@ class VAE(LightningModule):
         return out.loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        skip = (~torch.isfinite(self._steps.losses[-1])).float()
+        finite = torch.isfinite(self._steps.losses[-1])
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if (
+            not scaled
+        ):  # a scaler looks itself, and comes down where a gradient has overflown by its scale alone
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            finite = finite & torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+        skip = (~finite).float()
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(skip, torch.distributed.ReduceOp.MAX)
         self._steps.skipped.append(skip)
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+        if not scaled:
             # What a GradScaler tells a fused optimizer: with a 1 here the step does nothing. The host need not know.
             optimizer.found_inf = skip  # type: ignore[attr-defined]
 
@@ -168,8 +175,10 @@ class VAE(LightningModule):
                 for name, values in (("kl", steps.kl), ("nll", steps.nll))
             }
             bad = [name for name, is_finite in finite.items() if not is_finite]
+            if not bad:
+                bad = ["the gradient" if torch.isfinite(steps.losses[step]) else "the loss"]
             # Of two the KL: it comes first, and NaN in mu or logvar reaches the reconstruction too.
-            self.first_skip = f"{bad[0] if bad else 'the loss'} of step {step + 1}"
+            self.first_skip = f"{bad[0]} of step {step + 1}"
 
     # -----------------------------------------------------------------------------------------------------------------
     # Held-out images

@@ -151,8 +151,10 @@ def save_latents(mu: Tensor, labels: Tensor | None, path: Path) -> None:
     More than two dimensions are shown by their first two principal components; a single one as a histogram. Of very
     many points an even choice is drawn. Raises InputError as `save_grid`.
     """
-    some = torch.linspace(0, len(mu) - 1, min(len(mu), _POINTS)).long()
     mu = mu.double().cpu()
+    finite = mu.isfinite().all(1)
+    mu, labels = mu[finite], None if labels is None else labels.cpu()[finite]
+    some = torch.linspace(0, len(mu) - 1, min(len(mu), _POINTS)).long()
     points, names = mu[some], ["z0", "z1"]
     if mu.shape[1] > 2:
         directions, shares = _principal(mu)
@@ -161,8 +163,8 @@ def save_latents(mu: Tensor, labels: Tensor | None, path: Path) -> None:
             f"{place} principal component ({share:.0%} of the variance)"
             for place, share in zip(("first", "second"), shares.tolist(), strict=True)
         ]
-    classes = torch.zeros(len(some)) if labels is None else labels.cpu()[some]
-    present = classes.unique().tolist()
+    classes = torch.zeros(len(some)) if labels is None else labels[some]
+    present = classes.unique().tolist() or [0]
     if len(present) > _CLASSES:
         classes, present = torch.zeros(len(some)), [0]
     colours = _colours(len(present))
@@ -180,7 +182,13 @@ def save_latents(mu: Tensor, labels: Tensor | None, path: Path) -> None:
     else:
         for group, colour, text in zip(groups, colours, _texts(present), strict=True):
             axes.scatter(
-                group[:, 0], group[:, 1], 6 + 6000 / len(points), alpha=0.7, lw=0, color=colour, label=text
+                group[:, 0],
+                group[:, 1],
+                6 + 6000 / max(1, len(points)),
+                alpha=0.7,
+                lw=0,
+                color=colour,
+                label=text,
             )
         axes.set_aspect("equal", "datalim")
         axes.set_xlabel(names[0])

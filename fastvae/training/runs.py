@@ -85,7 +85,10 @@ def load(path: Path, *, data: str | None = None, checkpoint: Literal["best", "la
         settings = dataclasses.replace(settings, data=data)
     file = path / CHECKPOINTS / f"{checkpoint}.ckpt"
     if not file.exists():
-        raise InputError(f"{path}: there is no {file.relative_to(path)} yet: it comes with the first epoch")
+        raise InputError(
+            f"{path}: there is no {file.relative_to(path)} yet: it comes with the first epoch whose held-out loss "
+            "is finite"
+        )
     model = build(settings, shape)
     state = _read_checkpoint(file, model)
     model.load_state_dict(state["state_dict"])
@@ -434,6 +437,8 @@ def _read_checkpoint(file: Path, model: "VAE") -> dict[str, Any]:
                 f"{file}: a checkpoint of another model: `{name}` is {tuple(state[name].shape)} in it, and "
                 f"{tuple(tensor.shape)} by config.toml"
             )
+        if not state[name].isfinite().all():
+            raise InputError(f"{file}: `{name}` holds NaN or infinity: these weights are of no use")
     if more := sorted(names - set(model.state_dict())):
         raise InputError(f"{file}: a checkpoint of another model: `{more[0]}` is none of this one's")
     return checkpoint
