@@ -211,6 +211,30 @@ def test_tensorboard(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("options", [(), ("--ema", "0.9", "--clip", "1")], ids=["", "everything"])
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.usefixtures("drawn")
+def test_precisions(tmp_path, capsys, precision, options):
+    options = ("--epochs", "1", "--lr", "0.005", "--precision", precision, *options)
+    code = train(tmp_path / "run", *options)
+    if precision.endswith("true") and "--ema" in options:
+        assert code == 2
+        assert f"--ema averages weights in float32: give --precision 32-true, got {precision}" in one_line(
+            capsys
+        )
+        return
+    assert code == 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
+    (row,) = rows(tmp_path / "run")
+    assert float(row["train_loss"]) < 44.4  # 64 ln 2
+    assert row["skipped_steps"] == "0"
+    assert cli.main(["resume", str(tmp_path / "run"), "--epochs", "2"]) == 0
+    first, second = rows(tmp_path / "run")
+    assert float(second["train_loss"]) < float(first["train_loss"])
+    run = runs.load(tmp_path / "run")
+    assert run.model.decode(torch.zeros(1, 4)).isfinite().all()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Stopped and resumed
 # ---------------------------------------------------------------------------------------------------------------------
@@ -749,6 +773,10 @@ def test_hugging_face_dataset(tmp_path, monkeypatch, capsys):
         (("--accelerator", "abacus"), "Lightning refuses --accelerator abacus"),
         (("--strategy", "ddq"), "Lightning refuses --accelerator cpu --strategy ddq"),
         (("--precision", "7"), "Lightning refuses --accelerator cpu --precision 7"),
+        (
+            ("--precision", "16-true"),
+            "--precision 16-true: Adam's squares of gradients leave the range of float16",
+        ),
         (("--devices", "200"), "--devices 200"),
         (("--colour", "red"), "No such option"),
     ],

@@ -152,16 +152,23 @@ class Pictures(Callback):
     @torch.no_grad()
     def draw(self, model: VAE) -> None:
         settings, device = self.settings, model.device
+        precision = model.trainer.precision_plugin  # what Lightning's own loops go through
+
+        def encoded(x: Tensor) -> Tensor:
+            with precision.forward_context():
+                return model.encode(precision.convert_input(x.to(device)))[0]
 
         def shown(z: Tensor) -> Tensor:
-            return model.elbo.likelihood.mean(model.decode(z)).float().cpu().permute(0, 2, 3, 1)  # type: ignore[operator]
+            with precision.forward_context():
+                mean = model.elbo.likelihood.mean(model.decode(precision.convert_input(z)))  # type: ignore[operator]
+            return mean.float().cpu().permute(0, 2, 3, 1)
 
         z = torch.randn(80, model.latents, generator=generator(settings.seed, 2)).to(device)
         pictures.save_grid(shown(z).split(10), self.folder / "samples.png")
 
         held_out, labels = self.images.held_out[:_DRAWN], self.images.held_out_labels
         x = prepare(held_out, settings, generator(settings.seed, 3))
-        mu = torch.cat([model.encode(part.to(device))[0] for part in x.split(500)])
+        mu = torch.cat([encoded(part) for part in x.split(500)])
         pictures.save_latents(mu, None if labels is None else labels[:_DRAWN], self.folder / "latents.png")
 
         columns = min(10, len(held_out))

@@ -35,7 +35,6 @@ class VAE(LightningModule):
         schedule, schedule_epochs, cycles: how beta rises; see `fastvae.training.warmup`.
         bits_offset: what bits per dimension need added to nats / (D ln 2): 0 for binary data, 8 for bytes scaled to
             [0, 1], None where the data have no bits per dimension.
-        fused: Adam's fused kernel, which also serves to skip steps.
 
     Logged at the end of each epoch, in nats per image: train_loss (with beta), train_nll, train_kl, train_bits_per_dim;
     the same of the held-out images, without beta: held_out_nelbo, held_out_nll, held_out_kl, held_out_bits_per_dim;
@@ -58,7 +57,6 @@ class VAE(LightningModule):
         schedule_epochs: float = 1.0,
         cycles: int = 1,
         bits_offset: float | None = None,
-        fused: bool = True,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -71,7 +69,6 @@ class VAE(LightningModule):
         self.schedule, self.schedule_epochs, self.cycles = schedule, schedule_epochs, cycles
         self.beta = float(elbo.beta)
         self.bits_offset = bits_offset
-        self.fused = fused
         self.kl_per_dimension = torch.zeros(latents)
         self.first_skip: str | None = None
 
@@ -97,7 +94,14 @@ class VAE(LightningModule):
         groups: list[dict[str, Any]] = [{"params": rest}]
         if scale:
             groups.append({"params": scale, "lr": 10 * self.lr})
-        return torch.optim.Adam(groups, lr=self.lr, fused=self.fused)
+        # The fused kernel also serves to skip steps. With a scaler, which skips them itself, Lightning cannot clip for
+        # it: it would have to unscale the gradients before.
+        fused = self._scaler is None or not self.trainer.gradient_clip_val
+        return torch.optim.Adam(groups, lr=self.lr, fused=fused)
+
+    @property
+    def _scaler(self) -> Any:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Training
@@ -134,7 +138,7 @@ class VAE(LightningModule):
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(skip, torch.distributed.ReduceOp.MAX)
         self._steps.skipped.append(skip)
-        if not scaled:
+        if self._scaler is None:
             # What a GradScaler tells a fused optimizer: with a 1 here the step does nothing. The host need not know.
             optimizer.found_inf = skip  # type: ignore[attr-defined]
 

@@ -183,8 +183,6 @@ def build(settings: Settings, shape: Shape) -> "VAE":
         schedule_epochs=settings.warmup_epochs,
         cycles=settings.cycles,
         bits_offset=0 if bernoulli else 8,
-        # Lightning cannot unscale gradients for a fused optimizer, as it must before it clips them.
-        fused=not (settings.precision == "16-mixed" and settings.clip),
     )
 
 
@@ -247,7 +245,7 @@ def _trainer(settings: Settings, folder: Path, images: data.Images) -> "Trainer"
     bar = sys.stdout.isatty()
     checkpoints = folder / CHECKPOINTS
     try:
-        return Trainer(
+        trainer = Trainer(
             max_epochs=settings.epochs,
             accelerator=settings.accelerator,
             devices=settings.devices,
@@ -279,6 +277,15 @@ def _trainer(settings: Settings, folder: Path, images: data.Images) -> "Trainer"
         raise InputError(
             f"Lightning refuses {' '.join(given)}: {str(error).strip().splitlines()[0]}"
         ) from error
+    if trainer.precision == "16-true":
+        raise InputError(
+            "--precision 16-true: Adam's squares of gradients leave the range of float16; take bf16-true or 16-mixed"
+        )
+    if settings.ema and trainer.precision in ("bf16-true", "64-true"):
+        raise InputError(
+            f"--ema averages weights in float32: give --precision 32-true, got {trainer.precision}"
+        )
+    return trainer
 
 
 def _fit(

@@ -92,7 +92,11 @@ class Settings:
     devices: int = option(1, "How many devices, a process each.", "Machine", at_least=1)
     accelerator: str = option("auto", "Lightning's: auto, cpu, gpu, ...", "Machine")
     strategy: str = option("auto", "Lightning's: auto, ddp, fsdp, ...", "Machine")
-    precision: str = option("32-true", "Lightning's: 32-true, bf16-mixed, 16-mixed, ...", "Machine")
+    precision: str = option(
+        "32-true",
+        "Lightning's: 32-true, bf16-mixed, 16-mixed, or, without --ema, bf16-true and 64-true.",
+        "Machine",
+    )
     logger: Literal["csv", "tensorboard"] = option(
         "csv", "csv, or tensorboard: its event files too.", "Machine"
     )
