@@ -180,6 +180,17 @@ def test_traverse(run, capsys):
         mu = opened.model.encode(x)[0]
     assert order == mu.var(0).argsort(descending=True).tolist()
     assert "along 2 dimensions, " in done(capsys, "traverse", run, "-n", 2)
+    # The row of the most active dimension, and that of the least.
+    with Image.open(run / "again.png") as picture:
+        pixels = np.asarray(picture)
+    for row in (0, 5):
+        z = mu[4].repeat(5, 1)
+        z[:, order[row]] = torch.linspace(-3, 3, 5)
+        with torch.no_grad():
+            expected = torch.sigmoid(opened.model.decode(z))[:, 0].permute(1, 0, 2) * 255  # side by side
+        images = pixels[2 + row * 66 :, width - 5 * 66 :][:64:8]
+        got = np.stack([images[:, c * 66 :][:, :64:8] for c in range(5)], 1)
+        np.testing.assert_allclose(got, expected, atol=1)
 
 
 @pytest.mark.parametrize(
@@ -215,6 +226,20 @@ def test_inpainting_is_repeatable(run, capsys):
 
     assert draw() == draw()
     assert draw() != draw("--seed", 1)
+
+
+def test_inpainting_is_what_the_model_makes_of_it(run):
+    opened = runs.load(run)
+    x = (opened.images.held_out[:4] >= 128).float().permute(0, 3, 1, 2)
+    x[..., 4:].uniform_(generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = torch.sigmoid(opened.model.decode(opened.model.encode(x)[0]))[:, 0] * 255
+    found = {}
+    for steps in (1, 2):
+        generate.inpaint(opened, run / "inpainting.png", steps=steps, n=4)
+        found[steps] = cells(run / "inpainting.png", 4, 3)[1, :, ::8, ::8][..., 4:]
+    np.testing.assert_allclose(found[1], expected[..., 4:], atol=1)
+    assert (found[1] != found[2]).any()
 
 
 def test_mask_of_an_odd_size():
