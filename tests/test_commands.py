@@ -587,6 +587,20 @@ def test_latents_of_little(tmp_path):
         assert (tmp_path / "latents.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("points", [11, 300])
+def test_legend_of_latents(tmp_path, monkeypatch, points):
+    """The names of the classes, and markers that do not cover them however few points there are."""
+    figures = []
+    save = pictures._save
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: (save(figure, path), figures.append(figure)))
+    labels = torch.arange(points) % 2
+    pictures.save_latents(torch.randn(points, 3), labels, tmp_path / "latents.png", ("cats", "dogs"))
+    (axes,) = figures[0].axes
+    legend = axes.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["cats", "dogs"]
+    assert all(area <= 61 for mark in legend.legend_handles for area in mark.get_sizes())
+
+
 def test_principal_components():
     scales = torch.tensor([0.1, 5.0, 0.2, 2.0]).double()
     mu = torch.randn(4000, 4).double() * scales + 3

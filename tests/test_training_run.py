@@ -713,6 +713,7 @@ def test_folder_of_images(tmp_path, capsys):
     assert images.held_out.shape == (2, 8, 8, 1)
     for part, labels in ((images.train, images.train_labels), (images.held_out, images.held_out_labels)):
         assert torch.equal(labels, (part[:, 0, 0, 0] > 100).long())
+    assert images.label_names == ("cats", "dogs")
     (note,) = images.notes
     assert note.startswith("2 of 14 images cannot be read and are skipped: ")
     assert "cats/6.png (not an image)" in note
@@ -720,6 +721,17 @@ def test_folder_of_images(tmp_path, capsys):
     # Told in a run, and no reason to stop.
     assert train(tmp_path / "run", "--data", str(tmp_path), "--size", "8", "--epochs", "1") == 0
     assert f"warning: {note}" in capsys.readouterr().out
+
+
+def test_labels_are_numbered_without_unreadable_folders(tmp_path):
+    for i in range(6):
+        picture(tmp_path / "dogs" / f"{i}.png", (9, 9), 200)
+        picture(tmp_path / "eels" / f"{i}.png", (9, 9), 10)
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "0.png").write_text("no image")
+    images = data.load(str(tmp_path))
+    assert images.label_names == ("dogs", "eels")
+    assert torch.equal(images.train_labels, (images.train[:, 0, 0, 0] < 100).long())
 
 
 def test_sizes_and_kinds_of_images(tmp_path):
@@ -751,7 +763,7 @@ def fake_datasets(monkeypatch, splits, features) -> list[str]:
     """A module in the place of `datasets`, of which the images are bytes."""
     fake = types.ModuleType("datasets")
     fake.Image = type("Image", (), {"__init__": lambda self, decode=True: setattr(self, "decode", decode)})
-    fake.ClassLabel = type("ClassLabel", (), {})
+    fake.ClassLabel = type("ClassLabel", (), {"names": [f"kind {i}" for i in range(100)]})
     kinds = {"image": fake.Image, "label": fake.ClassLabel, "text": str}
 
     class Split:
@@ -797,6 +809,7 @@ def test_hugging_face_dataset(tmp_path, monkeypatch, capsys):
     assert torch.equal(images.train[:, 0, 0, 0].long(), images.train_labels)
     assert images.held_out[:, 0, 0, 0].tolist() == [100, 101]
     assert images.held_out_labels.tolist() == [5, 6]
+    assert images.label_names[6] == "kind 6"
     assert images.notes == ("1 of 11 images cannot be read and are skipped: train[8] (not an image)",)
 
     fake_datasets(monkeypatch, {"train": train_split}, features)

@@ -169,7 +169,8 @@ class Pictures(Callback):
         held_out, labels = self.images.held_out[:_DRAWN], self.images.held_out_labels
         x = prepare(held_out, settings, generator(settings.seed, 3))
         mu = torch.cat([encoded(part) for part in x.split(500)])
-        pictures.save_latents(mu, None if labels is None else labels[:_DRAWN], self.folder / "latents.png")
+        labels = None if labels is None else labels[:_DRAWN]
+        pictures.save_latents(mu, labels, self.folder / "latents.png", self.images.label_names)
 
         columns = min(10, len(held_out))
         rows = []

@@ -33,6 +33,8 @@ class Images(NamedTuple):
     held_out_labels: Tensor | None = None
     notes: tuple[str, ...] = ()
     """Lines to tell the user: what was skipped."""
+    label_names: tuple[str, ...] = ()
+    """Of the labels 0, 1, ..., where they have names."""
 
 
 def load(spec: str, *, seed: int = 0, size: int = 0) -> Images:
@@ -168,11 +170,12 @@ def folder(path: Path, seed: int, size: int = 0) -> Images:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     if not files:
         raise InputError(f"{path}: there are no images in this folder (*.png, *.jpg, ...)")
-    parents = [file.relative_to(path).parts[0] if file.parent != path else "" for file in files]
+    parents = [file.relative_to(path).parts[0] if file.parent != path else "." for file in files]
+    images, kept, notes = _decode(str(path), files, [str(file.relative_to(path)) for file in files], size)
+    parents = [parents[place] for place in kept.tolist()]
     names = sorted(set(parents))
     labels = torch.tensor([names.index(parent) for parent in parents]) if len(names) > 1 else None
-    images, kept, notes = _decode(str(path), files, [str(file.relative_to(path)) for file in files], size)
-    return _split(path.name, images, seed, None if labels is None else labels[kept], notes)
+    return _split(path.name, images, seed, labels, notes)._replace(label_names=tuple(names))
 
 
 def hugging_face(name: str, seed: int, size: int = 0) -> Images:
@@ -209,6 +212,8 @@ def hugging_face(name: str, seed: int, size: int = 0) -> Images:
         raise InputError(f"{name}: this dataset has no column of images, only {', '.join(train.features)}")
     label = next((key for key, kind in train.features.items() if isinstance(kind, datasets.ClassLabel)), None)
 
+    label_names = tuple(getattr(train.features[label], "names", ()) if label is not None else ())
+
     def rows(split: Any) -> tuple[list[IO[bytes] | str], Tensor | None]:
         # Not decoded by `datasets`: it stops at the first damaged image.
         raw = split.cast_column(column, datasets.Image(decode=False))[column]
@@ -228,7 +233,7 @@ def hugging_face(name: str, seed: int, size: int = 0) -> Images:
     if labels is not None:
         labels = labels[kept]
     if other is None:
-        return _split(name, images, seed, labels, notes)
+        return _split(name, images, seed, labels, notes)._replace(label_names=label_names)
     trained = kept < first
     for split, some in (("train", trained.any()), (other, (~trained).any())):
         if not some:
@@ -240,6 +245,7 @@ def hugging_face(name: str, seed: int, size: int = 0) -> Images:
         None if labels is None else labels[trained],
         None if labels is None else labels[~trained],
         notes,
+        label_names,
     )
 
 

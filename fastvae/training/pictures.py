@@ -1,6 +1,7 @@
 """Pictures as PNG files, written beside and renamed: grids of images, the course of the losses, the latent space."""
 
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -145,8 +146,9 @@ def _forget_the_start(axes: Any) -> None:
             return
 
 
-def save_latents(mu: Tensor, labels: Tensor | None, path: Path) -> None:
-    """Draw posterior means (N, L) as points, coloured by their labels (N,), the integers of a few classes.
+def save_latents(mu: Tensor, labels: Tensor | None, path: Path, names: Sequence[str] = ()) -> None:
+    """Draw posterior means (N, L) as points, coloured by their labels (N,), the integers of a few classes, and perhaps
+    with names.
 
     More than two dimensions are shown by their first two principal components; a single one as a histogram. Of very
     many points an even choice is drawn. Raises InputError as `save_grid`.
@@ -155,11 +157,11 @@ def save_latents(mu: Tensor, labels: Tensor | None, path: Path) -> None:
     finite = mu.isfinite().all(1)
     mu, labels = mu[finite], None if labels is None else labels.cpu()[finite]
     some = torch.linspace(0, len(mu) - 1, min(len(mu), _POINTS)).long()
-    points, names = mu[some], ["z0", "z1"]
+    points, axis_names = mu[some], ["z0", "z1"]
     if mu.shape[1] > 2:
         directions, shares = _principal(mu)
         points = (points - mu.mean(0)) @ directions
-        names = [
+        axis_names = [
             f"{place} principal component ({share:.0%} of the variance)"
             for place, share in zip(("first", "second"), shares.tolist(), strict=True)
         ]
@@ -169,37 +171,33 @@ def save_latents(mu: Tensor, labels: Tensor | None, path: Path) -> None:
         classes, present = torch.zeros(len(some)), [0]
     colours = _colours(len(present))
     groups = [points[classes == label].numpy() for label in present]
+    size = min(60.0, 6 + 6000 / max(1, len(points)))  # of a point, as an area
 
     figure = _figure(7.2, 6.4)
     axes = figure.subplots()
     if mu.shape[1] == 1:
         edges = np.histogram_bin_edges(points.numpy(), 60).tolist()
         axes.hist(
-            [group[:, 0] for group in groups], edges, stacked=True, color=colours, label=_texts(present)
+            [group[:, 0] for group in groups],
+            edges,
+            stacked=True,
+            color=colours,
+            label=_texts(present, names),
         )
         axes.set_xlabel("z0")
         axes.set_ylabel("images")
     else:
-        for group, colour, text in zip(groups, colours, _texts(present), strict=True):
-            axes.scatter(
-                group[:, 0],
-                group[:, 1],
-                6 + 6000 / max(1, len(points)),
-                alpha=0.7,
-                lw=0,
-                color=colour,
-                label=text,
-            )
+        for group, colour, text in zip(groups, colours, _texts(present, names), strict=True):
+            axes.scatter(group[:, 0], group[:, 1], size, alpha=0.7, lw=0, color=colour, label=text)
         axes.set_aspect("equal", "datalim")
-        axes.set_xlabel(names[0])
-        axes.set_ylabel(names[1])
+        axes.set_xlabel(axis_names[0])
+        axes.set_ylabel(axis_names[1])
         axes.grid(alpha=0.25)
     axes.set_title("posterior means of held-out images", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     if len(present) > 1:
-        axes.legend(
-            title="label", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, markerscale=2.5
-        )
+        at: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+        axes.legend(title="label", frameon=False, markerscale=math.sqrt(60 / size), **at)
     _save(figure, path)
 
 
@@ -213,8 +211,8 @@ def _principal(mu: Tensor) -> tuple[Tensor, Tensor]:
     return directions * largest.sign(), variances[[-1, -2]].clamp(min=0) / variances.sum().clamp(min=1e-30)
 
 
-def _texts(present: list[Any]) -> list[str]:
-    return [str(int(label)) for label in present]
+def _texts(present: list[Any], names: Sequence[str]) -> list[str]:
+    return [names[int(n)][:24] if 0 <= n < len(names) else str(int(n)) for n in present]
 
 
 def _colours(count: int) -> list[Any]:
