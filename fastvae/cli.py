@@ -120,7 +120,7 @@ def _app() -> Any:
         str | None,
         typer.Option(
             metavar="DATA",
-            help="Other images than the run's own, given as for `fastvae train`. The held-out ones are taken.",
+            help="Other images than the run's own, given as for `fastvae train`: the held-out ones; all of a folder.",
             show_default=False,
         ),
     ]

@@ -723,6 +723,22 @@ def test_folder_of_images(tmp_path, capsys):
     assert f"warning: {note}" in capsys.readouterr().out
 
 
+def test_another_folder_is_brought_to_the_shape_of_the_run(tmp_path, capsys):
+    for i in range(12):
+        picture(tmp_path / "own" / f"{i}.png", (20, 12), 20 * i)
+    assert train(tmp_path / "run", "--data", str(tmp_path / "own"), "--epochs", "1") == 0
+    picture(tmp_path / "other" / "a.png", (90, 70), (250, 10, 10), "RGB")
+    others = runs.load(tmp_path / "run", data=str(tmp_path / "other")).images
+    assert others.held_out.shape == (1, 12, 20, 1)
+    picture(tmp_path / "other" / "b.png", (30, 30), 7)
+    capsys.readouterr()
+    for command in ("reconstruct", "evaluate"):
+        assert cli.main([command, str(tmp_path / "run"), "--data", str(tmp_path / "other")]) == 0
+        assert "2 held-out images" in capsys.readouterr().out
+    # Its own folder by its name is no other one: what was trained on is not held out.
+    assert len(runs.load(tmp_path / "run", data=str(tmp_path / "own")).images.held_out) == 2
+
+
 def test_labels_are_numbered_without_unreadable_folders(tmp_path):
     for i in range(6):
         picture(tmp_path / "dogs" / f"{i}.png", (9, 9), 200)

@@ -37,11 +37,14 @@ class Images(NamedTuple):
     """Of the labels 0, 1, ..., where they have names."""
 
 
-def load(spec: str, *, seed: int = 0, size: int = 0) -> Images:
+def load(
+    spec: str, *, seed: int = 0, size: int = 0, shape: tuple[int, int, int] | None = None, whole: bool = False
+) -> Images:
     """The images of `--data`: "digits", a .npz file, a folder, or the name of a Hugging Face dataset.
 
     `size` is for the last two: the side to which images are cut and resized. 0 leaves them as they are if all have one
-    size of at most 64 pixels, and makes them 64 x 64 if not.
+    size of at most 64 pixels, and makes them 64 x 64 if not. With `shape` (H, W, C) they are brought to just that. All
+    images of a folder are held out if it is to be taken as a `whole`.
 
     Raises InputError for what cannot be read, and for what holds no images.
     """
@@ -49,13 +52,13 @@ def load(spec: str, *, seed: int = 0, size: int = 0) -> Images:
         return digits(seed)
     path = Path(spec).expanduser()
     if path.is_dir():
-        return folder(path, seed, size)
+        return folder(path, seed, size, shape, whole)
     if path.suffix == ".npz":
         return npz(path, seed)
     if path.exists():
         raise InputError(f"{spec}: neither a .npz file nor a folder of images")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", spec):
-        return hugging_face(spec, seed, size)
+        return hugging_face(spec, seed, size, shape)
     raise InputError(f"{spec}: no such file or folder")
 
 
@@ -147,13 +150,19 @@ def _labels(array: Any, n: int) -> Tensor | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def folder(path: Path, seed: int, size: int = 0) -> Images:
-    """All images in a folder and below it; a sixth, drawn by `seed`, is held out.
+def folder(
+    path: Path,
+    seed: int,
+    size: int = 0,
+    shape: tuple[int, int, int] | None = None,
+    whole: bool = False,
+) -> Images:
+    """All images in a folder and below it; a sixth, drawn by `seed`, is held out, or all of a `whole`.
 
     The folders of the first level are the labels, if there are several. Files that cannot be read as images are
     skipped, and `notes` names them. They are grey if every image is, else RGB; EXIF rotations are applied.
 
-    Raises InputError where fewer than two images are left.
+    Raises InputError where fewer than two images are left, or none for a `whole`.
     """
     from PIL import Image
 
@@ -171,14 +180,18 @@ def folder(path: Path, seed: int, size: int = 0) -> Images:
     if not files:
         raise InputError(f"{path}: there are no images in this folder (*.png, *.jpg, ...)")
     parents = [file.relative_to(path).parts[0] if file.parent != path else "." for file in files]
-    images, kept, notes = _decode(str(path), files, [str(file.relative_to(path)) for file in files], size)
+    images, kept, notes = _decode(
+        str(path), files, [str(file.relative_to(path)) for file in files], size, shape, whole
+    )
     parents = [parents[place] for place in kept.tolist()]
     names = sorted(set(parents))
     labels = torch.tensor([names.index(parent) for parent in parents]) if len(names) > 1 else None
+    if whole:
+        return Images(path.name, images[:0], images, None, labels, notes, tuple(names))
     return _split(path.name, images, seed, labels, notes)._replace(label_names=tuple(names))
 
 
-def hugging_face(name: str, seed: int, size: int = 0) -> Images:
+def hugging_face(name: str, seed: int, size: int = 0, shape: tuple[int, int, int] | None = None) -> Images:
     """A dataset of the Hugging Face hub: its first column of images, and the first of class labels if there is one.
 
     The split `train` is trained on; `test`, or else `validation`, is held out, and without either a sixth of `train`.
@@ -229,7 +242,7 @@ def hugging_face(name: str, seed: int, size: int = 0) -> Images:
         sources += more
         names += [f"{other}[{i}]" for i in range(len(more))]
         labels = torch.cat([labels, more_labels]) if labels is not None and more_labels is not None else None
-    images, kept, notes = _decode(name, sources, names, size)
+    images, kept, notes = _decode(name, sources, names, size, shape)
     if labels is not None:
         labels = labels[kept]
     if other is None:
@@ -256,7 +269,12 @@ class _Header(NamedTuple):
 
 
 def _decode(
-    where: str, sources: Sequence[Any], names: Sequence[str], size: int
+    where: str,
+    sources: Sequence[Any],
+    names: Sequence[str],
+    size: int,
+    shape: tuple[int, int, int] | None = None,
+    whole: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """(images (N, H, W, C), the places in `sources` that they come from (N,), what was skipped)."""
     unreadable: dict[int, str] = {}
@@ -280,9 +298,11 @@ def _decode(
     headers = each(_header, range(len(sources)))
     shapes = {(header.height, header.width) for header in headers.values()}
     height, width = size or DEFAULT_SIDE, size or DEFAULT_SIDE
-    if not size and len(shapes) == 1 and max(shape := shapes.pop()) <= DEFAULT_SIDE:
-        height, width = shape
+    if not size and len(shapes) == 1 and max(own := shapes.pop()) <= DEFAULT_SIDE:
+        height, width = own
     grey = all(header.grey for header in headers.values())
+    if shape is not None:
+        height, width, grey = *shape[:2], shape[2] == 1
     decoded = each(partial(_pixels, height=height, width=width, grey=grey), list(headers))
 
     notes: tuple[str, ...] = ()
@@ -294,7 +314,7 @@ def _decode(
         )
     if not decoded:
         raise InputError(f"{where}: not one image can be read: {notes[0].partition(': ')[2]}")
-    if len(decoded) < 2:
+    if len(decoded) < 2 and not whole:
         raise InputError(f"{where}: one image is too few: some are held out")
     images = torch.from_numpy(np.stack(list(decoded.values())))
     return images, torch.tensor(list(decoded)), notes

@@ -64,6 +64,8 @@ class Run:
     device: torch.device
     epoch: int
     """How many epochs the weights were trained for."""
+    others: bool = False
+    """Whether `settings.data` are other data than the run's: all images of a folder are then held-out ones."""
 
     @cached_property
     def images(self) -> data.Images:
@@ -71,7 +73,7 @@ class Run:
 
         Raises InputError where they are gone, and for images of another size.
         """
-        return _images(self.settings, self.shape, self.path)
+        return _images(self.settings, self.shape, self.path, self.others)
 
 
 def load(path: Path, *, data: str | None = None, checkpoint: Literal["best", "last"] = "best") -> Run:
@@ -81,6 +83,7 @@ def load(path: Path, *, data: str | None = None, checkpoint: Literal["best", "la
     damaged or belongs to something else.
     """
     settings, shape = _read_config(path)
+    others = data is not None and Path(data).expanduser().resolve() != Path(settings.data)
     if data is not None:
         settings = dataclasses.replace(settings, data=data)
     file = path / CHECKPOINTS / f"{checkpoint}.ckpt"
@@ -93,7 +96,7 @@ def load(path: Path, *, data: str | None = None, checkpoint: Literal["best", "la
     state = _read_checkpoint(file, model)
     model.load_state_dict(state["state_dict"])
     device = torch.device("cuda" if torch.cuda.is_available() and settings.accelerator != "cpu" else "cpu")
-    return Run(path, settings, shape, model.to(device).eval(), device, state["epoch"] + 1)
+    return Run(path, settings, shape, model.to(device).eval(), device, state["epoch"] + 1, others)
 
 
 def train(settings: Settings, out: Path, *, overwrite: bool = False) -> None:
@@ -360,10 +363,10 @@ def _shape(images: data.Images) -> Shape:
     return height, width, channels
 
 
-def _images(settings: Settings, shape: Shape, path: Path) -> data.Images:
+def _images(settings: Settings, shape: Shape, path: Path, others: bool = False) -> data.Images:
     try:
-        # Cut to the size of the run also where `data` is another folder of images.
-        images = data.load(settings.data, seed=settings.seed, size=settings.size)
+        # Files are brought to the shape of the run, whatever they would be by themselves.
+        images = data.load(settings.data, seed=settings.seed, size=settings.size, shape=shape, whole=others)
     except InputError as error:
         raise InputError(f"{error} (the data of {path}; give others with --data)") from error
     if _shape(images) != shape:
