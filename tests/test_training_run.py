@@ -333,6 +333,21 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_full_disk(tmp_path):
+    resource = pytest.importorskip("resource")
+    file = tmp_path / "last.ckpt"
+    file.write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"last\.ckpt: cannot be written: file too large"):
+            callbacks.AtomicCheckpoints().save_checkpoint({"weights": torch.zeros(100_000)}, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_interrupt(tmp_path, capsys, monkeypatch):
     step = module.VAE.training_step
 

@@ -224,8 +224,12 @@ class AtomicCheckpoints(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(path)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written: {files.reason(error)}") from error
+        except (OSError, RuntimeError) as error:
+            # torch's writer, when the file cannot be written on, raises a RuntimeError after the OSError.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            raise InputError(f"{path}: cannot be written: {files.reason(cause)}") from error
         finally:
             part.unlink(missing_ok=True)
 
