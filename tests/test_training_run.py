@@ -460,6 +460,8 @@ def test_overwrite_removes_only_what_a_run_leaves(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
     (run / "checkpoints" / ".last.ckpt.1.part").write_text("half")
+    for command in ("evaluate", "interpolate", "traverse", "inpaint"):
+        assert cli.main([command, str(run)]) == 0
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     assert train(run, "--epochs", "1", "--overwrite") == 0
     left = {path for path in run.rglob("*") if before.get(path) == path.stat().st_mtime_ns}

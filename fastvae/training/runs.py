@@ -38,6 +38,8 @@ CHECKPOINTS = "checkpoints"
 PICTURES = ("samples.png", "reconstructions.png", "loss.png", "latents.png")
 TABLES = ("metrics.csv", "kl_per_dimension.csv")
 TENSORBOARD = "tensorboard"
+# What the commands on a run leave in it.
+MADE_LATER = ("evaluation.json", "interpolations.png", "traversals.png", "inpainting.png")
 
 Shape = tuple[int, int, int]
 
@@ -119,7 +121,7 @@ def train(settings: Settings, out: Path, *, overwrite: bool = False) -> None:
             "or replace it with --overwrite"
         )
     if not (out / CONFIG).exists() and _is_first():
-        for name in (*TABLES, *PICTURES, CHECKPOINTS, TENSORBOARD):
+        for name in (*TABLES, *PICTURES, *MADE_LATER, CHECKPOINTS, TENSORBOARD):
             if (out / name).exists():
                 raise InputError(
                     f"{out / name}: there already, in a folder that is no run (no {CONFIG}); a run would replace it: "
@@ -380,7 +382,7 @@ def _images(settings: Settings, shape: Shape, path: Path, others: bool = False) 
 def _clear(out: Path) -> None:
     """Remove what an earlier run has left, by name and nothing else; config.toml stays until it is replaced."""
     checkpoints, tensorboard = out / CHECKPOINTS, out / TENSORBOARD
-    left = [out / name for name in (*TABLES, *PICTURES)]
+    left = [out / name for name in (*TABLES, *PICTURES, *MADE_LATER)]
     left += [checkpoints / "last.ckpt", checkpoints / "best.ckpt", tensorboard / "hparams.yaml"]
     for path in (*left, *tensorboard.glob("events.*")):
         path.unlink(missing_ok=True)
