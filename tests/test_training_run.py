@@ -756,6 +756,19 @@ def test_another_folder_is_brought_to_the_shape_of_the_run(tmp_path, capsys):
     assert len(runs.load(tmp_path / "run", data=str(tmp_path / "own")).images.held_out) == 2
 
 
+@pytest.mark.usefixtures("drawn")
+def test_run_inside_its_data_is_not_trained_on(tmp_path, capsys):
+    for i in range(12):
+        picture(tmp_path / f"{i}.png", (20, 12), 20 * i)
+    before = data.load(str(tmp_path))
+    assert train(tmp_path, "--data", str(tmp_path)) == 2
+    assert "this is the folder of --data" in one_line(capsys)
+    assert train(tmp_path / "runs" / "first", "--data", str(tmp_path), "--epochs", "1") == 0
+    after = data.load(str(tmp_path))
+    assert torch.equal(before.train, after.train)
+    assert after.train_labels is None
+
+
 def test_labels_are_numbered_without_unreadable_folders(tmp_path):
     for i in range(6):
         picture(tmp_path / "dogs" / f"{i}.png", (9, 9), 200)

@@ -159,7 +159,7 @@ def folder(
 ) -> Images:
     """All images in a folder and below it; a sixth, drawn by `seed`, is held out, or all of a `whole`.
 
-    The folders of the first level are the labels, if there are several. Files that cannot be read as images are
+    Folders of runs are left out: there are pictures in them. The folders of the first level are the labels, if there are several. Files that cannot be read as images are
     skipped, and `notes` names them. They are grey if every image is, else RGB; EXIF rotations are applied.
 
     Raises InputError where fewer than two images are left, or none for a `whole`.
@@ -168,10 +168,17 @@ def folder(
 
     suffixes = Image.registered_extensions()
     try:
+        below = list(path.rglob("*"))
+        runs = {
+            file.parent
+            for file in below
+            if file.name == "config.toml" and (file.parent / "checkpoints").is_dir()
+        }
         files = sorted(
             file
-            for file in path.rglob("*")
-            if file.suffix.lower() in suffixes
+            for file in below
+            if runs.isdisjoint(file.parents)
+            and file.suffix.lower() in suffixes
             and not any(part.startswith(".") for part in file.relative_to(path).parts)
             and file.is_file()
         )

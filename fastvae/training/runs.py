@@ -108,6 +108,10 @@ def train(settings: Settings, out: Path, *, overwrite: bool = False) -> None:
     replaces it), and KeyboardInterrupt, with words about how to go on, on Ctrl-C.
     """
     settings.check()
+    if Path(settings.data).expanduser().resolve() == out.resolve():
+        raise InputError(
+            f"--out {out}: this is the folder of --data; a run's pictures would be among its images"
+        )
     images = data.load(settings.data, seed=settings.seed, size=settings.size)
     shape = _shape(images)
     settings = settings.resolve(shape[2])
