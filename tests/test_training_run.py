@@ -865,6 +865,14 @@ def test_hugging_face_dataset(tmp_path, monkeypatch, capsys):
     assert train(tmp_path / "run", "--data", "someone/pictures", "--epochs", "1") == 0
     capsys.readouterr()
 
+    gaps = {"img": [*map(png, range(8)), None, {"bytes": None, "path": None}], "y": [None, *range(1, 10)]}
+    fake_datasets(monkeypatch, {"train": gaps, "test": test_split}, features)
+    images = data.load("someone/pictures")
+    assert images.notes == (
+        "2 of 12 images cannot be read and are skipped: train[8] (no image), train[9] (no image)",
+    )
+    assert images.train_labels.tolist() == [-1, *range(1, 8)]
+
     fake_datasets(monkeypatch, {"train": {"t": ["words"]}}, {"t": "text"})
     assert train(tmp_path / "text", "--data", "someone/text") == 2
     assert "no column of images, only t" in one_line(capsys)

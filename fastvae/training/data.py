@@ -234,11 +234,16 @@ def hugging_face(name: str, seed: int, size: int = 0, shape: tuple[int, int, int
 
     label_names = tuple(getattr(train.features[label], "names", ()) if label is not None else ())
 
-    def rows(split: Any) -> tuple[list[IO[bytes] | str], Tensor | None]:
+    def rows(split: Any) -> tuple[list[IO[bytes] | str | None], Tensor | None]:
         # Not decoded by `datasets`: it stops at the first damaged image.
         raw = split.cast_column(column, datasets.Image(decode=False))[column]
-        sources = [io.BytesIO(row["bytes"]) if row["bytes"] is not None else row["path"] for row in raw]
-        return sources, None if label is None else torch.tensor(split[label])
+        sources = [
+            io.BytesIO(row["bytes"]) if row and row["bytes"] is not None else row and row["path"]
+            for row in raw
+        ]
+        if label is None:
+            return sources, None
+        return sources, torch.tensor([-1 if kind is None else kind for kind in split[label]])
 
     other = next((key for key in ("test", "validation") if key in splits), None)
     sources, labels = rows(train)
@@ -330,6 +335,8 @@ def _decode(
 def _open(source: Any) -> Any:
     from PIL import Image
 
+    if source is None:
+        raise OSError("no image")
     if isinstance(source, io.BytesIO):
         source = io.BytesIO(source.getbuffer())
     return Image.open(source)
