@@ -769,6 +769,29 @@ def test_run_inside_its_data_is_not_trained_on(tmp_path, capsys):
     assert after.train_labels is None
 
 
+def test_transparency_is_white(tmp_path):
+    for i in range(2):
+        picture(tmp_path / "colour" / f"{i}.png", (9, 9), (10, 20, 30, 0), "RGBA")
+        picture(tmp_path / "half" / f"{i}.png", (9, 9), (0, 0, 0, 127), "RGBA")
+        picture(tmp_path / "grey" / f"{i}.png", (9, 9), (7, 0), "LA")
+        picture(tmp_path / "palette" / f"{i}.gif", (9, 9), 3, "P", transparency=3)
+    for name in ("colour", "grey", "palette"):
+        assert data.load(str(tmp_path / name)).train.unique().tolist() == [255]
+    assert data.load(str(tmp_path / "half")).train.unique().tolist() == [128]
+
+
+def test_pixels_of_unknown_range_are_named(tmp_path):
+    for i in range(3):
+        picture(tmp_path / f"{i}.png", (9, 9), 3)
+    picture(tmp_path / "float.tif", (9, 9), 0.5, "F")
+    picture(tmp_path / "long.tif", (9, 9), 100_000, "I")
+    (note,) = data.load(str(tmp_path)).notes
+    assert (
+        "float.tif (pixels of mode F, of unknown range), long.tif (pixels of mode I, of unknown range)"
+        in note
+    )
+
+
 def test_labels_are_numbered_without_unreadable_folders(tmp_path):
     for i in range(6):
         picture(tmp_path / "dogs" / f"{i}.png", (9, 9), 200)

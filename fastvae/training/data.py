@@ -344,6 +344,9 @@ def _open(source: Any) -> Any:
 
 def _header(source: Any) -> _Header:
     with _open(source) as image:
+        # A PNG has 16 bits of it at most; in other files, and of floats, nobody knows which value is white.
+        if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+            raise OSError(f"pixels of mode {image.mode}, of unknown range")
         sideways = image.getexif().get(0x0112, 1) >= 5  # EXIF's orientation
         width, height = reversed(image.size) if sideways else image.size
         return _Header(
@@ -359,6 +362,10 @@ def _pixels(source: Any, height: int, width: int, grey: bool) -> Any:
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to 255
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+            # Otherwise what is transparent shows the colour that happens to be stored there, mostly black.
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("L" if grey else "RGB")
         if image.size != (width, height):
             image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
