@@ -159,8 +159,9 @@ def folder(
 ) -> Images:
     """All images in a folder and below it; a sixth, drawn by `seed`, is held out, or all of a `whole`.
 
-    Folders of runs are left out: there are pictures in them. The folders of the first level are the labels, if there are several. Files that cannot be read as images are
-    skipped, and `notes` names them. They are grey if every image is, else RGB; EXIF rotations are applied.
+    Folders of runs are left out: there are pictures in them. The folders of the first level are the labels, if there
+    are several. Files that cannot be read as images are skipped, and `notes` names them. They are grey if every image
+    is, else RGB; EXIF rotations are applied.
 
     Raises InputError where fewer than two images are left, or none for a `whole`.
     """
