@@ -414,6 +414,26 @@ def test_killed_run_goes_on(tmp_path, place):
     assert_same_run(run, whole)
 
 
+def test_two_processes_in_one_folder(tmp_path, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    run = tmp_path / "run"
+    assert train(run, "--epochs", "1") == 0
+    before = (run / "config.toml").read_bytes()
+    other = os.open(run, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    capsys.readouterr()
+    for command in (
+        ["resume", str(run), "--epochs", "2"],
+        ["train", "mlp", "--out", str(run), *QUICK, "--overwrite"],
+    ):
+        assert cli.main(command) == 2
+        assert f"{run}: this run is being trained, by another process" in one_line(capsys)
+    assert (run / "config.toml").read_bytes() == before
+    assert len(rows(run)) == 1
+    os.close(other)
+    assert cli.main(["resume", str(run), "--epochs", "2"]) == 0
+
+
 def test_nothing_left_to_resume(tmp_path, capsys):
     assert train(tmp_path / "run", "--epochs", "1") == 0
     capsys.readouterr()

@@ -8,10 +8,12 @@ import dataclasses
 import importlib.util
 import logging
 import math
+import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -135,9 +137,11 @@ def train(settings: Settings, out: Path, *, overwrite: bool = False) -> None:
     trainer = _trainer(settings, out, images)
     if _is_first():
         pictures.prepare_folder(out, (CONFIG, *TABLES, *PICTURES))
-        _clear(out)
-        _write_config(out, settings, shape)
-    _fit(trainer, model, images, settings, out, 0)
+    with _alone(out):
+        if _is_first():
+            _clear(out)
+            _write_config(out, settings, shape)
+        _fit(trainer, model, images, settings, out, 0)
 
 
 def resume(path: Path, *, epochs: int | None = None, data: str | None = None) -> None:
@@ -163,11 +167,13 @@ def resume(path: Path, *, epochs: int | None = None, data: str | None = None) ->
     trainer = _trainer(settings, path, images)
     if _is_first():
         pictures.prepare_folder(path, (CONFIG, *TABLES, *PICTURES))
-        for folder in (path, path / CHECKPOINTS):
-            files.remove_partial(folder)
-        if changed:
-            _write_config(path, settings, shape)
-    _fit(trainer, model, images, settings, path, done)
+    with _alone(path):
+        if _is_first():
+            for folder in (path, path / CHECKPOINTS):
+                files.remove_partial(folder)
+            if changed:
+                _write_config(path, settings, shape)
+        _fit(trainer, model, images, settings, path, done)
 
 
 def build(settings: Settings, shape: Shape) -> "VAE":
@@ -381,6 +387,30 @@ def _images(settings: Settings, shape: Shape, path: Path, others: bool = False) 
             f"{messages.size_of(shape)}"
         )
     return images
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let no other process train in a folder meanwhile, on systems and file systems that have locks.
+
+    Raises InputError where one does. The lock goes with the process, however it ends.
+    """
+    if importlib.util.find_spec("fcntl") is None or not _is_first():
+        yield
+        return
+    import fcntl
+
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: this run is being trained, by another process") from None
+        except OSError:
+            pass  # no locks here, as on some network file systems
+        yield
+    finally:
+        os.close(opened)
 
 
 def _clear(out: Path) -> None:
