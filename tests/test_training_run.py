@@ -581,6 +581,15 @@ def test_batches_of_all_processes_together(world, n):
     assert not torch.equal(parts(False, 0)[0][0][0], parts(False, 1)[0][0][0])
 
 
+def test_held_out_batches_of_large_images_are_small():
+    sizes = []
+    for side in (8, 512, 4000):
+        x = torch.zeros(1, side, side, 3, dtype=torch.uint8).expand(2001, -1, -1, -1)
+        kept = loader.ImageData(data.Images("large", x, x), RECIPES["mlp"](likelihood="gaussian"))
+        sizes.append(kept.val_dataloader().size)
+    assert sizes == [1000, 10, 1]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Steps that cannot be taken
 # ---------------------------------------------------------------------------------------------------------------------
