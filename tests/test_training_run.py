@@ -414,6 +414,20 @@ def test_killed_run_goes_on(tmp_path, place):
     assert_same_run(run, whole)
 
 
+@pytest.mark.parametrize(("before", "after"), [("lr = 0.001", "lr = 0.01"), ("beta = 1.0", "beta = 0.25")])
+def test_edited_settings_count_when_resumed(tmp_path, before, after):
+    run = tmp_path / "run"
+    assert train(run, "--epochs", "1", "--likelihood", "gaussian") == 0
+    config = run / "config.toml"
+    assert before in config.read_text()
+    config.write_text(config.read_text().replace(before, after))
+    assert cli.main(["resume", str(run), "--epochs", "2"]) == 0
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    rates = [group["lr"] for group in saved["optimizer_states"][0]["param_groups"]]
+    assert rates == ([0.01, 0.1] if "lr" in after else [0.001, 0.01])
+    assert float(rows(run)[-1]["beta"]) == (1.0 if "lr" in after else 0.25)
+
+
 def test_two_processes_in_one_folder(tmp_path, capsys):
     fcntl = pytest.importorskip("fcntl")
     run = tmp_path / "run"

@@ -107,6 +107,14 @@ class VAE(LightningModule):
     # Training
     # -----------------------------------------------------------------------------------------------------------------
 
+    def on_train_start(self) -> None:
+        # A checkpoint brings its own; what counts is what the run's settings say now.
+        for group, rate in zip(
+            self.trainer.optimizers[0].param_groups, (self.lr, 10 * self.lr), strict=False
+        ):
+            group["lr"] = rate
+        self.elbo.beta = self.beta  # type: ignore[assignment]
+
     def on_train_epoch_start(self) -> None:
         self._steps = _Steps()
         # Made again from the count of steps, and so the same in a run that was resumed.
