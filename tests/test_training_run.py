@@ -712,7 +712,9 @@ def test_schedules():
 
 @pytest.mark.parametrize("schedule", ["linear", "cyclical", "sigmoid"])
 def test_warm_up_reaches_the_loss(tmp_path, capsys, schedule):
-    options = ("--warmup", schedule, "--warmup-epochs", "2", "--cycles", "1", "--beta", "0.5")
+    options = ("--warmup", schedule, "--warmup-epochs", "2", "--beta", "0.5")
+    if schedule == "cyclical":
+        options += ("--cycles", "1")
     assert train(tmp_path / "run", *options, "--epochs", "3") == 0
     assert "warning" not in capsys.readouterr().out
     # Of the last of an epoch's 12 steps.
@@ -962,6 +964,15 @@ def test_hugging_face_dataset(tmp_path, monkeypatch, capsys):
         (("--batch-size", "0"), "--batch-size must be at least 1"),
         (("--warmup", "cosine"), "--warmup must be one of none, linear, cyclical, sigmoid, got 'cosine'"),
         (("--likelihood", "gaussian", "--binarize", "dynamic"), "--binarize is of the Bernoulli likelihood"),
+        (("--size", "16"), "--size is of folders and datasets: the images of digits are taken as they are"),
+        (
+            ("--cycles", "2", "--warmup", "linear"),
+            "--cycles is of a cyclical warm-up: give --warmup cyclical",
+        ),
+        (
+            ("--warmup-epochs", "2"),
+            "--warmup-epochs is of a warm-up: give --warmup linear, cyclical or sigmoid",
+        ),
         (("--data", "/no/such.npz"), "/no/such.npz: no such file"),
         (("--data", "./none"), "./none: no such file or folder"),
         (("--data", __file__), "neither a .npz file nor a folder of images"),

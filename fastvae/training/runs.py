@@ -119,6 +119,19 @@ def train(settings: Settings, out: Path, *, overwrite: bool = False) -> None:
     settings = settings.resolve(shape[2])
     if settings.likelihood != "bernoulli" and settings.binarize != "threshold":
         raise InputError("--binarize is of the Bernoulli likelihood: give --likelihood bernoulli")
+    given = {
+        name
+        for name in ("size", "cycles", "warmup_epochs")
+        if getattr(settings, name) != getattr(Settings, name)
+    }
+    if "size" in given and (settings.data == "digits" or settings.data.endswith(".npz")):
+        raise InputError(
+            f"--size is of folders and datasets: the images of {settings.data} are taken as they are"
+        )
+    if "cycles" in given and settings.warmup != "cyclical":
+        raise InputError("--cycles is of a cyclical warm-up: give --warmup cyclical")
+    if "warmup_epochs" in given and settings.warmup == "none":
+        raise InputError("--warmup-epochs is of a warm-up: give --warmup linear, cyclical or sigmoid")
     if settings.devices > min(settings.batch_size, len(images.train)):
         raise InputError(f"--devices {settings.devices}: every device needs an image of every batch")
     if (out / CONFIG).exists() and not overwrite and _is_first():
