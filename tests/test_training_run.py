@@ -519,7 +519,8 @@ def training_step(self, batch, batch_idx):
         x, first = batch
         sys.stderr.write(f"rank={self.global_rank} rows={len(x)} first={first} loss={loss.item():.9g}\\n")
     if (self.current_epoch, batch_idx, self.global_rank) == (1, 2, self.trainer.world_size - 1):
-        self._steps.losses[-1].fill_(torch.nan)  # of one process only
+        self._steps.losses[-1].fill_(torch.nan)  # of one process only, and not of the one that speaks
+        self._steps.nll[-1].fill_(torch.nan)
     return loss
 
 import torch
@@ -551,6 +552,7 @@ def test_two_processes_train_as_one(tmp_path):
     assert sum(halves) / 2 == pytest.approx(float(whole["loss"]), rel=1e-6)
     assert abs(halves[0] - halves[1]) > 1e-3
 
+    assert "1 of 16 steps skipped, the weights left as they were: nll of step 3" in done.stdout
     one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
     assert [row["skipped_steps"] for row in two] == ["0", "1", "0"]
     for a, b in zip(one, two, strict=True):

@@ -182,15 +182,11 @@ class VAE(LightningModule):
         self.first_skip = None
         if skipped.any():
             step = int(skipped.int().argmax())
-            finite = {
-                name: torch.isfinite(values[step]).all()
-                for name, values in (("kl", steps.kl), ("nll", steps.nll))
-            }
-            bad = [name for name, is_finite in finite.items() if not is_finite]
-            if not bad:
-                bad = ["the gradient" if torch.isfinite(steps.losses[step]) else "the loss"]
             # Of two the KL: it comes first, and NaN in mu or logvar reaches the reconstruction too.
-            self.first_skip = f"{bad[0]} of step {step + 1}"
+            terms = {"kl": steps.kl, "nll": steps.nll, "the loss": steps.losses}
+            bad = torch.stack([(~values[step].isfinite()).sum() for values in terms.values()]).cpu()
+            names = [name for name, count in zip(terms, self._over_processes(bad), strict=True) if count]
+            self.first_skip = f"{[*names, 'the gradient'][0]} of step {step + 1}"
 
     # -----------------------------------------------------------------------------------------------------------------
     # Held-out images
