@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from . import backend, show_config
+from . import __version__, backend, show_config
 from .training.data import InputError
 
 if TYPE_CHECKING:
@@ -81,6 +81,19 @@ def _app() -> Any:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
+
+    def say_version(asked: bool) -> None:
+        if asked:
+            print(f"fastvae {__version__}")
+            raise typer.Exit
+
+    @app.callback()
+    def options(
+        version: Annotated[
+            bool,
+            typer.Option("--version", callback=say_version, is_eager=True, help="Say the version and end."),
+        ] = False,
+    ) -> None: ...
 
     trainer = typer.Typer()
     app.add_typer(trainer, name="train", help="Train a recipe into a run folder; `fastvae train mlp --help`.")

@@ -525,6 +525,11 @@ def test_interrupted(run, capsys, monkeypatch):
     assert not (run / "inpainting.png").exists()
 
 
+def test_version(capsys):
+    assert done(capsys, "--version") == f"fastvae {fastvae.__version__}\n"
+    assert "--version" in done(capsys, "--help")
+
+
 def test_help(capsys):
     for command in COMMANDS:
         text = done(capsys, command, "--help")

@@ -219,7 +219,7 @@ def test_precisions(tmp_path, capsys, precision, options):
     code = train(tmp_path / "run", *options)
     if precision.endswith("true") and "--ema" in options:
         assert code == 2
-        assert f"--ema averages weights in float32: give --precision 32-true, got {precision}" in one_line(
+        assert f"--ema averages weights in float32: give precision 32-true, got {precision}" in one_line(
             capsys
         )
         return
@@ -654,6 +654,16 @@ def test_non_finite_step_is_skipped_counted_and_named(tmp_path, capsys, monkeypa
     assert [torch.equal(a, b) for a, b in pairwise(after)] == [step == 4 for step in range(1, 24)]
 
 
+def test_only_the_first_process_tells_of_a_mistake(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module.VAE, "decode", lambda self, z: self.decoder(z) * math.inf)
+    monkeypatch.setattr(runs, "_is_first", lambda: False)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path / "run", "--epochs", "2")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
 def test_run_that_never_steps_is_an_error(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module.VAE, "decode", lambda self, z: self.decoder(z) * math.inf)
     assert train(tmp_path / "run", "--epochs", "2") == 2
@@ -960,7 +970,9 @@ def test_hugging_face_dataset(tmp_path, monkeypatch, capsys):
     ("options", "message"),
     [
         (("--lr", "0"), "--lr must be above 0, got 0"),
-        (("--lr", "nan"), "--lr must be above 0, got nan"),
+        (("--lr", "nan"), "--lr must be above 0 and finite, got nan"),
+        (("--lr", "inf"), "--lr must be above 0 and finite, got inf"),
+        (("--hidden", "10000000000000"), "this model cannot be made: "),
         (("--lr", "fast"), "--lr"),
         (("--ema", "1"), "--ema must be at least 0 and below 1"),
         (("--batch-size", "0"), "--batch-size must be at least 1"),
@@ -1054,6 +1066,18 @@ def test_wrong_config(run, capsys, before, after, message):
     config.write_text(config.read_text().replace(before, after, 1))
     assert cli.main(["resume", str(run), "--epochs", "2"]) == 2
     assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["accelerator", "strategy"])
+def test_what_lightning_refuses_is_named_where_it_stands(run, capsys, name):
+    config = run / "config.toml"
+    before = {"accelerator": '"cpu"', "strategy": '"auto"'}[name]
+    config.write_text(config.read_text().replace(f"{name} = {before}", f'{name} = "abacus"'))
+    assert cli.main(["resume", str(run), "--epochs", "2"]) == 2
+    error = one_line(capsys)
+    assert f"Lightning refuses {config}: " in error
+    assert f"{name} abacus" in error
+    assert "--" not in error
 
 
 def test_foreign_and_damaged_checkpoints(run, capsys):

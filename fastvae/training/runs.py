@@ -177,7 +177,7 @@ def resume(path: Path, *, epochs: int | None = None, data: str | None = None) ->
         raise InputError(
             f"{path}: trained for {_epochs(done)} already; to go on, give a larger number of --epochs"
         )
-    trainer = _trainer(settings, path, images)
+    trainer = _trainer(settings, path, images, resumed=True)
     if _is_first():
         pictures.prepare_folder(path, (CONFIG, *TABLES, *PICTURES))
     with _alone(path):
@@ -196,7 +196,10 @@ def build(settings: Settings, shape: Shape) -> "VAE":
     from .module import VAE
 
     bernoulli = settings.likelihood == "bernoulli"
-    encoder, decoder = settings.build(shape)
+    try:
+        encoder, decoder = settings.build(shape)
+    except RuntimeError as error:  # torch's, of sizes that no memory holds
+        raise InputError(f"this model cannot be made: {str(error).strip().splitlines()[0]}") from error
     return VAE(
         encoder,
         decoder,
@@ -252,8 +255,9 @@ def _say() -> Callable[[str], None]:
     return messages.say if _is_first() else lambda line: None
 
 
-def _trainer(settings: Settings, folder: Path, images: data.Images) -> "Trainer":
+def _trainer(settings: Settings, folder: Path, images: data.Images, *, resumed: bool = False) -> "Trainer":
     """Raises InputError for what Lightning refuses."""
+    dashes = f"{folder / CONFIG}: " if resumed else "--"  # where the user gave it
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
@@ -268,7 +272,9 @@ def _trainer(settings: Settings, folder: Path, images: data.Images) -> "Trainer"
     logger: Any = False
     if settings.logger == "tensorboard":
         if not (importlib.util.find_spec("tensorboard") or importlib.util.find_spec("tensorboardX")):
-            raise InputError("--logger tensorboard needs a package that is missing: pip install tensorboard")
+            raise InputError(
+                f"{dashes}logger tensorboard needs a package that is missing: pip install tensorboard"
+            )
         logger = TensorBoardLogger(folder, name=None, version=TENSORBOARD)
     bar = sys.stdout.isatty()
     checkpoints = folder / CHECKPOINTS
@@ -298,20 +304,22 @@ def _trainer(settings: Settings, folder: Path, images: data.Images) -> "Trainer"
         )
     except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
         given = [
-            f"--{name} {getattr(settings, name)}"
+            f"{name} {getattr(settings, name)}"
             for name in ("accelerator", "devices", "strategy", "precision")
             if getattr(settings, name) != getattr(Settings, name)
         ]
         raise InputError(
-            f"Lightning refuses {' '.join(given)}: {str(error).strip().splitlines()[0]}"
+            f"Lightning refuses {dashes}{(', ' if resumed else ' --').join(given)}: "
+            f"{str(error).strip().splitlines()[0]}"
         ) from error
     if trainer.precision == "16-true":
         raise InputError(
-            "--precision 16-true: Adam's squares of gradients leave the range of float16; take bf16-true or 16-mixed"
+            f"{dashes}precision 16-true: Adam's squares of gradients leave the range of float16; take bf16-true or "
+            "16-mixed"
         )
     if settings.ema and trainer.precision in ("bf16-true", "64-true"):
         raise InputError(
-            f"--ema averages weights in float32: give --precision 32-true, got {trainer.precision}"
+            f"{dashes}ema averages weights in float32: give precision 32-true, got {trainer.precision}"
         )
     return trainer
 
@@ -334,6 +342,10 @@ def _fit(
             ckpt_path=last if done else None,
             weights_only=True,
         )
+    except InputError:
+        if not _is_first():
+            raise SystemExit(2) from None  # the first process has the word
+        raise
     except SystemExit:  # what Lightning makes of Ctrl-C
         if not trainer.interrupted:
             raise

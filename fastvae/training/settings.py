@@ -165,6 +165,8 @@ class Settings:
                 raise InputError(f"{called(f.name)} must be one of {', '.join(words)}, got {value!r}")
             if bounds and not all(_holds(value, word, bound) for word, bound in bounds.items()):
                 text = " and ".join(f"{word} {bound:.10g}" for word, bound in bounds.items())
+                if not math.isfinite(value):
+                    text += " and finite"
                 raise InputError(f"{called(f.name)} must be {text}, got {value:.10g}")
 
 
