@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f'{package} is not installed; get it with: pip install "fastvae-elbo[train]"')
     except _Interrupted as stop:
         return _fail(str(stop) or "interrupted", code=130)
+    except KeyboardInterrupt:  # before a command has begun: imports take their time
+        return _fail("interrupted", code=130)
     except InputError as error:
         return _fail(str(error))
     except Exception as error:
@@ -118,8 +120,6 @@ def _app() -> Any:
         from .training import runs
 
         runs.resume(run, epochs=epochs, data=data)
-
-    # commands on a finished run
 
     panel = "With a run"
     RunArgument = Annotated[
@@ -292,8 +292,6 @@ def _app() -> Any:
         messages.say(f"{run}: {of}; epoch {done.epoch} ({checkpoint})\n")
         get_console().print(done.table())
         messages.say(f"\nwritten to {run / 'evaluation.json'}")
-
-    # end of the commands on a finished run
 
     @app.command()
     @_stoppable

@@ -525,6 +525,15 @@ def test_interrupted(run, capsys, monkeypatch):
     assert not (run / "inpainting.png").exists()
 
 
+def test_interrupted_before_a_command_begins(capsys, monkeypatch):
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_app", stop)
+    assert cli.main(["sample", "run"]) == 130
+    assert capsys.readouterr().err == "fastvae: interrupted\n"
+
+
 def test_version(capsys):
     assert done(capsys, "--version") == f"fastvae {fastvae.__version__}\n"
     assert "--version" in done(capsys, "--help")

@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -1125,6 +1126,22 @@ def test_checkpoint_holds_no_code(run):
         run / "checkpoints" / "last.ckpt",
     )
     assert cli.main(["resume", str(run), "--epochs", "2"]) == 2
+    assert not (run / "evil").exists()
+
+
+def test_lightning_runs_no_code_of_a_checkpoint(run, monkeypatch):
+    """Nor would it without the look that is taken before."""
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(run / "evil"),)
+
+    file = run / "checkpoints" / "last.ckpt"
+    saved = torch.load(file, weights_only=True)
+    torch.save({**saved, "optimizer_states": Evil()}, file)
+    monkeypatch.setattr(runs, "_read_checkpoint", lambda file, model: saved)
+    with pytest.raises(pickle.UnpicklingError, match=r"[Ww]eights.only"):
+        cli.main(["resume", str(run), "--epochs", "2"])
     assert not (run / "evil").exists()
 
 
