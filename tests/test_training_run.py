@@ -114,9 +114,16 @@ def test_what_a_run_leaves(tmp_path, capsys, recipe):
 
     assert {path.name for path in out.iterdir()} == FILES
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    sizes = {}
     for picture in out.glob("*.png"):
         with Image.open(picture) as image:
             image.load()
+            sizes[picture.name] = image.size
+    # The commands on a run draw the same in their place.
+    for command, name in (("sample", "samples.png"), ("reconstruct", "reconstructions.png")):
+        assert cli.main([command, str(out), "--out", str(tmp_path / name)]) == 0
+        with Image.open(tmp_path / name) as image:
+            assert image.size == sizes[name]
     first, second = rows(out)
     assert (first["epoch"], second["epoch"], second["step"]) == ("1", "2", "24")
     assert float(second["train_loss"]) < float(first["train_loss"])

@@ -163,8 +163,8 @@ class Pictures(Callback):
                 mean = model.elbo.likelihood.mean(model.decode(precision.convert_input(z)))  # type: ignore[operator]
             return mean.float().cpu().permute(0, 2, 3, 1)
 
-        z = torch.randn(80, model.latents, generator=generator(settings.seed, 2)).to(device)
-        pictures.save_grid(shown(z).split(10), self.folder / "samples.png")
+        z = torch.randn(64, model.latents, generator=generator(settings.seed, 2)).to(device)
+        pictures.save_samples(shown(z), self.folder / "samples.png")
 
         held_out, labels = self.images.held_out[:_DRAWN], self.images.held_out_labels
         x = prepare(held_out, settings, generator(settings.seed, 3))
@@ -172,12 +172,9 @@ class Pictures(Callback):
         labels = None if labels is None else labels[:_DRAWN]
         pictures.save_latents(mu, labels, self.folder / "latents.png", self.images.label_names)
 
-        columns = min(10, len(held_out))
-        rows = []
-        for start in range(0, min(30, len(held_out)) - columns + 1, columns):
-            some = slice(start, start + columns)
-            rows += [held_out[some] / 255, shown(mu[some])]
-        pictures.save_grid(rows, self.folder / "reconstructions.png", group=2)
+        pictures.save_reconstructions(
+            held_out[:30] / 255, shown(mu[:30]), self.folder / "reconstructions.png"
+        )
 
 
 class _Movable(ModelCheckpoint):

@@ -18,9 +18,13 @@ from .data import InputError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["BACKGROUND", "prepare_folder", "save_grid", "save_latents", "save_loss_curve"]
+__all__ = [
+    "BACKGROUND", "prepare_folder", "save_grid", "save_latents", "save_loss_curve", "save_reconstructions",
+    "save_samples",
+]  # fmt: skip
 
 BACKGROUND = 64  # a grey that tells black images apart
+_COLUMNS = 10
 _GAP = 2  # pixels between images
 _SIDE = 64  # small images are enlarged to at least this many pixels
 _FONT, _LETTER = 13, 200  # pixels; grey
@@ -91,6 +95,18 @@ def save_grid(
     png = io.BytesIO()
     picture.save(png, "PNG")
     files.write(path, png.getvalue())
+
+
+def save_samples(images: Tensor, path: Path) -> None:
+    """Write images (N, H, W, C) in [0, 1] as a grid that is about square. Raises InputError as `save_grid`."""
+    n = len(images)
+    save_grid(images.split(n if n <= 8 else math.ceil(math.sqrt(n))), path)
+
+
+def save_reconstructions(originals: Tensor, shown: Tensor, path: Path) -> None:
+    """Write rows of ten originals, each above what the model makes of it. Raises InputError as `save_grid`."""
+    pairs = zip(originals.split(_COLUMNS), shown.split(_COLUMNS), strict=True)
+    save_grid([row for pair in pairs for row in pair], path, group=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
