@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from . import backend, show_config
+from . import __version__, backend, show_config
 from .training.data import InputError
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f'{package} is not installed; get it with: pip install "fastvae-elbo[train]"')
     except _Interrupted as stop:
         return _fail(str(stop) or "interrupted", code=130)
+    except KeyboardInterrupt:  # before a command has begun: imports take their time
+        return _fail("interrupted", code=130)
     except InputError as error:
         return _fail(str(error))
     except Exception as error:
@@ -82,6 +84,19 @@ def _app() -> Any:
         pretty_exceptions_enable=False,
     )
 
+    def say_version(asked: bool) -> None:
+        if asked:
+            print(f"fastvae {__version__}")
+            raise typer.Exit
+
+    @app.callback()
+    def options(
+        version: Annotated[
+            bool,
+            typer.Option("--version", callback=say_version, is_eager=True, help="Say the version and end."),
+        ] = False,
+    ) -> None: ...
+
     trainer = typer.Typer()
     app.add_typer(trainer, name="train", help="Train a recipe into a run folder; `fastvae train mlp --help`.")
     for recipe in RECIPES.values():
@@ -106,8 +121,6 @@ def _app() -> Any:
 
         runs.resume(run, epochs=epochs, data=data)
 
-    # commands on a finished run
-
     panel = "With a run"
     RunArgument = Annotated[
         Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)
@@ -120,7 +133,7 @@ def _app() -> Any:
         str | None,
         typer.Option(
             metavar="DATA",
-            help="Other data than the run's own, given as for `fastvae train`. The held-out ones are taken.",
+            help="Other data than the run's own, given as for `fastvae train`: the held-out ones; all of a folder.",
             show_default=False,
         ),
     ]
@@ -367,8 +380,6 @@ def _app() -> Any:
         messages.say(f"{run}: {of}; epoch {done.epoch} ({checkpoint})\n")
         get_console().print(done.table())
         messages.say(f"\nwritten to {run / 'evaluation.json'}")
-
-    # end of the commands on a finished run
 
     @app.command()
     @_stoppable

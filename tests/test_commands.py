@@ -203,6 +203,17 @@ def test_traverse(run, capsys):
         mu = opened.model.encode(x)[0]
     assert order == mu.var(0).argsort(descending=True).tolist()
     assert "along 2 dimensions, " in done(capsys, "traverse", run, "-n", 2)
+    # The row of the most active dimension, and that of the least.
+    with Image.open(run / "again.png") as picture:
+        pixels = np.asarray(picture)
+    for row in (0, 5):
+        z = mu[4].repeat(5, 1)
+        z[:, order[row]] = torch.linspace(-3, 3, 5)
+        with torch.no_grad():
+            expected = torch.sigmoid(opened.model.decode(z))[:, 0].permute(1, 0, 2) * 255  # side by side
+        images = pixels[2 + row * 66 :, width - 5 * 66 :][:64:8]
+        got = np.stack([images[:, c * 66 :][:, :64:8] for c in range(5)], 1)
+        np.testing.assert_allclose(got, expected, atol=1)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +249,20 @@ def test_inpainting_is_repeatable(run, capsys):
 
     assert draw() == draw()
     assert draw() != draw("--seed", 1)
+
+
+def test_inpainting_is_what_the_model_makes_of_it(run):
+    opened = runs.load(run)
+    x = (opened.images.held_out[:4] >= 128).float().permute(0, 3, 1, 2)
+    x[..., 4:].uniform_(generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = torch.sigmoid(opened.model.decode(opened.model.encode(x)[0]))[:, 0] * 255
+    found = {}
+    for steps in (1, 2):
+        generate.inpaint(opened, run / "inpainting.png", steps=steps, n=4)
+        found[steps] = cells(run / "inpainting.png", 4, 3)[1, :, ::8, ::8][..., 4:]
+    np.testing.assert_allclose(found[1], expected[..., 4:], atol=1)
+    assert (found[1] != found[2]).any()
 
 
 def test_mask_of_an_odd_size():
@@ -523,6 +548,20 @@ def test_interrupted(run, capsys, monkeypatch):
     assert not (run / "inpainting.png").exists()
 
 
+def test_interrupted_before_a_command_begins(capsys, monkeypatch):
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_app", stop)
+    assert cli.main(["sample", "run"]) == 130
+    assert capsys.readouterr().err == "fastvae: interrupted\n"
+
+
+def test_version(capsys):
+    assert done(capsys, "--version") == f"fastvae {fastvae.__version__}\n"
+    assert "--version" in done(capsys, "--help")
+
+
 def test_help(capsys):
     for command in COMMANDS:
         text = done(capsys, command, "--help")
@@ -573,10 +612,30 @@ def test_latents(tmp_path, latents, labels):
 
 
 def test_latents_of_little(tmp_path):
-    """A single image, and a posterior that has collapsed."""
+    """A single image, a posterior that has collapsed, and one that is nowhere."""
+    for dimensions in (1, 2, 5):
+        mu = torch.randn(50, dimensions)
+        mu[3] = torch.nan
+        for some in (mu, mu * torch.inf):
+            pictures.save_latents(some, torch.arange(50) % 3, tmp_path / "latents.png")
+            shape_of(tmp_path / "latents.png")
     for mu in (torch.zeros(1, 5), torch.zeros(50, 5), torch.zeros(50, 2), torch.zeros(50, 1)):
         pictures.save_latents(mu, torch.zeros(len(mu)).long(), tmp_path / "latents.png")
         assert (tmp_path / "latents.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("points", [11, 300])
+def test_legend_of_latents(tmp_path, monkeypatch, points):
+    """The names of the classes, and markers that do not cover them however few points there are."""
+    figures = []
+    save = pictures._save
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: (save(figure, path), figures.append(figure)))
+    labels = torch.arange(points) % 2
+    pictures.save_latents(torch.randn(points, 3), labels, tmp_path / "latents.png", names=("cats", "dogs"))
+    (axes,) = figures[0].axes
+    legend = axes.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["cats", "dogs"]
+    assert all(area <= 61 for mark in legend.legend_handles for area in mark.get_sizes())
 
 
 def test_principal_components():

@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from PIL import Image
 import fastvae
 from fastvae import cli
 from fastvae.recipes import RECIPES
-from fastvae.training import data, loader, module, runs, warmup
+from fastvae.training import callbacks, data, files, loader, module, runs, warmup
 from fastvae.training.data import InputError
 
 # Text has a file of its own: test_text.py.
@@ -115,9 +116,16 @@ def test_what_a_run_leaves(tmp_path, capsys, recipe):
 
     assert {path.name for path in out.iterdir()} == FILES
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    sizes = {}
     for picture in out.glob("*.png"):
         with Image.open(picture) as image:
             image.load()
+            sizes[picture.name] = image.size
+    # The commands on a run draw the same in their place.
+    for command, name in (("sample", "samples.png"), ("reconstruct", "reconstructions.png")):
+        assert cli.main([command, str(out), "--out", str(tmp_path / name)]) == 0
+        with Image.open(tmp_path / name) as image:
+            assert image.size == sizes[name]
     first, second = rows(out)
     assert (first["epoch"], second["epoch"], second["step"]) == ("1", "2", "24")
     assert float(second["train_loss"]) < float(first["train_loss"])
@@ -198,6 +206,24 @@ def test_gaussian_learns(tmp_path):
     assert float(rows(tmp_path / "run")[-1]["held_out_kl"]) > 3
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_gaussian_begins_with_the_mean_image(recipe):
+    """Not with a black one, which many epochs go into leaving."""
+    torch.manual_seed(0)
+    x = torch.randint(0, 40, (60, 16, 20, 3), dtype=torch.uint8) + torch.tensor(
+        [200, 100, 20], dtype=torch.uint8
+    )
+    x[:, :8] += 10
+    model = runs._fresh(RECIPES[recipe](likelihood="gaussian"), data.Images("colour", x, x[:10]))
+    pixels = (x.permute(0, 3, 1, 2) + 0.5) / 256
+    mean = pixels.mean(0) if recipe == "mlp" else pixels.mean((0, 2, 3))[:, None, None]
+    with torch.no_grad():
+        shown = model.decode(torch.randn(20, model.latents))
+    assert (shown - pixels.mean(0)).square().mean() < 0.2 * pixels.square().mean()
+    error = (mean - pixels).square().mean().item()
+    assert model.elbo.likelihood.logvar.exp().item() == pytest.approx(error, rel=1e-3)
+
+
 def test_best_is_the_epoch_with_the_smallest_held_out_loss(tmp_path):
     # So large a rate makes the loss go up and down.
     assert train(tmp_path / "run", "--epochs", "6", "--lr", "0.05") == 0
@@ -221,6 +247,30 @@ def test_tensorboard(tmp_path, capsys, monkeypatch):
     assert train(tmp_path / "other", "--logger", "tensorboard") == 2
     assert "pip install tensorboard" in one_line(capsys)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--ema", "0.9", "--clip", "1")], ids=["", "everything"])
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.usefixtures("drawn")
+def test_precisions(tmp_path, capsys, precision, options):
+    options = ("--epochs", "1", "--lr", "0.005", "--precision", precision, *options)
+    code = train(tmp_path / "run", *options)
+    if precision.endswith("true") and "--ema" in options:
+        assert code == 2
+        assert f"--ema averages weights in float32: give precision 32-true, got {precision}" in one_line(
+            capsys
+        )
+        return
+    assert code == 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
+    (row,) = rows(tmp_path / "run")
+    assert float(row["train_loss"]) < 44.4  # 64 ln 2
+    assert row["skipped_steps"] == "0"
+    assert cli.main(["resume", str(tmp_path / "run"), "--epochs", "2"]) == 0
+    first, second = rows(tmp_path / "run")
+    assert float(second["train_loss"]) < float(first["train_loss"])
+    run = runs.load(tmp_path / "run")
+    assert run.model.decode(torch.zeros(1, 4)).isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,6 +308,83 @@ def test_moving_average_is_what_is_saved_and_validated(tmp_path):
     assert not torch.equal(saved["state_dict"][name], saved["current_model_state"][name])
     run = runs.load(tmp_path / "run", checkpoint="last")
     assert torch.equal(run.model.state_dict()[name], saved["state_dict"][name])
+
+
+def test_moving_average_follows_at_first_and_then_decays():
+    update = callbacks.average(0.5)._kwargs["multi_avg_fn"]
+    for steps, share in ((0, 0.9), (2, 1 - 3 / 12), (1000, 0.5)):
+        averaged = [torch.zeros(3)]
+        update(averaged, [torch.ones(3)], steps)
+        assert torch.allclose(averaged[0], torch.full((3,), share))
+
+
+@pytest.mark.usefixtures("drawn")
+def test_moving_average_is_what_is_drawn(tmp_path, monkeypatch):
+    drawn = []
+    draw = callbacks.Pictures.draw
+    monkeypatch.setattr(
+        callbacks.Pictures,
+        "draw",
+        lambda self, model: (drawn.append(model.encoder[1].weight.detach().clone()), draw(self, model)),
+    )
+    assert train(tmp_path / "run", "--ema", "0.99", "--epochs", "1") == 0
+    assert torch.equal(drawn[0], weights(tmp_path / "run")["encoder.1.weight"])
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_clipping(tmp_path, precision):
+    """Adam divides by the gradients' size, save where they are far below its epsilon of 1e-8."""
+    assert train(tmp_path / "run", "--epochs", "1", "--clip", "1e-12", "--precision", precision) == 0
+    settings = runs.load(tmp_path / "run").settings
+    torch.manual_seed(0)
+    fresh = settings.build((8, 8, 1))[0][1].weight.detach()
+    trained = weights(tmp_path / "run")["encoder.1.weight"]
+    assert not torch.equal(trained, fresh)
+    assert (trained - fresh).abs().max() < 1e-5
+
+
+def test_each_step_draws_noise_of_its_own(tmp_path, monkeypatch):
+    forward, seeds = module.VAE.forward, []
+
+    def record(self, x, seed, row_offset):
+        if self.training:
+            seeds.append(seed.tolist())
+        return forward(self, x, seed, row_offset)
+
+    monkeypatch.setattr(module.VAE, "forward", record)
+    assert train(tmp_path / "run", "--epochs", "2", "--seed", "3") == 0
+    assert seeds == [[3, 4 * step] for step in range(24)]
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "metrics.csv"
+    files.write(file, b"old")
+    write = Path.write_bytes
+
+    def full(self, content):
+        write(self, content[:1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(InputError, match=r"metrics\.csv: cannot be written: no space left"):
+        files.write(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_full_disk(tmp_path):
+    resource = pytest.importorskip("resource")
+    file = tmp_path / "last.ckpt"
+    file.write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"last\.ckpt: cannot be written: file too large"):
+            callbacks.AtomicCheckpoints().save_checkpoint({"weights": torch.zeros(100_000)}, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_interrupt(tmp_path, capsys, monkeypatch):
@@ -326,6 +453,40 @@ def test_killed_run_goes_on(tmp_path, place):
     assert_same_run(run, whole)
 
 
+@pytest.mark.parametrize(("before", "after"), [("lr = 0.001", "lr = 0.01"), ("beta = 1.0", "beta = 0.25")])
+def test_edited_settings_count_when_resumed(tmp_path, before, after):
+    run = tmp_path / "run"
+    assert train(run, "--epochs", "1", "--likelihood", "gaussian") == 0
+    config = run / "config.toml"
+    assert before in config.read_text()
+    config.write_text(config.read_text().replace(before, after))
+    assert cli.main(["resume", str(run), "--epochs", "2"]) == 0
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    rates = [group["lr"] for group in saved["optimizer_states"][0]["param_groups"]]
+    assert rates == ([0.01, 0.1] if "lr" in after else [0.001, 0.01])
+    assert float(rows(run)[-1]["beta"]) == (1.0 if "lr" in after else 0.25)
+
+
+def test_two_processes_in_one_folder(tmp_path, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    run = tmp_path / "run"
+    assert train(run, "--epochs", "1") == 0
+    before = (run / "config.toml").read_bytes()
+    other = os.open(run, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    capsys.readouterr()
+    for command in (
+        ["resume", str(run), "--epochs", "2"],
+        ["train", "mlp", "--out", str(run), *QUICK, "--overwrite"],
+    ):
+        assert cli.main(command) == 2
+        assert f"{run}: this run is being trained, by another process" in one_line(capsys)
+    assert (run / "config.toml").read_bytes() == before
+    assert len(rows(run)) == 1
+    os.close(other)
+    assert cli.main(["resume", str(run), "--epochs", "2"]) == 0
+
+
 def test_nothing_left_to_resume(tmp_path, capsys):
     assert train(tmp_path / "run", "--epochs", "1") == 0
     capsys.readouterr()
@@ -349,6 +510,38 @@ def test_existing_run_is_replaced_only_when_asked(tmp_path, capsys):
     assert (run / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)], ids=["", "overwrite"])
+@pytest.mark.parametrize(
+    "name", ["checkpoints/other.ckpt", "tensorboard/events.1", "samples.png", "metrics.csv"]
+)
+def test_what_fastvae_did_not_make_is_not_touched(tmp_path, capsys, name, overwrite):
+    file = tmp_path / "project" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    assert train(tmp_path / "project", "--epochs", "1", *overwrite) == 2
+    assert f"{tmp_path / 'project' / Path(name).parts[0]}: there already" in one_line(capsys)
+    assert file.read_text() == "mine"
+    assert not (tmp_path / "project" / "config.toml").exists()
+
+
+def test_overwrite_removes_only_what_a_run_leaves(tmp_path):
+    pytest.importorskip("tensorboard")
+    run = tmp_path / "run"
+    assert train(run, "--epochs", "1", "--logger", "tensorboard") == 0
+    mine = [run / "checkpoints" / "other.ckpt", run / "tensorboard" / "notes.txt", run / "data" / "x.npz"]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    (run / "checkpoints" / ".last.ckpt.1.part").write_text("half")
+    for command in ("evaluate", "interpolate", "traverse", "inpaint"):
+        assert cli.main([command, str(run)]) == 0
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    assert train(run, "--epochs", "1", "--overwrite") == 0
+    left = {path for path in run.rglob("*") if before.get(path) == path.stat().st_mtime_ns}
+    assert left == set(mine)
+    assert not list((run / "tensorboard").glob("events.*"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes
 # ---------------------------------------------------------------------------------------------------------------------
@@ -365,7 +558,8 @@ def training_step(self, batch, batch_idx):
         x, first = batch
         sys.stderr.write(f"rank={self.global_rank} rows={len(x)} first={first} loss={loss.item():.9g}\\n")
     if (self.current_epoch, batch_idx, self.global_rank) == (1, 2, self.trainer.world_size - 1):
-        self._steps.losses[-1].fill_(torch.nan)  # of one process only
+        self._steps.losses[-1].fill_(torch.nan)  # of one process only, and not of the one that speaks
+        self._steps.nll[-1].fill_(torch.nan)
     return loss
 
 import torch
@@ -397,6 +591,7 @@ def test_two_processes_train_as_one(tmp_path):
     assert sum(halves) / 2 == pytest.approx(float(whole["loss"]), rel=1e-6)
     assert abs(halves[0] - halves[1]) > 1e-3
 
+    assert "1 of 16 steps skipped, the weights left as they were: nll of step 3" in done.stdout
     one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
     assert [row["skipped_steps"] for row in two] == ["0", "1", "0"]
     for a, b in zip(one, two, strict=True):
@@ -416,7 +611,7 @@ def test_batches_of_all_processes_together(world, n):
     images = data.Images("numbers", x, x)
     settings = RECIPES["mlp"](batch_size=6, likelihood="gaussian", devices=world)
 
-    def parts(held_out, epoch):
+    def parts(held_out, epoch, world=world):
         each = []
         for rank in range(world):
             kept = loader.ImageData(images, settings)
@@ -427,18 +622,27 @@ def test_batches_of_all_processes_together(world, n):
         return each
 
     for epoch in (0, 1):
-        (one,) = [list(b) for b in parts(False, epoch)] if world == 1 else [None]
+        (one,) = parts(False, epoch, 1)
         each = parts(False, epoch)
         whole = [torch.cat([x for x, _ in batch]) for batch in zip(*each, strict=True)]
         assert all(len({len(x) for x, _ in batch}) == 1 for batch in zip(*each, strict=True))
         assert [first for _, first in each[-1]] == [len(batch) * (world - 1) // world for batch in whole]
         lost = sum(size % world for size in [6] * (n // 6) + ([n % 6] if n % 6 else []))
         assert sum(map(len, whole)) == n - lost
-        if one is not None:
-            assert all(torch.equal(a, b) for a, (b, _) in zip(whole, one, strict=True))
+        assert len(one) == len(whole)
+        assert all(torch.equal(a, b[: len(a)]) for a, (b, _) in zip(whole, one, strict=True))
     held_out = torch.cat([x for batch in zip(*parts(True, 0), strict=True) for x, _ in batch])
     assert torch.equal((held_out.flatten() * 256).floor(), torch.arange(n).float())
     assert not torch.equal(parts(False, 0)[0][0][0], parts(False, 1)[0][0][0])
+
+
+def test_held_out_batches_of_large_images_are_small():
+    sizes = []
+    for side in (8, 512, 4000):
+        x = torch.zeros(1, side, side, 3, dtype=torch.uint8).expand(2001, -1, -1, -1)
+        kept = loader.ImageData(data.Images("large", x, x), RECIPES["mlp"](likelihood="gaussian"))
+        sizes.append(kept.val_dataloader().size)
+    assert sizes == [1000, 10, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -446,7 +650,7 @@ def test_batches_of_all_processes_together(world, n):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("term", ["nll", "kl"])
+@pytest.mark.parametrize("term", ["nll", "kl", "the gradient"])
 @pytest.mark.parametrize("clip", [(), ("--clip", "1")], ids=["", "clipped"])
 def test_non_finite_step_is_skipped_counted_and_named(tmp_path, capsys, monkeypatch, term, clip):
     after = []
@@ -460,6 +664,16 @@ def test_non_finite_step_is_skipped_counted_and_named(tmp_path, capsys, monkeypa
 
     if term == "nll":
         spoil("decode", lambda self, recon: recon * math.nan if here(self) else recon)
+    elif term == "the gradient":
+
+        def spoilt(self, recon):
+            if here(self):
+                recon.register_hook(
+                    lambda gradient: gradient * math.inf
+                )  # the loss itself is as it should be
+            return recon
+
+        spoil("decode", spoilt)
     else:
         spoil(
             "encode", lambda self, posterior: (posterior[0] * (math.nan if here(self) else 1), posterior[1])
@@ -479,11 +693,51 @@ def test_non_finite_step_is_skipped_counted_and_named(tmp_path, capsys, monkeypa
     assert [torch.equal(a, b) for a, b in pairwise(after)] == [step == 4 for step in range(1, 24)]
 
 
+def test_only_the_first_process_tells_of_a_mistake(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module.VAE, "decode", lambda self, z: self.decoder(z) * math.inf)
+    monkeypatch.setattr(runs, "_is_first", lambda: False)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path / "run", "--epochs", "2")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
 def test_run_that_never_steps_is_an_error(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module.VAE, "decode", lambda self, z: self.decoder(z) * math.inf)
     assert train(tmp_path / "run", "--epochs", "2") == 2
     assert "every step of epoch 1 was skipped: nll of step 1 is not finite" in one_line(capsys)
     assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.usefixtures("drawn")
+def test_weights_that_give_no_finite_held_out_loss_are_not_kept(tmp_path, capsys, monkeypatch):
+    def spoilt(epochs):
+        encode = module.VAE.encode
+
+        def spoil(self, x):
+            bad = math.nan if not self.training and self.current_epoch in epochs else 1
+            return tuple(part * bad for part in encode(self, x))
+
+        monkeypatch.setattr(module.VAE, "encode", spoil)
+
+    run = tmp_path / "run"
+    spoilt([0])
+    assert train(run, "--epochs", "1") == 0
+    assert (
+        "warning: the held-out loss of epoch 1 is not finite: no checkpoint is kept"
+        in capsys.readouterr().out
+    )
+    assert not (run / "checkpoints").exists()
+    assert cli.main(["sample", str(run)]) == 2
+    assert "no checkpoints/best.ckpt yet" in one_line(capsys)
+    monkeypatch.undo()
+    assert cli.main(["resume", str(run)]) == 0
+    spoilt([1])
+    assert cli.main(["resume", str(run), "--epochs", "2"]) == 0
+    assert len(rows(run)) == 2
+    for name in ("last", "best"):
+        assert runs.load(run, checkpoint=name).epoch == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -509,7 +763,9 @@ def test_schedules():
 
 @pytest.mark.parametrize("schedule", ["linear", "cyclical", "sigmoid"])
 def test_warm_up_reaches_the_loss(tmp_path, capsys, schedule):
-    options = ("--warmup", schedule, "--warmup-epochs", "2", "--cycles", "1", "--beta", "0.5")
+    options = ("--warmup", schedule, "--warmup-epochs", "2", "--beta", "0.5")
+    if schedule == "cyclical":
+        options += ("--cycles", "1")
     assert train(tmp_path / "run", *options, "--epochs", "3") == 0
     assert "warning" not in capsys.readouterr().out
     # Of the last of an epoch's 12 steps.
@@ -574,6 +830,7 @@ def test_folder_of_images(tmp_path, capsys):
     assert images.held_out.shape == (2, 8, 8, 1)
     for part, labels in ((images.train, images.train_labels), (images.held_out, images.held_out_labels)):
         assert torch.equal(labels, (part[:, 0, 0, 0] > 100).long())
+    assert images.label_names == ("cats", "dogs")
     (note,) = images.notes
     assert note.startswith("2 of 14 images cannot be read and are skipped: ")
     assert "cats/6.png (not an image)" in note
@@ -581,6 +838,69 @@ def test_folder_of_images(tmp_path, capsys):
     # Told in a run, and no reason to stop.
     assert train(tmp_path / "run", "--data", str(tmp_path), "--size", "8", "--epochs", "1") == 0
     assert f"warning: {note}" in capsys.readouterr().out
+
+
+def test_another_folder_is_brought_to_the_shape_of_the_run(tmp_path, capsys):
+    for i in range(12):
+        picture(tmp_path / "own" / f"{i}.png", (20, 12), 20 * i)
+    assert train(tmp_path / "run", "--data", str(tmp_path / "own"), "--epochs", "1") == 0
+    picture(tmp_path / "other" / "a.png", (90, 70), (250, 10, 10), "RGB")
+    others = runs.load(tmp_path / "run", data=str(tmp_path / "other")).images
+    assert others.held_out.shape == (1, 12, 20, 1)
+    picture(tmp_path / "other" / "b.png", (30, 30), 7)
+    capsys.readouterr()
+    for command in ("reconstruct", "evaluate"):
+        assert cli.main([command, str(tmp_path / "run"), "--data", str(tmp_path / "other")]) == 0
+        assert "2 held-out images" in capsys.readouterr().out
+    # Its own folder by its name is no other one: what was trained on is not held out.
+    assert len(runs.load(tmp_path / "run", data=str(tmp_path / "own")).images.held_out) == 2
+
+
+@pytest.mark.usefixtures("drawn")
+def test_run_inside_its_data_is_not_trained_on(tmp_path, capsys):
+    for i in range(12):
+        picture(tmp_path / f"{i}.png", (20, 12), 20 * i)
+    before = data.load(str(tmp_path))
+    assert train(tmp_path, "--data", str(tmp_path)) == 2
+    assert "this is the folder of --data" in one_line(capsys)
+    assert train(tmp_path / "runs" / "first", "--data", str(tmp_path), "--epochs", "1") == 0
+    after = data.load(str(tmp_path))
+    assert torch.equal(before.train, after.train)
+    assert after.train_labels is None
+
+
+def test_transparency_is_white(tmp_path):
+    for i in range(2):
+        picture(tmp_path / "colour" / f"{i}.png", (9, 9), (10, 20, 30, 0), "RGBA")
+        picture(tmp_path / "half" / f"{i}.png", (9, 9), (0, 0, 0, 127), "RGBA")
+        picture(tmp_path / "grey" / f"{i}.png", (9, 9), (7, 0), "LA")
+        picture(tmp_path / "palette" / f"{i}.gif", (9, 9), 3, "P", transparency=3)
+    for name in ("colour", "grey", "palette"):
+        assert data.load(str(tmp_path / name)).train.unique().tolist() == [255]
+    assert data.load(str(tmp_path / "half")).train.unique().tolist() == [128]
+
+
+def test_pixels_of_unknown_range_are_named(tmp_path):
+    for i in range(3):
+        picture(tmp_path / f"{i}.png", (9, 9), 3)
+    picture(tmp_path / "float.tif", (9, 9), 0.5, "F")
+    picture(tmp_path / "long.tif", (9, 9), 100_000, "I")
+    (note,) = data.load(str(tmp_path)).notes
+    assert (
+        "float.tif (pixels of mode F, of unknown range), long.tif (pixels of mode I, of unknown range)"
+        in note
+    )
+
+
+def test_labels_are_numbered_without_unreadable_folders(tmp_path):
+    for i in range(6):
+        picture(tmp_path / "dogs" / f"{i}.png", (9, 9), 200)
+        picture(tmp_path / "eels" / f"{i}.png", (9, 9), 10)
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "0.png").write_text("no image")
+    images = data.load(str(tmp_path))
+    assert images.label_names == ("dogs", "eels")
+    assert torch.equal(images.train_labels, (images.train[:, 0, 0, 0] < 100).long())
 
 
 def test_sizes_and_kinds_of_images(tmp_path):
@@ -612,7 +932,7 @@ def fake_datasets(monkeypatch, splits, features) -> list[str]:
     """A module in the place of `datasets`, of which the images are bytes."""
     fake = types.ModuleType("datasets")
     fake.Image = type("Image", (), {"__init__": lambda self, decode=True: setattr(self, "decode", decode)})
-    fake.ClassLabel = type("ClassLabel", (), {})
+    fake.ClassLabel = type("ClassLabel", (), {"names": [f"kind {i}" for i in range(100)]})
     kinds = {"image": fake.Image, "label": fake.ClassLabel, "text": str}
 
     class Split:
@@ -658,6 +978,7 @@ def test_hugging_face_dataset(tmp_path, monkeypatch, capsys):
     assert torch.equal(images.train[:, 0, 0, 0].long(), images.train_labels)
     assert images.held_out[:, 0, 0, 0].tolist() == [100, 101]
     assert images.held_out_labels.tolist() == [5, 6]
+    assert images.label_names[6] == "kind 6"
     assert images.notes == ("1 of 11 images cannot be read and are skipped: train[8] (not an image)",)
 
     fake_datasets(monkeypatch, {"train": train_split}, features)
@@ -666,6 +987,14 @@ def test_hugging_face_dataset(tmp_path, monkeypatch, capsys):
     assert torch.equal(alone.train[:, 0, 0, 0].long(), alone.train_labels)
     assert train(tmp_path / "run", "--data", "someone/pictures", "--epochs", "1") == 0
     capsys.readouterr()
+
+    gaps = {"img": [*map(png, range(8)), None, {"bytes": None, "path": None}], "y": [None, *range(1, 10)]}
+    fake_datasets(monkeypatch, {"train": gaps, "test": test_split}, features)
+    images = data.load("someone/pictures")
+    assert images.notes == (
+        "2 of 12 images cannot be read and are skipped: train[8] (no image), train[9] (no image)",
+    )
+    assert images.train_labels.tolist() == [-1, *range(1, 8)]
 
     fake_datasets(monkeypatch, {"train": {"t": ["words"]}}, {"t": "text"})
     assert train(tmp_path / "text", "--data", "someone/text") == 2
@@ -684,18 +1013,33 @@ def test_hugging_face_dataset(tmp_path, monkeypatch, capsys):
     ("options", "message"),
     [
         (("--lr", "0"), "--lr must be above 0, got 0"),
-        (("--lr", "nan"), "--lr must be above 0, got nan"),
+        (("--lr", "nan"), "--lr must be above 0 and finite, got nan"),
+        (("--lr", "inf"), "--lr must be above 0 and finite, got inf"),
+        (("--hidden", "10000000000000"), "this model cannot be made: "),
         (("--lr", "fast"), "--lr"),
         (("--ema", "1"), "--ema must be at least 0 and below 1"),
         (("--batch-size", "0"), "--batch-size must be at least 1"),
         (("--warmup", "cosine"), "--warmup must be one of none, linear, cyclical, sigmoid, got 'cosine'"),
         (("--likelihood", "gaussian", "--binarize", "dynamic"), "--binarize is of the Bernoulli likelihood"),
+        (("--size", "16"), "--size is of folders and datasets: the images of digits are taken as they are"),
+        (
+            ("--cycles", "2", "--warmup", "linear"),
+            "--cycles is of a cyclical warm-up: give --warmup cyclical",
+        ),
+        (
+            ("--warmup-epochs", "2"),
+            "--warmup-epochs is of a warm-up: give --warmup linear, cyclical or sigmoid",
+        ),
         (("--data", "/no/such.npz"), "/no/such.npz: no such file"),
         (("--data", "./none"), "./none: no such file or folder"),
         (("--data", __file__), "neither a .npz file nor a folder of images"),
         (("--accelerator", "abacus"), "Lightning refuses --accelerator abacus"),
         (("--strategy", "ddq"), "Lightning refuses --accelerator cpu --strategy ddq"),
         (("--precision", "7"), "Lightning refuses --accelerator cpu --precision 7"),
+        (
+            ("--precision", "16-true"),
+            "--precision 16-true: Adam's squares of gradients leave the range of float16",
+        ),
         (("--devices", "200"), "--devices 200"),
         (("--colour", "red"), "No such option"),
     ],
@@ -767,6 +1111,18 @@ def test_wrong_config(run, capsys, before, after, message):
     assert message in one_line(capsys)
 
 
+@pytest.mark.parametrize("name", ["accelerator", "strategy"])
+def test_what_lightning_refuses_is_named_where_it_stands(run, capsys, name):
+    config = run / "config.toml"
+    before = {"accelerator": '"cpu"', "strategy": '"auto"'}[name]
+    config.write_text(config.read_text().replace(f"{name} = {before}", f'{name} = "abacus"'))
+    assert cli.main(["resume", str(run), "--epochs", "2"]) == 2
+    error = one_line(capsys)
+    assert f"Lightning refuses {config}: " in error
+    assert f"{name} abacus" in error
+    assert "--" not in error
+
+
 def test_foreign_and_damaged_checkpoints(run, capsys):
     file = run / "checkpoints" / "last.ckpt"
     good = file.read_bytes()
@@ -788,7 +1144,11 @@ def test_foreign_and_damaged_checkpoints(run, capsys):
     saved["state_dict"]["other.weight"] = torch.zeros(2)
     torch.save(saved, file)
     assert "`other.weight` is none of this one's" in refused()
-    del saved["state_dict"]["other.weight"], saved["state_dict"]["decoder.0.bias"]
+    del saved["state_dict"]["other.weight"]
+    saved["state_dict"]["decoder.0.bias"][0] = math.nan
+    torch.save(saved, file)
+    assert "`decoder.0.bias` holds NaN or infinity" in refused()
+    del saved["state_dict"]["decoder.0.bias"]
     torch.save(saved, file)
     assert "there is no `decoder.0.bias` in it" in refused()
     file.unlink()
@@ -808,6 +1168,22 @@ def test_checkpoint_holds_no_code(run):
         run / "checkpoints" / "last.ckpt",
     )
     assert cli.main(["resume", str(run), "--epochs", "2"]) == 2
+    assert not (run / "evil").exists()
+
+
+def test_lightning_runs_no_code_of_a_checkpoint(run, monkeypatch):
+    """Nor would it without the look that is taken before."""
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(run / "evil"),)
+
+    file = run / "checkpoints" / "last.ckpt"
+    saved = torch.load(file, weights_only=True)
+    torch.save({**saved, "optimizer_states": Evil()}, file)
+    monkeypatch.setattr(runs, "_read_checkpoint", lambda file, model: saved)
+    with pytest.raises(pickle.UnpicklingError, match=r"[Ww]eights.only"):
+        cli.main(["resume", str(run), "--epochs", "2"])
     assert not (run / "evil").exists()
 
 

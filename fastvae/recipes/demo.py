@@ -355,16 +355,8 @@ def _pictures(model: VAE, elbo: fastvae.ELBO, images: data.Images, settings: Set
         return elbo.likelihood.mean(model.decode(z)).view(-1, *shape)  # type: ignore[operator]
 
     originals = images.held_out[:30]
-    columns = min(10, len(originals))
-    rows = []
-    for original, recon in zip(
-        (originals / 255).split(columns),
-        shown(model.encode(binarise(originals))[0]).split(columns),
-        strict=True,
-    ):
-        if len(original) == columns:
-            rows += [original, recon]
-    pictures.save_grid(rows, settings.out / PICTURES[0], group=2)
+    recon = shown(model.encode(binarise(originals))[0])
+    pictures.save_reconstructions(originals / 255, recon, settings.out / PICTURES[0])
 
-    z = torch.randn(80, model.latents, generator=torch.Generator().manual_seed(settings.seed))
-    pictures.save_grid(shown(z).split(10), settings.out / PICTURES[1])
+    z = torch.randn(64, model.latents, generator=torch.Generator().manual_seed(settings.seed))
+    pictures.save_samples(shown(z), settings.out / PICTURES[1])

@@ -31,7 +31,7 @@ def sample(run: Run, path: Path, *, n: int = 64, seed: int = 0, temperature: flo
     _check("--temperature", temperature, 0)
     _prepare(path)
     z = temperature * torch.randn(n, run.model.latents, generator=torch.Generator().manual_seed(seed))
-    pictures.save_grid(_shown(run, z).split(n if n <= 8 else math.ceil(math.sqrt(n))), path)
+    pictures.save_samples(_shown(run, z), path)
 
 
 def reconstruct(run: Run, path: Path, *, n: int = 30) -> int:
@@ -42,12 +42,7 @@ def reconstruct(run: Run, path: Path, *, n: int = 30) -> int:
     _check("-n", n, 1, 10_000)
     images = run.images.held_out[:n]
     _prepare(path)
-    rows: list[Tensor] = []
-    for pair in zip(
-        _grey(images).split(_COLUMNS), _shown(run, _means(run, images)).split(_COLUMNS), strict=True
-    ):
-        rows += pair
-    pictures.save_grid(rows, path, group=2)
+    pictures.save_reconstructions(_grey(images), _shown(run, _means(run, images)), path)
     return len(images)
 
 

@@ -84,6 +84,10 @@ class Metrics(Checkpoint):
                     f"every step of epoch {row['epoch']} was skipped: {what}; try a smaller --lr, or --clip 1"
                 )
             self.say(f"warning: {skipped} of {steps} steps skipped, the weights left as they were: {what}")
+        if not math.isfinite(row[MONITOR]):
+            self.say(
+                f"warning: the held-out loss of epoch {row['epoch']} is not finite: no checkpoint is kept of it"
+            )
         if trainer.is_global_zero:
             names = [f"kl_{i}" for i in range(len(self.kl_rows[0]) - 1)]
             files.write(self.folder / "metrics.csv", _csv([list(self.rows[0]), *map(_cells, self.rows)]))
@@ -150,24 +154,29 @@ class Pictures(Callback):
     @torch.no_grad()
     def draw(self, model: VAE) -> None:
         settings, device = self.settings, model.device
+        precision = model.trainer.precision_plugin  # what Lightning's own loops go through
+
+        def encoded(x: Tensor) -> Tensor:
+            with precision.forward_context():
+                return model.encode(precision.convert_input(x.to(device)))[0]
 
         def shown(z: Tensor) -> Tensor:
-            return model.elbo.likelihood.mean(model.decode(z)).float().cpu().permute(0, 2, 3, 1)  # type: ignore[operator]
+            with precision.forward_context():
+                mean = model.elbo.likelihood.mean(model.decode(precision.convert_input(z)))  # type: ignore[operator]
+            return mean.float().cpu().permute(0, 2, 3, 1)
 
-        z = torch.randn(80, model.latents, generator=generator(settings.seed, 2)).to(device)
-        pictures.save_grid(shown(z).split(10), self.folder / "samples.png")
+        z = torch.randn(64, model.latents, generator=generator(settings.seed, 2)).to(device)
+        pictures.save_samples(shown(z), self.folder / "samples.png")
 
         held_out, labels = self.images.held_out[:_DRAWN], self.images.held_out_labels
         x = prepare(held_out, settings, generator(settings.seed, 3))
-        mu = torch.cat([model.encode(part.to(device))[0] for part in x.split(500)])
-        pictures.save_latents(mu, None if labels is None else labels[:_DRAWN], self.folder / "latents.png")
+        mu = torch.cat([encoded(part) for part in x.split(500)])
+        labels = None if labels is None else labels[:_DRAWN]
+        pictures.save_latents(mu, labels, self.folder / "latents.png", names=self.images.label_names)
 
-        columns = min(10, len(held_out))
-        rows = []
-        for start in range(0, min(30, len(held_out)) - columns + 1, columns):
-            some = slice(start, start + columns)
-            rows += [held_out[some] / 255, shown(mu[some])]
-        pictures.save_grid(rows, self.folder / "reconstructions.png", group=2)
+        pictures.save_reconstructions(
+            held_out[:30] / 255, shown(mu[:30]), self.folder / "reconstructions.png"
+        )
 
 
 class _Movable(ModelCheckpoint):
@@ -175,6 +184,10 @@ class _Movable(ModelCheckpoint):
 
     def __init__(self, folder: Path, name: str, monitor: str | None = None) -> None:
         super().__init__(folder, name, monitor, enable_version_counter=False, save_on_train_epoch_end=True)
+
+    def on_train_epoch_end(self, trainer: Trainer, model: LightningModule) -> None:
+        if math.isfinite(trainer.callback_metrics[MONITOR]):
+            super().on_train_epoch_end(trainer, model)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning forgets which epoch was best when the folder has been moved.
@@ -189,7 +202,7 @@ class Best(_Movable):
 
 
 class Last(_Movable):
-    """checkpoints/last.ckpt, after every epoch: what `resume` goes on from."""
+    """checkpoints/last.ckpt, after every epoch whose held-out loss is finite: what `resume` goes on from."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, "last")
@@ -210,8 +223,12 @@ class AtomicCheckpoints(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(path)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written: {files.reason(error)}") from error
+        except (OSError, RuntimeError) as error:
+            # torch's writer, when the file cannot be written on, raises a RuntimeError after the OSError.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            raise InputError(f"{path}: cannot be written: {files.reason(cause)}") from error
         finally:
             part.unlink(missing_ok=True)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["CellRun", "build", "load", "resume", "train"]
 
 GENES = "cells.json"
-LEFT = ("latents.png", "loss.png")
+LEFT = ("latents.png", "loss.png", "evaluation.json")
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,17 @@ def train(settings: Settings, out: Path, *, overwrite: bool = False) -> None:
     settings = settings.located()
     if settings.devices > min(settings.batch_size, len(data.train)):
         raise InputError(f"--devices {settings.devices}: every device needs a cell of every batch")
-    runs.refuse_to_replace(out, overwrite)
+    runs.refuse_unused(settings)
+    runs.refuse_to_replace(out, overwrite, (GENES, *LEFT))
     sizes = Sizes(data.genes, data.batch_names)
     model = _fresh(settings, sizes, data)
     trainer = runs.make_trainer(settings, out, _drawer(data, settings, out))
-    if runs.is_first():
-        runs.prepare(out, (GENES, *LEFT))
-        files.write(out / GENES, (json.dumps(dataclasses.asdict(sizes), indent=1) + "\n").encode())
-        runs.write_config(out, settings)
-    _fit(trainer, model, data, settings, out, 0)
+    with runs.alone(out, (GENES, *LEFT)):
+        if runs.is_first():
+            runs.clear(out, (GENES, *LEFT))
+            files.write(out / GENES, (json.dumps(dataclasses.asdict(sizes), indent=1) + "\n").encode())
+            runs.write_config(out, settings)
+        _fit(trainer, model, data, settings, out, 0)
 
 
 def resume(path: Path, changed: dict[str, Any]) -> None:
@@ -100,12 +102,13 @@ def resume(path: Path, changed: dict[str, Any]) -> None:
     data = _cells(settings, sizes, path)
     model = _fresh(settings, sizes, data)
     done = runs.epochs_done(model, path, settings)
-    trainer = runs.make_trainer(settings, path, _drawer(data, settings, path))
-    if runs.is_first():
-        runs.prepare_again(path, (GENES, *LEFT))
-        if changed:
-            runs.write_config(path, settings)
-    _fit(trainer, model, data, settings, path, done)
+    trainer = runs.make_trainer(settings, path, _drawer(data, settings, path), resumed=True)
+    with runs.alone(path, (GENES, *LEFT)):
+        if runs.is_first():
+            runs.remove_partial(path)
+            if changed:
+                runs.write_config(path, settings)
+        _fit(trainer, model, data, settings, path, done)
 
 
 def build(settings: "Counts", sizes: Sizes) -> "CellVAE":
@@ -124,8 +127,6 @@ def build(settings: "Counts", sizes: Sizes) -> "CellVAE":
         schedule=settings.warmup,
         schedule_epochs=settings.warmup_epochs,
         cycles=settings.cycles,
-        # Lightning cannot unscale gradients for a fused optimizer, as it must before it clips them.
-        fused=not (settings.precision == "16-mixed" and settings.clip),
     )
 
 

@@ -33,13 +33,18 @@ class Images(NamedTuple):
     held_out_labels: Tensor | None = None
     notes: tuple[str, ...] = ()
     """Lines to tell the user: what was skipped."""
+    label_names: tuple[str, ...] = ()
+    """Of the labels 0, 1, ..., where they have names."""
 
 
-def load(spec: str, *, seed: int = 0, size: int = 0) -> Images:
+def load(
+    spec: str, *, seed: int = 0, size: int = 0, shape: tuple[int, int, int] | None = None, whole: bool = False
+) -> Images:
     """The images of `--data`: "digits", a .npz file, a folder, or the name of a Hugging Face dataset.
 
     `size` is for the last two: the side to which images are cut and resized. 0 leaves them as they are if all have one
-    size of at most 64 pixels, and makes them 64 x 64 if not.
+    size of at most 64 pixels, and makes them 64 x 64 if not. With `shape` (H, W, C) they are brought to just that. All
+    images of a folder are held out if it is to be taken as a `whole`.
 
     Raises InputError for what cannot be read, and for what holds no images.
     """
@@ -47,13 +52,13 @@ def load(spec: str, *, seed: int = 0, size: int = 0) -> Images:
         return digits(seed)
     path = Path(spec).expanduser()
     if path.is_dir():
-        return folder(path, seed, size)
+        return folder(path, seed, size, shape, whole)
     if path.suffix == ".npz":
         return npz(path, seed)
     if path.exists():
         raise InputError(f"{spec}: neither a .npz file nor a folder of images")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", spec):
-        return hugging_face(spec, seed, size)
+        return hugging_face(spec, seed, size, shape)
     raise InputError(f"{spec}: no such file or folder")
 
 
@@ -145,22 +150,36 @@ def _labels(array: Any, n: int) -> Tensor | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def folder(path: Path, seed: int, size: int = 0) -> Images:
-    """All images in a folder and below it; a sixth, drawn by `seed`, is held out.
+def folder(
+    path: Path,
+    seed: int,
+    size: int = 0,
+    shape: tuple[int, int, int] | None = None,
+    whole: bool = False,
+) -> Images:
+    """All images in a folder and below it; a sixth, drawn by `seed`, is held out, or all of a `whole`.
 
-    The folders of the first level are the labels, if there are several. Files that cannot be read as images are
-    skipped, and `notes` names them. They are grey if every image is, else RGB; EXIF rotations are applied.
+    Folders of runs are left out: there are pictures in them. The folders of the first level are the labels, if there
+    are several. Files that cannot be read as images are skipped, and `notes` names them. They are grey if every image
+    is, else RGB; EXIF rotations are applied.
 
-    Raises InputError where fewer than two images are left.
+    Raises InputError where fewer than two images are left, or none for a `whole`.
     """
     from PIL import Image
 
     suffixes = Image.registered_extensions()
     try:
+        below = list(path.rglob("*"))
+        runs = {
+            file.parent
+            for file in below
+            if file.name == "config.toml" and (file.parent / "checkpoints").is_dir()
+        }
         files = sorted(
             file
-            for file in path.rglob("*")
-            if file.suffix.lower() in suffixes
+            for file in below
+            if runs.isdisjoint(file.parents)
+            and file.suffix.lower() in suffixes
             and not any(part.startswith(".") for part in file.relative_to(path).parts)
             and file.is_file()
         )
@@ -168,14 +187,19 @@ def folder(path: Path, seed: int, size: int = 0) -> Images:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     if not files:
         raise InputError(f"{path}: there are no images in this folder (*.png, *.jpg, ...)")
-    parents = [file.relative_to(path).parts[0] if file.parent != path else "" for file in files]
+    parents = [file.relative_to(path).parts[0] if file.parent != path else "." for file in files]
+    images, kept, notes = _decode(
+        str(path), files, [str(file.relative_to(path)) for file in files], size, shape, whole
+    )
+    parents = [parents[place] for place in kept.tolist()]
     names = sorted(set(parents))
     labels = torch.tensor([names.index(parent) for parent in parents]) if len(names) > 1 else None
-    images, kept, notes = _decode(str(path), files, [str(file.relative_to(path)) for file in files], size)
-    return _split(path.name, images, seed, None if labels is None else labels[kept], notes)
+    if whole:
+        return Images(path.name, images[:0], images, None, labels, notes, tuple(names))
+    return _split(path.name, images, seed, labels, notes)._replace(label_names=tuple(names))
 
 
-def hugging_face(name: str, seed: int, size: int = 0) -> Images:
+def hugging_face(name: str, seed: int, size: int = 0, shape: tuple[int, int, int] | None = None) -> Images:
     """A dataset of the Hugging Face hub: its first column of images, and the first of class labels if there is one.
 
     The split `train` is trained on; `test`, or else `validation`, is held out, and without either a sixth of `train`.
@@ -191,11 +215,18 @@ def hugging_face(name: str, seed: int, size: int = 0) -> Images:
         raise InputError(f"{name}: this dataset has no column of images, only {', '.join(train.features)}")
     label = next((key for key, kind in train.features.items() if isinstance(kind, datasets.ClassLabel)), None)
 
-    def rows(split: Any) -> tuple[list[IO[bytes] | str], Tensor | None]:
+    label_names = tuple(getattr(train.features[label], "names", ()) if label is not None else ())
+
+    def rows(split: Any) -> tuple[list[IO[bytes] | str | None], Tensor | None]:
         # Not decoded by `datasets`: it stops at the first damaged image.
         raw = split.cast_column(column, datasets.Image(decode=False))[column]
-        sources = [io.BytesIO(row["bytes"]) if row["bytes"] is not None else row["path"] for row in raw]
-        return sources, None if label is None else torch.tensor(split[label])
+        sources = [
+            io.BytesIO(row["bytes"]) if row and row["bytes"] is not None else row and row["path"]
+            for row in raw
+        ]
+        if label is None:
+            return sources, None
+        return sources, torch.tensor([-1 if kind is None else kind for kind in split[label]])
 
     other = next((key for key in ("test", "validation") if key in loaded), None)
     sources, labels = rows(train)
@@ -206,11 +237,11 @@ def hugging_face(name: str, seed: int, size: int = 0) -> Images:
         sources += more
         names += [f"{other}[{i}]" for i in range(len(more))]
         labels = torch.cat([labels, more_labels]) if labels is not None and more_labels is not None else None
-    images, kept, notes = _decode(name, sources, names, size)
+    images, kept, notes = _decode(name, sources, names, size, shape)
     if labels is not None:
         labels = labels[kept]
     if other is None:
-        return _split(name, images, seed, labels, notes)
+        return _split(name, images, seed, labels, notes)._replace(label_names=label_names)
     trained = kept < first
     for split, some in (("train", trained.any()), (other, (~trained).any())):
         if not some:
@@ -222,6 +253,7 @@ def hugging_face(name: str, seed: int, size: int = 0) -> Images:
         None if labels is None else labels[trained],
         None if labels is None else labels[~trained],
         notes,
+        label_names,
     )
 
 
@@ -261,7 +293,12 @@ class _Header(NamedTuple):
 
 
 def _decode(
-    where: str, sources: Sequence[Any], names: Sequence[str], size: int
+    where: str,
+    sources: Sequence[Any],
+    names: Sequence[str],
+    size: int,
+    shape: tuple[int, int, int] | None = None,
+    whole: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """(images (N, H, W, C), the places in `sources` that they come from (N,), what was skipped)."""
     unreadable: dict[int, str] = {}
@@ -285,9 +322,11 @@ def _decode(
     headers = each(_header, range(len(sources)))
     shapes = {(header.height, header.width) for header in headers.values()}
     height, width = size or DEFAULT_SIDE, size or DEFAULT_SIDE
-    if not size and len(shapes) == 1 and max(shape := shapes.pop()) <= DEFAULT_SIDE:
-        height, width = shape
+    if not size and len(shapes) == 1 and max(own := shapes.pop()) <= DEFAULT_SIDE:
+        height, width = own
     grey = all(header.grey for header in headers.values())
+    if shape is not None:
+        height, width, grey = *shape[:2], shape[2] == 1
     decoded = each(partial(_pixels, height=height, width=width, grey=grey), list(headers))
 
     notes: tuple[str, ...] = ()
@@ -299,7 +338,7 @@ def _decode(
         )
     if not decoded:
         raise InputError(f"{where}: not one image can be read: {notes[0].partition(': ')[2]}")
-    if len(decoded) < 2:
+    if len(decoded) < 2 and not whole:
         raise InputError(f"{where}: one image is too few: some are held out")
     images = torch.from_numpy(np.stack(list(decoded.values())))
     return images, torch.tensor(list(decoded)), notes
@@ -308,6 +347,8 @@ def _decode(
 def _open(source: Any) -> Any:
     from PIL import Image
 
+    if source is None:
+        raise OSError("no image")
     if isinstance(source, io.BytesIO):
         source = io.BytesIO(source.getbuffer())
     return Image.open(source)
@@ -315,6 +356,9 @@ def _open(source: Any) -> Any:
 
 def _header(source: Any) -> _Header:
     with _open(source) as image:
+        # A PNG has 16 bits of it at most; in other files, and of floats, nobody knows which value is white.
+        if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+            raise OSError(f"pixels of mode {image.mode}, of unknown range")
         sideways = image.getexif().get(0x0112, 1) >= 5  # EXIF's orientation
         width, height = reversed(image.size) if sideways else image.size
         return _Header(
@@ -330,6 +374,10 @@ def _pixels(source: Any, height: int, width: int, grey: bool) -> Any:
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to 255
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+            # Otherwise what is transparent shows the colour that happens to be stored there, mostly black.
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("L" if grey else "RGB")
         if image.size != (width, height):
             image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)

@@ -22,15 +22,11 @@ from fastvae import functional
 
 from . import files
 from .data import InputError
-from .loader import generator, prepare
+from .loader import generator, held_out_batch, prepare
 from .module import ACTIVE, VAE
 from .runs import Run
 
 __all__ = ["Bounds", "Evaluation", "bounds", "evaluate"]
-
-# Images at a time. Measured on 2 cores with MNIST: mlp is fastest with 500 to 1000, conv cares little from 100 on; and
-# the fewer calls, the less the threads wait for one another on a busy machine.
-_BATCH = 1000
 
 
 class Bounds(NamedTuple):
@@ -169,7 +165,8 @@ def evaluate(
         disable=not console.is_terminal,
     )
     with bar:
-        batches = held_out.split(_BATCH)
+        size = held_out_batch(held_out)
+        batches = held_out.split(size)
         task = bar.add_task("evaluating", total=len(batches) * samples)
         for number, images in enumerate(batches):
             x = prepare(images, run.settings, draws).to(run.device)
@@ -178,7 +175,7 @@ def evaluate(
                 x,
                 samples,
                 seed=seed,
-                first_row=number * _BATCH,
+                first_row=number * size,
                 advance=lambda: bar.advance(task),
             )
             parts.append(torch.stack(part).cpu())

@@ -10,9 +10,16 @@ from torch import Tensor
 from .data import Images
 from .settings import ImageSettings
 
-__all__ = ["ImageData", "generator", "prepare"]
+__all__ = ["ImageData", "generator", "held_out_batch", "prepare"]
 
-_HELD_OUT_BATCH = 1000
+
+def held_out_batch(images: Tensor) -> int:
+    """How many held-out images to take at a time: 1000, or as many as make 32 MiB.
+
+    Measured on 2 cores with MNIST: mlp is fastest with 500 to 1000, conv cares little from 100 on; and the fewer calls,
+    the less the threads wait for one another on a busy machine.
+    """
+    return max(1, min(1000, 2**23 // images[0].numel()))
 
 
 def prepare(images: Tensor, settings: ImageSettings, generator: torch.Generator | None = None) -> Tensor:
@@ -73,7 +80,7 @@ class _Batches:
 
     @property
     def size(self) -> int:
-        return _HELD_OUT_BATCH if self.held_out else self.data.settings.batch_size
+        return held_out_batch(self.images) if self.held_out else self.data.settings.batch_size
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.images), self.size)

@@ -35,7 +35,6 @@ class VAE(LightningModule):
         schedule, schedule_epochs, cycles: how beta rises; see `fastvae.training.warmup`.
         bits_offset: what bits per dimension need added to nats / (D ln 2): 0 for binary data and for bytes as they are,
             8 for bytes scaled to [0, 1], None where the data have no bits per dimension.
-        fused: Adam's fused kernel, which also serves to skip steps.
 
     Logged at the end of each epoch, in nats per image: train_loss (with beta), train_nll, train_kl, train_bits_per_dim;
     the same of the held-out images, without beta: held_out_nelbo, held_out_nll, held_out_kl, held_out_bits_per_dim;
@@ -43,7 +42,7 @@ class VAE(LightningModule):
 
     `unit` is what a datum is called, `shown` what a line of progress ends with: a heading, the metric and its decimals.
 
-    A step whose loss is not finite leaves the weights as they are; `first_skip` then says where it was.
+    A step whose loss or gradient is not finite leaves the weights as they are; `first_skip` then says where it was.
     """
 
     unit = "image"
@@ -63,7 +62,6 @@ class VAE(LightningModule):
         schedule_epochs: float = 1.0,
         cycles: int = 1,
         bits_offset: float | None = None,
-        fused: bool = True,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -76,7 +74,6 @@ class VAE(LightningModule):
         self.schedule, self.schedule_epochs, self.cycles = schedule, schedule_epochs, cycles
         self.beta = float(elbo.beta)
         self.bits_offset = bits_offset
-        self.fused = fused
         self.kl_per_dimension = torch.zeros(latents)
         self.first_skip: str | None = None
 
@@ -108,11 +105,26 @@ class VAE(LightningModule):
         groups: list[dict[str, Any]] = [{"params": rest}]
         if scale:
             groups.append({"params": scale, "lr": 10 * self.lr})
-        return torch.optim.Adam(groups, lr=self.lr, fused=self.fused)
+        # The fused kernel also serves to skip steps. With a scaler, which skips them itself, Lightning cannot clip for
+        # it: it would have to unscale the gradients before.
+        fused = self._scaler is None or not self.trainer.gradient_clip_val
+        return torch.optim.Adam(groups, lr=self.lr, fused=fused)
+
+    @property
+    def _scaler(self) -> Any:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Training
     # -----------------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        # A checkpoint brings its own; what counts is what the run's settings say now.
+        for group, rate in zip(
+            self.trainer.optimizers[0].param_groups, (self.lr, 10 * self.lr), strict=False
+        ):
+            group["lr"] = rate
+        self.elbo.beta = self.beta  # type: ignore[assignment]
 
     def on_train_epoch_start(self) -> None:
         self._steps = _Steps()
@@ -134,11 +146,18 @@ class VAE(LightningModule):
         return out.loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        skip = (~torch.isfinite(self._steps.losses[-1])).float()
+        finite = torch.isfinite(self._steps.losses[-1])
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if (
+            not scaled
+        ):  # a scaler looks itself, and comes down where a gradient has overflown by its scale alone
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            finite = finite & torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+        skip = (~finite).float()
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(skip, torch.distributed.ReduceOp.MAX)
         self._steps.skipped.append(skip)
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+        if self._scaler is None:
             # What a GradScaler tells a fused optimizer: with a 1 here the step does nothing. The host need not know.
             optimizer.found_inf = skip  # type: ignore[attr-defined]
 
@@ -174,13 +193,11 @@ class VAE(LightningModule):
         self.first_skip = None
         if skipped.any():
             step = int(skipped.int().argmax())
-            finite = {
-                name: torch.isfinite(values[step]).all()
-                for name, values in (("kl", steps.kl), ("nll", steps.nll))
-            }
-            bad = [name for name, is_finite in finite.items() if not is_finite]
             # Of two the KL: it comes first, and NaN in mu or logvar reaches the reconstruction too.
-            self.first_skip = f"{bad[0] if bad else 'the loss'} of step {step + 1}"
+            terms = {"kl": steps.kl, "nll": steps.nll, "the loss": steps.losses}
+            bad = torch.stack([(~values[step].isfinite()).sum() for values in terms.values()]).cpu()
+            names = [name for name, count in zip(terms, self._over_processes(bad), strict=True) if count]
+            self.first_skip = f"{[*names, 'the gradient'][0]} of step {step + 1}"
 
     # -----------------------------------------------------------------------------------------------------------------
     # Held-out images

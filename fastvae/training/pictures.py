@@ -1,6 +1,7 @@
 """Pictures as PNG files, written beside and renamed: grids of images, the course of the losses, the latent space."""
 
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +18,13 @@ from .data import InputError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["BACKGROUND", "prepare_folder", "save_grid", "save_latents", "save_loss_curve"]
+__all__ = [
+    "BACKGROUND", "prepare_folder", "save_grid", "save_latents", "save_loss_curve", "save_reconstructions",
+    "save_samples",
+]  # fmt: skip
 
 BACKGROUND = 64  # a grey that tells black images apart
+_COLUMNS = 10
 _GAP = 2  # pixels between images
 _SIDE = 64  # small images are enlarged to at least this many pixels
 _FONT, _LETTER = 13, 200  # pixels; grey
@@ -90,6 +95,18 @@ def save_grid(
     png = io.BytesIO()
     picture.save(png, "PNG")
     files.write(path, png.getvalue())
+
+
+def save_samples(images: Tensor, path: Path) -> None:
+    """Write images (N, H, W, C) in [0, 1] as a grid that is about square. Raises InputError as `save_grid`."""
+    n = len(images)
+    save_grid(images.split(n if n <= 8 else math.ceil(math.sqrt(n))), path)
+
+
+def save_reconstructions(originals: Tensor, shown: Tensor, path: Path) -> None:
+    """Write rows of ten originals, each above what the model makes of it. Raises InputError as `save_grid`."""
+    pairs = zip(originals.split(_COLUMNS), shown.split(_COLUMNS), strict=True)
+    save_grid([row for pair in pairs for row in pair], path, group=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,8 +180,10 @@ def save_latents(
     More than two dimensions are shown by their first two principal components; a single one as a histogram. Of very
     many points an even choice is drawn. Raises InputError as `save_grid`.
     """
-    some = torch.linspace(0, len(mu) - 1, min(len(mu), _POINTS)).long()
     mu = mu.double().cpu()
+    finite = mu.isfinite().all(1)
+    mu, labels = mu[finite], None if labels is None else labels.cpu()[finite]
+    some = torch.linspace(0, len(mu) - 1, min(len(mu), _POINTS)).long()
     points, axis_names = mu[some], ["z0", "z1"]
     if mu.shape[1] > 2:
         directions, shares = _principal(mu)
@@ -173,13 +192,14 @@ def save_latents(
             f"{place} principal component ({share:.0%} of the variance)"
             for place, share in zip(("first", "second"), shares.tolist(), strict=True)
         ]
-    classes = torch.zeros(len(some)) if labels is None else labels.cpu()[some]
-    present = classes.unique().tolist()
+    classes = torch.zeros(len(some)) if labels is None else labels[some]
+    present = classes.unique().tolist() or [0]
     if len(present) > _CLASSES:
         classes, present = torch.zeros(len(some)), [0]
     colours = _colours(len(present))
     groups = [points[classes == label].numpy() for label in present]
-    texts = [names[int(label)] if names else str(int(label)) for label in present]
+    size = min(60.0, 6 + 6000 / max(1, len(points)))  # of a point, as an area
+    texts = _texts(present, names)
 
     figure = _figure(7.2, 6.4)
     axes = figure.subplots()
@@ -190,9 +210,7 @@ def save_latents(
         axes.set_ylabel(what)
     else:
         for group, colour, text in zip(groups, colours, texts, strict=True):
-            axes.scatter(
-                group[:, 0], group[:, 1], 6 + 6000 / len(points), alpha=0.7, lw=0, color=colour, label=text
-            )
+            axes.scatter(group[:, 0], group[:, 1], size, alpha=0.7, lw=0, color=colour, label=text)
         axes.set_aspect("equal", "datalim")
         axes.set_xlabel(axis_names[0])
         axes.set_ylabel(axis_names[1])
@@ -200,9 +218,8 @@ def save_latents(
     axes.set_title(f"posterior means of {what}", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     if len(present) > 1:
-        axes.legend(
-            title="label", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, markerscale=2.5
-        )
+        at: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+        axes.legend(title="label", frameon=False, markerscale=math.sqrt(60 / size), **at)
     _save(figure, path)
 
 
@@ -214,6 +231,10 @@ def _principal(mu: Tensor) -> tuple[Tensor, Tensor]:
     # An eigenvector has no sign of its own; with one, the picture does not flip from epoch to epoch for no reason.
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
     return directions * largest.sign(), variances[[-1, -2]].clamp(min=0) / variances.sum().clamp(min=1e-30)
+
+
+def _texts(present: list[Any], names: Sequence[str]) -> list[str]:
+    return [names[int(n)][:24] if 0 <= n < len(names) else str(int(n)) for n in present]
 
 
 def _colours(count: int) -> list[Any]:

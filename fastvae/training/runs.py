@@ -8,17 +8,19 @@ import dataclasses
 import importlib.util
 import logging
 import math
-import shutil
+import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 
 import fastvae
 
@@ -38,6 +40,8 @@ CHECKPOINTS = "checkpoints"
 PICTURES = ("samples.png", "reconstructions.png", "loss.png", "latents.png")
 TABLES = ("metrics.csv", "kl_per_dimension.csv")
 TENSORBOARD = "tensorboard"
+# What the commands on a run leave in it.
+MADE_LATER = ("evaluation.json", "interpolations.png", "traversals.png", "inpainting.png")
 
 Shape = tuple[int, int, int]
 
@@ -64,6 +68,8 @@ class Run:
     device: torch.device
     epoch: int
     """How many epochs the weights were trained for."""
+    others: bool = False
+    """Whether `settings.data` are other data than the run's: all images of a folder are then held-out ones."""
 
     @cached_property
     def images(self) -> data.Images:
@@ -71,7 +77,7 @@ class Run:
 
         Raises InputError where they are gone, and for images of another size.
         """
-        return _images(self.settings, self.shape, self.path)
+        return _images(self.settings, self.shape, self.path, self.others)
 
 
 def load(path: Path, *, data: str | None = None, checkpoint: Literal["best", "last"] = "best") -> Run:
@@ -81,18 +87,22 @@ def load(path: Path, *, data: str | None = None, checkpoint: Literal["best", "la
     damaged or belongs to something else.
     """
     settings, shape = _read_config(path)
+    others = data is not None and Path(data).expanduser().resolve() != Path(settings.data)
     if data is not None:
         settings = dataclasses.replace(settings, data=data)
     model = build(settings, shape)
     device, epoch = restore(model, path, settings, checkpoint)
-    return Run(path, settings, shape, model, device, epoch)
+    return Run(path, settings, shape, model, device, epoch, others)
 
 
 def restore(model: "VAE", path: Path, settings: Settings, checkpoint: str) -> tuple[torch.device, int]:
     """Give the model a run's weights: then it is in eval mode on the device, trained for so many epochs."""
     file = path / CHECKPOINTS / f"{checkpoint}.ckpt"
     if not file.exists():
-        raise InputError(f"{path}: there is no {file.relative_to(path)} yet: it comes with the first epoch")
+        raise InputError(
+            f"{path}: there is no {file.relative_to(path)} yet: it comes with the first epoch whose held-out loss "
+            "is finite"
+        )
     state = read_checkpoint(file, model)
     model.load_state_dict(state["state_dict"])
     device = torch.device("cuda" if torch.cuda.is_available() and settings.accelerator != "cpu" else "cpu")
@@ -112,6 +122,8 @@ def train(settings: Settings, out: Path, *, overwrite: bool = False) -> None:
     replaces it), and KeyboardInterrupt, with words about how to go on, on Ctrl-C.
     """
     settings.check()
+    if Path(settings.data).expanduser().resolve() == out.resolve():
+        raise InputError(f"--out {out}: this is the folder of --data; what a run leaves would be among them")
     if not isinstance(settings, ImageSettings):
         from . import cell_runs, text_runs
 
@@ -122,34 +134,96 @@ def train(settings: Settings, out: Path, *, overwrite: bool = False) -> None:
     settings = settings.resolve(shape[2])
     if settings.likelihood != "bernoulli" and settings.binarize != "threshold":
         raise InputError("--binarize is of the Bernoulli likelihood: give --likelihood bernoulli")
+    refuse_unused(settings)
+    if settings.size and (settings.data == "digits" or settings.data.endswith(".npz")):
+        raise InputError(
+            f"--size is of folders and datasets: the images of {settings.data} are taken as they are"
+        )
     if settings.devices > min(settings.batch_size, len(images.train)):
         raise InputError(f"--devices {settings.devices}: every device needs an image of every batch")
-    refuse_to_replace(out, overwrite)
+    left = (*PICTURES, *MADE_LATER)
+    refuse_to_replace(out, overwrite, left)
     model = _fresh(settings, images)
     trainer = make_trainer(settings, out, _drawer(images, settings, out))
-    if is_first():
-        prepare(out, PICTURES)
-        _write_config(out, settings, shape)
-    _fit(trainer, model, images, settings, out, 0)
+    with alone(out, left):
+        if is_first():
+            clear(out, left)
+            _write_config(out, settings, shape)
+        _fit(trainer, model, images, settings, out, 0)
     return None
 
 
-def refuse_to_replace(out: Path, overwrite: bool) -> None:
+def refuse_to_replace(out: Path, overwrite: bool, names: Sequence[str]) -> None:
+    """Raises InputError where a run, or anything of these names that is none, is there already."""
     if (out / CONFIG).exists() and not overwrite and is_first():
         raise InputError(
             f"{out}: there is a run in this folder; continue it (fastvae resume {out}), give another --out, "
             "or replace it with --overwrite"
         )
+    if not (out / CONFIG).exists() and is_first():
+        for name in (*TABLES, *names, CHECKPOINTS, TENSORBOARD):
+            if (out / name).exists():
+                raise InputError(
+                    f"{out / name}: there already, in a folder that is no run (no {CONFIG}); a run would replace it: "
+                    "move it away, or give another --out"
+                )
 
 
-def prepare(out: Path, names: Sequence[str]) -> None:
-    """Make the folder of a new run, and remove what an earlier one has left, and nothing else."""
-    pictures.prepare_folder(out, (CONFIG, *TABLES, *names))
-    for name in (CONFIG, *TABLES, *names):
-        (out / name).unlink(missing_ok=True)
-    for name in (CHECKPOINTS, TENSORBOARD):
-        shutil.rmtree(out / name, ignore_errors=True)
-    files.remove_partial(out)
+def refuse_unused(settings: Settings) -> None:
+    """Raises InputError for options that would do nothing."""
+    given = {
+        name
+        for name in ("cycles", "warmup_epochs")
+        if getattr(settings, name) != getattr(type(settings), name)
+    }
+    if "cycles" in given and settings.warmup != "cyclical":
+        raise InputError("--cycles is of a cyclical warm-up: give --warmup cyclical")
+    if "warmup_epochs" in given and settings.warmup == "none":
+        raise InputError("--warmup-epochs is of a warm-up: give --warmup linear, cyclical or sigmoid")
+
+
+@contextmanager
+def alone(folder: Path, names: Sequence[str]) -> Iterator[None]:
+    """Make a run's folder, and let no other process train in it meanwhile, where systems and file systems have locks.
+
+    Raises InputError where one does, or where files of these names cannot be written. The lock goes with the process,
+    however it ends.
+    """
+    if not is_first():
+        yield
+        return
+    pictures.prepare_folder(folder, (CONFIG, *TABLES, *names))
+    if importlib.util.find_spec("fcntl") is None:
+        yield
+        return
+    import fcntl
+
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: this run is being trained, by another process") from None
+        except OSError:
+            pass  # no locks here, as on some network file systems
+        yield
+    finally:
+        os.close(opened)
+
+
+def clear(out: Path, names: Sequence[str]) -> None:
+    """Remove what an earlier run has left, by name and nothing else; config.toml stays until it is replaced."""
+    checkpoints, tensorboard = out / CHECKPOINTS, out / TENSORBOARD
+    left = [out / name for name in (*TABLES, *names)]
+    left += [checkpoints / "last.ckpt", checkpoints / "best.ckpt", tensorboard / "hparams.yaml"]
+    for path in (*left, *tensorboard.glob("events.*")):
+        path.unlink(missing_ok=True)
+    remove_partial(out)
+
+
+def remove_partial(path: Path) -> None:
+    for folder in (path, path / CHECKPOINTS):
+        files.remove_partial(folder)
 
 
 def resume(path: Path, *, epochs: int | None = None, data: str | None = None) -> None:
@@ -171,12 +245,13 @@ def resume(path: Path, *, epochs: int | None = None, data: str | None = None) ->
     images = _images(settings, shape, path)
     model = _fresh(settings, images)
     done = epochs_done(model, path, settings)
-    trainer = make_trainer(settings, path, _drawer(images, settings, path))
-    if is_first():
-        prepare_again(path, PICTURES)
-        if changed:
-            _write_config(path, settings, shape)
-    _fit(trainer, model, images, settings, path, done)
+    trainer = make_trainer(settings, path, _drawer(images, settings, path), resumed=True)
+    with alone(path, PICTURES):
+        if is_first():
+            remove_partial(path)
+            if changed:
+                _write_config(path, settings, shape)
+        _fit(trainer, model, images, settings, path, done)
     return None
 
 
@@ -191,17 +266,14 @@ def epochs_done(model: "VAE", path: Path, settings: Settings) -> int:
     return done
 
 
-def prepare_again(path: Path, names: Sequence[str]) -> None:
-    pictures.prepare_folder(path, (CONFIG, *TABLES, *names))
-    for folder in (path, path / CHECKPOINTS):
-        files.remove_partial(folder)
-
-
 def build(settings: ImageSettings, shape: Shape) -> "VAE":
     """The model of a recipe for images (H, W, C), with fresh weights from torch's generator."""
     from .module import VAE
 
-    encoder, decoder = settings.build(shape)
+    try:
+        encoder, decoder = settings.build(shape)
+    except RuntimeError as error:  # torch's, of sizes that no memory holds
+        raise InputError(f"this model cannot be made: {str(error).strip().splitlines()[0]}") from error
     return VAE(
         encoder,
         decoder,
@@ -214,8 +286,6 @@ def build(settings: ImageSettings, shape: Shape) -> "VAE":
         schedule_epochs=settings.warmup_epochs,
         cycles=settings.cycles,
         bits_offset=8 if settings.likelihood == "gaussian" else 0,
-        # Lightning cannot unscale gradients for a fused optimizer, as it must before it clips them.
-        fused=not (settings.precision == "16-mixed" and settings.clip),
     )
 
 
@@ -230,10 +300,18 @@ def _fresh(settings: ImageSettings, images: data.Images) -> "VAE":
     torch.manual_seed(settings.seed)
     model = build(settings, _shape(images))
     if settings.likelihood == "gaussian":
-        # The scale of a decoder that gives the mean image. From 1, far above any image's, too little of the
-        # reconstruction would count: the posterior collapses before the scale has come down.
-        pixels = images.train[:1000].float() / 256
-        variance = pixels.var(0, unbiased=False).mean() + 1 / (12 * 256**2)
+        # The decoder begins with the mean image, or the mean colour where its last layer is a convolution, and the
+        # scale with what is left of the images then. From 1, far above any image's, too little of the reconstruction
+        # would count: the posterior collapses before the scale has come down.
+        pixels = images.train[:1000].permute(0, 3, 1, 2).add(0.5).div(256)
+        mean = pixels.mean(0)
+        layers = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+        last = [layer for layer in model.decoder.modules() if isinstance(layer, layers)][-1]
+        if not isinstance(last, nn.Linear):
+            mean = mean.mean((1, 2), keepdim=True)
+        if last.bias is not None and last.bias.numel() == mean.numel():
+            last.bias.copy_(mean.flatten())
+        variance = (pixels - mean).square().mean() + 1 / (12 * 256**2)
         model.elbo.likelihood.logvar.fill_(variance.log())  # type: ignore[operator]
     return model
 
@@ -255,8 +333,9 @@ def _drawer(images: data.Images, settings: ImageSettings, folder: Path) -> "Call
     return callbacks.Pictures(folder, images, settings)
 
 
-def make_trainer(settings: Settings, folder: Path, drawer: "Callback") -> "Trainer":
+def make_trainer(settings: Settings, folder: Path, drawer: "Callback", *, resumed: bool = False) -> "Trainer":
     """`drawer` leaves samples in the folder. Raises InputError for what Lightning refuses."""
+    dashes = f"{folder / CONFIG}: " if resumed else "--"  # where the user gave it
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
@@ -271,12 +350,14 @@ def make_trainer(settings: Settings, folder: Path, drawer: "Callback") -> "Train
     logger: Any = False
     if settings.logger == "tensorboard":
         if not (importlib.util.find_spec("tensorboard") or importlib.util.find_spec("tensorboardX")):
-            raise InputError("--logger tensorboard needs a package that is missing: pip install tensorboard")
+            raise InputError(
+                f"{dashes}logger tensorboard needs a package that is missing: pip install tensorboard"
+            )
         logger = TensorBoardLogger(folder, name=None, version=TENSORBOARD)
     bar = sys.stdout.isatty()
     checkpoints = folder / CHECKPOINTS
     try:
-        return Trainer(
+        trainer = Trainer(
             max_epochs=settings.epochs,
             accelerator=settings.accelerator,
             devices=settings.devices,
@@ -301,13 +382,24 @@ def make_trainer(settings: Settings, folder: Path, drawer: "Callback") -> "Train
         )
     except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
         given = [
-            f"--{name} {getattr(settings, name)}"
+            f"{name} {getattr(settings, name)}"
             for name in ("accelerator", "devices", "strategy", "precision")
             if getattr(settings, name) != getattr(Settings, name)
         ]
         raise InputError(
-            f"Lightning refuses {' '.join(given)}: {str(error).strip().splitlines()[0]}"
+            f"Lightning refuses {dashes}{(', ' if resumed else ' --').join(given)}: "
+            f"{str(error).strip().splitlines()[0]}"
         ) from error
+    if trainer.precision == "16-true":
+        raise InputError(
+            f"{dashes}precision 16-true: Adam's squares of gradients leave the range of float16; take bf16-true or "
+            "16-mixed"
+        )
+    if settings.ema and trainer.precision in ("bf16-true", "64-true"):
+        raise InputError(
+            f"{dashes}ema averages weights in float32: give precision 32-true, got {trainer.precision}"
+        )
+    return trainer
 
 
 def _fit(
@@ -343,6 +435,10 @@ def fit(
             ckpt_path=last if done else None,
             weights_only=True,
         )
+    except InputError:
+        if not is_first():
+            raise SystemExit(2) from None  # the first process has the word
+        raise
     except SystemExit:  # what Lightning makes of Ctrl-C
         if not trainer.interrupted:
             raise
@@ -405,10 +501,10 @@ def _shape(images: data.Images) -> Shape:
     return height, width, channels
 
 
-def _images(settings: ImageSettings, shape: Shape, path: Path) -> data.Images:
+def _images(settings: ImageSettings, shape: Shape, path: Path, others: bool = False) -> data.Images:
     try:
-        # Cut to the size of the run also where `data` is another folder of images.
-        images = data.load(settings.data, seed=settings.seed, size=settings.size)
+        # Files are brought to the shape of the run, whatever they would be by themselves.
+        images = data.load(settings.data, seed=settings.seed, size=settings.size, shape=shape, whole=others)
     except InputError as error:
         raise InputError(f"{error} (the data of {path}; give others with --data)") from error
     if _shape(images) != shape:
@@ -496,6 +592,8 @@ def read_checkpoint(file: Path, model: "VAE") -> dict[str, Any]:
                 f"{file}: a checkpoint of another model: `{name}` is {tuple(state[name].shape)} in it, and "
                 f"{tuple(tensor.shape)} by config.toml"
             )
+        if not state[name].isfinite().all():
+            raise InputError(f"{file}: `{name}` holds NaN or infinity: these weights are of no use")
     if more := sorted(names - set(model.state_dict())):
         raise InputError(f"{file}: a checkpoint of another model: `{more[0]}` is none of this one's")
     return checkpoint

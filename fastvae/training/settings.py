@@ -79,7 +79,11 @@ class Settings:
     devices: int = option(1, "How many devices, a process each.", "Machine", at_least=1)
     accelerator: str = option("auto", "Lightning's: auto, cpu, gpu, ...", "Machine")
     strategy: str = option("auto", "Lightning's: auto, ddp, fsdp, ...", "Machine")
-    precision: str = option("32-true", "Lightning's: 32-true, bf16-mixed, 16-mixed, ...", "Machine")
+    precision: str = option(
+        "32-true",
+        "Lightning's: 32-true, bf16-mixed, 16-mixed, or, without --ema, bf16-true and 64-true.",
+        "Machine",
+    )
     logger: Literal["csv", "tensorboard"] = option(
         "csv", "csv, or tensorboard: its event files too.", "Machine"
     )
@@ -136,6 +140,8 @@ class Settings:
                 raise InputError(f"{called(f.name)} must be one of {', '.join(words)}, got {value!r}")
             if bounds and not all(_holds(value, word, bound) for word, bound in bounds.items()):
                 text = " and ".join(f"{word} {bound:.10g}" for word, bound in bounds.items())
+                if not math.isfinite(value):
+                    text += " and finite"
                 raise InputError(f"{called(f.name)} must be {text}, got {value:.10g}")
 
 

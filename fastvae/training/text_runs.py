@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["TextRun", "build", "load", "resume", "train"]
 
 TOKENIZER = "tokenizer.json"
-LEFT = ("samples.txt", "reconstructions.txt", "loss.png")
+LEFT = ("samples.txt", "reconstructions.txt", "loss.png", "evaluation.json")
 
 
 @dataclass
@@ -75,15 +75,17 @@ def train(settings: Settings, out: Path, *, overwrite: bool = False) -> None:
     settings = settings.located()
     if settings.devices > min(settings.batch_size, len(corpus.train)):
         raise InputError(f"--devices {settings.devices}: every device needs a sentence of every batch")
-    runs.refuse_to_replace(out, overwrite)
+    runs.refuse_unused(settings)
+    runs.refuse_to_replace(out, overwrite, (TOKENIZER, *LEFT))
     vocabulary = Vocabulary.train(corpus.train, settings)
     model = _fresh(settings, vocabulary)
     trainer = runs.make_trainer(settings, out, _drawer(corpus, vocabulary, settings, out))
-    if runs.is_first():
-        runs.prepare(out, (TOKENIZER, *LEFT))
-        vocabulary.write(out / TOKENIZER)
-        runs.write_config(out, settings)
-    _fit(trainer, model, corpus, vocabulary, settings, out, 0)
+    with runs.alone(out, (TOKENIZER, *LEFT)):
+        if runs.is_first():
+            runs.clear(out, (TOKENIZER, *LEFT))
+            vocabulary.write(out / TOKENIZER)
+            runs.write_config(out, settings)
+        _fit(trainer, model, corpus, vocabulary, settings, out, 0)
 
 
 def resume(path: Path, changed: dict[str, Any]) -> None:
@@ -94,12 +96,13 @@ def resume(path: Path, changed: dict[str, Any]) -> None:
     corpus = _corpus(settings, path)
     model = _fresh(settings, vocabulary)
     done = runs.epochs_done(model, path, settings)
-    trainer = runs.make_trainer(settings, path, _drawer(corpus, vocabulary, settings, path))
-    if runs.is_first():
-        runs.prepare_again(path, (TOKENIZER, *LEFT))
-        if changed:
-            runs.write_config(path, settings)
-    _fit(trainer, model, corpus, vocabulary, settings, path, done)
+    trainer = runs.make_trainer(settings, path, _drawer(corpus, vocabulary, settings, path), resumed=True)
+    with runs.alone(path, (TOKENIZER, *LEFT)):
+        if runs.is_first():
+            runs.remove_partial(path)
+            if changed:
+                runs.write_config(path, settings)
+        _fit(trainer, model, corpus, vocabulary, settings, path, done)
 
 
 def build(settings: "Text", vocabulary: Vocabulary) -> "TextVAE":
@@ -121,8 +124,6 @@ def build(settings: "Text", vocabulary: Vocabulary) -> "TextVAE":
         schedule=settings.warmup,
         schedule_epochs=settings.warmup_epochs,
         cycles=settings.cycles,
-        # Lightning cannot unscale gradients for a fused optimizer, as it must before it clips them.
-        fused=not (settings.precision == "16-mixed" and settings.clip),
     )
 
 

@@ -2,9 +2,7 @@
 
 import math
 
-__all__ = ["SCHEDULES", "weight"]
-
-SCHEDULES = ("none", "linear", "cyclical", "sigmoid")
+__all__ = ["weight"]
 
 
 def weight(schedule: str, passed: float, epochs: float, cycles: int = 1) -> float:
