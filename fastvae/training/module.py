@@ -124,7 +124,6 @@ class VAE(LightningModule):
             self.trainer.optimizers[0].param_groups, (self.lr, 10 * self.lr), strict=False
         ):
             group["lr"] = rate
-        self.elbo.beta = self.beta  # type: ignore[assignment]
 
     def on_train_epoch_start(self) -> None:
         self._steps = _Steps()
