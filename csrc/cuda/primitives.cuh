@@ -22,7 +22,7 @@ FASTVAE_HD float reciprocal_approximately(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
   return x;
 #else
-  return 1.0f / x;
+  return __frcp_rn(x);
 #endif
 }
 
@@ -31,7 +31,7 @@ FASTVAE_HD float inverse_root_approximately(float x) {
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
   return x;
 #else
-  return 1.0f / sqrtf(x);
+  return rsqrtf(x);
 #endif
 }
 
