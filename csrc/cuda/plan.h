@@ -13,8 +13,8 @@ constexpr int kThreads = FASTVAE_THREADS;  // of a block
 constexpr int kWarp = 32;
 constexpr int64_t kLongest = int64_t(1) << 30;  // no split is longer, so that 32 bits count its elements
 
-// A block takes kThreads / lanes rows at a time, `lanes` threads each; of long rows, a split. That is an item; block b takes the items b,
-// b + blocks, ...
+// A block takes kThreads / lanes rows at a time, `lanes` threads each; of long rows, a split. That is an item; block b takes the items
+// b, b + blocks, ...
 struct Plan {
   int lanes, lanes_log2;
   int splits;          // of a row; more than one only where lanes == kThreads, and then 32 bits count the items

@@ -69,7 +69,7 @@ struct Primitives<float> : ScalarPrimitives<float> {
   static FASTVAE_HD float abs(float x) { return fabsf(x); }
   static FASTVAE_HD float log1p(float x) { return log1pf(x); }
   static FASTVAE_HD float exp(float x) { return expf(x); }
-  // In two instructions. x log2(e) is rounded before 2^x is taken: at x = -87, where the result vanishes, it is off by 3e-6 of itself.
+  // In two instructions. x log2(e) is rounded before 2^x is taken: at x = -87, where results vanish, that is off by 3e-6 of itself.
   static FASTVAE_HD float exp_bounded(float x) { return exp2_approximately(1.44269504f * x); }
   // In two instructions, within two units in the last place.
   static FASTVAE_HD float divide(float a, float b) { return a * reciprocal_approximately(b); }

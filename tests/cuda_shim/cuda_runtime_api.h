@@ -1,5 +1,5 @@
-// CUDA for a CPU: what csrc/cuda uses of it, so that the kernels' bodies compile as C++ and run with a thread for every thread of a block.
-// A launch runs the blocks of its grid on kTeams teams of threads at a time and returns when they are done.
+// CUDA for a CPU: what csrc/cuda uses of it, so that the kernels' bodies compile as C++ and run with a thread for every thread of a
+// block. A launch runs the blocks of its grid on kTeams teams of threads at a time and returns when they are done.
 #pragma once
 #include <atomic>
 #include <barrier>
