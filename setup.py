@@ -146,6 +146,19 @@ def why_not_cuda(toolkit):
     return None
 
 
+def cuda_arches(version):
+    """The GPUs to build for. Lists of old ones are set in many a container: of those, what the kernels can run on."""
+    default = next(arches for oldest, arches in CUDA_ARCHES.items() if version >= oldest)
+    named = re.split("[; ]+", (os.environ.get("TORCH_CUDA_ARCH_LIST") or default).strip("; "))
+    kept = [arch for arch in named if not re.match(r"[1-7]\.\d", arch)]
+    if not kept:
+        stop(
+            f"TORCH_CUDA_ARCH_LIST names {', '.join(named)}, and the CUDA kernels need compute capability 8.0; name a "
+            "newer one, or leave them out with FASTVAE_CUDA=0: Triton's kernels serve older GPUs"
+        )
+    return kept
+
+
 def cuda_wanted(toolkit):
     wish = choice("FASTVAE_CUDA")
     if wish == "0":
@@ -180,9 +193,8 @@ def native():
     arches = ""
     if cuda:
         cpp_extension.CUDA_HOME = toolkit[0]
-        default = next(arches for version, arches in CUDA_ARCHES.items() if toolkit[1] >= version)
         # Without it torch would build for the GPUs of this machine, of which there may be none.
-        arches = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
+        arches = os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(cuda_arches(toolkit[1]))
 
     include_dirs = []
     if importlib.util.find_spec("pybind11"):  # else torch's own copy serves
@@ -224,7 +236,7 @@ def native():
                 "CUDA_VERSION": ".".join(map(str, toolkit[1])) if cuda else None,
                 "PYTHON_VERSION": platform.python_version(),
                 "CPU_CAPABILITIES": tuple(INSTRUCTION_SETS),
-                "CUDA_ARCHES": tuple(re.split(r"[;, ]+", arches.strip())) if cuda else (),
+                "CUDA_ARCHES": tuple(arches.split(";")) if cuda else (),
             }
             lines = ['"""What the extension was built with and for; written by setup.py."""', ""]
             lines += [f"{name} = {value!r}" for name, value in record.items()]

@@ -375,6 +375,11 @@ def _reason(name: str, device_type: str) -> str:
         if not _has_kernels(name, device_type):
             return f"the extension was built without CUDA kernels; build them with: FASTVAE_CUDA=1 {_BUILD}"
         built, capability = _build_info(), torch.cuda.get_device_capability()
+        if capability < (8, 0):
+            return (
+                f"its CUDA kernels need compute capability 8.0 and this GPU has {capability[0]}.{capability[1]}; "
+                "Triton's serve it, by fastvae.set_backend('triton')"
+            )
         return (
             f"it was built for compute capability {', '.join(built.CUDA_ARCHES)} and this GPU has "
             f"{capability[0]}.{capability[1]}; build for it with: TORCH_CUDA_ARCH_LIST="

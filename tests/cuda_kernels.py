@@ -7,6 +7,7 @@ import ctypes
 import math
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import CDLL, Structure, byref, c_bool, c_double, c_int, c_int8, c_int64, c_uint64, c_void_p
@@ -32,8 +33,15 @@ ELEMENTS = {
 KEPT: list[Tensor] = []  # what the pointers of the last call point at
 
 
-def compiler_missing() -> str | None:
-    return None if shutil.which("g++") else "g++ is not installed"
+def compiler_missing(*flags: str) -> str | None:
+    """Why the kernels' bodies cannot be built here, with those flags."""
+    if shutil.which("g++") is None:
+        return "g++ is not installed"
+    program = "#include <barrier>\n_Float16 half; int main() {}"
+    with tempfile.TemporaryDirectory() as directory:
+        command = ["g++", "-std=c++20", *flags, "-x", "c++", "-", "-o", f"{directory}/probe"]
+        done = subprocess.run(command, input=program, text=True, capture_output=True)
+    return f"this g++ lacks what the tests need: {done.stderr}" if done.returncode else None
 
 
 def build(directory: Path, *flags: str, main: str = "driver.cpp", jobs: int = 2) -> Path:

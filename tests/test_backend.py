@@ -257,16 +257,14 @@ def test_the_reasons_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an extension without CUDA kernels, and of one whose kernels are for other GPUs, each with what mends it."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     built = types.SimpleNamespace(CUDA_ARCHES=("8.0", "9.0"))
     monkeypatch.setattr(backends, "_build_info", lambda: built)
-    for has, reason in (
-        (False, "built without CUDA kernels; build them with: FASTVAE_CUDA=1 pip install"),
-        (
-            True,
-            "built for compute capability 8.0, 9.0 and this GPU has 7.5; build for it with: TORCH_CUDA_ARCH",
-        ),
+    for has, capability, reason in (
+        (False, (9, 0), "built without CUDA kernels; build them with: FASTVAE_CUDA=1 pip install"),
+        (True, (7, 5), "need compute capability 8.0 and this GPU has 7.5; Triton's serve it"),
+        (True, (10, 0), "8.0, 9.0 and this GPU has 10.0; build for it with: TORCH_CUDA_ARCH_LIST=10.0 pip"),
     ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
         monkeypatch.setattr(backends, "_has_kernels", lambda name, device_type, has=has: has)
         assert not backends._serves("native", "cuda")
         assert reason in backends._reason("native", "cuda")

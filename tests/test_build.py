@@ -159,3 +159,16 @@ def test_a_wish_that_there_is_not() -> None:
     done = setup(None, FASTVAE_CUDA="yes")
     assert done.returncode != 0
     assert "FASTVAE_CUDA must be 0, 1 or auto, got 'yes'" in done.stderr
+
+
+def test_gpus_that_are_too_old(toolkit: Path) -> None:
+    """Alone they are an error; in a list they are left out."""
+    nvcc = toolkit / "bin" / "nvcc"
+    nvcc.write_text(TOOLKIT.format(version="13.0"))
+    nvcc.chmod(0o755)
+    done = setup("13.0", FASTVAE_CUDA="1", CUDA_HOME=str(toolkit), TORCH_CUDA_ARCH_LIST="7.0;7.5+PTX")
+    assert done.returncode != 0
+    assert (
+        "TORCH_CUDA_ARCH_LIST names 7.0, 7.5+PTX, and the CUDA kernels need compute capability 8.0; name a newer one, "
+        "or leave them out with FASTVAE_CUDA=0" in done.stderr
+    )

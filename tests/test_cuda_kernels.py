@@ -35,8 +35,8 @@ REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
+    if missing := cuda_kernels.compiler_missing():
+        pytest.skip(missing)
     return Kernels(build(tmp_path_factory.mktemp("cuda"), "-O0", "-fPIC", "-shared"))
 
 
@@ -610,11 +610,8 @@ def test_where_elements_of_runs_lie(kernels: Kernels) -> None:
 
 
 def sanitized(directory: Path, sanitizer: str) -> Path:
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    probe = ["g++", f"-fsanitize={sanitizer}", "-x", "c++", "-", "-o", str(directory / "probe")]
-    if subprocess.run(probe, input="int main() {}", text=True, capture_output=True).returncode:
-        pytest.skip(f"this g++ has no {sanitizer} sanitizer")
+    if missing := cuda_kernels.compiler_missing(f"-fsanitize={sanitizer}"):
+        pytest.skip(missing)
     flags = ("-O0", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
     return build(directory, *flags, main="sanitized.cpp")
 

@@ -15,7 +15,8 @@
 
 // Tests compile these files with headers of their own, as C++ for the CPU, where a launch and shared memory are something else.
 #ifndef FASTVAE_LAUNCH
-#define FASTVAE_LAUNCH(kernel, blocks, stream, ...) ((kernel)<<<(blocks), fastvae::cuda::kThreads, 0, (stream)>>>(__VA_ARGS__), cudaGetLastError())
+#define FASTVAE_LAUNCH(kernel, blocks, stream, ...) \
+  ((kernel)<<<(blocks), fastvae::cuda::kThreads, 0, (stream)>>>(__VA_ARGS__), cudaGetLastError())
 #define FASTVAE_SHARED(type, name, count) __shared__ type name[count]
 #endif
 
@@ -104,7 +105,8 @@ struct Converter<Byte, C> {
 // Writes 16 bytes. An assignment may be taken apart into four of 4 bytes when the compiler has moved code about.
 FASTVAE_DEVICE void store_chunk(uint4* p, uint4 x) {
 #ifdef __CUDA_ARCH__
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
 #else
   *p = x;
 #endif
@@ -162,7 +164,7 @@ struct Pack {
 // Where element i of a row lies.
 struct Runs {
   int64_t gap;       // between the end of a run and the next one; 0 where the row is dense
-  uint64_t inverse;  // 2^63 / run, rounded up: i / run is then the high half of 2 i inverse, for all i whose product with run is below 2^63
+  uint64_t inverse;  // 2^63 / run, rounded up: i / run is then the high half of 2 i inverse, as long as i run is below 2^63
 
   explicit Runs(const Operand& view)
       : gap(view.run_stride ? view.run_stride - view.run : 0), inverse(view.run > 0 ? ((uint64_t(1) << 63) - 1) / view.run + 1 : 0) {}
@@ -244,15 +246,18 @@ FASTVAE_DEVICE C group_sum(C value, int lanes, C* scratch) {
 FASTVAE_DEVICE uint32_t take_number(uint32_t* counter, uint32_t last) {
 #ifdef __CUDA_ARCH__
   uint32_t number;
-  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(number) : "l"(__cvta_generic_to_global(counter)), "r"(last) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(number)
+               : "l"(__cvta_generic_to_global(counter)), "r"(last)
+               : "memory");
   return number;
 #else
   return atomicInc(counter, last);
 #endif
 }
 
-// Whether this block is the last of `blocks` to come here; what the first threads of the others wrote before is then there to read (by
-// load_written).
+// Whether this block is the last of `blocks` to come here; what the first threads of the others wrote before is then there to read
+// (by load_written).
 FASTVAE_DEVICE bool is_last_block(uint32_t* counter, uint32_t blocks) {
   FASTVAE_SHARED(bool, last, 1);
   if (threadIdx.x == 0) last[0] = take_number(counter, blocks - 1) == blocks - 1;

@@ -1,6 +1,6 @@
-// What csrc/ops asks of CUDA: plain structs in, results through pointers. No torch types. One launch for each function, on `stream`, of
-// the current device; nothing is allocated and nobody waits. Every pointer is device memory, and what is a value in a tensor stays
-// there: the kernels read it.
+// What csrc/ops asks of CUDA: plain structs in, results through pointers. No torch types. One launch for each function, on `stream`
+// of the current device; nothing is allocated and nobody waits. Every pointer is device memory, and what is a value in a tensor
+// stays there: the kernels read it.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -15,8 +15,8 @@ using cpu::Result;
 using cpu::kMaxConstants;
 using cpu::kMaxParams;
 
-// A number for every row, fp32 or fp64, `stride` elements apart (0: one for all), or a single one of any floating type. No data: none is
-// given.
+// A number for every row, fp32 or fp64, `stride` elements apart (0: one for all), or a single one of any floating type. No data: none
+// is given.
 struct Numbers {
   const void* data = nullptr;
   DType type = DType::f32;
@@ -29,9 +29,9 @@ struct Output {
   DType type = DType::f32;
 };
 
-// Where blocks leave what the last of them adds up. `scratch`: as many bytes as the function's ..._scratch says of the same arguments,
-// aligned to 16, with any contents (null where it says 0). `counter`: zero, and zero again afterwards; launches that may run at the
-// same time must not share it.
+// Where blocks leave what the last of them adds up. `scratch`: as many bytes as the function's ..._scratch says of the same
+// arguments, aligned to 16, with any contents. `counter`: zero, and zero again afterwards; launches that may run at the same time must
+// not share it. Both may be null where ..._scratch says 0.
 struct Workspace {
   void* scratch = nullptr;
   uint32_t* counter = nullptr;

@@ -1,4 +1,5 @@
-// One pass over a reconstruction: the nll of each row, the loss and, where wanted, the gradient. Included by a file for each likelihood.
+// One pass over a reconstruction: the nll of each row, the loss and, where wanted, the gradient. A file for each likelihood includes
+// this.
 #pragma once
 #include "device.cuh"
 //
@@ -95,7 +96,8 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
     slope[k] = static_cast<T*>(args.slopes[k].data);
     if (slope[k]) slope[k] += row * args.slopes[k].row_stride + (kRuns ? 0 : begin);
   }
-  const char* target = static_cast<const char*>(args.target.data) + (row * args.target.row_stride + begin) * cpu::item_size(args.target.type);
+  const int64_t target_begin = row * args.target.row_stride + begin;
+  const char* target = static_cast<const char*>(args.target.data) + target_begin * cpu::item_size(args.target.type);
 
   C sum(0);
   const uint32_t step = uint32_t(lanes) * N;
@@ -154,8 +156,8 @@ FASTVAE_DEVICE double finish_row(const NllArgs& args, int64_t row, double value,
 }
 
 template <class L, class T, class D, int N>
-__global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T))) nll_kernel(const __grid_constant__ NllArgs args, const __grid_constant__ Plan plan,
-                                                       const __grid_constant__ Runs place) {
+__global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T)))
+    nll_kernel(const __grid_constant__ NllArgs args, const __grid_constant__ Plan plan, const __grid_constant__ Runs place) {
   using C = Compute<T>;
   FASTVAE_SHARED(C, row_scratch, 2 * kThreads / kWarp);
   FASTVAE_SHARED(double, loss_scratch, kThreads / kWarp);

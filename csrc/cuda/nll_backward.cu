@@ -93,8 +93,9 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
     }
     for (int k = 0; k < kMaxParams && args.gradients[k].data; ++k) {
       const int64_t offset = row * size + part.begin;
-      scale_part<T, N>(static_cast<const T*>(args.gradients[k].data) + offset, static_cast<T*>(args.results[k].data) + offset, part.count,
-                       uint32_t(lane) * N, uint32_t(plan.lanes) * N, static_cast<C>(factor));
+      const T* in = static_cast<const T*>(args.gradients[k].data) + offset;
+      T* out = static_cast<T*>(args.results[k].data) + offset;
+      scale_part<T, N>(in, out, part.count, uint32_t(lane) * N, uint32_t(plan.lanes) * N, static_cast<C>(factor));
     }
   }
 }

@@ -13,8 +13,8 @@ constexpr int kThreads = FASTVAE_THREADS;  // of a block
 constexpr int kWarp = 32;
 constexpr int64_t kLongest = int64_t(1) << 30;  // no split is longer, so that 32 bits count its elements
 
-// A block takes kThreads / lanes rows at a time, `lanes` threads each; of long rows, a split. That is an item; block b takes the items b,
-// b + blocks, ...
+// A block takes kThreads / lanes rows at a time, `lanes` threads each; of long rows, a split. That is an item; block b takes the items
+// b, b + blocks, ...
 struct Plan {
   int lanes, lanes_log2;
   int splits;          // of a row; more than one only where lanes == kThreads, and then 32 bits count the items
@@ -43,7 +43,12 @@ inline Plan plan_for(int64_t rows, int64_t size, int unit, int unroll, int64_t s
   const int64_t step = int64_t(kThreads) * unit * unroll, steps = (size + step - 1) / step;
   if (plan.lanes == kThreads && steps > 1 && rows > 0 && (rows < 4 * slots || size > kLongest)) {
     const int64_t wanted = std::min(steps, std::max<int64_t>(1, 4 * slots / rows));
-    const int64_t each = std::min((steps + wanted - 1) / wanted, kLongest / step);
+    int64_t each = std::min((steps + wanted - 1) / wanted, kLongest / step);
+    // Of few steps, the number that leaves the last split the least short.
+    const auto missing = [&](int64_t n) { return (n - steps % n) % n; };
+    if (each < 16)
+      for (int64_t fewer = each - 1, least = (each + 1) / 2; fewer >= least; --fewer)
+        if (missing(fewer) < missing(each)) each = fewer;
     plan.splits = static_cast<int>((steps + each - 1) / each);
     plan.split_size = each * step;
     plan.items = rows * plan.splits;

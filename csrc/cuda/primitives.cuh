@@ -22,7 +22,7 @@ FASTVAE_HD float reciprocal_approximately(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
   return x;
 #else
-  return 1.0f / x;
+  return __frcp_rn(x);
 #endif
 }
 
@@ -31,7 +31,7 @@ FASTVAE_HD float inverse_root_approximately(float x) {
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
   return x;
 #else
-  return 1.0f / sqrtf(x);
+  return rsqrtf(x);
 #endif
 }
 
@@ -71,10 +71,14 @@ struct Primitives<float> : ScalarPrimitives<float> {
   static FASTVAE_HD float log1p(float x) { return log1pf(x); }
   static FASTVAE_HD float exp(float x) { return expf(x); }
   static FASTVAE_HD float log(float x) { return logf(x); }
-  // In two instructions. x log2(e) is rounded before 2^x is taken: at x = -87, where the result vanishes, it is off by 3e-6 of itself.
+  // In two instructions. x log2(e) is rounded before 2^x is taken: at x = -87, where results vanish, that is off by 3e-6 of itself.
   static FASTVAE_HD float exp_bounded(float x) { return exp2_approximately(1.44269504f * x); }
-  // In two instructions, within two units in the last place.
-  static FASTVAE_HD float divide(float a, float b) { return a * reciprocal_approximately(b); }
+  // The approximate quotient and what one step of Newton's mends: where a gradient is the difference of a probability and the data, it
+  // is that last unit. Half as long as the exact quotient.
+  static FASTVAE_HD float divide(float a, float b) {
+    const float inverse = reciprocal_approximately(b), quotient = a * inverse;
+    return fmaf(fmaf(-b, quotient, a), inverse, quotient);
+  }
 
   static FASTVAE_HD ExpParts<float> exp_parts(float h) { return exp_parts_by_split(at_most(h, 88.73f)); }
 

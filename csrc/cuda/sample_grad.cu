@@ -103,8 +103,8 @@ bool is_whole(const SampleGradArgs& args) {
 cudaError_t sample_grad(const SampleGradArgs& args, cudaStream_t stream) {
   const bool is_whole_args = is_whole(args);
   if (args.rows == 0 || args.size == 0) return cudaSuccess;
-  const int64_t item_size = cpu::item_size(args.mu.type);
-  const Plan plan = plan_for(args.rows, args.size, is_whole_args ? whole_unit(item_size) : 4, 1, slots(resident(item_size, args.prior_mu.data)));
+  const int64_t item_size = cpu::item_size(args.mu.type), at_a_time = slots(resident(item_size, args.prior_mu.data));
+  const Plan plan = plan_for(args.rows, args.size, is_whole_args ? whole_unit(item_size) : 4, 1, at_a_time);
   return with_types(args.mu.type, is_whole_args, [&](auto type, auto whole) {
     using T = decltype(type);
     constexpr int N = whole ? whole_unit(sizeof(T)) : 4;

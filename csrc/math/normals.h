@@ -1,8 +1,8 @@
-// Box & Muller's two normals in fp32 by additions and multiplications, for any number of lanes at a time. Where double precision is
-// wanted, or nothing but the standard library is there, math/philox.h has them in its words.
+// Box & Muller's two normals in fp32 by additions and multiplications, for any number of lanes at a time; math/philox.h has them by the
+// standard library's functions, for fp64.
 //
-// N names the lanes: Floats, Words and Integers of 32 bits; as_floats and as_words, which keep the bits; to_floats and to_integers, which
-// keep the number (and cut its fraction); and sqrt.
+// N names the lanes: Floats, Words and Integers of 32 bits; as_floats and as_words, which keep the bits; to_floats and to_integers,
+// which keep the number (and cut its fraction); and sqrt.
 #pragma once
 #include "philox.h"
 

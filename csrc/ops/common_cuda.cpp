@@ -58,6 +58,8 @@ void not_built_for_this_gpu() {
   int major = 0, minor = 0, device = c10::cuda::current_device();
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  TORCH_CHECK(major >= 8, "fastvae: the CUDA kernels need compute capability 8.0, and this GPU has ", major, ".", minor,
+              "; Triton's serve it: fastvae.set_backend(\"triton\")");
   TORCH_CHECK(false, "fastvae: the CUDA kernels were not built for this GPU, of compute capability ", major, ".", minor,
               "; build them for it with TORCH_CUDA_ARCH_LIST=", major, ".", minor, ", or use fastvae.set_backend(\"triton\")");
 }

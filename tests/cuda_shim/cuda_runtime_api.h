@@ -1,5 +1,5 @@
-// CUDA for a CPU: what csrc/cuda uses of it, so that the kernels' bodies compile as C++ and run with a thread for every thread of a block.
-// A launch runs the blocks of its grid on kTeams teams of threads at a time and returns when they are done.
+// CUDA for a CPU: what csrc/cuda uses of it, so that the kernels' bodies compile as C++ and run with a thread for every thread of a
+// block. A launch runs the blocks of its grid on kTeams teams of threads at a time and returns when they are done.
 #pragma once
 #include <atomic>
 #include <barrier>
@@ -186,6 +186,15 @@ inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
+
+// Where the hardware approximates, as far off as its manual allows (PTX ISA: 2^-22, 1 unit in the last place, 2^-22.4), all in one
+// direction, and with no results below 2^-126.
+inline float approximate(float x, float error) { return std::abs(x) < 1.17549435e-38f ? 0.0f : x + x * error; }
+inline float shim_exp2f(float x) { return approximate(std::exp2(x), 2.4e-7f); }
+#define exp2f shim_exp2f
+inline float __frcp_rn(float x) { return approximate(1.0f / x, 1.2e-7f); }
+inline float rsqrtf(float x) { return approximate(1.0f / std::sqrt(x), 1.9e-7f); }
+
 inline void sincospi(double x, double* sine, double* cosine) {
   *sine = std::sin(x * 3.141592653589793238);
   *cosine = std::cos(x * 3.141592653589793238);
