@@ -57,12 +57,12 @@ struct Single {
     Sum<C> sum;
     for (int64_t c = 0; c < channels; ++c) {
       math::Log1pSum<V> logs;
-      V factors(1);
+      V over(1);
       int count = 0;
       const auto step = [&](int64_t i, auto lanes) FASTVAE_INLINE {
         const V n = load_lanes(tile.data.at(c, i), lanes);
         const V mean = load_lanes(tile.params.at(c, i), lanes), log_scale = load_lanes(tile.params.at(channels + c, i), lanes);
-        const math::LogMass<V> mass(n, mean * bins.levels, log_scale, bins);
+        const math::LogMass<V> mass(n, {n, mean * bins.levels, log_scale, bins}, bins);
         if constexpr (kSlopes) {
           store_lanes(mass.by_middle * bins.levels * weight, tile.slopes.at(c, i), lanes);
           store_lanes(mass.by_log_scale * weight, tile.slopes.at(channels + c, i), lanes);
@@ -73,28 +73,24 @@ struct Single {
       int64_t i = 0;
       for (; i + whole <= tile.pixels; i += whole) {
         const auto mass = step(i, whole);
-        logs.add(mass.e1, V(1) + mass.e1);
-        logs.add(mass.e2, V(1) + mass.e2);
-        factors = factors * mass.factor;
+        logs.add(mass.e, V(1) + mass.e);
+        over = over * mass.over;
         sum.add(0, mass.linear);
-        // Eight factors of at least 2e-4 are a normal number, 128 of at most 2 are finite.
-        if (++count % 8 == 0) {
-          sum.add(1, factors.log().neg());
-          factors = V(1);
+        // Each is between 2e-9 and 4e4, or in fp64 no more than the square of that.
+        if (++count % 4 == 0) {
+          sum.add(1, over.log());
+          over = V(1);
         }
-        if (count % 32 == 0) {
+        if (count % 64 == 0) {
           sum.add(2, logs.value());
           logs = {};
         }
       }
-      sum.add(1, factors.log().neg());
+      sum.add(1, over.log());
       sum.add(2, logs.value());
       if (i < tile.pixels) {
         const auto mass = step(i, tile.pixels - i);
-        math::Log1pSum<V> last;
-        last.add(mass.e1, V(1) + mass.e1);
-        last.add(mass.e2, V(1) + mass.e2);
-        sum.add_lanes(mass.linear + last.value() - mass.factor.log(), tile.pixels - i);
+        sum.add_lanes(mass.linear + mass.over.log() + mass.e.log1p(), tile.pixels - i);
       }
     }
     return sum.total();
@@ -148,18 +144,24 @@ struct Mixture {
       component.logit = param(k);
       component.linear = component.logit;
       component.factor = V(1);
+      const auto log_scale = [&](int c) FASTVAE_INLINE { return param(at(c, 1)); };
+      const auto mean = [&](int c) FASTVAE_INLINE { return param(at(c, 0)) * bins.levels; };
+      using math::Standardised;
       math::Tanh<V> coefficient[3] = {math::Tanh<V>(V(0)), math::Tanh<V>(V(0)), math::Tanh<V>(V(0))};
-      if constexpr (kChannels == 3)
+      Standardised<V> x[kChannels];
+      if constexpr (kChannels == 3) {
         for (int j = 0; j < 3; ++j) coefficient[j] = math::Tanh<V>(param(at(j, 2)));
+        x[0] = Standardised<V>(n[0], mean(0), log_scale(0), bins);
+        x[1] = Standardised<V>(n[1], P::fma(coefficient[0].value, n[0], mean(1)), log_scale(1), bins);
+        x[2] = Standardised<V>(n[2], P::fma(coefficient[2].value, n[1], P::fma(coefficient[1].value, n[0], mean(2))),
+                               log_scale(2), bins);
+      } else {
+        x[0] = Standardised<V>(n[0], mean(0), log_scale(0), bins);
+      }
       for (int c = 0; c < kChannels; ++c) {
-        V middle = param(at(c, 0)) * bins.levels;
-        if constexpr (kChannels == 3) {
-          if (c == 1) middle = P::fma(coefficient[0].value, n[0], middle);
-          if (c == 2) middle = P::fma(coefficient[2].value, n[1], P::fma(coefficient[1].value, n[0], middle));
-        }
-        const math::LogMass<V> mass(n[c], middle, param(at(c, 1)), bins);
+        const math::LogMass<V> mass(n[c], x[c], bins);
         component.linear = component.linear - mass.linear;
-        component.factor = component.factor * mass.one_over_factors;
+        component.factor = component.factor * mass.one_over;
         if constexpr (kSlopes) {
           component.by_mean[c] = mass.by_middle * bins.levels;
           component.by_log_scale[c] = mass.by_log_scale;
