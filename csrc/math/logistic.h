@@ -22,8 +22,7 @@ struct Bins {
   V floor, small;                   // of log-scales; of masses
 };
 
-// A level in units of the scale: u and h. The first steps towards a mass, apart from the others because each takes long: a processor
-// that sees those of several elements one after the other does them at a time.
+// A level in units of the scale: u and h.
 template <class V>
 struct Standardised {
   V u, h, log_scale;
