@@ -49,7 +49,9 @@ struct Single {
 
   static int64_t planes(const LogisticArgs& args) { return 2 * args.channels; }
 
-  explicit Single(const LogisticArgs& args) : bins(bins_of<V>(args)), channels(args.channels) {}
+  using Two = math::Pack<V, 2>;
+
+  explicit Single(const LogisticArgs& args) : bins(bins_of<V>(args)), all(bins_of<Two>(args)), channels(args.channels) {}
 
   template <bool kSlopes>
   double nll(const Tile<C>& tile) {
@@ -57,50 +59,58 @@ struct Single {
     Sum<C> sum;
     for (int64_t c = 0; c < channels; ++c) {
       math::Log1pSum<V> logs;
-      V factors(1);
+      V over(1);
       int count = 0;
-      const auto step = [&](int64_t i, auto lanes) FASTVAE_INLINE {
-        const V n = load_lanes(tile.data.at(c, i), lanes);
-        const V mean = load_lanes(tile.params.at(c, i), lanes), log_scale = load_lanes(tile.params.at(channels + c, i), lanes);
-        const math::LogMass<V> mass(n, mean * bins.levels, log_scale, bins);
+      // Of two vectors, the second `second` elements further on; the last few elements go alone, twice.
+      const auto step = [&](int64_t i, int64_t second, auto lanes) FASTVAE_INLINE {
+        Two n, middle, log_scale;
+        for (int k = 0; k < 2; ++k) {
+          n.lane[k] = load_lanes(tile.data.at(c, i + k * second), lanes);
+          middle.lane[k] = load_lanes(tile.params.at(c, i + k * second), lanes) * bins.levels;
+          log_scale.lane[k] = load_lanes(tile.params.at(channels + c, i + k * second), lanes);
+        }
+        const math::LogMass<Two> mass(n, {n, middle, log_scale, all}, all);
         if constexpr (kSlopes) {
-          store_lanes(mass.by_middle * bins.levels * weight, tile.slopes.at(c, i), lanes);
-          store_lanes(mass.by_log_scale * weight, tile.slopes.at(channels + c, i), lanes);
+          for (int k = 0; k < 2; ++k) {
+            store_lanes(mass.by_middle.lane[k] * bins.levels * weight, tile.slopes.at(c, i + k * second), lanes);
+            store_lanes(mass.by_log_scale.lane[k] * weight, tile.slopes.at(channels + c, i + k * second), lanes);
+          }
         }
         return mass;
       };
       constexpr std::integral_constant<int64_t, V::size()> whole;
       int64_t i = 0;
-      for (; i + whole <= tile.pixels; i += whole) {
-        const auto mass = step(i, whole);
-        logs.add(mass.e1, V(1) + mass.e1);
-        logs.add(mass.e2, V(1) + mass.e2);
-        factors = factors * mass.factor;
-        sum.add(0, mass.linear);
-        // Eight factors of at least 2e-4 are a normal number, 128 of at most 2 are finite.
-        if (++count % 8 == 0) {
-          sum.add(1, factors.log().neg());
-          factors = V(1);
+      for (; i + 2 * whole <= tile.pixels; i += 2 * whole) {
+        const auto mass = step(i, whole, whole);
+        for (int k = 0; k < 2; ++k) {
+          logs.add(mass.e.lane[k], V(1) + mass.e.lane[k]);
+          over = over * mass.over.lane[k];
+          sum.add(k, mass.linear.lane[k]);
+        }
+        // Each is between 2e-9 and 4e4, or in fp64 no more than the square of that.
+        if (++count % 2 == 0) {
+          sum.add(2, over.log());
+          over = V(1);
         }
         if (count % 32 == 0) {
-          sum.add(2, logs.value());
+          sum.add(3, logs.value());
           logs = {};
         }
       }
-      sum.add(1, factors.log().neg());
-      sum.add(2, logs.value());
-      if (i < tile.pixels) {
-        const auto mass = step(i, tile.pixels - i);
-        math::Log1pSum<V> last;
-        last.add(mass.e1, V(1) + mass.e1);
-        last.add(mass.e2, V(1) + mass.e2);
-        sum.add_lanes(mass.linear + last.value() - mass.factor.log(), tile.pixels - i);
+      sum.add(2, over.log());
+      sum.add(3, logs.value());
+      while (i < tile.pixels) {
+        const int64_t rest = std::min<int64_t>(whole, tile.pixels - i);
+        const auto mass = step(i, 0, rest);
+        sum.add_lanes(mass.linear.lane[0] + mass.over.lane[0].log() + mass.e.lane[0].log1p(), rest);
+        i += rest;
       }
     }
     return sum.total();
   }
 
   math::Bins<V> bins;
+  math::Bins<Two> all;
   int64_t channels;
 };
 
@@ -114,6 +124,8 @@ struct Mixture {
   static constexpr bool kInPlace = false;
   static constexpr int kBlocks = kChannels == 3 ? 3 : 2;
 
+  using Each = math::Pack<V, kChannels>;
+
   struct Component {
     V logit, linear, factor;
     V by_mean[kChannels], by_log_scale[kChannels], by_coefficient[3];  // of its log-mass
@@ -121,7 +133,7 @@ struct Mixture {
 
   static int64_t planes(const LogisticArgs& args) { return args.components * (1 + kBlocks * kChannels); }
 
-  explicit Mixture(const LogisticArgs& args) : bins(bins_of<V>(args)), components(args.components) {}
+  explicit Mixture(const LogisticArgs& args) : bins(bins_of<V>(args)), all(bins_of<Each>(args)), components(args.components) {}
 
   template <bool kSlopes>
   double nll(const Tile<C>& tile) {
@@ -148,29 +160,31 @@ struct Mixture {
       component.logit = param(k);
       component.linear = component.logit;
       component.factor = V(1);
-      math::Tanh<V> coefficient[3] = {math::Tanh<V>(V(0)), math::Tanh<V>(V(0)), math::Tanh<V>(V(0))};
-      if constexpr (kChannels == 3)
-        for (int j = 0; j < 3; ++j) coefficient[j] = math::Tanh<V>(param(at(j, 2)));
+      Each middle, log_scale, numbers, coefficient;
       for (int c = 0; c < kChannels; ++c) {
-        V middle = param(at(c, 0)) * bins.levels;
-        if constexpr (kChannels == 3) {
-          if (c == 1) middle = P::fma(coefficient[0].value, n[0], middle);
-          if (c == 2) middle = P::fma(coefficient[2].value, n[1], P::fma(coefficient[1].value, n[0], middle));
-        }
-        const math::LogMass<V> mass(n[c], middle, param(at(c, 1)), bins);
-        component.linear = component.linear - mass.linear;
-        component.factor = component.factor * mass.one_over_factors;
+        middle.lane[c] = param(at(c, 0)) * bins.levels;
+        log_scale.lane[c] = param(at(c, 1));
+        numbers.lane[c] = n[c];
+        if constexpr (kChannels == 3) coefficient.lane[c] = param(at(c, 2));
+      }
+      const math::Tanh<Each> tanh(coefficient);
+      if constexpr (kChannels == 3) {
+        middle.lane[1] = P::fma(tanh.value.lane[0], n[0], middle.lane[1]);
+        middle.lane[2] = P::fma(tanh.value.lane[2], n[1], P::fma(tanh.value.lane[1], n[0], middle.lane[2]));
+      }
+      const math::LogMass<Each> mass(numbers, {numbers, middle, log_scale, all}, all);
+      for (int c = 0; c < kChannels; ++c) {
+        component.linear = component.linear - mass.linear.lane[c];
+        component.factor = component.factor * mass.one_over.lane[c];
         if constexpr (kSlopes) {
-          component.by_mean[c] = mass.by_middle * bins.levels;
-          component.by_log_scale[c] = mass.by_log_scale;
-          if constexpr (kChannels == 3) {
-            if (c == 1) component.by_coefficient[0] = mass.by_middle * n[0] * coefficient[0].slope;
-            if (c == 2) {
-              component.by_coefficient[1] = mass.by_middle * n[0] * coefficient[1].slope;
-              component.by_coefficient[2] = mass.by_middle * n[1] * coefficient[2].slope;
-            }
-          }
+          component.by_mean[c] = mass.by_middle.lane[c] * bins.levels;
+          component.by_log_scale[c] = mass.by_log_scale.lane[c];
         }
+      }
+      if constexpr (kSlopes && kChannels == 3) {
+        component.by_coefficient[0] = mass.by_middle.lane[1] * n[0] * tanh.slope.lane[0];
+        component.by_coefficient[1] = mass.by_middle.lane[2] * n[0] * tanh.slope.lane[1];
+        component.by_coefficient[2] = mass.by_middle.lane[2] * n[1] * tanh.slope.lane[2];
       }
       top_logit = k == 0 ? component.logit : P::select(P::less(top_logit, component.logit), component.logit, top_logit);
       top = k == 0 ? component.linear : P::select(P::less(top, component.linear), component.linear, top);
@@ -205,6 +219,7 @@ struct Mixture {
   }
 
   math::Bins<V> bins;
+  math::Bins<Each> all;
   std::vector<Component> components;
 };
 

@@ -4,6 +4,9 @@
 
 #include "../math/elementary.h"
 
+// A lambda that stays a function call costs more than the arithmetic in it.
+#define FASTVAE_INLINE __attribute__((always_inline))
+
 namespace fastvae::cpu::FASTVAE_ISA {
 template <class C>
 using Vec = at::vec::Vectorized<C>;
@@ -109,6 +112,61 @@ struct Primitives<at::vec::Vectorized<C>> {
     const V r = (x - n * V(0.693359375f)) - n * V(-2.12194440e-4f);
 #endif
     return {r, at::vec::cast<float>(at::vec::cast<int32_t>(shifted) << at::vec::Vectorized<int32_t>(23))};
+  }
+};
+
+// Several vectors that go through the arithmetic side by side. Where an element is a long chain of operations, each waiting for the
+// one before, a processor is busy only if there are others to do meanwhile, close by in the program.
+template <class V, int N>
+struct Pack {
+  V lane[N];
+
+  Pack() = default;
+  FASTVAE_HD explicit Pack(V v) {
+    for (V& x : lane) x = v;
+  }
+  FASTVAE_HD explicit Pack(typename Primitives<V>::Scalar v) : Pack(V(v)) {}
+
+  template <class F>
+  static FASTVAE_HD Pack map(const F& f) {
+    Pack out;
+    for (int i = 0; i < N; ++i) out.lane[i] = f(i);
+    return out;
+  }
+
+  friend FASTVAE_HD Pack operator+(Pack a, Pack b) { return map([&](int i) FASTVAE_INLINE { return a.lane[i] + b.lane[i]; }); }
+  friend FASTVAE_HD Pack operator-(Pack a, Pack b) { return map([&](int i) FASTVAE_INLINE { return a.lane[i] - b.lane[i]; }); }
+  friend FASTVAE_HD Pack operator*(Pack a, Pack b) { return map([&](int i) FASTVAE_INLINE { return a.lane[i] * b.lane[i]; }); }
+  friend FASTVAE_HD Pack operator/(Pack a, Pack b) { return map([&](int i) FASTVAE_INLINE { return a.lane[i] / b.lane[i]; }); }
+};
+
+template <class V, int N>
+struct Primitives<Pack<V, N>> {
+  using P = Primitives<V>;
+  using Scalar = typename P::Scalar;
+  using W = Pack<V, N>;
+
+  static FASTVAE_HD W fma(W a, W b, W c) {
+    return W::map([&](int i) FASTVAE_INLINE { return P::fma(a.lane[i], b.lane[i], c.lane[i]); });
+  }
+  static FASTVAE_HD W abs(W x) { return W::map([&](int i) FASTVAE_INLINE { return P::abs(x.lane[i]); }); }
+  static FASTVAE_HD W neg(W x) { return W::map([&](int i) FASTVAE_INLINE { return P::neg(x.lane[i]); }); }
+  static FASTVAE_HD W relu(W x) { return W::map([&](int i) FASTVAE_INLINE { return P::relu(x.lane[i]); }); }
+  static FASTVAE_HD W log(W x) { return W::map([&](int i) FASTVAE_INLINE { return P::log(x.lane[i]); }); }
+  static FASTVAE_HD W log1p(W x) { return W::map([&](int i) FASTVAE_INLINE { return P::log1p(x.lane[i]); }); }
+  static FASTVAE_HD W less(W a, W b) { return W::map([&](int i) FASTVAE_INLINE { return P::less(a.lane[i], b.lane[i]); }); }
+  static FASTVAE_HD W select(W mask, W a, W b) {
+    return W::map([&](int i) FASTVAE_INLINE { return P::select(mask.lane[i], a.lane[i], b.lane[i]); });
+  }
+  static FASTVAE_HD W exp_bounded(W x) { return W::map([&](int i) FASTVAE_INLINE { return P::exp_bounded(x.lane[i]); }); }
+  static FASTVAE_HD ExpPair<W> exp_pair(W x) {
+    ExpPair<W> out;
+    for (int i = 0; i < N; ++i) {
+      const ExpPair<V> one = P::exp_pair(x.lane[i]);
+      out.exp.lane[i] = one.exp;
+      out.minus_1.lane[i] = one.minus_1;
+    }
+    return out;
   }
 };
 

@@ -13,9 +13,6 @@
 
 namespace fastvae::cpu::FASTVAE_ISA {
 
-// A lambda that stays a function call costs more than the arithmetic in it.
-#define FASTVAE_INLINE __attribute__((always_inline))
-
 constexpr int64_t kBlock = 1024;  // elements of a row that one task handles at a time
 constexpr int64_t kBufferSlack = 64;
 constexpr int64_t kGrain = 32768;  // elements that are worth another thread

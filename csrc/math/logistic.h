@@ -3,11 +3,12 @@
 //
 // Data are counted in half bins: level l of 0 .. levels is n = 2 l - levels, an integer, where the papers have x = n / levels in
 // [-1, 1]. With h = exp(-log_scale) / levels, half a bin in units of the scale, and u = h (n - middle), the mass between u - h and
-// u + h is
+// u + h is, where q = e^-|u| and r = e^-h,
 //
-//     sinh h / (cosh h + cosh u) = e^-relu(y) (1 - r^2) / ((1 + e^-|y|) (1 + q r)),   y = |u| - h,  q = e^-|u|,  r = e^-h
+//     sinh h / (cosh h + cosh u) = q (1 - r^2) / ((q + r) (1 + q r))
 //
-// of which every factor keeps its digits, however small the mass: no difference of two sigmoids.
+// of which every factor keeps its digits, however small the mass: no difference of two sigmoids. An edge has the mass on its side of
+// u + h (or u - h): 1 / (1 + q r) where the mean is beyond that, else q / (q + r).
 #pragma once
 #include "elementary.h"
 
@@ -21,49 +22,63 @@ struct Bins {
   V floor, small;                   // of log-scales; of masses
 };
 
-// -log mass = linear + log(1 + e1) + log(1 + e2) - log(factor). The slopes are those of log mass.
+// A level in units of the scale: u and h.
+template <class V>
+struct Standardised {
+  V u, h, log_scale;
+  decltype(Primitives<V>::less(V(0), V(0))) floored;
+
+  Standardised() = default;
+  // `middle`: the mean, in half bins.
+  FASTVAE_HD Standardised(V n, V middle, V raw_log_scale, const Bins<V>& bins)
+      : u(n - middle), floored(Primitives<V>::less(raw_log_scale, bins.floor)) {
+    using P = Primitives<V>;
+    log_scale = P::select(floored, bins.floor, raw_log_scale);
+    h = P::exp_bounded(P::neg(log_scale)) * bins.half_width;
+    u = h * u;
+  }
+};
+
+// -log mass = linear + log(over) + log(1 + e), e >= 0; e is not 0 at an edge that has nearly all of the mass, and over then 1.
 template <class V>
 struct LogMass {
-  V linear, e1, e2, factor;
-  V by_middle, by_log_scale;
-  V one_over_factors;  // factor / ((1 + e1) (1 + e2))
+  V linear, over, e;
+  V one_over;                 // 1 / (over (1 + e))
+  V by_middle, by_log_scale;  // slopes of log mass
 
-  // `middle`: the mean, in half bins.
-  FASTVAE_HD LogMass(V n, V middle, V raw_log_scale, const Bins<V>& bins) {
+  FASTVAE_HD LogMass(V n, const Standardised<V>& x, const Bins<V>& bins) {
     using P = Primitives<V>;
-    const V zero(0), one(1);
-    const auto floored = P::less(raw_log_scale, bins.floor);
-    const V log_scale = P::select(floored, bins.floor, raw_log_scale);
-    const V h = P::exp_bounded(P::neg(log_scale)) * bins.half_width;
-    const V u = h * (n - middle), size = P::abs(u);
-    const ExpPair<V> r = P::exp_pair(P::neg(h)), q = P::exp_pair(P::neg(size));
-
+    constexpr bool wide = sizeof(typename P::Scalar) == 8;
+    const V zero(0), one(1), u = x.u, h = x.h;
     const auto edge = P::less(bins.levels - one, P::abs(n));
-    const V sign = P::select(P::less(P::select(edge, n, u), zero), V(-1), one), t = u * sign;  // |u| but at the edges
-    V y = t - h;
-    e1 = P::exp_bounded(P::neg(P::abs(y)));
-    e2 = P::select(edge, zero, q.exp * r.exp);
-    factor = P::select(edge, one, P::neg(r.minus_1) * (one + r.exp));
-    const V odd = P::select(edge, one, P::neg(q.minus_1) * (one + q.exp));
+    const V sign = P::select(P::less(P::select(edge, n, u), zero), V(-1), one), size = u * sign;  // |u| but at the edges
 
-    // In bins so narrow that 1 - r^2 would have to be tiny, the density in the middle is the mass to all digits.
-    constexpr double narrow = sizeof(typename P::Scalar) == 8 ? 1e-8 : 1e-4;
-    const V above = P::select(P::less(zero, y), e1, one) * factor;  // the mass but for (1 + e1) (1 + e2)
-    const V judged = P::select(edge, V(2), P::select(P::less(h, V(narrow)), V(-1), above));
-    const auto is_small = P::less(judged, bins.small * (one + e1) * (one + e2));
-    y = P::select(is_small, size, y);
-    e1 = P::select(is_small, q.exp, e1);
-    e2 = P::select(is_small, q.exp, e2);
-    factor = P::select(is_small, one, factor);
-    linear = P::relu(y) + P::select(is_small, log_scale - bins.log_width, zero);
+    // In a bin as wide as this only the end that is closer to the mean counts: it may as well be narrower by `excess`.
+    const V excess = P::relu(h - V(wide ? 40 : 20));
+    V t = size - excess;
+    t = P::select(edge, t, P::relu(t));
+    const ExpPair<V> r = P::exp_pair(excess - h), q = P::exp_pair(P::neg(P::abs(t)));
+    const auto inside = P::less(t, zero);  // an edge, the mean beyond it
+    const V qr = q.exp * r.exp, a = q.exp + r.exp, b = one + qr, ab = a * b;
+    V factor = P::neg(r.minus_1) * (one + r.exp);
 
-    const V f1 = one + e1, f2 = one + e2, f12 = f1 * f2;
-    const V inverse = one / (f12 * factor), i12 = inverse * factor;
-    one_over_factors = factor * i12;
-    const V slope = P::select(P::less(y, zero), e1, one) * odd * i12;  // of -log mass by t: sinh t / (cosh h + cosh t)
-    const V inner = P::fma(P::fma(r.exp, r.exp, one), inverse * f12, P::neg(above * i12));  // coth h - mass
+    // In bins so narrow that this would have to be tiny, the density in the middle is the mass to all digits.
+    const V mass = P::select(P::less(h, V(wide ? 1e-8 : 1e-4)), V(-1), q.exp * factor);  // but for a b
+    const auto is_small = P::less(P::select(edge, V(8), mass), bins.small * ab);
+    factor = P::select(is_small, one, P::select(edge, one, factor));
+    const V one_q = one + q.exp;
+    const V divisor = P::select(is_small, one_q * one_q, P::select(edge, P::select(inside, b, a), ab));
+    linear = P::relu(t) + P::select(is_small, excess + x.log_scale - bins.log_width, zero);
+
+    const V inverse = one / (divisor * factor), one_over_divisor = inverse * factor, one_over_factor = inverse * divisor;
+    one_over = factor * one_over_divisor;
+    over = P::select(inside, one, divisor * one_over_factor);
+    e = P::select(inside, qr, zero);
+    const V odd = P::select(edge, P::select(inside, q.exp, one), P::neg(q.minus_1) * one_q);
+    const V slope = odd * P::select(is_small, one, r.exp) * one_over_divisor;  // of -log mass by t; sinh t / (cosh h + cosh t)
+    const V inner = P::fma(P::fma(r.exp, r.exp, one), one_over_factor, P::neg(q.exp * one_over));  // coth h - mass
     const V by_h = P::select(is_small, one, h * P::select(edge, slope, inner));
-    by_log_scale = P::select(floored, zero, P::fma(t, slope, P::neg(by_h)));
+    by_log_scale = P::select(x.floored, zero, P::fma(size, slope, P::neg(by_h)));
     by_middle = h * sign * slope;
   }
 };
