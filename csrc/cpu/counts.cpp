@@ -64,7 +64,11 @@ SharedDispersion<C> prepare(const CountArgs& args) {
   return out;
 }
 
-// The counts above zero of a block that lie on the same sides of kStirlingFrom, as dense arrays.
+// What the counts above zero are sorted into: by which formula holds for them. The first four: by the sides of kStirlingFrom that t and
+// theta lie on.
+enum Case { kDispersed, kNearPoisson, kLargeDispersed, kLargeNearPoisson, kOne, kFew, kCases };
+
+// Those of a block that belong to one case, as dense arrays.
 struct Gathered {
   int64_t count;
   int32_t place[kBlock];
@@ -78,7 +82,7 @@ struct Scratch {
   std::vector<C> exponentials, slopes, target;  // a row each, where needed
   Buffer<C> mean, dispersion, pi, counts, d_mean, d_dispersion, d_pi;
   int32_t positive[kBlock + kBufferSlack];
-  Gathered gathered[4];
+  Gathered gathered[kCases];
 };
 
 // What is the same for all elements of a row.
@@ -117,8 +121,10 @@ struct Reading {
   double bound, log_offset;
 };
 
-template <bool kLarge, bool kNearPoisson>
+template <Case kCase>
 Sums evaluate(Gathered& g, const Reading& read) {
+  constexpr bool kSimple = kCase == kOne || kCase == kFew, kLarge = kCase == kLargeDispersed || kCase == kLargeNearPoisson;
+  constexpr bool kPoisson = kCase == kNearPoisson || kCase == kLargeNearPoisson;
   using P = math::Primitives<Wide>;
   constexpr int64_t L = Wide::size();
   Sum<double> nll, slope;
@@ -133,7 +139,7 @@ Sums evaluate(Gathered& g, const Reading& read) {
       log_mu = P::clamp(unbounded, -670, 670);
       underflow = log_mu - unbounded;  // down there the nll is -t log mu and a constant
       mu = log_mu.exp();
-    } else if (kNearPoisson && !kLarge) {
+    } else if (kSimple || (kPoisson && !kLarge)) {
       log_mu = mu.log();
     }
     math::GammaParts<Wide> of_theta{at(g.log_gamma), at(g.digamma)};
@@ -141,11 +147,13 @@ Sums evaluate(Gathered& g, const Reading& read) {
       if (read.raw) {
         theta = P::clamp(theta, -read.bound, read.bound).exp();
         // The logarithm that put this element here may have lain an ulp on the other side.
-        if (kNearPoisson) theta = at::vec::clamp_min(theta, Wide(math::kStirlingFrom));
+        if (kPoisson) theta = at::vec::clamp_min(theta, Wide(math::kStirlingFrom));
       }
-      of_theta = math::dispersion_parts(theta);
+      if constexpr (!kSimple) of_theta = math::dispersion_parts(theta);
     }
-    auto term = math::negative_binomial_positive<kLarge, kNearPoisson>(at(g.t), mu, log_mu, theta, of_theta, at(g.log_factorial));
+    math::CountTerm<Wide> term;
+    if constexpr (kSimple) term = math::negative_binomial_few<kCase == kOne>(at(g.t), mu, log_mu, theta, at(g.log_factorial));
+    else term = math::negative_binomial_positive<kLarge, kPoisson>(at(g.t), mu, log_mu, theta, of_theta, at(g.log_factorial));
     if (read.inflated) {
       math::without_additional_zero(term, at(g.pi));
       term.d_pi.store(g.d_pi + i);
@@ -219,15 +227,20 @@ struct Kernel {
     for (int64_t k = 0; k < count; ++k) {
       const int32_t i = scratch.positive[k];
       const double t = b.target[i], theta = kShared ? b.exact[i] : kRaw ? b.log_theta[i] : b.theta[i];
-      const bool large = t >= math::kStirlingFrom, near_poisson = theta >= (kLogTheta ? 2.0794415416798359 : math::kStirlingFrom);
-      Gathered& g = scratch.gathered[2 * large + near_poisson];
+      // Bounds of what is read; where that is a logarithm, of the logarithm.
+      constexpr double few_from = kLogTheta ? -92 : math::kFewFrom, poisson_from = kLogTheta ? 2.0794415416798359 : math::kStirlingFrom;
+      const bool large = t >= math::kStirlingFrom, near_poisson = theta >= poisson_from;
+      const int whole = t >= 1 && !large ? static_cast<int>(t) : 0;
+      const bool simple = whole == t && theta >= few_from;
+      const int which = simple ? whole == 1 ? kOne : kFew : 2 * large + near_poisson;
+      Gathered& g = scratch.gathered[which];
       const int64_t j = g.count++;
       g.place[j] = i;
       g.t[j] = t;
       g.mean[j] = kRaw ? b.logits[i] : b.mean[i];
       g.theta[j] = theta;
-      g.log_factorial[j] = large ? 0 : log_factorial(t);
-      if constexpr (kShared) {
+      if (which != kOne) g.log_factorial[j] = large ? 0 : log_factorial(t);
+      if (kShared && !simple) {
         g.log_gamma[j] = b.log_gamma[i];
         g.digamma[j] = b.digamma[i];
       }
@@ -235,13 +248,13 @@ struct Kernel {
     }
     const Reading read{kRaw, kInflated, kShared, kLogBound<C>, row.log_offset};
     Sums sums{0, 0};
-    for (int c = 0; c < 4; ++c) {
+    constexpr Sums (*const evaluators[])(Gathered&, const Reading&) = {
+        evaluate<kDispersed>, evaluate<kNearPoisson>, evaluate<kLargeDispersed>, evaluate<kLargeNearPoisson>, evaluate<kOne>, evaluate<kFew>,
+    };
+    for (int c = 0; c < kCases; ++c) {
       Gathered& g = scratch.gathered[c];
       if (!g.count) continue;
-      const Sums part = c == 0   ? evaluate<false, false>(g, read)
-                        : c == 1 ? evaluate<false, true>(g, read)
-                        : c == 2 ? evaluate<true, false>(g, read)
-                                 : evaluate<true, true>(g, read);
+      const Sums part = evaluators[c](g, read);
       sums.nll += part.nll;
       sums.slope += part.slope;
       const double weight = row.weight;

@@ -103,6 +103,30 @@ FASTVAE_HD GammaParts<V> dispersion_parts(V theta) {
   return {P::select(small, parts.log_gamma, log_gamma_rest(inverse)), P::select(small, parts.digamma, digamma_rest(inverse))};
 }
 
+// A whole t from 1 to 7, kOne: 1 in all lanes; theta at least kFewFrom. With q_i = 1 + i / theta, log Gamma(t + theta) - log Gamma(theta)
+// is t log theta + log(q_1 ... q_(t-1)), of which the first goes together with t log(theta + mu). d_mu is the derivative by log mu.
+constexpr double kFewFrom = 1e-40;  // whose products are still finite
+template <bool kOne, class V>
+FASTVAE_HD CountTerm<V> negative_binomial_few(V t, V mu, V log_mu, V theta, V log_factorial) {
+  using P = Primitives<V>;
+  const V inverse_theta = V(1) / theta, x = mu * inverse_theta;
+  const auto parts = P::log1p_parts(x);
+  V rest = P::neg(t * log_mu), share = P::neg(t * x * parts.inverse);
+  if constexpr (!kOne) {
+    V product = V(1), sum = V(0);  // sum / product = 1 / (theta + 1) + 2 / (theta + 2) + ...
+    for (int i = 1; i < 7; ++i) {
+      const auto more = P::less(V(i), t);
+      if (!P::any(more)) break;
+      const V ratio = V(i) * inverse_theta, q = V(1) + ratio;
+      sum = P::select(more, P::fma(sum, q, ratio * product), sum);
+      product = P::select(more, product * q, product);
+    }
+    rest = rest + (log_factorial - P::log(product));
+    share = share + sum / product;
+  }
+  return {P::fma(theta + t, parts.value, rest), (mu - t) * parts.inverse, P::fma(share, inverse_theta, parts.excess), V(0)};
+}
+
 // t > 0, all lanes on the same side of kStirlingFrom by t (kLarge) and by theta (kNearPoisson). log_factorial: log(t!), read for small t
 // only. d_mu is the derivative by log mu.
 //
