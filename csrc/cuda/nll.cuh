@@ -10,9 +10,11 @@ namespace fastvae::cuda {
 // Accesses of each operand that a thread has under way at a time, and how many blocks a multiprocessor's registers are shared by.
 constexpr int unroll(int params, int unit) { return (unit == 1 ? 4 : 2) / params; }
 template <class L>
-constexpr int resident(int64_t item_size) {
-  constexpr bool is_long = std::is_same_v<L, math::Poisson> || std::is_same_v<L, math::ContinuousBernoulli>;
-  return item_size == 8 ? 2 : L::params > 1 || is_long ? 3 : 4;
+constexpr int resident(int64_t item_size, int unit) {
+  constexpr bool is_long = std::is_same_v<L, math::Poisson> || std::is_same_v<L, math::ContinuousBernoulli> ||
+                           std::is_same_v<L, math::StudentT>;
+  const int most = item_size == 8 ? 2 : L::params > 1 || is_long || unit == 1 ? 3 : 4;
+  return is_long && (item_size == 2 || unit == 1) ? 2 : most;
 }
 
 // Families with one scale for all elements, which may be learned.
@@ -156,7 +158,7 @@ FASTVAE_DEVICE double finish_row(const NllArgs& args, int64_t row, double value,
 }
 
 template <class L, class T, class D, int N>
-__global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T)))
+__global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T), N))
     nll_kernel(const __grid_constant__ NllArgs args, const __grid_constant__ Plan plan, const __grid_constant__ Runs place) {
   using C = Compute<T>;
   FASTVAE_SHARED(C, row_scratch, 2 * kThreads / kWarp);
@@ -239,7 +241,7 @@ inline int unit_of(const NllArgs& args) {
 template <class L>
 Plan plan_for(const NllArgs& args) {
   const int unit = unit_of(args);
-  return plan_for(args.rows, args.size, unit, unroll(L::params, unit), slots(resident<L>(cpu::item_size(args.params[0].type))));
+  return plan_for(args.rows, args.size, unit, unroll(L::params, unit), slots(resident<L>(cpu::item_size(args.params[0].type), unit)));
 }
 
 template <class L, class T, class D, int N>
