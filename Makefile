@@ -64,9 +64,11 @@ cuda-link:
 	    && $(LINK)/venv/bin/python -m pip --disable-pip-version-check install -qq torch==2.11.0 numpy "setuptools>=77" ninja \
 	    pybind11 && touch $(LINK)/.torch; }
 	@echo "== the extension, with its CUDA kernels"
-	@rm -rf $(LINK)/tree && mkdir $(LINK)/tree && cp -rp csrc fastvae setup.py pyproject.toml README.md LICENSE $(LINK)/tree
+	@# What changed is copied and is newer then than any object, also than one whose build ran while it changed.
+	@mkdir -p $(LINK)/tree $(LINK)/objects && ln -sfn ../objects $(LINK)/tree/build
+	@cd $(LINK)/tree && find csrc fastvae -type f 2>/dev/null | while read -r f; do [ -e "$(CURDIR)/$$f" ] || rm "$$f"; done
+	@cp -ru csrc fastvae setup.py pyproject.toml README.md LICENSE $(LINK)/tree
 	@rm -f $(LINK)/tree/fastvae/_C*.so $(LINK)/tree/fastvae/_build_info.py
-	@ln -s ../objects $(LINK)/tree/build && mkdir -p $(LINK)/objects
 	@cd $(LINK)/tree && FASTVAE_NATIVE=1 FASTVAE_CUDA=1 ../venv/bin/python setup.py -q build_ext --inplace \
 	    > ../build.log 2>&1 || { tail -n 50 ../build.log; exit 1; }
 	@echo "== what it holds"
