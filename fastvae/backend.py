@@ -201,7 +201,6 @@ _LACKS: dict[tuple[str, str], tuple[str, ...]] = {
         "categorical",
         "discretized_logistic",
         "discretized_logistic_mixture",
-        "student_t_learned",
     ),
     ("triton", "cuda"): ("categorical",),
     ("triton", "cpu"): ("categorical",),

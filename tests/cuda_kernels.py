@@ -8,10 +8,11 @@ import math
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import CDLL, Structure, byref, c_bool, c_double, c_int, c_int8, c_int64, c_uint64, c_void_p
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,12 +24,23 @@ SHIM = ROOT / "tests" / "cuda_shim"
 THREADS = 64  # of a block
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.bool)
+COUNTS = {torch.uint8: 6, torch.uint16: 7, torch.int32: 8, torch.int64: 9}  # of a target that counts
 ELEMENTS = {
     "bernoulli": 0,
     "gaussian": 1,
     "gaussian_learned": 1,
     "gaussian_per_element": 2,
     "gaussian_head": 2,
+    "laplace": 3,
+    "laplace_learned": 3,
+    "laplace_per_element": 4,
+    "laplace_head": 4,
+    "continuous_bernoulli": 5,
+    "poisson": 6,
+    "student_t": 7,
+    "student_t_learned": 7,
+    "student_t_per_element": 8,
+    "student_t_head": 8,
 }
 KEPT: list[Tensor] = []  # what the pointers of the last call point at
 
@@ -216,11 +228,12 @@ def event_size(tensor: Tensor) -> int:
     return math.prod(tensor.shape[1:])
 
 
-def operand(tensor: Tensor | None) -> Operand:
+def operand(tensor: Tensor | None, counts: Mapping[torch.dtype, int] = MappingProxyType({})) -> Operand:
     """Of dense rows, in whatever order."""
     if tensor is None:
         return Operand()
-    return Operand(pointer(tensor), DTYPES.index(tensor.dtype), tensor.stride(0), event_size(tensor), 0)
+    kind = counts[tensor.dtype] if tensor.dtype in counts else DTYPES.index(tensor.dtype)
+    return Operand(pointer(tensor), kind, tensor.stride(0), event_size(tensor), 0)
 
 
 def numbers(tensor: Tensor | None) -> Numbers:
@@ -262,6 +275,22 @@ def poisoned_like(tensor: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # The ops
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def same_for_all(likelihood: str, constants: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """(normaliser, constants of the kernel) as csrc/ops/likelihood_table.h has them; a learned scale is 1 there."""
+    family = likelihood.split("_")[0]
+    if family == "gaussian":
+        scale = constants[0] if constants else 1.0
+        return 0.5 * math.log(2 * math.pi) + math.log(scale), (scale**-2, 0.0)
+    if family == "laplace":
+        scale = constants[0] if constants else 1.0
+        return math.log(2 * scale), (1 / scale, 0.0)
+    if family == "student":
+        df, scale = (*constants, 1.0)[:2]
+        beta = math.lgamma(df / 2) + math.lgamma(0.5) - math.lgamma((df + 1) / 2)
+        return beta + math.log(df) / 2 + math.log(scale), (1 / (scale * math.sqrt(df)), df + 1)
+    return 0.0, (0.0, 0.0)
 
 
 class Kernels:
@@ -316,18 +345,13 @@ class Kernels:
         needs: int,
     ) -> tuple[NllArgs, list[Tensor]]:
         args = NllArgs(element=ELEMENTS[likelihood], rows=target.shape[0], size=event_size(target))
-        if likelihood == "gaussian":
-            logvar = 2 * math.log(constants[0])
-            args.constants[0] = math.exp(-logvar)
-            args.normaliser = 0.5 * (math.log(2 * math.pi) + logvar)
-        elif args.element == 2:
-            args.normaliser = 0.5 * math.log(2 * math.pi)
+        args.normaliser, args.constants[:] = same_for_all(likelihood, constants)
         elementwise = list(params)
-        if likelihood == "gaussian_learned":
+        if likelihood.endswith("_learned"):
             args.scalar = numbers(elementwise.pop())
-        args.target = operand(target)
+        args.target = operand(target, COUNTS if likelihood == "poisson" else {})
         slopes = [poisoned_like(p) if needs >> i & 1 else None for i, p in enumerate(elementwise)]
-        if likelihood == "gaussian_head":
+        if likelihood.endswith("_head"):
             args.params[:2] = halves(params[0], target.shape[1])
             if slopes[0] is not None:
                 args.slopes[:2] = halves(slopes[0], target.shape[1])
@@ -352,7 +376,7 @@ class Kernels:
         nll = poisoned((rows,), dtype)
         loss_dtype = torch.float64 if kl is not None and kl.dtype == torch.float64 else dtype
         loss = poisoned(() if reduction else (rows,), loss_dtype)
-        wants_scalar = likelihood == "gaussian_learned" and needs >> 1 & 1
+        wants_scalar = likelihood.endswith("_learned") and needs >> 1 & 1
         scalar_rows = poisoned((rows,), dtype) if wants_scalar else None
         args.weight = self.weight(reduction, rows)
         args.nll, args.loss, args.reduced = output(nll), output(loss), reduction != 0

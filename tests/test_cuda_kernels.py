@@ -71,15 +71,16 @@ def differentiable(*tensors: Tensor) -> list[Tensor]:
 def case(likelihood: str, rows: int, size: int, dtype: torch.dtype) -> tuple[list[Tensor], list[float]]:
     """(params, constants) with data of (rows, size)."""
     mean = torch.randn(rows, size).mul(2).to(dtype)
-    if likelihood == "gaussian":
-        return [mean], [0.7]
-    if likelihood == "gaussian_learned":
-        return [mean, torch.tensor(-0.6, dtype=row_dtype(mean))], []
-    if likelihood == "gaussian_per_element":
-        return [mean, torch.randn(rows, size).to(dtype)], []
-    if likelihood == "gaussian_head":
-        return [torch.randn(rows, 2 * size).to(dtype)], []
-    return [mean], []
+    constants = [2.5] if likelihood.startswith("student_t") else []
+    if likelihood in ("gaussian", "laplace", "student_t"):
+        return [mean], [*constants, 0.7]
+    if likelihood.endswith("_learned"):
+        return [mean, torch.tensor(-0.6, dtype=row_dtype(mean))], constants
+    if likelihood.endswith("_per_element"):
+        return [mean, torch.randn(rows, size).to(dtype)], constants
+    if likelihood.endswith("_head"):
+        return [torch.randn(rows, 2 * size).to(dtype)], constants
+    return [mean], constants
 
 
 def data(rows: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -109,13 +110,15 @@ def test_values_and_gradients(kernels: Kernels, likelihood: str, size: int, dtyp
     rows = 3
     params, constants = case(likelihood, rows, size, dtype)
     target, kl, beta = data(rows, size, dtype), torch.rand(rows, dtype=torch.float32), torch.tensor(0.3)
+    if likelihood == "poisson":
+        target = (5 * target).round()
     loss, nll, gradients, scalar_rows = kernels.nll_forward(
         likelihood, params, target, constants, kl, beta, 2, needs=3
     )
     leaves = differentiable(*params)
     full, full_nll = expected(likelihood, leaves, target, constants, kl.double(), beta.double())
     full.backward()
-    scale = 1.0 if likelihood == "bernoulli" else 3.0  # the terms of a Gaussian may cancel
+    scale = 1.0 if likelihood == "bernoulli" else 3.0  # the terms of the others may cancel
     close(nll, full_nll.detach(), scale * VALUE[dtype])
     close(loss, full.detach(), scale * VALUE[dtype])
     for gradient, leaf in zip(gradients, leaves, strict=False):
@@ -143,6 +146,20 @@ def test_targets_of_other_types(
     assert leaf.grad is not None
     close(nll, full_nll.detach(), VALUE[dtype])
     close(gradient, leaf.grad, GRADIENT[dtype])
+
+
+@pytest.mark.parametrize("size", [16, 17])
+@pytest.mark.parametrize("target_dtype", cuda_kernels.COUNTS, ids=str)
+def test_counts_are_read_as_they_are(kernels: Kernels, target_dtype: torch.dtype, size: int) -> None:
+    log_rates = torch.randn(5, size)
+    target = torch.randint(0, 200, (5, size)).to(target_dtype)
+    _, nll, (gradient,), _ = kernels.nll_forward("poisson", [log_rates], target, needs=1)
+    (leaf,) = differentiable(log_rates)
+    full, full_nll = expected("poisson", [leaf], target, [])
+    full.backward()
+    assert leaf.grad is not None
+    close(nll, full_nll.detach(), 5e-6)
+    close(gradient, leaf.grad, 5e-6)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -742,8 +759,10 @@ def compiled() -> list[Kernel]:
 
 # What a kernel's name begins with: registers that the number of blocks on a multiprocessor leaves each thread.
 REGISTERS = (
-    (r"nll_kernel<GaussianPerElement, (float|half|bf16)", 80),
     (r"nll_kernel<\w+, double", 128),
+    (r"nll_kernel<(Poisson|ContinuousBernoulli|StudentT), ((half|bf16)|\w+, Any)", 128),
+    (r"nll_kernel<(Poisson|ContinuousBernoulli|StudentT|\w+PerElement)", 80),
+    (r"nll_kernel<\w+, \w+, Any", 80),
     (r"nll_kernel", 64),
     (r"nll_backward_kernel<double", 128),
     (r"nll_backward_kernel", 64),

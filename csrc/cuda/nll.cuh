@@ -84,7 +84,7 @@ struct Data<Any, C, 1, U> {
 // The elements of part of a row, as far as they are this thread's: the sum of their nll less the normaliser. Writes the slopes.
 template <class L, class T, class D, int N>
 FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int lane, int lanes,
-                                      const Compute<T>* constants, Compute<T> factor, const Runs& runs) {
+                                      const Compute<T>* constants, Compute<T> factor, const Runs& runs, Compute<T>& pull) {
   using C = Compute<T>;
   constexpr int U = unroll(L::params, N);
   constexpr bool kRuns = L::params > 1;  // of a packed head
@@ -126,7 +126,9 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
         C p[L::params], d[L::params];
 #pragma unroll
         for (int k = 0; k < L::params; ++k) p[k] = widened(params[k][u].value[j]);
-        sum += L::element(p, data.value(u, j), constants, d, logs);
+        const C t = data.value(u, j);
+        sum += L::element(p, t, constants, d, logs);
+        if constexpr (L::has_pull) pull += (p[0] - t) * d[0];
 #pragma unroll
         for (int k = 0; k < L::params; ++k) slopes[k][j] = d[k] * factor;
       }
@@ -146,9 +148,9 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
 
 // What is written of a row whose elements sum up to `value`; returns its part of the loss.
 template <class L, class C>
-FASTVAE_DEVICE double finish_row(const NllArgs& args, int64_t row, double value, C normaliser) {
+FASTVAE_DEVICE double finish_row(const NllArgs& args, int64_t row, double value, double pull, C normaliser) {
   if constexpr (kScales<L>) {
-    if (args.scalar_rows.data) put(args.scalar_rows, row, L::scalar_slope(static_cast<double>(args.size), value, 0.0));
+    if (args.scalar_rows.data) put(args.scalar_rows, row, L::scalar_slope(static_cast<double>(args.size), value, pull));
   }
   value += static_cast<double>(args.size) * static_cast<double>(normaliser);
   put(args.nll, row, value);
@@ -164,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T), N))
   FASTVAE_SHARED(C, row_scratch, 2 * kThreads / kWarp);
   FASTVAE_SHARED(double, loss_scratch, kThreads / kWarp);
   const int lane = threadIdx.x & (plan.lanes - 1);
-  const bool values = args.loss.data;
+  const bool values = args.loss.data, pulls = L::has_pull && args.scalar_rows.data;
 
   math::Normaliser<C> same = {static_cast<C>(args.normaliser), {static_cast<C>(args.constants[0]), static_cast<C>(args.constants[1])}};
   if constexpr (kScales<L>) {
@@ -176,18 +178,24 @@ __global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T), N))
   for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
     const Part part(plan, item, args.size);
     const int64_t row = part.row;
-    C sum(0);
+    C sum(0), pull(0);
     if (row < args.rows) {
       C factor = static_cast<C>(args.weight);
       if (args.grad_loss.data || args.grad_nll.data)
         factor = static_cast<C>(row_factor(args.grad_loss, args.grad_nll, args.weight, row));
-      sum = part_of_row<L, T, D, N>(args, part, lane, plan.lanes, same.constants, factor, place);
+      sum = part_of_row<L, T, D, N>(args, part, lane, plan.lanes, same.constants, factor, place, pull);
     }
     if (!values) continue;
     sum = group_sum(sum, plan.lanes, row_scratch + (turn ^= kThreads / kWarp));
+    if (pulls) pull = group_sum(pull, plan.lanes, row_scratch + (turn ^= kThreads / kWarp));
     if (lane != 0 || row >= args.rows) continue;
-    if (plan.splits > 1) static_cast<C*>(args.workspace.scratch)[item] = sum;
-    else loss += finish_row<L>(args, row, sum, same.per_element);
+    if (plan.splits > 1) {
+      C* partials = static_cast<C*>(args.workspace.scratch);
+      partials[item] = sum;
+      if (pulls) partials[plan.items + item] = pull;
+    } else {
+      loss += finish_row<L>(args, row, sum, pull, same.per_element);
+    }
   }
   if (!values) return;
 
@@ -200,13 +208,16 @@ __global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T), N))
     const int first = threadIdx.x & (lanes - 1), groups = kThreads / lanes;
     for (int64_t base = 0; base < args.rows; base += groups) {
       const int64_t row = base + threadIdx.x / lanes;
-      double sum = 0;
-      if (row < args.rows) {
+      const auto total = [&](const C* parts) {
+        double sum = 0;
+        if (row < args.rows) {
 #pragma unroll 4
-        for (int i = first; i < plan.splits; i += lanes) sum += load_written(partials + row * plan.splits + i);
-      }
-      sum = group_sum(sum, lanes, static_cast<double*>(nullptr));
-      if (first == 0 && row < args.rows) loss += finish_row<L>(args, row, sum, same.per_element);
+          for (int i = first; i < plan.splits; i += lanes) sum += load_written(parts + row * plan.splits + i);
+        }
+        return group_sum(sum, lanes, static_cast<double*>(nullptr));
+      };
+      const double sum = total(partials), pull = pulls ? total(partials + plan.items) : 0;
+      if (first == 0 && row < args.rows) loss += finish_row<L>(args, row, sum, pull, same.per_element);
     }
     if (args.reduced) {
       loss = group_sum(loss, kThreads, loss_scratch);

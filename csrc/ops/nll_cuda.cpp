@@ -13,6 +13,8 @@ namespace {
 // Everything but the results of the rows.
 Tensors fill(cuda::NllArgs& args, const OnDevice& device, const LikelihoodRow& row, at::TensorList params, const Tensor& target,
              at::ArrayRef<double> constants, int64_t reduction, int64_t needs, Tensors& kept) {
+  TORCH_CHECK_NOT_IMPLEMENTED(row.family == Family::elementwise, "fastvae::nll: there is no CUDA kernel for ", std::string(row.name),
+                              " yet; fastvae.set_backend(\"auto\") takes what there is");
   for (const auto& p : params) device.expect(p, "params");
   device.expect(target, "target");
   Tensors gradients = fill_elements(args, row, params, target, needs, kept);
