@@ -275,7 +275,14 @@ OPS = {
 }
 
 
-@pytest.mark.parametrize(("name", "row"), [(name, i) for name, rows in OPS.items() for i in range(len(rows))])
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        pytest.param(name, i, id=f"{name}-{row[0] if isinstance(row[0], str) else ''}{i}")
+        for name, rows in OPS.items()
+        for i, row in enumerate(rows)
+    ],
+)
 def test_opcheck(name: str, row: int) -> None:
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if name == "nll_backward_":
