@@ -172,7 +172,7 @@ def test_colour_images_get_a_gaussian_whose_scale_is_trained(tmp_path):
 
 
 @pytest.mark.parametrize("likelihood", ["dlogistic", "dmol"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", IMAGES)
 def test_likelihoods_of_bytes(tmp_path, recipe, likelihood):
     """Of bytes as they are, with bits per dimension to which nothing is added."""
     x = np.random.default_rng(0).integers(0, 255, (60, 9, 11, 3), dtype=np.uint8)
@@ -206,7 +206,7 @@ def test_gaussian_learns(tmp_path):
     assert float(rows(tmp_path / "run")[-1]["held_out_kl"]) > 3
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", IMAGES)
 def test_gaussian_begins_with_the_mean_image(recipe):
     """Not with a black one, which many epochs go into leaving."""
     torch.manual_seed(0)
@@ -695,7 +695,7 @@ def test_non_finite_step_is_skipped_counted_and_named(tmp_path, capsys, monkeypa
 
 def test_only_the_first_process_tells_of_a_mistake(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module.VAE, "decode", lambda self, z: self.decoder(z) * math.inf)
-    monkeypatch.setattr(runs, "_is_first", lambda: False)
+    monkeypatch.setattr(runs, "is_first", lambda: False)
     (tmp_path / "run").mkdir()
     with pytest.raises(SystemExit) as ended:
         train(tmp_path / "run", "--epochs", "2")
@@ -1095,7 +1095,7 @@ def run(finished, tmp_path):
         ("epochs = 1", "epochs = 1.5", "`epochs` must be a whole number, got 1.5"),
         ("clip = 0.0", "clip = -1", "`clip` must be at least 0, got -1"),
         ('logger = "csv"', 'logger = "paper"', "`logger` must be one of csv, tensorboard, got 'paper'"),
-        ('recipe = "mlp"', 'recipe = "unet"', "`recipe` must be one of mlp, conv, text, got 'unet'"),
+        ('recipe = "mlp"', 'recipe = "unet"', "`recipe` must be one of mlp, conv, text, counts, got 'unet'"),
         ("shape = [8, 8, 1]", "shape = [8, 8]", "`shape` must be [height, width, channels], got [8, 8]"),
         ("recipe", "= recipe", "not TOML"),
         ("hidden = 32", "hidden = 30", "`encoder.1.weight` is (32, 64) in it, and (30, 64) by config.toml"),
@@ -1181,7 +1181,7 @@ def test_lightning_runs_no_code_of_a_checkpoint(run, monkeypatch):
     file = run / "checkpoints" / "last.ckpt"
     saved = torch.load(file, weights_only=True)
     torch.save({**saved, "optimizer_states": Evil()}, file)
-    monkeypatch.setattr(runs, "_read_checkpoint", lambda file, model: saved)
+    monkeypatch.setattr(runs, "read_checkpoint", lambda file, model: saved)
     with pytest.raises(pickle.UnpicklingError, match=r"[Ww]eights.only"):
         cli.main(["resume", str(run), "--epochs", "2"])
     assert not (run / "evil").exists()

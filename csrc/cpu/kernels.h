@@ -36,7 +36,7 @@ struct Result {
 
 // The same view, `elements` further on.
 template <class View>
-View shifted(View view, int64_t elements) {
+inline __attribute__((always_inline)) View shifted(View view, int64_t elements) {
   if (view.data) view.data = const_cast<char*>(static_cast<const char*>(view.data)) + elements * item_size(view.type);
   return view;
 }
