@@ -202,8 +202,6 @@ _LACKS: dict[tuple[str, str], tuple[str, ...]] = {
         "discretized_logistic",
         "discretized_logistic_mixture",
     ),
-    ("triton", "cuda"): ("categorical",),
-    ("triton", "cpu"): ("categorical",),
 }
 
 _setting = "auto"
@@ -329,7 +327,7 @@ def _instead(name: str, device_type: str, likelihood: str) -> Backend:
             f"fastvae: backend {name!r} has no kernel for the likelihood {likelihood!r} on {device_type} tensors; "
             f"fastvae.set_backend('auto') takes what there is"
         )
-    if name == "native" and device_type == "cuda" and likelihood not in _LACKS["triton", "cuda"]:
+    if name == "native" and device_type == "cuda":
         triton = _serve("triton", "cuda")
         if triton is not None:
             return triton

@@ -116,6 +116,33 @@ def test_discretized_logistics(
     test_discretized.check(got, want, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("shape", [(3, 4, 5000), (4, 3, 33), (5, 7)], ids=cases.ids)
+@pytest.mark.parametrize("weights", [None, 0.25], ids=["mean", "rows"])
+def test_categorical(
+    device: torch.device, shape: tuple[int, ...], weights: float | None, dtype: torch.dtype
+) -> None:
+    """The reference in float64, with ignored positions, sure predictions, and a factor for each row."""
+    logits = 3 * torch.randn(shape)
+    target = torch.randint(shape[-1], shape[:-1])
+    target[0] = -7
+    logits[-1, ..., 0], target[-1] = 40.0, 0
+    params, target = logits.to(device, dtype).requires_grad_(), target.to(device)
+    exact = params.detach().double().requires_grad_()
+    nll = functional.categorical_nll(params, target, ignore_index=-7)
+    want = reference.categorical_nll(exact, target, ignore_index=-7)
+    factors = torch.arange(1.0, shape[0] + 1, device=device)
+    for value, leaf in ((nll, params), (want, exact)):
+        (value.mean() if weights is None else (value * (weights * factors).to(value.dtype)).sum()).backward()
+        assert leaf.grad is not None
+    tolerance = 1e-12 if dtype == torch.float64 else 5e-6
+    assert torch.allclose(nll.double(), want, rtol=tolerance, atol=1e-13)  # what the reference keeps of 1
+    assert nll[0] == 0
+    assert params.grad[0].count_nonzero() == 0  # type: ignore[index]
+    rough = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
+    assert (params.grad.double() - exact.grad).abs().max() <= rough * exact.grad.abs().max()  # type: ignore[union-attr, operator]
+
+
 # Rows that many programs share, rows whose product of 1 + e is flushed on the way, more rows than one program finishes.
 SPLIT = [(1, 300_001), (3, 70_016), (20_000, 3)]
 

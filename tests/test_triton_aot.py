@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from fastvae._triton import counts, latents, mixtures, nll, tuning  # noqa: E402
+from fastvae._triton import categorical, counts, latents, mixtures, nll, tuning  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -61,7 +61,7 @@ def record(run: Callable[[], object]) -> list[Launch]:
         launches.append(Launch(kernel, args, options))
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (nll, counts, latents, mixtures):
+        for module in (nll, categorical, counts, latents, mixtures):
             patch.setattr(module, "launch", note)
         run()
     return launches
@@ -136,6 +136,7 @@ def loss(likelihood: str, params: list[torch.Tensor], target: torch.Tensor, need
         "gaussian": [0.5],
         "laplace": [0.5],
         "student_t_learned": [4.0],
+        "categorical": [-100],
         "discretized_logistic": [8, -7.0, 1e-5],
         "discretized_logistic_mixture": [10, 8, -7.0, 1e-5],
     }.get(likelihood, [])
@@ -209,6 +210,7 @@ ALIGNED: dict[str, Callable[[], object]] = {
     "continuous Bernoulli": lambda: loss("continuous_bernoulli", [data(FLOAT)], data(FLOAT)),
     "poisson, int32": lambda: loss("poisson", [data(FLOAT)], data(torch.int32)),
     "student t, learned": lambda: loss("student_t_learned", [data(FLOAT), ONE], data(FLOAT), 3),
+    "categorical": lambda: loss("categorical", [data(FLOAT, 8, 4, 20_000)], data(torch.int64, 8, 4)),
     "discretised, uint8": lambda: loss("discretized_logistic", [PLANES[:, :6]], LEVELS),
     "mixture, uint8": lambda: loss("discretized_logistic_mixture", [PLANES], LEVELS),
     "rows of MNIST": lambda: loss("bernoulli", [data(FLOAT, 128, 784)], data(FLOAT, 128, 784)),
@@ -230,6 +232,8 @@ OTHERS: dict[str, Callable[[], object]] = {
     "double": lambda: bernoulli(DOUBLE, DOUBLE),
     "poisson, double, int64": lambda: loss("poisson", [data(DOUBLE)], data(torch.int64)),
     "continuous Bernoulli, double": lambda: loss("continuous_bernoulli", [data(DOUBLE)], data(DOUBLE)),
+    "categorical, bf16": lambda: loss("categorical", [data(HALF, 8, 4, 1001)], data(torch.int64, 8, 4)),
+    "categorical, double": lambda: loss("categorical", [data(DOUBLE, 8, 4, 1000)], data(torch.int64, 8, 4)),
     "negative binomial": lambda: genes("negative_binomial_logits", FLOAT),
     "zero-inflated": lambda: genes("zero_inflated_negative_binomial", FLOAT, torch.int32, False),
     "zero-inflated, bf16": lambda: genes("zero_inflated_negative_binomial_logits", HALF),
@@ -288,7 +292,7 @@ def test_every_kernel_is_compiled() -> None:
     compiled = {launch.kernel.__name__ for call in calls for launch in record(call)}
     kernels = {
         name
-        for module in (nll, counts, latents, mixtures)
+        for module in (nll, categorical, counts, latents, mixtures)
         for name in vars(module)
         if name.endswith("_kernel")
     }

@@ -233,6 +233,7 @@ LIKELIHOODS = {
     "student_t_head": Likelihood(
         student_t_per_element, packed=True, shape_of=_df, offset_of=_student_t_offset
     ),
+    "categorical": Likelihood(None, is_location=False, family="categorical"),
     "discretized_logistic": Likelihood(None, is_location=False, family="logistic"),
     "discretized_logistic_mixture": Likelihood(None, is_location=False, family="logistic"),
     "negative_binomial": Likelihood(None, tensors=2, is_location=False, counts=True, family="counts"),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import INTERPRETED, counts, latents, mixtures, nll  # noqa: F401
+from . import INTERPRETED, categorical, counts, latents, mixtures, nll  # noqa: F401
 from .launch import memory_order, row_dtype
 from .likelihoods import LIKELIHOODS
 
@@ -63,7 +63,7 @@ def _empty_gradients(tensors: Sequence[Tensor], needs: int) -> list[Tensor]:
 
 
 def _fake_gradients(likelihood: str, params: Sequence[Tensor], needs: int) -> list[Tensor]:
-    if likelihood in counts.FORMS:
+    if LIKELIHOODS[likelihood].family in ("counts", "categorical"):
         return [
             torch.empty_like(p, memory_format=torch.contiguous_format)
             for i, p in enumerate(params)

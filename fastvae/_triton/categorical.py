@@ -1,0 +1,145 @@
+"""The categorical: the kernel of one position, whose classes share a normaliser, and its launch."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import INTERPRETED, nll
+from .elementary import exp, log1p
+from .launch import COMPUTE, dense_rows, divisor, event_size, kernel, launch, number, row_dtype
+
+
+@kernel
+def categorical_kernel(
+    logits,  # (rows, positions, classes), any stride of rows
+    target,  # (rows, positions), int64, any stride of rows
+    slopes,  # out, or None: as the logits, dense
+    sums,  # out, or None: (rows, positions) in C
+    grad_loss,  # see row_factor in nll.py
+    grad_nll,
+    weight: tl.float64,
+    positions: "number",
+    classes: "number",  # this and the logits' stride in units of UNIT elements
+    logits_stride: "number",
+    target_stride: "number",
+    ignored: "number",
+    grad_loss_stride: "number",
+    grad_nll_stride: "number",
+    UNIT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    C: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    row, position = program // positions, program % positions
+    classes = classes * UNIT
+    logits += row * logits_stride * UNIT + position * classes
+    chosen = tl.load(target + row * target_stride + position)
+    if grad_loss is None and grad_nll is None:
+        factor = tl.full((), weight, C)
+    else:
+        factor = tl.full((), 0.0, C)
+        if grad_loss is not None:
+            factor += tl.load(grad_loss + row * grad_loss_stride).to(C) * tl.full((), weight, C)
+        if grad_nll is not None:
+            factor += tl.load(grad_nll + row * grad_nll_stride).to(C)
+
+    if chosen == ignored:
+        if sums is not None:
+            tl.store(sums + program, tl.full((), 0.0, C))
+        if slopes is not None:
+            nothing = tl.zeros((COLUMNS,), slopes.dtype.element_ty)
+            for start in range(0, classes, COLUMNS):
+                columns = start + tl.arange(0, COLUMNS)
+                tl.store(slopes + program * classes + columns, nothing, columns < classes)
+    else:
+        # The chosen class apart: with it in the sum, the logarithm of a sure prediction would lose the rest. NaN where
+        # there is no class of that number.
+        exists = (chosen >= 0) & (chosen < classes)
+        own = tl.load(logits + tl.where(exists, chosen, 0)).to(C)
+        own = tl.where(exists, own, float("nan"))
+        tops = tl.full((COLUMNS,), -3.0e38, C)
+        rests = tl.zeros((COLUMNS,), C)
+        for start in range(0, classes, COLUMNS):
+            columns = start + tl.arange(0, COLUMNS)
+            inside = columns < classes
+            other = inside & (
+                columns != chosen
+            )  # not the mask of the load, which would go element by element
+            x = tl.where(other, tl.load(logits + columns, inside, 0.0).to(C), -3.0e38)
+            higher = tl.where(x > tops, x, tops)
+            rests = rests * exp(tops - higher) + tl.where(other, exp(x - higher), 0.0)
+            tops = higher
+        highest = tl.max(tops, 0)
+        top = tl.where(highest > own, highest, own)
+        rest = tl.sum(rests * exp(tops - top), 0)  # this and what follows in units of exp(top)
+        mine = exp(own - top)
+        total = mine + rest
+        if sums is not None:
+            value = tl.where(own == top, log1p(rest), top - own + tl.log(total))
+            tl.store(sums + program, value)
+        if slopes is not None:
+            scale = factor / total
+            for start in range(0, classes, COLUMNS):
+                columns = start + tl.arange(0, COLUMNS)
+                x = tl.load(logits + columns, columns < classes, -float("inf")).to(C)
+                slope = tl.where(columns == chosen, -rest, exp(x - top)) * scale
+                tl.store(
+                    slopes + program * classes + columns,
+                    slope.to(slopes.dtype.element_ty),
+                    columns < classes,
+                )
+
+
+def evaluate(
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float],
+    needs: int,
+    weight: float,
+    *,
+    grad_loss: Tensor | None = None,
+    grad_nll: Tensor | None = None,
+    values: bool = True,
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """nll._evaluate of the rows of family "categorical": runs categorical_kernel, a program for each position."""
+    lead = params[0]
+    dtype, classes = row_dtype(lead), lead.shape[-1]
+    logits, chosen = dense_rows(lead), dense_rows(target)
+    rows, positions = target.shape[0], event_size(target)
+    slopes = torch.empty_like(lead, memory_format=torch.contiguous_format) if needs & 1 else None
+    sums = lead.new_empty((rows, positions), dtype=dtype) if values else None
+    widest = 4096 if INTERPRETED or dtype == torch.float32 else 2048
+    columns = min(widest, max(16, triton.next_power_of_2(classes)))
+    unit = divisor(classes, logits.stride(0))
+    factors = [(t, t.stride(0) if t is not None and t.dim() else 0) for t in (grad_loss, grad_nll)]
+    launch(
+        categorical_kernel,
+        rows * positions,
+        lead.device,
+        logits,
+        chosen,
+        slopes,
+        sums,
+        factors[0][0],
+        factors[1][0],
+        weight,
+        positions,
+        classes // unit,
+        logits.stride(0) // unit,
+        chosen.stride(0),
+        int(constants[0]),
+        factors[0][1],
+        factors[1][1],
+        UNIT=unit,
+        COLUMNS=columns,
+        C=COMPUTE[dtype],
+        num_warps=max(1, columns // 512),
+    )
+    return ([slopes] if slopes is not None else []), sums, None
+
+
+nll.EVALUATE["categorical"] = evaluate
