@@ -140,7 +140,11 @@ def table(runs: Runs) -> list[str]:
 
 def _aligned(lines: list[str]) -> list[str]:
     """The same table for a terminal."""
-    rows = [line.strip("| ").split(" | ") for line in lines if not line.startswith("|--")]
+    rows = [
+        line.removeprefix("| ").removesuffix(" |").split(" | ")
+        for line in lines
+        if not line.startswith("|--")
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = []
     for case, *cells in rows:

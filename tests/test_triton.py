@@ -14,6 +14,7 @@ from pathlib import Path
 
 import cases
 import pytest
+import test_counts
 import test_discretized
 import torch
 from cases import CASES, DTYPES, GRADIENT_TOLERANCE, VALUE_TOLERANCE, Case, Inputs, Result
@@ -141,6 +142,31 @@ def test_categorical(
     assert params.grad[0].count_nonzero() == 0  # type: ignore[index]
     rough = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
     assert (params.grad.double() - exact.grad).abs().max() <= rough * exact.grad.abs().max()  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("shared", [True, False], ids=["gene", "gene-cell"])
+@pytest.mark.parametrize("form", test_counts.FORMS)
+@pytest.mark.parametrize("weights", [None, 0.25], ids=["mean", "rows"])
+def test_negative_binomials(
+    device: torch.device, form: str, shared: bool, weights: float | None, dtype: torch.dtype
+) -> None:
+    """The reference in float64, which test_counts.py holds to scipy; with one factor, and with one for each row."""
+    inputs = {
+        name: x.detach().to(device).requires_grad_(x.requires_grad)
+        for name, x in test_counts.make(form, 3, 45, dtype, shared).items()
+    }
+    factors = (
+        torch.full((3,), 1 / 3, dtype=torch.float64) if weights is None else weights * torch.arange(1.0, 4.0)
+    )
+    want, slopes = test_counts.by_reference(form, inputs, factors.to(device))
+    nll = test_counts.call(form, **inputs)
+    test_counts.close(nll.detach(), want, 1e-11 if dtype == torch.float64 else 1e-5)
+    leaves = {name: x for name, x in inputs.items() if x.requires_grad}
+    objective = nll.mean() if weights is None else (nll * factors.to(device, nll.dtype)).sum()
+    rough = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    for name, gradient in zip(leaves, torch.autograd.grad(objective, list(leaves.values())), strict=True):
+        test_counts.close(gradient, slopes[name], rough)
 
 
 # Rows that many programs share, rows whose product of 1 + e is flushed on the way, more rows than one program finishes.
