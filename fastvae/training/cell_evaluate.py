@@ -1,23 +1,16 @@
 """How good a model of counts is on cells that it has not seen."""
 
-import dataclasses
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import files
 from .cell_runs import CellRun
 from .cells import Batch, batch
-from .data import InputError
-from .evaluate import bounds
+from .evaluate import Report, bounds, check_numbers, progress
 from .module import ACTIVE
 
 __all__ = ["CellEvaluation", "evaluate"]
@@ -26,7 +19,7 @@ _BATCH = 500
 
 
 @dataclass(frozen=True)
-class CellEvaluation:
+class CellEvaluation(Report):
     """Means over the cells, in nats per cell where nothing else is said."""
 
     run: str
@@ -64,15 +57,6 @@ class CellEvaluation:
         table.add_row("active units", f"{self.active_units} of {self.latents}")
         return table
 
-    def write(self, path: Path) -> None:
-        """As JSON. Raises InputError where that cannot be written."""
-        # JSON has no NaN.
-        values: dict[str, Any] = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
-        files.write(path, (json.dumps(values, indent=2) + "\n").encode())
-
 
 @torch.no_grad()
 def evaluate(
@@ -88,22 +72,9 @@ def evaluate(
 
     Raises InputError for a number out of range.
     """
-    if samples < 1:
-        raise InputError(f"--samples must be at least 1, got {samples}")
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit must be at least 1, got {limit}")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"--seed must be between 0 and {2**32 - 1}, got {seed}")
+    check_numbers(samples, limit, seed)
     held_out = run.cells.held_out[:limit]
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    bar = progress(console)
     parts, means = [], []
     with bar:
         batches = held_out.split(_BATCH)

@@ -26,7 +26,7 @@ from .loader import generator, held_out_batch, prepare
 from .module import ACTIVE, VAE
 from .runs import Run
 
-__all__ = ["Bounds", "Evaluation", "bounds", "evaluate"]
+__all__ = ["Bounds", "Evaluation", "Report", "bounds", "check_numbers", "evaluate", "progress"]
 
 
 class Bounds(NamedTuple):
@@ -76,8 +76,44 @@ def bounds(
     return Bounds(math.log(samples) - total, reconstruction / samples, kl.double()), mu
 
 
+class Report:
+    """A dataclass of what was measured."""
+
+    def write(self, path: Path) -> None:
+        """As JSON. Raises InputError where that cannot be written."""
+        # JSON has no NaN.
+        values: dict[str, Any] = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in dataclasses.asdict(self).items()  # type: ignore[call-overload]
+        }
+        files.write(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def check_numbers(samples: int, limit: int | None, seed: int) -> None:
+    """Raises InputError for one out of range."""
+    if samples < 1:
+        raise InputError(f"--samples must be at least 1, got {samples}")
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit must be at least 1, got {limit}")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed must be between 0 and {2**32 - 1}, got {seed}")
+
+
+def progress(console: Console) -> Progress:
+    """A bar for `evaluate`, where there is a terminal to draw it on."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Report):
     """Means over the images, in nats per image where nothing else is said."""
 
     run: str
@@ -121,15 +157,6 @@ class Evaluation:
         table.add_row("active units", f"{self.active_units} of {self.latents}", "")
         return table
 
-    def write(self, path: Path) -> None:
-        """As JSON. Raises InputError where that cannot be written."""
-        # JSON has no NaN.
-        values: dict[str, Any] = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
-        files.write(path, (json.dumps(values, indent=2) + "\n").encode())
-
 
 def evaluate(
     run: Run,
@@ -146,24 +173,11 @@ def evaluate(
 
     Raises InputError for a number out of range.
     """
-    if samples < 1:
-        raise InputError(f"--samples must be at least 1, got {samples}")
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit must be at least 1, got {limit}")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"--seed must be between 0 and {2**32 - 1}, got {seed}")
+    check_numbers(samples, limit, seed)
     held_out = run.images.held_out[:limit]
     draws = generator(seed)
     parts, means = [], []
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    bar = progress(console)
     with bar:
         size = held_out_batch(held_out)
         batches = held_out.split(size)

@@ -1,23 +1,17 @@
 """How good a model of text is on sentences that it has not seen, and how much of them is in z."""
 
-import dataclasses
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import fastvae
 
-from . import files, sentences
-from .data import InputError
-from .evaluate import bounds
+from . import sentences
+from .evaluate import Report, bounds, check_numbers, progress
 from .information import mutual_information
 from .module import ACTIVE
 from .text_runs import TextRun, tokens_each
@@ -28,7 +22,7 @@ _COMPARED = 10_000  # sentences that the mutual information is estimated from, a
 
 
 @dataclass(frozen=True)
-class TextEvaluation:
+class TextEvaluation(Report):
     """Means over the sentences, in nats per sentence where nothing else is said."""
 
     run: str
@@ -79,15 +73,6 @@ class TextEvaluation:
         table.add_row("active units", f"{self.active_units} of {self.latents}", "")
         return table
 
-    def write(self, path: Path) -> None:
-        """As JSON. Raises InputError where that cannot be written."""
-        # JSON has no NaN.
-        values: dict[str, Any] = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
-        files.write(path, (json.dumps(values, indent=2) + "\n").encode())
-
 
 @torch.no_grad()
 def evaluate(
@@ -103,25 +88,12 @@ def evaluate(
 
     Raises InputError for a number out of range.
     """
-    if samples < 1:
-        raise InputError(f"--samples must be at least 1, got {samples}")
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit must be at least 1, got {limit}")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"--seed must be between 0 and {2**32 - 1}, got {seed}")
+    check_numbers(samples, limit, seed)
     vocabulary, model = run.vocabulary, run.model
     held_out = sentences.rows(vocabulary.numbers(run.corpus.held_out[:limit]))
     train = sentences.rows(vocabulary.numbers(run.corpus.train))
     order = held_out.lengths.argsort(stable=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    bar = progress(console)
     parts, posteriors = [], []
     with bar:
         batches = order.split(run.settings.batch_size)
