@@ -127,7 +127,9 @@ def _app() -> Any:
     ]
     Checkpoint = Annotated[
         Literal["best", "last"],
-        typer.Option(help="The weights of the best epoch (by the held-out ELBO), or of the last."),
+        typer.Option(
+            help="The weights of the best epoch (by the held-out ELBO; vae-gan: the last), or of the last."
+        ),
     ]
     Data = Annotated[
         str | None,
@@ -363,6 +365,7 @@ def _app() -> Any:
         """Measure a run on held-out data: ELBO, likelihood, active units. Leaves RUN/evaluation.json."""
         from rich import get_console
 
+        from .recipes import generate
         from .training import evaluate, messages, pictures, runs
 
         if (of := runs.kind(run)) != "image":
@@ -380,6 +383,11 @@ def _app() -> Any:
         messages.say(f"{run}: {of}; epoch {done.epoch} ({checkpoint})\n")
         get_console().print(done.table())
         messages.say(f"\nwritten to {run / 'evaluation.json'}")
+        if hasattr(loaded.model, "realism"):  # a GAN, which may have learned images by heart
+            generate.beside(loaded, run / "generated.png", seed=seed)
+            messages.say(f"{run / 'generated.png'}: new images, above held-out ones")
+            generate.neighbours(loaded, run / "neighbours.png", seed=seed)
+            messages.say(f"{run / 'neighbours.png'}: new images, each above the nearest of those trained on")
 
     @app.command()
     @_stoppable

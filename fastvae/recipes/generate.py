@@ -18,10 +18,10 @@ from fastvae.training.data import InputError
 from fastvae.training.loader import generator, prepare
 from fastvae.training.runs import Run
 
-__all__ = ["inpaint", "interpolate", "reconstruct", "sample", "traverse"]
+__all__ = ["beside", "inpaint", "interpolate", "neighbours", "reconstruct", "sample", "traverse"]
 
 _COLUMNS = 10
-_CHUNK = 500  # images decoded at a time
+_CHUNK = 500  # images at a time
 
 
 def sample(run: Run, path: Path, *, n: int = 64, seed: int = 0, temperature: float = 1.0) -> None:
@@ -30,7 +30,7 @@ def sample(run: Run, path: Path, *, n: int = 64, seed: int = 0, temperature: flo
     _check_seed(seed)
     _check("--temperature", temperature, 0)
     _prepare(path)
-    z = temperature * torch.randn(n, run.model.latents, generator=torch.Generator().manual_seed(seed))
+    z = temperature * _prior(run, n, seed)
     pictures.save_samples(_shown(run, z), path)
 
 
@@ -44,6 +44,36 @@ def reconstruct(run: Run, path: Path, *, n: int = 30) -> int:
     _prepare(path)
     pictures.save_reconstructions(_grey(images), _shown(run, _means(run, images)), path)
     return len(images)
+
+
+def beside(run: Run, path: Path, *, n: int = 40, seed: int = 0) -> None:
+    """n new images, and below them, apart, as many held-out ones (or as many as there are)."""
+    _prepare(path)
+    new, real = _shown(run, _prior(run, n, seed)), _grey(run.images.held_out[:n])
+    rows = [*new.split(_COLUMNS), *real.split(_COLUMNS)]
+    pictures.save_grid(rows, path, group=len(new.split(_COLUMNS)))
+
+
+def neighbours(run: Run, path: Path, *, n: int = 10, near: int = 3, seed: int = 0) -> None:
+    """n new images, and below each the training images nearest to it in their pixels: does it repeat one?
+
+    Mirrored ones count too where the run has mirrored them in training.
+    """
+    _prepare(path)
+    new, train = _shown(run, _prior(run, n, seed)), run.images.train
+    rows = []
+    for image in new:
+        views = [image, image.flip(1)] if run.settings.augment else [image]
+        distance = torch.stack([_distances(train, view) for view in views]).amin(0)
+        rows.append(distance.topk(min(near, len(train)), largest=False).indices)
+    nearest = torch.stack(rows, 1)  # (near, n)
+    pictures.save_grid([new, *(_grey(train[row]) for row in nearest)], path)
+
+
+def _distances(images: Tensor, image: Tensor) -> Tensor:
+    """Squared, of uint8 images (N, H, W, C) from one in [0, 1]."""
+    parts = images.split(_CHUNK)
+    return torch.cat([(_grey(part) - image).square().flatten(1).sum(1) for part in parts])
 
 
 def interpolate(
@@ -152,7 +182,7 @@ def inpaint(
     _check_seed(seed)
     images = run.images.held_out[:n]
     _prepare(path)
-    model, likelihood = run.model, run.model.elbo.likelihood
+    model, likelihood = run.model, run.model.likelihood
     draws = torch.Generator(run.device).manual_seed(seed)
     x = prepare(images, run.settings, generator(seed)).to(run.device)
     hidden = x[:, :, y0:y1, x0:x1]  # a view
@@ -164,8 +194,8 @@ def inpaint(
         mu, logvar = model.encode(x)
         if step < steps - 1:
             z, _ = model.elbo.reparameterize(mu, logvar, generator=draws)
-            hidden.copy_(likelihood.sample(model.decode(z), draws)[:, :, y0:y1, x0:x1])  # type: ignore[operator]
-    filled = likelihood.mean(model.decode(mu))[:, :, y0:y1, x0:x1]  # type: ignore[operator]
+            hidden.copy_(likelihood.sample(model.decode(z), draws)[:, :, y0:y1, x0:x1])
+    filled = likelihood.mean(model.decode(mu))[:, :, y0:y1, x0:x1]
     masked, whole = _grey(images), _grey(images)
     masked[:, y0:y1, x0:x1] = pictures.BACKGROUND / 255
     completed = whole.clone()
@@ -180,6 +210,11 @@ def inpaint(
 # ---------------------------------------------------------------------------------------------------------------------
 # What they share
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _prior(run: Run, n: int, seed: int) -> Tensor:
+    """z ~ N(0, I), (n, L), on the CPU."""
+    return torch.randn(n, run.model.latents, generator=torch.Generator().manual_seed(seed))
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -198,8 +233,8 @@ def _means(run: Run, images: Tensor) -> Tensor:
 @torch.no_grad()
 def _shown(run: Run, z: Tensor) -> Tensor:
     """The likelihood's means (N, H, W, C) of z (N, L), on the CPU."""
-    mean = run.model.elbo.likelihood.mean
-    parts = [mean(run.model.decode(part.to(run.device))) for part in z.split(_CHUNK)]  # type: ignore[operator]
+    mean = run.model.likelihood.mean
+    parts = [mean(run.model.decode(part.to(run.device))) for part in z.split(_CHUNK)]
     return torch.cat([part.float().cpu() for part in parts]).permute(0, 2, 3, 1)
 
 

@@ -11,8 +11,9 @@ from math import prod
 
 from torch import nn
 
-from fastvae.training.data import InputError
 from fastvae.training.settings import ImageSettings, option
+
+from .layers import dense, double, halved
 
 __all__ = ["MLP", "Conv"]
 
@@ -29,20 +30,12 @@ class MLP(ImageSettings):
     def build(self, shape: tuple[int, int, int]) -> tuple[nn.Module, nn.Module]:
         height, width, channels = shape
         inner = [self.hidden] * self.layers
-        encoder = nn.Sequential(nn.Flatten(), *_dense(prod(shape), *inner, 2 * self.latent))
+        encoder = nn.Sequential(nn.Flatten(), *dense(prod(shape), *inner, 2 * self.latent))
         decoder = nn.Sequential(
-            *_dense(self.latent, *inner, self.planes(channels) * height * width),
+            *dense(self.latent, *inner, self.planes(channels) * height * width),
             nn.Unflatten(1, (self.planes(channels), height, width)),
         )
         return encoder, decoder
-
-
-def _dense(*sizes: int) -> list[nn.Module]:
-    """Linear layers with a ReLU between each two."""
-    layers: list[nn.Module] = []
-    for before, after in pairwise(sizes):
-        layers += [nn.Linear(before, after), nn.ReLU()]
-    return layers[:-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,31 +53,16 @@ class Conv(ImageSettings):
 
     def build(self, shape: tuple[int, int, int]) -> tuple[nn.Module, nn.Module]:
         height, width, colours = shape
-        if min(height, width) < 8:
-            raise InputError(
-                f"conv: images must be at least 8 x 8 pixels, got {height} x {width}; mlp takes any size"
-            )
-        # Sides are halved (and rounded up) until the smaller one is 4 to 7.
-        sizes = [(height, width)]
-        while min(sizes[-1]) > 7:
-            sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
-        widths = [colours] + [self.channels * 2**i for i in range(len(sizes) - 1)]
+        sides = halved(self.recipe, height, width)
+        widths = [colours] + [self.channels * 2**i for i in range(len(sides) - 1)]
         down: list[nn.Module] = []
         for before, after in pairwise(widths):
             down += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.SiLU()]
-        small = (widths[-1], *sizes[-1])
+        small = (widths[-1], *sides[-1])
         flat = prod(small)
-        encoder = nn.Sequential(*down, nn.Flatten(), *_dense(flat, self.hidden, 2 * self.latent))
+        encoder = nn.Sequential(*down, nn.Flatten(), *dense(flat, self.hidden, 2 * self.latent))
         widths[0] = self.planes(colours)
-        up: list[nn.Module] = [*_dense(self.latent, self.hidden, flat), nn.Unflatten(1, small)]
-        for i in range(len(sizes) - 1, 0, -1):
-            # The side that was halved comes back exactly: 2n - 1 from an odd one, 2n from an even one. Kernels of 4
-            # cover every pixel equally often; others leave a chequerboard.
-            odd = (sizes[i - 1][0] % 2, sizes[i - 1][1] % 2)
-            up += [
-                nn.SiLU(),
-                nn.ConvTranspose2d(
-                    widths[i], widths[i - 1], 4, 2, padding=(1 + odd[0], 1 + odd[1]), output_padding=odd
-                ),
-            ]
+        up: list[nn.Module] = [*dense(self.latent, self.hidden, flat), nn.Unflatten(1, small)]
+        for i in range(len(sides) - 1, 0, -1):
+            up += [nn.SiLU(), double(widths[i], widths[i - 1], sides[i - 1])]
         return encoder, nn.Sequential(*up)

@@ -27,7 +27,7 @@ MONITOR = "held_out_nelbo"
 _COLUMNS = (
     "epoch", "step", "train_loss", "train_nll", "train_kl", "train_bits_per_dim", "train_perplexity", "held_out_nelbo",
     "held_out_nll", "held_out_kl", "held_out_bits_per_dim", "held_out_perplexity", "beta", "active_units",
-    "mutual_information", "skipped_steps", "seconds",
+    "mutual_information", "train_features", "train_real", "train_made", "skipped_steps", "seconds",
 )  # fmt: skip
 _DRAWN = 2000  # points in latents.png
 _WHOLE = {"epoch", "step", "active_units", "skipped_steps"}
@@ -162,7 +162,7 @@ class Pictures(Callback):
 
         def shown(z: Tensor) -> Tensor:
             with precision.forward_context():
-                mean = model.elbo.likelihood.mean(model.decode(precision.convert_input(z)))  # type: ignore[operator]
+                mean = model.likelihood.mean(model.decode(precision.convert_input(z)))
             return mean.float().cpu().permute(0, 2, 3, 1)
 
         z = torch.randn(64, model.latents, generator=generator(settings.seed, 2)).to(device)
@@ -195,10 +195,10 @@ class _Movable(ModelCheckpoint):
 
 
 class Best(_Movable):
-    """checkpoints/best.ckpt: the epoch of the smallest held-out negative ELBO."""
+    """checkpoints/best.ckpt: the epoch of the smallest `monitor`, or of none the last one."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, "best", MONITOR)
+    def __init__(self, folder: Path, monitor: str | None = MONITOR) -> None:
+        super().__init__(folder, "best", monitor)
 
 
 class Last(_Movable):

@@ -32,7 +32,7 @@ class CellVAE(VAE):
         return (logits, x.library, *others)
 
     def nll(self, z: Tensor, x: Batch) -> Tensor:
-        return self.elbo.likelihood.nll(self.decode(z, x), x.counts)  # type: ignore[operator]
+        return self.likelihood.nll(self.decode(z, x), x.counts)
 
     def forward(self, x: Batch, seed: Tensor, row_offset: int) -> tuple[fastvae.ELBOOutput, Tensor, Tensor]:
         mu, logvar = self.encode(x)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .data import Images
 from .settings import ImageSettings
 
-__all__ = ["ImageData", "generator", "held_out_batch", "prepare"]
+__all__ = ["ImageData", "augment", "generator", "held_out_batch", "prepare"]
 
 
 def held_out_batch(images: Tensor) -> int:
@@ -41,6 +41,24 @@ def prepare(images: Tensor, settings: ImageSettings, generator: torch.Generator 
     # A byte of 0 to 254, each equally likely, is below `image` with probability image / 255, exactly.
     level = torch.empty(images.shape, dtype=torch.uint8).random_(0, 255, generator=generator)
     return (level < images).float().contiguous()
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """uint8 images (B, H, W, C), half of them mirrored left to right, each shifted by up to a sixteenth of its side.
+
+    What a shift uncovers repeats the edge. The draws are independent for every image.
+    """
+    count, height, width, _ = images.shape
+    mirrored = torch.rand(count, 1, generator=generator) < 0.5
+
+    def places(side: int) -> Tensor:
+        most = side // 16
+        shift = torch.randint(-most, most + 1, (count, 1), generator=generator)
+        return (torch.arange(side) + shift).clamp(0, side - 1)  # (B, side)
+
+    rows, columns = places(height), places(width)
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    return images[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def generator(*key: int) -> torch.Generator:
@@ -96,7 +114,11 @@ class _Batches:
             key = [settings.seed, 0, epoch]
             order = torch.randperm(len(self.images), generator=generator(*key))
         for number, rows in enumerate(order.split(self.size)[: len(self)]):
-            x = prepare(self.images[rows], settings, generator(*key, number))
+            draws = generator(*key, number)
+            images = self.images[rows]
+            if settings.augment and not self.held_out:
+                images = augment(images, draws)
+            x = prepare(images, settings, draws)
             n = len(x) if self.held_out else len(x) - len(x) % self.world
             first, end = (place * n // self.world for place in (self.rank, self.rank + 1))
             yield x[first:end], first

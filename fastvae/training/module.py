@@ -88,9 +88,17 @@ class VAE(LightningModule):
         """The parameters of the likelihood, (B, P, H, W)."""
         return self.decoder(z)
 
+    def start(self, images: Tensor) -> None:
+        """Called once, with some training images (B, C, H, W) in [0, 1], before the first step."""
+
+    @property
+    def likelihood(self) -> Any:
+        """That of the data, given what `decode` returns."""
+        return self.elbo.likelihood
+
     def nll(self, z: Tensor, x: Any) -> Tensor:
         """-log p(x | z) of every row, (B,)."""
-        return self.elbo.likelihood.nll(self.decode(z), x)  # type: ignore[operator]
+        return self.likelihood.nll(self.decode(z), x)
 
     def forward(self, x: Any, seed: Tensor, row_offset: int) -> tuple[fastvae.ELBOOutput, Tensor, Tensor]:
         """The loss of a batch, and its posterior."""
@@ -120,10 +128,9 @@ class VAE(LightningModule):
 
     def on_train_start(self) -> None:
         # A checkpoint brings its own; what counts is what the run's settings say now.
-        for group, rate in zip(
-            self.trainer.optimizers[0].param_groups, (self.lr, 10 * self.lr), strict=False
-        ):
-            group["lr"] = rate
+        for optimizer in self.trainer.optimizers:
+            for group, rate in zip(optimizer.param_groups, (self.lr, 10 * self.lr), strict=False):
+                group["lr"] = rate
 
     def on_train_epoch_start(self) -> None:
         self._steps = _Steps()
@@ -133,16 +140,20 @@ class VAE(LightningModule):
 
     def training_step(self, batch: tuple[Any, int], batch_idx: int) -> Tensor:
         x, first_row = batch
+        self.warm_up(batch_idx)
+        out, _, _ = self(x, self._noise, first_row)
+        self._noise = self._noise + self._next  # not in place: the backward pass draws the noise again
+        self._steps.add(out)
+        return out.loss
+
+    def warm_up(self, batch_idx: int) -> None:
+        """Set the weight of the KL for a step."""
         if self.schedule != "none":
             passed = self.current_epoch + batch_idx / self.trainer.num_training_batches
             # In place, as ELBO sees to.
             self.elbo.beta = self.beta * warmup.weight(  # type: ignore[assignment]
                 self.schedule, passed, self.schedule_epochs, self.cycles
             )
-        out, _, _ = self(x, self._noise, first_row)
-        self._noise = self._noise + self._next  # not in place: the backward pass draws the noise again
-        self._steps.add(out)
-        return out.loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         finite = torch.isfinite(self._steps.losses[-1])

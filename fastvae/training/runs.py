@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastvae
 
@@ -41,7 +41,9 @@ PICTURES = ("samples.png", "reconstructions.png", "loss.png", "latents.png")
 TABLES = ("metrics.csv", "kl_per_dimension.csv")
 TENSORBOARD = "tensorboard"
 # What the commands on a run leave in it.
-MADE_LATER = ("evaluation.json", "interpolations.png", "traversals.png", "inpainting.png")
+MADE_LATER = (
+    "evaluation.json", "interpolations.png", "traversals.png", "inpainting.png", "generated.png", "neighbours.png",
+)  # fmt: skip
 
 Shape = tuple[int, int, int]
 
@@ -132,10 +134,10 @@ def train(settings: Settings, out: Path, *, overwrite: bool = False) -> None:
     images = data.load(settings.data, seed=settings.seed, size=settings.size)
     shape = _shape(images)
     settings = settings.resolve(shape[2])
-    if settings.likelihood != "bernoulli" and settings.binarize != "threshold":
-        raise InputError("--binarize is of the Bernoulli likelihood: give --likelihood bernoulli")
     refuse_unused(settings)
-    if settings.size and (settings.data == "digits" or settings.data.endswith(".npz")):
+    _refuse_unused(settings)
+    own = settings.size != type(settings).size
+    if own and (settings.data == "digits" or settings.data.endswith(".npz")):
         raise InputError(
             f"--size is of folders and datasets: the images of {settings.data} are taken as they are"
         )
@@ -180,6 +182,26 @@ def refuse_unused(settings: Settings) -> None:
         raise InputError("--cycles is of a cyclical warm-up: give --warmup cyclical")
     if "warmup_epochs" in given and settings.warmup == "none":
         raise InputError("--warmup-epochs is of a warm-up: give --warmup linear, cyclical or sigmoid")
+
+
+def _refuse_unused(settings: ImageSettings) -> None:
+    """Raises InputError for options of a likelihood that is not the run's."""
+    of = {
+        "binarize": (
+            "the Bernoulli likelihood",
+            "--likelihood bernoulli",
+            settings.likelihood == "bernoulli",
+        ),
+        "components": ("dmol", "--likelihood dmol", settings.likelihood == "dmol"),
+        "variance": ("the Gaussian likelihood", "--likelihood gaussian", settings.likelihood == "gaussian"),
+        "sigma": ("a fixed variance", "--variance fixed", settings.variance == "fixed"),
+    }
+    bounded = settings.likelihood == "gaussian" and settings.variance != "fixed"
+    for name in ("logvar_min", "logvar_max"):
+        of[name] = ("a learned or per-pixel variance", "--likelihood gaussian", bounded)
+    for name, (what, needed, holds) in of.items():
+        if getattr(settings, name) != getattr(type(settings), name) and not holds:
+            raise InputError(f"--{name.replace('_', '-')} is of {what}: give {needed}")
 
 
 @contextmanager
@@ -243,8 +265,9 @@ def resume(path: Path, *, epochs: int | None = None, data: str | None = None) ->
     settings = dataclasses.replace(settings, **changed).resolve(shape[2])
     settings.check()
     images = _images(settings, shape, path)
-    model = _fresh(settings, images)
-    done = epochs_done(model, path, settings)
+    done = epochs_done(build(settings, shape), path, settings)
+    # A run that has begun needs nothing more of what it was to start from.
+    model = _fresh(dataclasses.replace(settings, init_from="") if done else settings, images)
     trainer = make_trainer(settings, path, _drawer(images, settings, path), resumed=True)
     with alone(path, PICTURES):
         if is_first():
@@ -268,25 +291,20 @@ def epochs_done(model: "VAE", path: Path, settings: Settings) -> int:
 
 def build(settings: ImageSettings, shape: Shape) -> "VAE":
     """The model of a recipe for images (H, W, C), with fresh weights from torch's generator."""
-    from .module import VAE
-
+    options: dict[str, Any] = {
+        "latents": settings.latent,
+        "dimensions": math.prod(shape),
+        "lr": settings.lr,
+        "seed": settings.seed,
+        "schedule": settings.warmup,
+        "schedule_epochs": settings.warmup_epochs,
+        "cycles": settings.cycles,
+        "bits_offset": 8 if settings.likelihood == "gaussian" else 0,
+    }
     try:
-        encoder, decoder = settings.build(shape)
+        return settings.make_module(shape, **options)
     except RuntimeError as error:  # torch's, of sizes that no memory holds
         raise InputError(f"this model cannot be made: {str(error).strip().splitlines()[0]}") from error
-    return VAE(
-        encoder,
-        decoder,
-        fastvae.ELBO(settings.make_likelihood(), beta=settings.beta, free_bits=settings.free_bits),
-        latents=settings.latent,
-        dimensions=math.prod(shape),
-        lr=settings.lr,
-        seed=settings.seed,
-        schedule=settings.warmup,
-        schedule_epochs=settings.warmup_epochs,
-        cycles=settings.cycles,
-        bits_offset=8 if settings.likelihood == "gaussian" else 0,
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,11 +327,50 @@ def _fresh(settings: ImageSettings, images: data.Images) -> "VAE":
         last = [layer for layer in model.decoder.modules() if isinstance(layer, layers)][-1]
         if not isinstance(last, nn.Linear):
             mean = mean.mean((1, 2), keepdim=True)
-        if last.bias is not None and last.bias.numel() == mean.numel():
-            last.bias.copy_(mean.flatten())
         variance = (pixels - mean).square().mean() + 1 / (12 * 256**2)
-        model.elbo.likelihood.logvar.fill_(variance.log())  # type: ignore[operator]
+        start = mean.flatten()
+        if settings.variance != "fixed":
+            logvar = _unbounded(variance.log(), settings.logvar_min, settings.logvar_max)
+            if settings.variance == "per-pixel":
+                start = torch.cat((start, logvar.expand_as(start)))
+            else:
+                model.likelihood.logvar.fill_(logvar)
+        if last.bias is not None and last.bias.numel() % start.numel() == 0:
+            last.bias.copy_(start.repeat_interleave(last.bias.numel() // start.numel()))
+    if settings.init_from:
+        initialise(model, Path(settings.init_from))
     return model
+
+
+def _unbounded(logvar: Tensor, low: float, high: float) -> Tensor:
+    """What the likelihood's smooth clamp brings to `logvar`, or near to it."""
+    middle, half = (low + high) / 2, (high - low) / 2
+    return middle + half * torch.atanh(((logvar - middle) / half).clamp(-0.95, 0.95))
+
+
+def initialise(model: "VAE", path: Path) -> None:
+    """Give the model the weights of a run or a checkpoint, wherever their names and shapes are the same.
+
+    Raises InputError for a path without a checkpoint, and for one that fits nowhere.
+    """
+    file = path
+    if path.is_dir():
+        kept = [path / CHECKPOINTS / f"{name}.ckpt" for name in ("best", "last")]
+        file = next((one for one in kept if one.exists()), kept[0])
+    if not file.exists():
+        raise InputError(f"--init-from {path}: there is no {file if path.is_dir() else 'such file'}")
+    weights = _open_checkpoint(file)["state_dict"]
+    own = model.state_dict()
+    same = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
+    networks = [name for name in same if not name.startswith("elbo.")]
+    if not networks:
+        raise InputError(f"--init-from {file}: no weight in it has the name and shape of one of this model")
+    for name in networks:
+        if not same[name].isfinite().all():
+            raise InputError(f"{file}: `{name}` holds NaN or infinity: these weights are of no use")
+        own[name].copy_(same[name])
+    ours = [name for name in own if not name.startswith("elbo.")]
+    _say()(f"init: {len(networks)} of {len(ours)} weights from {file}")
 
 
 def is_first() -> bool:
@@ -363,14 +420,14 @@ def make_trainer(settings: Settings, folder: Path, drawer: "Callback", *, resume
             devices=settings.devices,
             strategy=settings.strategy,
             precision=settings.precision,  # type: ignore[arg-type]
-            gradient_clip_val=settings.clip or None,
+            gradient_clip_val=(settings.clip or None) if settings.automatic else None,
             logger=logger,
             callbacks=[
                 *([callbacks.Bar()] if bar else []),
                 drawer,
                 *([callbacks.average(settings.ema)] if settings.ema else []),
                 callbacks.Metrics(folder, _say()),
-                callbacks.Best(checkpoints),
+                callbacks.Best(checkpoints, callbacks.MONITOR if settings.judged else None),
                 callbacks.Last(checkpoints),
             ],
             plugins=[callbacks.AtomicCheckpoints()],
@@ -462,20 +519,9 @@ def _introduction(model: "VAE", images: data.Images, settings: ImageSettings) ->
     yield f"data: {images.name}, {size}: {len(images.train)} to train on, {len(images.held_out)} held out"
     for note in images.notes:
         yield f"warning: {note}"
-    if settings.likelihood == "gaussian":
-        likelihood = "Gaussian likelihood with a learned scale"
-    elif settings.likelihood == "dlogistic":
-        likelihood = "likelihood of bytes: a discretised logistic for each"
-    elif settings.likelihood == "dmol":
-        likelihood = (
-            f"likelihood of bytes: a mixture of {settings.components} discretised logistics for each pixel"
-        )
-    else:
-        how = "at half of the full value" if settings.binarize == "threshold" else "afresh in each epoch"
-        likelihood = f"Bernoulli likelihood, images binarised {how}"
     parameters = sum(p.numel() for p in model.parameters())
     yield f"model: {settings.recipe}, {settings.latent} latent dimensions, {parameters:,} parameters"
-    yield f"       {likelihood}"
+    yield f"       {settings.described}"
 
 
 def _plan(settings: Settings, out: Path, done: int) -> Iterator[str]:
@@ -573,17 +619,9 @@ def _read_table(path: Path) -> tuple[Settings, Any]:
 
 def read_checkpoint(file: Path, model: "VAE") -> dict[str, Any]:
     """Raises InputError for a file that is no checkpoint, and for one of another model."""
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        state = checkpoint["state_dict"]
-        names = set(state)
-        for key in ("epoch", "loops", "optimizer_states"):
-            checkpoint[key]
-    except (PermissionError, IsADirectoryError) as error:
-        raise InputError(f"{file}: cannot be read: {files.reason(error)}") from error
-    # What a damaged or foreign file makes pickle, zipfile and torch raise is many things; each means the same here.
-    except Exception as error:
-        raise InputError(f"{file}: not a checkpoint of fastvae, or damaged") from error
+    checkpoint = _open_checkpoint(file)
+    state = checkpoint["state_dict"]
+    names = set(state)
     for name, tensor in model.state_dict().items():
         if name not in names:
             raise InputError(f"{file}: a checkpoint of another model: there is no `{name}` in it")
@@ -596,4 +634,17 @@ def read_checkpoint(file: Path, model: "VAE") -> dict[str, Any]:
             raise InputError(f"{file}: `{name}` holds NaN or infinity: these weights are of no use")
     if more := sorted(names - set(model.state_dict())):
         raise InputError(f"{file}: a checkpoint of another model: `{more[0]}` is none of this one's")
+    return checkpoint
+
+
+def _open_checkpoint(file: Path) -> dict[str, Any]:
+    try:
+        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        for key in ("state_dict", "epoch", "loops", "optimizer_states"):
+            checkpoint[key]
+    except (PermissionError, IsADirectoryError) as error:
+        raise InputError(f"{file}: cannot be read: {files.reason(error)}") from error
+    # What a damaged or foreign file makes pickle, zipfile and torch raise is many things; each means the same here.
+    except Exception as error:
+        raise InputError(f"{file}: not a checkpoint of fastvae, or damaged") from error
     return checkpoint

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, 
 
 from torch import nn
 
+import fastvae
 from fastvae import likelihoods
 
 from .data import InputError
@@ -19,6 +20,8 @@ __all__ = ["ImageSettings", "Settings", "option"]
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from .module import VAE
 
 
 def option(
@@ -51,6 +54,12 @@ class Settings:
 
     kind: ClassVar[str] = "image"
     """What it models: image, text or counts."""
+
+    automatic: ClassVar[bool] = True
+    """Whether Lightning takes the optimiser's steps, or the module itself."""
+
+    judged: ClassVar[bool] = True
+    """Whether the held-out negative ELBO tells which epoch is the best; else the last is."""
 
     data: str = option("", "The data.", "Data")
     latent: int = option(20, "Latent dimensions.", "Model", at_least=1)
@@ -168,11 +177,36 @@ class ImageSettings(Settings):
         "Model",
     )
     components: int = option(10, "Of dmol: logistics in a pixel's mixture.", "Model", at_least=1)
+    variance: Literal["learned", "fixed", "per-pixel"] = option(
+        "learned",
+        "Of gaussian: learned (one for all pixels), fixed (--sigma), or per-pixel, from the decoder.",
+        "Model",
+    )
+    sigma: float = option(
+        1.0, "Of --variance fixed: the standard deviation, white being 1 and black 0.", "Model", above=0
+    )
+    logvar_min: float = option(
+        -12.0, "Of a learned or per-pixel variance: no log-variance falls below, by a smooth clamp.", "Model"
+    )
+    logvar_max: float = option(2.0, "And none rises above.", "Model")
+    augment: bool = option(False, "Mirror and shift the training images, anew in every epoch.", "Data")
+    init_from: str = option(
+        "",
+        "A run, or a checkpoint, whose weights are taken to start from, wherever their names and shapes are the same.",
+        "Training",
+    )
     binarize: Literal["threshold", "dynamic"] = option(
         "threshold",
         "Of a Bernoulli likelihood: by threshold, at half of the full value, or dynamic: drawn afresh every epoch.",
         "Data",
     )
+
+    def check(self) -> None:
+        super().check()
+        if not self.logvar_min < self.logvar_max:
+            raise InputError(
+                f"--logvar-min must be below --logvar-max {self.logvar_max:g}, got {self.logvar_min:g}"
+            )
 
     def build(self, shape: tuple[int, int, int]) -> tuple[nn.Module, nn.Module]:
         """Encoder and decoder for images (H, W, C): x (B, C, H, W) -> (B, 2 latent), z (B, latent) -> (B, P, H, W).
@@ -180,6 +214,14 @@ class ImageSettings(Settings):
         P is `planes(C)`. Raises InputError for images that the model cannot take.
         """
         raise NotImplementedError
+
+    def make_module(self, shape: tuple[int, int, int], **options: Any) -> "VAE":
+        """What is trained on images (H, W, C); `options` are those of its optimiser, its noise and its warm-up."""
+        from .module import VAE
+
+        encoder, decoder = self.build(shape)
+        elbo = fastvae.ELBO(self.make_likelihood(), beta=self.beta, free_bits=self.free_bits)
+        return VAE(encoder, decoder, elbo, **options)
 
     @property
     def of_bytes(self) -> bool:
@@ -189,12 +231,31 @@ class ImageSettings(Settings):
     def make_likelihood(self) -> likelihoods.Likelihood:
         """That of a resolved `likelihood`."""
         if self.likelihood == "gaussian":
-            return likelihoods.Gaussian("learned")
+            if self.variance == "fixed":
+                return likelihoods.Gaussian(self.sigma)
+            scale = "learned" if self.variance == "learned" else "per_element"
+            return likelihoods.Gaussian(scale, logvar_bounds=(self.logvar_min, self.logvar_max))
         if self.likelihood == "dlogistic":
             return likelihoods.DiscretizedLogistic()
         if self.likelihood == "dmol":
             return likelihoods.DiscretizedLogisticMixture(self.components)
         return likelihoods.Bernoulli()
+
+    @property
+    def described(self) -> str:
+        """The likelihood in words."""
+        if self.likelihood == "gaussian":
+            return {
+                "learned": "Gaussian likelihood, one learned variance",
+                "fixed": f"Gaussian likelihood, standard deviation {self.sigma:g}",
+                "per-pixel": "Gaussian likelihood, a variance for each pixel",
+            }[self.variance]
+        if self.likelihood == "dlogistic":
+            return "likelihood of bytes: a discretised logistic for each"
+        if self.likelihood == "dmol":
+            return f"likelihood of bytes: a mixture of {self.components} discretised logistics for each pixel"
+        how = "at half of the full value" if self.binarize == "threshold" else "afresh in each epoch"
+        return f"Bernoulli likelihood, images binarised {how}"
 
     def planes(self, channels: int) -> int:
         """How many numbers the decoder gives for each pixel of so many channels."""
@@ -205,7 +266,8 @@ class ImageSettings(Settings):
         likelihood = self.likelihood
         if likelihood == "auto":
             likelihood = "bernoulli" if channels == 1 else "gaussian"
-        return dataclasses.replace(self.located(), likelihood=likelihood)
+        start = str(Path(self.init_from).expanduser().resolve()) if self.init_from else ""
+        return dataclasses.replace(self.located(), likelihood=likelihood, init_from=start)
 
 
 def _holds(value: float, word: str, bound: float) -> bool:

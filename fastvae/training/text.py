@@ -43,7 +43,7 @@ class TextVAE(VAE):
         return self.decoder(z, before)
 
     def nll(self, z: Tensor, x: Batch) -> Tensor:
-        return self.elbo.likelihood.nll(self.decode(z, x.before), x.after)  # type: ignore[operator]
+        return self.likelihood.nll(self.decode(z, x.before), x.after)
 
     def forward(self, x: Batch, seed: Tensor, row_offset: int) -> tuple[fastvae.ELBOOutput, Tensor, Tensor]:
         mu, logvar = self.encode(x)

@@ -1,0 +1,109 @@
+"""The recipe `vae-gan`: a VAE whose decoder is the generator of a GAN, after Larsen et al. 2016.
+
+To read as an example: encoder and decoder are those of `photos`. A discriminator tells real images from made ones; what
+its layers see in an image is where reconstructions are compared, each layer with a Gaussian whose variance is learned.
+The three updates are in `fastvae.training.gan`.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+import fastvae
+from fastvae.likelihoods import Gaussian, Product
+from fastvae.training.data import InputError
+from fastvae.training.settings import option
+
+from .layers import Side, halved
+from .residual import Photos
+
+if TYPE_CHECKING:
+    from fastvae.training.gan import VAEGAN as Module
+
+__all__ = ["VAEGAN", "Discriminator"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEGAN(Photos):
+    """A VAE-GAN for a folder of pictures: reconstructs what a discriminator sees, not pixels."""
+
+    recipe = "vae-gan"
+    automatic = False
+    judged = False  # by the negative ELBO of pixels the blurred beginning would be best
+
+    adversarial: float = option(
+        1.0, "Length of the discriminator's gradient to the decoder, that of the reconstruction being 1.",
+        "Objective", at_least=0,
+    )  # fmt: skip
+    blocks: int = option(1, "Residual blocks at each half.", "Model", at_least=0)
+    lr: float = option(3e-4, "Learning rate of Adam.", "Training", above=0)
+
+    def check(self) -> None:
+        super().check()
+        if (self.likelihood, self.variance) != ("gaussian", "learned"):
+            given = self.likelihood if self.likelihood != "gaussian" else self.variance
+            raise InputError(
+                f"vae-gan compares features of a discriminator, by Gaussians with a learned variance; --likelihood and "
+                f"--variance are of other recipes, got {given}"
+            )
+        if self.devices != 1 or self.precision not in ("32-true", "bf16-mixed"):
+            raise InputError(
+                "vae-gan trains three networks in turn: on one device, with --precision 32-true or bf16-mixed, got "
+                f"--devices {self.devices} --precision {self.precision}"
+            )
+
+    @property
+    def described(self) -> str:
+        return "Gaussian likelihood of a discriminator's features; that of pixels, as the table has it, only measures"
+
+    def make_module(self, shape: tuple[int, int, int], **options: Any) -> "Module":
+        from fastvae.training.gan import VAEGAN as Module
+
+        encoder, decoder = self.build(shape)
+        height, width, colours = shape
+        discriminator = Discriminator(halved(self.recipe, height, width), colours, self.channels)
+        discriminator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        bounds = (self.logvar_min, self.logvar_max)
+        features = Product(
+            {name: Gaussian("learned", logvar_bounds=bounds) for name in discriminator.compared}
+        )
+        return Module(
+            encoder,
+            decoder,
+            fastvae.ELBO(features, beta=self.beta, free_bits=self.free_bits),
+            discriminator=discriminator,
+            likelihood=Gaussian("learned", logvar_bounds=bounds),
+            adversarial=self.adversarial,
+            clip=self.clip,
+            **options,
+        )
+
+
+class Discriminator(nn.Module):
+    """Images (B, C, H, W) to the features that are compared, by the name of their layer, and a score (B,).
+
+    With spectral normalisation (Miyato et al. 2018), by which it cannot run away from the decoder. The features are
+    those of every layer but the first, which sees little more than pixels (where there are more).
+    """
+
+    def __init__(self, sides: list[Side], inputs: int, channels: int) -> None:
+        super().__init__()
+        widths = [inputs] + [channels * min(2**i, 8) for i in range(len(sides) - 1)]
+        layers = (nn.Conv2d(before, after, 4, 2, padding=1) for before, after in pairwise(widths))
+        self.layers = nn.ModuleList(spectral_norm(layer) for layer in layers)
+        small = prod(side // 2 ** len(self.layers) for side in sides[0])
+        self.score = spectral_norm(nn.Linear(widths[-1] * small, 1))
+        self.compared = [f"layer{i}" for i in range(len(self.layers))][1:] or ["layer0"]
+
+    def forward(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        features = {}
+        for i, layer in enumerate(self.layers):
+            x = F.leaky_relu(layer(x), 0.2)
+            features[f"layer{i}"] = x
+        return {name: features[name] for name in self.compared}, self.score(x.flatten(1)).squeeze(1)

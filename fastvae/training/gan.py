@@ -1,0 +1,174 @@
+"""A VAE-GAN as a LightningModule: a VAE whose decoder is the generator of a GAN (Larsen et al. 2016)."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+
+import fastvae
+from fastvae import functional
+from fastvae.likelihoods import Gaussian, Likelihood
+
+from .module import VAE
+
+__all__ = ["VAEGAN"]
+
+
+class VAEGAN(VAE):
+    """An encoder, a decoder and a discriminator, each with an optimiser of its own.
+
+    Larsen et al. 2016, algorithm 1, in which a datum is reconstructed not in its pixels but in what the discriminator
+    sees in it, and the losses reach:
+
+        encoder         KL + nll of the discriminator's features
+        decoder         nll of the features - the discriminator's score of what it makes, of z ~ q(z|x) and of z ~ p(z)
+        discriminator   hinge loss of real images against both (Lim & Ye 2017, Miyato et al. 2018)
+
+    Args:
+        encoder, decoder: as of `VAE`; the decoder gives the means of the pixels, (B, C, H, W).
+        elbo: of the features: its likelihood takes dicts as the discriminator gives them.
+        discriminator: images (B, C, H, W) -> (features, a dict of (B, ...) each; score (B,), high for real images).
+        adversarial: length of the score's gradient by the decoder's weights, that of the nll being 1. So balanced
+            (after Esser et al. 2021, equation 7), neither drowns the other, whatever scale the features have.
+        clip: the largest norm of the gradient of encoder and decoder; 0: not clipped.
+        options: those of `VAE`.
+
+    `likelihood`, a Gaussian of the pixels with a variance that is fitted and reaches no network, measures the model in
+    nats of the data, as other VAEs are: that is the reconstruction that is logged, and the held-out negative ELBO.
+    Logged besides: train_features, the nll of the features; train_real and train_made, the mean scores.
+    """
+
+    shown = (("bits/dim", "held_out_bits_per_dim", 3), ("features", "train_features", 0),
+             ("D(real)", "train_real", 2), ("D(made)", "train_made", 2))  # fmt: skip
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        elbo: fastvae.ELBO,
+        *,
+        discriminator: nn.Module,
+        likelihood: Gaussian,
+        adversarial: float = 1.0,
+        clip: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(encoder, decoder, elbo, **options)
+        self.automatic_optimization = False
+        self.discriminator = discriminator
+        self.pixels = likelihood
+        self.adversarial = adversarial
+        self.clip = clip
+
+    @property
+    def likelihood(self) -> Likelihood:
+        return self.pixels
+
+    @torch.no_grad()
+    def start(self, images: Tensor) -> None:
+        features, _ = self.discriminator(images)
+        for name, likelihood in self.elbo.likelihood.parts.items():  # type: ignore[union-attr, operator]
+            likelihood.start(features[name].float().var(0).mean())
+
+    @torch.no_grad()
+    def realism(self, images: Tensor) -> Tensor:
+        """The discriminator's score (B,) of images (B, C, H, W) in [0, 1]: the higher, the more like real ones."""
+        _, score = self.discriminator(images)
+        return score
+
+    def forward(self, x: Tensor, seed: Tensor, row_offset: int) -> tuple[fastvae.ELBOOutput, Tensor, Tensor]:
+        """Of pixels: the loss of a batch, and its posterior."""
+        mu, logvar = self.encode(x)
+        z, kl = functional.reparameterize_kl(mu, logvar, seed=seed, row_offset=row_offset)
+        nll = self.nll(z, x)
+        return fastvae.ELBOOutput((nll + kl).mean(), nll, kl), mu, logvar
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:  # type: ignore[override]
+        scales = {"params": [*self.elbo.parameters(), *self.pixels.parameters()], "lr": 10 * self.lr}
+        groups: tuple[list[dict[str, Any]], ...] = (
+            [{"params": list(self.encoder.parameters())}],
+            [{"params": list(self.decoder.parameters())}, scales],
+            [{"params": list(self.discriminator.parameters())}],
+        )
+        # An adversary changes the loss with every step: little use is in a long memory of it.
+        return [torch.optim.Adam(group, lr=self.lr, betas=(0.5, 0.99), fused=True) for group in groups]
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self._apart = torch.tensor(
+            [2, 0], device=self.device
+        )  # of the seeds: not the held-out images' noise either
+        self._scores: list[Tensor] = []
+
+    def training_step(self, batch: tuple[Any, int], batch_idx: int) -> None:  # type: ignore[override]
+        x, first_row = batch
+        self.warm_up(batch_idx)
+        noise, self._noise = self._noise, self._noise + self._next
+        mu, logvar = self.encode(x)
+        z, kl = self.elbo.reparameterize(mu, logvar, seed=noise, row_offset=first_row)
+        prior, _ = functional.reparameterize_kl(
+            torch.zeros_like(mu), torch.zeros_like(mu), seed=noise + self._apart, row_offset=first_row
+        )
+        made, drawn = self.decode(z), self.decode(prior)
+
+        encoder, decoder, discriminator = self.optimizers()  # type: ignore[attr-defined]
+        real_score, made_score = self._update_discriminator(discriminator, x, made.detach(), drawn.detach())
+
+        with torch.no_grad():
+            features, _ = self.discriminator(x)
+        made_features, score = self.discriminator(made)
+        _, drawn_score = self.discriminator(drawn)
+        out = self.elbo(made_features, features, kl=kl)
+        # Each backward pass names what it reaches: of the discriminator, nothing.
+        networks = [*self.encoder.parameters(), *self.decoder.parameters()]
+        self.manual_backward(out.loss, inputs=[*networks, *self.elbo.parameters()], retain_graph=True)
+        self._add_adversarial(-torch.cat((score, drawn_score)).float().mean())
+        nll = self.pixels.nll(made.detach(), x)
+        self.manual_backward(nll.mean(), inputs=list(self.pixels.parameters()))
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(networks, self.clip)
+        self._update(encoder, out.loss)
+        self._update(decoder, out.loss)
+
+        self._steps.add(fastvae.ELBOOutput(out.loss, nll, out.kl))
+        self._steps.skipped.append(torch.stack(self._skipped).amax())
+        self._scores.append(torch.stack((out.nll.mean(), real_score, made_score)).detach())
+
+    def _update_discriminator(
+        self, optimizer: LightningOptimizer, x: Tensor, made: Tensor, drawn: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A step of it, from images that remember nothing of the decoder; and the mean scores before."""
+        self._skipped: list[Tensor] = []
+        real, false = (self.discriminator(images)[1].float() for images in (x, torch.cat((made, drawn))))
+        loss = torch.relu(1 - real).mean() + torch.relu(1 + false).mean()
+        self.manual_backward(loss, inputs=list(self.discriminator.parameters()))
+        self._update(optimizer, loss)
+        return real.mean(), false.mean()
+
+    def _add_adversarial(self, loss: Tensor) -> None:
+        """To the decoder's gradients, and to no others'."""
+        weights = list(self.decoder.parameters())
+        gradients = torch.autograd.grad(loss, weights)
+        own = torch.nn.utils.get_total_norm([w.grad for w in weights])  # type: ignore[misc]
+        share = self.adversarial * own / torch.nn.utils.get_total_norm(gradients).clamp(min=1e-12)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad.add_(share * gradient)  # type: ignore[union-attr]
+
+    def _update(self, optimizer: LightningOptimizer, loss: Tensor) -> None:
+        """A step, unless the loss or a gradient is not finite; then there are no gradients any more."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        finite = torch.isfinite(loss.detach()) & torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+        self._skipped.append((~finite).float())
+        optimizer.optimizer.found_inf = self._skipped[-1]  # type: ignore[attr-defined]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        pass  # `_update` has looked
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        means = torch.stack(self._scores).float().nanmean(0).tolist()
+        names = ("train_features", "train_real", "train_made")
+        self.log_dict(dict(zip(names, means, strict=True)))
