@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .reference import REDUCTIONS, draw_seed
+from .reference import REDUCTIONS, bounded_logvar, draw_seed
 
 __all__ = [
     "bernoulli_nll",
@@ -214,6 +214,8 @@ _ROWS = {
     "gaussian_learned": _Row("gaussian_nll", ("mean", "logvar"), (torch.uint8,), True, scalar=True),
     "gaussian_per_element": _Row("gaussian_nll", ("mean", "logvar"), (torch.uint8,), True),
     "gaussian_head": _Row("gaussian_head_nll", ("params",), (torch.uint8,), True, packed=True),
+    "gaussian_bounded_per_element": _Row("gaussian_nll", ("mean", "logvar"), (torch.uint8,), True),
+    "gaussian_bounded_head": _Row("gaussian_head_nll", ("params",), (torch.uint8,), True, packed=True),
     "laplace": _Row("laplace_nll", ("loc",), (torch.uint8,), True),
     "laplace_learned": _Row("laplace_nll", ("loc", "log_scale"), (torch.uint8,), True, scalar=True),
     "laplace_per_element": _Row("laplace_nll", ("loc", "log_scale"), (torch.uint8,), True),
@@ -659,7 +661,14 @@ def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
     return _nll("bernoulli", [logits], target, [])[0]
 
 
-def gaussian_nll(mean: Tensor, target: Tensor, logvar: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+def gaussian_nll(
+    mean: Tensor,
+    target: Tensor,
+    logvar: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    logvar_bounds: tuple[float, float] | None = None,
+) -> Tensor:
     """-log N(target | mean, variance) of every row, in nats, with the constant 1/2 log 2 pi of each element.
 
     Per element 1/2 [ log 2 pi + log s^2 + (x - m)^2 / s^2 ] (Kingma and Welling 2014, appendix C.2).
@@ -669,13 +678,18 @@ def gaussian_nll(mean: Tensor, target: Tensor, logvar: Tensor | None = None, *, 
         target: the shape of `mean`: floating, or uint8 read as x / 255. Its gradient is given where it requires one.
         logvar: the log-variance log s^2: the shape of `mean` (per element), or 0-dimensional (one learned variance).
         scale: the standard deviation s where there is no `logvar`; a positive number.
+        logvar_bounds: (lo, hi): log s^2 is not `logvar` v but mid + half tanh((v - mid) / half), mid = (lo + hi) / 2,
+            half = (hi - lo) / 2. Where a model fits some data exactly, flat parts of an image, the best variance is
+            0 and the loss has no lower end; this smooth clamp gives it one. In the middle it is v, and it has a
+            gradient outside of the bounds too.
 
     Returns:
         (B,), float32 (float64 for a float64 mean).
 
     Raises:
         TypeError: a dtype or kind that does not fit (a learned scale is a `logvar`).
-        ValueError: a shape, device or scale that does not fit, or both `logvar` and `scale`.
+        ValueError: a shape, device, scale or bounds that do not fit, both `logvar` and `scale`, or `logvar_bounds`
+            without `logvar`.
     """
     if isinstance(scale, Tensor):
         raise TypeError(
@@ -684,13 +698,44 @@ def gaussian_nll(mean: Tensor, target: Tensor, logvar: Tensor | None = None, *, 
         )
     scale = _checked_scale("gaussian_nll", scale)
     if logvar is None:
+        if logvar_bounds is not None:
+            raise ValueError(
+                f"fastvae.gaussian_nll: `logvar_bounds` bound a `logvar`, which is missing, got {logvar_bounds!r}"
+            )
         return _nll("gaussian", [mean], target, [scale])[0]
     if scale != 1.0:
         raise ValueError(
             f"fastvae.gaussian_nll: `logvar` and `scale` exclude each other, got `scale` {scale}"
         )
     learned = isinstance(logvar, Tensor) and isinstance(mean, Tensor) and logvar.shape != mean.shape
-    return _nll("gaussian_learned" if learned else "gaussian_per_element", [mean, logvar], target, [])[0]
+    if logvar_bounds is None:
+        return _nll("gaussian_learned" if learned else "gaussian_per_element", [mean, logvar], target, [])[0]
+    bounds = _checked_bounds("gaussian_nll", logvar_bounds)
+    if not learned:
+        return _nll("gaussian_bounded_per_element", [mean, logvar], target, list(bounds))[0]
+    _check_floating("gaussian_nll", "mean", mean)
+    _check_learned("gaussian_nll", "logvar", logvar, "mean", mean)
+    return _nll("gaussian_learned", [mean, _bounded(logvar, bounds)], target, [])[0]
+
+
+def _bounded(logvar: Tensor, bounds: Sequence[float]) -> Tensor:
+    """`bounded_logvar` of a tensor that may be half, in float32."""
+    return bounded_logvar(logvar if logvar.dtype == torch.float64 else logvar.float(), bounds)
+
+
+def _checked_bounds(where: str, bounds: Any) -> tuple[float, float]:
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        kind = ValueError if isinstance(bounds, (tuple, list)) else TypeError
+        raise kind(f"fastvae.{where}: `logvar_bounds` must be a pair of floats (lo, hi), got {bounds!r}")
+    try:
+        lo, hi = float(bounds[0]), float(bounds[1])
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"fastvae.{where}: `logvar_bounds` must be a pair of floats (lo, hi), got {bounds!r}"
+        ) from error
+    if not -math.inf < lo < hi < math.inf:
+        raise ValueError(f"fastvae.{where}: `logvar_bounds` must be finite, lo < hi, got {(lo, hi)}")
+    return lo, hi
 
 
 def _checked_scale(where: str, scale: Any) -> float:
@@ -707,21 +752,28 @@ def _checked_positive(where: str, name: str, number: Any) -> float:
     return value
 
 
-def gaussian_head_nll(params: Tensor, target: Tensor) -> Tensor:
+def gaussian_head_nll(
+    params: Tensor, target: Tensor, *, logvar_bounds: tuple[float, float] | None = None
+) -> Tensor:
     """`gaussian_nll` with mean and log-variance packed in one tensor, whose gradient comes packed too.
 
     Args:
         params: (B, 2C, ...): the C channels of the mean, then the C channels of the log-variance.
         target: (B, C, ...): floating, or uint8 read as x / 255. Its gradient is given where it requires one.
+        logvar_bounds: (lo, hi): a smooth clamp of the log-variance, mid + half tanh((v - mid) / half), as for
+            `gaussian_nll`; it takes no memory.
 
     Returns:
         (B,) in nats, float32 (float64 for float64 params).
 
     Raises:
         TypeError: a dtype or kind that does not fit.
-        ValueError: a shape or device that does not fit.
+        ValueError: a shape, device or bounds that do not fit.
     """
-    return _nll("gaussian_head", [params], target, [])[0]
+    if logvar_bounds is None:
+        return _nll("gaussian_head", [params], target, [])[0]
+    bounds = _checked_bounds("gaussian_head_nll", logvar_bounds)
+    return _nll("gaussian_bounded_head", [params], target, list(bounds))[0]
 
 
 def laplace_nll(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional, reference
-from .functional import _checked_positive, _checked_scale
+from .functional import _bounded, _checked_bounds, _checked_positive, _checked_scale
 from .reference import _BERNOULLI_NUMBERS
 
 __all__ = [
@@ -110,9 +110,14 @@ class Gaussian(Likelihood):
       Give it to the optimiser with `elbo.parameters()`.
     - `scale="per_element"`: from the decoder, which returns mean and log-variance packed along dimension 1,
       (B, 2C, ...) for data (B, C, ...), or as a pair.
+
+    `logvar_bounds=(lo, hi)` keeps a log-variance v that is learned or given per element between bounds: in its place
+    stands mid + half tanh((v - mid) / half), mid = (lo + hi) / 2 and half = (hi - lo) / 2, which is v in the middle and
+    has a gradient everywhere. Without it a decoder that meets some data exactly, flat parts of an image, drives its
+    variance to 0 there and the loss to minus infinity.
     """
 
-    def __init__(self, scale: float | str = 1.0) -> None:
+    def __init__(self, scale: float | str = 1.0, *, logvar_bounds: tuple[float, float] | None = None) -> None:
         super().__init__()
         if isinstance(scale, Tensor) or (isinstance(scale, str) and scale not in ("learned", "per_element")):
             kind = TypeError if isinstance(scale, Tensor) else ValueError
@@ -123,17 +128,28 @@ class Gaussian(Likelihood):
             )
         if not isinstance(scale, str):
             scale = _checked_scale("likelihoods.Gaussian", scale)
+            if logvar_bounds is not None:
+                raise ValueError(
+                    "fastvae.likelihoods.Gaussian: `logvar_bounds` must be None unless `scale` is 'learned' or "
+                    f"'per_element', got {logvar_bounds!r} with `scale` {scale}"
+                )
         self.scale = scale
+        self.logvar_bounds = (
+            None if logvar_bounds is None else _checked_bounds("likelihoods.Gaussian", logvar_bounds)
+        )
         if scale == "learned":
             self.logvar = nn.Parameter(torch.zeros(()))
 
     def row(self, params: Any) -> Row:
+        bounds = self.logvar_bounds
         if self.scale == "learned":
-            return "gaussian_learned", [params, self.logvar], []
+            logvar = self.logvar if bounds is None else _bounded(self.logvar, bounds)
+            return "gaussian_learned", [params, logvar], []
         if self.scale == "per_element":
+            family, constants = ("gaussian", []) if bounds is None else ("gaussian_bounded", list(bounds))
             if _is_pair(params):
-                return "gaussian_per_element", list(params), []
-            return "gaussian_head", [params], []
+                return f"{family}_per_element", list(params), constants
+            return f"{family}_head", [params], constants
         return "gaussian", [params], [float(self.scale)]
 
     def mean(self, params: Any) -> Tensor:
@@ -148,16 +164,22 @@ class Gaussian(Likelihood):
     def _moments(self, params: Any) -> tuple[Tensor, Tensor | float]:
         if self.scale == "per_element":
             mean, logvar = params if _is_pair(params) else params.chunk(2, dim=1)
-            return mean, torch.exp(logvar / 2)
+            return mean, self._std(logvar)
         if self.scale == "learned":
-            return params, torch.exp(self.logvar / 2)
+            return params, self._std(self.logvar)
         return params, float(self.scale)
+
+    def _std(self, logvar: Tensor) -> Tensor:
+        if self.logvar_bounds is None:
+            return torch.exp(logvar / 2)
+        return torch.exp(_bounded(logvar, self.logvar_bounds) / 2).to(logvar.dtype)
 
     def channels(self, c: int) -> int:
         return 2 * c if self.scale == "per_element" else c
 
     def extra_repr(self) -> str:
-        return f"scale={self.scale!r}"
+        bounds = "" if self.logvar_bounds is None else f", logvar_bounds={self.logvar_bounds}"
+        return f"scale={self.scale!r}{bounds}"
 
 
 class _ScaleFamily(Likelihood):

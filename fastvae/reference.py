@@ -242,11 +242,19 @@ def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
     return _sum_event(-(t * F.logsigmoid(a) + (1 - t) * F.logsigmoid(-a)))
 
 
-def gaussian_nll(mean: Tensor, target: Tensor, logvar: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+def gaussian_nll(
+    mean: Tensor,
+    target: Tensor,
+    logvar: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    logvar_bounds: Sequence[float] | None = None,
+) -> Tensor:
     """-log N(target | mean, variance), (B,), with its constant ([KW], appendix C.2, equation 12).
 
     Per element 1/2 [ log 2 pi + log s^2 + (x - m)^2 / s^2 ]. The variance s^2 is `scale`^2, or e^logvar for a `logvar`
-    of mean's shape, or one e^logvar for all where `logvar` is 0-dimensional (the learned scale of [R]).
+    of mean's shape, or one e^logvar for all where `logvar` is 0-dimensional (the learned scale of [R]). With
+    `logvar_bounds` (lo, hi) it is that of `bounded_logvar`.
     """
     dtype = _compute_dtype(mean)
     distance = _read_target(target, dtype) - mean.to(dtype)
@@ -254,14 +262,29 @@ def gaussian_nll(mean: Tensor, target: Tensor, logvar: Tensor | None = None, *, 
         standardised, log_variance = distance / scale, 2 * math.log(scale)
         return _sum_event((standardised * standardised + (math.log(2 * math.pi) + log_variance)) / 2)
     log_variances = logvar.to(dtype)
+    if logvar_bounds is not None:
+        log_variances = bounded_logvar(log_variances, logvar_bounds)
     standardised = distance * torch.exp(log_variances / -2)
     return _sum_event((standardised * standardised + (math.log(2 * math.pi) + log_variances)) / 2)
 
 
-def gaussian_head_nll(params: Tensor, target: Tensor) -> Tensor:
+def bounded_logvar(logvar: Tensor, bounds: Sequence[float]) -> Tensor:
+    """A smooth clamp: mid + half tanh((v - mid) / half), for mid and half of the interval between the bounds (lo, hi).
+
+    In the middle it is v to second order; it never leaves [lo, hi], and its derivative, 1 - tanh^2, is positive, where
+    that of a hard clamp is 0 outside.
+    """
+    lo, hi = bounds
+    mid, half = lo / 2 + hi / 2, hi / 2 - lo / 2
+    return mid + half * torch.tanh((logvar - mid) / half)
+
+
+def gaussian_head_nll(
+    params: Tensor, target: Tensor, *, logvar_bounds: Sequence[float] | None = None
+) -> Tensor:
     """`gaussian_nll` with mean and log-variance packed along dimension 1: `params` (B, 2C, ...), mean first."""
     mean, logvar = params.chunk(2, dim=1)
-    return gaussian_nll(mean, target, logvar)
+    return gaussian_nll(mean, target, logvar, logvar_bounds=logvar_bounds)
 
 
 def laplace_nll(
@@ -651,6 +674,12 @@ LIKELIHOODS: dict[str, Callable[[Sequence[Tensor], Tensor, Sequence[float]], Ten
     "gaussian_learned": lambda params, target, _: gaussian_nll(params[0], target, params[1]),
     "gaussian_per_element": lambda params, target, _: gaussian_nll(params[0], target, params[1]),
     "gaussian_head": lambda params, target, _: gaussian_head_nll(params[0], target),
+    "gaussian_bounded_per_element": lambda params, target, bounds: gaussian_nll(
+        params[0], target, params[1], logvar_bounds=bounds
+    ),
+    "gaussian_bounded_head": lambda params, target, bounds: gaussian_head_nll(
+        params[0], target, logvar_bounds=bounds
+    ),
     "categorical": lambda params, target, constants: categorical_nll(
         params[0], target, ignore_index=int(constants[0])
     ),

@@ -76,6 +76,16 @@ def head_terms(params: Tensor, target: Tensor) -> list[Tensor]:
     return gaussian_terms(params[:, :channels], target, params[:, channels:])
 
 
+BOUNDS = (-3.0, 1.5)
+
+
+def bounded_terms(mean: Tensor, target: Tensor, logvar: Tensor) -> list[Tensor]:
+    """tanh(y) = 2 sigmoid(2 y) - 1."""
+    lo, hi = BOUNDS
+    y = (logvar - (lo + hi) / 2) / ((hi - lo) / 2)
+    return gaussian_terms(mean, target, lo + (hi - lo) * torch.sigmoid(2 * y))
+
+
 def laplace_terms(loc: Tensor, target: Tensor, log_scale: Tensor) -> list[Tensor]:
     distance = (target - loc).abs() * torch.exp(-log_scale)
     return [torch.full_like(loc, math.log(2)), log_scale.expand_as(loc), distance]
@@ -166,6 +176,14 @@ def _head_extremes() -> Inputs:
     return {"params": torch.cat((inputs["mean"], inputs["logvar"]), 1), "target": inputs["target"]}
 
 
+def _bounded_extremes() -> Inputs:
+    far = (-1e4, -80.0, -10.0, BOUNDS[0], -0.75, BOUNDS[1], 10.0, 80.0, 1e4)
+    rows = [(0.5, t, v) for v in far for t in (0.5, 0.25)]
+    # A large slope is one to multiply where eager's 1 - tanh^2 has digits.
+    rows += [(0.5, -100.0, v) for v in (BOUNDS[0], -0.75, BOUNDS[1])]
+    return _columns("mean", "target", "logvar", rows=rows)
+
+
 def _scale_extremes() -> Inputs:
     rows = [(0.5, 0.25, v) for v in (-80.0, -30.0, 30.0, 80.0)] + [(100.0, -100.0, 0.0), (1.0, 1.0, -80.0)]
     return _columns("loc", "target", "log_scale", rows=rows)
@@ -241,6 +259,33 @@ CASES = (
         min_rank=2,
         targets=(torch.uint8,),
         extremes=_head_extremes,
+    ),
+    Case(
+        "gaussian_bounded_learned",
+        lambda f, **inputs: f.gaussian_nll(**inputs, logvar_bounds=BOUNDS),
+        lambda shape: {
+            "mean": _randn(shape),
+            "target": _randn(shape),
+            "logvar": torch.tensor(0.375).double(),
+        },
+        bounded_terms,
+        targets=(torch.uint8,),
+    ),
+    Case(
+        "gaussian_bounded_per_element",
+        lambda f, **inputs: f.gaussian_nll(**inputs, logvar_bounds=BOUNDS),
+        lambda shape: {"mean": _randn(shape), "target": _randn(shape), "logvar": _randn(shape, 3)},
+        bounded_terms,
+        targets=(torch.uint8,),
+        extremes=_bounded_extremes,
+    ),
+    Case(
+        "gaussian_bounded_head",
+        lambda f, **inputs: f.gaussian_head_nll(**inputs, logvar_bounds=BOUNDS),
+        lambda shape: {"params": _randn(_packed(shape), 2), "target": _randn(shape)},
+        halves(bounded_terms),
+        min_rank=2,
+        targets=(torch.uint8,),
     ),
     Case(
         "laplace",

@@ -41,6 +41,8 @@ ELEMENTS = {
     "student_t_learned": 7,
     "student_t_per_element": 8,
     "student_t_head": 8,
+    "gaussian_bounded_per_element": 9,
+    "gaussian_bounded_head": 9,
 }
 KEPT: list[Tensor] = []  # what the pointers of the last call point at
 
@@ -280,6 +282,9 @@ def poisoned_like(tensor: Tensor) -> Tensor:
 def same_for_all(likelihood: str, constants: Sequence[float]) -> tuple[float, tuple[float, float]]:
     """(normaliser, constants of the kernel) as csrc/ops/likelihood_table.h has them; a learned scale is 1 there."""
     family = likelihood.split("_")[0]
+    if "bounded" in likelihood:
+        lo, hi = constants
+        return 0.5 * math.log(2 * math.pi), ((lo + hi) / 2, (hi - lo) / 2)
     if family == "gaussian":
         scale = constants[0] if constants else 1.0
         return 0.5 * math.log(2 * math.pi) + math.log(scale), (scale**-2, 0.0)

@@ -111,6 +111,12 @@ CASES = {
         {"p": (B, 6, 4), "x": SHAPE},
         ("p", "x"),
     ),
+    "gaussian_bounded_head": Case(
+        lambda p, x: fv.gaussian_head_nll(p, x, logvar_bounds=(-1.0, 2.0)),
+        lambda p, x: gaussian(p[:, :3], x, 0.5 + 1.5 * torch.tanh((p[:, 3:] - 0.5) / 1.5)),
+        {"p": (B, 6, 4), "x": SHAPE},
+        ("p", "x"),
+    ),
     "laplace": Case(
         lambda m, x: fv.laplace_nll(m, x, scale=0.3),
         lambda m, x: laplace(m, x, torch.full_like(m, math.log(0.3))),
@@ -404,6 +410,31 @@ def test_forward_and_backward_allocate_one_gradient(
     size = recon.numel() * recon.element_size()
     with fastvae.use_backend("native"):
         assert big_allocations(lambda: use(elbo(recon, x, kl=kl).loss), size // 2) == [size] * buffers
+
+
+@pytest.mark.parametrize("bounds", [None, (-6.0, 2.0)])
+def test_a_head_of_an_image_costs_one_gradient(native: None, bounds: tuple[float, float] | None) -> None:
+    """At a time, above the inputs, whatever is done to the log-variance."""
+    params, x = torch.randn(2, 6, 256, 256, requires_grad=True), torch.rand(2, 3, 256, 256)
+    elbo = fastvae.ELBO(fastvae.likelihoods.Gaussian("per_element", logvar_bounds=bounds))
+    kl = torch.rand(2)
+
+    def step() -> Tensor:
+        return torch.autograd.grad(elbo(params, x, kl=kl).loss, params)[0]
+
+    def peak(run: Callable[[], object]) -> int:
+        fastvae.empty_cache()
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            kept = run()
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        events.sort(key=lambda e: e.start_ns())
+        del kept
+        return max(itertools.accumulate((e.nbytes() for e in events), initial=0))
+
+    assert params.nbytes <= peak(step) < 1.02 * params.nbytes
+    with fastvae.use_backend("reference"):  # that this test can fail
+        assert peak(step) > 2 * params.nbytes
 
 
 def test_large_buffers_are_reused_only_once_free(native: None) -> None:

@@ -72,6 +72,8 @@ def case(likelihood: str, rows: int, size: int, dtype: torch.dtype) -> tuple[lis
     """(params, constants) with data of (rows, size)."""
     mean = torch.randn(rows, size).mul(2).to(dtype)
     constants = [2.5] if likelihood.startswith("student_t") else []
+    if likelihood.startswith("gaussian_bounded"):
+        constants = [-3.0, 1.5]
     if likelihood in ("gaussian", "laplace", "student_t"):
         return [mean], [*constants, 0.7]
     if likelihood.endswith("_learned"):
@@ -213,6 +215,24 @@ def test_extreme_numbers_are_finite(kernels: Kernels) -> None:
         _, nll, (gradient,), _ = kernels.nll_forward("bernoulli", [logits], target, needs=1)
         close(nll, reference.bernoulli_nll(logits.double(), target.double()), 5e-6)
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bounds_hold_any_number(kernels: Kernels, dtype: torch.dtype) -> None:
+    logvar = torch.tensor([[-math.inf], [-1e4], [-80.0], [-8.0], [-0.75], [6.0], [80.0], [1e4]], dtype=dtype)
+    mean, target = torch.full_like(logvar, 0.5), torch.full_like(logvar, 0.25)
+    _, nll, (by_mean, by_logvar), _ = kernels.nll_forward(
+        "gaussian_bounded_per_element", [mean, logvar], target, (-3.0, 1.5), reduction=1, needs=3
+    )
+    leaves = differentiable(mean, logvar)
+    full, full_nll = expected("gaussian_bounded_per_element", leaves, target, [-3.0, 1.5], reduction=1)
+    full.backward()
+    close(nll, full_nll.detach(), VALUE[dtype])
+    for gradient, leaf in zip((by_mean, by_logvar), leaves, strict=True):
+        assert leaf.grad is not None
+        close(gradient, leaf.grad, GRADIENT[dtype], least=1e-2)
+    assert by_logvar[3] > 0  # below the lower bound, above the best
+    assert by_logvar[5] > 0
 
 
 def test_a_nan_stays_in_its_row(kernels: Kernels) -> None:
@@ -761,7 +781,7 @@ def compiled() -> list[Kernel]:
 REGISTERS = (
     (r"nll_kernel<\w+, double", 128),
     (r"nll_kernel<(Poisson|ContinuousBernoulli|StudentT), ((half|bf16)|\w+, Any)", 128),
-    (r"nll_kernel<(Poisson|ContinuousBernoulli|StudentT|\w+PerElement)", 80),
+    (r"nll_kernel<(Poisson|ContinuousBernoulli|StudentT|\w+PerElement|GaussianBounded)", 80),
     (r"nll_kernel<\w+, \w+, Any", 80),
     (r"nll_kernel", 64),
     (r"nll_backward_kernel<double", 128),

@@ -257,6 +257,62 @@ WRONG = {
         ValueError,
         "fastvae.likelihoods.StudentT: `scale` must be a positive float, 'learned' or 'per_element', got 'fixed'",
     ),
+    "bounds of a fixed scale": Wrong(
+        lambda: Gaussian(0.5, logvar_bounds=(-6.0, 2.0)),
+        ValueError,
+        "fastvae.likelihoods.Gaussian: `logvar_bounds` must be None unless `scale` is 'learned' or 'per_element', "
+        "got (-6.0, 2.0) with `scale` 0.5",
+    ),
+    "bounds in the wrong order": Wrong(
+        lambda: Gaussian("learned", logvar_bounds=(2, -6)),
+        ValueError,
+        "fastvae.likelihoods.Gaussian: `logvar_bounds` must be finite, lo < hi, got (2.0, -6.0)",
+    ),
+    "bounds at one point": Wrong(
+        lambda: fv.gaussian_head_nll(HEAD, IMAGE, logvar_bounds=(1.0, 1.0)),
+        ValueError,
+        "fastvae.gaussian_head_nll: `logvar_bounds` must be finite, lo < hi, got (1.0, 1.0)",
+    ),
+    "an infinite bound": Wrong(
+        lambda: Gaussian("per_element", logvar_bounds=(-6.0, float("inf"))),
+        ValueError,
+        "fastvae.likelihoods.Gaussian: `logvar_bounds` must be finite, lo < hi, got (-6.0, inf)",
+    ),
+    "a bound that is no number": Wrong(
+        lambda: fv.gaussian_nll(FLAT, FLAT, FLAT, logvar_bounds=(float("nan"), 2.0)),
+        ValueError,
+        "fastvae.gaussian_nll: `logvar_bounds` must be finite, lo < hi, got (nan, 2.0)",
+    ),
+    "three bounds": Wrong(
+        lambda: fv.gaussian_nll(FLAT, FLAT, FLAT, logvar_bounds=(-6.0, 0.0, 2.0)),
+        ValueError,
+        "fastvae.gaussian_nll: `logvar_bounds` must be a pair of floats (lo, hi), got (-6.0, 0.0, 2.0)",
+    ),
+    "one bound": Wrong(
+        lambda: Gaussian("per_element", logvar_bounds=-6.0),
+        TypeError,
+        "fastvae.likelihoods.Gaussian: `logvar_bounds` must be a pair of floats (lo, hi), got -6.0",
+    ),
+    "bounds of words": Wrong(
+        lambda: Gaussian("per_element", logvar_bounds=("low", "high")),
+        TypeError,
+        "fastvae.likelihoods.Gaussian: `logvar_bounds` must be a pair of floats (lo, hi), got ('low', 'high')",
+    ),
+    "bounds of nothing": Wrong(
+        lambda: fv.gaussian_nll(FLAT, FLAT, logvar_bounds=(-6.0, 2.0)),
+        ValueError,
+        "fastvae.gaussian_nll: `logvar_bounds` bound a `logvar`, which is missing, got (-6.0, 2.0)",
+    ),
+    "bounded learned logvar": Wrong(
+        lambda: fv.gaussian_nll(FLAT, FLAT, ROWS, logvar_bounds=(-6.0, 2.0)),
+        ValueError,
+        "fastvae.gaussian_nll: `logvar` must be 0-dimensional or have the shape of `mean` (4, 12), got (4,)",
+    ),
+    "bounded integer logvar": Wrong(
+        lambda: fv.gaussian_nll(FLAT, FLAT, torch.tensor(1), logvar_bounds=(-6.0, 2.0)),
+        TypeError,
+        "fastvae.gaussian_nll: `logvar` must be float32 as `mean`, got int64; did you mean logvar.to(mean.dtype)?",
+    ),
     "learned logvar": Wrong(
         lambda: fv.gaussian_nll(FLAT, FLAT, ROWS),
         ValueError,

@@ -136,6 +136,7 @@ def loss(likelihood: str, params: list[torch.Tensor], target: torch.Tensor, need
         "gaussian": [0.5],
         "laplace": [0.5],
         "student_t_learned": [4.0],
+        "gaussian_bounded_head": [-6.0, 2.0],
         "categorical": [-100],
         "discretized_logistic": [8, -7.0, 1e-5],
         "discretized_logistic_mixture": [10, 8, -7.0, 1e-5],
@@ -205,6 +206,7 @@ ALIGNED: dict[str, Callable[[], object]] = {
     "gaussian, per element": lambda: loss("gaussian_per_element", [data(FLOAT)] * 2, data(FLOAT), 3),
     "head": lambda: loss("gaussian_head", [data(HALF, B, 2 * D)], data(HALF)),
     "head, channels_last": lambda: loss("gaussian_head", [IMAGE], HALF_IMAGE),
+    "head, bounded": lambda: loss("gaussian_bounded_head", [data(HALF, B, 2 * D)], data(HALF)),
     "laplace": lambda: loss("laplace", [data(FLOAT)], data(FLOAT)),
     "laplace, per element": lambda: loss("laplace_per_element", [data(FLOAT)] * 2, data(FLOAT), 3),
     "continuous Bernoulli": lambda: loss("continuous_bernoulli", [data(FLOAT)], data(FLOAT)),
@@ -230,6 +232,7 @@ ALIGNED: dict[str, Callable[[], object]] = {
 OTHERS: dict[str, Callable[[], object]] = {
     "no gradient": lambda: bernoulli(FLOAT, FLOAT, 0),
     "double": lambda: bernoulli(DOUBLE, DOUBLE),
+    "head, bounded, double": lambda: loss("gaussian_bounded_head", [data(DOUBLE, B, 2 * D)], data(DOUBLE)),
     "poisson, double, int64": lambda: loss("poisson", [data(DOUBLE)], data(torch.int64)),
     "continuous Bernoulli, double": lambda: loss("continuous_bernoulli", [data(DOUBLE)], data(DOUBLE)),
     "categorical, bf16": lambda: loss("categorical", [data(HALF, 8, 4, 1001)], data(torch.int64, 8, 4)),

@@ -54,6 +54,7 @@ enum class Element : int8_t {
   poisson,
   student_t,
   student_t_per_element,
+  gaussian_bounded,
 };
 
 // row_nll[r] = sum over the row of Element's value; slopes[i] (where wanted) = its derivative times weight[r * weight_stride].

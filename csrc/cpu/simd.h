@@ -150,6 +150,7 @@ struct Primitives<Pack<V, N>> {
     return W::map([&](int i) FASTVAE_INLINE { return P::fma(a.lane[i], b.lane[i], c.lane[i]); });
   }
   static FASTVAE_HD W abs(W x) { return W::map([&](int i) FASTVAE_INLINE { return P::abs(x.lane[i]); }); }
+  static FASTVAE_HD W divide(W a, W b) { return a / b; }
   static FASTVAE_HD W neg(W x) { return W::map([&](int i) FASTVAE_INLINE { return P::neg(x.lane[i]); }); }
   static FASTVAE_HD W relu(W x) { return W::map([&](int i) FASTVAE_INLINE { return P::relu(x.lane[i]); }); }
   static FASTVAE_HD W log(W x) { return W::map([&](int i) FASTVAE_INLINE { return P::log(x.lane[i]); }); }

@@ -33,7 +33,8 @@ auto with_likelihood(Element element, const F& f) {
     case Element::continuous_bernoulli: return f(math::ContinuousBernoulli());
     case Element::poisson: return f(math::Poisson());
     case Element::student_t: return f(math::StudentT());
-    default: return f(math::StudentTPerElement());
+    case Element::student_t_per_element: return f(math::StudentTPerElement());
+    default: return f(math::GaussianBounded());
   }
 }
 
@@ -292,5 +293,6 @@ extern template cudaError_t launch_nll<math::ContinuousBernoulli>(const NllArgs&
 extern template cudaError_t launch_nll<math::Poisson>(const NllArgs&, cudaStream_t);
 extern template cudaError_t launch_nll<math::StudentT>(const NllArgs&, cudaStream_t);
 extern template cudaError_t launch_nll<math::StudentTPerElement>(const NllArgs&, cudaStream_t);
+extern template cudaError_t launch_nll<math::GaussianBounded>(const NllArgs&, cudaStream_t);
 
 }  // namespace fastvae::cuda

@@ -81,6 +81,7 @@ struct Primitives<float> : ScalarPrimitives<float> {
   }
 
   static FASTVAE_HD ExpParts<float> exp_parts(float h) { return exp_parts_by_split(at_most(h, 88.73f)); }
+  static FASTVAE_HD ExpPair<float> exp_pair(float x) { return exp_pair_by_split(x); }
 
   // As in cpu/simd.h.
   static FASTVAE_HD ExpSplit<float> split(float x) {
@@ -102,6 +103,7 @@ struct Primitives<double> : ScalarPrimitives<double> {
   static FASTVAE_HD double exp_bounded(double x) { return ::exp(x); }
   static FASTVAE_HD double divide(double a, double b) { return a / b; }
   static FASTVAE_HD ExpParts<double> exp_parts(double h) { return exp_parts_by_series(h); }
+  static FASTVAE_HD ExpPair<double> exp_pair(double x) { return {::exp(x), ::expm1(x)}; }
 };
 
 }  // namespace FASTVAE_ISA

@@ -112,6 +112,21 @@ FASTVAE_HD ExpPair<V> exp_pair_by_split(V x) {
   return {s.power * (V(2) + rest), P::fma(s.power, rest, P::fma(V(2), s.power, V(-1)))};
 }
 
+// tanh(x), with its relative accuracy near 0, and its derivative, with it far out, where 1 - tanh^2 leaves nothing.
+template <class V>
+struct Tanh {
+  V value, slope;
+
+  FASTVAE_HD explicit Tanh(V x) {
+    using P = Primitives<V>;
+    const ExpPair<V> e = P::exp_pair(V(-2) * P::abs(x));
+    const V inverse = P::divide(V(1), V(1) + e.exp);
+    const V size = P::neg(e.minus_1) * inverse;
+    value = P::select(P::less(x, V(0)), P::neg(size), size);
+    slope = V(4) * e.exp * inverse * inverse;
+  }
+};
+
 // 1/18!, ..., 1/3!, 1/2!: the Taylor series of (exp(h) - 1 - h) / h^2, exact in fp64 for |h| < 1.
 struct ResidualSeries {
   double coefficient[17];

@@ -90,6 +90,24 @@ struct GaussianPerElement {
   }
 };
 
+// The same of a log-variance that is clamped smoothly, to middle + half tanh((v - middle) / half).
+struct GaussianBounded {
+  static constexpr int params = 2;  // mean, logvar
+  static constexpr int constants = 2;  // the middle between the bounds, half their distance
+  static constexpr bool has_log1p = false;
+  static constexpr bool has_pull = false;
+
+  template <class V>
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>& logs) {
+    const V middle = constant[0], half = constant[1];
+    const Tanh<V> tanh((param[1] - middle) * (V(1) / half));
+    const V bounded[params] = {param[0], Primitives<V>::fma(half, tanh.value, middle)};
+    const V value = GaussianPerElement::element(bounded, t, constant, slope, logs);
+    slope[1] = slope[1] * tanh.slope;
+    return value;
+  }
+};
+
 // -log Laplace(t; m, 1 / inverse_scale) less its normaliser: |t - m| inverse_scale. One scale for all elements.
 struct Laplace {
   static constexpr int params = 1;

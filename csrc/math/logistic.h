@@ -83,20 +83,5 @@ struct LogMass {
   }
 };
 
-// tanh(x) and its derivative.
-template <class V>
-struct Tanh {
-  V value, slope;
-
-  FASTVAE_HD explicit Tanh(V x) {
-    using P = Primitives<V>;
-    const ExpPair<V> e = P::exp_pair(V(-2) * P::abs(x));
-    const V inverse = V(1) / (V(1) + e.exp);
-    const V size = P::neg(e.minus_1) * inverse;
-    value = P::select(P::less(x, V(0)), P::neg(size), size);
-    slope = V(4) * e.exp * inverse * inverse;
-  }
-};
-
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae::math

@@ -36,6 +36,8 @@ constexpr LikelihoodRow kLikelihoods[] = {
     {"gaussian_learned", cpu::Element::gaussian, 2, 0, false, true, true},                    // mean, logvar (0-dim)
     {"gaussian_per_element", cpu::Element::gaussian_per_element, 2, 0, false, false, true},  // mean, logvar
     {"gaussian_head", cpu::Element::gaussian_per_element, 1, 0, true, false, true},          // mean and logvar, packed
+    {"gaussian_bounded_per_element", cpu::Element::gaussian_bounded, 2, 2, false, false, true},  // mean, logvar; lo, hi
+    {"gaussian_bounded_head", cpu::Element::gaussian_bounded, 1, 2, true, false, true},       // mean and logvar, packed; lo, hi
     {"laplace", cpu::Element::laplace, 1, 1, false, false, true},                             // loc; scale
     {"laplace_learned", cpu::Element::laplace, 2, 0, false, true, true},                      // loc, log_scale (0-dim)
     {"laplace_per_element", cpu::Element::laplace_per_element, 2, 0, false, false, true},     // loc, log_scale
@@ -99,6 +101,8 @@ inline Normaliser normaliser(const LikelihoodRow& row, c10::ArrayRef<double> con
   switch (row.element) {
     case cpu::Element::bernoulli: case cpu::Element::continuous_bernoulli: case cpu::Element::poisson: return {0, {}};
     case cpu::Element::gaussian_per_element: return {kHalfLog2Pi, {}};
+    case cpu::Element::gaussian_bounded:
+      return {kHalfLog2Pi, {0.5 * constants[0] + 0.5 * constants[1], 0.5 * constants[1] - 0.5 * constants[0]}};
     case cpu::Element::gaussian: return math::at_scale<math::Gaussian>({kHalfLog2Pi, {1}}, row.has_scalar ? scalar : 2 * log_scale(0));
     case cpu::Element::laplace_per_element: return {kLog2, {}};
     case cpu::Element::laplace: return math::at_scale<math::Laplace>({kLog2, {1}}, log_scale(0));

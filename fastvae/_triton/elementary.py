@@ -130,6 +130,16 @@ def exp_minus_1_minus(v, exp_v):
 
 
 @triton.jit
+def tanh(x):
+    """(tanh(x), its derivative)."""
+    twice = 2.0 * tl.abs(x)
+    e = exp(-twice)
+    inverse = 1.0 / (1.0 + e)
+    size = tl.where(twice < 1.0, twice - exp_minus_1_minus(-twice, e), 1.0 - e) * inverse
+    return tl.where(x < 0.0, -size, size), 4.0 * e * inverse * inverse
+
+
+@triton.jit
 def log1p(s):
     """log(1 + s) for s >= 0."""
     if s.dtype == tl.float64:

@@ -8,7 +8,8 @@ To add one: its function here and its row in `LIKELIHOODS`. The kernels of nll.p
     first, second   tiles of the parameters, float32 or float64; of one parameter, `second` is `first` again
     target          the data, as numbers: uint8 is x / 255 already, unless the row `counts`
     scalar          one number for all elements, where the row has one
-    shape, offset   two more, made of the row's constants on the host: a parameter of the density, and its normaliser
+    shape, offset   two more, made of the row's constants on the host: a parameter of the density and its normaliser,
+                    or two parameters
     value + log(1 + e)   the negative log-likelihood of each element in nats. A likelihood with a term log(1 + e), e in
                     [0, 1], leaves it to the kernel, which takes one logarithm for many elements (`log_term`)
     *_slope         its derivatives by first, second and scalar
@@ -24,7 +25,7 @@ import triton
 import triton.language as tl
 
 from ..reference import log_beta_half
-from .elementary import exp, exp_minus_1_minus, log1p, log_factorial, polynomial
+from .elementary import exp, exp_minus_1_minus, log1p, log_factorial, polynomial, tanh
 
 _HALF_LOG_2PI: tl.constexpr = tl.constexpr(0.9189385332046727)
 _LOG_2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -88,6 +89,15 @@ def gaussian_per_element(mean, logvar, target, scalar, shape, offset):
     slope = difference * exp(-logvar)
     half_square = 0.5 * difference * slope
     return half_square + (0.5 * logvar + _HALF_LOG_2PI), 0.0, slope, 0.5 - half_square, 0.0
+
+
+@triton.jit
+def gaussian_bounded(mean, logvar, target, scalar, middle, half):
+    """-log N(t; m, e^b), b a v for every element clamped smoothly to middle + half tanh((v - middle) / half)."""
+    position, slope = tanh((logvar - middle) / half)
+    bounded = middle + half * position
+    value, _, mean_slope, bounded_slope, _ = gaussian_per_element(mean, bounded, target, scalar, middle, half)
+    return value, 0.0, mean_slope, bounded_slope * slope, 0.0
 
 
 @triton.jit
@@ -202,6 +212,14 @@ def _df(constants: Sequence[float]) -> float:
     return constants[0]
 
 
+def _middle(constants: Sequence[float]) -> float:
+    return constants[0] / 2 + constants[1] / 2
+
+
+def _half(constants: Sequence[float]) -> float:
+    return constants[1] / 2 - constants[0] / 2
+
+
 def _student_t_offset(constants: Sequence[float]) -> float:
     return log_beta_half(constants[0]) + math.log(constants[0]) / 2
 
@@ -212,6 +230,10 @@ LIKELIHOODS = {
     "gaussian_learned": Likelihood(gaussian, tensors=2, has_scalar=True),
     "gaussian_per_element": Likelihood(gaussian_per_element, tensors=2),
     "gaussian_head": Likelihood(gaussian_per_element, packed=True),
+    "gaussian_bounded_per_element": Likelihood(
+        gaussian_bounded, tensors=2, shape_of=_middle, offset_of=_half
+    ),
+    "gaussian_bounded_head": Likelihood(gaussian_bounded, packed=True, shape_of=_middle, offset_of=_half),
     "laplace": Likelihood(laplace, scalar_of=lambda constants: math.log(constants[0])),
     "laplace_learned": Likelihood(laplace, tensors=2, has_scalar=True),
     "laplace_per_element": Likelihood(laplace_per_element, tensors=2),

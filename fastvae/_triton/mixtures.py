@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import nll
-from .elementary import combine_excess, exp, exp_minus_1_minus, log1p
+from .elementary import combine_excess, exp, exp_minus_1_minus, log1p, tanh
 from .launch import (
     COMPUTE,
     dense_rows,
@@ -86,16 +86,6 @@ def log_mass(n, middle, raw_log_scale, levels, log_width, floor, small):
     by_h = tl.where(is_small, 1.0, h * tl.where(edge, slope, inner))
     by_log_scale = tl.where(floored, 0.0, t * slope - by_h)
     return linear, e1, e2, factor, over, h * sign * slope, by_log_scale
-
-
-@triton.jit
-def tanh(x):
-    """(tanh(x), its derivative)."""
-    twice = 2.0 * tl.abs(x)
-    e = exp(-twice)
-    inverse = 1.0 / (1.0 + e)
-    size = tl.where(twice < 1.0, twice - exp_minus_1_minus(-twice, e), 1.0 - e) * inverse
-    return tl.where(x < 0.0, -size, size), 4.0 * e * inverse * inverse
 
 
 # ---------------------------------------------------------------------------------------------------------------------
