@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import fastvae
 from fastvae import functional
 from fastvae.likelihoods import Gaussian, Likelihood
+from fastvae.reference import unbounded_logvar
 
 from .module import VAE
 
@@ -69,7 +70,8 @@ class VAEGAN(VAE):
     def start(self, images: Tensor) -> None:
         features, _ = self.discriminator(images)
         for name, likelihood in self.elbo.likelihood.parts.items():  # type: ignore[union-attr, operator]
-            likelihood.start(features[name].float().var(0).mean())
+            logvar = features[name].float().var(0).mean().log()
+            likelihood.logvar.copy_(unbounded_logvar(logvar, likelihood.logvar_bounds))
 
     @torch.no_grad()
     def realism(self, images: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def prepare(images: Tensor, settings: ImageSettings, generator: torch.Generator 
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """uint8 images (B, H, W, C), half of them mirrored left to right, each shifted by up to a sixteenth of its side.
+    """uint8 images (B, H, W, C), half of them mirrored left to right, each shifted by at most 1/32 of its side.
 
     What a shift uncovers repeats the edge. The draws are independent for every image.
     """
@@ -52,7 +52,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     mirrored = torch.rand(count, 1, generator=generator) < 0.5
 
     def places(side: int) -> Tensor:
-        most = side // 16
+        most = side // 32
         shift = torch.randint(-most, most + 1, (count, 1), generator=generator)
         return (torch.arange(side) + shift).clamp(0, side - 1)  # (B, side)
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fastvae
+from fastvae.reference import unbounded_logvar
 
 from . import data, files, messages, pictures
 from .data import InputError
@@ -330,22 +331,17 @@ def _fresh(settings: ImageSettings, images: data.Images) -> "VAE":
         variance = (pixels - mean).square().mean() + 1 / (12 * 256**2)
         start = mean.flatten()
         if settings.variance != "fixed":
-            logvar = _unbounded(variance.log(), settings.logvar_min, settings.logvar_max)
+            logvar = unbounded_logvar(variance.log(), (settings.logvar_min, settings.logvar_max))
             if settings.variance == "per-pixel":
                 start = torch.cat((start, logvar.expand_as(start)))
             else:
                 model.likelihood.logvar.fill_(logvar)
         if last.bias is not None and last.bias.numel() % start.numel() == 0:
             last.bias.copy_(start.repeat_interleave(last.bias.numel() // start.numel()))
+        model.start(pixels)
     if settings.init_from:
         initialise(model, Path(settings.init_from))
     return model
-
-
-def _unbounded(logvar: Tensor, low: float, high: float) -> Tensor:
-    """What the likelihood's smooth clamp brings to `logvar`, or near to it."""
-    middle, half = (low + high) / 2, (high - low) / 2
-    return middle + half * torch.atanh(((logvar - middle) / half).clamp(-0.95, 0.95))
 
 
 def initialise(model: "VAE", path: Path) -> None:
