@@ -154,7 +154,7 @@ def nll_per_dimension(opened: runs.Run, images: np.ndarray, seed: int) -> np.nda
     return nll.numpy() / x[0].numel() / math.log(2)
 
 
-def test_best_of(run, tmp_path, capsys):
+def test_best_of(run, tmp_path, capsys, monkeypatch):
     """Those of the images that `sample -n` draws whose likelihood is highest, in that order."""
     every, some = tmp_path / "every.png", tmp_path / "some.png"
     done(capsys, "sample", run, "-n", 40, "--seed", 3, "--out", every)
@@ -174,6 +174,9 @@ def test_best_of(run, tmp_path, capsys):
 
     again = some.read_bytes()
     done(capsys, "sample", run, "--best", 6, "--of", 40, "--seed", 3, "--out", some)
+    assert some.read_bytes() == again
+    monkeypatch.setattr(generate, "held_out_batch", lambda images: 7)
+    assert done(capsys, "sample", run, "--best", 6, "--of", 40, "--seed", 3, "--out", some) == text
     assert some.read_bytes() == again
     # Whatever the run was trained on, a mean is brought to zeros and ones without a draw.
     config = run / "config.toml"

@@ -56,8 +56,8 @@ def best(
     """The n best, best first, of the `of` new images that `sample` would draw.
 
     They are ranked by the importance-weighted bound on the likelihood that the model gives them, as bytes (for the
-    Bernoulli as zeros and ones). It prefers plain images: fine detail costs bits in every pixel. A model with a method
-    `realism(images (B, C, H, W) in [0, 1]) -> (B,)`, a discriminator's score, is ranked by that: the highest first.
+    Bernoulli as zeros and ones). It prefers plain images, which cost few bits. Where the model has a method
+    `realism(images (B, C, H, W) in [0, 1]) -> (B,)`, a discriminator's score, that ranks instead: the highest first.
     """
     _check("--of", of, 1, 10_000)
     if not 1 <= n <= of:
@@ -77,11 +77,8 @@ def best(
         measure, unit, decimals = f"likelihood under the model ({_DRAWS} importance samples)", " nats", 2
         offset = run.model.bits_offset
         if offset is not None:
-            values, unit, decimals = (
-                values / (run.model.dimensions * math.log(2)) + offset,
-                " bits per dimension",
-                4,
-            )
+            values = values / (run.model.dimensions * math.log(2)) + offset
+            unit, decimals = " bits per dimension", 4
     # In either direction NaN comes last.
     order = (values if realism is None else -values).argsort(stable=True)
     pictures.save_samples(shown[order[:n]], path)

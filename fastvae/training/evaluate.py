@@ -104,7 +104,7 @@ def ssim(shown: Tensor, original: Tensor) -> Tensor:
     """
     edge = WINDOW // 2
     parts = []
-    # On the CPU: a GPU's TF32 would be too coarse for variances as E x^2 - (E x)^2, and float64 takes 13 times as long.
+    # On the CPU: a GPU's TF32 would be too coarse for variances as E x^2 - (E x)^2, and float64 takes far longer.
     for ours, theirs in zip(shown.float().cpu().split(64), original.float().cpu().split(64), strict=True):
         _, index = structural_similarity_index_measure(
             ours, theirs, sigma=1.5, kernel_size=WINDOW, data_range=(0.0, 1.0), return_full_image=True
@@ -282,5 +282,8 @@ def _reconstruction(run: Run, mu: Tensor) -> Tensor:
 
 
 def _original(run: Run, images: Tensor, x: Tensor) -> Tensor:
-    """What was to be reconstructed from x, in [0, 1] on the CPU: the zeros and ones of a Bernoulli, else the bytes."""
+    """What was to be reconstructed from x, in [0, 1] on the CPU: the zeros and ones of a Bernoulli, else the bytes.
+
+    For the Gaussian too, whose means are those of (byte + 1/2) / 256: no more than half a byte from byte / 255.
+    """
     return x.cpu() if run.settings.likelihood == "bernoulli" else images.permute(0, 3, 1, 2) / 255
