@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 # The packages of the extra `train`, as they are imported.
-_EXTRA = {"typer", "rich", "PIL", "matplotlib", "sklearn", "lightning", "tokenizers", "tomli", "tomli_w"}
+_EXTRA = {
+    "typer", "rich", "PIL", "matplotlib", "sklearn", "lightning", "torchmetrics", "tokenizers", "tomli", "tomli_w",
+}  # fmt: skip
 
 
 class _Interrupted(Exception):
@@ -162,6 +164,19 @@ def _app() -> Any:
     def sample(
         run: RunArgument,
         n: Annotated[int | None, typer.Option("-n", help="How many.", show_default="64; 20 of text")] = None,
+        best: Annotated[
+            int | None,
+            typer.Option(
+                metavar="N",
+                help="Only the N of --of images that the model ranks highest, best first: by their likelihood, "
+                "which favours plain images over rich ones; or by its discriminator's score, if it has one.",
+                show_default=False,
+            ),
+        ] = None,
+        of: Annotated[
+            int | None,
+            typer.Option(metavar="M", help="Of --best: how many to choose from.", show_default="256"),
+        ] = None,
         temperature: Annotated[
             float, typer.Option(help="Standard deviation of z: below 1 plainer images, above 1 odder ones.")
         ] = 1.0,
@@ -176,8 +191,16 @@ def _app() -> Any:
         from .recipes import generate, write
         from .training import messages, runs, text_runs
 
-        text = runs.kind(run) == "text"
+        kind = runs.kind(run)
+        text = kind == "text"
         how = _decoding(text, "nucleus", decoding, top_p, beams)
+        for name, value in (("--best", best), ("--of", of)):
+            if kind != "image" and value is not None:
+                raise InputError(f"{name} is for runs of images, and this is one of {kind}")
+        if best is None and of is not None:
+            raise InputError(f"--of is of --best, which says how many of the {of} to keep: give both")
+        if best is not None and n is not None:
+            raise InputError("-n and --best: give one of them; --best keeps the best of --of images")
         what = f"z ~ N(0, {temperature:g}² I)" if temperature != 1 else "z ~ N(0, I)"
         if text:
             loaded = text_runs.load(run, checkpoint=checkpoint)
@@ -188,8 +211,19 @@ def _app() -> Any:
             write.output(path, lines)
             messages.say(f"{path}: {_count(n, 'new sentence')}, written from {what}")
             return
-        n = 64 if n is None else n
         out = out or run / "samples.png"
+        if best is not None:
+            of = 256 if of is None else of
+            opened = runs.load(run, checkpoint=checkpoint)
+            found = generate.best(opened, out, n=best, of=of, temperature=temperature, seed=seed)
+            drawn = f"the best {best} of {_count(of, 'new image')}"
+            messages.say(f"{out}: {drawn}, decoded from {what}, the best first")
+            first, last, worst = (f"{found.values[i]:.{found.decimals}f}" for i in (0, best - 1, -1))
+            messages.say(
+                f"ranked by {found.measure}: from {first} to {last}{found.unit}; the worst drawn: {worst}"
+            )
+            return
+        n = 64 if n is None else n
         generate.sample(runs.load(run, checkpoint=checkpoint), out, n=n, temperature=temperature, seed=seed)
         messages.say(f"{out}: {_count(n, 'new image')}, decoded from {what}")
 
@@ -362,7 +396,7 @@ def _app() -> Any:
         data: Data = None,
         checkpoint: Checkpoint = "best",
     ) -> None:
-        """Measure a run on held-out data: ELBO, likelihood, active units. Leaves RUN/evaluation.json."""
+        """Measure a run on held-out data: ELBO, likelihood, active units, PSNR, SSIM. Leaves RUN/evaluation.json."""
         from rich import get_console
 
         from .recipes import generate

@@ -136,6 +136,119 @@ def test_samples_are_repeatable(run, tmp_path, capsys):
     )
 
 
+NUMBER = r"(-?[0-9.]+)"
+LIKELIHOOD = (
+    rf"ranked by likelihood under the model \(20 importance samples\): from {NUMBER} to {NUMBER} bits per dimension; "
+    rf"the worst drawn: {NUMBER}"
+)
+
+
+def nll_per_dimension(opened: runs.Run, images: np.ndarray, seed: int) -> np.ndarray:
+    """Of images (N, H, W, C) in [0, 1], whole numbers of 255ths: by `evaluate` itself, in one batch."""
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    if opened.settings.likelihood == "bernoulli":
+        x = (x >= 0.5).float()
+    elif opened.settings.of_bytes:
+        x = (x * 255).round().to(torch.uint8).contiguous()
+    nll = evaluate.bounds(opened.model, x, 20, seed=seed)[0].nll
+    return nll.numpy() / x[0].numel() / math.log(2)
+
+
+def test_best_of(run, tmp_path, capsys, monkeypatch):
+    """Those of the images that `sample -n` draws whose likelihood is highest, in that order."""
+    every, some = tmp_path / "every.png", tmp_path / "some.png"
+    done(capsys, "sample", run, "-n", 40, "--seed", 3, "--out", every)
+    text = done(capsys, "sample", run, "--best", 6, "--of", 40, "--seed", 3, "--out", some)
+    first, second = text.splitlines()
+    assert first == f"{some}: the best 6 of 40 new images, decoded from z ~ N(0, I), the best first"
+    said = re.fullmatch(LIKELIHOOD, second)
+    assert said
+
+    all_cells = cells(every, 7, 6).reshape(-1, 64, 64)[:40]
+    nll = nll_per_dimension(runs.load(run), all_cells[:, ::8, ::8, None] / np.float32(255), seed=3)
+    order = nll.argsort()
+    assert order.tolist() != list(range(40))
+    np.testing.assert_array_equal(cells(some, 6, 1)[0], all_cells[order[:6]])
+    expected = [nll[order[0]], nll[order[5]], nll[order[-1]]]
+    assert [float(number) for number in said.groups()] == pytest.approx(expected, abs=1e-4)
+
+    again = some.read_bytes()
+    done(capsys, "sample", run, "--best", 6, "--of", 40, "--seed", 3, "--out", some)
+    assert some.read_bytes() == again
+    monkeypatch.setattr(generate, "held_out_batch", lambda images: 7)
+    assert done(capsys, "sample", run, "--best", 6, "--of", 40, "--seed", 3, "--out", some) == text
+    assert some.read_bytes() == again
+    # Whatever the run was trained on, a mean is brought to zeros and ones without a draw.
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace('binarize = "threshold"', 'binarize = "dynamic"'))
+    assert runs.load(run).settings.binarize == "dynamic"
+    assert done(capsys, "sample", run, "--best", 6, "--of", 40, "--seed", 3, "--out", some) == text
+    assert some.read_bytes() == again
+    assert "the best 16 of 256 new images" in done(capsys, "sample", run, "--best", 16)
+    text = done(capsys, "sample", run, "--best", 1, "--of", 1, "--temperature", 0.5)
+    assert "the best 1 of 1 new image, decoded from z ~ N(0, 0.5² I)" in text
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "dmol", "dlogistic"])
+def test_best_of_bytes(colour, tmp_path, likelihood):
+    out = colour
+    if likelihood != "gaussian":
+        data = str(colour.parent / "colour.npz")
+        out = trained(tmp_path / "run", "--likelihood", likelihood, "--components", "2", "--data", data)
+    opened = runs.load(out)
+    found = generate.best(opened, tmp_path / "best.png", n=3, of=30)
+    assert found.unit == " bits per dimension"
+    assert found.values.diff().min() >= 0
+    z = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        x = opened.model.elbo.likelihood.mean(opened.model.decode(z)).clamp(0, 1).mul(255).round().div(255)
+    nll = nll_per_dimension(opened, x.permute(0, 2, 3, 1).numpy(), seed=0)
+    if likelihood == "gaussian":  # not of the dequantised bytes, but near
+        assert found.values.numpy() == pytest.approx(np.sort(nll) + 8, abs=0.05)
+    else:
+        assert found.values.numpy() == pytest.approx(np.sort(nll), abs=1e-4)
+    # Without bits per dimension: nats.
+    opened.model.bits_offset = None
+    nats = generate.best(opened, tmp_path / "best.png", n=3, of=30)
+    assert nats.unit == " nats"
+    offset = 8 if likelihood == "gaussian" else 0
+    per_dimension = nats.values / (9 * 7 * 3 * math.log(2)) + offset
+    assert torch.allclose(per_dimension, found.values)
+
+
+class Critic(VAE):
+    """Holds bright images for real."""
+
+    def realism(self, images: Tensor) -> Tensor:
+        assert images.shape[1:] == (1, 8, 8)
+        assert images.min() >= 0
+        assert images.max() <= 1
+        score = images.mean((1, 2, 3))
+        return torch.where(score == score.max(), math.nan, score) if self.fails else score
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "NaN"])
+def test_best_by_a_measure_of_the_models_own(run, tmp_path, capsys, monkeypatch, fails):
+    opened = runs.load(run)
+    opened.model.__class__ = Critic
+    opened.model.fails = fails
+    monkeypatch.setattr(runs, "load", lambda *args, **kwargs: opened)
+    every, some = tmp_path / "every.png", tmp_path / "some.png"
+    done(capsys, "sample", run, "-n", 40, "--out", every)
+    text = done(capsys, "sample", run, "--best", 8, "--of", 40, "--out", some)
+    all_cells = cells(every, 7, 6).reshape(-1, 64, 64)[:40]
+    mean = all_cells.mean((1, 2)) / 255
+    order = (-mean).argsort()
+    worst = mean[order[-1]]
+    if fails:
+        order, worst = np.append(order[1:], order[0]), math.nan
+    np.testing.assert_array_equal(cells(some, 8, 1)[0], all_cells[order[:8]])
+    said = re.search(r"ranked by the discriminator's score: from (.+) to (.+); the worst drawn: (.+)", text)
+    assert said
+    expected = [mean[order[0]], mean[order[7]], worst]
+    assert [float(number) for number in said.groups()] == pytest.approx(expected, abs=2e-3, nan_ok=True)
+
+
 def test_reconstruct(run, capsys):
     text = done(capsys, "reconstruct", run, "-n", 13)
     out = run / "reconstructions.png"
@@ -381,6 +494,108 @@ def test_far_weights_do_not_overflow(native):
     assert (found.nll > 1e4).all()
 
 
+def windows(image: np.ndarray) -> np.ndarray:
+    """Every 11 x 11 part of an image (H, W)."""
+    return np.lib.stride_tricks.sliding_window_view(image.astype(np.float64), (11, 11))
+
+
+def structural_similarity(a: np.ndarray, b: np.ndarray) -> float:
+    """Wang et al. 2004, equation 13 with weighted moments (14 to 16), of images (C, H, W) in [0, 1]."""
+    distance = np.arange(11) - 5
+    weights = np.exp(-(distance[:, None] ** 2 + distance**2) / (2 * 1.5**2))
+    weights /= weights.sum()
+    c1, c2 = 0.01**2, 0.03**2
+    values = []
+    for first, second in zip(a, b, strict=True):
+        x, y = windows(first), windows(second)
+        mu_x, mu_y = ((weights * part).sum((-1, -2), keepdims=True) for part in (x, y))
+        var_x = (weights * (x - mu_x) ** 2).sum((-1, -2))
+        var_y = (weights * (y - mu_y) ** 2).sum((-1, -2))
+        covariance = (weights * (x - mu_x) * (y - mu_y)).sum((-1, -2))
+        mu_x, mu_y = mu_x[..., 0, 0], mu_y[..., 0, 0]
+        luminance = (2 * mu_x * mu_y + c1) / (mu_x**2 + mu_y**2 + c1)
+        values.append(luminance * (2 * covariance + c2) / (var_x + var_y + c2))
+    return float(np.mean(values))
+
+
+@pytest.mark.parametrize("shape", [(70, 1, 11, 11), (3, 3, 14, 23), (2, 1, 64, 40)])
+def test_measures_of_pictures(shape):
+    rng = np.random.default_rng(0)
+    a = rng.random(shape)
+    a[-1, :, :, :9] = 1  # a part without any variance
+    b = a + rng.normal(0, 0.1, shape) * np.linspace(0.2, 3, shape[0])[:, None, None, None]
+    seen = b.clip(0, 1)
+    assert (seen != b).any()
+    x, y = torch.from_numpy(a), torch.from_numpy(b)
+    expected = [10 * math.log10(1 / ((p - q) ** 2).mean()) for p, q in zip(a, seen, strict=True)]
+    assert evaluate.psnr(y, x).tolist() == pytest.approx(expected, rel=1e-6)
+    expected = [structural_similarity(p, q) for p, q in zip(a, seen, strict=True)]
+    assert max(expected) - min(expected) > 0.05
+    assert evaluate.ssim(y.float(), x.float()).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_measures_of_equal_pictures():
+    x = torch.rand(3, 1, 16, 16)
+    levels = torch.arange(256.0).view(1, 1, 16, 16)
+    assert evaluate.ssim(x, x).tolist() == pytest.approx([1, 1, 1])
+    assert evaluate.psnr(x, x).tolist() == pytest.approx([10 * math.log10(12 * 255**2)] * 3)
+    # What rounding to bytes leaves is about the bound; a whole level is far from it.
+    noise = torch.linspace(-0.5, 0.5, 256).view(1, 1, 16, 16)
+    near = levels.clamp(1, 254)
+    assert evaluate.psnr((near + noise) / 255, near / 255).item() == pytest.approx(58.9, abs=0.05)
+    assert evaluate.psnr((near + 1) / 255, near / 255).item() == pytest.approx(20 * math.log10(255), abs=1e-4)
+
+
+def reconstructed(opened: runs.Run, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return opened.model.elbo.likelihood.mean(opened.model.decode(opened.model.encode(x)[0])).clamp(0, 1)
+
+
+def test_reconstructions_are_measured_on_what_was_to_be_reconstructed(run, colour, tmp_path, capsys):
+    def measured(out: Path) -> tuple[float, float | None]:
+        text = done(capsys, "evaluate", out, "--samples", 2)
+        written = json.loads((out / "evaluation.json").read_text())
+        assert re.search(rf"reconstructions: PSNR +{written['psnr']:.2f} dB", text)
+        similarity = r" \(from 11 x 11 pixels\) +-" if written["ssim"] is None else f" +{written['ssim']:.3f}"
+        assert re.search(rf"^ *SSIM{similarity} *$", text, re.MULTILINE)
+        return written["psnr"], written["ssim"]
+
+    def ratio(x: Tensor, shown: Tensor) -> float:
+        return (-10 * torch.log10((x - shown).double().square().mean((1, 2, 3)))).mean().item()
+
+    # The Bernoulli: zeros and ones, not the grey ones that they were made of.
+    opened = runs.load(run)
+    images = opened.images.held_out.permute(0, 3, 1, 2)
+    x = (images >= 128).float()
+    shown = reconstructed(opened, x)
+    assert ratio(x, shown) != pytest.approx(ratio(images / 255, shown), abs=0.5)
+    assert measured(run) == (pytest.approx(ratio(x, shown)), None)
+    # The Gaussian: the bytes, though it sees them with noise. All of those are within a bytes' width.
+    opened = runs.load(colour)
+    images = opened.images.held_out.permute(0, 3, 1, 2)
+    shown = reconstructed(opened, (images + 0.5) / 256)
+    assert measured(colour) == (pytest.approx(ratio(images / 255, shown), abs=0.02), None)
+    # Bytes, and sides of which one is large enough and both are.
+    for height, width in ((16, 10), (12, 13)):
+        file = tmp_path / f"{height}.npz"
+        x = np.random.default_rng(0).integers(0, 256, (20, height, width, 3), dtype=np.uint8)
+        x[:, :6] //= 3
+        np.savez(file, x_train=x, x_test=x[:7])
+        options = ("--likelihood", "dmol", "--components", "2", "--data", str(file))
+        out = trained(tmp_path / f"run{height}", *options)
+        opened = runs.load(out)
+        images = opened.images.held_out.permute(0, 3, 1, 2).contiguous()
+        shown = reconstructed(opened, images)
+        found, similar = measured(out)
+        assert found == pytest.approx(ratio(images / 255, shown))
+        if width < 11:
+            assert similar is None
+            continue
+        pairs = zip((images / 255).numpy(), shown.numpy(), strict=True)
+        similarity = np.mean([structural_similarity(a, b) for a, b in pairs])
+        assert similar == pytest.approx(similarity, abs=1e-5)
+
+
 def test_evaluate(run, capsys):
     text = done(capsys, "evaluate", run, "--samples", 20)
     written = json.loads((run / "evaluation.json").read_text())
@@ -467,6 +682,15 @@ BAD = [
     (["sample", "--out", "{tmp}/new.jpg"], "must end in .png"),
     (["sample", "--out", "{tmp}/file/new.png"], "cannot be written to: it is a file"),
     (["sample", "--out", "{tmp}/folder.png"], "cannot be written: it is a folder"),
+    (["sample", "--best", "0"], "--best must be between 1 and 256 (--of), got 0"),
+    (["sample", "--best", "300"], "--best must be between 1 and 256 (--of), got 300"),
+    (["sample", "--best", "9", "--of", "8"], "--best must be between 1 and 8 (--of), got 9"),
+    (["sample", "--best", "1", "--of", "0"], "--of must be between 1 and 10000, got 0"),
+    (["sample", "--best", "1", "--of", "10001"], "--of must be between 1 and 10000, got 10001"),
+    (["sample", "--best", "4", "-n", "4"], "-n and --best: give one of them"),
+    (["sample", "--of", "8"], "--of is of --best, which says how many of the 8 to keep: give both"),
+    (["sample", "--best", "4", "--seed", "-1"], "--seed must be between 0 and 4294967295, got -1"),
+    (["sample", "--best", "4", "--temperature", "-1"], "--temperature must be at least 0, got -1"),
     (["reconstruct", "-n", "0"], "-n must be between 1 and 10000, got 0"),
     (["reconstruct", "--data", "{tmp}/none.npz"], "none.npz: no such file"),
     (["reconstruct", "--data", "{tmp}/large.npz"], "the images are 9 x 7, those of {run} 8 x 8"),

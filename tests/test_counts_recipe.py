@@ -146,6 +146,9 @@ def test_commands_for_images_say_so(file: Path, tmp_path: Path, capsys: Any, com
     assert capsys.readouterr().err.splitlines() == [
         f"fastvae: {run}: a run of counts, and this is for images; there are evaluate and resume"
     ]
+    if command == "sample":
+        assert main([command, str(run), "--best", "4"]) == 2
+        assert capsys.readouterr().err == "fastvae: --best is for runs of images, and this is one of counts\n"
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------

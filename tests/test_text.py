@@ -609,6 +609,8 @@ def test_bad_files(tmp_path, capsys, content, words):
         (("sample", "RUN", "--decoding", "beam", "--top-p", "0.5"), ("--top-p is of --decoding nucleus",)),
         (("sample", "RUN", "--out", "x.png"), (".txt",)),
         (("sample", "RUN", "-n", "0"), ("-n must be",)),
+        (("sample", "RUN", "--best", "4"), ("--best is for runs of images, and this is one of text",)),
+        (("sample", "RUN", "--of", "40"), ("--of is for runs of images, and this is one of text",)),
         (("interpolate", "RUN"), ('"FIRST" "SECOND"',)),
         (("interpolate", "RUN", "a", "b", "--from", "1"), ("--from",)),
         (("interpolate", "RUN", "", "b"), ("empty",)),

@@ -4,6 +4,7 @@ To read it as an example: each function is a few lines on `Run.model`, whose `en
 What is shown are means of the likelihood; images come from the run's held-out part.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -11,17 +12,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rich import get_console
 from torch import Tensor
 
 from fastvae.training import pictures
 from fastvae.training.data import InputError
-from fastvae.training.loader import generator, prepare
+from fastvae.training.evaluate import bounds, progress
+from fastvae.training.loader import generator, held_out_batch, prepare
 from fastvae.training.runs import Run
 
-__all__ = ["beside", "inpaint", "interpolate", "neighbours", "reconstruct", "sample", "traverse"]
+__all__ = [
+    "Ranking", "beside", "best", "inpaint", "interpolate", "neighbours", "reconstruct", "sample", "traverse",
+]  # fmt: skip
 
 _COLUMNS = 10
 _CHUNK = 500  # images at a time
+_DRAWS = 20  # of z for each image's likelihood
 
 
 def sample(run: Run, path: Path, *, n: int = 64, seed: int = 0, temperature: float = 1.0) -> None:
@@ -32,6 +38,77 @@ def sample(run: Run, path: Path, *, n: int = 64, seed: int = 0, temperature: flo
     _prepare(path)
     z = temperature * _prior(run, n, seed)
     pictures.save_samples(_shown(run, z), path)
+
+
+class Ranking(NamedTuple):
+    """What images were ranked by, and what each of them got."""
+
+    measure: str
+    unit: str
+    """To follow a value, with its space; a score has none."""
+    decimals: int
+    values: Tensor
+    """Of all that were drawn, the best first, float64."""
+
+
+@torch.no_grad()
+def best(
+    run: Run, path: Path, *, n: int = 16, of: int = 256, seed: int = 0, temperature: float = 1.0
+) -> Ranking:
+    """The n best, best first, of the `of` new images that `sample` would draw.
+
+    They are ranked by the importance-weighted bound on the likelihood that the model gives them, as bytes (for the
+    Bernoulli as zeros and ones). It prefers plain images, which cost few bits. Where the model has a method
+    `realism(images (B, C, H, W) in [0, 1]) -> (B,)`, a discriminator's score, that ranks instead: the highest first.
+    """
+    _check("--of", of, 1, 10_000)
+    if not 1 <= n <= of:
+        raise InputError(f"--best must be between 1 and {of} (--of), got {n}")
+    _check_seed(seed)
+    _check("--temperature", temperature, 0)
+    _prepare(path)
+    z = temperature * _prior(run, of, seed)
+    shown = _shown(run, z).clamp(0, 1)
+    realism = getattr(run.model, "realism", None)
+    if realism is not None:
+        parts = (part.permute(0, 3, 1, 2).to(run.device) for part in shown.split(_CHUNK))
+        values = torch.cat([realism(part).double().cpu() for part in parts])
+        measure, unit, decimals = "the discriminator's score", "", 4
+    else:
+        values = _nll(run, (shown * 255).round().to(torch.uint8), seed)
+        measure, unit, decimals = f"likelihood under the model ({_DRAWS} importance samples)", " nats", 2
+        offset = run.model.bits_offset
+        if offset is not None:
+            values = values / (run.model.dimensions * math.log(2)) + offset
+            unit, decimals = " bits per dimension", 4
+    # In either direction NaN comes last.
+    order = (values if realism is None else -values).argsort(stable=True)
+    pictures.save_samples(shown[order[:n]], path)
+    return Ranking(measure, unit, decimals, values[order])
+
+
+def _nll(run: Run, images: Tensor, seed: int) -> Tensor:
+    """The importance-weighted bound on -log p of uint8 images (N, H, W, C): nats, (N,)."""
+    # A mean is brought to zeros and ones as its picture looks, not drawn.
+    settings = dataclasses.replace(run.settings, binarize="threshold")
+    draws = generator(seed)
+    size = held_out_batch(images)
+    batches = images.split(size)
+    parts = []
+    with progress(get_console()) as bar:
+        task = bar.add_task("ranking", total=len(batches) * _DRAWS)
+        for number, part in enumerate(batches):
+            x = prepare(part, settings, draws).to(run.device)
+            found, _ = bounds(
+                run.model,
+                x,
+                _DRAWS,
+                seed=seed,
+                first_row=number * size,
+                advance=lambda: bar.advance(task),
+            )
+            parts.append(found.nll.cpu())
+    return torch.cat(parts)
 
 
 def reconstruct(run: Run, path: Path, *, n: int = 30) -> int:

@@ -1,6 +1,7 @@
-"""How good a model is on images that it has not seen: the ELBO, the likelihood itself, the units in use.
+"""How good a model is on images that it has not seen: the ELBO, the likelihood itself, its reconstructions.
 
-To read it: `bounds` is the estimator, `evaluate` runs it over the held-out images of a run.
+To read it: `bounds` is the estimator, `evaluate` runs it over the held-out images of a run; `psnr` and `ssim` measure
+what is seen.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from fastvae import functional
 
@@ -26,7 +28,13 @@ from .loader import generator, held_out_batch, prepare
 from .module import ACTIVE, VAE
 from .runs import Run
 
-__all__ = ["Bounds", "Evaluation", "Report", "bounds", "check_numbers", "evaluate", "progress"]
+__all__ = [
+    "Bounds", "Evaluation", "Report", "bounds", "check_numbers", "evaluate", "progress", "psnr", "ssim",
+]  # fmt: skip
+
+# In dB: the error that rounding to bytes leaves, 1 / (12 * 255^2) in the mean square. A smaller one cannot be seen.
+HIGHEST_PSNR = 10 * math.log10(12 * 255**2)
+WINDOW = 11  # pixels
 
 
 class Bounds(NamedTuple):
@@ -74,6 +82,36 @@ def bounds(
         reconstruction += nll
         advance()
     return Bounds(math.log(samples) - total, reconstruction / samples, kl.double()), mu
+
+
+def psnr(shown: Tensor, original: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of images (B, C, H, W) in [0, 1], float64 (B,), in dB: -10 log10 of the squared error.
+
+    What leaves [0, 1] is clamped, as it is in a picture. At most 58.9 dB (`HIGHEST_PSNR`), which would be infinity for
+    equal images, and a mean over images then too.
+    """
+    ratio = peak_signal_noise_ratio(
+        shown.double(), original.double(), data_range=(0.0, 1.0), reduction="none", dim=(1, 2, 3)
+    )
+    return ratio.clamp(max=HIGHEST_PSNR)
+
+
+def ssim(shown: Tensor, original: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of images (B, C, H, W) in [0, 1], float64 (B,): 1 for equal ones.
+
+    The mean over all windows of 11 x 11 pixels that lie in the image, weighted by a Gaussian of 1.5, each channel for
+    itself. What leaves [0, 1] is clamped.
+    """
+    edge = WINDOW // 2
+    parts = []
+    # On the CPU: a GPU's TF32 would be too coarse for variances as E x^2 - (E x)^2, and float64 takes far longer.
+    for ours, theirs in zip(shown.float().cpu().split(64), original.float().cpu().split(64), strict=True):
+        _, index = structural_similarity_index_measure(
+            ours, theirs, sigma=1.5, kernel_size=WINDOW, data_range=(0.0, 1.0), return_full_image=True
+        )
+        # The whole one has windows past the edges too, where the images are mirrored.
+        parts.append(index[:, :, edge:-edge, edge:-edge].double().mean((1, 2, 3)))
+    return torch.cat(parts)
 
 
 class Report:
@@ -137,6 +175,10 @@ class Evaluation(Report):
     active_units: int
     """Whose posterior mean varies over the images by more than 0.01 (Burda et al. 2016, section 5.2)."""
     latents: int
+    psnr: float
+    """Of reconstructions from the posterior's mean, in dB; see `psnr`."""
+    ssim: float | None
+    """The same; None of images with a side below 11 pixels."""
 
     def table(self) -> Table:
         table = Table(box=SIMPLE_HEAD, show_edge=False)
@@ -155,6 +197,9 @@ class Evaluation(Report):
             table.add_row(name, nats, "" if bits is None else f"{bits:.4f}")
         table.add_section()
         table.add_row("active units", f"{self.active_units} of {self.latents}", "")
+        table.add_row("reconstructions: PSNR", f"{self.psnr:.2f} dB", "")
+        needs = f" (from {WINDOW} x {WINDOW} pixels)" if self.ssim is None else ""
+        table.add_row(f"  SSIM{needs}", "-" if self.ssim is None else f"{self.ssim:.3f}", "")
         return table
 
 
@@ -176,7 +221,7 @@ def evaluate(
     check_numbers(samples, limit, seed)
     held_out = run.images.held_out[:limit]
     draws = generator(seed)
-    parts, means = [], []
+    parts, means, ratios, similarities = [], [], [], []
     bar = progress(console)
     with bar:
         size = held_out_batch(held_out)
@@ -194,6 +239,10 @@ def evaluate(
             )
             parts.append(torch.stack(part).cpu())
             means.append(mu.double().cpu())
+            shown, original = _reconstruction(run, mu), _original(run, images, x)
+            ratios.append(psnr(shown, original))
+            if min(original.shape[2:]) >= WINDOW:
+                similarities.append(ssim(shown, original))
     nll, reconstruction, kl = torch.cat(parts, 1)
     count, dimensions = len(held_out), held_out[0].numel()
 
@@ -221,4 +270,20 @@ def evaluate(
         nelbo_bits_per_dim=bits(nelbo),
         active_units=int((torch.cat(means).flatten(1).var(0, correction=0) > ACTIVE).sum()),
         latents=run.model.latents,
+        psnr=torch.cat(ratios).mean().item(),
+        ssim=torch.cat(similarities).mean().item() if similarities else None,
     )
+
+
+@torch.no_grad()
+def _reconstruction(run: Run, mu: Tensor) -> Tensor:
+    """As pictures show it, (B, C, H, W) on the CPU."""
+    return run.model.elbo.likelihood.mean(run.model.decode(mu)).cpu()  # type: ignore[operator]
+
+
+def _original(run: Run, images: Tensor, x: Tensor) -> Tensor:
+    """What was to be reconstructed from x, in [0, 1] on the CPU: the zeros and ones of a Bernoulli, else the bytes.
+
+    For the Gaussian too, whose means are those of (byte + 1/2) / 256: no more than half a byte from byte / 255.
+    """
+    return x.cpu() if run.settings.likelihood == "bernoulli" else images.permute(0, 3, 1, 2) / 255
