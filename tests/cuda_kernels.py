@@ -125,7 +125,7 @@ class NllArgs(Structure):
         ("size", c_int64),
         ("params", Operand * 3),
         ("target", Operand),
-        ("constants", c_double * 2),
+        ("constants", c_double * 3),
         ("normaliser", c_double),
         ("scalar", Numbers),
         ("slopes", Operand * 3),
@@ -279,12 +279,12 @@ def poisoned_like(tensor: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def same_for_all(likelihood: str, constants: Sequence[float]) -> tuple[float, tuple[float, float]]:
+def same_for_all(likelihood: str, constants: Sequence[float]) -> tuple[float, tuple[float, ...]]:
     """(normaliser, constants of the kernel) as csrc/ops/likelihood_table.h has them; a learned scale is 1 there."""
     family = likelihood.split("_")[0]
     if "bounded" in likelihood:
         lo, hi = constants
-        return 0.5 * math.log(2 * math.pi), ((lo + hi) / 2, (hi - lo) / 2)
+        return 0.5 * math.log(2 * math.pi), ((lo + hi) / 2, (hi - lo) / 2, 2 / (hi - lo))
     if family == "gaussian":
         scale = constants[0] if constants else 1.0
         return 0.5 * math.log(2 * math.pi) + math.log(scale), (scale**-2, 0.0)
@@ -350,7 +350,8 @@ class Kernels:
         needs: int,
     ) -> tuple[NllArgs, list[Tensor]]:
         args = NllArgs(element=ELEMENTS[likelihood], rows=target.shape[0], size=event_size(target))
-        args.normaliser, args.constants[:] = same_for_all(likelihood, constants)
+        args.normaliser, same = same_for_all(likelihood, constants)
+        args.constants[: len(same)] = same
         elementwise = list(params)
         if likelihood.endswith("_learned"):
             args.scalar = numbers(elementwise.pop())

@@ -231,8 +231,7 @@ def test_bounds_hold_any_number(kernels: Kernels, dtype: torch.dtype) -> None:
     for gradient, leaf in zip((by_mean, by_logvar), leaves, strict=True):
         assert leaf.grad is not None
         close(gradient, leaf.grad, GRADIENT[dtype], least=1e-2)
-    assert by_logvar[3] > 0  # below the lower bound, above the best
-    assert by_logvar[5] > 0
+    assert (by_logvar[[3, 5]] != 0).all()  # outside, but in sight
 
 
 def test_a_nan_stays_in_its_row(kernels: Kernels) -> None:

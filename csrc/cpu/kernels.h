@@ -42,7 +42,7 @@ inline __attribute__((always_inline)) View shifted(View view, int64_t elements) 
 }
 
 constexpr int kMaxParams = 3;
-constexpr int kMaxConstants = 2;
+constexpr int kMaxConstants = 3;
 
 enum class Element : int8_t {
   bernoulli,

@@ -169,7 +169,9 @@ __global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T), N))
   const int lane = threadIdx.x & (plan.lanes - 1);
   const bool values = args.loss.data, pulls = L::has_pull && args.scalar_rows.data;
 
-  math::Normaliser<C> same = {static_cast<C>(args.normaliser), {static_cast<C>(args.constants[0]), static_cast<C>(args.constants[1])}};
+  math::Normaliser<C> same = {static_cast<C>(args.normaliser), {}};
+#pragma unroll
+  for (int i = 0; i < kMaxConstants; ++i) same.constants[i] = static_cast<C>(args.constants[i]);
   if constexpr (kScales<L>) {
     if (args.scalar.data) same = math::at_scale<L>(same, static_cast<C>(number(args.scalar)));
   }

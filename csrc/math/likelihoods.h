@@ -22,7 +22,7 @@ inline namespace FASTVAE_ISA {
 template <class C>
 struct Normaliser {
   C per_element;
-  C constants[2];
+  C constants[3];
 };
 
 // That of L with the scale 1, at another one.
@@ -93,15 +93,14 @@ struct GaussianPerElement {
 // The same of a log-variance that is clamped smoothly, to middle + half tanh((v - middle) / half).
 struct GaussianBounded {
   static constexpr int params = 2;  // mean, logvar
-  static constexpr int constants = 2;  // the middle between the bounds, half their distance
+  static constexpr int constants = 3;  // the middle between the bounds, half their distance, its inverse
   static constexpr bool has_log1p = false;
   static constexpr bool has_pull = false;
 
   template <class V>
   static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>& logs) {
-    const V middle = constant[0], half = constant[1];
-    const Tanh<V> tanh((param[1] - middle) * (V(1) / half));
-    const V bounded[params] = {param[0], Primitives<V>::fma(half, tanh.value, middle)};
+    const Tanh<V> tanh((param[1] - constant[0]) * constant[2]);
+    const V bounded[params] = {param[0], Primitives<V>::fma(constant[1], tanh.value, constant[0])};
     const V value = GaussianPerElement::element(bounded, t, constant, slope, logs);
     slope[1] = slope[1] * tanh.slope;
     return value;

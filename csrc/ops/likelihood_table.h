@@ -101,8 +101,10 @@ inline Normaliser normaliser(const LikelihoodRow& row, c10::ArrayRef<double> con
   switch (row.element) {
     case cpu::Element::bernoulli: case cpu::Element::continuous_bernoulli: case cpu::Element::poisson: return {0, {}};
     case cpu::Element::gaussian_per_element: return {kHalfLog2Pi, {}};
-    case cpu::Element::gaussian_bounded:
-      return {kHalfLog2Pi, {0.5 * constants[0] + 0.5 * constants[1], 0.5 * constants[1] - 0.5 * constants[0]}};
+    case cpu::Element::gaussian_bounded: {
+      const double low = 0.5 * constants[0], high = 0.5 * constants[1];
+      return {kHalfLog2Pi, {low + high, high - low, 1 / (high - low)}};
+    }
     case cpu::Element::gaussian: return math::at_scale<math::Gaussian>({kHalfLog2Pi, {1}}, row.has_scalar ? scalar : 2 * log_scale(0));
     case cpu::Element::laplace_per_element: return {kLog2, {}};
     case cpu::Element::laplace: return math::at_scale<math::Laplace>({kLog2, {1}}, log_scale(0));

@@ -231,9 +231,11 @@ LIKELIHOODS = {
     "gaussian_per_element": Likelihood(gaussian_per_element, tensors=2),
     "gaussian_head": Likelihood(gaussian_per_element, packed=True),
     "gaussian_bounded_per_element": Likelihood(
-        gaussian_bounded, tensors=2, shape_of=_middle, offset_of=_half
+        gaussian_bounded, tensors=2, shape_of=_middle, offset_of=_half, warps_64=2
     ),
-    "gaussian_bounded_head": Likelihood(gaussian_bounded, packed=True, shape_of=_middle, offset_of=_half),
+    "gaussian_bounded_head": Likelihood(
+        gaussian_bounded, packed=True, shape_of=_middle, offset_of=_half, warps_64=2
+    ),
     "laplace": Likelihood(laplace, scalar_of=lambda constants: math.log(constants[0])),
     "laplace_learned": Likelihood(laplace, tensors=2, has_scalar=True),
     "laplace_per_element": Likelihood(laplace_per_element, tensors=2),
