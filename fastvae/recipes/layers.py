@@ -73,9 +73,13 @@ def residual_encoder(sides: list[Side], inputs: int, outputs: int, channels: int
     """Images (B, inputs, *sides[0]) to (B, outputs): each half has so many blocks, and twice as many channels."""
     widths = [inputs, *_widths(channels, len(sides) - 1)]
     layers: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        layers += [nn.SiLU()] if layers else []
-        layers += [nn.Conv2d(before, after, 4 if layers else 5, 2, padding=1 if layers else 2)]
+    for (before, after), (height, width) in zip(pairwise(widths), sides, strict=False):
+        if layers:
+            # A kernel of 4, as on the way back; it takes an odd side for the even one below.
+            odd = [nn.ZeroPad2d((0, width % 2, 0, height % 2))] if width % 2 or height % 2 else []
+            layers += [nn.SiLU(), *odd, nn.Conv2d(before, after, 4, 2, padding=1)]
+        else:
+            layers += [nn.Conv2d(before, after, 5, 2, padding=2)]
         layers += [Residual(after) for _ in range(blocks)]
     return nn.Sequential(*layers, nn.SiLU(), nn.Flatten(), nn.Linear(widths[-1] * prod(sides[-1]), outputs))
 

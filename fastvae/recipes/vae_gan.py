@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 import fastvae
 from fastvae.likelihoods import Gaussian, Product
@@ -41,6 +40,9 @@ class VAEGAN(Photos):
         1.0, "Length of the discriminator's gradient to the decoder, that of the reconstruction being 1.",
         "Objective", at_least=0,
     )  # fmt: skip
+    penalty: float = option(
+        1.0, "Of the discriminator's squared gradient at real images.", "Objective", at_least=0
+    )
     blocks: int = option(1, "Residual blocks at each half.", "Model", at_least=0)
     lr: float = option(3e-4, "Learning rate of Adam.", "Training", above=0)
 
@@ -79,6 +81,7 @@ class VAEGAN(Photos):
             fastvae.ELBO(features, beta=self.beta, free_bits=self.free_bits),
             discriminator=discriminator,
             likelihood=Gaussian("learned", logvar_bounds=bounds),
+            penalty=self.penalty,
             adversarial=self.adversarial,
             clip=self.clip,
             **options,
@@ -88,22 +91,23 @@ class VAEGAN(Photos):
 class Discriminator(nn.Module):
     """Images (B, C, H, W) to the features that are compared, by the name of their layer, and a score (B,).
 
-    With spectral normalisation (Miyato et al. 2018), by which it cannot run away from the decoder. The features are
-    those of every layer but the first, which sees little more than pixels (where there are more).
+    The features are those of every layer but the first, which sees little more than pixels (where there are more). They
+    are compared at the scale of their own image: nothing is gained by making all of them small.
     """
 
     def __init__(self, sides: list[Side], inputs: int, channels: int) -> None:
         super().__init__()
         widths = [inputs] + [channels * min(2**i, 8) for i in range(len(sides) - 1)]
         layers = (nn.Conv2d(before, after, 4, 2, padding=1) for before, after in pairwise(widths))
-        self.layers = nn.ModuleList(spectral_norm(layer) for layer in layers)
+        self.layers = nn.ModuleList(layers)
         small = prod(side // 2 ** len(self.layers) for side in sides[0])
-        self.score = spectral_norm(nn.Linear(widths[-1] * small, 1))
+        self.score = nn.Linear(widths[-1] * small, 1)
         self.compared = [f"layer{i}" for i in range(len(self.layers))][1:] or ["layer0"]
 
     def forward(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         features = {}
+        x = 2 * x - 1
         for i, layer in enumerate(self.layers):
             x = F.leaky_relu(layer(x), 0.2)
-            features[f"layer{i}"] = x
+            features[f"layer{i}"] = F.layer_norm(x, x.shape[1:])
         return {name: features[name] for name in self.compared}, self.score(x.flatten(1)).squeeze(1)

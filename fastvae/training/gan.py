@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
@@ -15,6 +16,8 @@ from .module import VAE
 
 __all__ = ["VAEGAN"]
 
+_EVERY = 16  # a lazy penalty does as well, sixteen times as strong (Karras et al. 2020, section 3.1)
+
 
 class VAEGAN(VAE):
     """An encoder, a decoder and a discriminator, each with an optimiser of its own.
@@ -24,12 +27,13 @@ class VAEGAN(VAE):
 
         encoder         KL + nll of the discriminator's features
         decoder         nll of the features - the discriminator's score of what it makes, of z ~ q(z|x) and of z ~ p(z)
-        discriminator   hinge loss of real images against both (Lim & Ye 2017, Miyato et al. 2018)
+        discriminator   log-loss of real images against both, with a penalty on its gradient at real ones
 
     Args:
         encoder, decoder: as of `VAE`; the decoder gives the means of the pixels, (B, C, H, W).
         elbo: of the features: its likelihood takes dicts as the discriminator gives them.
         discriminator: images (B, C, H, W) -> (features, a dict of (B, ...) each; score (B,), high for real images).
+        penalty: weight of that gradient's squared length (Mescheder et al. 2018, equation 9, R1), every 16th step.
         adversarial: length of the score's gradient by the decoder's weights, that of the nll being 1. So balanced
             (after Esser et al. 2021, equation 7), neither drowns the other, whatever scale the features have.
         clip: the largest norm of the gradient of encoder and decoder; 0: not clipped.
@@ -51,6 +55,7 @@ class VAEGAN(VAE):
         *,
         discriminator: nn.Module,
         likelihood: Gaussian,
+        penalty: float = 1.0,
         adversarial: float = 1.0,
         clip: float = 0.0,
         **options: Any,
@@ -59,6 +64,7 @@ class VAEGAN(VAE):
         self.automatic_optimization = False
         self.discriminator = discriminator
         self.pixels = likelihood
+        self.penalty = penalty
         self.adversarial = adversarial
         self.clip = clip
 
@@ -115,7 +121,9 @@ class VAEGAN(VAE):
         made, drawn = self.decode(z), self.decode(prior)
 
         encoder, decoder, discriminator = self.optimizers()  # type: ignore[attr-defined]
-        real_score, made_score = self._update_discriminator(discriminator, x, made.detach(), drawn.detach())
+        real_score, made_score = self._update_discriminator(
+            discriminator, x, made.detach(), drawn.detach(), batch_idx % _EVERY == 0
+        )
 
         with torch.no_grad():
             features, _ = self.discriminator(x)
@@ -125,7 +133,7 @@ class VAEGAN(VAE):
         # Each backward pass names what it reaches: of the discriminator, nothing.
         networks = [*self.encoder.parameters(), *self.decoder.parameters()]
         self.manual_backward(out.loss, inputs=[*networks, *self.elbo.parameters()], retain_graph=True)
-        self._add_adversarial(-torch.cat((score, drawn_score)).float().mean())
+        self._add_adversarial(F.softplus(-torch.cat((score, drawn_score)).float()).mean())
         nll = self.pixels.nll(made.detach(), x)
         self.manual_backward(nll.mean(), inputs=list(self.pixels.parameters()))
         if self.clip:
@@ -138,15 +146,24 @@ class VAEGAN(VAE):
         self._scores.append(torch.stack((out.nll.mean(), real_score, made_score)).detach())
 
     def _update_discriminator(
-        self, optimizer: LightningOptimizer, x: Tensor, made: Tensor, drawn: Tensor
+        self, optimizer: LightningOptimizer, x: Tensor, made: Tensor, drawn: Tensor, penalised: bool
     ) -> tuple[Tensor, Tensor]:
         """A step of it, from images that remember nothing of the decoder; and the mean scores before."""
         self._skipped: list[Tensor] = []
         real, false = (self.discriminator(images)[1].float() for images in (x, torch.cat((made, drawn))))
-        loss = torch.relu(1 - real).mean() + torch.relu(1 + false).mean()
+        loss = F.softplus(-real).mean() + F.softplus(false).mean()
+        if penalised:
+            loss = loss + _EVERY * self.penalty / 2 * self._steepness(x)
         self.manual_backward(loss, inputs=list(self.discriminator.parameters()))
         self._update(optimizer, loss)
         return real.mean(), false.mean()
+
+    def _steepness(self, x: Tensor) -> Tensor:
+        """The mean squared length of the score's gradient by the image."""
+        x = x.detach().requires_grad_()
+        with torch.autocast(x.device.type, enabled=False):
+            (gradient,) = torch.autograd.grad(self.discriminator(x)[1].sum(), x, create_graph=True)
+        return gradient.square().flatten(1).sum(1).mean()
 
     def _add_adversarial(self, loss: Tensor) -> None:
         """To the decoder's gradients, and to no others'."""
