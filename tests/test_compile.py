@@ -23,7 +23,11 @@ def _fresh() -> None:
 
 
 def make_elbo(likelihood: str) -> fastvae.ELBO:
-    return fastvae.ELBO(likelihood if likelihood == "bernoulli" else Gaussian(likelihood), beta=0.5)
+    """`likelihood`: "bernoulli", or the scale of a Gaussian; "bounded ..." of one with bounds."""
+    if likelihood == "bernoulli":
+        return fastvae.ELBO(likelihood, beta=0.5)
+    bounds = (-3.0, 1.0) if likelihood.startswith("bounded ") else None
+    return fastvae.ELBO(Gaussian(likelihood.removeprefix("bounded "), logvar_bounds=bounds), beta=0.5)
 
 
 class Model(nn.Module):
@@ -48,6 +52,8 @@ class Model(nn.Module):
         ("aot_eager", "bernoulli"),
         ("aot_eager", "learned"),
         ("aot_eager", "per_element"),
+        ("aot_eager", "bounded learned"),
+        ("aot_eager", "bounded per_element"),
         pytest.param("inductor", "learned", marks=pytest.mark.slow),
     ],
 )
