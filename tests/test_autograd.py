@@ -415,9 +415,9 @@ def test_forward_and_backward_allocate_one_gradient(
 @pytest.mark.parametrize("bounds", [None, (-6.0, 2.0)])
 def test_a_head_of_an_image_costs_one_gradient(native: None, bounds: tuple[float, float] | None) -> None:
     """At a time, above the inputs, whatever is done to the log-variance."""
-    params, x = torch.randn(2, 6, 256, 256, requires_grad=True), torch.rand(2, 3, 256, 256)
+    params, x = torch.randn(16, 6, 256, 256, requires_grad=True), torch.rand(16, 3, 256, 256)
     elbo = fastvae.ELBO(fastvae.likelihoods.Gaussian("per_element", logvar_bounds=bounds))
-    kl = torch.rand(2)
+    kl = torch.rand(16)
 
     def step() -> Tensor:
         return torch.autograd.grad(elbo(params, x, kl=kl).loss, params)[0]

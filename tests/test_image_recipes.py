@@ -345,7 +345,7 @@ def test_discriminator():
     discriminator = Discriminator(layers.halved("", 33, 64), 3, 4)
     features, score = discriminator(torch.rand(5, 3, 33, 64))
     assert score.shape == (5,)
-    assert list(features) == discriminator.compared == ["layer1", "layer2"]
+    assert list(features) == discriminator.compared == ["layer0", "layer1", "layer2"]
     assert features["layer1"].shape == (5, 8, 8, 16)
     small = Discriminator(layers.halved("", 8, 8), 1, 4)
     assert list(small(torch.rand(2, 1, 8, 8))[0]) == ["layer0"]

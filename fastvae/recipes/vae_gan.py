@@ -91,8 +91,7 @@ class VAEGAN(Photos):
 class Discriminator(nn.Module):
     """Images (B, C, H, W) to the features that are compared, by the name of their layer, and a score (B,).
 
-    The features are those of every layer but the first, which sees little more than pixels (where there are more). They
-    are compared at the scale of their own image: nothing is gained by making all of them small.
+    The features are those of every layer, at the scale of their own image: nothing is gained by making all of them small.
     """
 
     def __init__(self, sides: list[Side], inputs: int, channels: int) -> None:
@@ -102,7 +101,7 @@ class Discriminator(nn.Module):
         self.layers = nn.ModuleList(layers)
         small = prod(side // 2 ** len(self.layers) for side in sides[0])
         self.score = nn.Linear(widths[-1] * small, 1)
-        self.compared = [f"layer{i}" for i in range(len(self.layers))][1:] or ["layer0"]
+        self.compared = [f"layer{i}" for i in range(len(self.layers))]
 
     def forward(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         features = {}
@@ -110,4 +109,4 @@ class Discriminator(nn.Module):
         for i, layer in enumerate(self.layers):
             x = F.leaky_relu(layer(x), 0.2)
             features[f"layer{i}"] = F.layer_norm(x, x.shape[1:])
-        return {name: features[name] for name in self.compared}, self.score(x.flatten(1)).squeeze(1)
+        return features, self.score(x.flatten(1)).squeeze(1)
