@@ -311,7 +311,7 @@ def gradients(model, networks) -> list[torch.Tensor]:
 
 
 def test_the_score_reaches_the_decoder_alone_and_balanced():
-    model = make(adversarial=2.0)
+    model = make()
     z = torch.randn(4, 3)
     made = model.decode(z)
     features, score = model.discriminator(made)
@@ -321,7 +321,7 @@ def test_the_score_reaches_the_decoder_alone_and_balanced():
     model.elbo(features, real, kl=torch.zeros(4)).loss.backward(inputs=decoder, retain_graph=True)
     before = gradients(model, [model.decoder])
     alone = torch.autograd.grad(-score.mean(), decoder, retain_graph=True)
-    model._add_adversarial(-score.mean())
+    model._add_adversarial(-score.mean(), 2.0)
     added = [p.grad - old for p, old in zip(decoder, before, strict=True)]
     length = torch.nn.utils.get_total_norm
     assert length(added).item() == pytest.approx(2 * length(before).item(), rel=1e-3)
@@ -437,8 +437,8 @@ def test_a_step_that_is_not_finite_is_skipped(colours, tmp_path, monkeypatch, ca
 
     add = Module._add_adversarial
 
-    def spoil(self, loss):
-        add(self, loss)
+    def spoil(self, loss, share):
+        add(self, loss, share)
         if self.global_step < 3:  # the first batch
             next(self.decoder.parameters()).grad.fill_(math.nan)
 

@@ -91,7 +91,7 @@ class VAEGAN(Photos):
 class Discriminator(nn.Module):
     """Images (B, C, H, W) to the features that are compared, by the name of their layer, and a score (B,).
 
-    The features are those of every layer, at the scale of their own image: nothing is gained by making all of them small.
+    The features are those of every layer, at the scale of their own image: making all of them small gains nothing.
     """
 
     def __init__(self, sides: list[Side], inputs: int, channels: int) -> None:

@@ -16,6 +16,7 @@ from .module import VAE
 
 __all__ = ["VAEGAN"]
 
+_LEARNING = 500  # steps over which the discriminator's gradient comes to its full length
 _EVERY = 16  # a lazy penalty does as well, sixteen times as strong (Karras et al. 2020, section 3.1)
 
 
@@ -93,11 +94,11 @@ class VAEGAN(VAE):
         return fastvae.ELBOOutput((nll + kl).mean(), nll, kl), mu, logvar
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:  # type: ignore[override]
-        scales = {"params": [*self.elbo.parameters(), *self.pixels.parameters()], "lr": 10 * self.lr}
-        groups: tuple[list[dict[str, Any]], ...] = (
-            [{"params": list(self.encoder.parameters())}],
-            [{"params": list(self.decoder.parameters())}, scales],
-            [{"params": list(self.discriminator.parameters())}],
+        scales = [*self.elbo.parameters(), *self.pixels.parameters()]
+        groups = (
+            [self.group(self.encoder.parameters())],
+            [self.group(self.decoder.parameters()), self.group(scales, times=10)],
+            [self.group(self.discriminator.parameters(), times=2)],  # it has to be ahead (Heusel et al. 2017)
         )
         # An adversary changes the loss with every step: little use is in a long memory of it.
         return [torch.optim.Adam(group, lr=self.lr, betas=(0.5, 0.99), fused=True) for group in groups]
@@ -133,7 +134,9 @@ class VAEGAN(VAE):
         # Each backward pass names what it reaches: of the discriminator, nothing.
         networks = [*self.encoder.parameters(), *self.decoder.parameters()]
         self.manual_backward(out.loss, inputs=[*networks, *self.elbo.parameters()], retain_graph=True)
-        self._add_adversarial(F.softplus(-torch.cat((score, drawn_score)).float()).mean())
+        # A discriminator that knows nothing yet has nothing to say. (Lightning counts three steps a batch.)
+        share = self.adversarial * min(1.0, self.global_step / 3 / _LEARNING)
+        self._add_adversarial(F.softplus(-torch.cat((score, drawn_score)).float()).mean(), share)
         nll = self.pixels.nll(made.detach(), x)
         self.manual_backward(nll.mean(), inputs=list(self.pixels.parameters()))
         if self.clip:
@@ -165,14 +168,14 @@ class VAEGAN(VAE):
             (gradient,) = torch.autograd.grad(self.discriminator(x)[1].sum(), x, create_graph=True)
         return gradient.square().flatten(1).sum(1).mean()
 
-    def _add_adversarial(self, loss: Tensor) -> None:
-        """To the decoder's gradients, and to no others'."""
+    def _add_adversarial(self, loss: Tensor, share: float) -> None:
+        """To the decoder's gradients, and to no others', at `share` of their length."""
         weights = list(self.decoder.parameters())
         gradients = torch.autograd.grad(loss, weights)
         own = torch.nn.utils.get_total_norm([w.grad for w in weights])  # type: ignore[misc]
-        share = self.adversarial * own / torch.nn.utils.get_total_norm(gradients).clamp(min=1e-12)
+        scale = share * own / torch.nn.utils.get_total_norm(gradients).clamp(min=1e-12)
         for weight, gradient in zip(weights, gradients, strict=True):
-            weight.grad.add_(share * gradient)  # type: ignore[union-attr]
+            weight.grad.add_(scale * gradient)  # type: ignore[union-attr]
 
     def _update(self, optimizer: LightningOptimizer, loss: Tensor) -> None:
         """A step, unless the loss or a gradient is not finite; then there are no gradients any more."""

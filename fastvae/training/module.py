@@ -1,6 +1,7 @@
 """The model that is trained: an encoder, a decoder and a `fastvae.ELBO` as a LightningModule."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -110,13 +111,17 @@ class VAE(LightningModule):
         scale = list(self.elbo.parameters())
         rest = [*self.encoder.parameters(), *self.decoder.parameters()]
         # Adam moves a parameter by about its rate in a step, and a log-variance has further to go than any weight.
-        groups: list[dict[str, Any]] = [{"params": rest}]
+        groups = [self.group(rest)]
         if scale:
-            groups.append({"params": scale, "lr": 10 * self.lr})
+            groups.append(self.group(scale, times=10))
         # The fused kernel also serves to skip steps. With a scaler, which skips them itself, Lightning cannot clip for
         # it: it would have to unscale the gradients before.
         fused = self._scaler is None or not self.trainer.gradient_clip_val
         return torch.optim.Adam(groups, lr=self.lr, fused=fused)
+
+    def group(self, parameters: Iterable[nn.Parameter], times: float = 1) -> dict[str, Any]:
+        """Of parameters, for an optimiser, with so many times the learning rate of the rest."""
+        return {"params": list(parameters), "lr": times * self.lr, "times": times}
 
     @property
     def _scaler(self) -> Any:
@@ -129,8 +134,8 @@ class VAE(LightningModule):
     def on_train_start(self) -> None:
         # A checkpoint brings its own; what counts is what the run's settings say now.
         for optimizer in self.trainer.optimizers:
-            for group, rate in zip(optimizer.param_groups, (self.lr, 10 * self.lr), strict=False):
-                group["lr"] = rate
+            for group in optimizer.param_groups:
+                group["lr"] = group["times"] * self.lr
 
     def on_train_epoch_start(self) -> None:
         self._steps = _Steps()
