@@ -228,19 +228,23 @@ def test_weights_to_start_from(colours, tmp_path, capsys):
     assert train("gaussian", second, colours, *options) == 0
     said = capsys.readouterr().out
     taken, made = weights(first, "best"), weights(second)
-    networks = [name for name in made if not name.startswith("elbo.")]
     same = [
         name
-        for name in networks
-        if taken[name].shape == made[name].shape and torch.allclose(taken[name], made[name], atol=1e-6)
+        for name, weight in made.items()
+        if name != "elbo.beta"
+        and weight.shape == taken[name].shape
+        and torch.allclose(weight, taken[name], atol=1e-6)
     ]
-    assert len(same) == len(networks) - 2
-    assert f"init: {len(same)} of {len(networks)} weights from {first}" in said
+    assert f"init: {len(same)} of {len(same) + 2} weights from {first}" in said
+    third = tmp_path / "third"
+    assert train("gaussian", third, colours, "--init-from", str(first), "--epochs", "1", "--lr", "1e-12") == 0
+    learned = "elbo.likelihood.logvar"
+    assert weights(third)[learned].item() == pytest.approx(taken[learned].item())
     # A run that has begun goes on without them.
     (first / "checkpoints" / "best.ckpt").unlink()
     (first / "checkpoints" / "last.ckpt").unlink()
     assert cli.main(["resume", str(second), "--epochs", "2"]) == 0
-    assert train("gaussian", tmp_path / "third", colours, "--init-from", str(first)) == 2
+    assert train("gaussian", tmp_path / "fourth", colours, "--init-from", str(first)) == 2
     assert f"--init-from {first}: there is no {first}" in one_line(capsys)
 
 

@@ -356,17 +356,15 @@ def initialise(model: "VAE", path: Path) -> None:
     if not file.exists():
         raise InputError(f"--init-from {path}: there is no {file if path.is_dir() else 'such file'}")
     weights = _open_checkpoint(file)["state_dict"]
-    own = model.state_dict()
-    same = {name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape}
-    networks = [name for name in same if not name.startswith("elbo.")]
-    if not networks:
+    own = dict(model.named_parameters())
+    same = [name for name in own if name in weights and weights[name].shape == own[name].shape]
+    if all(name.startswith("elbo.") for name in same):
         raise InputError(f"--init-from {file}: no weight in it has the name and shape of one of this model")
-    for name in networks:
-        if not same[name].isfinite().all():
+    for name in same:
+        if not weights[name].isfinite().all():
             raise InputError(f"{file}: `{name}` holds NaN or infinity: these weights are of no use")
-        own[name].copy_(same[name])
-    ours = [name for name in own if not name.startswith("elbo.")]
-    _say()(f"init: {len(networks)} of {len(ours)} weights from {file}")
+        own[name].copy_(weights[name])
+    _say()(f"init: {len(same)} of {len(own)} weights from {file}")
 
 
 def is_first() -> bool:
