@@ -40,10 +40,16 @@ class VAEGAN(Photos):
         1.0, "Length of the discriminator's gradient to the decoder, that of the reconstruction being 1.",
         "Objective", at_least=0,
     )  # fmt: skip
-    penalty: float = option(
-        1.0, "Of the discriminator's squared gradient at real images.", "Objective", at_least=0
+    latent: int = option(64, "Latent dimensions.", "Model", at_least=1)
+    beta: float = option(
+        30.0,
+        "Weight of the KL, against nats of features: there are several to a pixel.",
+        "Objective",
+        at_least=0,
     )
-    blocks: int = option(1, "Residual blocks at each half.", "Model", at_least=0)
+    penalty: float = option(
+        0.05, "Of the discriminator's squared gradient at real images.", "Objective", at_least=0
+    )
     lr: float = option(3e-4, "Learning rate of Adam.", "Training", above=0)
 
     def check(self) -> None:

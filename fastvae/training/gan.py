@@ -56,7 +56,7 @@ class VAEGAN(VAE):
         *,
         discriminator: nn.Module,
         likelihood: Gaussian,
-        penalty: float = 1.0,
+        penalty: float = 0.05,
         adversarial: float = 1.0,
         clip: float = 0.0,
         **options: Any,
@@ -105,9 +105,8 @@ class VAEGAN(VAE):
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        self._apart = torch.tensor(
-            [2, 0], device=self.device
-        )  # of the seeds: not the held-out images' noise either
+        # Between the seeds of z ~ q and of z ~ p; held-out images have the one between.
+        self._apart = torch.tensor([2, 0], device=self.device)
         self._scores: list[Tensor] = []
 
     def training_step(self, batch: tuple[Any, int], batch_idx: int) -> None:  # type: ignore[override]
