@@ -37,12 +37,12 @@ class VAEGAN(Photos):
     judged = False  # by the negative ELBO of pixels the blurred beginning would be best
 
     adversarial: float = option(
-        1.0, "Length of the discriminator's gradient to the decoder, that of the reconstruction being 1.",
+        0.5, "Length of the discriminator's gradient to the decoder, that of the reconstruction being 1.",
         "Objective", at_least=0,
     )  # fmt: skip
     latent: int = option(64, "Latent dimensions.", "Model", at_least=1)
     beta: float = option(
-        30.0,
+        16.0,
         "Weight of the KL, against nats of features: there are several to a pixel.",
         "Objective",
         at_least=0,

@@ -57,7 +57,7 @@ class VAEGAN(VAE):
         discriminator: nn.Module,
         likelihood: Gaussian,
         penalty: float = 0.05,
-        adversarial: float = 1.0,
+        adversarial: float = 0.5,
         clip: float = 0.0,
         **options: Any,
     ) -> None:
