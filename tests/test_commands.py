@@ -20,16 +20,9 @@ from fastvae.training import evaluate, pictures, runs
 from fastvae.training.data import InputError
 from fastvae.training.module import VAE
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GREY = pictures.BACKGROUND
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # So small a model gains nothing from threads, and loses much to them where other tests run beside.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trained(folder: Path, *options: str) -> Path:

@@ -18,15 +18,9 @@ from fastvae.recipes.vae_gan import VAEGAN, Discriminator
 from fastvae.training import data, loader, runs
 from fastvae.training.data import InputError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = ("--accelerator", "cpu", "--channels", "4", "--latent", "3", "--batch-size", "16")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

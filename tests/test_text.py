@@ -28,6 +28,8 @@ from fastvae.training import (
 from fastvae.training.data import InputError
 from fastvae.training.sentences import END, PAD, START, UNKNOWN
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FILES = {
     "config.toml",
     "tokenizer.json",
@@ -39,14 +41,6 @@ FILES = {
     "loss.png",
 }
 QUICK = ("--accelerator", "cpu", "--hidden", "24", "--embedding", "12", "--latent", "3", "--batch-size", "16")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def little_text(path: Path) -> Path:

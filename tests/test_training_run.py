@@ -22,6 +22,8 @@ from fastvae.recipes import RECIPES
 from fastvae.training import callbacks, data, files, loader, module, runs, warmup
 from fastvae.training.data import InputError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # The others have files of their own; photos is gaussian with other defaults.
 IMAGES = ["mlp", "conv", "conv-lstm", "gaussian"]
 QUICK = ("--accelerator", "cpu", "--hidden", "32", "--latent", "4")
@@ -35,15 +37,6 @@ FILES = {
     "loss.png",
     "latents.png",
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # So small a model gains nothing from threads, and loses much to them where other tests run beside.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
