@@ -420,6 +420,11 @@ def _app() -> Any:
         if hasattr(loaded.model, "realism"):  # a GAN, which may have learned images by heart
             generate.beside(loaded, run / "generated.png", seed=seed)
             messages.say(f"{run / 'generated.png'}: new images, above held-out ones")
+            if loaded.others:
+                messages.say(
+                    "neighbours.png is not drawn: it is of the images trained on, and --data are others"
+                )
+                return
             generate.neighbours(loaded, run / "neighbours.png", seed=seed)
             messages.say(f"{run / 'neighbours.png'}: new images, each above the nearest of those trained on")
 

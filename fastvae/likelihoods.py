@@ -113,7 +113,7 @@ class Gaussian(Likelihood):
 
     `logvar_bounds=(lo, hi)` keeps a log-variance v that is learned or given per element between bounds: in its place
     stands mid + half tanh((v - mid) / half), mid = (lo + hi) / 2 and half = (hi - lo) / 2, which is v in the middle and
-    has a gradient everywhere. Without it a decoder that meets some data exactly, flat parts of an image, drives its
+    has a gradient beyond them. Without it a decoder that meets some data exactly, flat parts of an image, drives its
     variance to 0 there and the loss to minus infinity.
     """
 

@@ -279,13 +279,6 @@ def bounded_logvar(logvar: Tensor, bounds: Sequence[float]) -> Tensor:
     return mid + half * torch.tanh((logvar - mid) / half)
 
 
-def unbounded_logvar(logvar: Tensor, bounds: Sequence[float]) -> Tensor:
-    """What `bounded_logvar` makes `logvar` of, or comes near to it: within 0.95 of the way to a bound."""
-    lo, hi = bounds
-    mid, half = lo / 2 + hi / 2, hi / 2 - lo / 2
-    return mid + half * torch.atanh(((logvar - mid) / half).clamp(-0.95, 0.95))
-
-
 def gaussian_head_nll(
     params: Tensor, target: Tensor, *, logvar_bounds: Sequence[float] | None = None
 ) -> Tensor:

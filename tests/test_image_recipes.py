@@ -6,17 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from test_training_run import assert_same_run, one_line, rows, weights
 from torch import nn
 
-from fastvae import cli, reference
-from fastvae.recipes import RECIPES, generate, layers
+from fastvae import cli, functional, reference
+from fastvae.recipes import generate, layers
 from fastvae.recipes.recurrent import ConvLSTM
 from fastvae.recipes.residual import Colour, Photos
 from fastvae.recipes.vae_gan import VAEGAN, Discriminator
-from fastvae.training import data, loader, runs
+from fastvae.training import callbacks, data, loader, runs
 from fastvae.training.data import InputError
+from fastvae.training.gan import AdversarialVAE as Module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,13 +99,23 @@ def test_four_pixels_start_equal():
     assert not torch.equal(pixels[:, :, :, 0], pixels[:, :, :, 2])
 
 
-def test_the_lstm_of_the_decoder_writes_rows():
-    """A later row depends on the earlier ones' state, not the reverse: the first row comes of one step."""
-    _, decoder = ConvLSTM(latent=4, channels=4, hidden=8).build((28, 28, 1))
-    steps = []
-    decoder.lstm.register_forward_hook(lambda module, given, made: steps.append(made[0].shape))
+def test_the_decoders_lstm_has_a_step_for_each_row():
+    """And the encoder's: a change in the last row of an image is a change in the last step alone."""
+    encoder, decoder = ConvLSTM(latent=4, channels=4, hidden=8).build((28, 28, 1))
+    given: list[torch.Tensor] = []
+    encoder.lstm.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
+    x = torch.rand(1, 1, 28, 28)
+    encoder(x)
+    x[:, :, -1] = 0
+    encoder(x)
+    before, after = given
+    assert before.shape == (1, 7, 8 * 7)
+    assert torch.equal(before[:, :-1], after[:, :-1])
+    assert not torch.equal(before[:, -1], after[:, -1])
+    made: list[torch.Tensor] = []
+    decoder.lstm.register_forward_hook(lambda module, inputs, outputs: made.append(outputs[0]))
     decoder(torch.randn(3, 4))
-    assert steps == [(3, 7, 8)]
+    assert made[0].shape == (3, 7, 8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,10 +157,14 @@ def test_a_variance_per_pixel_starts_from_the_data(colours):
         (["--sigma", "2"], "--sigma is of a fixed variance: give --variance fixed"),
         (["--likelihood", "dmol", "--variance", "fixed"], "--variance is of the Gaussian likelihood"),
         (["--components", "3"], "--components is of dmol: give --likelihood dmol"),
-        (["--variance", "fixed", "--logvar-max", "1"], "--logvar-max is of a learned or per-pixel variance"),
+        (
+            ["--variance", "fixed", "--logvar-max", "1"],
+            "--logvar-max is of a learned or per-pixel variance: give --variance learned or per-pixel",
+        ),
+        (["--logvar-max", "inf"], "--logvar-max must be at least -50 and at most 50 and finite, got inf"),
         (["--logvar-min", "3"], "--logvar-min must be below --logvar-max 2, got 3"),
         (["--variance", "each"], "each"),
-        (["--sigma", "0", "--variance", "fixed"], "--sigma must be above 0, got 0"),
+        (["--sigma", "0", "--variance", "fixed"], "--sigma must be at least 0.0001"),
         (["--init-from", "/nowhere"], "--init-from /nowhere: there is no such file"),
         (["--size", "32"], "--size is of folders and datasets"),
     ],
@@ -168,6 +184,8 @@ def test_photos_of_any_size(pictures, tmp_path, capsys):
     # A file's images are taken as they are, whatever the default of --size.
     np.savez(tmp_path / "x.npz", x_train=np.zeros((9, 16, 16, 3), np.uint8))
     assert train("photos", tmp_path / "third", tmp_path / "x.npz", "--epochs", "1") == 0
+    assert runs.load(tmp_path / "third").settings.size == 0
+    assert train("photos", tmp_path / "fourth", tmp_path / "x.npz", "--size", "32") == 2
 
 
 def test_augmentation():
@@ -214,32 +232,63 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(colours, tmp_path, recipe):
     assert_same_run(stopped, whole)
 
 
+STILL = ("--epochs", "1", "--lr", "1e-12", "--ema", "0")
+
+
 def test_weights_to_start_from(colours, tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     assert train("gaussian", first, colours, "--epochs", "2") == 0
-    # Of another likelihood: the decoder's last layer is another, the rest is taken.
-    options = ["--likelihood", "dlogistic", "--init-from", str(first), "--epochs", "1", "--lr", "1e-12"]
-    assert train("gaussian", second, colours, *options) == 0
-    said = capsys.readouterr().out
+    assert train("gaussian", second, colours, "--init-from", str(first), *STILL) == 0
     taken, made = weights(first, "best"), weights(second)
-    same = [
-        name
-        for name, weight in made.items()
-        if name != "elbo.beta"
-        and weight.shape == taken[name].shape
-        and torch.allclose(weight, taken[name], atol=1e-6)
-    ]
-    assert f"init: {len(same)} of {len(same) + 2} weights from {first}" in said
-    third = tmp_path / "third"
-    assert train("gaussian", third, colours, "--init-from", str(first), "--epochs", "1", "--lr", "1e-12") == 0
-    learned = "elbo.likelihood.logvar"
-    assert weights(third)[learned].item() == pytest.approx(taken[learned].item())
+    assert f"init: 100% of the weights from {first}" in capsys.readouterr().out
+    for name, weight in made.items():
+        torch.testing.assert_close(weight, taken[name], rtol=0, atol=1e-6, msg=name)
     # A run that has begun goes on without them.
     (first / "checkpoints" / "best.ckpt").unlink()
     (first / "checkpoints" / "last.ckpt").unlink()
     assert cli.main(["resume", str(second), "--epochs", "2"]) == 0
-    assert train("gaussian", tmp_path / "fourth", colours, "--init-from", str(first)) == 2
+    assert train("gaussian", tmp_path / "third", colours, "--init-from", str(first)) == 2
     assert f"--init-from {first}: there is no {first}" in one_line(capsys)
+    # One that has not cannot, and says where that is written.
+    for name in ("best", "last"):
+        (second / "checkpoints" / f"{name}.ckpt").unlink()
+    assert cli.main(["resume", str(second)]) == 2
+    assert f"{second / 'config.toml'}: init_from {first}: there is no {first}" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--likelihood", "dlogistic"), ("--variance", "per-pixel"), ("--logvar-max", "0")],
+)
+def test_what_another_likelihood_knew_is_not_taken(colours, tmp_path, options):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train("gaussian", first, colours, "--epochs", "2") == 0
+    assert train("gaussian", second, colours, "--init-from", str(first), *options, *STILL) == 0
+    taken, made = weights(first, "best"), weights(second)
+    last = runs._last_layer(runs.load(second).model)[0]
+    for name, weight in made.items():
+        if name.startswith((f"{last}.", "elbo.likelihood")):
+            assert weight.shape != taken[name].shape or not torch.allclose(weight, taken[name], atol=1e-6)
+        else:
+            torch.testing.assert_close(weight, taken[name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_run_does_not_start_from_what_it_replaces(colours, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train("gaussian", out, colours, "--epochs", "1") == 0
+    assert train("gaussian", out, colours, "--overwrite", "--init-from", str(out)) == 2
+    assert "it is in the run that would be replaced; give another --out" in one_line(capsys)
+    assert (out / "checkpoints" / "best.ckpt").exists()
+
+
+def test_photos_give_a_vae_gan_all_but_the_discriminator(colours, tmp_path, capsys):
+    assert train("photos", tmp_path / "photos", colours, "--epochs", "1", "--ema", "0") == 0
+    assert train("vae-gan", tmp_path / "gan", colours, "--init-from", str(tmp_path / "photos"), *STILL) == 0
+    taken, made = weights(tmp_path / "photos"), weights(tmp_path / "gan")
+    networks = [name for name in made if name.startswith(("encoder.", "decoder."))]
+    assert len(networks) > 20
+    for name in networks:
+        torch.testing.assert_close(made[name], taken[name], rtol=0, atol=1e-6, msg=name)
 
 
 def test_weights_that_fit_nowhere(colours, tmp_path, capsys):
@@ -248,6 +297,9 @@ def test_weights_that_fit_nowhere(colours, tmp_path, capsys):
     file = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert train("conv-lstm", tmp_path / "other", colours, "--init-from", str(file)) == 2
     assert f"--init-from {file}: no weight in it has the name and shape" in one_line(capsys)
+    torch.save({"state_dict": {"encoder.0.weight": 3}, "epoch": 0, "loops": 0, "optimizer_states": 0}, file)
+    assert train("gaussian", tmp_path / "other", colours, "--init-from", str(file)) == 2
+    assert "not a checkpoint of fastvae, or damaged" in one_line(capsys)
     file.write_bytes(b"nothing")
     assert train("gaussian", tmp_path / "other", colours, "--init-from", str(file)) == 2
     assert "not a checkpoint of fastvae, or damaged" in one_line(capsys)
@@ -304,28 +356,114 @@ def make(**changes) -> "nn.Module":
     return runs._fresh(settings, images)  # fmt: skip
 
 
-def gradients(model, networks) -> list[torch.Tensor]:
-    return [p.grad.clone() for network in networks for p in network.parameters()]
+class Recorder:
+    """In an optimiser's place: keeps the gradients, and moves nothing."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.param_groups = [{"params": parameters}]
+        self.optimizer = self
+        self.gradients: list[torch.Tensor] = []
+
+    def step(self) -> None:
+        self.gradients = [p.grad.clone() for p in self.param_groups[0]["params"]]
+
+    def zero_grad(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
 
 
-def test_the_score_reaches_the_decoder_alone_and_balanced():
-    model = make()
-    z = torch.randn(4, 3)
-    made = model.decode(z)
-    features, score = model.discriminator(made)
-    with torch.no_grad():
-        real, _ = model.discriminator(torch.rand(4, 3, 16, 16))
-    decoder = list(model.decoder.parameters())
-    model.elbo(features, real, kl=torch.zeros(4)).loss.backward(inputs=decoder, retain_graph=True)
-    before = gradients(model, [model.decoder])
-    alone = torch.autograd.grad(-score.mean(), decoder, retain_graph=True)
-    model._add_adversarial(-score.mean(), 2.0)
-    added = [p.grad - old for p, old in zip(decoder, before, strict=True)]
-    length = torch.nn.utils.get_total_norm
-    assert length(added).item() == pytest.approx(2 * length(before).item(), rel=1e-3)
-    flat = torch.cat([g.flatten() for g in added])
-    assert torch.cosine_similarity(flat, torch.cat([g.flatten() for g in alone]), 0) > 0.9999
-    assert all(p.grad is None for p in [*model.encoder.parameters(), *model.discriminator.parameters()])
+@pytest.mark.parametrize(
+    ("batch_idx", "done", "clip"), [(0, 10**6, 0.0), (1, 10**6, 0.0), (16, 125, 0.0), (1, 10**6, 0.5)]
+)
+def test_the_gradients_of_a_step(monkeypatch, batch_idx, done, clip):
+    """Of each network, against what the three losses, written out, give by autograd."""
+    model = make(adversarial=0.7, penalty=3.0, beta=5.0, clip=clip)
+    monkeypatch.setattr(Module, "steps_done", done)
+    scales = [*model.elbo.parameters(), *model.pixels.parameters()]
+    parts = [list(net.parameters()) for net in (model.encoder, model.decoder, model.discriminator)]
+    optimizers = [Recorder(parts[0]), Recorder([*parts[1], *scales]), Recorder(parts[2])]
+    monkeypatch.setattr(model, "optimizers", lambda: optimizers)
+    monkeypatch.setattr(model, "manual_backward", lambda loss, **options: loss.backward(**options))
+    model.on_train_epoch_start()
+    x = torch.rand(6, 3, 16, 16)
+    model.training_step((x, 40), batch_idx)
+
+    def noise(seed: int, mu: torch.Tensor, logvar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return functional.reparameterize_kl(mu, logvar, seed=torch.tensor([seed, 4 * done]), row_offset=40)
+
+    mu, logvar = model.encode(x)
+    z, kl = noise(0, mu, logvar)
+    drawn, _ = noise(2, torch.zeros(6, 3), torch.zeros(6, 3))
+    made, new = model.decode(z), model.decode(drawn)
+    discriminator = model.discriminator
+    fakes = torch.cat((made, new)).detach()
+    own = -F.logsigmoid(discriminator(x)[1]).mean() - F.logsigmoid(-discriminator(fakes)[1]).mean()
+    if batch_idx % 16 == 0:
+        given = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(discriminator(given)[1].sum(), given, create_graph=True)
+        own = own + 16 * 3.0 / 2 * slope.flatten(1).square().sum(1).mean()
+    features, real = discriminator(made)[0], discriminator(x)[0]
+    matching = sum(
+        reference.gaussian_nll(
+            features[name], real[name].detach(), likelihood.logvar, logvar_bounds=likelihood.logvar_bounds
+        )
+        for name, likelihood in model.elbo.likelihood.parts.items()
+    )
+    loss = (matching + 5.0 * kl).mean()
+    score = -F.logsigmoid(discriminator(torch.cat((made, new)))[1]).mean()
+
+    def gradients(of: torch.Tensor, parameters: list[nn.Parameter]) -> torch.Tensor:
+        found = torch.autograd.grad(of, parameters, retain_graph=True)
+        return torch.cat([gradient.flatten() for gradient in found])
+
+    encoder, decoder = gradients(loss, parts[0]), gradients(loss, parts[1])
+    adversary = gradients(score, parts[1])
+    share = 0.7 * min(1, done / 500)
+    decoder = decoder + share * decoder.norm() / adversary.norm() * adversary
+    if clip:
+        length = torch.cat((encoder, decoder)).norm()
+        assert length > clip
+        encoder, decoder = (clip / length * gradient for gradient in (encoder, decoder))
+    measured = reference.gaussian_nll(
+        made.detach(), x, model.pixels.logvar, logvar_bounds=model.pixels.logvar_bounds
+    ).mean()
+    expected = [
+        encoder,
+        torch.cat((decoder, gradients(loss, scales[:-1]), gradients(measured, scales[-1:]))),
+        gradients(own, parts[2]),
+    ]
+    for optimizer, gradient in zip(optimizers, expected, strict=True):
+        found = torch.cat([g.flatten() for g in optimizer.gradients])
+        torch.testing.assert_close(found, gradient, rtol=2e-3, atol=2e-4 * gradient.abs().max().item())
+
+
+def test_rates(colours, tmp_path, monkeypatch):
+    """Also after a run was resumed with another one: the scales' tenfold, the discriminator's twice the others'."""
+    out = tmp_path / "run"
+    assert train("vae-gan", out, colours, "--epochs", "1", "--lr", "0.001") == 0
+    config = out / "config.toml"
+    config.write_text(config.read_text().replace("lr = 0.001", "lr = 0.002"))
+    seen: list[list[float]] = []
+    start = Module.on_train_epoch_start
+    monkeypatch.setattr(
+        Module,
+        "on_train_epoch_start",
+        lambda self: (
+            seen.extend([g["lr"] for g in o.param_groups] for o in self.trainer.optimizers),
+            start(self),
+        ),
+    )
+    assert cli.main(["resume", str(out), "--epochs", "2"]) == 0
+    assert seen == [[0.002], [0.002, 0.02], [0.004]]
+
+
+def test_the_best_is_the_last(tmp_path):
+    trainer = runs.make_trainer(VAEGAN(accelerator="cpu"), tmp_path, callbacks.Callback())
+    (best,) = (kept for kept in trainer.callbacks if isinstance(kept, callbacks.Best))
+    assert best.monitor is None
+    trainer = runs.make_trainer(Photos(accelerator="cpu"), tmp_path, callbacks.Callback())
+    (best,) = (kept for kept in trainer.callbacks if isinstance(kept, callbacks.Best))
+    assert best.monitor == callbacks.MONITOR
 
 
 def test_features_start_with_their_own_variance():
@@ -335,7 +473,9 @@ def test_features_start_with_their_own_variance():
     features, _ = model.discriminator(x)
     for name, likelihood in model.elbo.likelihood.parts.items():
         logvar = reference.bounded_logvar(likelihood.logvar, likelihood.logvar_bounds)
-        assert logvar.exp().item() == pytest.approx(features[name].var(0).mean().item(), rel=0.2)
+        assert logvar.exp().item() == pytest.approx(
+            features[name].var(0, correction=0).mean().item(), rel=0.2
+        )
 
 
 def test_discriminator():
@@ -353,7 +493,7 @@ def test_the_penalty_is_the_squared_gradient():
     model = make()
     x = torch.rand(2, 3, 16, 16)
     model.discriminator.double()
-    found = model._steepness(x.double())
+    found = model._r1_penalty(x.double())
     step, lengths = 1e-4, []
     for image in x.double():
         moved = image + step * torch.eye(768).view(768, 3, 16, 16).double()
@@ -400,6 +540,15 @@ def test_a_vae_gan_is_used_as_any_run(gan, tmp_path, capsys):
     assert "bits per dimension" in said
 
 
+def test_neighbours_are_of_the_images_trained_on(gan, colours, tmp_path, capsys):
+    np.savez(tmp_path / "others.npz", x_train=np.zeros((9, 16, 20, 3), np.uint8))
+    before = (gan / "neighbours.png").read_bytes() if (gan / "neighbours.png").exists() else b""
+    options = ["--data", str(tmp_path / "others.npz"), "--samples", "2"]
+    assert cli.main(["evaluate", str(gan), *options]) == 0
+    assert "neighbours.png is not drawn" in capsys.readouterr().out
+    assert ((gan / "neighbours.png").read_bytes() if before else b"") == before
+
+
 def test_neighbours_are_the_nearest(gan, tmp_path, monkeypatch):
     """Mirrored ones too."""
     run = runs.load(gan)
@@ -421,8 +570,10 @@ def test_neighbours_are_the_nearest(gan, tmp_path, monkeypatch):
         (["--likelihood", "dmol"], "vae-gan compares features of a discriminator"),
         (["--variance", "fixed"], "vae-gan compares features of a discriminator"),
         (["--devices", "2"], "on one device, with --precision 32-true or bf16-mixed, got --devices 2"),
-        (["--precision", "16-mixed"], "got --devices 1 --precision 16-mixed"),
-        (["--adversarial", "-1"], "--adversarial must be at least 0, got -1"),
+        (["--precision", "16-mixed"], "got --devices 1 --strategy auto --precision 16-mixed"),
+        (["--strategy", "ddp"], "got --devices 1 --strategy ddp"),
+        (["--sigma", "2"], "--sigma is of a likelihood that vae-gan does not have: leave it out"),
+        (["--adversarial", "-1"], "--adversarial must be at least 0 and at most 100, got -1"),
     ],
 )
 def test_options_of_no_use_to_a_vae_gan(colours, tmp_path, capsys, options, words):
@@ -431,8 +582,6 @@ def test_options_of_no_use_to_a_vae_gan(colours, tmp_path, capsys, options, word
 
 
 def test_a_step_that_is_not_finite_is_skipped(colours, tmp_path, monkeypatch, capsys):
-    from fastvae.training.gan import VAEGAN as Module
-
     add = Module._add_adversarial
 
     def spoil(self, loss, share):
@@ -444,12 +593,6 @@ def test_a_step_that_is_not_finite_is_skipped(colours, tmp_path, monkeypatch, ca
     assert train("vae-gan", tmp_path / "run", colours, "--epochs", "1", "--clip", "0") == 0
     assert "warning: 1 of 3 steps skipped" in capsys.readouterr().out
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
-
-
-def test_every_recipe_is_described():
-    for name, recipe in RECIPES.items():
-        assert recipe.recipe == name
-        assert recipe.__doc__
 
 
 def test_input_error_names_the_recipe():

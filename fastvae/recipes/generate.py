@@ -26,7 +26,6 @@ __all__ = [
 ]  # fmt: skip
 
 _COLUMNS = 10
-_CHUNK = 500  # images at a time
 _DRAWS = 20  # of z for each image's likelihood
 
 
@@ -71,7 +70,10 @@ def best(
     shown = _shown(run, z).clamp(0, 1)
     realism = getattr(run.model, "realism", None)
     if realism is not None:
-        parts = (part.permute(0, 3, 1, 2).to(run.device) for part in shown.split(_CHUNK))
+        parts = (
+            part.permute(0, 3, 1, 2).to(run.device)
+            for part in shown.split(held_out_batch(run.model.dimensions))
+        )
         values = torch.cat([realism(part).double().cpu() for part in parts])
         measure, unit, decimals = "the discriminator's score", "", 4
     else:
@@ -92,7 +94,7 @@ def _nll(run: Run, images: Tensor, seed: int) -> Tensor:
     # A mean is brought to zeros and ones as its picture looks, not drawn.
     settings = dataclasses.replace(run.settings, binarize="threshold")
     draws = generator(seed)
-    size = held_out_batch(images)
+    size = held_out_batch(images[0].numel())
     batches = images.split(size)
     parts = []
     with progress(get_console()) as bar:
@@ -149,7 +151,7 @@ def neighbours(run: Run, path: Path, *, n: int = 10, near: int = 3, seed: int = 
 
 def _distances(images: Tensor, image: Tensor) -> Tensor:
     """Squared, of uint8 images (N, H, W, C) from one in [0, 1]."""
-    parts = images.split(_CHUNK)
+    parts = images.split(500)
     return torch.cat([(_grey(part) - image).square().flatten(1).sum(1) for part in parts])
 
 
@@ -303,7 +305,10 @@ def _grey(images: Tensor) -> Tensor:
 def _means(run: Run, images: Tensor) -> Tensor:
     """Posterior means (N, L) of uint8 images (N, H, W, C), on the CPU."""
     draws = generator(run.settings.seed, 3)
-    parts = (prepare(part, run.settings, draws).to(run.device) for part in images.split(_CHUNK))
+    parts = (
+        prepare(part, run.settings, draws).to(run.device)
+        for part in images.split(held_out_batch(run.model.dimensions))
+    )
     return torch.cat([run.model.encode(part)[0].float().cpu() for part in parts])
 
 
@@ -311,7 +316,9 @@ def _means(run: Run, images: Tensor) -> Tensor:
 def _shown(run: Run, z: Tensor) -> Tensor:
     """The likelihood's means (N, H, W, C) of z (N, L), on the CPU."""
     mean = run.model.likelihood.mean
-    parts = [mean(run.model.decode(part.to(run.device))) for part in z.split(_CHUNK)]
+    parts = [
+        mean(run.model.decode(part.to(run.device))) for part in z.split(held_out_batch(run.model.dimensions))
+    ]
     return torch.cat([part.float().cpu() for part in parts]).permute(0, 2, 3, 1)
 
 

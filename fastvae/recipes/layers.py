@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from fastvae.training.data import InputError
 
-__all__ = ["Pixels", "Residual", "dense", "double", "halved", "residual_decoder", "residual_encoder"]
+__all__ = [
+    "Pixels",
+    "Residual",
+    "dense",
+    "double",
+    "halved",
+    "residual_decoder",
+    "residual_encoder",
+    "widths",
+]
 
 Side = tuple[int, int]
 """Height and width."""
@@ -71,9 +80,9 @@ class Residual(nn.Module):
 
 def residual_encoder(sides: list[Side], inputs: int, outputs: int, channels: int, blocks: int) -> nn.Module:
     """Images (B, inputs, *sides[0]) to (B, outputs): each half has so many blocks, and twice as many channels."""
-    widths = [inputs, *_widths(channels, len(sides) - 1)]
+    sizes = [inputs, *widths(channels, len(sides) - 1)]
     layers: list[nn.Module] = []
-    for (before, after), (height, width) in zip(pairwise(widths), sides, strict=False):
+    for (before, after), (height, width) in zip(pairwise(sizes), sides, strict=False):
         if layers:
             # A kernel of 4, as on the way back; it takes an odd side for the even one below.
             odd = [nn.ZeroPad2d((0, width % 2, 0, height % 2))] if width % 2 or height % 2 else []
@@ -81,20 +90,20 @@ def residual_encoder(sides: list[Side], inputs: int, outputs: int, channels: int
         else:
             layers += [nn.Conv2d(before, after, 5, 2, padding=2)]
         layers += [Residual(after) for _ in range(blocks)]
-    return nn.Sequential(*layers, nn.SiLU(), nn.Flatten(), nn.Linear(widths[-1] * prod(sides[-1]), outputs))
+    return nn.Sequential(*layers, nn.SiLU(), nn.Flatten(), nn.Linear(sizes[-1] * prod(sides[-1]), outputs))
 
 
 def residual_decoder(sides: list[Side], latent: int, outputs: int, channels: int, blocks: int) -> nn.Module:
     """z (B, latent) to (B, outputs, *sides[0]), the encoder's way back."""
-    widths = _widths(channels, len(sides) - 1)
-    small = (widths[-1], *sides[-1])
+    sizes = widths(channels, len(sides) - 1)
+    small = (sizes[-1], *sides[-1])
     layers: list[nn.Module] = [nn.Linear(latent, prod(small)), nn.Unflatten(1, small)]
     for level in range(len(sides) - 1, 0, -1):
-        width = widths[level - 1]
+        width = sizes[level - 1]
         layers += [*(Residual(width) for _ in range(blocks)), nn.SiLU()]
         if level > 1:
-            layers.append(double(width, widths[level - 2], sides[level - 1]))
-    return nn.Sequential(*layers, Pixels(widths[0], outputs, sides[0]))
+            layers.append(double(width, sizes[level - 2], sides[level - 1]))
+    return nn.Sequential(*layers, Pixels(sizes[0], outputs, sides[0]))
 
 
 class Pixels(nn.Module):
@@ -116,6 +125,6 @@ class Pixels(nn.Module):
         return F.pixel_shuffle(self.convolution(x), 2)[:, :, :height, :width]
 
 
-def _widths(channels: int, halves: int) -> list[int]:
+def widths(channels: int, halves: int) -> list[int]:
     """The channels of each half: twice those of the one before, up to eight times the first's."""
     return [channels * min(2**i, 8) for i in range(halves)]

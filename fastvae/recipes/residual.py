@@ -57,11 +57,15 @@ class Colour(ImageSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Photos(Colour):
-    """A deeper residual VAE for a folder of pictures of any size, brought to 64 to 256 pixels."""
+    """A deeper residual VAE for a folder of pictures of any size, made for 64 to 256 pixels."""
 
     recipe = "photos"
 
-    size: int = option(64, "Side to which the pictures are cut and resized.", "Data", at_least=8)
-    augment: bool = option(True, "Mirror and shift the training images, anew in every epoch.", "Data")
+    size: int = option(
+        64, "Side to which the pictures of a folder or dataset are cut and resized.", "Data", at_least=0
+    )
+    augment: bool = option(
+        True, "Mirror the training images, and shift them (from 32 pixels on), anew in every epoch.", "Data"
+    )
     blocks: int = option(2, "Residual blocks at each half.", "Model", at_least=0)
     batch_size: int = option(32, "Images in a batch, over all devices together.", "Training", at_least=1)

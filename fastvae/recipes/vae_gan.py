@@ -19,11 +19,11 @@ from fastvae.likelihoods import Gaussian, Product
 from fastvae.training.data import InputError
 from fastvae.training.settings import option
 
-from .layers import Side, halved
+from .layers import Side, halved, widths
 from .residual import Photos
 
 if TYPE_CHECKING:
-    from fastvae.training.gan import VAEGAN as Module
+    from fastvae.training.gan import AdversarialVAE
 
 __all__ = ["VAEGAN", "Discriminator"]
 
@@ -38,7 +38,7 @@ class VAEGAN(Photos):
 
     adversarial: float = option(
         0.5, "Length of the discriminator's gradient to the decoder, that of the reconstruction being 1.",
-        "Objective", at_least=0,
+        "Objective", at_least=0, at_most=100,
     )  # fmt: skip
     latent: int = option(64, "Latent dimensions.", "Model", at_least=1)
     beta: float = option(
@@ -48,30 +48,33 @@ class VAEGAN(Photos):
         at_least=0,
     )
     penalty: float = option(
-        0.05, "Of the discriminator's squared gradient at real images.", "Objective", at_least=0
+        0.05, "Of the discriminator's squared gradient at real images.", "Objective", at_least=0, at_most=1e6
     )
     lr: float = option(3e-4, "Learning rate of Adam.", "Training", above=0)
 
     def check(self) -> None:
         super().check()
+        for name in ("sigma", "components", "binarize"):
+            if getattr(self, name) != getattr(type(self), name):
+                raise InputError(f"--{name} is of a likelihood that vae-gan does not have: leave it out")
         if (self.likelihood, self.variance) != ("gaussian", "learned"):
             given = self.likelihood if self.likelihood != "gaussian" else self.variance
             raise InputError(
                 f"vae-gan compares features of a discriminator, by Gaussians with a learned variance; --likelihood and "
                 f"--variance are of other recipes, got {given}"
             )
-        if self.devices != 1 or self.precision not in ("32-true", "bf16-mixed"):
+        if self.devices != 1 or self.strategy != "auto" or self.precision not in ("32-true", "bf16-mixed"):
             raise InputError(
                 "vae-gan trains three networks in turn: on one device, with --precision 32-true or bf16-mixed, got "
-                f"--devices {self.devices} --precision {self.precision}"
+                f"--devices {self.devices} --strategy {self.strategy} --precision {self.precision}"
             )
 
     @property
     def described(self) -> str:
         return "Gaussian likelihood of a discriminator's features; that of pixels, as the table has it, only measures"
 
-    def make_module(self, shape: tuple[int, int, int], **options: Any) -> "Module":
-        from fastvae.training.gan import VAEGAN as Module
+    def make_module(self, shape: tuple[int, int, int], **options: Any) -> "AdversarialVAE":
+        from fastvae.training.gan import AdversarialVAE
 
         encoder, decoder = self.build(shape)
         height, width, colours = shape
@@ -81,7 +84,7 @@ class VAEGAN(Photos):
         features = Product(
             {name: Gaussian("learned", logvar_bounds=bounds) for name in discriminator.compared}
         )
-        return Module(
+        return AdversarialVAE(
             encoder,
             decoder,
             fastvae.ELBO(features, beta=self.beta, free_bits=self.free_bits),
@@ -102,11 +105,11 @@ class Discriminator(nn.Module):
 
     def __init__(self, sides: list[Side], inputs: int, channels: int) -> None:
         super().__init__()
-        widths = [inputs] + [channels * min(2**i, 8) for i in range(len(sides) - 1)]
-        layers = (nn.Conv2d(before, after, 4, 2, padding=1) for before, after in pairwise(widths))
+        sizes = [inputs, *widths(channels, len(sides) - 1)]
+        layers = (nn.Conv2d(before, after, 4, 2, padding=1) for before, after in pairwise(sizes))
         self.layers = nn.ModuleList(layers)
         small = prod(side // 2 ** len(self.layers) for side in sides[0])
-        self.score = nn.Linear(widths[-1] * small, 1)
+        self.score = nn.Linear(sizes[-1] * small, 1)
         self.compared = [f"layer{i}" for i in range(len(self.layers))]
 
     def forward(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import files, pictures
 from .data import Images, InputError
-from .loader import generator, prepare
+from .loader import generator, held_out_batch, prepare
 from .module import VAE
 from .settings import ImageSettings
 
@@ -27,7 +27,7 @@ MONITOR = "held_out_nelbo"
 _COLUMNS = (
     "epoch", "step", "train_loss", "train_nll", "train_kl", "train_bits_per_dim", "train_perplexity", "held_out_nelbo",
     "held_out_nll", "held_out_kl", "held_out_bits_per_dim", "held_out_perplexity", "beta", "active_units",
-    "mutual_information", "train_features", "train_real", "train_made", "skipped_steps", "seconds",
+    "mutual_information", "train_features", "train_real", "train_fake", "skipped_steps", "seconds",
 )  # fmt: skip
 _DRAWN = 2000  # points in latents.png
 _WHOLE = {"epoch", "step", "active_units", "skipped_steps"}
@@ -70,7 +70,7 @@ class Metrics(Checkpoint):
         row = {name: value.item() for name, value in trainer.callback_metrics.items() if name in _COLUMNS}
         row |= {
             "epoch": trainer.current_epoch + 1,
-            "step": trainer.global_step,
+            "step": model.steps_done,
             "seconds": time.perf_counter() - self._started,
         }
         self.rows.append({name: row[name] for name in _COLUMNS if name in row})
@@ -170,7 +170,7 @@ class Pictures(Callback):
 
         held_out, labels = self.images.held_out[:_DRAWN], self.images.held_out_labels
         x = prepare(held_out, settings, generator(settings.seed, 3))
-        mu = torch.cat([encoded(part) for part in x.split(500)])
+        mu = torch.cat([encoded(part) for part in x.split(held_out_batch(held_out[0].numel()))])
         labels = None if labels is None else labels[:_DRAWN]
         pictures.save_latents(mu, labels, self.folder / "latents.png", names=self.images.label_names)
 

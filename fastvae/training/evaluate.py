@@ -224,7 +224,7 @@ def evaluate(
     parts, means, ratios, similarities = [], [], [], []
     bar = progress(console)
     with bar:
-        size = held_out_batch(held_out)
+        size = held_out_batch(held_out[0].numel())
         batches = held_out.split(size)
         task = bar.add_task("evaluating", total=len(batches) * samples)
         for number, images in enumerate(batches):

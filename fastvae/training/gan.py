@@ -10,17 +10,16 @@ from torch import Tensor, nn
 import fastvae
 from fastvae import functional
 from fastvae.likelihoods import Gaussian, Likelihood
-from fastvae.reference import unbounded_logvar
 
-from .module import VAE
+from .module import VAE, unbounded_logvar
 
-__all__ = ["VAEGAN"]
+__all__ = ["AdversarialVAE"]
 
-_LEARNING = 500  # steps over which the discriminator's gradient comes to its full length
-_EVERY = 16  # a lazy penalty does as well, sixteen times as strong (Karras et al. 2020, section 3.1)
+_ADVERSARIAL_WARMUP = 500  # steps over which the discriminator's gradient comes to its full length
+_R1_INTERVAL = 16  # a lazy penalty does as well, sixteen times as strong (Karras et al. 2020, section 3.1)
 
 
-class VAEGAN(VAE):
+class AdversarialVAE(VAE):
     """An encoder, a decoder and a discriminator, each with an optimiser of its own.
 
     Larsen et al. 2016, algorithm 1, in which a datum is reconstructed not in its pixels but in what the discriminator
@@ -42,11 +41,11 @@ class VAEGAN(VAE):
 
     `likelihood`, a Gaussian of the pixels with a variance that is fitted and reaches no network, measures the model in
     nats of the data, as other VAEs are: that is the reconstruction that is logged, and the held-out negative ELBO.
-    Logged besides: train_features, the nll of the features; train_real and train_made, the mean scores.
+    Logged besides: train_features, the nll of the features; train_real and train_fake, the mean scores.
     """
 
     shown = (("bits/dim", "held_out_bits_per_dim", 3), ("features", "train_features", 0),
-             ("D(real)", "train_real", 2), ("D(made)", "train_made", 2))  # fmt: skip
+             ("D(real)", "train_real", 2), ("D(fake)", "train_fake", 2))  # fmt: skip
 
     def __init__(
         self,
@@ -73,11 +72,15 @@ class VAEGAN(VAE):
     def likelihood(self) -> Likelihood:
         return self.pixels
 
+    @property
+    def steps_done(self) -> int:
+        return self.global_step // 3  # Lightning counts those of each optimiser
+
     @torch.no_grad()
     def start(self, images: Tensor) -> None:
-        features, _ = self.discriminator(images)
+        features, _ = self.discriminator(images[:64])
         for name, likelihood in self.elbo.likelihood.parts.items():  # type: ignore[union-attr, operator]
-            logvar = features[name].float().var(0).mean().log()
+            logvar = features[name].float().var(0, correction=0).mean().log()
             likelihood.logvar.copy_(unbounded_logvar(logvar, likelihood.logvar_bounds))
 
     @torch.no_grad()
@@ -122,7 +125,7 @@ class VAEGAN(VAE):
 
         encoder, decoder, discriminator = self.optimizers()  # type: ignore[attr-defined]
         real_score, made_score = self._update_discriminator(
-            discriminator, x, made.detach(), drawn.detach(), batch_idx % _EVERY == 0
+            discriminator, x, made.detach(), drawn.detach(), batch_idx % _R1_INTERVAL == 0
         )
 
         with torch.no_grad():
@@ -133,8 +136,8 @@ class VAEGAN(VAE):
         # Each backward pass names what it reaches: of the discriminator, nothing.
         networks = [*self.encoder.parameters(), *self.decoder.parameters()]
         self.manual_backward(out.loss, inputs=[*networks, *self.elbo.parameters()], retain_graph=True)
-        # A discriminator that knows nothing yet has nothing to say. (Lightning counts three steps a batch.)
-        share = self.adversarial * min(1.0, self.global_step / 3 / _LEARNING)
+        # A discriminator that knows nothing yet has nothing to say.
+        share = self.adversarial * min(1.0, self.steps_done / _ADVERSARIAL_WARMUP)
         self._add_adversarial(F.softplus(-torch.cat((score, drawn_score)).float()).mean(), share)
         nll = self.pixels.nll(made.detach(), x)
         self.manual_backward(nll.mean(), inputs=list(self.pixels.parameters()))
@@ -155,13 +158,13 @@ class VAEGAN(VAE):
         real, false = (self.discriminator(images)[1].float() for images in (x, torch.cat((made, drawn))))
         loss = F.softplus(-real).mean() + F.softplus(false).mean()
         if penalised:
-            loss = loss + _EVERY * self.penalty / 2 * self._steepness(x)
+            loss = loss + _R1_INTERVAL * self.penalty / 2 * self._r1_penalty(x)
         self.manual_backward(loss, inputs=list(self.discriminator.parameters()))
         self._update(optimizer, loss)
         return real.mean(), false.mean()
 
-    def _steepness(self, x: Tensor) -> Tensor:
-        """The mean squared length of the score's gradient by the image."""
+    def _r1_penalty(self, x: Tensor) -> Tensor:
+        """R1: the mean squared length of the score's gradient by the image."""
         x = x.detach().requires_grad_()
         with torch.autocast(x.device.type, enabled=False):
             (gradient,) = torch.autograd.grad(self.discriminator(x)[1].sum(), x, create_graph=True)
@@ -191,5 +194,5 @@ class VAEGAN(VAE):
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
         means = torch.stack(self._scores).float().nanmean(0).tolist()
-        names = ("train_features", "train_real", "train_made")
+        names = ("train_features", "train_real", "train_fake")
         self.log_dict(dict(zip(names, means, strict=True)))

@@ -1,7 +1,7 @@
 """The model that is trained: an encoder, a decoder and a `fastvae.ELBO` as a LightningModule."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,21 @@ from fastvae import functional
 
 from . import warmup
 
-__all__ = ["VAE"]
+__all__ = ["VAE", "unbounded_logvar"]
 
 ACTIVE = (
     0.01  # Burda et al. 2016, section 5.2: a unit is active if its posterior mean varies by more than this
 )
+
+
+def unbounded_logvar(logvar: Tensor, bounds: Sequence[float]) -> Tensor:
+    """Where to start a bounded log-variance that is to be `logvar`: the inverse of `reference.bounded_logvar`.
+
+    Within 0.95 of the way to a bound: further out there is little gradient to come back by.
+    """
+    lo, hi = bounds
+    mid, half = (lo + hi) / 2, (hi - lo) / 2
+    return mid + half * torch.atanh(((logvar - mid) / half).clamp(-0.95, 0.95))
 
 
 class VAE(LightningModule):
@@ -89,6 +99,11 @@ class VAE(LightningModule):
         """The parameters of the likelihood, (B, P, H, W)."""
         return self.decoder(z)
 
+    @property
+    def steps_done(self) -> int:
+        """How many batches the run has been trained on."""
+        return self.global_step
+
     def start(self, images: Tensor) -> None:
         """Called once, with some training images (B, C, H, W) in [0, 1], before the first step."""
 
@@ -120,8 +135,8 @@ class VAE(LightningModule):
         return torch.optim.Adam(groups, lr=self.lr, fused=fused)
 
     def group(self, parameters: Iterable[nn.Parameter], times: float = 1) -> dict[str, Any]:
-        """Of parameters, for an optimiser, with so many times the learning rate of the rest."""
-        return {"params": list(parameters), "lr": times * self.lr, "times": times}
+        """Of parameters, for an optimiser, with so many times the learning rate."""
+        return {"params": list(parameters), "lr": times * self.lr}
 
     @property
     def _scaler(self) -> Any:
@@ -131,16 +146,19 @@ class VAE(LightningModule):
     # Training
     # -----------------------------------------------------------------------------------------------------------------
 
+    def on_fit_start(self) -> None:
+        self._rates = [[group["lr"] for group in o.param_groups] for o in self.trainer.optimizers]
+
     def on_train_start(self) -> None:
         # A checkpoint brings its own; what counts is what the run's settings say now.
-        for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["times"] * self.lr
+        for optimizer, rates in zip(self.trainer.optimizers, self._rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
     def on_train_epoch_start(self) -> None:
         self._steps = _Steps()
         # Made again from the count of steps, and so the same in a run that was resumed.
-        self._noise = torch.tensor([self.seed, 4 * self.global_step], device=self.device)
+        self._noise = torch.tensor([self.seed, 4 * self.steps_done], device=self.device)
         self._next = torch.tensor([0, 4], device=self.device)
 
     def training_step(self, batch: tuple[Any, int], batch_idx: int) -> Tensor:

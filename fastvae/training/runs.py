@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastvae
-from fastvae.reference import unbounded_logvar
 
 from . import data, files, messages, pictures
 from .data import InputError
@@ -137,15 +136,20 @@ def train(settings: Settings, out: Path, *, overwrite: bool = False) -> None:
     settings = settings.resolve(shape[2])
     refuse_unused(settings)
     _refuse_unused(settings)
-    own = settings.size != type(settings).size
-    if own and (settings.data == "digits" or settings.data.endswith(".npz")):
-        raise InputError(
-            f"--size is of folders and datasets: the images of {settings.data} are taken as they are"
-        )
+    if settings.data == "digits" or settings.data.endswith(".npz"):
+        if settings.size != type(settings).size:
+            raise InputError(
+                f"--size is of folders and datasets: the images of {settings.data} are taken as they are"
+            )
+        settings = dataclasses.replace(settings, size=0)
     if settings.devices > min(settings.batch_size, len(images.train)):
         raise InputError(f"--devices {settings.devices}: every device needs an image of every batch")
     left = (*PICTURES, *MADE_LATER)
     refuse_to_replace(out, overwrite, left)
+    if settings.init_from and Path(settings.init_from).is_relative_to(out.resolve()):
+        raise InputError(
+            f"--init-from {settings.init_from}: it is in the run that would be replaced; give another --out"
+        )
     model = _fresh(settings, images)
     trainer = make_trainer(settings, out, _drawer(images, settings, out))
     with alone(out, left):
@@ -199,7 +203,10 @@ def _refuse_unused(settings: ImageSettings) -> None:
     }
     bounded = settings.likelihood == "gaussian" and settings.variance != "fixed"
     for name in ("logvar_min", "logvar_max"):
-        of[name] = ("a learned or per-pixel variance", "--likelihood gaussian", bounded)
+        needed = (
+            "--likelihood gaussian" if settings.variance != "fixed" else "--variance learned or per-pixel"
+        )
+        of[name] = ("a learned or per-pixel variance", needed, bounded)
     for name, (what, needed, holds) in of.items():
         if getattr(settings, name) != getattr(type(settings), name) and not holds:
             raise InputError(f"--{name.replace('_', '-')} is of {what}: give {needed}")
@@ -268,7 +275,10 @@ def resume(path: Path, *, epochs: int | None = None, data: str | None = None) ->
     images = _images(settings, shape, path)
     done = epochs_done(build(settings, shape), path, settings)
     # A run that has begun needs nothing more of what it was to start from.
-    model = _fresh(dataclasses.replace(settings, init_from="") if done else settings, images)
+    try:
+        model = _fresh(dataclasses.replace(settings, init_from="") if done else settings, images)
+    except InputError as error:
+        raise InputError(str(error).replace("--init-from", f"{path / CONFIG}: init_from")) from error
     trainer = make_trainer(settings, path, _drawer(images, settings, path), resumed=True)
     with alone(path, PICTURES):
         if is_first():
@@ -324,13 +334,14 @@ def _fresh(settings: ImageSettings, images: data.Images) -> "VAE":
         # would count: the posterior collapses before the scale has come down.
         pixels = images.train[:1000].permute(0, 3, 1, 2).add(0.5).div(256)
         mean = pixels.mean(0)
-        layers = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-        last = [layer for layer in model.decoder.modules() if isinstance(layer, layers)][-1]
+        _, last = _last_layer(model)
         if not isinstance(last, nn.Linear):
             mean = mean.mean((1, 2), keepdim=True)
         variance = (pixels - mean).square().mean() + 1 / (12 * 256**2)
         start = mean.flatten()
         if settings.variance != "fixed":
+            from .module import unbounded_logvar
+
             logvar = unbounded_logvar(variance.log(), (settings.logvar_min, settings.logvar_max))
             if settings.variance == "per-pixel":
                 start = torch.cat((start, logvar.expand_as(start)))
@@ -340,16 +351,28 @@ def _fresh(settings: ImageSettings, images: data.Images) -> "VAE":
             last.bias.copy_(start.repeat_interleave(last.bias.numel() // start.numel()))
         model.start(pixels)
     if settings.init_from:
-        initialise(model, Path(settings.init_from))
+        initialise(model, settings)
     return model
 
 
-def initialise(model: "VAE", path: Path) -> None:
-    """Give the model the weights of a run or a checkpoint, wherever their names and shapes are the same.
+def _last_layer(model: "VAE") -> tuple[str, Any]:
+    """Of the decoder, by its name in the model."""
+    layers = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+    return [
+        (f"decoder.{name}", layer)
+        for name, layer in model.decoder.named_modules()
+        if isinstance(layer, layers)
+    ][-1]
+
+
+def initialise(model: "VAE", settings: ImageSettings) -> None:
+    """Give the model the weights of `settings.init_from`, a run or a checkpoint, where names and shapes are the same.
+
+    The decoder's last layer and the variance of another likelihood mean something else, and are not taken.
 
     Raises InputError for a path without a checkpoint, and for one that fits nowhere.
     """
-    file = path
+    path = file = Path(settings.init_from)
     if path.is_dir():
         kept = [path / CHECKPOINTS / f"{name}.ckpt" for name in ("best", "last")]
         file = next((one for one in kept if one.exists()), kept[0])
@@ -358,13 +381,20 @@ def initialise(model: "VAE", path: Path) -> None:
     weights = _open_checkpoint(file)["state_dict"]
     own = dict(model.named_parameters())
     same = [name for name in own if name in weights and weights[name].shape == own[name].shape]
+    if (file.parent.parent / CONFIG).exists():
+        theirs, _ = _read_table(file.parent.parent)
+        of = ("likelihood", "variance", "components", "logvar_min", "logvar_max")
+        if any(getattr(theirs, name, None) != getattr(settings, name) for name in of):
+            last, _ = _last_layer(model)
+            same = [name for name in same if not name.startswith(("elbo.", f"{last}."))]
     if all(name.startswith("elbo.") for name in same):
         raise InputError(f"--init-from {file}: no weight in it has the name and shape of one of this model")
     for name in same:
         if not weights[name].isfinite().all():
             raise InputError(f"{file}: `{name}` holds NaN or infinity: these weights are of no use")
         own[name].copy_(weights[name])
-    _say()(f"init: {len(same)} of {len(own)} weights from {file}")
+    taken = sum(own[name].numel() for name in same) / sum(weight.numel() for weight in own.values())
+    _say()(f"init: {taken:.0%} of the weights from {file}")
 
 
 def is_first() -> bool:
@@ -634,8 +664,10 @@ def read_checkpoint(file: Path, model: "VAE") -> dict[str, Any]:
 def _open_checkpoint(file: Path) -> dict[str, Any]:
     try:
         checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        for key in ("state_dict", "epoch", "loops", "optimizer_states"):
+        for key in ("epoch", "loops", "optimizer_states"):
             checkpoint[key]
+        if not all(isinstance(weight, Tensor) for weight in checkpoint["state_dict"].values()):
+            raise TypeError
     except (PermissionError, IsADirectoryError) as error:
         raise InputError(f"{file}: cannot be read: {files.reason(error)}") from error
     # What a damaged or foreign file makes pickle, zipfile and torch raise is many things; each means the same here.

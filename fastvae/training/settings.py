@@ -183,13 +183,23 @@ class ImageSettings(Settings):
         "Model",
     )
     sigma: float = option(
-        1.0, "Of --variance fixed: the standard deviation, white being 1 and black 0.", "Model", above=0
+        1.0,
+        "Of --variance fixed: the standard deviation, white being 1 and black 0.",
+        "Model",
+        at_least=1e-4,
+        at_most=1e4,
     )
     logvar_min: float = option(
-        -12.0, "Of a learned or per-pixel variance: no log-variance falls below, by a smooth clamp.", "Model"
+        -12.0,
+        "Of a learned or per-pixel variance: no log-variance falls below, by a smooth clamp.",
+        "Model",
+        at_least=-50,
+        at_most=50,
     )
-    logvar_max: float = option(2.0, "And none rises above.", "Model")
-    augment: bool = option(False, "Mirror and shift the training images, anew in every epoch.", "Data")
+    logvar_max: float = option(2.0, "And none rises above.", "Model", at_least=-50, at_most=50)
+    augment: bool = option(
+        False, "Mirror the training images, and shift them (from 32 pixels on), anew in every epoch.", "Data"
+    )
     init_from: str = option(
         "",
         "A run, or a checkpoint, whose weights are taken to start from, wherever their names and shapes are the same.",
@@ -201,11 +211,12 @@ class ImageSettings(Settings):
         "Data",
     )
 
-    def check(self) -> None:
-        super().check()
+    def _check(self, called: Callable[[str], str]) -> None:
+        super()._check(called)
         if not self.logvar_min < self.logvar_max:
             raise InputError(
-                f"--logvar-min must be below --logvar-max {self.logvar_max:g}, got {self.logvar_min:g}"
+                f"{called('logvar_min')} must be below {called('logvar_max')} {self.logvar_max:g}, got "
+                f"{self.logvar_min:g}"
             )
 
     def build(self, shape: tuple[int, int, int]) -> tuple[nn.Module, nn.Module]:
