@@ -187,7 +187,8 @@ def test_best_of_bytes(colour, tmp_path, likelihood):
     out = colour
     if likelihood != "gaussian":
         data = str(colour.parent / "colour.npz")
-        out = trained(tmp_path / "run", "--likelihood", likelihood, "--components", "2", "--data", data)
+        options = ["--components", "2"] if likelihood == "dmol" else []
+        out = trained(tmp_path / "run", "--likelihood", likelihood, *options, "--data", data)
     opened = runs.load(out)
     found = generate.best(opened, tmp_path / "best.png", n=3, of=30)
     assert found.unit == " bits per dimension"
