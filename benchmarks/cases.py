@@ -19,6 +19,7 @@ Inputs = dict[str, Tensor]
 Outputs = tuple[Tensor, ...]
 
 LOG_2PI = math.log(2 * math.pi)
+_BOUNDS = (-12.0, 2.0)  # of a log-variance
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,10 @@ def _fused_head(device: torch.device) -> Callable[..., Outputs]:
     return _elbo(fastvae.likelihoods.Gaussian(scale="per_element"), device)
 
 
+def _fused_bounded_head(device: torch.device) -> Callable[..., Outputs]:
+    return _elbo(fastvae.likelihoods.Gaussian(scale="per_element", logvar_bounds=_BOUNDS), device)
+
+
 def _fused_mixture(device: torch.device) -> Callable[..., Outputs]:
     return _elbo(fastvae.likelihoods.DiscretizedLogisticMixture(10), device)
 
@@ -317,6 +322,12 @@ def _written_per_element(recon: Tensor, recon_logvar: Tensor, x: Tensor, kld: Te
 def _written_head(recon: Tensor, x: Tensor, kld: Tensor) -> Outputs:
     mean, logvar = recon.chunk(2, dim=1)
     return _written_per_element(mean, logvar, x, kld)
+
+
+def _written_bounded_head(recon: Tensor, x: Tensor, kld: Tensor) -> Outputs:
+    mean, logvar = recon.chunk(2, dim=1)
+    middle, half = sum(_BOUNDS) / 2, (_BOUNDS[1] - _BOUNDS[0]) / 2
+    return _written_per_element(mean, middle + half * torch.tanh((logvar - middle) / half), x, kld)
 
 
 def _written_log_probs(x: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
@@ -476,6 +487,8 @@ CASES = (
     Case("NB 128 x 20000, mean and inverse dispersion", _counts(False, False), _fused_nb, _written_nb,
          4 * 3 * 128 * 20_000, tolerance=1e-4),
     Case("Gaussian, packed head, 512 x 6 x 32 x 32", _head, _fused_head, _written_head, 4 * 5 * 512 * 3072),
+    Case("Gaussian, packed head, bounded logvar, 512 x 6 x 32 x 32", _head, _fused_bounded_head, _written_bounded_head,
+         4 * 5 * 512 * 3072),
     Case("Gaussian, uint8 data, 512 x 3072", _bernoulli(512, 3072, data=torch.uint8), _fused_gaussian,
          _written_gaussian_uint8, (4 + 1 + 4) * 512 * 3072),
     Case("Bernoulli bf16 512 x 3072", _bernoulli(512, 3072, torch.bfloat16), _fused_bernoulli, _written_bernoulli,
