@@ -199,8 +199,6 @@ _LACKS: dict[tuple[str, str], tuple[str, ...]] = {
     ("native", "cuda"): (
         *_COUNTS,
         "categorical",
-        "discretized_logistic",
-        "discretized_logistic_mixture",
     ),
 }
 

@@ -5,25 +5,43 @@
 #include <torch/library.h>
 
 #include "common_cuda.h"
+#include "mixture.h"
 #include "nll_views.h"
 
 namespace fastvae {
 namespace {
 
 // Everything but the results of the rows.
-Tensors fill(cuda::NllArgs& args, const OnDevice& device, const LikelihoodRow& row, at::TensorList params, const Tensor& target,
+Tensors fill(cuda::MixtureArgs& args, const OnDevice& device, const LikelihoodRow& row, at::TensorList params, const Tensor& target,
              at::ArrayRef<double> constants, int64_t reduction, int64_t needs, Tensors& kept) {
-  TORCH_CHECK_NOT_IMPLEMENTED(row.family == Family::elementwise, "fastvae::nll: there is no CUDA kernel for ", std::string(row.name),
+  TORCH_CHECK_NOT_IMPLEMENTED(row.family == Family::elementwise || row.family == Family::logistic, "fastvae::nll: there is no CUDA kernel for ", std::string(row.name),
                               " yet; fastvae.set_backend(\"auto\") takes what there is");
   for (const auto& p : params) device.expect(p, "params");
   device.expect(target, "target");
   Tensors gradients = fill_elements(args, row, params, target, needs, kept);
-  const auto norm = normaliser(row, constants, 0);
-  std::copy_n(norm.constants, cuda::kMaxConstants, args.constants);
-  args.normaliser = norm.per_element;
+  if (row.family == Family::logistic) {
+    const auto found = logistic_constants(row, constants);
+    const auto bins = bins_of(found);
+    std::copy(bins.begin(), bins.end(), args.constants);
+    args.components = found.components;
+    args.channels = target.size(1);
+    args.pixels = args.channels ? args.size / args.channels : 0;
+    args.alternate = memory_order(params[0]) != at::MemoryFormat::Contiguous;
+  } else {
+    const auto norm = normaliser(row, constants, 0);
+    std::copy_n(norm.constants, cuda::kMaxConstants, args.constants);
+    args.normaliser = norm.per_element;
+  }
   if (row.has_scalar) args.scalar = number(params.back(), "params");
   args.weight = weight_of(reduction, args.rows);
   return gradients;
+}
+
+void launch(cuda::MixtureArgs& args, const OnDevice& device) {
+  const bool mixed = args.components > 0;
+  const Scratch scratch(mixed ? cuda::mixture_scratch(args) : cuda::nll_scratch(args), device);
+  args.workspace = scratch.workspace();
+  check_launch(mixed ? cuda::mixture(args, device) : cuda::nll(args, device));
 }
 
 std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cuda(std::string_view likelihood, at::TensorList params,
@@ -36,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cuda(std::string_view li
   device.expect(kl, "kl");
   device.expect(beta, "beta");
 
-  cuda::NllArgs args;
+  cuda::MixtureArgs args;
   Tensors kept;
   Tensors gradients = fill(args, device, row, params, target, constants, reduction, needs, kept);
   const auto options = target.options().dtype(row_dtype(params[0].scalar_type()));
@@ -51,9 +69,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cuda(std::string_view li
   args.reduced = reduction != kNone;
   args.kl = numbers(kl, "kl");
   if (kl && beta) args.beta = number(*beta, "beta");
-  const Scratch scratch(cuda::nll_scratch(args), device);
-  args.workspace = scratch.workspace();
-  check_launch(cuda::nll(args, device));
+  launch(args, device);
   return {loss, nll, std::move(gradients), scalar_rows};
 }
 
@@ -64,14 +80,12 @@ Tensors nll_gradient_cuda(std::string_view likelihood, at::TensorList params, co
   const OnDevice device(target);
   device.expect(grad_loss, "grad_loss");
   device.expect(grad_nll, "grad_nll");
-  cuda::NllArgs args;
+  cuda::MixtureArgs args;
   Tensors kept;
   Tensors gradients = fill(args, device, row, params, target, constants, reduction, needs, kept);
   args.grad_loss = numbers(grad_loss, "grad_loss");
   args.grad_nll = numbers(grad_nll, "grad_nll");
-  const Scratch scratch(cuda::nll_scratch(args), device);
-  args.workspace = scratch.workspace();
-  check_launch(cuda::nll(args, device));
+  launch(args, device);
   return gradients;
 }
 
