@@ -152,6 +152,10 @@ class MixtureArgs(NllArgs):
     )
 
 
+class CategoricalArgs(NllArgs):
+    _fields_ = (("positions", c_int64), ("classes", c_int64), ("ignored", c_int64))
+
+
 class NllBackwardArgs(Structure):
     _fields_ = (
         ("rows", c_int64),
@@ -324,10 +328,11 @@ class Kernels:
             "run_nll_scratch",
             "run_nll_backward_scratch",
             "run_mixture_scratch",
+            "run_categorical_scratch",
             "run_sample_scratch",
         ):
             getattr(self.library, name).restype = c_int64
-        structs = (NllArgs, MixtureArgs, NllBackwardArgs, SampleArgs, SampleGradArgs, Plan)
+        structs = (NllArgs, MixtureArgs, CategoricalArgs, NllBackwardArgs, SampleArgs, SampleGradArgs, Plan)
         for i, struct in enumerate(structs):
             assert self.library.size_of(i) == ctypes.sizeof(struct), struct.__name__
         self.counter = torch.zeros(1, dtype=torch.int32)
@@ -451,6 +456,34 @@ class Kernels:
             args.nll, args.loss = output(nll), output(loss)
         args.grad_nll = numbers(grad_nll)
         self._run("run_mixture" if components else "run_nll", args)
+        return loss, nll, slopes
+
+    def categorical(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        ignored: int = -100,
+        *,
+        reduction: int = 2,
+        grad_nll: Tensor | None = None,
+        wanted: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, nll, gradient); with `grad_nll` the gradient alone is made."""
+        rows, positions = target.shape[0], event_size(target)
+        args = CategoricalArgs(rows=rows, size=positions, positions=positions, ignored=ignored)
+        args.classes = logits.shape[-1]
+        args.weight, args.reduced = self.weight(reduction, rows), reduction != 0
+        args.target, args.params[0] = operand(target, COUNTS), operand(logits)
+        slopes = poisoned_like(logits)
+        args.slopes[0] = operand(slopes if wanted else None)
+        nll, loss = (
+            poisoned((rows,), row_dtype(logits)),
+            poisoned(() if reduction else (rows,), row_dtype(logits)),
+        )
+        if grad_nll is None:
+            args.nll, args.loss = output(nll), output(loss)
+        args.grad_nll = numbers(grad_nll)
+        self._run("run_categorical", args)
         return loss, nll, slopes
 
     def nll_gradient(

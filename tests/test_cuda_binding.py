@@ -26,6 +26,11 @@ TESTS = {
     "layouts": ["tests/test_layouts.py", "-k", "native"],
     "noise": ["tests/test_noise.py", "-k", "native"],
     "opcheck": ["tests/test_compile.py", "-k", "opcheck or one_graph and native"],
+    "categorical": [
+        "tests/test_categorical.py",
+        "-k",
+        "not thread and not instruction and not reference and not trusts",
+    ],
     "discretized": ["tests/test_discretized.py", "-k", "native or eager or compiles"],
 }
 

@@ -10,10 +10,9 @@
 
 namespace fastvae::cuda {
 
-// A block takes a tile of pixels at a time, `slots` threads for each: consecutive pixels of a row, or several rows of a few.
-struct MixturePlan : Plan {
-  int slots, tile;
-  int width, rows_each;  // of a tile: pixels of a row, rows
+// `slots` threads for each pixel.
+struct MixturePlan : TilePlan {
+  int slots;
 };
 
 constexpr int kSide = 8;  // pixels of a tile, or a multiple: 32 bytes of fp32
@@ -25,14 +24,7 @@ inline MixturePlan plan_for(const MixtureArgs& args) {
   const int64_t slots = fastvae::cuda::slots(mixture_resident(args.channels, cpu::item_size(args.params[0].type)));
   MixturePlan plan{};
   plan.slots = static_cast<int>(std::min<int64_t>(args.components, kThreads / kSide));
-  plan.tile = kThreads / plan.slots / kSide * kSide;
-  plan.width = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(args.pixels, plan.tile)));
-  plan.rows_each = plan.tile / plan.width;
-  plan.items = (args.rows + plan.rows_each - 1) / plan.rows_each;
-  plan.splits = 1;
-  plan.split_size = args.pixels;
-  if (plan.rows_each == 1) split_rows(plan, args.rows, args.pixels, plan.tile, slots);
-  count_blocks(plan, slots);
+  cut_into_tiles(plan, args.rows, args.pixels, kThreads / plan.slots / kSide * kSide, slots);
   return plan;
 }
 
@@ -122,7 +114,8 @@ __global__ void __launch_bounds__(kThreads, mixture_resident(kChannels, sizeof(T
   using One = Component<C, kChannels>;
   FASTVAE_SHARED(C, parts, 4 * kThreads);  // a Mixed of each thread
   FASTVAE_SHARED(C, whole, 4 * kThreads);  // of each pixel: top, top_logit, and the factors of the components' terms
-  FASTVAE_SHARED(C, row_scratch, 2 * kThreads / kWarp);
+  FASTVAE_SHARED(double, sums, kThreads);
+  FASTVAE_SHARED(double, row_scratch, 2 * kThreads / kWarp);
   FASTVAE_SHARED(double, loss_scratch, kThreads / kWarp);
   const int thread = threadIdx.x, tile = plan.tile, slots = plan.slots, K = static_cast<int>(args.components);
   const bool values = args.loss.data;
@@ -149,17 +142,17 @@ __global__ void __launch_bounds__(kThreads, mixture_resident(kChannels, sizeof(T
   double loss = 0;
   int turn = 0;
   for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
-    const int64_t first_row = plan.splits > 1 ? uint32_t(item) / uint32_t(plan.splits) : item * plan.rows_each;
-    const int64_t begin = plan.splits > 1 ? (item - first_row * plan.splits) * plan.split_size : 0;
-    const int64_t end = begin + plan.split_size < args.pixels ? begin + plan.split_size : args.pixels;
+    const TileItem part(plan, item, args.pixels);
+    const int64_t first_row = part.first_row, end = part.end;
     const int64_t row = first_row + its_row;
     const bool has_row = has_slot && its_row < plan.rows_each && row < args.rows;
     const bool sums_row = pixel_row < plan.rows_each && first_row + pixel_row < args.rows;
-    C sum(0), weight = static_cast<C>(args.weight);
+    double sum = 0;
+    C weight = static_cast<C>(args.weight);
     if (sums_row && (args.grad_loss.data || args.grad_nll.data))
       weight = static_cast<C>(row_factor(args.grad_loss, args.grad_nll, args.weight, first_row + pixel_row));
 
-    for (int64_t first = begin; first < end; first += plan.width) {
+    for (int64_t first = part.begin; first < end; first += plan.width) {
       const int64_t pixel = first + its_pixel;
       const bool inside = has_row && pixel < end;
       const int64_t there = pixel * pixel_step + slot * plane_step;
@@ -201,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, mixture_resident(kChannels, sizeof(T
           masses += part[kThreads + i] * P::exp_bounded(part[i] - top);
           weights += part[3 * kThreads + i] * P::exp_bounded(part[2 * kThreads + i] - top_logit);
         }
-        sum += P::log(P::divide(weights, masses)) + (top_logit - top);
+        sum += static_cast<double>(P::log(P::divide(weights, masses)) + (top_logit - top));
         whole[thread] = top, whole[kThreads + thread] = top_logit;
         whole[2 * kThreads + thread] = P::divide(weight, masses), whole[3 * kThreads + thread] = P::divide(weight, weights);
       }
@@ -223,25 +216,11 @@ __global__ void __launch_bounds__(kThreads, mixture_resident(kChannels, sizeof(T
       }
     }
 
-    if (!values) continue;
-    if (plan.rows_each == 1) {
-      sum = group_sum(sum, kThreads, row_scratch + (turn ^= kThreads / kWarp));
-      if (thread != 0 || first_row >= args.rows) continue;
-      if (plan.splits > 1) static_cast<C*>(args.workspace.scratch)[item] = sum;
-      else loss += put_row(args, first_row, sum);
-    } else {
-      parts[thread] = sum;
-      __syncthreads();
-      if (thread < plan.rows_each && first_row + thread < args.rows) {
-        double total = 0;
-        for (int i = 0; i < plan.width; ++i) total += parts[thread * plan.width + i];
-        loss += put_row(args, first_row + thread, total);
-      }
-      __syncthreads();
-    }
+    if (values)
+      loss += finish_item(args, plan, item, first_row, thread < tile ? thread : -1, sum, sums, row_scratch + (turn ^= kThreads / kWarp));
   }
   if (values)
-    finish<C>(args, plan, false, loss, loss_scratch, [&](int64_t row, double sum, double) { return put_row(args, row, sum); });
+    finish<double>(args, plan, false, loss, loss_scratch, [&](int64_t row, double sum, double) { return put_row(args, row, sum); });
 }
 
 template <int kChannels, class T>

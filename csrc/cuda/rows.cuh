@@ -12,6 +12,57 @@ FASTVAE_DEVICE double put_row(const NllArgs& args, int64_t row, double value) {
   return value;
 }
 
+// Rows of places that several threads each see to: a block takes a tile of `tile` neighbouring places at a time, `width` of each of
+// `rows_each` rows; an item is the tiles of those rows, or of a split of one.
+struct TilePlan : Plan {
+  int tile, width, rows_each;
+};
+
+inline void cut_into_tiles(TilePlan& plan, int64_t rows, int64_t places, int tile, int64_t slots) {
+  plan.tile = tile;
+  plan.width = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(places, tile)));
+  plan.rows_each = tile / plan.width;
+  plan.items = (rows + plan.rows_each - 1) / plan.rows_each;
+  plan.splits = 1;
+  plan.split_size = places;
+  if (plan.rows_each == 1) split_rows(plan, rows, places, tile, slots);
+  count_blocks(plan, slots);
+}
+
+struct TileItem {
+  int64_t first_row, begin, end;  // places from `begin` to `end`
+
+  FASTVAE_DEVICE TileItem(const TilePlan& plan, int64_t item, int64_t places) {
+    first_row = plan.splits > 1 ? uint32_t(item) / uint32_t(plan.splits) : item * plan.rows_each;
+    begin = plan.splits > 1 ? (item - first_row * plan.splits) * plan.split_size : 0;
+    end = begin + plan.split_size < places ? begin + plan.split_size : places;
+  }
+};
+
+// All threads of a block call this when an item's tiles are done. `place`: which of a tile's this thread has summed up in `sum`; negative
+// where it has none, and the sum is then 0. `sums` has kThreads numbers, that nobody uses any more, `scratch` one for each warp; returns
+// this thread's part of the loss.
+FASTVAE_DEVICE double finish_item(const NllArgs& args, const TilePlan& plan, int64_t item, int64_t first_row, int place, double sum,
+                                  double* sums, double* scratch) {
+  if (plan.rows_each == 1) {
+    sum = group_sum(sum, kThreads, scratch);
+    if (threadIdx.x != 0 || first_row >= args.rows) return 0;
+    if (plan.splits == 1) return put_row(args, first_row, sum);
+    static_cast<double*>(args.workspace.scratch)[item] = sum;
+    return 0;
+  }
+  if (place >= 0) sums[place] = sum;
+  __syncthreads();
+  const int thread = threadIdx.x;
+  double loss = 0;
+  if (thread < plan.rows_each && first_row + thread < args.rows) {
+    for (int i = 0; i < plan.width; ++i) loss += sums[thread * plan.width + i];
+    loss = put_row(args, first_row + thread, loss);
+  }
+  __syncthreads();
+  return loss;
+}
+
 // All threads of a block call this when its items are done. Where rows are split, its sums of splits (of type C) lie in the scratch, by
 // items, and, where `pulls`, as many more behind them; else `loss` is this thread's part of the loss.
 // finish_row(row, sum, pull) writes what there is of a row, and returns its part of the loss.
@@ -56,7 +107,8 @@ FASTVAE_DEVICE void finish(const NllArgs& args, const Plan& plan, bool pulls, do
 // The scratch that `finish` needs.
 inline int64_t scratch_of(const NllArgs& args, const Plan& plan) {
   if (!args.loss.data) return 0;
-  return (plan.splits > 1 ? (args.scalar_rows.data ? 2 : 1) * plan.items : args.reduced && plan.blocks > 1 ? plan.blocks : 0) * int64_t(sizeof(double));
+  const int64_t numbers = plan.splits > 1 ? (args.scalar_rows.data ? 2 : 1) * plan.items : args.reduced && plan.blocks > 1 ? plan.blocks : 0;
+  return numbers * int64_t(sizeof(double));
 }
 
 }  // namespace fastvae::cuda
