@@ -176,6 +176,38 @@ void levels(std::mt19937& random, DType type, int64_t components, int64_t channe
   check((K ? mixture(args, nullptr) : fastvae::cuda::nll(args, nullptr)) == cudaSuccess, "logistics", rows, pixels);
 }
 
+void words(std::mt19937& random, DType type, int64_t rows, int64_t positions, int64_t classes, int64_t shift) {
+  Scratch scratch;
+  const int64_t size = positions * classes;
+  Buffer logits(type, rows * size, shift), slopes(type, rows * size, shift), nll(DType::f32, rows), loss(DType::f32, 1);
+  Buffer factors(DType::f32, rows);
+  logits.fill(random), factors.fill(random);
+  std::vector<int64_t> target(rows * positions);
+  for (auto& number : target) number = static_cast<int64_t>(random() % (classes + 1)) - 1;  // -1 is ignored
+  CategoricalArgs args;
+  args.rows = rows, args.size = args.positions = positions, args.classes = classes, args.ignored = -1;
+  args.params[0] = logits.view<Operand>(size), args.slopes[0] = slopes.view<Result>(size);
+  args.target = {target.data(), DType::i64, positions, positions, 0};
+  args.nll = nll.output(), args.loss = loss.output(), args.reduced = true;
+  args.workspace = scratch.of(categorical_scratch(args));
+  check(categorical(args, nullptr) == cudaSuccess, "categorical", rows, size);
+  double all = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    double sum = 0;
+    for (int64_t t = row * positions; t < (row + 1) * positions; ++t) {
+      double total = 0;
+      for (int64_t v = 0; v < classes; ++v) total += std::exp(logits.get(t * classes + v));
+      if (target[t] >= 0) sum += std::log(total) - logits.get(t * classes + target[t]);
+    }
+    check(near(nll.get(row), sum, 1e-4), "a row of words", rows, size);
+    all += sum;
+  }
+  check(near(loss.get(0), all, 1e-4), "the loss of words", rows, size);
+  args.loss = args.nll = {};
+  args.grad_nll = factors.numbers();
+  check(categorical(args, nullptr) == cudaSuccess, "categorical", rows, size);
+}
+
 void posterior(std::mt19937& random, DType type, int64_t rows, int64_t size, int64_t draws, int64_t shift) {
   Scratch scratch;
   Buffer mu(type, rows * size, shift), logvar(type, rows * size), z(type, draws * rows * size), kl(DType::f32, rows);
@@ -218,6 +250,9 @@ int main() {
       reconstruction(random, DType::f32, DType::u8, 2, 2064, shift);
       reconstruction(random, DType::bf16, DType::f32, 2, 4104, shift);
       reconstruction(random, DType::f32, DType::f32, 300, 5, shift);
+      words(random, DType::f32, 3, 5, 17, shift);
+      words(random, DType::bf16, 40, 2, 8, shift);
+      words(random, DType::f32, 2, 3, 1004, shift);
       for (const bool in_turns : {false, true}) {
         for (const int64_t components : {0, 1, 3, 10})
           for (const int64_t channels : {1, 3}) {
