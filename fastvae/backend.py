@@ -196,12 +196,7 @@ _COUNTS = (
     "zero_inflated_negative_binomial_logits",
 )
 _LACKS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("native", "cuda"): (
-        *_COUNTS,
-        "categorical",
-        "discretized_logistic",
-        "discretized_logistic_mixture",
-    ),
+    ("native", "cuda"): _COUNTS,
 }
 
 _setting = "auto"

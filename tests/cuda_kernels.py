@@ -44,6 +44,7 @@ ELEMENTS = {
     "gaussian_bounded_per_element": 9,
     "gaussian_bounded_head": 9,
 }
+LOGISTIC = 10  # the element of discretized_logistic
 KEPT: list[Tensor] = []  # what the pointers of the last call point at
 
 
@@ -125,7 +126,7 @@ class NllArgs(Structure):
         ("size", c_int64),
         ("params", Operand * 3),
         ("target", Operand),
-        ("constants", c_double * 3),
+        ("constants", c_double * 5),
         ("normaliser", c_double),
         ("scalar", Numbers),
         ("slopes", Operand * 3),
@@ -140,6 +141,19 @@ class NllArgs(Structure):
         ("scalar_rows", Output),
         ("workspace", Workspace),
     )
+
+
+class MixtureArgs(NllArgs):
+    _fields_ = (
+        ("pixels", c_int64),
+        ("channels", c_int64),
+        ("components", c_int64),
+        ("alternate", c_bool),
+    )
+
+
+class CategoricalArgs(NllArgs):
+    _fields_ = (("positions", c_int64), ("classes", c_int64), ("ignored", c_int64))
 
 
 class NllBackwardArgs(Structure):
@@ -248,14 +262,19 @@ def output(tensor: Tensor | None) -> Output:
     return Output(pointer(tensor), DTYPES.index(tensor.dtype)) if tensor is not None else Output()
 
 
+def takes_turns(planes: Tensor) -> bool:
+    """Whether the planes of dimension 1 take turns at every pixel: channels_last, not just rows apart."""
+    return planes.dim() > 2 and not planes.is_contiguous() and planes.stride(1) == 1
+
+
 def halves(whole: Tensor, channels: int) -> list[Operand]:
     """The mean and the log-variance of a packed head."""
-    in_turns = not whole.is_contiguous()
+    in_turns = takes_turns(whole)
     size = event_size(whole) // 2
     run = channels if in_turns else size
     first, second = operand(whole), operand(whole)
     for which, view in enumerate((first, second)):
-        view.data += which * run * whole.element_size()
+        view.data = (view.data or 0) + which * run * whole.element_size()
         view.run = run
         view.run_stride = 2 * channels if in_turns else 0
     return [first, second]
@@ -303,9 +322,17 @@ class Kernels:
 
     def __init__(self, library: Path) -> None:
         self.library = CDLL(str(library))
-        for name in ("size_of", "place", "run_nll_scratch", "run_nll_backward_scratch", "run_sample_scratch"):
+        for name in (
+            "size_of",
+            "place",
+            "run_nll_scratch",
+            "run_nll_backward_scratch",
+            "run_mixture_scratch",
+            "run_categorical_scratch",
+            "run_sample_scratch",
+        ):
             getattr(self.library, name).restype = c_int64
-        structs = (NllArgs, NllBackwardArgs, SampleArgs, SampleGradArgs, Plan)
+        structs = (NllArgs, MixtureArgs, CategoricalArgs, NllBackwardArgs, SampleArgs, SampleGradArgs, Plan)
         for i, struct in enumerate(structs):
             assert self.library.size_of(i) == ctypes.sizeof(struct), struct.__name__
         self.counter = torch.zeros(1, dtype=torch.int32)
@@ -393,6 +420,71 @@ class Kernels:
     @staticmethod
     def weight(reduction: int, rows: int) -> float:
         return (1.0 / rows if rows else math.inf) if reduction == 2 else 1.0
+
+    def logistic(
+        self,
+        params: Tensor,
+        target: Tensor,
+        components: int = 0,
+        *,
+        levels: int = 255,
+        floor: float = -7.0,
+        small: float = 1e-5,
+        reduction: int = 2,
+        grad_nll: Tensor | None = None,
+        wanted: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, nll, gradient) of a discretised logistic or a mixture; with `grad_nll` the gradient alone is made."""
+        rows, channels, size = *target.shape[:2], event_size(target)
+        args = MixtureArgs(element=LOGISTIC, rows=rows, size=size, components=components, channels=channels)
+        args.pixels, args.alternate = size // channels, takes_turns(params)
+        args.constants[:] = levels, 1 / levels, math.log(2 / levels), floor, small
+        args.weight, args.reduced = self.weight(reduction, rows), reduction != 0
+        args.target = operand(target, COUNTS)
+        slopes = poisoned_like(params)
+        if components:
+            args.params[0], args.slopes[0] = operand(params), operand(slopes if wanted else None)
+        else:
+            args.params[:2] = halves(params, channels)
+            if wanted:
+                args.slopes[:2] = halves(slopes, channels)
+        nll, loss = (
+            poisoned((rows,), row_dtype(params)),
+            poisoned(() if reduction else (rows,), row_dtype(params)),
+        )
+        if grad_nll is None:
+            args.nll, args.loss = output(nll), output(loss)
+        args.grad_nll = numbers(grad_nll)
+        self._run("run_mixture" if components else "run_nll", args)
+        return loss, nll, slopes
+
+    def categorical(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        ignored: int = -100,
+        *,
+        reduction: int = 2,
+        grad_nll: Tensor | None = None,
+        wanted: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, nll, gradient); with `grad_nll` the gradient alone is made."""
+        rows, positions = target.shape[0], event_size(target)
+        args = CategoricalArgs(rows=rows, size=positions, positions=positions, ignored=ignored)
+        args.classes = logits.shape[-1]
+        args.weight, args.reduced = self.weight(reduction, rows), reduction != 0
+        args.target, args.params[0] = operand(target, COUNTS), operand(logits)
+        slopes = poisoned_like(logits)
+        args.slopes[0] = operand(slopes if wanted else None)
+        nll, loss = (
+            poisoned((rows,), row_dtype(logits)),
+            poisoned(() if reduction else (rows,), row_dtype(logits)),
+        )
+        if grad_nll is None:
+            args.nll, args.loss = output(nll), output(loss)
+        args.grad_nll = numbers(grad_nll)
+        self._run("run_categorical", args)
+        return loss, nll, slopes
 
     def nll_gradient(
         self,

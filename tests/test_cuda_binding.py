@@ -21,11 +21,17 @@ TESTS = {
     "autograd": [
         "tests/test_autograd.py",
         "-k",
-        "native and not ddp and not large_buffers and not discretized",
+        "native and not ddp and not large_buffers",
     ],
     "layouts": ["tests/test_layouts.py", "-k", "native"],
     "noise": ["tests/test_noise.py", "-k", "native"],
-    "opcheck": ["tests/test_compile.py", "-k", "(opcheck or one_graph and native) and not discretized"],
+    "opcheck": ["tests/test_compile.py", "-k", "opcheck or one_graph and native"],
+    "categorical": [
+        "tests/test_categorical.py",
+        "-k",
+        "not thread and not instruction and not reference and not trusts",
+    ],
+    "discretized": ["tests/test_discretized.py", "-k", "native or eager or compiles"],
 }
 
 if missing := cuda_kernels.compiler_missing():

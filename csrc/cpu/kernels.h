@@ -42,7 +42,7 @@ inline __attribute__((always_inline)) View shifted(View view, int64_t elements) 
 }
 
 constexpr int kMaxParams = 3;
-constexpr int kMaxConstants = 3;
+constexpr int kMaxConstants = 5;
 
 enum class Element : int8_t {
   bernoulli,
@@ -55,6 +55,7 @@ enum class Element : int8_t {
   student_t,
   student_t_per_element,
   gaussian_bounded,
+  discretized_logistic,  // of CUDA; the CPU has a loop of its own
 };
 
 // row_nll[r] = sum over the row of Element's value; slopes[i] (where wanted) = its derivative times weight[r * weight_stride].

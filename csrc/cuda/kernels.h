@@ -62,6 +62,20 @@ struct NllArgs {
   Workspace workspace;
 };
 
+// Mixtures of discretised logistics, of 1 or 3 channels: params[0], slopes[0] and the target (u8) are dense rows, of planes that lie one
+// behind the other or, where `alternate`, take turns at every pixel (channels_last). size = channels * pixels; the constants are those
+// of math::DiscretizedLogistic.
+struct MixtureArgs : NllArgs {
+  int64_t pixels = 0, channels = 0, components = 0;
+  bool alternate = false;
+};
+
+// params[0] and slopes[0] are dense rows of logits (positions, classes), target of class numbers (i64); a position whose number is
+// `ignored` adds nothing, and one whose number is no class is not a number. size = positions.
+struct CategoricalArgs : NllArgs {
+  int64_t positions = 0, classes = 0, ignored = 0;
+};
+
 // results[i] = gradients[i] times (weight * grad_loss[r] + grad_nll[r]) / weight, untouched where they are the same memory and the
 // factor is 1. Dense tensors of (rows, size), all of one type.
 //   scalar_gradient = sum of (weight * grad_loss[r] + grad_nll[r]) scalar_rows[r]
@@ -120,10 +134,14 @@ struct SampleGradArgs : Latents {
 };
 
 int64_t nll_scratch(const NllArgs&);
+int64_t mixture_scratch(const MixtureArgs&);
+int64_t categorical_scratch(const CategoricalArgs&);
 int64_t nll_backward_scratch(const NllBackwardArgs&);
 int64_t sample_scratch(const SampleArgs&);
 
 cudaError_t nll(const NllArgs&, cudaStream_t stream);
+cudaError_t mixture(const MixtureArgs&, cudaStream_t stream);
+cudaError_t categorical(const CategoricalArgs&, cudaStream_t stream);
 cudaError_t nll_backward(const NllBackwardArgs&, cudaStream_t stream);
 cudaError_t sample(const SampleArgs&, cudaStream_t stream);
 cudaError_t sample_grad(const SampleGradArgs&, cudaStream_t stream);

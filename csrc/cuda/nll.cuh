@@ -1,9 +1,10 @@
 // One pass over a reconstruction: the nll of each row, the loss and, where wanted, the gradient. A file for each likelihood includes
 // this.
 #pragma once
-#include "device.cuh"
+#include "rows.cuh"
 //
 #include "../math/likelihoods.h"
+#include "../math/logistic.h"
 
 namespace fastvae::cuda {
 
@@ -14,12 +15,22 @@ constexpr int resident(int64_t item_size, int unit) {
   constexpr bool is_long = std::is_same_v<L, math::Poisson> || std::is_same_v<L, math::ContinuousBernoulli> ||
                            std::is_same_v<L, math::StudentT>;
   const int most = item_size == 8 ? 2 : L::params > 1 || is_long || unit == 1 ? 3 : 4;
-  return is_long && (item_size == 2 || unit == 1) ? 2 : most;
+  return (is_long && (item_size == 2 || unit == 1)) || (std::is_same_v<L, math::DiscretizedLogistic> && unit == 1) ? 2 : most;
+}
+
+// The elements of a wide access: 128 bits, but no more than what a thread's registers hold side by side.
+template <class L>
+constexpr int widest(int64_t item_size) {
+  return std::is_same_v<L, math::DiscretizedLogistic> && item_size == 2 ? 4 : static_cast<int>(16 / item_size);
 }
 
 // Families with one scale for all elements, which may be learned.
 template <class L>
 constexpr bool kScales = L::params == 1 && L::constants > 0;
+
+// What takes one logarithm for the terms of many elements.
+template <class L, class C>
+using Logs = std::conditional_t<std::is_same_v<L, math::DiscretizedLogistic>, math::LogisticLogs<C>, math::Log1pSum<C>>;
 
 // f(an object of the likelihood's struct).
 template <class F>
@@ -34,6 +45,7 @@ auto with_likelihood(Element element, const F& f) {
     case Element::poisson: return f(math::Poisson());
     case Element::student_t: return f(math::StudentT());
     case Element::student_t_per_element: return f(math::StudentTPerElement());
+    case Element::discretized_logistic: return f(math::DiscretizedLogistic());
     default: return f(math::GaussianBounded());
   }
 }
@@ -117,7 +129,7 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
         if (i + u * step < count) params[k][u].load(param[k] + place(u));
     data.load(target, i, step, count);
 
-    math::Log1pSum<C> logs;
+    Logs<L, C> logs;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (i + u * step >= count) break;
@@ -153,11 +165,7 @@ FASTVAE_DEVICE double finish_row(const NllArgs& args, int64_t row, double value,
   if constexpr (kScales<L>) {
     if (args.scalar_rows.data) put(args.scalar_rows, row, L::scalar_slope(static_cast<double>(args.size), value, pull));
   }
-  value += static_cast<double>(args.size) * static_cast<double>(normaliser);
-  put(args.nll, row, value);
-  if (args.kl.data) value += (args.beta.data ? number(args.beta) : 1.0) * number(args.kl, row);
-  if (!args.reduced) put(args.loss, row, value);
-  return value;
+  return put_row(args, row, value + static_cast<double>(args.size) * static_cast<double>(normaliser));
 }
 
 template <class L, class T, class D, int N>
@@ -200,42 +208,9 @@ __global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T), N))
       loss += finish_row<L>(args, row, sum, pull, same.per_element);
     }
   }
-  if (!values) return;
-
-  if (plan.splits > 1) {
-    // The last block adds up the splits of all rows.
-    if (!is_last_block(args.workspace.counter, gridDim.x)) return;
-    const C* partials = static_cast<const C*>(args.workspace.scratch);
-    int lanes = 1;
-    while (lanes < kWarp && lanes < plan.splits) lanes *= 2;
-    const int first = threadIdx.x & (lanes - 1), groups = kThreads / lanes;
-    for (int64_t base = 0; base < args.rows; base += groups) {
-      const int64_t row = base + threadIdx.x / lanes;
-      const auto total = [&](const C* parts) {
-        double sum = 0;
-        if (row < args.rows) {
-#pragma unroll 4
-          for (int i = first; i < plan.splits; i += lanes) sum += load_written(parts + row * plan.splits + i);
-        }
-        return group_sum(sum, lanes, static_cast<double*>(nullptr));
-      };
-      const double sum = total(partials), pull = pulls ? total(partials + plan.items) : 0;
-      if (first == 0 && row < args.rows) loss += finish_row<L>(args, row, sum, pull, same.per_element);
-    }
-    if (args.reduced) {
-      loss = group_sum(loss, kThreads, loss_scratch);
-      if (threadIdx.x == 0) put(args.loss, 0, args.weight * loss);
-    }
-  } else if (args.reduced) {
-    loss = group_sum(loss, kThreads, loss_scratch);
-    if (gridDim.x > 1) {
-      double* partials = static_cast<double*>(args.workspace.scratch);
-      if (threadIdx.x == 0) partials[blockIdx.x] = loss;
-      if (!is_last_block(args.workspace.counter, gridDim.x)) return;
-      loss = sum_written(partials, gridDim.x, loss_scratch);
-    }
-    if (threadIdx.x == 0) put(args.loss, 0, args.weight * loss);
-  }
+  if (values)
+    finish<C>(args, plan, pulls, loss, loss_scratch,
+              [&](int64_t row, double sum, double pull) { return finish_row<L>(args, row, sum, pull, same.per_element); });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------
@@ -244,17 +219,19 @@ constexpr bool counts(DType type) {
   return type == DType::byte || type == DType::u16 || type == DType::i32 || type == DType::i64;
 }
 
-// The elements of a 128-bit access where all operands allow it, else 1.
-inline int unit_of(const NllArgs& args) {
-  const int unit = static_cast<int>(16 / cpu::item_size(args.params[0].type));
-  bool wide = !counts(args.target.type) && allows(args.target, args.size, unit);
+// The elements of a wide access where all operands allow it, else 1.
+template <class L>
+int unit_of(const NllArgs& args) {
+  constexpr bool levels = std::is_same_v<L, math::DiscretizedLogistic>;  // of a single type
+  const int unit = widest<L>(cpu::item_size(args.params[0].type));
+  bool wide = (levels || !counts(args.target.type)) && allows(args.target, args.size, unit);
   for (int k = 0; k < kMaxParams; ++k) wide &= allows(args.params[k], args.size, unit) && allows(args.slopes[k], args.size, unit);
   return wide ? unit : 1;
 }
 
 template <class L>
 Plan plan_for(const NllArgs& args) {
-  const int unit = unit_of(args);
+  const int unit = unit_of<L>(args);
   return plan_for(args.rows, args.size, unit, unroll(L::params, unit), slots(resident<L>(cpu::item_size(args.params[0].type), unit)));
 }
 
@@ -266,12 +243,17 @@ cudaError_t launch_nll(const NllArgs& args, const Plan& plan, cudaStream_t strea
 template <class L, class T>
 cudaError_t launch_nll(const NllArgs& args, cudaStream_t stream) {
   const Plan plan = plan_for<L>(args);
-  constexpr int N = 16 / sizeof(T);
-  if (unit_of(args) == 1) return launch_nll<L, T, Any, 1>(args, plan, stream);
-  switch (args.target.type) {
-    case DType::u8: case DType::boolean: return launch_nll<L, T, Byte, N>(args, plan, stream);
-    case DType::f32: return launch_nll<L, T, float, N>(args, plan, stream);
-    default: return launch_nll<L, T, T, N>(args, plan, stream);
+  constexpr int N = widest<L>(sizeof(T));
+  const bool wide = unit_of<L>(args) != 1;
+  if constexpr (std::is_same_v<L, math::DiscretizedLogistic>) {
+    return wide ? launch_nll<L, T, uint8_t, N>(args, plan, stream) : launch_nll<L, T, uint8_t, 1>(args, plan, stream);
+  } else {
+    if (!wide) return launch_nll<L, T, Any, 1>(args, plan, stream);
+    switch (args.target.type) {
+      case DType::u8: case DType::boolean: return launch_nll<L, T, Byte, N>(args, plan, stream);
+      case DType::f32: return launch_nll<L, T, float, N>(args, plan, stream);
+      default: return launch_nll<L, T, T, N>(args, plan, stream);
+    }
   }
 }
 
@@ -295,6 +277,7 @@ extern template cudaError_t launch_nll<math::ContinuousBernoulli>(const NllArgs&
 extern template cudaError_t launch_nll<math::Poisson>(const NllArgs&, cudaStream_t);
 extern template cudaError_t launch_nll<math::StudentT>(const NllArgs&, cudaStream_t);
 extern template cudaError_t launch_nll<math::StudentTPerElement>(const NllArgs&, cudaStream_t);
+extern template cudaError_t launch_nll<math::DiscretizedLogistic>(const NllArgs&, cudaStream_t);
 extern template cudaError_t launch_nll<math::GaussianBounded>(const NllArgs&, cudaStream_t);
 
 }  // namespace fastvae::cuda

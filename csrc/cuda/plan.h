@@ -23,6 +23,28 @@ struct Plan {
   int blocks;
 };
 
+// Rows of `size` cut up into whole steps where that keeps the device busy: many blocks, so that the last ones to end leave little idle;
+// but not more than the last one can sum up in no time.
+inline void split_rows(Plan& plan, int64_t rows, int64_t size, int64_t step, int64_t slots) {
+  const int64_t steps = (size + step - 1) / step;
+  if (steps <= 1 || rows == 0 || (rows >= 4 * slots && size <= kLongest)) return;
+  const int64_t wanted = std::min(steps, std::max<int64_t>(1, 4 * slots / rows));
+  int64_t each = std::min((steps + wanted - 1) / wanted, kLongest / step);
+  // Of few steps, the number that leaves the last split the least short.
+  const auto missing = [&](int64_t n) { return (n - steps % n) % n; };
+  if (each < 16)
+    for (int64_t fewer = each - 1, least = (each + 1) / 2; fewer >= least; --fewer)
+      if (missing(fewer) < missing(each)) each = fewer;
+  plan.splits = static_cast<int>((steps + each - 1) / each);
+  plan.split_size = each * step;
+  plan.items = rows * plan.splits;
+}
+
+inline void count_blocks(Plan& plan, int64_t slots) {
+  const int64_t each = std::max<int64_t>(1, (plan.items + 8 * slots - 1) / (8 * slots));
+  plan.blocks = static_cast<int>(std::max<int64_t>(1, (plan.items + each - 1) / each));
+}
+
 // `unit`: the elements of one access; `unroll`: accesses that a thread has under way at a time; `slots`: blocks that the device runs
 // at a time.
 inline Plan plan_for(int64_t rows, int64_t size, int unit, int unroll, int64_t slots) {
@@ -39,22 +61,9 @@ inline Plan plan_for(int64_t rows, int64_t size, int unit, int unroll, int64_t s
   plan.splits = 1;
   plan.split_size = size;
 
-  // Many blocks, so that the last ones to end leave little idle; but not more than the last one can sum up in no time.
-  const int64_t step = int64_t(kThreads) * unit * unroll, steps = (size + step - 1) / step;
-  if (plan.lanes == kThreads && steps > 1 && rows > 0 && (rows < 4 * slots || size > kLongest)) {
-    const int64_t wanted = std::min(steps, std::max<int64_t>(1, 4 * slots / rows));
-    int64_t each = std::min((steps + wanted - 1) / wanted, kLongest / step);
-    // Of few steps, the number that leaves the last split the least short.
-    const auto missing = [&](int64_t n) { return (n - steps % n) % n; };
-    if (each < 16)
-      for (int64_t fewer = each - 1, least = (each + 1) / 2; fewer >= least; --fewer)
-        if (missing(fewer) < missing(each)) each = fewer;
-    plan.splits = static_cast<int>((steps + each - 1) / each);
-    plan.split_size = each * step;
-    plan.items = rows * plan.splits;
-  }
-  const int64_t each = std::max<int64_t>(1, (plan.items + 8 * slots - 1) / (8 * slots));
-  plan.blocks = static_cast<int>(std::max<int64_t>(1, (plan.items + each - 1) / each));
+  const int64_t step = int64_t(kThreads) * unit * unroll;
+  if (plan.lanes == kThreads) split_rows(plan, rows, size, step, slots);
+  count_blocks(plan, slots);
   return plan;
 }
 

@@ -22,7 +22,7 @@ inline namespace FASTVAE_ISA {
 template <class C>
 struct Normaliser {
   C per_element;
-  C constants[3];
+  C constants[5];
 };
 
 // That of L with the scale 1, at another one.

@@ -70,7 +70,7 @@ struct LogMass {
     const V divisor = P::select(is_small, one_q * one_q, P::select(edge, P::select(inside, b, a), ab));
     linear = P::relu(t) + P::select(is_small, excess + x.log_scale - bins.log_width, zero);
 
-    const V inverse = one / (divisor * factor), one_over_divisor = inverse * factor, one_over_factor = inverse * divisor;
+    const V inverse = P::divide(one, divisor * factor), one_over_divisor = inverse * factor, one_over_factor = inverse * divisor;
     one_over = factor * one_over_divisor;
     over = P::select(inside, one, divisor * one_over_factor);
     e = P::select(inside, qr, zero);
@@ -80,6 +80,55 @@ struct LogMass {
     const V by_h = P::select(is_small, one, h * P::select(edge, slope, inner));
     by_log_scale = P::select(x.floored, zero, P::fma(size, slope, P::neg(by_h)));
     by_middle = h * sign * slope;
+  }
+};
+
+// What is left of the values of a few elements: one logarithm for all of their log(1 + e), and one for four of their log(over), each of
+// which is between 2e-9 and 4e4 (in fp64 no more than the square of that).
+template <class V>
+struct LogisticLogs {
+  Log1pSum<V> edges;
+  V over = V(1), sum = V(0);
+  int count = 0;
+
+  FASTVAE_HD void add(const LogMass<V>& mass) {
+    edges.add(mass.e, V(1) + mass.e);
+    over = over * mass.over;
+    if (++count % 4 != 0) return;
+    sum = sum + Primitives<V>::log(over);
+    over = V(1);
+  }
+  FASTVAE_HD V value() const { return sum + Primitives<V>::log(over) + edges.value(); }
+};
+
+// The same for CUDA as one of the structs of likelihoods.h. Params are mean and log-scale; t is a level, and the highest where it is above.
+struct DiscretizedLogistic {
+  static constexpr int params = 2;
+  static constexpr int constants = 5;  // Bins
+  static constexpr bool has_log1p = true;
+  static constexpr bool has_pull = false;
+
+  template <class V>
+  static FASTVAE_HD Bins<V> bins(const V* constant) {
+    return {constant[0], constant[1], constant[2], constant[3], constant[4]};
+  }
+
+  template <class V>
+  static FASTVAE_HD V half_bins(V level, V levels) {
+    level = Primitives<V>::select(Primitives<V>::less(levels, level), levels, level);
+    return level + level - levels;
+  }
+
+  template <class V>
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], LogisticLogs<V>& logs) {
+    using P = Primitives<V>;
+    const Bins<V> all = bins(constant);
+    const V n = half_bins(t, all.levels);
+    const LogMass<V> mass(n, {n, param[0] * all.levels, param[1], all}, all);
+    slope[0] = mass.by_middle * P::neg(all.levels);
+    slope[1] = P::neg(mass.by_log_scale);
+    logs.add(mass);
+    return mass.linear;
   }
 };
 

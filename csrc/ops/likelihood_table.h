@@ -56,7 +56,7 @@ constexpr LikelihoodRow kLikelihoods[] = {
     {"zero_inflated_negative_binomial_logits", {}, 4, 0, false, false, false, true, Family::counts},
     {"categorical", {}, 1, 1, false, false, false, false, Family::categorical},               // logits; the ignored target
     // mean and log-scale, packed; bits, floor of the log-scale, small mass
-    {"discretized_logistic", {}, 1, 3, false, false, false, false, Family::logistic},
+    {"discretized_logistic", cpu::Element::discretized_logistic, 1, 3, true, false, false, true, Family::logistic},
     // see Mixture in cpu/mixtures.cpp; components, and the same
     {"discretized_logistic_mixture", {}, 1, 4, false, false, false, false, Family::logistic},
 };
@@ -105,6 +105,7 @@ inline Normaliser normaliser(const LikelihoodRow& row, c10::ArrayRef<double> con
       const double low = 0.5 * constants[0], high = 0.5 * constants[1];
       return {kHalfLog2Pi, {low + high, high - low, 1 / (high - low)}};
     }
+    case cpu::Element::discretized_logistic: break;  // see logistic_constants
     case cpu::Element::gaussian: return math::at_scale<math::Gaussian>({kHalfLog2Pi, {1}}, row.has_scalar ? scalar : 2 * log_scale(0));
     case cpu::Element::laplace_per_element: return {kLog2, {}};
     case cpu::Element::laplace: return math::at_scale<math::Laplace>({kLog2, {1}}, log_scale(0));

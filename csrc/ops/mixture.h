@@ -1,5 +1,7 @@
 // fastvae::nll of the rows of Family::logistic: the discretised logistic and the mixtures of it.
 #pragma once
+#include <array>
+
 #include "common.h"
 #include "likelihood_table.h"
 
@@ -12,6 +14,9 @@ struct LogisticConstants {
 };
 
 LogisticConstants logistic_constants(const LikelihoodRow& row, at::ArrayRef<double> constants);
+
+// As math::DiscretizedLogistic has them.
+std::array<double, cpu::kMaxConstants> bins_of(const LogisticConstants& constants);
 
 // Raises where `params` (one tensor), `target` and the constants do not go together.
 void check_logistic(const LikelihoodRow& row, const Tensor& params, const Tensor& target, at::ArrayRef<double> constants);

@@ -4,26 +4,94 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <variant>
+
+#include "categorical.h"
 #include "common_cuda.h"
+#include "mixture.h"
 #include "nll_views.h"
 
 namespace fastvae {
 namespace {
 
+using Args = std::variant<cuda::NllArgs, cuda::MixtureArgs, cuda::CategoricalArgs>;  // by family
+
+cuda::NllArgs& common(Args& args) {
+  return std::visit([](auto& of_family) -> cuda::NllArgs& { return of_family; }, args);
+}
+
+Tensors fill_elementwise(Args& args, const LikelihoodRow& row, at::TensorList params, const Tensor& target,
+                         at::ArrayRef<double> constants, int64_t needs, Tensors& kept) {
+  auto& elements = args.emplace<cuda::NllArgs>();
+  const auto norm = normaliser(row, constants, 0);
+  std::copy_n(norm.constants, cuda::kMaxConstants, elements.constants);
+  elements.normaliser = norm.per_element;
+  if (row.has_scalar) elements.scalar = number(params.back(), "params");
+  return fill_elements(elements, row, params, target, needs, kept);
+}
+
+Tensors fill_logistic(Args& args, const LikelihoodRow& row, at::TensorList params, const Tensor& target,
+                      at::ArrayRef<double> constants, int64_t needs, Tensors& kept) {
+  const auto found = logistic_constants(row, constants);
+  if (found.components > 0) {
+    auto& mixture = args.emplace<cuda::MixtureArgs>();
+    mixture.components = found.components;
+    mixture.channels = target.size(1);
+    mixture.pixels = event_size(target) / mixture.channels;
+    mixture.alternate = memory_order(params[0]) != at::MemoryFormat::Contiguous;
+  }
+  const auto bins = bins_of(found);
+  std::copy(bins.begin(), bins.end(), common(args).constants);
+  return fill_elements(common(args), row, params, target, needs, kept);
+}
+
+Tensors fill_categorical(Args& args, const Tensor& logits, const Tensor& target, at::ArrayRef<double> constants, int64_t needs,
+                         Tensors& kept) {
+  auto& positions = args.emplace<cuda::CategoricalArgs>();
+  positions.rows = logits.size(0);
+  positions.size = positions.positions = event_size(target);
+  positions.classes = logits.size(-1);
+  positions.ignored = static_cast<int64_t>(constants[0]);
+  kept = {dense_rows(logits, at::MemoryFormat::Contiguous), dense_rows(target, at::MemoryFormat::Contiguous)};
+  positions.params[0] = operand(kept[0]);
+  positions.target = operand(kept[1]);
+  if (!(needs & 1)) return {};
+  Tensor gradient = pooled_empty(logits.sizes(), logits);
+  positions.slopes[0] = result(gradient);
+  return {gradient};
+}
+
 // Everything but the results of the rows.
-Tensors fill(cuda::NllArgs& args, const OnDevice& device, const LikelihoodRow& row, at::TensorList params, const Tensor& target,
+Tensors fill(Args& args, const OnDevice& device, const LikelihoodRow& row, at::TensorList params, const Tensor& target,
              at::ArrayRef<double> constants, int64_t reduction, int64_t needs, Tensors& kept) {
-  TORCH_CHECK_NOT_IMPLEMENTED(row.family == Family::elementwise, "fastvae::nll: there is no CUDA kernel for ", std::string(row.name),
-                              " yet; fastvae.set_backend(\"auto\") takes what there is");
   for (const auto& p : params) device.expect(p, "params");
   device.expect(target, "target");
-  Tensors gradients = fill_elements(args, row, params, target, needs, kept);
-  const auto norm = normaliser(row, constants, 0);
-  std::copy_n(norm.constants, cuda::kMaxConstants, args.constants);
-  args.normaliser = norm.per_element;
-  if (row.has_scalar) args.scalar = number(params.back(), "params");
-  args.weight = weight_of(reduction, args.rows);
+  Tensors gradients;
+  switch (row.family) {
+    case Family::elementwise: gradients = fill_elementwise(args, row, params, target, constants, needs, kept); break;
+    case Family::logistic: gradients = fill_logistic(args, row, params, target, constants, needs, kept); break;
+    case Family::categorical: gradients = fill_categorical(args, params[0], target, constants, needs, kept); break;
+    case Family::counts:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, "fastvae::nll: there is no CUDA kernel for ", std::string(row.name),
+                                  " yet; fastvae.set_backend(\"auto\") takes what there is");
+  }
+  common(args).weight = weight_of(reduction, common(args).rows);
   return gradients;
+}
+
+template <class Arguments>
+void launch(Arguments& args, int64_t (*scratch_of)(const Arguments&), cudaError_t (*kernel)(const Arguments&, cudaStream_t),
+            const OnDevice& device) {
+  const Scratch scratch(scratch_of(args), device);
+  args.workspace = scratch.workspace();
+  check_launch(kernel(args, device));
+}
+
+void launch(Args& args, const OnDevice& device) {
+  if (auto* mixture = std::get_if<cuda::MixtureArgs>(&args)) launch(*mixture, cuda::mixture_scratch, cuda::mixture, device);
+  else if (auto* positions = std::get_if<cuda::CategoricalArgs>(&args))
+    launch(*positions, cuda::categorical_scratch, cuda::categorical, device);
+  else launch(common(args), cuda::nll_scratch, cuda::nll, device);
 }
 
 std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cuda(std::string_view likelihood, at::TensorList params,
@@ -36,9 +104,10 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cuda(std::string_view li
   device.expect(kl, "kl");
   device.expect(beta, "beta");
 
-  cuda::NllArgs args;
+  Args of_family;
   Tensors kept;
-  Tensors gradients = fill(args, device, row, params, target, constants, reduction, needs, kept);
+  Tensors gradients = fill(of_family, device, row, params, target, constants, reduction, needs, kept);
+  cuda::NllArgs& args = common(of_family);
   const auto options = target.options().dtype(row_dtype(params[0].scalar_type()));
   const bool with_scalar = row.has_scalar && (needs >> (params.size() - 1) & 1);
   const Tensor nll = at::empty({args.rows}, options), scalar_rows = at::empty({with_scalar ? args.rows : 0}, options);
@@ -51,9 +120,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cuda(std::string_view li
   args.reduced = reduction != kNone;
   args.kl = numbers(kl, "kl");
   if (kl && beta) args.beta = number(*beta, "beta");
-  const Scratch scratch(cuda::nll_scratch(args), device);
-  args.workspace = scratch.workspace();
-  check_launch(cuda::nll(args, device));
+  launch(of_family, device);
   return {loss, nll, std::move(gradients), scalar_rows};
 }
 
@@ -64,14 +131,12 @@ Tensors nll_gradient_cuda(std::string_view likelihood, at::TensorList params, co
   const OnDevice device(target);
   device.expect(grad_loss, "grad_loss");
   device.expect(grad_nll, "grad_nll");
-  cuda::NllArgs args;
+  Args of_family;
   Tensors kept;
-  Tensors gradients = fill(args, device, row, params, target, constants, reduction, needs, kept);
-  args.grad_loss = numbers(grad_loss, "grad_loss");
-  args.grad_nll = numbers(grad_nll, "grad_nll");
-  const Scratch scratch(cuda::nll_scratch(args), device);
-  args.workspace = scratch.workspace();
-  check_launch(cuda::nll(args, device));
+  Tensors gradients = fill(of_family, device, row, params, target, constants, reduction, needs, kept);
+  common(of_family).grad_loss = numbers(grad_loss, "grad_loss");
+  common(of_family).grad_nll = numbers(grad_nll, "grad_nll");
+  launch(of_family, device);
   return gradients;
 }
 

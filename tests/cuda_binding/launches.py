@@ -71,6 +71,20 @@ def test_the_loss_part_of_a_step_is_four_launches(likelihood: str, reduction: st
         assert launches(lambda: elbo(recon, x, kl=elbo.reparameterize(*head.chunk(2, 1))[1])) == 2
 
 
+@pytest.mark.parametrize("rows", [2, 600])
+@pytest.mark.parametrize("likelihood", ["mixture", "logistic", "categorical"])
+def test_what_shares_more_than_an_element_takes_no_more_launches(likelihood: str, rows: int) -> None:
+    levels = torch.randint(0, 256, (rows, 3, 5, 7), dtype=torch.uint8)
+    modules = fastvae.likelihoods
+    module, recon, target = {
+        "mixture": (modules.DiscretizedLogisticMixture(10), leaf(rows, 100, 5, 7), levels),
+        "logistic": (modules.DiscretizedLogistic(), leaf(rows, 6, 5, 7), levels),
+        "categorical": (modules.Categorical(), leaf(rows, 5, 300), torch.randint(0, 300, (rows, 5))),
+    }[likelihood]
+    elbo, kl = fastvae.ELBO(module), leaf(rows)
+    assert launches(lambda: torch.autograd.grad(elbo(recon, target, kl=kl).loss, [recon, kl])) == 2
+
+
 def test_half_parameters_take_one_more() -> None:
     """Their gradient is made when its factor is known: in the backward."""
     recon, x = leaf(4, 30).detach().half().requires_grad_(), torch.rand(4, 30)

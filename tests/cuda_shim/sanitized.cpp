@@ -1,6 +1,7 @@
 // Every kernel in a program of its own, for the sanitizers: memory of just the size that is needed, and all paths: whole accesses and
 // single ones, one block to a row and several, a last block that adds up. Results are looked at roughly; tests/test_cuda_kernels.py
 // knows them better.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -106,6 +107,107 @@ void reconstruction(std::mt19937& random, DType type, DType target_type, int64_t
   }
 }
 
+// -log of the mass of a level, as it is written; scales are kept so wide that the difference has digits.
+double log_mass(int level, double mean, double log_scale) {
+  const double inverse = std::exp(-std::max(log_scale, -0.5));
+  const auto below = [&](int edge) { return 1 / (1 + std::exp((mean - (2 * edge - 256) / 255.0) * inverse)); };
+  return std::log((level == 255 ? 1 : below(level + 1)) - (level == 0 ? 0 : below(level)));
+}
+
+void levels(std::mt19937& random, DType type, int64_t components, int64_t channels, int64_t rows, int64_t pixels, int64_t shift,
+            bool in_turns) {
+  const int64_t blocks = channels == 3 ? 3 : 2, K = components, planes = K ? K * (1 + blocks * channels) : 2 * channels;
+  const int64_t size = planes * pixels;
+  Scratch scratch;
+  Buffer params(type, rows * size, shift), slopes(type, rows * size, shift), target(DType::u8, rows * channels * pixels);
+  Buffer nll(DType::f32, rows), loss(DType::f32, 1), factors(DType::f32, rows);
+  params.fill(random), target.fill(random), factors.fill(random);
+  MixtureArgs args;
+  args.element = Element::discretized_logistic;
+  args.rows = rows, args.size = channels * pixels, args.pixels = pixels, args.channels = channels, args.components = K;
+  args.alternate = in_turns;
+  const double constants[] = {255, 1 / 255.0, std::log(2 / 255.0), -0.5, 0};
+  std::copy(constants, constants + 5, args.constants);
+  args.params[0] = params.view<Operand>(size), args.slopes[0] = slopes.view<Result>(size);
+  args.target = target.view<Operand>(channels * pixels);
+  args.target.type = DType::byte;
+  if (!K) {
+    const auto half = [&](auto whole, int64_t which) {
+      whole = fastvae::cpu::shifted(whole, which * (in_turns ? channels : channels * pixels));
+      whole.run = in_turns ? channels : channels * pixels, whole.run_stride = in_turns ? 2 * channels : 0;
+      return whole;
+    };
+    args.params[1] = half(args.params[0], 1), args.params[0] = half(args.params[0], 0);
+    args.slopes[1] = half(args.slopes[0], 1), args.slopes[0] = half(args.slopes[0], 0);
+  }
+  args.nll = nll.output(), args.loss = loss.output(), args.reduced = true;
+  args.workspace = scratch.of(K ? mixture_scratch(args) : nll_scratch(args));
+  check((K ? mixture(args, nullptr) : fastvae::cuda::nll(args, nullptr)) == cudaSuccess, "logistics", rows, pixels);
+  double all = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    double sum = 0;
+    for (int64_t i = 0; i < pixels; ++i) {
+      const auto param = [&](int64_t plane) { return params.get(row * size + (in_turns ? i * planes + plane : plane * pixels + i)); };
+      const auto level = [&](int64_t c) {
+        return static_cast<int>(std::lround(255 * target.get(row * channels * pixels + (in_turns ? i * channels + c : c * pixels + i))));
+      };
+      double mixed = 0, weights = 0;
+      for (int64_t k = 0; k < std::max<int64_t>(K, 1); ++k) {
+        double one = K ? param(k) : 0;
+        weights += std::exp(one);
+        for (int64_t c = 0; c < channels; ++c) {
+          const auto of = [&](int64_t c, int64_t block) {
+            return K ? param(K * (1 + blocks * c + block) + k) : param(block * channels + c);
+          };
+          double mean = of(c, 0);
+          for (int64_t j = 0; j < (K && channels == 3 ? c : 0); ++j) mean += std::tanh(of(c + j - 1, 2)) * (2 * level(j) - 255) / 255;
+          one += log_mass(level(c), mean, of(c, 1));
+        }
+        mixed += std::exp(one);
+      }
+      sum += std::log(weights / mixed);
+    }
+    check(near(nll.get(row), sum, 1e-4), "a row of levels", rows, pixels);
+    all += sum;
+  }
+  check(near(loss.get(0), all, 1e-4), "the loss of levels", rows, pixels);
+  args.loss = args.nll = {};
+  args.grad_nll = factors.numbers();
+  check((K ? mixture(args, nullptr) : fastvae::cuda::nll(args, nullptr)) == cudaSuccess, "logistics", rows, pixels);
+}
+
+void words(std::mt19937& random, DType type, int64_t rows, int64_t positions, int64_t classes, int64_t shift) {
+  Scratch scratch;
+  const int64_t size = positions * classes;
+  Buffer logits(type, rows * size, shift), slopes(type, rows * size, shift), nll(DType::f32, rows), loss(DType::f32, 1);
+  Buffer factors(DType::f32, rows);
+  logits.fill(random), factors.fill(random);
+  std::vector<int64_t> target(rows * positions);
+  for (auto& number : target) number = static_cast<int64_t>(random() % (classes + 1)) - 1;  // -1 is ignored
+  CategoricalArgs args;
+  args.rows = rows, args.size = args.positions = positions, args.classes = classes, args.ignored = -1;
+  args.params[0] = logits.view<Operand>(size), args.slopes[0] = slopes.view<Result>(size);
+  args.target = {target.data(), DType::i64, positions, positions, 0};
+  args.nll = nll.output(), args.loss = loss.output(), args.reduced = true;
+  args.workspace = scratch.of(categorical_scratch(args));
+  check(categorical(args, nullptr) == cudaSuccess, "categorical", rows, size);
+  double all = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    double sum = 0;
+    for (int64_t t = row * positions; t < (row + 1) * positions; ++t) {
+      double total = 0;
+      for (int64_t v = 0; v < classes; ++v) total += std::exp(logits.get(t * classes + v));
+      if (target[t] >= 0) sum += std::log(total) - logits.get(t * classes + target[t]);
+    }
+    check(near(nll.get(row), sum, 1e-4), "a row of words", rows, size);
+    all += sum;
+  }
+  check(near(loss.get(0), all, 1e-4), "the loss of words", rows, size);
+  args.loss = args.nll = {};
+  args.grad_nll = factors.numbers();
+  check(categorical(args, nullptr) == cudaSuccess, "categorical", rows, size);
+}
+
 void posterior(std::mt19937& random, DType type, int64_t rows, int64_t size, int64_t draws, int64_t shift) {
   Scratch scratch;
   Buffer mu(type, rows * size, shift), logvar(type, rows * size), z(type, draws * rows * size), kl(DType::f32, rows);
@@ -148,6 +250,18 @@ int main() {
       reconstruction(random, DType::f32, DType::u8, 2, 2064, shift);
       reconstruction(random, DType::bf16, DType::f32, 2, 4104, shift);
       reconstruction(random, DType::f32, DType::f32, 300, 5, shift);
+      words(random, DType::f32, 3, 5, 17, shift);
+      words(random, DType::bf16, 40, 2, 8, shift);
+      words(random, DType::f32, 2, 3, 1004, shift);
+      for (const bool in_turns : {false, true}) {
+        for (const int64_t components : {0, 1, 3, 10})
+          for (const int64_t channels : {1, 3}) {
+            levels(random, DType::f32, components, channels, 3, 17, shift, in_turns);
+            levels(random, DType::bf16, components, channels, 23, 2, shift, in_turns);
+          }
+        levels(random, DType::f32, 3, 3, 2, 100, shift, in_turns);
+        levels(random, DType::f32, 0, 1, 2, 2064, shift, in_turns);
+      }
       posterior(random, DType::f32, 5, 20, 1, shift);
       posterior(random, DType::f32, 3, 7, 3, shift);
       posterior(random, DType::bf16, 2, 1032, 1, shift);

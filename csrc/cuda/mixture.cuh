@@ -1,0 +1,245 @@
+// Mixtures of discretised logistics (see Mixture in cpu/mixtures.cpp for the planes): the nll of each row, the loss and, where wanted,
+// the gradient. A file for each number of channels includes this.
+//
+// A component of a pixel costs some 400 instructions for its 20 numbers, so it is worked out once: a thread has a component of a pixel
+// and keeps it in registers until its neighbours have theirs, and the pixel's sum over components is known.
+#pragma once
+#include "rows.cuh"
+//
+#include "../math/logistic.h"
+
+namespace fastvae::cuda {
+
+// `slots` threads for each pixel.
+struct MixturePlan : TilePlan {
+  int slots;
+};
+
+constexpr int kSide = 8;  // pixels of a tile, or a multiple: 32 bytes of fp32
+
+// Blocks that share a multiprocessor's registers.
+constexpr int mixture_resident(int64_t channels, int64_t item_size) { return item_size == 8 ? 1 : channels == 3 ? 2 : 3; }
+
+inline MixturePlan plan_for(const MixtureArgs& args) {
+  const int64_t slots = fastvae::cuda::slots(mixture_resident(args.channels, cpu::item_size(args.params[0].type)));
+  MixturePlan plan{};
+  plan.slots = static_cast<int>(std::min<int64_t>(args.components, kThreads / kSide));
+  cut_into_tiles(plan, args.rows, args.pixels, kThreads / plan.slots / kSide * kSide, slots);
+  return plan;
+}
+
+// What is known of a component once it has been looked at; the slopes are those of its log-mass.
+template <class C, int kChannels>
+struct Component {
+  static constexpr int kBlocks = kChannels == 3 ? 3 : 2;
+
+  C logit, linear, factor;  // its share of the pixel's mass is e^linear factor, over the sum of all e^logit
+  C by_mean[kChannels], by_log_scale[kChannels], by_coefficient[3];
+
+  Component() = default;
+
+  // `at`: its logit; its other params follow at every `step`.
+  template <class T>
+  FASTVAE_DEVICE Component(const T* at, int64_t step, const C (&n)[kChannels], const math::Bins<C>& bins) {
+    using P = math::Primitives<C>;
+    T raw[1 + kBlocks * kChannels];
+#pragma unroll
+    for (int i = 0; i < 1 + kBlocks * kChannels; ++i) raw[i] = __ldg(at + i * step);
+    logit = linear = widened(raw[0]);
+    factor = C(1);
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      C middle = widened(raw[1 + c * kBlocks]) * bins.levels;
+      // Channel 1 looks at 0 by the first coefficient, channel 2 at 0 and 1 by the others.
+      C slope[2];
+#pragma unroll
+      for (int k = 0; k < c; ++k) {
+        const math::Tanh<C> tanh(widened(raw[1 + (c + k - 1) * kBlocks + 2]));
+        middle = P::fma(tanh.value, n[k], middle);
+        slope[k] = tanh.slope;
+      }
+      const math::LogMass<C> mass(n[c], {n[c], middle, widened(raw[2 + c * kBlocks]), bins}, bins);
+      linear -= mass.linear;
+      factor *= mass.one_over;
+      by_mean[c] = mass.by_middle * bins.levels;
+      by_log_scale[c] = mass.by_log_scale;
+#pragma unroll
+      for (int k = 0; k < c; ++k) by_coefficient[c + k - 1] = mass.by_middle * n[k] * slope[k];
+    }
+  }
+
+  template <class T>
+  FASTVAE_DEVICE void store(T* at, int64_t step, C by_logit, C share) const {
+    *at = narrowed<T>(by_logit);
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      at[(1 + c * kBlocks) * step] = narrowed<T>(by_mean[c] * share);
+      at[(2 + c * kBlocks) * step] = narrowed<T>(by_log_scale[c] * share);
+      if constexpr (kChannels == 3) at[(3 + c * kBlocks) * step] = narrowed<T>(by_coefficient[c] * share);
+    }
+  }
+};
+
+// The sums of some components, as multiples of exponentials: e^top masses and e^top_logit weights.
+template <class C>
+struct Mixed {
+  C top, masses, top_logit, weights;
+
+  template <int kChannels>
+  FASTVAE_DEVICE explicit Mixed(const Component<C, kChannels>& one)
+      : top(one.linear), masses(one.factor), top_logit(one.logit), weights(1) {}
+  FASTVAE_DEVICE Mixed(C top_, C masses_, C top_logit_, C weights_)
+      : top(top_), masses(masses_), top_logit(top_logit_), weights(weights_) {}
+
+  FASTVAE_DEVICE void add(const Mixed& other) {
+    add(top, masses, other.top, other.masses);
+    add(top_logit, weights, other.top_logit, other.weights);
+  }
+
+ private:
+  static FASTVAE_DEVICE void add(C& top, C& sum, C other_top, C other_sum) {
+    using P = math::Primitives<C>;
+    // Two that are switched off, at minus infinity, have no distance.
+    const C lowest(-1e38f), higher = top < other_top ? other_top : top, common = higher < lowest ? lowest : higher;
+    sum = sum * P::exp_bounded(top - common) + other_sum * P::exp_bounded(other_top - common);
+    top = common;
+  }
+};
+
+template <int kChannels, class T>
+__global__ void __launch_bounds__(kThreads, mixture_resident(kChannels, sizeof(T)))
+    mixture_kernel(const __grid_constant__ MixtureArgs args, const __grid_constant__ MixturePlan plan) {
+  using C = Compute<T>;
+  using P = math::Primitives<C>;
+  using One = Component<C, kChannels>;
+  FASTVAE_SHARED(C, parts, 4 * kThreads);  // a Mixed of each thread
+  FASTVAE_SHARED(C, whole, 4 * kThreads);  // of each pixel: top, top_logit, and the factors of the components' terms
+  FASTVAE_SHARED(double, sums, kThreads);
+  FASTVAE_SHARED(double, row_scratch, 2 * kThreads / kWarp);
+  FASTVAE_SHARED(double, loss_scratch, kThreads / kWarp);
+  const int thread = threadIdx.x, tile = plan.tile, slots = plan.slots, K = static_cast<int>(args.components);
+  const bool values = args.loss.data;
+
+  // Neighbouring threads are at neighbouring places in memory.
+  const int slot = args.alternate ? thread % slots : thread / tile, place = args.alternate ? thread / slots : thread % tile;
+  const int slot_step = args.alternate ? 1 : tile, place_step = args.alternate ? slots : 1;
+  const bool has_slot = slot < slots && place < tile;
+  const int its_row = place / plan.width, its_pixel = place - its_row * plan.width;
+  // And the first `tile` threads have a pixel to sum up.
+  const int pixel_row = thread / plan.width, pixel_pixel = thread - pixel_row * plan.width;
+
+  const int64_t planes = int64_t(K) * (1 + One::kBlocks * kChannels);
+  const int64_t plane_step = args.alternate ? 1 : args.pixels, pixel_step = args.alternate ? planes : 1;
+  const int64_t channel_step = plane_step, data_step = args.alternate ? kChannels : 1;
+  const T* params = static_cast<const T*>(args.params[0].data);
+  T* slopes = static_cast<T*>(args.slopes[0].data);
+  const uint8_t* target = static_cast<const uint8_t*>(args.target.data);
+  C constants[kMaxConstants];
+#pragma unroll
+  for (int i = 0; i < kMaxConstants; ++i) constants[i] = static_cast<C>(args.constants[i]);
+  const math::Bins<C> bins = math::DiscretizedLogistic::bins(constants);
+
+  double loss = 0;
+  int turn = 0;
+  for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
+    const TileItem part(plan, item, args.pixels);
+    const int64_t first_row = part.first_row, end = part.end;
+    const int64_t row = first_row + its_row;
+    const bool has_row = has_slot && its_row < plan.rows_each && row < args.rows;
+    const bool sums_row = pixel_row < plan.rows_each && first_row + pixel_row < args.rows;
+    double sum = 0;
+    C weight = static_cast<C>(args.weight);
+    if (sums_row && (args.grad_loss.data || args.grad_nll.data))
+      weight = static_cast<C>(row_factor(args.grad_loss, args.grad_nll, args.weight, first_row + pixel_row));
+
+    for (int64_t first = part.begin; first < end; first += plan.width) {
+      const int64_t pixel = first + its_pixel;
+      const bool inside = has_row && pixel < end;
+      const int64_t there = pixel * pixel_step + slot * plane_step;
+      const T* at = params + (row * args.params[0].row_stride + there);
+      C n[kChannels] = {};
+      One one{};
+      int k = slot;
+      if (inside) {
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) {
+          const uint8_t level = __ldg(target + row * args.target.row_stride + pixel * data_step + c * channel_step);
+          n[c] = math::DiscretizedLogistic::half_bins(static_cast<C>(level), bins.levels);
+        }
+        one = One(at, K * plane_step, n, bins);
+        Mixed<C> some(one);
+        // More components than there are threads for a pixel: all but the last are worked out again.
+#pragma unroll 1
+        for (; k + slots < K; k += slots) {
+          at += slots * plane_step;
+          one = One(at, K * plane_step, n, bins);
+          some.add(Mixed<C>(one));
+        }
+        C* part = parts + slot * slot_step + place * place_step;
+        part[0] = some.top, part[kThreads] = some.masses;
+        part[2 * kThreads] = some.top_logit, part[3 * kThreads] = some.weights;
+      }
+      __syncthreads();
+      if (sums_row && first + pixel_pixel < end) {
+        const C* part = parts + thread * place_step;
+        C top = part[0], top_logit = part[2 * kThreads];
+        for (int s = 1; s < slots; ++s) {
+          const C other = part[s * slot_step], other_logit = part[2 * kThreads + s * slot_step];
+          top = top < other ? other : top;
+          top_logit = top_logit < other_logit ? other_logit : top_logit;
+        }
+        C masses(0), weights(0);
+        for (int s = 0; s < slots; ++s) {
+          const int i = s * slot_step;
+          masses += part[kThreads + i] * P::exp_bounded(part[i] - top);
+          weights += part[3 * kThreads + i] * P::exp_bounded(part[2 * kThreads + i] - top_logit);
+        }
+        sum += static_cast<double>(P::log(P::divide(weights, masses)) + (top_logit - top));
+        whole[thread] = top, whole[kThreads + thread] = top_logit;
+        whole[2 * kThreads + thread] = P::divide(weight, masses), whole[3 * kThreads + thread] = P::divide(weight, weights);
+      }
+      __syncthreads();
+      if (inside && slopes) {
+        const C top = whole[place], top_logit = whole[kThreads + place];
+        const C posterior = whole[2 * kThreads + place], prior = whole[3 * kThreads + place];
+        T* to = slopes + (row * args.slopes[0].row_stride + there + (k - slot) * plane_step);
+#pragma unroll 1
+        while (true) {
+          const C share = -(one.factor * P::exp_bounded(one.linear - top) * posterior);
+          one.store(to, K * plane_step, P::fma(P::exp_bounded(one.logit - top_logit), prior, share), share);
+          if (k < slots) break;
+          k -= slots;
+          at -= slots * plane_step;
+          to -= slots * plane_step;
+          one = One(at, K * plane_step, n, bins);
+        }
+      }
+    }
+
+    if (values)
+      loss += finish_item(args, plan, item, first_row, thread < tile ? thread : -1, sum, sums, row_scratch + (turn ^= kThreads / kWarp));
+  }
+  if (values)
+    finish<double>(args, plan, false, loss, loss_scratch, [&](int64_t row, double sum, double) { return put_row(args, row, sum); });
+}
+
+template <int kChannels, class T>
+cudaError_t launch_mixture(const MixtureArgs& args, cudaStream_t stream) {
+  const MixturePlan plan = plan_for(args);
+  return FASTVAE_LAUNCH((mixture_kernel<kChannels, T>), plan.blocks, stream, args, plan);
+}
+
+template <int kChannels>
+cudaError_t launch_mixture(const MixtureArgs& args, cudaStream_t stream) {
+  switch (args.params[0].type) {
+    case DType::f32: return launch_mixture<kChannels, float>(args, stream);
+    case DType::f64: return launch_mixture<kChannels, double>(args, stream);
+    case DType::f16: return launch_mixture<kChannels, Half>(args, stream);
+    default: return launch_mixture<kChannels, BFloat16>(args, stream);
+  }
+}
+
+extern template cudaError_t launch_mixture<1>(const MixtureArgs&, cudaStream_t);
+extern template cudaError_t launch_mixture<3>(const MixtureArgs&, cudaStream_t);
+
+}  // namespace fastvae::cuda

@@ -1,0 +1,3 @@
+#include "mixture.cuh"
+
+template cudaError_t fastvae::cuda::launch_mixture<3>(const MixtureArgs&, cudaStream_t);
