@@ -73,6 +73,7 @@ def check_fakes() -> int:
             expect(fastvae.functional.gaussian_kl(mu, logvar, reduction="none"), (6, 20), rows)
             beta, scale = (torch.empty((), dtype=kind, device="cuda") for kind in (torch.float32, dtype))
             head = torch.cat((recon, recon), 1)
+            mixture = torch.cat((head, head, head, recon[:, :2]), 1)  # of two
             for reduction in REDUCTIONS.values():
                 for name, params, constants in (
                     ("bernoulli", [recon], []),
@@ -80,6 +81,9 @@ def check_fakes() -> int:
                     ("gaussian_learned", [recon, scale], []),
                     ("gaussian_per_element", [recon, recon], []),
                     ("gaussian_head", [head], []),
+                    ("gaussian_bounded_head", [head], [-12.0, 2.0]),
+                    ("discretized_logistic", [head], [8.0, -7.0, 1e-5]),
+                    ("discretized_logistic_mixture", [mixture], [2.0, 8.0, -7.0, 1e-5]),
                 ):
                     loss, nll = fastvae.functional._nll(name, params, x, constants, kl, beta, reduction)
                     expect(loss, (6,) if reduction == REDUCTIONS["none"] else (), rows)
