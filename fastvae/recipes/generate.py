@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastvae.training import pictures
 from fastvae.training.data import InputError
-from fastvae.training.evaluate import bounds, progress
+from fastvae.training.evaluate import in_batches
 from fastvae.training.loader import generator, held_out_batch, prepare
 from fastvae.training.runs import Run
 
@@ -70,18 +70,14 @@ def best(
     shown = _shown(run, z).clamp(0, 1)
     realism = getattr(run.model, "realism", None)
     if realism is not None:
-        parts = (
-            part.permute(0, 3, 1, 2).to(run.device)
-            for part in shown.split(held_out_batch(run.model.dimensions))
-        )
+        parts = (part.permute(0, 3, 1, 2).to(run.device) for part in _parts(run, shown))
         values = torch.cat([realism(part).double().cpu() for part in parts])
         measure, unit, decimals = "the discriminator's score", "", 4
     else:
         values = _nll(run, (shown * 255).round().to(torch.uint8), seed)
         measure, unit, decimals = f"likelihood under the model ({_DRAWS} importance samples)", " nats", 2
-        offset = run.model.bits_offset
-        if offset is not None:
-            values = values / (run.model.dimensions * math.log(2)) + offset
+        if run.model.bits_offset is not None:
+            values = run.model.bits_per_dim(values)
             unit, decimals = " bits per dimension", 4
     # In either direction NaN comes last.
     order = (values if realism is None else -values).argsort(stable=True)
@@ -93,24 +89,8 @@ def _nll(run: Run, images: Tensor, seed: int) -> Tensor:
     """The importance-weighted bound on -log p of uint8 images (N, H, W, C): nats, (N,)."""
     # A mean is brought to zeros and ones as its picture looks, not drawn.
     settings = dataclasses.replace(run.settings, binarize="threshold")
-    draws = generator(seed)
-    size = held_out_batch(images[0].numel())
-    batches = images.split(size)
-    parts = []
-    with progress(get_console()) as bar:
-        task = bar.add_task("ranking", total=len(batches) * _DRAWS)
-        for number, part in enumerate(batches):
-            x = prepare(part, settings, draws).to(run.device)
-            found, _ = bounds(
-                run.model,
-                x,
-                _DRAWS,
-                seed=seed,
-                first_row=number * size,
-                advance=lambda: bar.advance(task),
-            )
-            parts.append(found.nll.cpu())
-    return torch.cat(parts)
+    batches = in_batches(run, images, settings, _DRAWS, seed, get_console(), "ranking")
+    return torch.cat([found.nll.cpu() for _, _, found, _ in batches])
 
 
 def reconstruct(run: Run, path: Path, *, n: int = 30) -> int:
@@ -143,15 +123,15 @@ def neighbours(run: Run, path: Path, *, n: int = 10, near: int = 3, seed: int = 
     rows = []
     for image in new:
         views = [image, image.flip(1)] if run.settings.augment else [image]
-        distance = torch.stack([_distances(train, view) for view in views]).amin(0)
+        distance = torch.stack([_distances(run, view) for view in views]).amin(0)
         rows.append(distance.topk(min(near, len(train)), largest=False).indices)
     nearest = torch.stack(rows, 1)  # (near, n)
     pictures.save_grid([new, *(_grey(train[row]) for row in nearest)], path)
 
 
-def _distances(images: Tensor, image: Tensor) -> Tensor:
-    """Squared, of uint8 images (N, H, W, C) from one in [0, 1]."""
-    parts = images.split(500)
+def _distances(run: Run, image: Tensor) -> Tensor:
+    """Squared, of the run's training images from one (H, W, C) in [0, 1]."""
+    parts = _parts(run, run.images.train)
     return torch.cat([(_grey(part) - image).square().flatten(1).sum(1) for part in parts])
 
 
@@ -291,6 +271,11 @@ def inpaint(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _parts(run: Run, rows: Tensor) -> tuple[Tensor, ...]:
+    """As many images, or their z, at a time as memory is meant to hold."""
+    return rows.split(held_out_batch(run.model.dimensions))
+
+
 def _prior(run: Run, n: int, seed: int) -> Tensor:
     """z ~ N(0, I), (n, L), on the CPU."""
     return torch.randn(n, run.model.latents, generator=torch.Generator().manual_seed(seed))
@@ -305,10 +290,7 @@ def _grey(images: Tensor) -> Tensor:
 def _means(run: Run, images: Tensor) -> Tensor:
     """Posterior means (N, L) of uint8 images (N, H, W, C), on the CPU."""
     draws = generator(run.settings.seed, 3)
-    parts = (
-        prepare(part, run.settings, draws).to(run.device)
-        for part in images.split(held_out_batch(run.model.dimensions))
-    )
+    parts = (prepare(part, run.settings, draws).to(run.device) for part in _parts(run, images))
     return torch.cat([run.model.encode(part)[0].float().cpu() for part in parts])
 
 
@@ -316,9 +298,7 @@ def _means(run: Run, images: Tensor) -> Tensor:
 def _shown(run: Run, z: Tensor) -> Tensor:
     """The likelihood's means (N, H, W, C) of z (N, L), on the CPU."""
     mean = run.model.likelihood.mean
-    parts = [
-        mean(run.model.decode(part.to(run.device))) for part in z.split(held_out_batch(run.model.dimensions))
-    ]
+    parts = [mean(run.model.decode(part.to(run.device))) for part in _parts(run, z)]
     return torch.cat([part.float().cpu() for part in parts]).permute(0, 2, 3, 1)
 
 

@@ -7,7 +7,7 @@ what is seen.
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from .data import InputError
 from .loader import generator, held_out_batch, prepare
 from .module import ACTIVE, VAE
 from .runs import Run
+from .settings import ImageSettings
 
 __all__ = [
     "Bounds", "Evaluation", "Report", "bounds", "check_numbers", "evaluate", "progress", "psnr", "ssim",
@@ -203,6 +204,32 @@ class Evaluation(Report):
         return table
 
 
+def in_batches(
+    run: Run,
+    images: Tensor,
+    settings: ImageSettings,
+    samples: int,
+    seed: int,
+    console: Console,
+    what: str,
+) -> Iterator[tuple[Tensor, Tensor, Bounds, Tensor]]:
+    """Of uint8 images (N, H, W, C), a batch at a time: they, as `settings` prepare them, their bounds, posterior means.
+
+    `seed` is of all that is drawn; a progress bar on `console` says `what` is done.
+    """
+    draws, size = generator(seed), held_out_batch(images[0].numel())
+    batches = images.split(size)
+    with progress(console) as bar:
+        task = bar.add_task(what, total=len(batches) * samples)
+        for number, batch in enumerate(batches):
+            x = prepare(batch, settings, draws).to(run.device)
+            first = number * size
+            found, mu = bounds(
+                run.model, x, samples, seed=seed, first_row=first, advance=lambda: bar.advance(task)
+            )
+            yield batch, x, found, mu
+
+
 def evaluate(
     run: Run,
     console: Console,
@@ -220,37 +247,17 @@ def evaluate(
     """
     check_numbers(samples, limit, seed)
     held_out = run.images.held_out[:limit]
-    draws = generator(seed)
     parts, means, ratios, similarities = [], [], [], []
-    bar = progress(console)
-    with bar:
-        size = held_out_batch(held_out[0].numel())
-        batches = held_out.split(size)
-        task = bar.add_task("evaluating", total=len(batches) * samples)
-        for number, images in enumerate(batches):
-            x = prepare(images, run.settings, draws).to(run.device)
-            part, mu = bounds(
-                run.model,
-                x,
-                samples,
-                seed=seed,
-                first_row=number * size,
-                advance=lambda: bar.advance(task),
-            )
-            parts.append(torch.stack(part).cpu())
-            means.append(mu.double().cpu())
-            shown, original = _reconstruction(run, mu), _original(run, images, x)
-            ratios.append(psnr(shown, original))
-            if min(original.shape[2:]) >= WINDOW:
-                similarities.append(ssim(shown, original))
+    for images, x, part, mu in in_batches(run, held_out, run.settings, samples, seed, console, "evaluating"):
+        parts.append(torch.stack(part).cpu())
+        means.append(mu.double().cpu())
+        shown, original = _reconstruction(run, mu), _original(run, images, x)
+        ratios.append(psnr(shown, original))
+        if min(original.shape[2:]) >= WINDOW:
+            similarities.append(ssim(shown, original))
     nll, reconstruction, kl = torch.cat(parts, 1)
     count, dimensions = len(held_out), held_out[0].numel()
-
-    def bits(nats: float) -> float:
-        # For the Gaussian `prepare` scales bytes to [0, 1]: a density 256 times that of the bytes, in each dimension.
-        # Masses of bytes, and of zeros and ones, are what they are.
-        return nats / (dimensions * math.log(2)) + (8 if run.settings.likelihood == "gaussian" else 0)
-
+    bits = run.model.bits_per_dim
     nelbo, iw_nll = (reconstruction + kl).mean().item(), nll.mean().item()
     return Evaluation(
         run=str(run.path),

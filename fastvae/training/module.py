@@ -280,9 +280,12 @@ class VAE(LightningModule):
     def _terms(self, part: str, nll: float, kl: float) -> dict[str, float]:
         terms = {f"{part}_nll": nll, f"{part}_kl": kl}
         if self.bits_offset is not None:
-            bits = (nll + kl) / (self.dimensions * math.log(2)) + self.bits_offset
-            terms[f"{part}_bits_per_dim"] = bits
+            terms[f"{part}_bits_per_dim"] = self.bits_per_dim(nll + kl)
         return terms
+
+    def bits_per_dim(self, nats: Any) -> Any:
+        """Nats per datum as bits per dimension of the data as they were, where they have such."""
+        return nats / (self.dimensions * math.log(2)) + self.bits_offset
 
     def _over_processes(self, total: Tensor) -> Tensor:
         if self.trainer.world_size == 1:

@@ -151,6 +151,8 @@ def train(settings: Settings, out: Path, *, overwrite: bool = False) -> None:
             f"--init-from {settings.init_from}: it is in the run that would be replaced; give another --out"
         )
     model = _fresh(settings, images)
+    if settings.init_from:
+        initialise(model, settings, f"--init-from {settings.init_from}")
     trainer = make_trainer(settings, out, _drawer(images, settings, out))
     with alone(out, left):
         if is_first():
@@ -273,12 +275,10 @@ def resume(path: Path, *, epochs: int | None = None, data: str | None = None) ->
     settings = dataclasses.replace(settings, **changed).resolve(shape[2])
     settings.check()
     images = _images(settings, shape, path)
-    done = epochs_done(build(settings, shape), path, settings)
-    # A run that has begun needs nothing more of what it was to start from.
-    try:
-        model = _fresh(dataclasses.replace(settings, init_from="") if done else settings, images)
-    except InputError as error:
-        raise InputError(str(error).replace("--init-from", f"{path / CONFIG}: init_from")) from error
+    model = _fresh(settings, images)
+    done = epochs_done(model, path, settings)
+    if settings.init_from and not done:
+        initialise(model, settings, f"{path / CONFIG}: init_from {settings.init_from}")
     trainer = make_trainer(settings, path, _drawer(images, settings, path), resumed=True)
     with alone(path, PICTURES):
         if is_first():
@@ -350,8 +350,6 @@ def _fresh(settings: ImageSettings, images: data.Images) -> "VAE":
         if last.bias is not None and last.bias.numel() % start.numel() == 0:
             last.bias.copy_(start.repeat_interleave(last.bias.numel() // start.numel()))
         model.start(pixels)
-    if settings.init_from:
-        initialise(model, settings)
     return model
 
 
@@ -365,10 +363,12 @@ def _last_layer(model: "VAE") -> tuple[str, Any]:
     ][-1]
 
 
-def initialise(model: "VAE", settings: ImageSettings) -> None:
+@torch.no_grad()
+def initialise(model: "VAE", settings: ImageSettings, given: str) -> None:
     """Give the model the weights of `settings.init_from`, a run or a checkpoint, where names and shapes are the same.
 
     The decoder's last layer and the variance of another likelihood mean something else, and are not taken.
+    `given` is how the user gave it.
 
     Raises InputError for a path without a checkpoint, and for one that fits nowhere.
     """
@@ -377,7 +377,7 @@ def initialise(model: "VAE", settings: ImageSettings) -> None:
         kept = [path / CHECKPOINTS / f"{name}.ckpt" for name in ("best", "last")]
         file = next((one for one in kept if one.exists()), kept[0])
     if not file.exists():
-        raise InputError(f"--init-from {path}: there is no {file if path.is_dir() else 'such file'}")
+        raise InputError(f"{given}: there is no {file if path.is_dir() else 'such file'}")
     weights = _open_checkpoint(file)["state_dict"]
     own = dict(model.named_parameters())
     same = [name for name in own if name in weights and weights[name].shape == own[name].shape]
@@ -388,7 +388,7 @@ def initialise(model: "VAE", settings: ImageSettings) -> None:
             last, _ = _last_layer(model)
             same = [name for name in same if not name.startswith(("elbo.", f"{last}."))]
     if all(name.startswith("elbo.") for name in same):
-        raise InputError(f"--init-from {file}: no weight in it has the name and shape of one of this model")
+        raise InputError(f"{given}: no weight in it has the name and shape of one of this model")
     for name in same:
         if not weights[name].isfinite().all():
             raise InputError(f"{file}: `{name}` holds NaN or infinity: these weights are of no use")
