@@ -24,6 +24,16 @@ struct Planes {
   C* at(int64_t plane, int64_t pixel) const { return data + plane * stride + pixel; }
 };
 
+// The memory that a tile's slopes will be scattered to: asked for plane by plane between the arithmetic, all at once would stall it.
+struct Ahead {
+  const char* next;
+  int64_t stride, bytes, planes;
+
+  void fetch(int64_t count) {
+    for (; count > 0 && planes > 0; --count, --planes, next += stride) prefetch(next, bytes);
+  }
+};
+
 template <class C>
 struct Tile {
   Planes<const C> params;
@@ -31,6 +41,7 @@ struct Tile {
   Planes<C> slopes;
   int64_t pixels;
   C weight;
+  Ahead results;
 };
 
 template <class V>
@@ -54,7 +65,7 @@ struct Single {
   explicit Single(const LogisticArgs& args) : bins(bins_of<V>(args)), all(bins_of<Two>(args)), channels(args.channels) {}
 
   template <bool kSlopes>
-  double nll(const Tile<C>& tile) {
+  double nll(Tile<C>& tile) {
     const V weight(-tile.weight);
     Sum<C> sum;
     for (int64_t c = 0; c < channels; ++c) {
@@ -123,6 +134,8 @@ struct Mixture {
   // A hundred planes whose distance is a power of two would share a few sets of the cache.
   static constexpr bool kInPlace = false;
   static constexpr int kBlocks = kChannels == 3 ? 3 : 2;
+  // Planes for each component of each vector: so many that the tile's are all asked for.
+  static constexpr int64_t kFetched = ((1 + kBlocks * kChannels) * V::size() + kTile - 1) / kTile;
 
   using Each = math::Pack<V, kChannels>;
 
@@ -136,7 +149,7 @@ struct Mixture {
   explicit Mixture(const LogisticArgs& args) : bins(bins_of<V>(args)), all(bins_of<Each>(args)), components(args.components) {}
 
   template <bool kSlopes>
-  double nll(const Tile<C>& tile) {
+  double nll(Tile<C>& tile) {
     constexpr std::integral_constant<int64_t, V::size()> whole;
     Sum<C> sum;
     int64_t i = 0;
@@ -146,7 +159,7 @@ struct Mixture {
   }
 
   template <bool kSlopes, class Lanes>
-  V step(const Tile<C>& tile, int64_t i, Lanes lanes) {
+  V step(Tile<C>& tile, int64_t i, Lanes lanes) {
     using P = math::Primitives<V>;
     const auto K = static_cast<int64_t>(components.size());
     const auto param = [&](int64_t plane) FASTVAE_INLINE { return load_lanes(tile.params.at(plane, i), lanes); };
@@ -155,6 +168,7 @@ struct Mixture {
 
     V top_logit, top;
     for (int64_t k = 0; k < K; ++k) {
+      if constexpr (kSlopes) tile.results.fetch(kFetched);
       Component& component = components[k];
       const auto at = [&](int c, int block) { return K * (1 + kBlocks * c + block) + k; };
       component.logit = param(k);
@@ -266,6 +280,11 @@ void half_bins(const Operand& view, int64_t row, int64_t begin, int64_t n, int64
   }
 }
 
+Ahead ahead(const Result& view, int64_t row, int64_t begin, int64_t n, int64_t planes, int64_t pixels) {
+  const int64_t width = item_size(view.type);
+  return {static_cast<const char*>(view.data) + (row * view.row_stride + begin) * width, pixels * width, n * width, planes};
+}
+
 template <class C, class Model>
 void run(const LogisticArgs& args) {
   const int64_t planes = Model::planes(args);
@@ -283,7 +302,7 @@ void run(const LogisticArgs& args) {
       double sum = 0;
       for (int64_t begin = task % blocks * Model::kPixels; begin < end; begin += kTile) {
         const int64_t n = std::min(kTile, end - begin);
-        Tile<C> tile{{params.data(), kStride}, {data.data(), kStride}, {slopes.data(), kStride}, n, 0};
+        Tile<C> tile{{params.data(), kStride}, {data.data(), kStride}, {slopes.data(), kStride}, n, 0, {}};
         tile.weight = static_cast<C>(args.weight[row * args.weight_stride]);
         if (dense(args.params))
           tile.params = {static_cast<const C*>(args.params.data) + row * args.params.row_stride + begin, args.pixels};
@@ -296,6 +315,7 @@ void run(const LogisticArgs& args) {
         }
         const bool there = dense(args.slopes);
         if (there) tile.slopes = {static_cast<C*>(args.slopes.data) + row * args.slopes.row_stride + begin, args.pixels};
+        else if (!args.alternate) tile.results = ahead(args.slopes, row, begin, n, planes, args.pixels);
         sum += model.template nll<true>(tile);
         if (!there) scatter(slopes.data(), args.slopes, row, begin, n, planes, args.pixels, args.alternate, line.data());
       }

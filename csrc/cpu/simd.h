@@ -26,6 +26,9 @@ struct Primitives<at::vec::Vectorized<C>> {
   static FASTVAE_HD V divide(V a, V b) { return a / b; }
   static FASTVAE_HD V less(V a, V b) { return a < b; }
   static FASTVAE_HD V select(V mask, V a, V b) { return V::blendv(b, a, mask); }
+  static FASTVAE_HD V either(V a, V b) { return a | b; }
+  static FASTVAE_HD V zero_where(V mask, V x) { return x ^ (x & mask); }
+  static FASTVAE_HD V with_sign(V size, V x) { return size | (x & V(C(-0.0))); }
   static FASTVAE_HD bool any(V mask) { return mask.zero_mask() != (1 << V::size()) - 1; }
   static FASTVAE_HD V log1p(V x) { return x.log1p(); }
 
@@ -156,8 +159,20 @@ struct Primitives<Pack<V, N>> {
   static FASTVAE_HD W log(W x) { return W::map([&](int i) FASTVAE_INLINE { return P::log(x.lane[i]); }); }
   static FASTVAE_HD W log1p(W x) { return W::map([&](int i) FASTVAE_INLINE { return P::log1p(x.lane[i]); }); }
   static FASTVAE_HD W less(W a, W b) { return W::map([&](int i) FASTVAE_INLINE { return P::less(a.lane[i], b.lane[i]); }); }
+  static FASTVAE_HD W either(W a, W b) { return W::map([&](int i) FASTVAE_INLINE { return P::either(a.lane[i], b.lane[i]); }); }
+  static FASTVAE_HD W zero_where(W mask, W x) {
+    return W::map([&](int i) FASTVAE_INLINE { return P::zero_where(mask.lane[i], x.lane[i]); });
+  }
+  static FASTVAE_HD W with_sign(W size, W x) {
+    return W::map([&](int i) FASTVAE_INLINE { return P::with_sign(size.lane[i], x.lane[i]); });
+  }
   static FASTVAE_HD W select(W mask, W a, W b) {
     return W::map([&](int i) FASTVAE_INLINE { return P::select(mask.lane[i], a.lane[i], b.lane[i]); });
+  }
+  static FASTVAE_HD bool any(W mask) {
+    V all = mask.lane[0];
+    for (int i = 1; i < N; ++i) all = P::either(all, mask.lane[i]);
+    return P::any(all);
   }
   static FASTVAE_HD W exp_bounded(W x) { return W::map([&](int i) FASTVAE_INLINE { return P::exp_bounded(x.lane[i]); }); }
   static FASTVAE_HD ExpPair<W> exp_pair(W x) {

@@ -61,6 +61,8 @@ struct ScalarPrimitives {
   static FASTVAE_HD bool less(C a, C b) { return a < b; }
   static FASTVAE_HD C select(bool mask, C a, C b) { return mask ? a : b; }
   static FASTVAE_HD bool any(bool mask) { return mask; }
+  static FASTVAE_HD bool either(bool a, bool b) { return a || b; }
+  static FASTVAE_HD C zero_where(bool mask, C x) { return mask ? C(0) : x; }
   static FASTVAE_HD C relu(C x) { return x < C(0) ? C(0) : x; }  // keeps a NaN, which fmax would not
 };
 
@@ -68,6 +70,7 @@ template <>
 struct Primitives<float> : ScalarPrimitives<float> {
   static FASTVAE_HD float fma(float a, float b, float c) { return fmaf(a, b, c); }
   static FASTVAE_HD float abs(float x) { return fabsf(x); }
+  static FASTVAE_HD float with_sign(float size, float x) { return copysignf(size, x); }
   static FASTVAE_HD float log1p(float x) { return log1pf(x); }
   static FASTVAE_HD float exp(float x) { return expf(x); }
   static FASTVAE_HD float log(float x) { return logf(x); }
@@ -96,6 +99,7 @@ template <>
 struct Primitives<double> : ScalarPrimitives<double> {
   static FASTVAE_HD double fma(double a, double b, double c) { return ::fma(a, b, c); }
   static FASTVAE_HD double abs(double x) { return fabs(x); }
+  static FASTVAE_HD double with_sign(double size, double x) { return copysign(size, x); }
   static FASTVAE_HD double log1p(double x) { return ::log1p(x); }
   static FASTVAE_HD double exp(double x) { return ::exp(x); }
   static FASTVAE_HD double log(double x) { return ::log(x); }

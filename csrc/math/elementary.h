@@ -19,8 +19,8 @@ inline namespace FASTVAE_ISA {
 
 // Scalar: the C type of one lane. Functions: exp, exp_bounded (x must not pass 88), exp_parts and exp_pair (see ExpParts and ExpPair; x
 // must not pass 88 in the latter), log (of a positive, normal, finite number), log1p, log_factorial (fp64 only), log1p_parts (of x >= 0,
-// see Log1pParts), abs, neg, relu, fma, divide (by a number of ordinary size), less, minimum, clamp, select(mask, a, b) = mask ? a : b in
-// each lane, and any(mask).
+// see Log1pParts), abs, neg, relu, fma, divide (by a number of ordinary size), with_sign(size, x) = size with the sign of x, for size >= 0,
+// minimum, clamp, less, either (of two masks), select(mask, a, b) = mask ? a : b in each lane, zero_where(mask, x), and any(mask).
 template <class V>
 struct Primitives;
 
@@ -122,7 +122,7 @@ struct Tanh {
     const ExpPair<V> e = P::exp_pair(V(-2) * P::abs(x));
     const V inverse = P::divide(V(1), V(1) + e.exp);
     const V size = P::neg(e.minus_1) * inverse;
-    value = P::select(P::less(x, V(0)), P::neg(size), size);
+    value = P::with_sign(size, x);
     slope = V(4) * e.exp * inverse * inverse;
   }
 };

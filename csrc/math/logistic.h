@@ -46,40 +46,47 @@ struct LogMass {
   V one_over;                 // 1 / (over (1 + e))
   V by_middle, by_log_scale;  // slopes of log mass
 
-  FASTVAE_HD LogMass(V n, const Standardised<V>& x, const Bins<V>& bins) {
+  FASTVAE_HD LogMass(V n, const Standardised<V>& x, const Bins<V>& bins) : e(V(0)) {
     using P = Primitives<V>;
     constexpr bool wide = sizeof(typename P::Scalar) == 8;
-    const V zero(0), one(1), u = x.u, h = x.h;
-    const auto edge = P::less(bins.levels - one, P::abs(n));
-    const V sign = P::select(P::less(P::select(edge, n, u), zero), V(-1), one), size = u * sign;  // |u| but at the edges
+    const V zero(0), one(1), h = x.h, size = P::abs(x.u);
 
     // In a bin as wide as this only the end that is closer to the mean counts: it may as well be narrower by `excess`.
-    const V excess = P::relu(h - V(wide ? 40 : 20));
-    V t = size - excess;
-    t = P::select(edge, t, P::relu(t));
-    const ExpPair<V> r = P::exp_pair(excess - h), q = P::exp_pair(P::neg(P::abs(t)));
-    const auto inside = P::less(t, zero);  // an edge, the mean beyond it
-    const V qr = q.exp * r.exp, a = q.exp + r.exp, b = one + qr, ab = a * b;
+    const V excess = P::relu(h - V(wide ? 40 : 20)), t = P::relu(size - excess);
+    const ExpPair<V> r = P::exp_pair(excess - h), q = P::exp_pair(P::neg(t));
+    const V ab = (q.exp + r.exp) * P::fma(q.exp, r.exp, one), one_q = one + q.exp;
     V factor = P::neg(r.minus_1) * (one + r.exp);
 
     // In bins so narrow that this would have to be tiny, the density in the middle is the mass to all digits.
-    const V mass = P::select(P::less(h, V(wide ? 1e-8 : 1e-4)), V(-1), q.exp * factor);  // but for a b
-    const auto is_small = P::less(P::select(edge, V(8), mass), bins.small * ab);
-    factor = P::select(is_small, one, P::select(edge, one, factor));
-    const V one_q = one + q.exp;
-    const V divisor = P::select(is_small, one_q * one_q, P::select(edge, P::select(inside, b, a), ab));
-    linear = P::relu(t) + P::select(is_small, excess + x.log_scale - bins.log_width, zero);
+    const auto is_small = P::either(P::less(h, V(wide ? 1e-8 : 1e-4)), P::less(q.exp * factor, bins.small * ab));
+    factor = P::select(is_small, one, factor);
+    const V divisor = P::select(is_small, one_q * one_q, ab);
+    linear = P::select(is_small, size + (x.log_scale - bins.log_width), t);
 
     const V inverse = P::divide(one, divisor * factor), one_over_divisor = inverse * factor, one_over_factor = inverse * divisor;
     one_over = factor * one_over_divisor;
-    over = P::select(inside, one, divisor * one_over_factor);
-    e = P::select(inside, qr, zero);
-    const V odd = P::select(edge, P::select(inside, q.exp, one), P::neg(q.minus_1) * one_q);
-    const V slope = odd * P::select(is_small, one, r.exp) * one_over_divisor;  // of -log mass by t; sinh t / (cosh h + cosh t)
+    over = divisor * one_over_factor;
+    // Of -log mass by t: sinh t / (cosh h + cosh t).
+    const V slope = P::neg(q.minus_1) * one_q * P::select(is_small, one, r.exp) * one_over_divisor;
     const V inner = P::fma(P::fma(r.exp, r.exp, one), one_over_factor, P::neg(q.exp * one_over));  // coth h - mass
-    const V by_h = P::select(is_small, one, h * P::select(edge, slope, inner));
-    by_log_scale = P::select(x.floored, zero, P::fma(size, slope, P::neg(by_h)));
-    by_middle = h * sign * slope;
+    by_middle = P::with_sign(h * slope, x.u);
+    by_log_scale = P::fma(size, slope, P::neg(P::select(is_small, one, h * inner)));
+
+    // Open bins in place of these. Most vectors have none.
+    if (const auto edge = P::less(bins.levels - one, P::abs(n)); P::any(edge)) {
+      const V outward = P::with_sign(one, n) * x.u, beyond = outward - excess;
+      const auto inside = P::less(beyond, zero);  // the mean is beyond the edge
+      const V end = P::exp_bounded(P::neg(P::abs(beyond))), rest = P::select(inside, end * r.exp, zero);
+      const V most = P::select(inside, one, end + r.exp), one_over_most = P::divide(one, most + rest);
+      const V by_end = P::select(inside, end, one) * r.exp * one_over_most;
+      linear = P::select(edge, P::relu(beyond), linear);
+      over = P::select(edge, most, over);
+      e = P::select(edge, rest, zero);
+      one_over = P::select(edge, one_over_most, one_over);
+      by_middle = P::select(edge, P::with_sign(h * by_end, n), by_middle);
+      by_log_scale = P::select(edge, (outward - h) * by_end, by_log_scale);
+    }
+    by_log_scale = P::zero_where(x.floored, by_log_scale);
   }
 };
 

@@ -4,6 +4,12 @@
 #include <ATen/ops/from_blob.h>
 #include <c10/core/CPUAllocator.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include <cstdint>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -14,12 +20,24 @@ namespace fastvae {
 namespace {
 
 constexpr int64_t kSmallest = 1 << 20;       // below, the allocator does not ask the system
+constexpr int64_t kLarge = 1 << 22;          // from here on, a huge page fits in wherever it begins
 constexpr int64_t kKept = int64_t(1) << 29;  // the most that unused buffers may hold, in bytes
 
 struct Buffer {
   c10::DataPtr memory;
   int64_t bytes;
 };
+
+// Large buffers in huge pages, where the system gives them on request: a kernel that writes a plane here and a plane there looks up
+// fewer addresses, and the first write to a new buffer raises fewer page faults.
+void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  if (bytes < kLarge) return;
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // it may decline
+#endif
+}
 
 class Pool {
  public:
@@ -34,7 +52,9 @@ class Pool {
         return found;
       }
     }
-    return {c10::GetCPUAllocator()->allocate(bytes), bytes};
+    Buffer made{c10::GetCPUAllocator()->allocate(bytes), bytes};
+    ask_for_huge_pages(made.memory.get(), bytes);
+    return made;
   }
 
   void give(Buffer buffer) {
