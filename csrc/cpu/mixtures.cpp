@@ -66,6 +66,7 @@ struct Single {
 
   template <bool kSlopes>
   double nll(Tile<C>& tile) {
+    using P = math::Primitives<V>;
     const V weight(-tile.weight);
     Sum<C> sum;
     for (int64_t c = 0; c < channels; ++c) {
@@ -74,13 +75,13 @@ struct Single {
       int count = 0;
       // Of two vectors, the second `second` elements further on; the last few elements go alone, twice.
       const auto step = [&](int64_t i, int64_t second, auto lanes) FASTVAE_INLINE {
-        Two n, middle, log_scale;
+        Two n, distance, log_scale;
         for (int k = 0; k < 2; ++k) {
           n.lane[k] = load_lanes(tile.data.at(c, i + k * second), lanes);
-          middle.lane[k] = load_lanes(tile.params.at(c, i + k * second), lanes) * bins.levels;
+          distance.lane[k] = P::fma(load_lanes(tile.params.at(c, i + k * second), lanes).neg(), bins.levels, n.lane[k]);
           log_scale.lane[k] = load_lanes(tile.params.at(channels + c, i + k * second), lanes);
         }
-        const math::LogMass<Two> mass(n, {n, middle, log_scale, all}, all);
+        const math::LogMass<Two> mass(n, {distance, log_scale, all}, all);
         if constexpr (kSlopes) {
           for (int k = 0; k < 2; ++k) {
             store_lanes(mass.by_middle.lane[k] * bins.levels * weight, tile.slopes.at(c, i + k * second), lanes);
@@ -98,22 +99,22 @@ struct Single {
           over = over * mass.over.lane[k];
           sum.add(k, mass.linear.lane[k]);
         }
-        // Each is between 2e-9 and 4e4, or in fp64 no more than the square of that.
-        if (++count % 2 == 0) {
-          sum.add(2, over.log());
+        // Eight factors of 5e3 each (in fp64, the square of that), 62 of 4.
+        if (++count % 4 == 0) {
+          sum.add(2, P::log(over));
           over = V(1);
         }
-        if (count % 32 == 0) {
+        if (count % 31 == 0) {
           sum.add(3, logs.value());
           logs = {};
         }
       }
-      sum.add(2, over.log());
+      sum.add(2, P::log(over));
       sum.add(3, logs.value());
       while (i < tile.pixels) {
         const int64_t rest = std::min<int64_t>(whole, tile.pixels - i);
         const auto mass = step(i, 0, rest);
-        sum.add_lanes(mass.linear.lane[0] + mass.over.lane[0].log() + mass.e.lane[0].log1p(), rest);
+        sum.add_lanes(mass.linear.lane[0] + P::log(mass.over.lane[0]) + P::log1p(mass.e.lane[0]), rest);
         i += rest;
       }
     }
@@ -134,13 +135,13 @@ struct Mixture {
   // A hundred planes whose distance is a power of two would share a few sets of the cache.
   static constexpr bool kInPlace = false;
   static constexpr int kBlocks = kChannels == 3 ? 3 : 2;
-  // Planes for each component of each vector: so many that the tile's are all asked for.
+  // Planes for each component of each vector: so many that a whole tile's are all asked for.
   static constexpr int64_t kFetched = ((1 + kBlocks * kChannels) * V::size() + kTile - 1) / kTile;
 
   using Each = math::Pack<V, kChannels>;
 
   struct Component {
-    V logit, linear, factor;
+    V logit, linear, factor;  // the logit less the highest of them
     V by_mean[kChannels], by_log_scale[kChannels], by_coefficient[3];  // of its log-mass
   };
 
@@ -166,27 +167,31 @@ struct Mixture {
     V n[kChannels];
     for (int c = 0; c < kChannels; ++c) n[c] = load_lanes(tile.data.at(c, i), lanes);
 
-    V top_logit, top;
+    V top_logit = param(0), top;
+    for (int64_t k = 1; k < K; ++k) {
+      const V logit = param(k);
+      top_logit = P::select(P::less(top_logit, logit), logit, top_logit);
+    }
     for (int64_t k = 0; k < K; ++k) {
       if constexpr (kSlopes) tile.results.fetch(kFetched);
       Component& component = components[k];
       const auto at = [&](int c, int block) { return K * (1 + kBlocks * c + block) + k; };
-      component.logit = param(k);
+      component.logit = param(k) - top_logit;
       component.linear = component.logit;
       component.factor = V(1);
-      Each middle, log_scale, numbers, coefficient;
+      Each distance, log_scale, numbers, coefficient;
       for (int c = 0; c < kChannels; ++c) {
-        middle.lane[c] = param(at(c, 0)) * bins.levels;
-        log_scale.lane[c] = param(at(c, 1));
         numbers.lane[c] = n[c];
+        distance.lane[c] = P::fma(param(at(c, 0)).neg(), bins.levels, n[c]);
+        log_scale.lane[c] = param(at(c, 1));
         if constexpr (kChannels == 3) coefficient.lane[c] = param(at(c, 2));
       }
       const math::Tanh<Each> tanh(coefficient);
       if constexpr (kChannels == 3) {
-        middle.lane[1] = P::fma(tanh.value.lane[0], n[0], middle.lane[1]);
-        middle.lane[2] = P::fma(tanh.value.lane[2], n[1], P::fma(tanh.value.lane[1], n[0], middle.lane[2]));
+        distance.lane[1] = P::fma(tanh.value.lane[0].neg(), n[0], distance.lane[1]);
+        distance.lane[2] = P::fma(tanh.value.lane[2].neg(), n[1], P::fma(tanh.value.lane[1].neg(), n[0], distance.lane[2]));
       }
-      const math::LogMass<Each> mass(numbers, {numbers, middle, log_scale, all}, all);
+      const math::LogMass<Each> mass(numbers, {distance, log_scale, all}, all);
       for (int c = 0; c < kChannels; ++c) {
         component.linear = component.linear - mass.linear.lane[c];
         component.factor = component.factor * mass.one_over.lane[c];
@@ -200,19 +205,18 @@ struct Mixture {
         component.by_coefficient[1] = mass.by_middle.lane[2] * n[0] * tanh.slope.lane[1];
         component.by_coefficient[2] = mass.by_middle.lane[2] * n[1] * tanh.slope.lane[2];
       }
-      top_logit = k == 0 ? component.logit : P::select(P::less(top_logit, component.logit), component.logit, top_logit);
       top = k == 0 ? component.linear : P::select(P::less(top, component.linear), component.linear, top);
     }
 
-    V weights(0), masses(0);  // sum of e^(logit - top_logit); of e^(linear - top) factor
+    V weights(0), masses(0);  // sum of e^logit; of e^(linear - top) factor
     for (int64_t k = 0; k < K; ++k) {
       Component& component = components[k];
-      component.logit = P::exp_bounded(component.logit - top_logit);
+      component.logit = P::exp_bounded(component.logit);
       component.factor = component.factor * P::exp_bounded(component.linear - top);
       weights = weights + component.logit;
       masses = masses + component.factor;
     }
-    const V value = (weights / masses).log() + (top_logit - top);
+    const V value = (weights / masses).log() - top;
 
     if constexpr (kSlopes) {
       const V weight(tile.weight), prior = weight / weights, posterior = weight / masses;

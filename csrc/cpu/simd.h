@@ -156,8 +156,6 @@ struct Primitives<Pack<V, N>> {
   static FASTVAE_HD W divide(W a, W b) { return a / b; }
   static FASTVAE_HD W neg(W x) { return W::map([&](int i) FASTVAE_INLINE { return P::neg(x.lane[i]); }); }
   static FASTVAE_HD W relu(W x) { return W::map([&](int i) FASTVAE_INLINE { return P::relu(x.lane[i]); }); }
-  static FASTVAE_HD W log(W x) { return W::map([&](int i) FASTVAE_INLINE { return P::log(x.lane[i]); }); }
-  static FASTVAE_HD W log1p(W x) { return W::map([&](int i) FASTVAE_INLINE { return P::log1p(x.lane[i]); }); }
   static FASTVAE_HD W less(W a, W b) { return W::map([&](int i) FASTVAE_INLINE { return P::less(a.lane[i], b.lane[i]); }); }
   static FASTVAE_HD W either(W a, W b) { return W::map([&](int i) FASTVAE_INLINE { return P::either(a.lane[i], b.lane[i]); }); }
   static FASTVAE_HD W zero_where(W mask, W x) {

@@ -49,16 +49,16 @@ struct Component {
     factor = C(1);
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
-      C middle = widened(raw[1 + c * kBlocks]) * bins.levels;
+      C distance = P::fma(-widened(raw[1 + c * kBlocks]), bins.levels, n[c]);
       // Channel 1 looks at 0 by the first coefficient, channel 2 at 0 and 1 by the others.
       C slope[2];
 #pragma unroll
       for (int k = 0; k < c; ++k) {
         const math::Tanh<C> tanh(widened(raw[1 + (c + k - 1) * kBlocks + 2]));
-        middle = P::fma(tanh.value, n[k], middle);
+        distance = P::fma(-tanh.value, n[k], distance);
         slope[k] = tanh.slope;
       }
-      const math::LogMass<C> mass(n[c], {n[c], middle, widened(raw[2 + c * kBlocks]), bins}, bins);
+      const math::LogMass<C> mass(n[c], {distance, widened(raw[2 + c * kBlocks]), bins}, bins);
       linear -= mass.linear;
       factor *= mass.one_over;
       by_mean[c] = mass.by_middle * bins.levels;

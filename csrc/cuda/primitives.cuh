@@ -63,6 +63,7 @@ struct ScalarPrimitives {
   static FASTVAE_HD bool any(bool mask) { return mask; }
   static FASTVAE_HD bool either(bool a, bool b) { return a || b; }
   static FASTVAE_HD C zero_where(bool mask, C x) { return mask ? C(0) : x; }
+  static FASTVAE_HD bool zero_where(bool mask, bool x) { return !mask && x; }
   static FASTVAE_HD C relu(C x) { return x < C(0) ? C(0) : x; }  // keeps a NaN, which fmax would not
 };
 

@@ -3,12 +3,12 @@
 //
 // Data are counted in half bins: level l of 0 .. levels is n = 2 l - levels, an integer, where the papers have x = n / levels in
 // [-1, 1]. With h = exp(-log_scale) / levels, half a bin in units of the scale, and u = h (n - middle), the mass between u - h and
-// u + h is, where q = e^-|u| and r = e^-h,
+// u + h is, where t = |u|,
 //
-//     sinh h / (cosh h + cosh u) = q (1 - r^2) / ((q + r) (1 + q r))
+//     sinh h / (cosh h + cosh t) = e^-relu(t - h) (1 - e^-2h) / ((1 + e^-|t - h|) (1 + e^-(t + h)))
 //
-// of which every factor keeps its digits, however small the mass: no difference of two sigmoids. An edge has the mass on its side of
-// u + h (or u - h): 1 / (1 + q r) where the mean is beyond that, else q / (q + r).
+// of which every factor keeps its digits, however small the mass, or what is left of it: no difference of two sigmoids. An edge has the
+// mass on its side of u + h (or u - h), a sigmoid.
 #pragma once
 #include "elementary.h"
 
@@ -28,84 +28,82 @@ struct Standardised {
   V u, h, log_scale;
   decltype(Primitives<V>::less(V(0), V(0))) floored;
 
-  Standardised() = default;
-  // `middle`: the mean, in half bins.
-  FASTVAE_HD Standardised(V n, V middle, V raw_log_scale, const Bins<V>& bins)
-      : u(n - middle), floored(Primitives<V>::less(raw_log_scale, bins.floor)) {
+  // `distance` of the level from the mean, in half bins.
+  FASTVAE_HD Standardised(V distance, V raw_log_scale, const Bins<V>& bins) : floored(Primitives<V>::less(raw_log_scale, bins.floor)) {
     using P = Primitives<V>;
     log_scale = P::select(floored, bins.floor, raw_log_scale);
     h = P::exp_bounded(P::neg(log_scale)) * bins.half_width;
-    u = h * u;
+    u = h * distance;
   }
 };
 
-// -log mass = linear + log(over) + log(1 + e), e >= 0; e is not 0 at an edge that has nearly all of the mass, and over then 1.
+// -log mass = linear + log(1 + e) + log(over), 0 <= e <= 3 and 1 <= over.
 template <class V>
 struct LogMass {
-  V linear, over, e;
-  V one_over;                 // 1 / (over (1 + e))
+  V linear, e, over;
+  V one_over;                 // 1 / ((1 + e) over)
   V by_middle, by_log_scale;  // slopes of log mass
 
-  FASTVAE_HD LogMass(V n, const Standardised<V>& x, const Bins<V>& bins) : e(V(0)) {
+  FASTVAE_HD LogMass(V n, const Standardised<V>& x, const Bins<V>& bins) {
     using P = Primitives<V>;
-    constexpr bool wide = sizeof(typename P::Scalar) == 8;
-    const V zero(0), one(1), h = x.h, size = P::abs(x.u);
-
-    // In a bin as wide as this only the end that is closer to the mean counts: it may as well be narrower by `excess`.
-    const V excess = P::relu(h - V(wide ? 40 : 20)), t = P::relu(size - excess);
-    const ExpPair<V> r = P::exp_pair(excess - h), q = P::exp_pair(P::neg(t));
-    const V ab = (q.exp + r.exp) * P::fma(q.exp, r.exp, one), one_q = one + q.exp;
+    constexpr bool in_double = sizeof(typename P::Scalar) == 8;
+    const V zero(0), one(1), h = x.h, size = P::abs(x.u), y = size - h;
+    const auto within = P::less(y, zero);  // the mean is in the bin
+    const ExpPair<V> r = P::exp_pair(P::neg(h)), q = P::exp_pair(P::neg(size));
+    // e^-|size - h| and e^-(size + h).
+    V near = P::divide(P::select(within, r.exp, q.exp), P::select(within, q.exp, r.exp));
+    if (const auto wide = P::less(V(40), h); P::any(wide)) near = P::select(wide, P::exp_bounded(P::neg(P::abs(y))), near);
+    const V far = q.exp * r.exp, both = (one + near) * (one + far), tail = P::select(within, one, near);
     V factor = P::neg(r.minus_1) * (one + r.exp);
 
     // In bins so narrow that this would have to be tiny, the density in the middle is the mass to all digits.
-    const auto is_small = P::either(P::less(h, V(wide ? 1e-8 : 1e-4)), P::less(q.exp * factor, bins.small * ab));
+    const auto is_small = P::either(P::less(h, V(in_double ? 1e-8 : 1e-4)), P::less(tail * factor, bins.small * both));
+    const V one_q = one + q.exp, divisor = P::select(is_small, one_q * one_q, both);
     factor = P::select(is_small, one, factor);
-    const V divisor = P::select(is_small, one_q * one_q, ab);
-    linear = P::select(is_small, size + (x.log_scale - bins.log_width), t);
+    linear = P::select(is_small, size + (x.log_scale - bins.log_width), P::relu(y));
+    e = P::select(is_small, P::fma(q.exp, q.exp, q.exp + q.exp), P::fma(near, far, near + far));
 
-    const V inverse = P::divide(one, divisor * factor), one_over_divisor = inverse * factor, one_over_factor = inverse * divisor;
+    const V inverse = P::divide(one, divisor * factor), one_over_divisor = inverse * factor;
+    over = inverse * divisor;
     one_over = factor * one_over_divisor;
-    over = divisor * one_over_factor;
     // Of -log mass by t: sinh t / (cosh h + cosh t).
-    const V slope = P::neg(q.minus_1) * one_q * P::select(is_small, one, r.exp) * one_over_divisor;
-    const V inner = P::fma(P::fma(r.exp, r.exp, one), one_over_factor, P::neg(q.exp * one_over));  // coth h - mass
+    const V slope = P::neg(q.minus_1) * one_q * P::select(P::zero_where(is_small, within), near, one) * one_over_divisor;
+    const V inner = P::fma(P::fma(r.exp, r.exp, one), over, P::neg(tail * one_over));  // coth h - mass
     by_middle = P::with_sign(h * slope, x.u);
     by_log_scale = P::fma(size, slope, P::neg(P::select(is_small, one, h * inner)));
 
     // Open bins in place of these. Most vectors have none.
     if (const auto edge = P::less(bins.levels - one, P::abs(n)); P::any(edge)) {
-      const V outward = P::with_sign(one, n) * x.u, beyond = outward - excess;
-      const auto inside = P::less(beyond, zero);  // the mean is beyond the edge
-      const V end = P::exp_bounded(P::neg(P::abs(beyond))), rest = P::select(inside, end * r.exp, zero);
-      const V most = P::select(inside, one, end + r.exp), one_over_most = P::divide(one, most + rest);
-      const V by_end = P::select(inside, end, one) * r.exp * one_over_most;
+      const V outward = P::with_sign(one, n) * x.u, beyond = outward - h;
+      const V rest = P::select(P::less(outward, zero), far, near), inverse = P::divide(one, one + rest);
+      const V by_end = P::select(P::less(beyond, zero), rest, one) * inverse;
       linear = P::select(edge, P::relu(beyond), linear);
-      over = P::select(edge, most, over);
-      e = P::select(edge, rest, zero);
-      one_over = P::select(edge, one_over_most, one_over);
+      e = P::select(edge, rest, e);
+      over = P::select(edge, one, over);
+      one_over = P::select(edge, inverse, one_over);
       by_middle = P::select(edge, P::with_sign(h * by_end, n), by_middle);
-      by_log_scale = P::select(edge, (outward - h) * by_end, by_log_scale);
+      by_log_scale = P::select(edge, beyond * by_end, by_log_scale);
     }
     by_log_scale = P::zero_where(x.floored, by_log_scale);
   }
 };
 
-// What is left of the values of a few elements: one logarithm for all of their log(1 + e), and one for four of their log(over), each of
-// which is between 2e-9 and 4e4 (in fp64 no more than the square of that).
+// What is left of the values of a few elements, up to 63: one logarithm for all of their log(1 + e), and one for eight of their log(over),
+// each of which is no more than 5e3 (in fp64, the square of that).
 template <class V>
 struct LogisticLogs {
-  Log1pSum<V> edges;
+  Log1pSum<V> excess;
   V over = V(1), sum = V(0);
   int count = 0;
 
   FASTVAE_HD void add(const LogMass<V>& mass) {
-    edges.add(mass.e, V(1) + mass.e);
+    excess.add(mass.e, V(1) + mass.e);
     over = over * mass.over;
-    if (++count % 4 != 0) return;
+    if (++count % 8 != 0) return;
     sum = sum + Primitives<V>::log(over);
     over = V(1);
   }
-  FASTVAE_HD V value() const { return sum + Primitives<V>::log(over) + edges.value(); }
+  FASTVAE_HD V value() const { return sum + Primitives<V>::log(over) + excess.value(); }
 };
 
 // The same for CUDA as one of the structs of likelihoods.h. Params are mean and log-scale; t is a level, and the highest where it is above.
@@ -131,7 +129,7 @@ struct DiscretizedLogistic {
     using P = Primitives<V>;
     const Bins<V> all = bins(constant);
     const V n = half_bins(t, all.levels);
-    const LogMass<V> mass(n, {n, param[0] * all.levels, param[1], all}, all);
+    const LogMass<V> mass(n, {P::fma(P::neg(param[0]), all.levels, n), param[1], all}, all);
     slope[0] = mass.by_middle * P::neg(all.levels);
     slope[1] = P::neg(mass.by_log_scale);
     logs.add(mass);
