@@ -774,6 +774,18 @@ def test_ddp(tmp_path) -> None:  # type: ignore[no-untyped-def]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
 
 
+@pytest.mark.parametrize("prior", [None, -90.0, math.nan], ids=["standard", "overflows", "nan"])
+def test_z_alone_has_no_gradient_from_the_kl(backend: str, prior: float | None) -> None:
+    """Not even 0 times an infinite one."""
+    mu = torch.zeros(2, 5, requires_grad=True)
+    logvar = torch.full((2, 5), 90.0 if prior is None else 0.0, requires_grad=True)
+    priors = [] if prior is None else [torch.zeros(2, 5), torch.full((2, 5), prior)]
+    z, _ = fv.reparameterize_kl(mu, logvar, *priors, eps=torch.ones(2, 5))
+    by_mu, by_logvar = torch.autograd.grad(z.sum(), [mu, logvar])
+    close(by_mu, torch.ones(2, 5))
+    close(by_logvar, 0.5 * torch.exp(0.5 * logvar.detach()))
+
+
 def test_a_training_step_equals_the_tutorials(backend: str) -> None:
     """The loss of a hundred tutorials, with its gradients through encoder and decoder."""
     torch.manual_seed(4)

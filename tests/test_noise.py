@@ -257,6 +257,16 @@ def test_manual_seed(backend: str) -> None:
     assert not torch.equal(draw(), first)
 
 
+def test_manual_seed_gives_every_backend_the_same_noise(native: None) -> None:
+    def drawn(seed: int, backend: str) -> Tensor:
+        torch.manual_seed(seed)
+        with fastvae.use_backend(backend):
+            return draw()
+
+    for seed in range(40):  # a good half of which draw a number whose highest bit is set
+        torch.testing.assert_close(drawn(seed, "native"), drawn(seed, "reference"), rtol=0, atol=1e-5)
+
+
 def test_generator(backend: str) -> None:
     """`generator` is used, alone, and moves on."""
     state = torch.get_rng_state()

@@ -152,7 +152,8 @@ void sample_as(const SampleArgs& args) {
 template <class C>
 void sample_grad_as(const SampleGradArgs& args) {
   using V = Vec<C>;
-  const bool kl_per_row = args.grad_kl.data && args.grad_kl.run_stride == 0 && args.grad_kl.run == 1;
+  const bool with_kl = args.grad_kl.data;
+  const bool kl_per_row = with_kl && args.grad_kl.run_stride == 0 && args.grad_kl.run == 1;
 
   for_tiles(args, [&](const Tiling& tiling, int64_t first, int64_t last) {
     Buffer<C> mu_buffer, logvar_buffer, prior_mu_buffer, prior_logvar_buffer, grad_z_buffer, grad_kl_buffer;
@@ -206,12 +207,18 @@ void sample_grad_as(const SampleGradArgs& args) {
         for_lanes<C>(tile.n, [&](int64_t j, auto lanes) FASTVAE_INLINE {
           const V m = load_lanes(mu + j, lanes), v = load_lanes(logvar + j, lanes);
           const auto s = scale_of<C>(v);
-          const V w = weight ? load_lanes(weight + j, lanes) : V(row_weight);
-          const auto kl = prior_mu ? math::prior_kl(m, v, load_lanes(prior_mu + j, lanes), load_lanes(prior_logvar + j, lanes))
-                                   : math::standard_kl(m, s);
-          V d_mu = w * kl.d_mu, d_logvar = w * kl.d_logvar;
+          V d_mu(0), d_logvar(0), d_prior_logvar(0);
+          // Not 0 times its slopes: a KL that nobody asked for may overflow.
+          if (with_kl) {
+            const V w = weight ? load_lanes(weight + j, lanes) : V(row_weight);
+            const auto kl = prior_mu ? math::prior_kl(m, v, load_lanes(prior_mu + j, lanes), load_lanes(prior_logvar + j, lanes))
+                                     : math::standard_kl(m, s);
+            d_mu = w * kl.d_mu;
+            d_logvar = w * kl.d_logvar;
+            if (prior_mu) d_prior_logvar = w * kl.d_prior_logvar;
+          }
           if (grad_prior_mu) store_lanes(V(0) - d_mu, grad_prior_mu + j, lanes);
-          if (grad_prior_logvar) store_lanes(w * kl.d_prior_logvar, grad_prior_logvar + j, lanes);
+          if (grad_prior_logvar) store_lanes(d_prior_logvar, grad_prior_logvar + j, lanes);
           if (total) {
             d_mu = d_mu + load_lanes(total + j, lanes);
             d_logvar = d_logvar + V(0.5) * s.exp * load_lanes(total_eps + j, lanes);

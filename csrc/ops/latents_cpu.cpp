@@ -16,7 +16,8 @@ Tensor seed_from(const OptionalGenerator& generator) {
   Tensor seed = at::empty({2}, at::kLong);
   auto* words = seed.mutable_data_ptr<int64_t>();
   const std::lock_guard<std::mutex> lock(source->mutex_);
-  for (int i = 0; i < 2; ++i) words[i] = static_cast<int64_t>(source->random64() & kSeedMask);
+  // What torch.randint(0, 2^63 - 1) would draw, as every other backend does: one manual_seed, one noise.
+  for (int i = 0; i < 2; ++i) words[i] = static_cast<int64_t>(source->random64() % kSeedMask);
   return seed;
 }
 
