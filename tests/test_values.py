@@ -300,6 +300,43 @@ def test_nan_in_z(backend: str, name: str, place: int) -> None:
     assert torch.equal(z.isnan(), want)
 
 
+FAR_SCALES = (
+    -120.0,
+    -90.0,
+    90.0,
+    120.0,
+)  # log s^2 at which s^2 or its inverse leaves float32, and s does not
+
+
+@pytest.mark.parametrize("logvar", FAR_SCALES)
+@pytest.mark.parametrize("distance", [0.0, 1.5])
+def test_squares_that_float32_cannot_hold(backend: str, logvar: float, distance: float) -> None:
+    """A Gaussian `distance` scales away."""
+    scale = math.exp(0.5 * logvar)
+    away = torch.full((2, 9), distance * scale)
+    mean = away.clone().requires_grad_()
+    variance = torch.full((2, 9), logvar, requires_grad=True)
+    close = torch.testing.assert_close
+
+    def gradients(nll: Tensor, *wanted: Tensor) -> list[float]:
+        return [gradient[0, 0].item() for gradient in torch.autograd.grad(nll.sum(), wanted)]
+
+    value = 9 * (0.5 * (math.log(2 * math.pi) + logvar + distance**2))
+    by_mean, by_logvar = distance / scale, 0.5 * (1 - distance**2)
+    zeros = torch.zeros(2, 9)
+    rtol = 2e-5  # log s^2 has 24 bits: at 120 its exponential has 17 of them left
+    for nll, by in (
+        (functional.gaussian_nll(mean, zeros, variance), (by_mean, by_logvar)),
+        (functional.gaussian_nll(mean, zeros, scale=scale), (by_mean,)),
+    ):
+        close(nll, torch.full((2,), value), rtol=rtol, atol=0)
+        close(gradients(nll, *(mean, variance)[: len(by)]), list(by), rtol=rtol, atol=0)
+
+    kl = functional.gaussian_kl(mean, variance, zeros, torch.full((2, 9), logvar))
+    close(kl, torch.full((2,), 4.5 * distance**2), rtol=rtol, atol=1e-6)
+    close(gradients(kl, mean, variance), [by_mean, 0.0], rtol=rtol, atol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # fp16 under a loss scaler
 # ---------------------------------------------------------------------------------------------------------------------

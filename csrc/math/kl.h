@@ -35,10 +35,10 @@ template <class V>
 FASTVAE_HD GaussianKl<V> prior_kl(V mu, V logvar, V prior_mu, V prior_logvar) {
   using P = Primitives<V>;
   const auto ratio = P::exp_parts(V(0.5f) * (logvar - prior_logvar));
-  const V difference = mu - prior_mu;
-  const V scaled = difference * P::exp(P::neg(prior_logvar));
-  const V square = difference * scaled, slope = scale_slope(ratio);
-  return {V(0.5f) * (square + scale_term(ratio)), scaled, V(0.5f) * slope, V(-0.5f) * (square + slope)};
+  // Twice the inverse of the prior's scale, not once its square: that is finite for half as many.
+  const V inverse = P::exp(V(-0.5f) * prior_logvar), scaled = (mu - prior_mu) * inverse;
+  const V square = scaled * scaled, slope = scale_slope(ratio);
+  return {V(0.5f) * (square + scale_term(ratio)), scaled * inverse, V(0.5f) * slope, V(-0.5f) * (square + slope)};
 }
 
 }  // namespace FASTVAE_ISA

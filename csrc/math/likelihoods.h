@@ -28,7 +28,8 @@ struct Normaliser {
 // That of L with the scale 1, at another one.
 template <class L, class C>
 FASTVAE_HD Normaliser<C> at_scale(Normaliser<C> unit, C log_scale) {
-  unit.per_element += C(L::scale_share) * log_scale;
+  log_scale *= C(L::scale_share);
+  unit.per_element += log_scale;
   unit.constants[0] *= std::exp(-log_scale);
   return unit;
 }
@@ -51,21 +52,23 @@ struct Bernoulli {
   }
 };
 
-// -log Normal(t; m, 1 / precision) less its normaliser: (t - m)^2 precision / 2. One variance for all elements.
+// -log Normal(t; m, s^2) less its normaliser: ((t - m) / s)^2 / 2. One variance for all elements.
+//
+// Here and below, 1 / s goes in twice: its square is finite for half as many s.
 struct Gaussian {
   static constexpr int params = 1;
-  static constexpr int constants = 1;  // precision
+  static constexpr int constants = 1;  // 1 / s
   static constexpr bool has_log1p = false;
   static constexpr bool has_pull = false;
 
   template <class V>
   static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
-    const V difference = param[0] - t;
-    slope[0] = difference * constant[0];
-    return V(0.5f) * difference * slope[0];
+    const V scaled = (param[0] - t) * constant[0];
+    slope[0] = scaled * constant[0];
+    return V(0.5f) * scaled * scaled;
   }
 
-  static constexpr double scale_share = 0.5;
+  static constexpr double scale_share = 0.5;  // of log s^2
   template <class C>
   static FASTVAE_HD C scalar_slope(C size, C nll, C) {
     return C(0.5) * size - nll;
@@ -82,9 +85,8 @@ struct GaussianPerElement {
   template <class V>
   static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params], Log1pSum<V>&) {
     using P = Primitives<V>;
-    const V difference = param[0] - t;
-    slope[0] = difference * P::exp(P::neg(param[1]));
-    const V square = difference * slope[0];
+    const V inverse = P::exp(V(-0.5f) * param[1]), scaled = (param[0] - t) * inverse, square = scaled * scaled;
+    slope[0] = scaled * inverse;
     slope[1] = P::fma(V(-0.5f), square, V(0.5f));
     return V(0.5f) * (param[1] + square);
   }

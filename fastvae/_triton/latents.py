@@ -43,9 +43,10 @@ def divergence(mean, logvar, exp_logvar, prior_mean, prior_logvar, PRIOR: tl.con
     if PRIOR:
         v = logvar - prior_logvar
         exp_v = exp(v)
-        difference = mean - prior_mean
-        by_mean = difference * exp(-prior_logvar)
-        square = difference * by_mean
+        inverse = exp(-0.5 * prior_logvar)  # twice: its square is finite for half as many
+        scaled = (mean - prior_mean) * inverse
+        by_mean = scaled * inverse
+        square = scaled * scaled
     else:
         v = logvar
         exp_v = exp_logvar
