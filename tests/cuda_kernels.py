@@ -306,7 +306,7 @@ def same_for_all(likelihood: str, constants: Sequence[float]) -> tuple[float, tu
         return 0.5 * math.log(2 * math.pi), ((lo + hi) / 2, (hi - lo) / 2, 2 / (hi - lo))
     if family == "gaussian":
         scale = constants[0] if constants else 1.0
-        return 0.5 * math.log(2 * math.pi) + math.log(scale), (scale**-2, 0.0)
+        return 0.5 * math.log(2 * math.pi) + math.log(scale), (1 / scale, 0.0)
     if family == "laplace":
         scale = constants[0] if constants else 1.0
         return math.log(2 * scale), (1 / scale, 0.0)
