@@ -60,6 +60,24 @@ WRONG = {
         "fastvae.ELBO: `x` must be uint8, the levels of the data as they are, got float32; "
         "did you mean (x * 255).round().to(torch.uint8)?",
     ),
+    "float data as levels of 5 bits": Wrong(
+        lambda: DiscretizedLogisticMixture(5, bits=5).nll(MIXED, IMAGE),
+        TypeError,
+        "fastvae.discretized_logistic_mixture_nll: `target` must be uint8, the levels of the data as they are, got "
+        "float32; did you mean (target * 31).round().to(torch.uint8)?",
+    ),
+    "int64 levels": Wrong(
+        lambda: fv.discretized_logistic_nll(HEAD, LEVELS.long()),
+        TypeError,
+        "fastvae.discretized_logistic_nll: `target` must be uint8, the levels of the data as they are, got int64; "
+        "did you mean target.to(torch.uint8)?",
+    ),
+    "bool levels": Wrong(
+        lambda: elbo(HEAD, LEVELS.bool(), kl=ROWS, likelihood=DiscretizedLogistic(1)),
+        TypeError,
+        "fastvae.ELBO: `x` must be uint8, the levels of the data as they are, got bool; "
+        "did you mean x.to(torch.uint8)?",
+    ),
     "integer params of a mixture": Wrong(
         lambda: fv.discretized_logistic_mixture_nll(LEVELS, LEVELS, components=5),
         TypeError,
