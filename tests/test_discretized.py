@@ -620,6 +620,32 @@ def test_product_trains_what_its_parts_have() -> None:
     assert learned.logvar.grad is not None
 
 
+def test_product_takes_names_that_modules_need_for_themselves(backend: str) -> None:
+    names = ["type", "type_", "values", "float", "training", "parameters", "image"]
+    likelihood = Product({name: fastvae.likelihoods.Gaussian("learned") for name in names})
+    params = {name: torch.randn(3, 2 + i) for i, name in enumerate(names)}
+    data = {name: torch.randn_like(x) for name, x in params.items()}
+    nlls = likelihood.nll_of_parts(params, data)
+    assert list(nlls) == list(likelihood.mean(params)) == names
+    for name in names:
+        torch.testing.assert_close(nlls[name], fastvae.likelihoods.Gaussian().nll(params[name], data[name]))
+    state = likelihood.state_dict()
+    assert "parts.image.logvar" in state
+    assert "parts.type_.logvar" in state  # of the part of that name; that of "type" comes after it
+    assert "parts.type__.logvar" in state
+    likelihood.double().load_state_dict(state)
+    assert len(list(likelihood.parameters())) == len(names)
+
+
+def test_product_compiles(native: None) -> None:
+    likelihood = Product({"type": "bernoulli", "image": DiscretizedLogistic()})
+    params = {"type": torch.randn(4, 5), "image": torch.randn(4, 6, 7)}
+    data = {"type": torch.rand(4, 5), "image": torch.randint(0, 256, (4, 3, 7), dtype=torch.uint8)}
+    compiled = torch.compile(fastvae.ELBO(likelihood), fullgraph=True, backend="aot_eager")
+    got, want = (elbo(params, data, kl=torch.ones(4)).loss for elbo in (compiled, fastvae.ELBO(likelihood)))
+    torch.testing.assert_close(got, want)
+
+
 def test_compiles(native: None) -> None:
     """One graph for all batch sizes, with the numbers of eager."""
     from torch._dynamo.testing import CompileCounterWithBackend

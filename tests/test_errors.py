@@ -180,6 +180,52 @@ WRONG = {
         TypeError,
         "fastvae.likelihoods.Product: `parts` must be a dict of likelihoods, got list",
     ),
+    "a part that is a number": Wrong(
+        lambda: Product({"a": 3}),
+        TypeError,
+        "fastvae.likelihoods.Product: `parts['a']` must be one of 'bernoulli', 'gaussian', ",
+    ),
+    "a part that nobody knows": Wrong(
+        lambda: Product({"image": "bernoulli", "label": "softmax"}),
+        ValueError,
+        "fastvae.likelihoods.Product: `parts['label']` must be one of 'bernoulli', 'gaussian', ",
+    ),
+    "a part named by a number": Wrong(
+        lambda: Product({3: "bernoulli"}),
+        TypeError,
+        "fastvae.likelihoods.Product: `parts` must have strings as keys, got 3",
+    ),
+    "a part without a name": Wrong(
+        lambda: Product({"": "bernoulli"}),
+        ValueError,
+        "fastvae.likelihoods.Product: `parts` must have keys that are not empty and without dots, got ''",
+    ),
+    "a part's name with a dot": Wrong(
+        lambda: Product({"a.b": "bernoulli"}),
+        ValueError,
+        "fastvae.likelihoods.Product: `parts` must have keys that are not empty and without dots, got 'a.b'",
+    ),
+    "a shape in a part": Wrong(
+        lambda: elbo(
+            {"image": MIXED, "label": FLAT}, {"image": LEVELS, "label": ROWS}, kl=ROWS, likelihood=BOTH
+        ),
+        ValueError,
+        "fastvae.likelihoods.Product: in part 'label': fastvae.bernoulli_nll: `target` must have the shape of "
+        "`logits` (4, 12), got (4,)",
+    ),
+    "a type in a part of a part": Wrong(
+        lambda: Product({"all": BOTH}).nll(
+            {"all": {"image": MIXED, "label": FLAT}}, {"all": {"image": LEVELS, "label": "cat"}}
+        ),
+        TypeError,
+        "fastvae.likelihoods.Product: in part 'all': fastvae.likelihoods.Product: in part 'label': "
+        "fastvae.bernoulli_nll: `target` must be a Tensor, got str",
+    ),
+    "a mean of a part": Wrong(
+        lambda: BOTH.mean({"image": FLAT, "label": FLAT}),
+        ValueError,
+        "fastvae.likelihoods.Product: in part 'image': fastvae.likelihoods.DiscretizedLogisticMixture: `params` must",
+    ),
     # Shapes
     "target image for flat logits": Wrong(
         lambda: fv.bernoulli_nll(FLAT, IMAGE),
