@@ -465,6 +465,9 @@ class DiscretizedLogistic(Likelihood):
     (B, C, ...), read as they are. nll / (dimensions * ln 2) is the number of bits per dimension: nothing is added.
     Options as in `fastvae.functional.discretized_logistic_nll`.
 
+    With fewer than 8 `bits` higher levels in the data count as the highest one;
+    `functional.discretized_logistic_nll(..., validate=True)` looks whether there are any.
+
     `mean` is a float in [0, 1], for pictures; `sample` gives uint8 levels.
     """
 
@@ -486,17 +489,32 @@ class DiscretizedLogistic(Likelihood):
 
     def mean(self, params: Tensor) -> Tensor:
         """The expected data over the highest level, right to half a level where the scale is narrower than a bin."""
-        mean, log_scale = _wide(params).chunk(2, dim=1)
+        mean, log_scale = self._parts(params)
         return ((_clipped_mean(mean, self._scale(log_scale)) + 1) / 2).to(params.dtype)
 
     @torch.no_grad()
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        mean, log_scale = _wide(params).chunk(2, dim=1)
+        mean, log_scale = self._parts(params)
         x = mean + self._scale(log_scale) * _logistic_noise(mean, generator)
         return self._level(x).to(torch.uint8)
 
     def channels(self, c: int) -> int:
         return 2 * c
+
+    def _parts(self, params: Any) -> tuple[Tensor, ...]:
+        """Mean and log-scale, float32 at least."""
+        params = self._wide(params)
+        if params.dim() < 2 or params.shape[1] % 2 != 0:
+            raise ValueError(
+                f"fastvae.likelihoods.DiscretizedLogistic: `params` must have shape (B, 2C, ...), mean and log-scale "
+                f"packed along dimension 1, got {tuple(params.shape)}"
+            )
+        return params.chunk(2, dim=1)
+
+    def _wide(self, params: Any) -> Tensor:
+        functional._check_floating(f"likelihoods.{type(self).__name__}", "params", params)
+        wide: Tensor = params if params.dtype == torch.float64 else params.float()
+        return wide
 
     def _scale(self, log_scale: Tensor) -> Tensor:
         return torch.exp(log_scale.clamp(min=self.log_scale_floor))
@@ -518,6 +536,9 @@ class DiscretizedLogisticMixture(DiscretizedLogistic):
     `params` is (B, 10k, ...) for colour and (B, 3k, ...) for grey images, in the order of PixelCNN++'s code; data are
     uint8 (B, 3, ...) or (B, 1, ...), read as they are. Green depends on the pixel's red, blue on both. Options as in
     `fastvae.functional.discretized_logistic_mixture_nll`.
+
+    With fewer than 8 `bits` higher levels in the data count as the highest one;
+    `functional.discretized_logistic_mixture_nll(..., validate=True)` looks whether there are any.
 
     `mean` is a float in [0, 1], for pictures; `sample` gives uint8 levels, red first and the others given it.
     """
@@ -542,7 +563,7 @@ class DiscretizedLogisticMixture(DiscretizedLogistic):
 
         Right to half a level where a scale is narrower than a bin, and where a channel seldom leaves [-1, 1].
         """
-        logits, mean, log_scale, coefficients = self._parts(_wide(params))
+        logits, mean, log_scale, coefficients = self._parts(params)
         weights = torch.softmax(logits, 1)
         channels: list[Tensor] = []  # (B, K, ...) each: every component has its own red
         for c in range(mean.shape[1]):
@@ -556,7 +577,7 @@ class DiscretizedLogisticMixture(DiscretizedLogistic):
 
     @torch.no_grad()
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        logits, mean, log_scale, coefficients = self._parts(_wide(params))
+        logits, mean, log_scale, coefficients = self._parts(params)
         # The largest of logits plus Gumbel noise is a draw from their softmax.
         uniform = _uniform(logits, generator)
         chosen = (logits - torch.log(-torch.log(uniform))).argmax(1, keepdim=True)
@@ -577,7 +598,9 @@ class DiscretizedLogisticMixture(DiscretizedLogistic):
             )
         return functional._planes(self.k, c)
 
-    def _parts(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _parts(self, params: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `reference.mixture_parts`, float32 at least."""
+        params = self._wide(params)
         planes = params.shape[1] if params.dim() > 1 else 0
         for channels in (3, 1):
             if planes == functional._planes(self.k, channels):
@@ -593,12 +616,11 @@ class DiscretizedLogisticMixture(DiscretizedLogistic):
 
 def _clipped_mean(mean: Tensor, scale: Tensor) -> Tensor:
     """E[clip(x, -1, 1)] of a logistic x: -1 plus the integral over [-1, 1] of P(x > t)."""
-    x = scale * (F.softplus((mean + 1) / scale) - F.softplus((mean - 1) / scale)) - 1
-    return x.clamp(-1, 1)  # past the ends by rounding
-
-
-def _wide(params: Tensor) -> Tensor:
-    return params if params.dtype == torch.float64 else params.float()
+    narrow = scale * (F.softplus((mean + 1) / scale) - F.softplus((mean - 1) / scale))
+    # The same without the difference, whose digits a wide scale cancels.
+    wide = scale.clamp(min=1)
+    integral = wide * torch.log1p(torch.sigmoid((mean - 1) / wide) * torch.expm1(2 / wide))
+    return (torch.where(scale < 1, narrow, integral) - 1).clamp(-1, 1)  # past the ends by rounding
 
 
 def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -112,6 +112,35 @@ WRONG = {
         "fastvae.likelihoods.DiscretizedLogisticMixture: `params` must have shape (B, 40, ...) or (B, 12, ...) "
         "for 4 components, got (4, 50, 2, 2)",
     ),
+    "samples of one dimension of a mixture": Wrong(
+        lambda: DiscretizedLogisticMixture(4).sample(FLAT[0]),
+        ValueError,
+        "fastvae.likelihoods.DiscretizedLogisticMixture: `params` must have shape (B, 40, ...) or (B, 12, ...) "
+        "for 4 components, got (12,)",
+    ),
+    "mean of an odd number of planes": Wrong(
+        lambda: DiscretizedLogistic().mean(torch.zeros(2, 5, 3)),
+        ValueError,
+        "fastvae.likelihoods.DiscretizedLogistic: `params` must have shape (B, 2C, ...), mean and log-scale packed "
+        "along dimension 1, got (2, 5, 3)",
+    ),
+    "samples of one dimension": Wrong(
+        lambda: DiscretizedLogistic().sample(torch.zeros(4)),
+        ValueError,
+        "fastvae.likelihoods.DiscretizedLogistic: `params` must have shape (B, 2C, ...), mean and log-scale packed "
+        "along dimension 1, got (4,)",
+    ),
+    "mean of a list": Wrong(
+        lambda: DiscretizedLogistic().mean([0.0, 1.0]),
+        TypeError,
+        "fastvae.likelihoods.DiscretizedLogistic: `params` must be a Tensor, got list",
+    ),
+    "mean of integers": Wrong(
+        lambda: DiscretizedLogisticMixture(5).mean(MIXED.long()),
+        TypeError,
+        "fastvae.likelihoods.DiscretizedLogisticMixture: `params` must be float32, bfloat16, float16 or float64, "
+        "got int64",
+    ),
     "no components": Wrong(
         lambda: fv.discretized_logistic_mixture_nll(MIXED, LEVELS, components=0),
         ValueError,
