@@ -439,9 +439,11 @@ def _check_levels(
     if not isinstance(target, Tensor):
         raise TypeError(f"fastvae.{where}: `{target_name}` must be a Tensor, got {type(target).__name__}")
     if target.dtype != torch.uint8:
+        scaled = f"({target_name} * {2 ** int(constants[-3]) - 1}).round()"
+        levels = scaled if target.is_floating_point() else target_name
         raise TypeError(
             f"fastvae.{where}: `{target_name}` must be uint8, the levels of the data as they are, got "
-            f"{_name(target.dtype)}; did you mean ({target_name} * 255).round().to(torch.uint8)?"
+            f"{_name(target.dtype)}; did you mean {levels}.to(torch.uint8)?"
         )
     if target.device != params.device:
         raise ValueError(_device_message(where, target_name, target, name, params))

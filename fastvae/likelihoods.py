@@ -5,7 +5,7 @@ Your own: any `nn.Module` with `nll(params, target) -> (B,)` works in `fastvae.E
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -465,6 +465,9 @@ class DiscretizedLogistic(Likelihood):
     (B, C, ...), read as they are. nll / (dimensions * ln 2) is the number of bits per dimension: nothing is added.
     Options as in `fastvae.functional.discretized_logistic_nll`.
 
+    With fewer than 8 `bits` higher levels in the data count as the highest one;
+    `functional.discretized_logistic_nll(..., validate=True)` looks whether there are any.
+
     `mean` is a float in [0, 1], for pictures; `sample` gives uint8 levels.
     """
 
@@ -486,17 +489,32 @@ class DiscretizedLogistic(Likelihood):
 
     def mean(self, params: Tensor) -> Tensor:
         """The expected data over the highest level, right to half a level where the scale is narrower than a bin."""
-        mean, log_scale = _wide(params).chunk(2, dim=1)
+        mean, log_scale = self._parts(params)
         return ((_clipped_mean(mean, self._scale(log_scale)) + 1) / 2).to(params.dtype)
 
     @torch.no_grad()
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        mean, log_scale = _wide(params).chunk(2, dim=1)
+        mean, log_scale = self._parts(params)
         x = mean + self._scale(log_scale) * _logistic_noise(mean, generator)
         return self._level(x).to(torch.uint8)
 
     def channels(self, c: int) -> int:
         return 2 * c
+
+    def _parts(self, params: Any) -> tuple[Tensor, ...]:
+        """Mean and log-scale, float32 at least."""
+        params = self._wide(params)
+        if params.dim() < 2 or params.shape[1] % 2 != 0:
+            raise ValueError(
+                f"fastvae.likelihoods.DiscretizedLogistic: `params` must have shape (B, 2C, ...), mean and log-scale "
+                f"packed along dimension 1, got {tuple(params.shape)}"
+            )
+        return params.chunk(2, dim=1)
+
+    def _wide(self, params: Any) -> Tensor:
+        functional._check_floating(f"likelihoods.{type(self).__name__}", "params", params)
+        wide: Tensor = params if params.dtype == torch.float64 else params.float()
+        return wide
 
     def _scale(self, log_scale: Tensor) -> Tensor:
         return torch.exp(log_scale.clamp(min=self.log_scale_floor))
@@ -518,6 +536,9 @@ class DiscretizedLogisticMixture(DiscretizedLogistic):
     `params` is (B, 10k, ...) for colour and (B, 3k, ...) for grey images, in the order of PixelCNN++'s code; data are
     uint8 (B, 3, ...) or (B, 1, ...), read as they are. Green depends on the pixel's red, blue on both. Options as in
     `fastvae.functional.discretized_logistic_mixture_nll`.
+
+    With fewer than 8 `bits` higher levels in the data count as the highest one;
+    `functional.discretized_logistic_mixture_nll(..., validate=True)` looks whether there are any.
 
     `mean` is a float in [0, 1], for pictures; `sample` gives uint8 levels, red first and the others given it.
     """
@@ -542,7 +563,7 @@ class DiscretizedLogisticMixture(DiscretizedLogistic):
 
         Right to half a level where a scale is narrower than a bin, and where a channel seldom leaves [-1, 1].
         """
-        logits, mean, log_scale, coefficients = self._parts(_wide(params))
+        logits, mean, log_scale, coefficients = self._parts(params)
         weights = torch.softmax(logits, 1)
         channels: list[Tensor] = []  # (B, K, ...) each: every component has its own red
         for c in range(mean.shape[1]):
@@ -556,7 +577,7 @@ class DiscretizedLogisticMixture(DiscretizedLogistic):
 
     @torch.no_grad()
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        logits, mean, log_scale, coefficients = self._parts(_wide(params))
+        logits, mean, log_scale, coefficients = self._parts(params)
         # The largest of logits plus Gumbel noise is a draw from their softmax.
         uniform = _uniform(logits, generator)
         chosen = (logits - torch.log(-torch.log(uniform))).argmax(1, keepdim=True)
@@ -577,7 +598,9 @@ class DiscretizedLogisticMixture(DiscretizedLogistic):
             )
         return functional._planes(self.k, c)
 
-    def _parts(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _parts(self, params: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `reference.mixture_parts`, float32 at least."""
+        params = self._wide(params)
         planes = params.shape[1] if params.dim() > 1 else 0
         for channels in (3, 1):
             if planes == functional._planes(self.k, channels):
@@ -593,12 +616,11 @@ class DiscretizedLogisticMixture(DiscretizedLogistic):
 
 def _clipped_mean(mean: Tensor, scale: Tensor) -> Tensor:
     """E[clip(x, -1, 1)] of a logistic x: -1 plus the integral over [-1, 1] of P(x > t)."""
-    x = scale * (F.softplus((mean + 1) / scale) - F.softplus((mean - 1) / scale)) - 1
-    return x.clamp(-1, 1)  # past the ends by rounding
-
-
-def _wide(params: Tensor) -> Tensor:
-    return params if params.dtype == torch.float64 else params.float()
+    narrow = scale * (F.softplus((mean + 1) / scale) - F.softplus((mean - 1) / scale))
+    # The same without the difference, whose digits a wide scale cancels.
+    wide = scale.clamp(min=1)
+    integral = wide * torch.log1p(torch.sigmoid((mean - 1) / wide) * torch.expm1(2 / wide))
+    return (torch.where(scale < 1, narrow, integral) - 1).clamp(-1, 1)  # past the ends by rounding
 
 
 def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -620,7 +642,8 @@ class Product(Likelihood):
         elbo = fastvae.ELBO(likelihood)
         out = elbo({"image": a, "label": b}, {"image": x, "label": y}, kl=kl)
 
-    `mean`, `sample` and `channels` take and give such dicts too.
+    `mean`, `sample` and `channels` take and give such dicts too. In `self.parts`, and in the state_dict, a name that
+    `nn.ModuleDict` needs for itself, such as "type" or "values", ends with "_".
     """
 
     def __init__(self, parts: Mapping[str, str | nn.Module]) -> None:
@@ -633,7 +656,23 @@ class Product(Likelihood):
             raise ValueError(
                 "fastvae.likelihoods.Product: `parts` must name at least one likelihood, got none"
             )
-        self.parts = nn.ModuleDict({name: get(part) for name, part in parts.items()})
+        self.parts = nn.ModuleDict()
+        self._keys: dict[str, str] = {}  # of the parts in `self.parts`, by their names
+        for name, part in parts.items():
+            if not isinstance(name, str):
+                raise TypeError(
+                    f"fastvae.likelihoods.Product: `parts` must have strings as keys, got {name!r}"
+                )
+            if not name or "." in name:
+                raise ValueError(
+                    f"fastvae.likelihoods.Product: `parts` must have keys that are not empty and without dots, got "
+                    f"{name!r}"
+                )
+            key = name
+            while hasattr(self.parts, key) or (key != name and key in parts):
+                key += "_"
+            self._keys[name] = key
+            self.parts[key] = get(part, "likelihoods.Product", f"parts[{name!r}]")
 
     def nll(self, params: Any, target: Any) -> Tensor:
         return torch.stack(list(self.nll_of_parts(params, target).values())).sum(0)
@@ -642,45 +681,61 @@ class Product(Likelihood):
         """What each part contributes to `nll`, (B,) each."""
         self._check("params", params)
         self._check("target", target)
-        nlls: dict[str, Tensor] = {}
-        for name, part in self.parts.items():
-            nlls[name] = part.nll(params[name], target[name])  # type: ignore[operator]
-            first = next(iter(nlls))
-            if nlls[name].shape != nlls[first].shape:
+        nlls = self._each("nll", (params, target))
+        first = next(iter(nlls))
+        for name, nll in nlls.items():
+            if nll.shape != nlls[first].shape:
                 raise ValueError(
                     f"fastvae.likelihoods.Product: every part must have the same rows, got "
-                    f"{tuple(nlls[first].shape)} of {first!r} and {tuple(nlls[name].shape)} of {name!r}"
+                    f"{tuple(nlls[first].shape)} of {first!r} and {tuple(nll.shape)} of {name!r}"
                 )
         return nlls
 
     def mean(self, params: Any) -> Any:
         self._check("params", params)
-        return {name: part.mean(params[name]) for name, part in self.parts.items()}  # type: ignore[operator]
+        return self._each("mean", (params,))
 
     def sample(self, params: Any, generator: torch.Generator | None = None) -> Any:
         self._check("params", params)
-        return {name: part.sample(params[name], generator) for name, part in self.parts.items()}  # type: ignore[operator]
+        return self._each("sample", (params,), generator)
 
     def channels(self, c: Any) -> Any:
         self._check("c", c)
-        return {name: part.channels(c[name]) for name, part in self.parts.items()}  # type: ignore[operator]
+        return self._each("channels", (c,))
+
+    def _each(self, method: str, values: Sequence[Mapping[str, Any]], *rest: Any) -> dict[str, Any]:
+        """What a method of every part returns for its `values`; an error says in which part it was."""
+        found = {}
+        for name, key in self._keys.items():
+            call = getattr(self.parts[key], method)
+            arguments = [*(value[name] for value in values), *rest]
+            if torch.compiler.is_compiling():  # a trace, in which not every version of torch takes a try
+                found[name] = call(*arguments)
+                continue
+            try:
+                found[name] = call(*arguments)
+            except (TypeError, ValueError) as error:
+                # The same exception, whatever its class; add_note() came with Python 3.11.
+                error.args = (f"fastvae.likelihoods.Product: in part {name!r}: {error}",)
+                raise
+        return found
 
     def _check(self, name: str, value: Any) -> None:
         if not isinstance(value, Mapping):
             raise TypeError(
                 f"fastvae.likelihoods.Product: `{name}` must be a dict with the keys "
-                f"{', '.join(map(repr, self.parts))}, got {type(value).__name__}"
+                f"{', '.join(map(repr, self._keys))}, got {type(value).__name__}"
             )
-        if value.keys() != set(self.parts):
-            missing = [key for key in self.parts if key not in value]
-            unknown = [key for key in value if key not in self.parts]
+        if value.keys() != self._keys.keys():
+            missing = [key for key in self._keys if key not in value]
+            unknown = [key for key in value if key not in self._keys]
             found = [
                 f"{what} {', '.join(map(repr, keys))}"
                 for what, keys in (("missing", missing), ("unknown", unknown))
                 if keys
             ]
             raise ValueError(
-                f"fastvae.likelihoods.Product: `{name}` must have the keys {', '.join(map(repr, self.parts))}, "
+                f"fastvae.likelihoods.Product: `{name}` must have the keys {', '.join(map(repr, self._keys))}, "
                 f"got {list(value)}: {'; '.join(found)}"
             )
 
@@ -695,18 +750,18 @@ BY_NAME: dict[str, type[Likelihood]] = {
 }
 
 
-def get(likelihood: str | nn.Module) -> nn.Module:
-    """The likelihood module of a name, or the module itself.
+def get(likelihood: str | nn.Module, where: str = "ELBO", name: str = "likelihood") -> nn.Module:
+    """The likelihood module of a name, or the module itself. `where` and `name`: whose argument it is, for messages.
 
     Raises ValueError for an unknown name and TypeError for something that cannot be a likelihood.
     """
     if isinstance(likelihood, str):
-        functional._check_choice("ELBO", "likelihood", likelihood, tuple(BY_NAME))
+        functional._check_choice(where, name, likelihood, tuple(BY_NAME))
         return BY_NAME[likelihood]()
     if isinstance(likelihood, nn.Module) and callable(getattr(likelihood, "nll", None)):
         return likelihood
     found = likelihood.__name__ + ", a class" if isinstance(likelihood, type) else type(likelihood).__name__
     raise TypeError(
-        f"fastvae.ELBO: `likelihood` must be one of {', '.join(map(repr, BY_NAME))}, or an nn.Module with a method "
+        f"fastvae.{where}: `{name}` must be one of {', '.join(map(repr, BY_NAME))}, or an nn.Module with a method "
         f"`nll(params, target)`, got {found}"
     )

@@ -169,7 +169,7 @@ def test_best_of(run, tmp_path, capsys, monkeypatch):
     done(capsys, "sample", run, "--best", 6, "--of", 40, "--seed", 3, "--out", some)
     assert some.read_bytes() == again
     for module in (generate, evaluate):
-        monkeypatch.setattr(module, "held_out_batch", lambda dimensions: 7)
+        monkeypatch.setattr(module, "held_out_batch", lambda settings, shape: 7)
     assert done(capsys, "sample", run, "--best", 6, "--of", 40, "--seed", 3, "--out", some) == text
     assert some.read_bytes() == again
     # Whatever the run was trained on, a mean is brought to zeros and ones without a draw.

@@ -60,6 +60,24 @@ WRONG = {
         "fastvae.ELBO: `x` must be uint8, the levels of the data as they are, got float32; "
         "did you mean (x * 255).round().to(torch.uint8)?",
     ),
+    "float data as levels of 5 bits": Wrong(
+        lambda: DiscretizedLogisticMixture(5, bits=5).nll(MIXED, IMAGE),
+        TypeError,
+        "fastvae.discretized_logistic_mixture_nll: `target` must be uint8, the levels of the data as they are, got "
+        "float32; did you mean (target * 31).round().to(torch.uint8)?",
+    ),
+    "int64 levels": Wrong(
+        lambda: fv.discretized_logistic_nll(HEAD, LEVELS.long()),
+        TypeError,
+        "fastvae.discretized_logistic_nll: `target` must be uint8, the levels of the data as they are, got int64; "
+        "did you mean target.to(torch.uint8)?",
+    ),
+    "bool levels": Wrong(
+        lambda: elbo(HEAD, LEVELS.bool(), kl=ROWS, likelihood=DiscretizedLogistic(1)),
+        TypeError,
+        "fastvae.ELBO: `x` must be uint8, the levels of the data as they are, got bool; "
+        "did you mean x.to(torch.uint8)?",
+    ),
     "integer params of a mixture": Wrong(
         lambda: fv.discretized_logistic_mixture_nll(LEVELS, LEVELS, components=5),
         TypeError,
@@ -93,6 +111,35 @@ WRONG = {
         ValueError,
         "fastvae.likelihoods.DiscretizedLogisticMixture: `params` must have shape (B, 40, ...) or (B, 12, ...) "
         "for 4 components, got (4, 50, 2, 2)",
+    ),
+    "samples of one dimension of a mixture": Wrong(
+        lambda: DiscretizedLogisticMixture(4).sample(FLAT[0]),
+        ValueError,
+        "fastvae.likelihoods.DiscretizedLogisticMixture: `params` must have shape (B, 40, ...) or (B, 12, ...) "
+        "for 4 components, got (12,)",
+    ),
+    "mean of an odd number of planes": Wrong(
+        lambda: DiscretizedLogistic().mean(torch.zeros(2, 5, 3)),
+        ValueError,
+        "fastvae.likelihoods.DiscretizedLogistic: `params` must have shape (B, 2C, ...), mean and log-scale packed "
+        "along dimension 1, got (2, 5, 3)",
+    ),
+    "samples of one dimension": Wrong(
+        lambda: DiscretizedLogistic().sample(torch.zeros(4)),
+        ValueError,
+        "fastvae.likelihoods.DiscretizedLogistic: `params` must have shape (B, 2C, ...), mean and log-scale packed "
+        "along dimension 1, got (4,)",
+    ),
+    "mean of a list": Wrong(
+        lambda: DiscretizedLogistic().mean([0.0, 1.0]),
+        TypeError,
+        "fastvae.likelihoods.DiscretizedLogistic: `params` must be a Tensor, got list",
+    ),
+    "mean of integers": Wrong(
+        lambda: DiscretizedLogisticMixture(5).mean(MIXED.long()),
+        TypeError,
+        "fastvae.likelihoods.DiscretizedLogisticMixture: `params` must be float32, bfloat16, float16 or float64, "
+        "got int64",
     ),
     "no components": Wrong(
         lambda: fv.discretized_logistic_mixture_nll(MIXED, LEVELS, components=0),
@@ -161,6 +208,52 @@ WRONG = {
         lambda: Product([Bernoulli()]),
         TypeError,
         "fastvae.likelihoods.Product: `parts` must be a dict of likelihoods, got list",
+    ),
+    "a part that is a number": Wrong(
+        lambda: Product({"a": 3}),
+        TypeError,
+        "fastvae.likelihoods.Product: `parts['a']` must be one of 'bernoulli', 'gaussian', ",
+    ),
+    "a part that nobody knows": Wrong(
+        lambda: Product({"image": "bernoulli", "label": "softmax"}),
+        ValueError,
+        "fastvae.likelihoods.Product: `parts['label']` must be one of 'bernoulli', 'gaussian', ",
+    ),
+    "a part named by a number": Wrong(
+        lambda: Product({3: "bernoulli"}),
+        TypeError,
+        "fastvae.likelihoods.Product: `parts` must have strings as keys, got 3",
+    ),
+    "a part without a name": Wrong(
+        lambda: Product({"": "bernoulli"}),
+        ValueError,
+        "fastvae.likelihoods.Product: `parts` must have keys that are not empty and without dots, got ''",
+    ),
+    "a part's name with a dot": Wrong(
+        lambda: Product({"a.b": "bernoulli"}),
+        ValueError,
+        "fastvae.likelihoods.Product: `parts` must have keys that are not empty and without dots, got 'a.b'",
+    ),
+    "a shape in a part": Wrong(
+        lambda: elbo(
+            {"image": MIXED, "label": FLAT}, {"image": LEVELS, "label": ROWS}, kl=ROWS, likelihood=BOTH
+        ),
+        ValueError,
+        "fastvae.likelihoods.Product: in part 'label': fastvae.bernoulli_nll: `target` must have the shape of "
+        "`logits` (4, 12), got (4,)",
+    ),
+    "a type in a part of a part": Wrong(
+        lambda: Product({"all": BOTH}).nll(
+            {"all": {"image": MIXED, "label": FLAT}}, {"all": {"image": LEVELS, "label": "cat"}}
+        ),
+        TypeError,
+        "fastvae.likelihoods.Product: in part 'all': fastvae.likelihoods.Product: in part 'label': "
+        "fastvae.bernoulli_nll: `target` must be a Tensor, got str",
+    ),
+    "a mean of a part": Wrong(
+        lambda: BOTH.mean({"image": FLAT, "label": FLAT}),
+        ValueError,
+        "fastvae.likelihoods.Product: in part 'image': fastvae.likelihoods.DiscretizedLogisticMixture: `params` must",
     ),
     # Shapes
     "target image for flat logits": Wrong(

@@ -643,6 +643,24 @@ def test_held_out_batches_of_large_images_are_small():
     assert sizes == [1000, 10, 1]
 
 
+def test_held_out_batches_count_what_the_decoder_makes():
+    """Of dmol ten numbers for each of 10 components of a pixel, of which there are 64 x 64."""
+
+    def size(likelihood, channels, **more):
+        return loader.held_out_batch(RECIPES["mlp"](likelihood=likelihood, **more), (64, 64, channels))
+
+    decoded = {
+        ("dmol", 3): 100,
+        ("dmol", 1): 30,
+        ("dlogistic", 3): 6,
+        ("gaussian", 3): 3,
+        ("bernoulli", 1): 1,
+    }
+    for (likelihood, channels), planes in decoded.items():
+        assert size(likelihood, channels) == min(1000, 2**23 // (planes * 64 * 64))
+    assert size("gaussian", 3, variance="per-pixel") == size("dlogistic", 3)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Steps that cannot be taken
 # ---------------------------------------------------------------------------------------------------------------------

@@ -273,7 +273,7 @@ def inpaint(
 
 def _parts(run: Run, rows: Tensor) -> tuple[Tensor, ...]:
     """As many images, or their z, at a time as memory is meant to hold."""
-    return rows.split(held_out_batch(run.model.dimensions))
+    return rows.split(held_out_batch(run.settings, run.shape))
 
 
 def _prior(run: Run, n: int, seed: int) -> Tensor:

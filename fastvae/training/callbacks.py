@@ -170,7 +170,7 @@ class Pictures(Callback):
 
         held_out, labels = self.images.held_out[:_DRAWN], self.images.held_out_labels
         x = prepare(held_out, settings, generator(settings.seed, 3))
-        mu = torch.cat([encoded(part) for part in x.split(held_out_batch(held_out[0].numel()))])
+        mu = torch.cat([encoded(part) for part in x.split(held_out_batch(settings, held_out.shape[1:]))])
         labels = None if labels is None else labels[:_DRAWN]
         pictures.save_latents(mu, labels, self.folder / "latents.png", names=self.images.label_names)
 

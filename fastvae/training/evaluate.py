@@ -217,7 +217,7 @@ def in_batches(
 
     `seed` is of all that is drawn; a progress bar on `console` says `what` is done.
     """
-    draws, size = generator(seed), held_out_batch(images[0].numel())
+    draws, size = generator(seed), held_out_batch(settings, images.shape[1:])
     batches = images.split(size)
     with progress(console) as bar:
         task = bar.add_task(what, total=len(batches) * samples)
