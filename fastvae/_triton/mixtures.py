@@ -46,15 +46,15 @@ def one_minus_square(x, e):
 
 
 @triton.jit
-def log_mass(n, middle, raw_log_scale, levels, log_width, floor, small):
-    """(linear, e1, e2, factor, factor / ((1 + e1) (1 + e2)), slope by middle, slope by log-scale) of log mass.
+def log_mass(n, distance, raw_log_scale, levels, log_width, floor, small):
+    """(linear, e1, e2, factor, factor / ((1 + e1) (1 + e2)), slope by the mean, slope by log-scale) of log mass.
 
-    log mass = log(factor) - linear - log(1 + e1) - log(1 + e2).
+    log mass = log(factor) - linear - log(1 + e1) - log(1 + e2). `distance` of the level from the mean, in half bins.
     """
     floored = raw_log_scale < floor
     log_scale = tl.where(floored, floor, raw_log_scale)
     h = exp(-log_scale) / levels
-    u = h * (n - middle)
+    u = h * distance
     size = tl.abs(u)
     r = exp(-h)
     q = exp(-size)
@@ -113,23 +113,25 @@ def component(
     """
     C: tl.constexpr = n0.dtype
     logit = load_plane(first, places, k, step, inside, C)
-    middle = load_plane(first, places, K + k, step, inside, C) * levels
+    distance = tl.fma(-load_plane(first, places, K + k, step, inside, C), levels, n0)
     scale = load_plane(first, places, 2 * K + k, step, inside, C)
-    linear, _, _, _, factor, m0, s0 = log_mass(n0, middle, scale, levels, log_width, floor, small)
+    linear, _, _, _, factor, m0, s0 = log_mass(n0, distance, scale, levels, log_width, floor, small)
     linear = logit - linear
     m1, m2, s1, s2, c0, c1, c2 = m0, m0, s0, s0, m0, m0, m0
     if CHANNELS == 3:
         a, a_slope = tanh(load_plane(first, places, 3 * K + k, step, inside, C))
         b, b_slope = tanh(load_plane(first, places, 6 * K + k, step, inside, C))
         c, c_slope = tanh(load_plane(first, places, 9 * K + k, step, inside, C))
-        middle = load_plane(first, places, 4 * K + k, step, inside, C) * levels + a * n0
+        distance = tl.fma(-load_plane(first, places, 4 * K + k, step, inside, C), levels, n1)
+        distance = tl.fma(-a, n0, distance)
         scale = load_plane(first, places, 5 * K + k, step, inside, C)
-        more, _, _, _, over, m1, s1 = log_mass(n1, middle, scale, levels, log_width, floor, small)
+        more, _, _, _, over, m1, s1 = log_mass(n1, distance, scale, levels, log_width, floor, small)
         linear -= more
         factor *= over
-        middle = load_plane(first, places, 7 * K + k, step, inside, C) * levels + b * n0 + c * n1
+        distance = tl.fma(-load_plane(first, places, 7 * K + k, step, inside, C), levels, n2)
+        distance = tl.fma(-c, n1, tl.fma(-b, n0, distance))
         scale = load_plane(first, places, 8 * K + k, step, inside, C)
-        more, _, _, _, over, m2, s2 = log_mass(n2, middle, scale, levels, log_width, floor, small)
+        more, _, _, _, over, m2, s2 = log_mass(n2, distance, scale, levels, log_width, floor, small)
         linear -= more
         factor *= over
         c0 = m1 * n0 * a_slope
@@ -265,10 +267,10 @@ def logistic_kernel(
             for c in range(0, singles):
                 level = tl.load(target + data_places + c * data_step, inside, 0).to(C)
                 n = 2.0 * tl.minimum(level, highest) - highest
-                middle = load_plane(first, places, c, step, inside, C) * highest
+                distance = tl.fma(-load_plane(first, places, c, step, inside, C), highest, n)
                 scale = load_plane(first, places, channels + c, step, inside, C)
                 linear, e1, e2, factor, _, by_middle, by_scale = log_mass(
-                    n, middle, scale, highest, width, least, smallest
+                    n, distance, scale, highest, width, least, smallest
                 )
                 value = linear + log1p(combine_excess(e1, e2)) - tl.log(factor)
                 sums += tl.where(inside, value, 0.0)
