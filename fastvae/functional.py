@@ -423,7 +423,11 @@ def _check_genes(
             _check_like(where, label, value, names[0], first)
         checked.append(value)
     if isinstance(target, Tensor) and target.layout != torch.sparse_csr and not _is_dense(target):
-        found = "a nested tensor" if target.is_nested else f"{target.layout}; did you mean {name}.to_sparse_csr()?"
+        found = (
+            "a nested tensor"
+            if target.is_nested
+            else f"{target.layout}; did you mean {name}.to_sparse_csr()?"
+        )
         raise TypeError(f"fastvae.{where}: `{name}` must be dense or torch.sparse_csr, got {found}")
     _check_target(where, names, row, first, target, name)
     if target.shape != first.shape:
@@ -551,9 +555,7 @@ def reparameterize_kl(
     if not isinstance(row_offset, int):
         raise TypeError(f"fastvae.{where}: `row_offset` must be an int, got {type(row_offset).__name__}")
     if not 0 <= row_offset < 2**63:
-        raise ValueError(
-            f"fastvae.{where}: `row_offset` must be at least 0 and below 2^63, got {row_offset}"
-        )
+        raise ValueError(f"fastvae.{where}: `row_offset` must be at least 0 and below 2^63, got {row_offset}")
     if eps is not None:
         if seed is not None or generator is not None:
             raise ValueError(
