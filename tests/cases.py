@@ -1,7 +1,8 @@
 """One table of everything that has a value and a gradient: each op and likelihood, with its formula by hand.
 
 The formulas are float64, in the form that keeps their digits, and know nothing of `fastvae.reference`. A new likelihood
-is one row of `CASES` (or of `ELSEWHERE`); the tests of values, layouts and repeatability then hold it to the same rules.
+is one row of `CASES` (or of `ELSEWHERE`); the tests of values, layouts and repeatability then hold it to the same
+rules.
 """
 
 import math
@@ -421,7 +422,7 @@ CASES = (
     ),
 )
 
-# Rows of `functional._ROWS` that are no case, because their elements are not each for themselves: whose tests they have.
+# Rows of `functional._ROWS` whose elements are not each for themselves, and the files that test them.
 ELSEWHERE = {
     "categorical": "test_categorical.py",
     "negative_binomial": "test_counts.py",
