@@ -179,7 +179,8 @@ class ELBO(nn.Module):
         if kl is None:
             if mu is None or logvar is None:
                 raise TypeError(_call_forms("neither" if mu is logvar else "only one of `mu` and `logvar`"))
-            if isinstance(mu, Tensor) and isinstance(x, Tensor) and mu.shape[:1] != x.shape[:1]:
+            tensors = isinstance(mu, Tensor) and isinstance(x, Tensor)
+            if tensors and not mu.is_nested and not x.is_nested and mu.shape[:1] != x.shape[:1]:
                 raise ValueError(
                     f"fastvae.ELBO: `mu` must have as many rows as `x` {tuple(x.shape)}, got {tuple(mu.shape)}"
                 )
@@ -214,6 +215,8 @@ class ELBO(nn.Module):
 def _check_dimensions(kl: Any) -> None:
     if not isinstance(kl, Tensor):
         raise TypeError(f"fastvae.ELBO: `kl` must be a Tensor, got {type(kl).__name__}")
+    if not functional._is_dense(kl):
+        raise TypeError(functional._layout_message("ELBO", "kl", kl))
     if not kl.is_floating_point():
         raise TypeError(f"fastvae.ELBO: `kl` must be floating point, got {kl.dtype}")
     if kl.dim() < 2:

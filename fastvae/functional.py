@@ -162,6 +162,8 @@ def _check_seed(where: str, seed: Any, mu: Tensor) -> None:
             f"fastvae.{where}: `seed` must be an int64 Tensor (seed, offset), got {type(seed).__name__}; "
             f"did you mean torch.tensor([seed, 0])?"
         )
+    if not _is_dense(seed):
+        raise TypeError(_layout_message(where, "seed", seed))
     if seed.dtype != torch.int64:
         raise TypeError(f"fastvae.{where}: `seed` must be int64, got {_name(seed.dtype)}")
     if seed.dim() != 1 or seed.shape[0] != 2:

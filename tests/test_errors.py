@@ -534,6 +534,21 @@ WRONG = {
         TypeError,
         "fastvae.ELBO: `kl` must be dense, got torch.sparse_coo; did you mean kl.to_dense()?",
     ),
+    "sparse kl of every dimension": Wrong(
+        lambda: fastvae.ELBO("bernoulli", free_bits=0.25)(FLAT, FLAT, kl=FLAT.to_sparse()),
+        TypeError,
+        "fastvae.ELBO: `kl` must be dense, got torch.sparse_coo; did you mean kl.to_dense()?",
+    ),
+    "sparse seed": Wrong(
+        lambda: fv.reparameterize_kl(FLAT, FLAT, seed=SEED.to_sparse()),
+        TypeError,
+        "fastvae.reparameterize_kl: `seed` must be dense, got torch.sparse_coo; did you mean seed.to_dense()?",
+    ),
+    "sparse eps": Wrong(
+        lambda: fv.reparameterize_kl(FLAT, FLAT, eps=FLAT.to_sparse()),
+        TypeError,
+        "fastvae.reparameterize_kl: `eps` must be dense, got torch.sparse_coo; did you mean eps.to_dense()?",
+    ),
     "jagged logits": Wrong(
         lambda: fv.bernoulli_nll(nested(torch.jagged), FLAT),
         TypeError,
@@ -546,6 +561,11 @@ WRONG = {
     ),
     "jagged x": Wrong(
         lambda: elbo(FLAT, nested(torch.jagged), FLAT, FLAT),
+        TypeError,
+        "fastvae.ELBO: `x` must be dense, got a nested tensor",
+    ),
+    "nested x": Wrong(
+        lambda: elbo(FLAT, nested(torch.strided), FLAT, FLAT),
         TypeError,
         "fastvae.ELBO: `x` must be dense, got a nested tensor",
     ),
