@@ -26,7 +26,8 @@ _BOUNDS = (-12.0, 2.0)  # of a log-variance
 class Case:
     name: str
     setup: Callable[[torch.device], Inputs]
-    """Makes one set of inputs. `z_gradient`, if there, is what the decoder would send back for z."""
+    """Makes one set of inputs. `z_gradient`, if there, is what the decoder would send back for z, which then is drawn
+    from `logvar`, too."""
     fused: Callable[[torch.device], Callable[..., Outputs]]
     """Builds the function over fastvae's public names."""
     written: Callable[..., Outputs]
@@ -36,7 +37,9 @@ class Case:
     floors: tuple[float, float] | None = None
     """How many times faster than eager and than torch.compile it is meant to be at least (2 threads, AVX2)."""
     tolerance: float = 1e-5
-    """By how much the two sides' first gradients may differ, relative to its largest element."""
+    """By how much a gradient and the loss of two sides may differ, relative to the largest element."""
+    same_loss: bool = True
+    """False: what is written leaves out a constant of the loss."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -454,17 +457,17 @@ CASES = (
     Case("Bernoulli 1024 x 12288", _bernoulli(1024, 12288), _fused_bernoulli, _written_bernoulli,
          4 * _LOSS * 1024 * 12288, (6.0, 3.0)),
     Case("Gaussian 512 x 3072", _bernoulli(512, 3072), _fused_gaussian, _written_gaussian,
-         4 * _LOSS * 512 * 3072, (3.0, 1.5)),
+         4 * _LOSS * 512 * 3072, (3.0, 1.5), same_loss=False),
     Case("Gaussian, logvar per element, 512 x 3072", _per_element, _fused_per_element, _written_per_element,
          4 * 5 * 512 * 3072, (4.0, 2.0)),
     Case("reparameterise + KL 4096 x 256", lambda device: _latents(4096, 256, device), _fused_latents,
          _written_latents, 4 * _SAMPLE * 4096 * 256, (3.0, 3.0)),
-    # In the decoder's raw outputs: their softmax and exponential belong to the loss on both sides. The tolerance is for
-    # what float32 leaves of the differences of lgamma on the written side.
+    # In the decoder's raw outputs: their softmax and exponential belong to the loss on both sides. The tolerances are
+    # for what float32 leaves of the differences of lgamma on the written side, most of all in log_theta's gradient.
     Case("ZINB 128 x 20000", _counts(True, True), _fused_zinb_raw, _written_zinb_raw, 4 * 5 * 128 * 20_000, (8.0, 3.0),
          tolerance=1e-4),
     Case("NB 128 x 20000", _counts(False, True), _fused_nb_raw, _written_nb_raw, 4 * 3 * 128 * 20_000, (6.0, 2.5),
-         tolerance=1e-4),
+         tolerance=1e-3),
     # What is written loses digits: a difference of sigmoids is off by 1 part in 100 where it is 1e-5.
     Case("discretised logistics, 10 mixed, 16 x 3 x 32 x 32", _levels(100, 16, 3, 32, 32), _fused_mixture,
          _written_mixture, (4 * 2 * 100 + 3) * 16 * 32 * 32, (10.0, 3.0), tolerance=1e-2),
@@ -481,7 +484,7 @@ CASES = (
          4 * _LOSS * 512 * 3072, (3.0, 1.5)),
     # Beyond what is asked for.
     Case("Laplace 512 x 3072, against F.l1_loss", _bernoulli(512, 3072), _fused_laplace, _written_l1,
-         4 * _LOSS * 512 * 3072),
+         4 * _LOSS * 512 * 3072, same_loss=False),
     Case("ZINB 128 x 20000, mean and inverse dispersion", _counts(True, False), _fused_zinb, _written_zinb,
          4 * 5 * 128 * 20_000, tolerance=1e-4),
     Case("NB 128 x 20000, mean and inverse dispersion", _counts(False, False), _fused_nb, _written_nb,
@@ -490,7 +493,7 @@ CASES = (
     Case("Gaussian, packed head, bounded logvar, 512 x 6 x 32 x 32", _head, _fused_bounded_head, _written_bounded_head,
          4 * 5 * 512 * 3072),
     Case("Gaussian, uint8 data, 512 x 3072", _bernoulli(512, 3072, data=torch.uint8), _fused_gaussian,
-         _written_gaussian_uint8, (4 + 1 + 4) * 512 * 3072),
+         _written_gaussian_uint8, (4 + 1 + 4) * 512 * 3072, same_loss=False),
     Case("Bernoulli bf16 512 x 3072", _bernoulli(512, 3072, torch.bfloat16), _fused_bernoulli, _written_bernoulli,
          2 * _LOSS * 512 * 3072, tolerance=2e-2),
     Case("Bernoulli 512 x 3072, bernoulli_nll().mean()", _bernoulli(512, 3072), _fused_bernoulli_rows,
@@ -526,7 +529,7 @@ GPU_CASES = (
     Case("Bernoulli 8 x 12582912", _bernoulli(8, 12582912), _fused_bernoulli, _written_bernoulli,
          4 * _LOSS * _N, _GPU_FLOORS),
     Case("Gaussian 8192 x 12288", _bernoulli(*_IMAGES), _fused_gaussian, _written_gaussian,
-         4 * _LOSS * _N),
+         4 * _LOSS * _N, same_loss=False),
     Case("Gaussian, packed head, 16384 x 6 x 64 x 32",
          lambda device: _reconstruction((16384, 3, 64, 32), device, channels=2), _fused_head, _written_head,
          4 * 5 * 16384 * 6144),

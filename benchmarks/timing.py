@@ -25,7 +25,8 @@ import fastvae
 
 from .cases import Case, Inputs
 
-Call = Callable[[], object]
+Call = Callable[[], Any]
+Result = tuple[Tensor, dict[str, Tensor]]  # the loss, and the gradients by the names of their inputs
 
 SIDES = ("fused", "eager", "compile")
 SMALL = 8 << 20  # bytes to move below which a case is not about memory
@@ -70,11 +71,11 @@ def measure(case: Case, device: torch.device, budget: float = 4.0, rivals: Seque
     functions = dict(zip(SIDES, (fused, case.written, compiled), strict=True))
     functions |= {rival: case.fused(device) for rival in rivals}
     calls = {side: [_bind(function, inputs) for inputs in sets] for side, function in functions.items()}
-    results = {}
-    for side in functions:
+    results: dict[str, Result] = {}
+    for side, function in functions.items():
         with _backend_of(side, rivals):
-            results[side] = calls[side][0]()
-    _check(case, **results)
+            results[side] = _result(function, first)
+    _check(case, first, results)
     results.clear()
 
     rings: dict[str, Iterator[Call]] = {}
@@ -116,7 +117,7 @@ def _backend_of(side: str, rivals: Sequence[str]) -> AbstractContextManager[None
 def _bind(function: Callable[..., tuple[Tensor, ...]], inputs: Inputs) -> Call:
     """Forward and backward over one set of inputs: (outputs, gradients)."""
     args = [inputs[name] for name in inspect.signature(function).parameters]
-    leaves = [value for value in args if value.requires_grad]
+    leaves = [inputs[name] for name in _leaves(function, inputs)]
     # The loss comes first, then z where there is one.
     weights = [None, inputs["z_gradient"]] if "z_gradient" in inputs else [None]
 
@@ -127,12 +128,29 @@ def _bind(function: Callable[..., tuple[Tensor, ...]], inputs: Inputs) -> Call:
     return call
 
 
-def _check(case: Case, **results: Any) -> None:
-    """The first gradient does not depend on the noise: that of recon, or of mu."""
-    (_, (expected, *_)) = results["eager"]
-    for side, (_, (gradient, *_)) in results.items():
-        error = (gradient.double() - expected.double()).abs().max() / expected.double().abs().max()
-        assert error < case.tolerance, f"{case.name}: {side} and eager differ by {error:.2g}"
+def _leaves(function: Callable[..., tuple[Tensor, ...]], inputs: Inputs) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if inputs[name].requires_grad]
+
+
+def _result(function: Callable[..., tuple[Tensor, ...]], inputs: Inputs) -> Result:
+    (loss, *_), gradients = _bind(function, inputs)()
+    return loss.detach(), dict(zip(_leaves(function, inputs), gradients, strict=True))
+
+
+def _check(case: Case, inputs: Inputs, results: dict[str, Result]) -> None:
+    """All sides give the gradients of eager, and its loss. Where z is drawn, logvar's gradient depends on the noise,
+    which each side draws for itself."""
+    loss, gradients = results["eager"]
+    for side, (side_loss, side_gradients) in results.items():
+        assert side_gradients.keys() == gradients.keys(), f"{case.name}: {side} differentiates other inputs"
+        pairs = {f"the gradients of {name}": (side_gradients[name], gradients[name]) for name in gradients}
+        if "z_gradient" in inputs:
+            del pairs["the gradients of logvar"]
+        if case.same_loss:
+            pairs["the losses"] = side_loss, loss
+        for what, (found, expected) in pairs.items():
+            error = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
+            assert error < case.tolerance, f"{case.name}: {what} of {side} and eager differ by {error:.2g}"
 
 
 def _copy(inputs: Inputs) -> Inputs:

@@ -81,7 +81,6 @@ class ELBO(nn.Module):
         free_bits_mean: bool = True,
     ) -> None:
         super().__init__()
-        functional._check_choice("ELBO", "reduction", reduction, (*REDUCTIONS, *_ALIASES))
         self.likelihood = likelihoods.get(likelihood)
         self.reduction = reduction
         # None, not 0: torch.compile makes a float a variable of the graph, on which no branch is taken once for all.
@@ -89,9 +88,16 @@ class ELBO(nn.Module):
         self.free_bits_mean = free_bits_mean
         # Without a device of its own a number follows torch's default device, like every other parameter.
         device = beta.device if isinstance(beta, Tensor) else None
-        weight = torch.tensor(_checked_beta(beta), dtype=torch.float32, device=device)
-        self.register_buffer("beta", weight, persistent=False)
+        self._beta = _checked_beta(beta)
+        self.register_buffer(
+            "beta", torch.tensor(self._beta, dtype=torch.float32, device=device), persistent=False
+        )
         self._looked = False
+
+    def reset_parameters(self) -> None:
+        """Writes `beta` anew, the last that was given as a number: a module made on the meta device has none after
+        `to_empty`, and no checkpoint brings it."""
+        self.beta.fill_(self._beta)
 
     @property
     def free_bits(self) -> float:
@@ -104,8 +110,11 @@ class ELBO(nn.Module):
                 if isinstance(value, Tensor) and value.dim() == 0:
                     self.beta.copy_(value)
                 else:
-                    self.beta.fill_(_checked_beta(value))
+                    self._beta = _checked_beta(value)
+                    self.beta.fill_(self._beta)
             return
+        if name == "reduction":
+            functional._check_choice("ELBO", name, value, (*REDUCTIONS, *_ALIASES))
         super().__setattr__(name, value)
 
     def reparameterize(
@@ -125,6 +134,10 @@ class ELBO(nn.Module):
 
         With free bits, the KL of every dimension, of the shape of `mu`: hand it on as `kl=`, sum it to look at it.
         Draws in training and in evaluation alike; use `mu` itself for a z without noise.
+
+        With `samples=K`, z is (K, B, ...), and the loss averages over the samples where each is a row of its own:
+        `elbo(decoder(z.flatten(0, 1)), x.repeat(K, *[1] * (x.dim() - 1)), kl=kl.repeat(K))`, of flat data
+        `x.repeat(K, 1)`; with free bits the KL of every dimension repeats as x does.
         """
         z, kl = functional.reparameterize_kl(
             mu,
@@ -166,7 +179,8 @@ class ELBO(nn.Module):
         if kl is None:
             if mu is None or logvar is None:
                 raise TypeError(_call_forms("neither" if mu is logvar else "only one of `mu` and `logvar`"))
-            if isinstance(mu, Tensor) and isinstance(x, Tensor) and mu.shape[:1] != x.shape[:1]:
+            tensors = isinstance(mu, Tensor) and isinstance(x, Tensor)
+            if tensors and not mu.is_nested and not x.is_nested and mu.shape[:1] != x.shape[:1]:
                 raise ValueError(
                     f"fastvae.ELBO: `mu` must have as many rows as `x` {tuple(x.shape)}, got {tuple(mu.shape)}"
                 )
@@ -201,6 +215,8 @@ class ELBO(nn.Module):
 def _check_dimensions(kl: Any) -> None:
     if not isinstance(kl, Tensor):
         raise TypeError(f"fastvae.ELBO: `kl` must be a Tensor, got {type(kl).__name__}")
+    if not functional._is_dense(kl):
+        raise TypeError(functional._layout_message("ELBO", "kl", kl))
     if not kl.is_floating_point():
         raise TypeError(f"fastvae.ELBO: `kl` must be floating point, got {kl.dtype}")
     if kl.dim() < 2:
@@ -266,8 +282,8 @@ def _look(likelihood: Bernoulli, recon: Tensor, x: Tensor) -> bool:
     if recon.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     low, high = (bound.item() for bound in torch.aminmax(recon.detach()))
-    # A decoder that starts at zero gives exact zeros, and they are logits.
-    if not likelihood.from_probs and low >= 0 and 0 < high <= 1:
+    # A decoder that starts at zero gives exact zeros, and they are logits. So may a few values be that fell in [0, 1].
+    if not likelihood.from_probs and low >= 0 and 0 < high <= 1 and recon.numel() >= 64:
         _warn(
             "probabilities",
             "every value of `recon` lies in [0, 1], which looks like probabilities where logits are meant; drop the "
@@ -287,6 +303,11 @@ def _look(likelihood: Bernoulli, recon: Tensor, x: Tensor) -> bool:
                 f"`x` leaves [0, 1] (it spans {low:.4g} to {high:.4g}), where the Bernoulli likelihood means nothing; "
                 f"rescale the data, or use fastvae.ELBO('gaussian')",
             )
+    elif x.dtype == torch.uint8 and x.max().item() == 1:
+        _warn(
+            "binary",
+            "`x` is uint8 with no value above 1, and uint8 is read as x / 255; for binary data pass x.bool()",
+        )
     return True
 
 

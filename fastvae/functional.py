@@ -68,10 +68,22 @@ def _list(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
+def _is_dense(value: Tensor) -> bool:
+    return value.layout == torch.strided and not value.is_nested
+
+
+def _layout_message(where: str, name: str, value: Tensor) -> str:
+    if value.is_nested:
+        return f"fastvae.{where}: `{name}` must be dense, got a nested tensor"
+    return f"fastvae.{where}: `{name}` must be dense, got {value.layout}; did you mean {name}.to_dense()?"
+
+
 def _check_floating(where: str, name: str, value: Any) -> None:
-    """`value` is a floating tensor with a batch dimension."""
+    """`value` is a dense floating tensor with a batch dimension."""
     if not isinstance(value, Tensor):
         raise TypeError(f"fastvae.{where}: `{name}` must be a Tensor, got {type(value).__name__}")
+    if not _is_dense(value):
+        raise TypeError(_layout_message(where, name, value))
     if value.dtype not in _FLOATS:
         raise TypeError(f"fastvae.{where}: `{name}` must be {_list(_FLOATS)}, got {_name(value.dtype)}")
     if value.dim() == 0:
@@ -82,9 +94,11 @@ def _check_floating(where: str, name: str, value: Any) -> None:
 
 
 def _check_like(where: str, name: str, value: Any, like_name: str, like: Tensor) -> None:
-    """`value` is a tensor of the dtype, device and shape of `like`."""
+    """`value` is a dense tensor of the dtype, device and shape of `like`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"fastvae.{where}: `{name}` must be a Tensor, got {type(value).__name__}")
+    if not _is_dense(value):
+        raise TypeError(_layout_message(where, name, value))
     if value.dtype != like.dtype:
         raise TypeError(
             f"fastvae.{where}: `{name}` must be {_name(like.dtype)} as `{like_name}`, got {_name(value.dtype)}; "
@@ -148,6 +162,8 @@ def _check_seed(where: str, seed: Any, mu: Tensor) -> None:
             f"fastvae.{where}: `seed` must be an int64 Tensor (seed, offset), got {type(seed).__name__}; "
             f"did you mean torch.tensor([seed, 0])?"
         )
+    if not _is_dense(seed):
+        raise TypeError(_layout_message(where, "seed", seed))
     if seed.dtype != torch.int64:
         raise TypeError(f"fastvae.{where}: `seed` must be int64, got {_name(seed.dtype)}")
     if seed.dim() != 1 or seed.shape[0] != 2:
@@ -283,6 +299,8 @@ def _check_nll(
     for i in range(1, len(params)):
         check = _check_learned if row.scalar and i == len(params) - 1 else _check_like
         check(where, names[i], params[i], names[0], first)
+    if isinstance(target, Tensor) and not _is_dense(target):
+        raise TypeError(_layout_message(where, name, target))
     if row.classes:
         _check_classes(where, names[0], first, name, target)
         return
@@ -406,11 +424,13 @@ def _check_genes(
         else:
             _check_like(where, label, value, names[0], first)
         checked.append(value)
-    if isinstance(target, Tensor) and target.layout not in (torch.strided, torch.sparse_csr):
-        raise TypeError(
-            f"fastvae.{where}: `{name}` must be dense or torch.sparse_csr, got {target.layout}; "
-            f"did you mean {name}.to_sparse_csr()?"
+    if isinstance(target, Tensor) and target.layout != torch.sparse_csr and not _is_dense(target):
+        found = (
+            "a nested tensor"
+            if target.is_nested
+            else f"{target.layout}; did you mean {name}.to_sparse_csr()?"
         )
+        raise TypeError(f"fastvae.{where}: `{name}` must be dense or torch.sparse_csr, got {found}")
     _check_target(where, names, row, first, target, name)
     if target.shape != first.shape:
         raise ValueError(_shape_message(where, name, target, names[0], first, tuple(first.shape)))
@@ -418,10 +438,12 @@ def _check_genes(
 
 
 def _check_beside(where: str, name: str, value: Any, like_name: str, like: Tensor) -> None:
-    """`value` is a tensor of the dtype and device of `like`; beside half tensors it may be float32, which is what
-    autocast makes of a model."""
+    """`value` is a dense tensor of the dtype and device of `like`; beside half tensors it may be float32, which is
+    what autocast makes of a model."""
     if not isinstance(value, Tensor):
         raise TypeError(f"fastvae.{where}: `{name}` must be a Tensor, got {type(value).__name__}")
+    if not _is_dense(value):
+        raise TypeError(_layout_message(where, name, value))
     autocast = value.dtype == torch.float32 and like.dtype in (torch.float16, torch.bfloat16)
     if value.dtype != like.dtype and not autocast:
         raise TypeError(
@@ -472,6 +494,8 @@ def _planes(components: int, channels: int) -> int:
 def _check_kl(where: str, kl: Any, like_name: str, like: Tensor) -> None:
     if not isinstance(kl, Tensor):
         raise TypeError(f"fastvae.{where}: `kl` must be a Tensor, got {type(kl).__name__}")
+    if not _is_dense(kl):
+        raise TypeError(_layout_message(where, "kl", kl))
     if kl.dtype not in _FLOATS:
         raise TypeError(f"fastvae.{where}: `kl` must be {_list(_FLOATS)}, got {_name(kl.dtype)}")
     if kl.dim() != 1 or kl.shape[0] != like.shape[0]:
@@ -534,8 +558,8 @@ def reparameterize_kl(
             raise ValueError(f"fastvae.{where}: `samples` must be at least 1, got {samples}")
     if not isinstance(row_offset, int):
         raise TypeError(f"fastvae.{where}: `row_offset` must be an int, got {type(row_offset).__name__}")
-    if row_offset < 0:
-        raise ValueError(f"fastvae.{where}: `row_offset` must be at least 0, got {row_offset}")
+    if not 0 <= row_offset < 2**63:
+        raise ValueError(f"fastvae.{where}: `row_offset` must be at least 0 and below 2^63, got {row_offset}")
     if eps is not None:
         if seed is not None or generator is not None:
             raise ValueError(

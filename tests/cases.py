@@ -1,7 +1,8 @@
 """One table of everything that has a value and a gradient: each op and likelihood, with its formula by hand.
 
 The formulas are float64, in the form that keeps their digits, and know nothing of `fastvae.reference`. A new likelihood
-is one row of `CASES`; the tests of values, layouts and repeatability then hold it to the same rules.
+is one row of `CASES` (or of `ELSEWHERE`); the tests of values, layouts and repeatability then hold it to the same
+rules.
 """
 
 import math
@@ -420,6 +421,17 @@ CASES = (
         extremes=lambda: _columns("mu", "logvar", "prior_mu", "prior_logvar", rows=_PRIOR_EXTREMES),
     ),
 )
+
+# Rows of `functional._ROWS` whose elements are not each for themselves, and the files that test them.
+ELSEWHERE = {
+    "categorical": "test_categorical.py",
+    "negative_binomial": "test_counts.py",
+    "zero_inflated_negative_binomial": "test_counts.py",
+    "negative_binomial_logits": "test_counts.py",
+    "zero_inflated_negative_binomial_logits": "test_counts.py",
+    "discretized_logistic": "test_discretized.py",
+    "discretized_logistic_mixture": "test_discretized.py",
+}
 
 by_id = {case.id: case for case in CASES}
 

@@ -75,16 +75,6 @@ def test_a_backward_belongs_to_the_forward(backend: str) -> None:
     torch.testing.assert_close(a.grad, torch.sigmoid(a.detach()))
 
 
-def test_insisting_on_what_is_not_there() -> None:
-    """ "native" and "triton" raise, with the reason and the command; the setting stays."""
-    if backends._load("triton") is None:
-        with pytest.raises(
-            RuntimeError, match=r"fastvae\.set_backend: backend 'triton' is not available: .*pip install"
-        ):
-            fastvae.set_backend("triton")
-    assert backends._setting == "auto"
-
-
 # --- Missing ----------------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +137,7 @@ try:
     fastvae.set_backend("triton")
 except RuntimeError as error:
     print(error)
+assert fastvae.backend._setting == "auto"
 print(fastvae.show_config())
 """
 

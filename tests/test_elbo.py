@@ -97,6 +97,23 @@ def test_reparameterize_passes_everything_on(backend: str, data: dict[str, Tenso
     assert all(torch.equal(a, b) for a, b in zip(ours, function, strict=True))
 
 
+@pytest.mark.parametrize("free_bits", [0.0, 0.25])
+def test_samples_as_rows(backend: str, data: dict[str, Tensor], free_bits: float) -> None:
+    """As `ELBO.reparameterize` documents it: the loss of K samples is the mean of their losses."""
+    x = data["x"].view(B, 3, 4)
+    elbo = fastvae.ELBO("bernoulli", free_bits=free_bits)
+    z, kl = elbo.reparameterize(data["mu"], data["logvar"], samples=3)
+    weight = torch.randn(L, 12)
+
+    def decoder(z: Tensor) -> Tensor:
+        return (z @ weight).view(-1, 3, 4)
+
+    repeated = kl.repeat(3, *[1] * (kl.dim() - 1))
+    out = elbo(decoder(z.flatten(0, 1)), x.repeat(3, *[1] * (x.dim() - 1)), kl=repeated)
+    each = torch.stack([elbo(decoder(sample), x, kl=kl).loss for sample in z])
+    torch.testing.assert_close(out.loss, each.mean())
+
+
 def test_noise_in_evaluation_too(data: dict[str, Tensor]) -> None:
     elbo = fastvae.ELBO("bernoulli").eval()
     first, second = (elbo.reparameterize(data["mu"], data["logvar"])[0] for _ in range(2))
@@ -131,6 +148,24 @@ def test_beta_is_a_setting_not_a_weight() -> None:
     assert list(elbo.parameters()) == []
     elbo.load_state_dict(fastvae.ELBO("bernoulli", beta=2.0).state_dict())
     assert elbo.beta.item() == 0.5
+
+
+def test_beta_after_meta_initialisation() -> None:
+    with torch.device("meta"):
+        elbo = fastvae.ELBO("bernoulli", beta=0.5)
+    elbo.to_empty(device="cpu").beta.fill_(float("nan"))  # what memory holds
+    elbo.reset_parameters()
+    assert elbo.beta.item() == 0.5
+    elbo.beta = 0.25
+    elbo.to_empty(device="cpu").reset_parameters()
+    assert elbo.beta.item() == 0.25
+
+
+def test_a_refused_reduction_changes_nothing() -> None:
+    elbo = fastvae.ELBO("bernoulli", reduction="sum")
+    with pytest.raises(ValueError, match=r"fastvae\.ELBO: `reduction` must be one of .*, got 'bogus'"):
+        elbo.reduction = "bogus"
+    assert elbo.reduction == "sum"
 
 
 def test_beta_survives_a_cast(backend: str, data: dict[str, Tensor]) -> None:
@@ -282,10 +317,12 @@ def test_pixels(backend: str, data: dict[str, Tensor]) -> None:
 # --- Warnings ---------------------------------------------------------------------------------------------------------
 
 PROBS, LOGITS, UNIT = torch.rand(B, D), torch.linspace(-3, 3, B * D).view(B, D), torch.rand(B, D)
+BITS = torch.arange(B * D, dtype=torch.uint8).view(B, D) % 2
 SUSPECT = {
     "probabilities": ("bernoulli", PROBS, UNIT, r"every value of `recon` lies in \[0, 1\]"),
     "logits": (Bernoulli(from_probs=True), LOGITS, UNIT, r"`recon` leaves \[0, 1\], which looks like logits"),
     "target": ("bernoulli", LOGITS, LOGITS, r"`x` leaves \[0, 1\] \(it spans -3 to 3\)"),
+    "binary": ("bernoulli", LOGITS, BITS, r"`x` is uint8 with no value above 1, .* pass x\.bool\(\)"),
 }
 
 
@@ -307,7 +344,10 @@ SILENT = {
     "logits": ("bernoulli", LOGITS, UNIT),
     "zeros": ("bernoulli", torch.zeros(B, D), UNIT),  # logits of a decoder that starts at zero
     "probabilities": (Bernoulli(from_probs=True), PROBS, UNIT),
+    "few logits": ("bernoulli", torch.full((1, 63), 0.5), torch.rand(1, 63)),
     "pixels": ("bernoulli", LOGITS, torch.full((B, D), 200, dtype=torch.uint8)),
+    "black pixels": ("bernoulli", LOGITS, torch.zeros(B, D, dtype=torch.uint8)),
+    "bits": ("bernoulli", LOGITS, BITS.bool()),
     "gaussian": ("gaussian", PROBS, LOGITS),
     "empty": ("bernoulli", torch.zeros(0, D), torch.zeros(0, D)),
 }

@@ -1,6 +1,7 @@
 """Wrong inputs: one row each, with the exact words. The message names the argument, what it must be and what came."""
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,10 +28,19 @@ BOTH = Product({"image": DiscretizedLogisticMixture(5), "label": "bernoulli"})
 ROWS = torch.zeros(4)
 SEED = torch.tensor([1, 0])
 META = torch.zeros(4, 12, device="meta")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch's, of a layout in beta state
+    CSR = FLAT.to_sparse_csr()
 
 
 def elbo(*args: object, likelihood: str | nn.Module = "bernoulli", **kwargs: object) -> object:
     return fastvae.ELBO(likelihood)(*args, **kwargs)
+
+
+def nested(layout: torch.layout) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of a prototype
+        return torch.nested.nested_tensor([FLAT[0], FLAT[0, :5], FLAT[0], FLAT[0]], layout=layout)
 
 
 class Wrong(NamedTuple):
@@ -559,6 +569,104 @@ WRONG = {
     "kl and posterior": Wrong(
         lambda: elbo(FLAT, FLAT, FLAT, FLAT, kl=ROWS), TypeError, "`kl` or the posterior, got both"
     ),
+    # Layouts
+    "sparse logits": Wrong(
+        lambda: fv.bernoulli_nll(FLAT.to_sparse(), FLAT),
+        TypeError,
+        "fastvae.bernoulli_nll: `logits` must be dense, got torch.sparse_coo; did you mean logits.to_dense()?",
+    ),
+    "mkldnn recon": Wrong(
+        lambda: elbo(FLAT.to_mkldnn(), FLAT, kl=ROWS),
+        TypeError,
+        "fastvae.ELBO: `recon` must be dense, got torch._mkldnn; did you mean recon.to_dense()?",
+    ),
+    "sparse mu": Wrong(
+        lambda: fv.reparameterize_kl(FLAT.to_sparse(), FLAT),
+        TypeError,
+        "fastvae.reparameterize_kl: `mu` must be dense, got torch.sparse_coo; did you mean mu.to_dense()?",
+    ),
+    "sparse logvar": Wrong(
+        lambda: fv.gaussian_kl(FLAT, FLAT.to_sparse()),
+        TypeError,
+        "fastvae.gaussian_kl: `logvar` must be dense, got torch.sparse_coo; did you mean logvar.to_dense()?",
+    ),
+    "CSR counts of a Poisson": Wrong(
+        lambda: elbo(FLAT, CSR, kl=ROWS, likelihood="poisson"),
+        TypeError,
+        "fastvae.ELBO: `x` must be dense, got torch.sparse_csr; did you mean x.to_dense()?",
+    ),
+    "CSR target": Wrong(
+        lambda: fv.gaussian_nll(FLAT, CSR),
+        TypeError,
+        "fastvae.gaussian_nll: `target` must be dense, got torch.sparse_csr; did you mean target.to_dense()?",
+    ),
+    "sparse classes": Wrong(
+        lambda: fv.categorical_nll(FLAT.unsqueeze(1), ROWS.long().unsqueeze(1).to_sparse()),
+        TypeError,
+        "fastvae.categorical_nll: `target` must be dense, got torch.sparse_coo; did you mean target.to_dense()?",
+    ),
+    "sparse levels": Wrong(
+        lambda: fv.discretized_logistic_nll(HEAD, LEVELS.to_sparse()),
+        TypeError,
+        "fastvae.discretized_logistic_nll: `target` must be dense, got torch.sparse_coo; "
+        "did you mean target.to_dense()?",
+    ),
+    "CSR mean of counts": Wrong(
+        lambda: fv.negative_binomial_nll(CSR, FLAT, FLAT[0]),
+        TypeError,
+        "fastvae.negative_binomial_nll: `mean` must be dense, got torch.sparse_csr; did you mean mean.to_dense()?",
+    ),
+    "sparse dispersion": Wrong(
+        lambda: fv.negative_binomial_nll(FLAT, FLAT, FLAT[0].to_sparse()),
+        TypeError,
+        "fastvae.negative_binomial_nll: `inverse_dispersion` must be dense, got torch.sparse_coo; "
+        "did you mean inverse_dispersion.to_dense()?",
+    ),
+    "sparse kl": Wrong(
+        lambda: elbo(FLAT, FLAT, kl=ROWS.to_sparse()),
+        TypeError,
+        "fastvae.ELBO: `kl` must be dense, got torch.sparse_coo; did you mean kl.to_dense()?",
+    ),
+    "sparse kl of every dimension": Wrong(
+        lambda: fastvae.ELBO("bernoulli", free_bits=0.25)(FLAT, FLAT, kl=FLAT.to_sparse()),
+        TypeError,
+        "fastvae.ELBO: `kl` must be dense, got torch.sparse_coo; did you mean kl.to_dense()?",
+    ),
+    "sparse seed": Wrong(
+        lambda: fv.reparameterize_kl(FLAT, FLAT, seed=SEED.to_sparse()),
+        TypeError,
+        "fastvae.reparameterize_kl: `seed` must be dense, got torch.sparse_coo; did you mean seed.to_dense()?",
+    ),
+    "sparse eps": Wrong(
+        lambda: fv.reparameterize_kl(FLAT, FLAT, eps=FLAT.to_sparse()),
+        TypeError,
+        "fastvae.reparameterize_kl: `eps` must be dense, got torch.sparse_coo; did you mean eps.to_dense()?",
+    ),
+    "jagged logits": Wrong(
+        lambda: fv.bernoulli_nll(nested(torch.jagged), FLAT),
+        TypeError,
+        "fastvae.bernoulli_nll: `logits` must be dense, got a nested tensor",
+    ),
+    "nested logits": Wrong(
+        lambda: fv.bernoulli_nll(nested(torch.strided), FLAT),
+        TypeError,
+        "fastvae.bernoulli_nll: `logits` must be dense, got a nested tensor",
+    ),
+    "jagged x": Wrong(
+        lambda: elbo(FLAT, nested(torch.jagged), FLAT, FLAT),
+        TypeError,
+        "fastvae.ELBO: `x` must be dense, got a nested tensor",
+    ),
+    "nested x": Wrong(
+        lambda: elbo(FLAT, nested(torch.strided), FLAT, FLAT),
+        TypeError,
+        "fastvae.ELBO: `x` must be dense, got a nested tensor",
+    ),
+    "jagged counts of genes": Wrong(
+        lambda: fv.negative_binomial_nll(FLAT, nested(torch.jagged), FLAT[0]),
+        TypeError,
+        "fastvae.negative_binomial_nll: `target` must be dense or torch.sparse_csr, got a nested tensor",
+    ),
     # Devices
     "target elsewhere": Wrong(
         lambda: fv.bernoulli_nll(FLAT, META),
@@ -675,7 +783,12 @@ WRONG = {
     "negative row_offset": Wrong(
         lambda: fv.reparameterize_kl(FLAT, FLAT, row_offset=-1),
         ValueError,
-        "fastvae.reparameterize_kl: `row_offset` must be at least 0, got -1",
+        "fastvae.reparameterize_kl: `row_offset` must be at least 0 and below 2^63, got -1",
+    ),
+    "row_offset that no int64 holds": Wrong(
+        lambda: fv.reparameterize_kl(FLAT, FLAT, row_offset=2**70),
+        ValueError,
+        "fastvae.reparameterize_kl: `row_offset` must be at least 0 and below 2^63, got 1180591620717411303424",
     ),
 }
 

@@ -1,11 +1,23 @@
 """Values and gradients: against the float64 formulas of `cases`, and against the reference."""
 
 import math
+import re
+from pathlib import Path
 
 import cases
 import pytest
 import torch
-from cases import CASES, DTYPES, GRADIENT_TOLERANCE, HALF, SHAPES, VALUE_TOLERANCE, Case, Result
+from cases import (
+    CASES,
+    DTYPES,
+    ELSEWHERE,
+    GRADIENT_TOLERANCE,
+    HALF,
+    SHAPES,
+    VALUE_TOLERANCE,
+    Case,
+    Result,
+)
 from torch import Tensor
 
 import fastvae
@@ -41,6 +53,23 @@ def check_gradient(name: str, got: Tensor, exact: Tensor, dtype: torch.dtype) ->
     assert (error <= bound).all(), (
         f"gradient of {name} off by {error.max():.3g}, {(error / bound).max():.3g} bounds"
     )
+
+
+def test_every_likelihood_has_its_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of functional's table is what a case calls, or the file that `ELSEWHERE` gives names it."""
+    served = set()
+
+    def serve(likelihood: str, params: list[Tensor], *_: object) -> list[Tensor]:
+        served.add(likelihood)
+        return [params[0]]
+
+    monkeypatch.setattr(functional, "_nll", serve)
+    for case in WITH_TARGET:
+        case.call(functional, **case.inputs((2, 2)))
+    for row, file in ELSEWHERE.items():
+        text = (Path(__file__).parent / file).read_text()
+        assert re.search(rf"\b{row}(_nll)?\b", text), f"{file} does not name {row}"
+    assert served | ELSEWHERE.keys() == functional._ROWS.keys()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
