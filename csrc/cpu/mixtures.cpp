@@ -99,7 +99,7 @@ struct Single {
           over = over * mass.over.lane[k];
           sum.add(k, mass.linear.lane[k]);
         }
-        // Eight factors of 5e3 each (in fp64, the square of that), 62 of 4.
+        // Eight factors of 5e3 each (in fp64, 5e7), 62 of 4: see LogisticLogs.
         if (++count % 4 == 0) {
           sum.add(2, P::log(over));
           over = V(1);

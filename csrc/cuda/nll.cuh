@@ -153,7 +153,7 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
         pack.store(slope[k] + place(u));
       }
     }
-    static_assert(N * U < 128, "more factors than a Log1pSum can hold");
+    static_assert(N * U <= Logs<L, C>::most, "more factors than it can hold");
     if constexpr (L::has_log1p) sum += logs.value();
   }
   return sum;

@@ -33,9 +33,9 @@ FASTVAE_HD V polynomial(V x, const C (&highest_first)[N]) {
 
 // A sum of log(1 + e), every e in [0, 1], with one logarithm at the end: that of the product of all 1 + e. What is kept is the
 // product less 1, so tiny e are not lost in it, and the rows of saturated logits whose loss they make up keep their accuracy.
-// Up to 127 factors fit in fp32.
 template <class V>
 struct Log1pSum {
+  static constexpr int most = 127;  // factors that fit in fp32
   V excess = V(0);
 
   FASTVAE_HD void add(V e, V one_plus_e) { excess = Primitives<V>::fma(excess, one_plus_e, e); }

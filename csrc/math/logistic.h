@@ -88,10 +88,11 @@ struct LogMass {
   }
 };
 
-// What is left of the values of a few elements, up to 63: one logarithm for all of their log(1 + e), and one for eight of their log(over),
-// each of which is no more than 5e3 (in fp64, the square of that).
+// What is left of the values of a few elements: one logarithm for all of their log(1 + e), and one for eight of their log(over), each of
+// which is no more than 5e3 (in fp64, 5e7).
 template <class V>
 struct LogisticLogs {
+  static constexpr int most = 63;  // 1 + e may be 4
   Log1pSum<V> excess;
   V over = V(1), sum = V(0);
   int count = 0;
