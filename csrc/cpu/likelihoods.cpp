@@ -24,7 +24,10 @@ BlockSums block(const C* const (&param)[kMaxParams], const C* target, C* const (
   for (int i = 0; i < L::constants; ++i) constant[i] = V(static_cast<C>(constants[i]));
   const V w(static_cast<C>(weight));
   Sum<C> sum, pull;
-  math::Log1pSum<V> logs[4];
+  // As few as hold the factors of a block: a fold costs as much as some elements.
+  constexpr int kLogs = sizeof(C) == 8 ? 1 : kBlock / W <= 64 ? 1 : kBlock / W <= 128 ? 2 : 4;
+  static_assert(sizeof(C) == 8 || kBlock / W / kLogs + 4 < math::Log1pSum<V>::most);
+  math::Log1pSum<V> logs[kLogs];
 
   const auto step = [&](int64_t i, auto lanes, int slot, math::Log1pSum<V>& logs) FASTVAE_INLINE {
     V p[L::params], d[L::params];
@@ -49,7 +52,9 @@ BlockSums block(const C* const (&param)[kMaxParams], const C* target, C* const (
       if (kSlopes && slope[k]) prefetch(slope[k] + i + kAhead, 4 * W * sizeof(C));
     }
     prefetch(target + i + kAhead, 4 * W * sizeof(C));
-    for (int k = 0; k < 4; ++k) sum.add(k, step(i + k * W, whole, k, logs[k]));
+    V value[4];
+    for (int k = 0; k < 4; ++k) value[k] = step(i + k * W, whole, k, logs[k % kLogs]);
+    sum.add(0, (value[0] + value[1]) + (value[2] + value[3]));
   }
   for (; i + W <= n; i += W) sum.add(0, step(i, whole, 0, logs[0]));
   if (i < n) {
@@ -58,10 +63,7 @@ BlockSums block(const C* const (&param)[kMaxParams], const C* target, C* const (
     sum.add_lanes(L::has_log1p ? value + rest.value() : value, n - i);
   }
   if constexpr (L::has_log1p) {
-    constexpr int kSums = kBlock / W < 256 ? 2 : 4;  // one logarithm each
-    static_assert(kBlock / W / kSums + 4 < 128, "more factors than a Log1pSum can hold");
-    for (int k = kSums; k < 4; ++k) logs[k % kSums].add(logs[k]);
-    for (int k = 0; k < kSums; ++k) sum.add(k, logs[k].value());
+    for (int k = 0; k < kLogs; ++k) sum.add(k, logs[k].value());
   }
   return {sum.total(), L::has_pull ? pull.total() : 0};
 }

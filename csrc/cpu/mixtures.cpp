@@ -24,7 +24,7 @@ struct Planes {
   C* at(int64_t plane, int64_t pixel) const { return data + plane * stride + pixel; }
 };
 
-// The memory that a tile's slopes will be scattered to: asked for plane by plane between the arithmetic, all at once would stall it.
+// Memory that comes next: asked for plane by plane between the arithmetic, all at once would stall it.
 struct Ahead {
   const char* next;
   int64_t stride, bytes, planes;
@@ -41,7 +41,7 @@ struct Tile {
   Planes<C> slopes;
   int64_t pixels;
   C weight;
-  Ahead results;
+  Ahead results, coming;  // the slopes' place in memory, and the params of the next tile
 };
 
 template <class V>
@@ -78,10 +78,10 @@ struct Single {
         Two n, distance, log_scale;
         for (int k = 0; k < 2; ++k) {
           n.lane[k] = load_lanes(tile.data.at(c, i + k * second), lanes);
-          distance.lane[k] = P::fma(load_lanes(tile.params.at(c, i + k * second), lanes).neg(), bins.levels, n.lane[k]);
+          distance.lane[k] = P::fnma(load_lanes(tile.params.at(c, i + k * second), lanes), bins.levels, n.lane[k]);
           log_scale.lane[k] = load_lanes(tile.params.at(channels + c, i + k * second), lanes);
         }
-        const math::LogMass<Two> mass(n, {distance, log_scale, all}, all);
+        const math::LogMass<Two> mass({n, all}, {distance, log_scale, all}, all);
         if constexpr (kSlopes) {
           for (int k = 0; k < 2; ++k) {
             store_lanes(mass.by_middle.lane[k] * bins.levels * weight, tile.slopes.at(c, i + k * second), lanes);
@@ -163,35 +163,41 @@ struct Mixture {
   V step(Tile<C>& tile, int64_t i, Lanes lanes) {
     using P = math::Primitives<V>;
     const auto K = static_cast<int64_t>(components.size());
-    const auto param = [&](int64_t plane) FASTVAE_INLINE { return load_lanes(tile.params.at(plane, i), lanes); };
-    V n[kChannels];
-    for (int c = 0; c < kChannels; ++c) n[c] = load_lanes(tile.data.at(c, i), lanes);
+    // From a component to the next, and from a block of planes to the next: the addresses of a hundred planes take few instructions.
+    const int64_t next = tile.params.stride, block = K * next;
+    const C* logits = tile.params.at(0, i);
+    Each n;
+    for (int c = 0; c < kChannels; ++c) n.lane[c] = load_lanes(tile.data.at(c, i), lanes);
+    const math::Level<Each> level(n, all);
 
-    V top_logit = param(0), top;
+    V top_logit = load_lanes(logits, lanes), top;
     for (int64_t k = 1; k < K; ++k) {
-      const V logit = param(k);
+      const V logit = load_lanes(logits + k * next, lanes);
       top_logit = P::select(P::less(top_logit, logit), logit, top_logit);
     }
+    const C* of[kChannels];
+    for (int c = 0; c < kChannels; ++c) of[c] = logits + (1 + kBlocks * c) * block;
     for (int64_t k = 0; k < K; ++k) {
       if constexpr (kSlopes) tile.results.fetch(kFetched);
+      tile.coming.fetch(kFetched);
       Component& component = components[k];
-      const auto at = [&](int c, int block) { return K * (1 + kBlocks * c + block) + k; };
-      component.logit = param(k) - top_logit;
+      component.logit = load_lanes(logits, lanes) - top_logit;
+      logits += next;
       component.linear = component.logit;
       component.factor = V(1);
-      Each distance, log_scale, numbers, coefficient;
+      Each distance, log_scale, coefficient;
       for (int c = 0; c < kChannels; ++c) {
-        numbers.lane[c] = n[c];
-        distance.lane[c] = P::fma(param(at(c, 0)).neg(), bins.levels, n[c]);
-        log_scale.lane[c] = param(at(c, 1));
-        if constexpr (kChannels == 3) coefficient.lane[c] = param(at(c, 2));
+        distance.lane[c] = P::fnma(load_lanes(of[c], lanes), bins.levels, n.lane[c]);
+        log_scale.lane[c] = load_lanes(of[c] + block, lanes);
+        if constexpr (kChannels == 3) coefficient.lane[c] = load_lanes(of[c] + 2 * block, lanes);
+        of[c] += next;
       }
       const math::Tanh<Each> tanh(coefficient);
       if constexpr (kChannels == 3) {
-        distance.lane[1] = P::fma(tanh.value.lane[0].neg(), n[0], distance.lane[1]);
-        distance.lane[2] = P::fma(tanh.value.lane[2].neg(), n[1], P::fma(tanh.value.lane[1].neg(), n[0], distance.lane[2]));
+        distance.lane[1] = P::fnma(tanh.value.lane[0], n.lane[0], distance.lane[1]);
+        distance.lane[2] = P::fnma(tanh.value.lane[2], n.lane[1], P::fnma(tanh.value.lane[1], n.lane[0], distance.lane[2]));
       }
-      const math::LogMass<Each> mass(numbers, {distance, log_scale, all}, all);
+      const math::LogMass<Each> mass(level, {distance, log_scale, all}, all);
       for (int c = 0; c < kChannels; ++c) {
         component.linear = component.linear - mass.linear.lane[c];
         component.factor = component.factor * mass.one_over.lane[c];
@@ -201,9 +207,9 @@ struct Mixture {
         }
       }
       if constexpr (kSlopes && kChannels == 3) {
-        component.by_coefficient[0] = mass.by_middle.lane[1] * n[0] * tanh.slope.lane[0];
-        component.by_coefficient[1] = mass.by_middle.lane[2] * n[0] * tanh.slope.lane[1];
-        component.by_coefficient[2] = mass.by_middle.lane[2] * n[1] * tanh.slope.lane[2];
+        component.by_coefficient[0] = mass.by_middle.lane[1] * n.lane[0] * tanh.slope.lane[0];
+        component.by_coefficient[1] = mass.by_middle.lane[2] * n.lane[0] * tanh.slope.lane[1];
+        component.by_coefficient[2] = mass.by_middle.lane[2] * n.lane[1] * tanh.slope.lane[2];
       }
       top = k == 0 ? component.linear : P::select(P::less(top, component.linear), component.linear, top);
     }
@@ -220,16 +226,16 @@ struct Mixture {
 
     if constexpr (kSlopes) {
       const V weight(tile.weight), prior = weight / weights, posterior = weight / masses;
-      const auto store = [&](int64_t plane, V slope) FASTVAE_INLINE { store_lanes(slope, tile.slopes.at(plane, i), lanes); };
       for (int64_t k = 0; k < K; ++k) {
         const Component& component = components[k];
-        const auto at = [&](int c, int block) { return K * (1 + kBlocks * c + block) + k; };
         const V share = P::neg(component.factor * posterior);
-        store(k, P::fma(component.logit, prior, share));
-        for (int c = 0; c < kChannels; ++c) {
-          store(at(c, 0), component.by_mean[c] * share);
-          store(at(c, 1), component.by_log_scale[c] * share);
-          if constexpr (kChannels == 3) store(at(c, 2), component.by_coefficient[c] * share);
+        C* to = tile.slopes.at(k, i);
+        store_lanes(P::fma(component.logit, prior, share), to, lanes);
+        to += block;
+        for (int c = 0; c < kChannels; ++c, to += kBlocks * block) {
+          store_lanes(component.by_mean[c] * share, to, lanes);
+          store_lanes(component.by_log_scale[c] * share, to + block, lanes);
+          if constexpr (kChannels == 3) store_lanes(component.by_coefficient[c] * share, to + 2 * block, lanes);
         }
       }
     }
@@ -284,7 +290,8 @@ void half_bins(const Operand& view, int64_t row, int64_t begin, int64_t n, int64
   }
 }
 
-Ahead ahead(const Result& view, int64_t row, int64_t begin, int64_t n, int64_t planes, int64_t pixels) {
+template <class View>
+Ahead ahead(const View& view, int64_t row, int64_t begin, int64_t n, int64_t planes, int64_t pixels) {
   const int64_t width = item_size(view.type);
   return {static_cast<const char*>(view.data) + (row * view.row_stride + begin) * width, pixels * width, n * width, planes};
 }
@@ -306,12 +313,17 @@ void run(const LogisticArgs& args) {
       double sum = 0;
       for (int64_t begin = task % blocks * Model::kPixels; begin < end; begin += kTile) {
         const int64_t n = std::min(kTile, end - begin);
-        Tile<C> tile{{params.data(), kStride}, {data.data(), kStride}, {slopes.data(), kStride}, n, 0, {}};
+        Tile<C> tile{{params.data(), kStride}, {data.data(), kStride}, {slopes.data(), kStride}, n, 0, {}, {}};
         tile.weight = static_cast<C>(args.weight[row * args.weight_stride]);
         if (dense(args.params))
           tile.params = {static_cast<const C*>(args.params.data) + row * args.params.row_stride + begin, args.pixels};
         else
           gather(args.params, row, begin, n, planes, args.pixels, args.alternate, params.data(), line.data());
+        if (!dense(args.params) && !args.alternate && (end > begin + kTile || task + 1 < last)) {
+          const bool here = end > begin + kTile;
+          const int64_t next_row = here ? row : (task + 1) / blocks, next = here ? begin + kTile : (task + 1) % blocks * Model::kPixels;
+          tile.coming = ahead(args.params, next_row, next, std::min(kTile, args.pixels - next), planes, args.pixels);
+        }
         half_bins(args.target, row, begin, n, args.channels, args.pixels, args.alternate, int(args.levels), data.data());
         if (!wanted) {
           sum += model.template nll<false>(tile);

@@ -23,10 +23,20 @@ struct Primitives<at::vec::Vectorized<C>> {
   static FASTVAE_HD V fma(V a, V b, V c) { return at::vec::fmadd(a, b, c); }
   static FASTVAE_HD V abs(V x) { return x.abs(); }
   static FASTVAE_HD V neg(V x) { return x.neg(); }
+  static FASTVAE_HD V neg_abs(V x) { return x | V(C(-0.0)); }
+  static FASTVAE_HD V fnma(V a, V b, V c) { return at::vec::fnmadd(a, b, c); }
   static FASTVAE_HD V divide(V a, V b) { return a / b; }
   static FASTVAE_HD V less(V a, V b) { return a < b; }
   static FASTVAE_HD V select(V mask, V a, V b) { return V::blendv(b, a, mask); }
+  static FASTVAE_HD V if_negative(V x, V a, V b) {
+#ifdef CPU_CAPABILITY_AVX2
+    return V::blendv(b, a, x);  // a blend looks at sign bits
+#else
+    return select(less(x, V(0)), a, b);
+#endif
+  }
   static FASTVAE_HD V either(V a, V b) { return a | b; }
+  static FASTVAE_HD V keep_where(V mask, V x) { return x & mask; }
   static FASTVAE_HD V zero_where(V mask, V x) { return x ^ (x & mask); }
   static FASTVAE_HD V with_sign(V size, V x) { return size | (x & V(C(-0.0))); }
   static FASTVAE_HD bool any(V mask) { return mask.zero_mask() != (1 << V::size()) - 1; }
@@ -49,6 +59,8 @@ struct Primitives<at::vec::Vectorized<C>> {
 
   static FASTVAE_HD V log_factorial(V t) { return (t + V(1)).lgamma(); }
 
+  static FASTVAE_HD V at_least(V x, V low) { return at::vec::clamp_min(x, low); }
+  static FASTVAE_HD V at_most(V x, V high) { return at::vec::clamp_max(x, high); }
   static FASTVAE_HD V minimum(V a, V b) { return at::vec::minimum(a, b); }
   static FASTVAE_HD V clamp(V x, C low, C high) { return at::vec::clamp_min(at::vec::clamp_max(x, V(high)), V(low)); }  // keeps a NaN
 
@@ -152,14 +164,26 @@ struct Primitives<Pack<V, N>> {
   static FASTVAE_HD W fma(W a, W b, W c) {
     return W::map([&](int i) FASTVAE_INLINE { return P::fma(a.lane[i], b.lane[i], c.lane[i]); });
   }
+  static FASTVAE_HD W fnma(W a, W b, W c) {
+    return W::map([&](int i) FASTVAE_INLINE { return P::fnma(a.lane[i], b.lane[i], c.lane[i]); });
+  }
   static FASTVAE_HD W abs(W x) { return W::map([&](int i) FASTVAE_INLINE { return P::abs(x.lane[i]); }); }
   static FASTVAE_HD W divide(W a, W b) { return a / b; }
   static FASTVAE_HD W neg(W x) { return W::map([&](int i) FASTVAE_INLINE { return P::neg(x.lane[i]); }); }
   static FASTVAE_HD W relu(W x) { return W::map([&](int i) FASTVAE_INLINE { return P::relu(x.lane[i]); }); }
   static FASTVAE_HD W less(W a, W b) { return W::map([&](int i) FASTVAE_INLINE { return P::less(a.lane[i], b.lane[i]); }); }
   static FASTVAE_HD W either(W a, W b) { return W::map([&](int i) FASTVAE_INLINE { return P::either(a.lane[i], b.lane[i]); }); }
+  static FASTVAE_HD W keep_where(W mask, W x) {
+    return W::map([&](int i) FASTVAE_INLINE { return P::keep_where(mask.lane[i], x.lane[i]); });
+  }
   static FASTVAE_HD W zero_where(W mask, W x) {
     return W::map([&](int i) FASTVAE_INLINE { return P::zero_where(mask.lane[i], x.lane[i]); });
+  }
+  static FASTVAE_HD W at_least(W x, W low) {
+    return W::map([&](int i) FASTVAE_INLINE { return P::at_least(x.lane[i], low.lane[i]); });
+  }
+  static FASTVAE_HD W at_most(W x, W high) {
+    return W::map([&](int i) FASTVAE_INLINE { return P::at_most(x.lane[i], high.lane[i]); });
   }
   static FASTVAE_HD W with_sign(W size, W x) {
     return W::map([&](int i) FASTVAE_INLINE { return P::with_sign(size.lane[i], x.lane[i]); });

@@ -58,7 +58,7 @@ struct Component {
         distance = P::fma(-tanh.value, n[k], distance);
         slope[k] = tanh.slope;
       }
-      const math::LogMass<C> mass(n[c], {distance, widened(raw[2 + c * kBlocks]), bins}, bins);
+      const math::LogMass<C> mass({n[c], bins}, {distance, widened(raw[2 + c * kBlocks]), bins}, bins);
       linear -= mass.linear;
       factor *= mass.one_over;
       by_mean[c] = mass.by_middle * bins.levels;

@@ -62,6 +62,8 @@ struct ScalarPrimitives {
   static FASTVAE_HD C select(bool mask, C a, C b) { return mask ? a : b; }
   static FASTVAE_HD bool any(bool mask) { return mask; }
   static FASTVAE_HD bool either(bool a, bool b) { return a || b; }
+  static FASTVAE_HD C if_negative(C x, C a, C b) { return x < C(0) ? a : b; }
+  static FASTVAE_HD C keep_where(bool mask, C x) { return mask ? x : C(0); }
   static FASTVAE_HD C zero_where(bool mask, C x) { return mask ? C(0) : x; }
   static FASTVAE_HD bool zero_where(bool mask, bool x) { return !mask && x; }
   static FASTVAE_HD C relu(C x) { return x < C(0) ? C(0) : x; }  // keeps a NaN, which fmax would not
@@ -70,7 +72,11 @@ struct ScalarPrimitives {
 template <>
 struct Primitives<float> : ScalarPrimitives<float> {
   static FASTVAE_HD float fma(float a, float b, float c) { return fmaf(a, b, c); }
+  static FASTVAE_HD float fnma(float a, float b, float c) { return fmaf(-a, b, c); }
   static FASTVAE_HD float abs(float x) { return fabsf(x); }
+  static FASTVAE_HD float neg_abs(float x) { return -fabsf(x); }
+  static FASTVAE_HD float at_least(float x, float low) { return math::at_least(x, low); }
+  static FASTVAE_HD float at_most(float x, float high) { return math::at_most(x, high); }
   static FASTVAE_HD float with_sign(float size, float x) { return copysignf(size, x); }
   static FASTVAE_HD float log1p(float x) { return log1pf(x); }
   static FASTVAE_HD float exp(float x) { return expf(x); }
@@ -99,7 +105,11 @@ struct Primitives<float> : ScalarPrimitives<float> {
 template <>
 struct Primitives<double> : ScalarPrimitives<double> {
   static FASTVAE_HD double fma(double a, double b, double c) { return ::fma(a, b, c); }
+  static FASTVAE_HD double fnma(double a, double b, double c) { return ::fma(-a, b, c); }
   static FASTVAE_HD double abs(double x) { return fabs(x); }
+  static FASTVAE_HD double neg_abs(double x) { return -fabs(x); }
+  static FASTVAE_HD double at_least(double x, double low) { return x < low ? low : x; }
+  static FASTVAE_HD double at_most(double x, double high) { return high < x ? high : x; }
   static FASTVAE_HD double with_sign(double size, double x) { return copysign(size, x); }
   static FASTVAE_HD double log1p(double x) { return ::log1p(x); }
   static FASTVAE_HD double exp(double x) { return ::exp(x); }

@@ -40,7 +40,7 @@ FASTVAE_HD CountTerm<V> with_additional_zeros(const CountTerm<V>& term, V pi) {
   if (P::any(P::less(V(bound / 2), far))) {
     // Both terms are too small for their sum: log(exp(pi) + exp(-z)) from the larger.
     const auto use = P::less(V(bound / 2), far);
-    const V difference = z + pi, e = P::exp_bounded(P::neg(P::abs(difference))), share = V(1) / (V(1) + e);
+    const V difference = z + pi, e = P::exp_bounded(P::neg_abs(difference)), share = V(1) / (V(1) + e);
     const V kept = P::select(P::less(difference, V(0)), share, e * share);
     value = P::select(use, P::minimum(P::neg(pi), z) - P::log1p(e), value);
     d_z = P::select(use, kept, d_z);
@@ -174,7 +174,7 @@ FASTVAE_HD CountTerm<V> negative_binomial_positive(V t, V mu, V log_mu, V theta,
 template <class V>
 FASTVAE_HD void without_additional_zero(CountTerm<V>& term, V pi) {
   using P = Primitives<V>;
-  const V e = P::exp_bounded(P::neg(P::abs(pi))), share = V(1) / (V(1) + e);
+  const V e = P::exp_bounded(P::neg_abs(pi)), share = V(1) / (V(1) + e);
   term.value = term.value + (P::relu(pi) + P::log1p(e));
   term.d_pi = P::select(P::less(pi, V(0)), e * share, share);
 }

@@ -45,10 +45,10 @@ struct Bernoulli {
   static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params], Log1pSum<V>& logs) {
     using P = Primitives<V>;
     const V a = param[0];
-    const V e = P::exp_bounded(P::neg(P::abs(a))), one_plus_e = V(1) + e;
-    slope[0] = P::divide(P::select(P::less(a, V(0)), e, V(1)), one_plus_e) - t;
+    const V e = P::exp_bounded(P::neg_abs(a)), one_plus_e = V(1) + e;
+    slope[0] = P::divide(P::if_negative(a, e, V(1)), one_plus_e) - t;
     logs.add(e, one_plus_e);
-    return P::fma(P::neg(a), t, P::relu(a));
+    return P::fnma(a, t, P::relu(a));
   }
 };
 

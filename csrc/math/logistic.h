@@ -22,6 +22,17 @@ struct Bins {
   V floor, small;                   // of log-scales; of masses
 };
 
+// A level in half bins, and whether its bin is one of the open ones at the ends.
+template <class V>
+struct Level {
+  V n;
+  decltype(Primitives<V>::less(V(0), V(0))) edge;
+  bool any_edge;
+
+  FASTVAE_HD Level(V n_, const Bins<V>& bins)
+      : n(n_), edge(Primitives<V>::less(bins.levels - V(1), Primitives<V>::abs(n_))), any_edge(Primitives<V>::any(edge)) {}
+};
+
 // A level in units of the scale: u and h.
 template <class V>
 struct Standardised {
@@ -31,7 +42,7 @@ struct Standardised {
   // `distance` of the level from the mean, in half bins.
   FASTVAE_HD Standardised(V distance, V raw_log_scale, const Bins<V>& bins) : floored(Primitives<V>::less(raw_log_scale, bins.floor)) {
     using P = Primitives<V>;
-    log_scale = P::select(floored, bins.floor, raw_log_scale);
+    log_scale = P::at_least(raw_log_scale, bins.floor);
     h = P::exp_bounded(P::neg(log_scale)) * bins.half_width;
     u = h * distance;
   }
@@ -44,45 +55,49 @@ struct LogMass {
   V one_over;                 // 1 / ((1 + e) over)
   V by_middle, by_log_scale;  // slopes of log mass
 
-  FASTVAE_HD LogMass(V n, const Standardised<V>& x, const Bins<V>& bins) {
+  FASTVAE_HD LogMass(const Level<V>& level, const Standardised<V>& x, const Bins<V>& bins) {
     using P = Primitives<V>;
     constexpr bool in_double = sizeof(typename P::Scalar) == 8;
     const V zero(0), one(1), h = x.h, size = P::abs(x.u), y = size - h;
-    const auto within = P::less(y, zero);  // the mean is in the bin
     const ExpPair<V> r = P::exp_pair(P::neg(h)), q = P::exp_pair(P::neg(size));
-    // e^-|size - h| and e^-(size + h).
-    V near = P::divide(P::select(within, r.exp, q.exp), P::select(within, q.exp, r.exp));
-    if (const auto wide = P::less(V(40), h); P::any(wide)) near = P::select(wide, P::exp_bounded(P::neg(P::abs(y))), near);
-    const V far = q.exp * r.exp, both = (one + near) * (one + far), tail = P::select(within, one, near);
-    V factor = P::neg(r.minus_1) * (one + r.exp);
+    // e^-relu(size - h) and e^-relu(h - size), of which one is 1: the other is e^-|size - h|.
+    const V inverse_larger = P::divide(one, P::at_least(q.exp, r.exp));
+    V tail = q.exp * inverse_larger, inside = r.exp * inverse_larger;
+    if (const auto wide = P::less(V(40), h); P::any(wide)) {
+      tail = P::select(wide, P::exp_bounded(P::neg(P::relu(y))), tail);
+      inside = P::select(wide, P::exp_bounded(P::neg(P::relu(P::neg(y)))), inside);
+    }
+    const V near = P::at_most(tail, inside), far = q.exp * r.exp;
+    const V e_exact = P::fma(near, far, near + far), narrowing = P::neg(r.minus_1) * (one + r.exp);
 
     // In bins so narrow that this would have to be tiny, the density in the middle is the mass to all digits.
-    const auto is_small = P::either(P::less(h, V(in_double ? 1e-8 : 1e-4)), P::less(tail * factor, bins.small * both));
-    const V one_q = one + q.exp, divisor = P::select(is_small, one_q * one_q, both);
-    factor = P::select(is_small, one, factor);
+    const auto is_small =
+        P::either(P::less(h, V(in_double ? 1e-8 : 1e-4)), P::less(tail * narrowing, P::fma(bins.small, e_exact, bins.small)));
+    const V one_if_small = P::keep_where(is_small, one);
+    const V factor = P::at_least(narrowing, one_if_small);
     linear = P::select(is_small, size + (x.log_scale - bins.log_width), P::relu(y));
-    e = P::select(is_small, P::fma(q.exp, q.exp, q.exp + q.exp), P::fma(near, far, near + far));
+    e = P::select(is_small, P::fma(q.exp, q.exp, q.exp + q.exp), e_exact);
 
-    const V inverse = P::divide(one, divisor * factor), one_over_divisor = inverse * factor;
+    const V divisor = one + e, inverse = P::divide(one, divisor * factor), one_over_divisor = inverse * factor;
     over = inverse * divisor;
     one_over = factor * one_over_divisor;
     // Of -log mass by t: sinh t / (cosh h + cosh t).
-    const V slope = P::neg(q.minus_1) * one_q * P::select(P::zero_where(is_small, within), near, one) * one_over_divisor;
-    const V inner = P::fma(P::fma(r.exp, r.exp, one), over, P::neg(tail * one_over));  // coth h - mass
+    const V slope = P::neg(q.minus_1) * (one + q.exp) * P::at_least(inside, one_if_small) * one_over_divisor;
+    const V inner = P::fnma(tail, one_over, P::fma(r.exp, r.exp, one) * over);  // coth h - mass
     by_middle = P::with_sign(h * slope, x.u);
-    by_log_scale = P::fma(size, slope, P::neg(P::select(is_small, one, h * inner)));
+    by_log_scale = size * slope - P::select(is_small, one, h * inner);
 
     // Open bins in place of these. Most vectors have none.
-    if (const auto edge = P::less(bins.levels - one, P::abs(n)); P::any(edge)) {
-      const V outward = P::with_sign(one, n) * x.u, beyond = outward - h;
+    if (level.any_edge) {
+      const V outward = P::with_sign(one, level.n) * x.u, beyond = outward - h;
       const V rest = P::select(P::less(outward, zero), far, near), inverse = P::divide(one, one + rest);
       const V by_end = P::select(P::less(beyond, zero), rest, one) * inverse;
-      linear = P::select(edge, P::relu(beyond), linear);
-      e = P::select(edge, rest, e);
-      over = P::select(edge, one, over);
-      one_over = P::select(edge, inverse, one_over);
-      by_middle = P::select(edge, P::with_sign(h * by_end, n), by_middle);
-      by_log_scale = P::select(edge, beyond * by_end, by_log_scale);
+      linear = P::select(level.edge, P::relu(beyond), linear);
+      e = P::select(level.edge, rest, e);
+      over = P::select(level.edge, one, over);
+      one_over = P::select(level.edge, inverse, one_over);
+      by_middle = P::select(level.edge, P::with_sign(h * by_end, level.n), by_middle);
+      by_log_scale = P::select(level.edge, beyond * by_end, by_log_scale);
     }
     by_log_scale = P::zero_where(x.floored, by_log_scale);
   }
@@ -130,7 +145,7 @@ struct DiscretizedLogistic {
     using P = Primitives<V>;
     const Bins<V> all = bins(constant);
     const V n = half_bins(t, all.levels);
-    const LogMass<V> mass(n, {P::fma(P::neg(param[0]), all.levels, n), param[1], all}, all);
+    const LogMass<V> mass({n, all}, {P::fnma(param[0], all.levels, n), param[1], all}, all);
     slope[0] = mass.by_middle * P::neg(all.levels);
     slope[1] = P::neg(mass.by_log_scale);
     logs.add(mass);
