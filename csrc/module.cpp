@@ -1,11 +1,107 @@
-// The Python module fastvae._C. Importing it registers the ops (csrc/ops/library.cpp); it offers only what backend.py reports.
+// The Python module fastvae._C. Importing it registers the ops (csrc/ops/library.cpp), which torch.ops.fastvae calls.
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include "ops/buffer_pool.h"
 #include "ops/cpu_kernels.h"
+#include "ops/latents.h"
+#include "ops/likelihood_table.h"
+#include "ops/nll.h"
+
+namespace py = pybind11;
+
+// The ops once more, for calls as a training loop on a CPU makes them: plain tensors that fit together. Everything else gets None, and
+// functional.py goes the long way: its checks, which have words for what is wrong and make the merely unusual fit, the choice of a
+// backend, and the boxed call. That takes a tenth of a step whose kernels have just swept the caches.
+namespace fastvae {
+namespace {
+
+const Tensor* plain_tensor(py::handle object) {
+  if (!THPVariable_CheckExact(object.ptr())) return nullptr;
+  const Tensor& t = THPVariable_Unpack(object.ptr());
+  const bool dense = t.is_cpu() && t.layout() == at::kStrided && !t.is_nested();
+  return dense && !at::isTensorSubclassLike(t) && !t._fw_grad(0).defined() ? &t : nullptr;
+}
+
+const Tensor* plain_floats(py::handle object) {
+  const Tensor* t = plain_tensor(object);
+  if (!t) return nullptr;
+  const auto type = t->scalar_type();
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf ? t : nullptr;
+}
+
+bool in_transform() { return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode); }
+
+py::object wrapped(const Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); }
+py::object wrapped(const std::tuple<Tensor, Tensor>& t) { return py::make_tuple(wrapped(std::get<0>(t)), wrapped(std::get<1>(t))); }
+
+// What `op` returns; None where it refuses its arguments.
+template <class Op>
+py::object unless_refused(const Op& op) {
+  try {
+    const auto result = [&] {
+      const py::gil_scoped_release no_gil;
+      return op();
+    }();
+    return wrapped(result);
+  } catch (const c10::ValueError&) {
+    return py::none();
+  } catch (const c10::TypeError&) {
+    return py::none();
+  }
+}
+
+py::object nll(std::string_view likelihood, const py::sequence& params, py::handle target, const std::vector<double>& constants,
+               py::handle kl, py::handle beta, int64_t reduction) {
+  const auto& row = likelihood_row(likelihood);
+  if (in_transform() || (row.family != Family::elementwise && row.family != Family::logistic)) return py::none();
+  Tensors tensors;
+  for (const py::handle param : params) {
+    const Tensor* t = plain_floats(param);
+    if (!t) return py::none();
+    tensors.push_back(*t);
+  }
+  if (row.has_scalar && (tensors.back().dim() != 0 || tensors.back().scalar_type() != tensors[0].scalar_type())) return py::none();
+  const Tensor* data = plain_tensor(target);
+  if (!data) return py::none();
+  OptionalTensor row_kl, weight;
+  if (!kl.is_none()) {
+    const Tensor *k = plain_floats(kl), *b = plain_floats(beta);
+    if (!k || c10::isReducedFloatingType(k->scalar_type()) || !b || b->scalar_type() != at::kFloat) return py::none();
+    row_kl = *k;
+    weight = *b;
+  }
+  static const auto handle = op<Nll>("fastvae::nll");
+  return unless_refused([&] { return handle.call(likelihood, tensors, *data, constants, row_kl, weight, reduction); });
+}
+
+// A standard normal prior, one draw, noise from the default generator.
+py::object reparameterize_kl(py::handle mu, py::handle logvar) {
+  const Tensor *m = plain_floats(mu), *v = plain_floats(logvar);
+  if (!m || !v || in_transform()) return py::none();
+  static const auto handle = op<ReparameterizeKl>("fastvae::reparameterize_kl");
+  return unless_refused([&] { return handle.call(*m, *v, {}, {}, {}, {}, 0, {}, {}); });
+}
+
+// A standard normal prior.
+py::object gaussian_kl(py::handle mu, py::handle logvar, bool per_element) {
+  const Tensor *m = plain_floats(mu), *v = plain_floats(logvar);
+  if (!m || !v || in_transform()) return py::none();
+  static const auto handle = op<KlForward>("fastvae::gaussian_kl");
+  return unless_refused([&] { return handle.call(*m, *v, {}, {}, per_element); });
+}
+
+}  // namespace
+}  // namespace fastvae
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled kernels of fastvae, reached through torch.ops.fastvae.";
   m.def("cpu_capability", [] { return fastvae::cpu::kernels().capability; }, "The instruction set of the CPU kernels in use.");
   m.def("empty_buffer_pool", &fastvae::empty_buffer_pool, "Free the unused CPU buffers; returns how many bytes.");
+  auto plain = m.def_submodule("plain", "The ops for plain CPU tensors that fit together; None for any others.");
+  plain.def("nll", &fastvae::nll);
+  plain.def("reparameterize_kl", &fastvae::reparameterize_kl);
+  plain.def("gaussian_kl", &fastvae::gaussian_kl);
 }

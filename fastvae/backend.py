@@ -202,6 +202,9 @@ _LACKS: dict[tuple[str, str], tuple[str, ...]] = {
 _setting = "auto"
 _told: set[str] = set()  # likelihoods whose fallback was warned of
 _serving: dict[str, Backend] = {}  # device type -> backend under the current setting, where one was found
+# Where the native backend serves CPU tensors: the ops for calls as a training loop makes them, checks included. They
+# return None for whatever is not plain and fitting, and are not for torch.compile to trace.
+plain: Any = None
 _warned = False
 
 
@@ -232,7 +235,7 @@ def set_backend(name: str) -> None:
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for a backend that is not there.
     """
-    global _setting
+    global _setting, plain
     if name not in NAMES:
         raise ValueError(
             f"fastvae.set_backend: `name` must be one of {', '.join(map(repr, NAMES))}, got {name!r}"
@@ -243,6 +246,8 @@ def set_backend(name: str) -> None:
     _setting = name
     _serving.clear()
     _serving.update({device_type: backend for device_type, backend in serving.items() if backend is not None})
+    native = "cpu" in _serving and _serving["cpu"].name == "native"
+    plain = importlib.import_module("fastvae._C").plain if native else None
 
 
 @contextmanager

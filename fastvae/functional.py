@@ -547,6 +547,13 @@ def reparameterize_kl(
         TypeError: a dtype or kind that does not fit, or half a prior.
         ValueError: a shape, device or value that does not fit, or two sources of noise.
     """
+    if backend.plain is not None and not torch.compiler.is_compiling():
+        usual = prior_mu is None and prior_logvar is None and samples is None
+        usual = usual and generator is None and seed is None and eps is None
+        if usual and type(row_offset) is int and row_offset == 0:
+            result = backend.plain.reparameterize_kl(mu, logvar)
+            if result is not None:
+                return result
     where = "reparameterize_kl"
     _check_posterior(where, mu, logvar, prior_mu, prior_logvar)
     if samples is not None:
@@ -612,6 +619,11 @@ def gaussian_kl(
         TypeError: a dtype or kind that does not fit, or half a prior.
         ValueError: a shape or device that does not fit, or an unknown reduction.
     """
+    usual = prior_mu is None and prior_logvar is None and reduction in ("event", "none")
+    if usual and backend.plain is not None and not torch.compiler.is_compiling():
+        result = backend.plain.gaussian_kl(mu, logvar, reduction == "none")
+        if result is not None:
+            return result
     _check_posterior("gaussian_kl", mu, logvar, prior_mu, prior_logvar)
     _check_choice("gaussian_kl", "reduction", reduction, ("event", "none"))
     return backend.choose(mu).gaussian_kl(mu, logvar, prior_mu, prior_logvar, reduction == "none")
@@ -638,6 +650,10 @@ def _nll(
     `reduction` is a value of `REDUCTIONS`. With a `caller` ("ELBO"), messages name it and its arguments, `recon` and
     `x`, in place of the likelihood's function and its.
     """
+    if backend.plain is not None and not torch.compiler.is_compiling():
+        result = backend.plain.nll(likelihood, params, target, constants, kl, beta, reduction)
+        if result is not None:
+            return result
     row = _ROWS[likelihood]
     if caller is None:
         where, names, name = row.function, row.params, "target"

@@ -4,9 +4,11 @@ import re
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastvae
 import fastvae.functional as fv
@@ -73,6 +75,123 @@ def test_a_backward_belongs_to_the_forward(backend: str) -> None:
     with fastvae.use_backend("reference" if backend == "native" else "native"):
         loss.backward()
     torch.testing.assert_close(a.grad, torch.sigmoid(a.detach()))
+
+
+# --- Plain calls ------------------------------------------------------------------------------------------------------
+
+
+B = torch.rand(2, 3)
+KL = torch.rand(2)
+ONE = torch.ones(())
+
+
+def test_plain_calls_skip_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a training loop calls on a CPU goes straight to the kernels, and gives the same bits."""
+    mu, logvar = torch.randn(2, 5, requires_grad=True), torch.randn(2, 5, requires_grad=True)
+
+    def call() -> list[torch.Tensor]:
+        torch.manual_seed(7)
+        z, kl = fv.reparameterize_kl(mu, logvar)
+        out = fastvae.ELBO("gaussian")(z[:, :3], B, kl=kl)
+        of_bytes = fastvae.likelihoods.DiscretizedLogistic().nll(
+            torch.zeros(2, 6), torch.ones(2, 3, dtype=torch.uint8)
+        )
+        per_element = fv.gaussian_kl(mu, logvar, reduction="none")
+        return [z, kl, *out, of_bytes, per_element, *torch.autograd.grad(out.loss, (mu, logvar))]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "plain", None)
+        expected = call()
+    for name in ("_check_posterior", "_check_nll", "_check_kl"):
+        monkeypatch.delattr(fv, name)
+    monkeypatch.delattr(backends, "choose")
+    assert all(map(torch.equal, call(), expected))
+
+
+def _inside(mode: object, call: Callable[[], object]) -> object:
+    with mode:  # type: ignore[attr-defined]
+        return call()
+
+
+def _transformed() -> object:
+    """Also of tensors that the transform leaves alone."""
+    found = []
+
+    def call(a: torch.Tensor) -> torch.Tensor:
+        found.extend(
+            [backends.plain.gaussian_kl(a, a, False), backends.plain.gaussian_kl(B, B, False), _nll([A])]
+        )
+        return a
+
+    torch.func.vmap(call)(A)
+    return next((result for result in found if result is not None), None)
+
+
+def _with_tangent() -> object:
+    with torch.autograd.forward_ad.dual_level():
+        return backends.plain.gaussian_kl(torch.autograd.forward_ad.make_dual(B, B), B, False)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def _nll(params: object, target: object = B, *rest: object, likelihood: str = "bernoulli") -> object:
+    kl, beta = rest or (None, None)
+    return backends.plain.nll(likelihood, params, target, [], kl, beta, 0)
+
+
+UNUSUAL: dict[str, Callable[[], object]] = {
+    "no tensor": lambda: _nll([None]),
+    "an array": lambda: _nll([A], A.numpy()),
+    "a subclass": lambda: _nll([A.as_subclass(Subclass)]),
+    "a target of a subclass": lambda: _nll([A], B.as_subclass(Subclass)),
+    "another device": lambda: _nll([A.to("meta")]),
+    "a target on another device": lambda: _nll([A], B.to("meta")),
+    "sparse": lambda: _nll([A.to_sparse()]),
+    "nested": lambda: _nll([torch.nested.nested_tensor([A[0], A[1]])]),
+    "integers": lambda: _nll([A.long()]),
+    "float8": lambda: _nll([A.to(torch.float8_e5m2)]),
+    "another shape": lambda: _nll([A], B[:1]),
+    "another dtype of the target": lambda: _nll([A], B.double()),
+    "a target with a gradient": lambda: _nll([A], B.clone().requires_grad_()),
+    "bool for a Gaussian": lambda: _nll([A, ONE], B > 0.5, likelihood="gaussian_learned"),
+    "a learned scale with a dimension": lambda: _nll([A, ONE[None]], likelihood="gaussian_learned"),
+    "a learned scale of another dtype": lambda: _nll([A, ONE.double()], likelihood="gaussian_learned"),
+    "params of two shapes": lambda: _nll([A, A[:1]], likelihood="gaussian_per_element"),
+    "half a KL": lambda: _nll([A], B, KL.half(), ONE),
+    "a KL per element": lambda: _nll([A], B, B, ONE),
+    "a KL of another device": lambda: _nll([A], B, KL.to("meta"), ONE),
+    "beta cast along": lambda: _nll([A], B, KL, ONE.half()),
+    "counts": lambda: _nll([A, A], likelihood="negative_binomial"),
+    "classes": lambda: _nll([A], torch.zeros(2, dtype=torch.int64), likelihood="categorical"),
+    "a posterior of two shapes": lambda: backends.plain.reparameterize_kl(A, A[:1]),
+    "a posterior of two dtypes": lambda: backends.plain.gaussian_kl(A, A.double(), False),
+    "no batch": lambda: backends.plain.reparameterize_kl(ONE, ONE),
+    "a mode": lambda: _inside(FlopCounterMode(display=False), lambda: _nll([A])),
+    "fake tensors": lambda: _inside(torch._subclasses.FakeTensorMode(), lambda: _nll([torch.zeros(2, 3)])),
+    "a transform": _transformed,
+    "a tangent": _with_tangent,
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_plain_calls_leave_the_unusual_to_the_checks(name: str) -> None:
+    """And draw no number for it."""
+    assert _nll([A]) is not None
+    state = torch.get_rng_state()
+    assert UNUSUAL[name]() is None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_plain_calls_are_the_native_backend_s() -> None:
+    for name in ("reference", "triton"):
+        try:
+            with fastvae.use_backend(name):
+                assert backends.plain is None
+        except RuntimeError:
+            assert name == "triton"
+    assert backends.plain is not None
 
 
 # --- Missing ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,12 @@ namespace fastvae {
 
 using OptionalGenerator = std::optional<at::Generator>;
 
-// (mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, generator) -> (z, kl, the seed that was used).
+// (mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, generator) -> (z, kl): what a user calls.
+using ReparameterizeKl = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                                    std::optional<int64_t>, const OptionalTensor&, int64_t, const OptionalTensor&,
+                                                    OptionalGenerator);
+
+// The same -> (z, kl, the seed that was used).
 using SampleForward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
                                                          std::optional<int64_t>, const OptionalTensor&, int64_t,
                                                          const OptionalTensor&, OptionalGenerator);

@@ -77,7 +77,7 @@ int64_t shared_bit(const LikelihoodRow& row, const Params& params) {
 inline bool takes_target(const LikelihoodRow& row, at::ScalarType params, at::ScalarType target) {
   if (target == params || target == at::kFloat || target == at::kByte) return true;
   if (row.counts) return target == at::kUInt16 || target == at::kInt || target == at::kLong;
-  return target == at::kBool;
+  return target == at::kBool && row.element == cpu::Element::bernoulli;
 }
 
 constexpr double kHalfLog2Pi = 0.918938533204672741780329736406;

@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> forward_op(std::string_view likeliho
   return handle.call(likelihood, params, target, constants, kl, beta, reduction, needs);
 }
 
-struct Nll : torch::autograd::Function<Nll> {
+struct NllFunction : torch::autograd::Function<NllFunction> {
   static variable_list forward(AutogradContext* ctx, const std::string& likelihood, at::TensorList params, const Tensor& target,
                                at::ArrayRef<double> constants, const OptionalTensor& kl, const OptionalTensor& beta,
                                int64_t reduction) {
@@ -154,7 +154,7 @@ std::tuple<Tensor, Tensor> nll_autograd(std::string_view likelihood, at::TensorL
   }
   TORCH_CHECK_VALUE(!target.requires_grad() || likelihood_row(likelihood).is_location, "fastvae::nll: the `target` of ",
                     std::string(likelihood), " has no gradient here; pass target.detach()");
-  const auto out = Nll::apply(std::string(likelihood), params, target, constants, kl, beta, reduction);
+  const auto out = NllFunction::apply(std::string(likelihood), params, target, constants, kl, beta, reduction);
   return {out[0], out[1]};
 }
 

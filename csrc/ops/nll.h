@@ -6,6 +6,10 @@
 
 namespace fastvae {
 
+// (likelihood, params, target, constants, kl, beta, reduction) -> (loss, nll): what a user calls.
+using Nll = std::tuple<Tensor, Tensor>(std::string_view, at::TensorList, const Tensor&, at::ArrayRef<double>, const OptionalTensor&,
+                                       const OptionalTensor&, int64_t);
+
 // (likelihood, params, target, constants, kl, beta, reduction, needs) -> (loss, nll, gradients, scalar_rows).
 // `needs`: bit i is set where params[i] wants its gradient. gradients: one for each such tensor of the data's shape, already
 // multiplied by the reduction's weight; scalar_rows: (B,) derivatives of the rows by the 0-dim param.
