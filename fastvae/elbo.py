@@ -115,6 +115,7 @@ class ELBO(nn.Module):
             return
         if name == "reduction":
             functional._check_choice("ELBO", name, value, (*REDUCTIONS, *_ALIASES))
+            self._reduction = REDUCTIONS[_ALIASES.get(value, value)]
         super().__setattr__(name, value)
 
     def reparameterize(
@@ -195,14 +196,15 @@ class ELBO(nn.Module):
             true_kl = kl.flatten(1).sum(1)
             kl = free_bits(kl, self._free_bits, batch_mean=self.free_bits_mean)
 
-        likelihood = self.likelihood
-        reduction = REDUCTIONS[_ALIASES.get(self.reduction, self.reduction)]
+        # Not self.likelihood and self.beta, which nn.Module looks up in Python: with a small batch it shows.
+        likelihood: Any = self._modules["likelihood"]
+        beta: Any = self._buffers["beta"]
         if not isinstance(likelihood, Likelihood) or type(likelihood).nll is not Likelihood.nll:
-            composed = _compose(likelihood.nll(recon, x), kl, self.beta, reduction)  # type: ignore[operator]
+            composed = _compose(likelihood.nll(recon, x), kl, beta, self._reduction)
             return composed._replace(kl=true_kl)
         name, params, constants = likelihood.row(recon)
-        loss, nll = functional._nll(name, params, x, constants, kl, self.beta, reduction, caller="ELBO")
-        if not torch.compiler.is_compiling() and not self._looked and isinstance(likelihood, Bernoulli):
+        loss, nll = functional._nll(name, params, x, constants, kl, beta, self._reduction, caller="ELBO")
+        if isinstance(likelihood, Bernoulli) and not torch.compiler.is_compiling() and not self._looked:
             self._looked = _look(likelihood, recon, x)
         return ELBOOutput(loss, nll, true_kl)
 

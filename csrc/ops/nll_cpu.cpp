@@ -74,20 +74,18 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cpu(std::string_view lik
     for (int64_t r = 0; r < rows; ++r) slope[r] = scalar_slope(row, size, nll[r], pull[r]);
     scalar_rows = from_doubles(slope, {rows}, dtype);
   }
-  for (double& value : nll) value += norm.per_element * static_cast<double>(size);
-
   const auto loss_dtype = kl && kl->scalar_type() == at::kDouble ? at::kDouble : dtype;
-  std::vector<double> loss = nll;
-  if (kl) {
-    const double factor = beta ? to_doubles(*beta)[0] : 1.0;
-    const auto values = to_doubles(*kl);
-    for (int64_t r = 0; r < rows; ++r) loss[r] += factor * values[r];
+  const double of_each = norm.per_element * static_cast<double>(size), factor = beta ? to_doubles(*beta)[0] : 1.0;
+  const auto of_kl = kl ? to_doubles(*kl) : std::vector<double>();
+  std::vector<double> loss(reduction == kNone ? rows : 1);
+  double sum = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    nll[r] += of_each;
+    const double of_row = kl ? nll[r] + factor * of_kl[r] : nll[r];
+    if (reduction == kNone) loss[r] = of_row;
+    sum += of_row;
   }
-  if (reduction != kNone) {
-    double sum = 0;
-    for (const double value : loss) sum += value;
-    loss.assign(1, reduction == kMean ? sum / static_cast<double>(rows) : sum);
-  }
+  if (reduction != kNone) loss[0] = reduction == kMean ? sum / static_cast<double>(rows) : sum;
   const int64_t sizes[] = {rows};
   return {from_doubles(loss, at::IntArrayRef(sizes, reduction == kNone ? 1 : 0), loss_dtype), from_doubles(nll, {rows}, dtype),
           std::move(gradients), std::move(scalar_rows)};
