@@ -53,7 +53,8 @@ __all__ = [
 ]
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checks. They run in every call: plain comparisons, and no work for the message until one fails.
+# Checks. They run in every call that `backend.plain` leaves to them: comparisons, and no work for the message until one
+# fails.
 # ---------------------------------------------------------------------------------------------------------------------
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -650,11 +651,11 @@ def _nll(
     `reduction` is a value of `REDUCTIONS`. With a `caller` ("ELBO"), messages name it and its arguments, `recon` and
     `x`, in place of the likelihood's function and its.
     """
+    row = _ROWS[likelihood]
     if backend.plain is not None and not torch.compiler.is_compiling():
         result = backend.plain.nll(likelihood, params, target, constants, kl, beta, reduction)
         if result is not None:
             return result
-    row = _ROWS[likelihood]
     if caller is None:
         where, names, name = row.function, row.params, "target"
     else:
