@@ -100,9 +100,12 @@ def _check_like(where: str, name: str, value: Any, like_name: str, like: Tensor)
     if not _is_dense(value):
         raise TypeError(_layout_message(where, name, value))
     if value.dtype != like.dtype:
+        # A float32 layer under autocast: the digits are kept by widening the other. Noise has none to keep.
+        autocast = value.dtype == torch.float32 and like.dtype in (torch.float16, torch.bfloat16)
+        hint = f"{like_name}.float()" if autocast and name != "eps" else f"{name}.to({like_name}.dtype)"
         raise TypeError(
             f"fastvae.{where}: `{name}` must be {_name(like.dtype)} as `{like_name}`, got {_name(value.dtype)}; "
-            f"did you mean {name}.to({like_name}.dtype)?"
+            f"did you mean {hint}?"
         )
     if value.device != like.device:
         raise ValueError(_device_message(where, name, value, like_name, like))

@@ -478,6 +478,26 @@ WRONG = {
         TypeError,
         "fastvae.gaussian_kl: `logvar` must be float32 as `mu`, got float16; did you mean logvar.to(mu.dtype)?",
     ),
+    "float32 logvar of a half mu": Wrong(
+        lambda: elbo(FLAT, FLAT, FLAT.bfloat16(), FLAT),
+        TypeError,
+        "fastvae.gaussian_kl: `logvar` must be bfloat16 as `mu`, got float32; did you mean mu.float()?",
+    ),
+    "learned prior of a half posterior": Wrong(
+        lambda: fv.reparameterize_kl(FLAT.half(), FLAT.half(), FLAT, FLAT),
+        TypeError,
+        "fastvae.reparameterize_kl: `prior_mu` must be float16 as `mu`, got float32; did you mean mu.float()?",
+    ),
+    "float32 logvar of a half mean": Wrong(
+        lambda: fv.gaussian_nll(FLAT.half(), FLAT, FLAT),
+        TypeError,
+        "fastvae.gaussian_nll: `logvar` must be float16 as `mean`, got float32; did you mean mean.float()?",
+    ),
+    "float32 noise of a half posterior": Wrong(
+        lambda: fv.reparameterize_kl(FLAT.half(), FLAT.half(), eps=FLAT),
+        TypeError,
+        "fastvae.reparameterize_kl: `eps` must be float16 as `mu`, got float32; did you mean eps.to(mu.dtype)?",
+    ),
     "float64 target": Wrong(
         lambda: elbo(FLAT, FLAT.double(), kl=ROWS),
         TypeError,
