@@ -1236,7 +1236,9 @@ def _logistic_constants(where: str, bits: Any, log_scale_floor: Any, small_mass:
 
 
 def _check_range(where: str, name: str, target: Any, bits: int) -> None:
-    if isinstance(target, Tensor) and target.dtype == torch.uint8 and target.numel() > 0:
+    # The checks of the loss have the words for what is none.
+    levels = isinstance(target, Tensor) and target.dtype == torch.uint8 and _is_dense(target)
+    if levels and target.numel() > 0:
         highest = int(target.max())
         if highest >= 2**bits:
             raise ValueError(

@@ -625,6 +625,33 @@ WRONG = {
         TypeError,
         "fastvae.categorical_nll: `target` must be dense, got torch.sparse_coo; did you mean target.to_dense()?",
     ),
+    "sparse probabilities": Wrong(
+        lambda: elbo(FLAT.to_sparse(), FLAT, kl=ROWS, likelihood=Bernoulli(from_probs=True)),
+        TypeError,
+        "fastvae.ELBO: `recon` must be dense, got torch.sparse_coo; did you mean recon.to_dense()?",
+    ),
+    "CSR probabilities": Wrong(
+        lambda: Bernoulli(from_probs=True).nll(CSR, FLAT),
+        TypeError,
+        "fastvae.bernoulli_nll: `logits` must be dense, got torch.sparse_csr; did you mean logits.to_dense()?",
+    ),
+    "nested probabilities": Wrong(
+        lambda: elbo(nested(torch.strided), FLAT, kl=ROWS, likelihood=Bernoulli(from_probs=True)),
+        TypeError,
+        "fastvae.ELBO: `recon` must be dense, got a nested tensor",
+    ),
+    "sparse levels to validate": Wrong(
+        lambda: fv.discretized_logistic_nll(HEAD, LEVELS.to_sparse(), validate=True),
+        TypeError,
+        "fastvae.discretized_logistic_nll: `target` must be dense, got torch.sparse_coo; "
+        "did you mean target.to_dense()?",
+    ),
+    "sparse levels of a mixture to validate": Wrong(
+        lambda: fv.discretized_logistic_mixture_nll(MIXED, LEVELS.to_sparse(), components=5, validate=True),
+        TypeError,
+        "fastvae.discretized_logistic_mixture_nll: `target` must be dense, got torch.sparse_coo; "
+        "did you mean target.to_dense()?",
+    ),
     "sparse levels": Wrong(
         lambda: fv.discretized_logistic_nll(HEAD, LEVELS.to_sparse()),
         TypeError,
