@@ -201,6 +201,7 @@ _LACKS: dict[tuple[str, str], tuple[str, ...]] = {
 
 _setting = "auto"
 _told: set[str] = set()  # likelihoods whose fallback was warned of
+_gpu: tuple[int, int] | None = None  # its compute capability; see `_meet_gpu`
 _serving: dict[str, Backend] = {}  # device type -> backend under the current setting, where one was found
 # Where the native backend serves CPU tensors: the ops for calls as a training loop makes them, checks included. They
 # return None for whatever is not plain and fitting, and are not for torch.compile to trace.
@@ -220,18 +221,33 @@ def _serve(name: str, device_type: str) -> Backend | None:
         if not wanted:
             continue
         backend = _load(candidate)
-        if backend is not None and _has_kernels(candidate, device_type):
-            return backend
+        if backend is None or not _has_kernels(candidate, device_type):
+            continue
+        if (candidate, device_type) == ("native", "cuda") and _gpu is not None and not _built_for(_gpu):
+            continue
+        return backend
     return None
+
+
+def _meet_gpu() -> None:
+    """Look whether the extension's CUDA kernels run on this GPU, and choose anew where they do not.
+
+    Torch calls it when it initialises CUDA, before there is a CUDA tensor: to ask at import would be to initialise it,
+    and then the process could not fork; to ask in `choose`, a step more in every call and a branch in every trace.
+    """
+    global _gpu
+    _gpu = torch.cuda.get_device_capability()
+    if not _built_for(_gpu):
+        set_backend(_setting)
 
 
 def set_backend(name: str) -> None:
     """Choose the backend of all later calls in this process.
 
-    `"auto"` (the default) takes the compiled extension where it has kernels for the tensors' device, else Triton (on
-    a GPU), else the reference, which warns once. `"reference"` is plain PyTorch: slow, differentiable twice, any
-    device. `"native"` and `"triton"` insist: a tensor on a CPU or a CUDA device that they have no kernels for is a
-    RuntimeError. Tensors on any other device are served by the reference under every setting.
+    `"auto"` (the default) takes the compiled extension where it has kernels for the tensors' device (and was built for
+    this GPU), else Triton (on a GPU), else the reference, which warns once. `"reference"` is plain PyTorch: slow,
+    differentiable twice, any device. `"native"` and `"triton"` insist: a tensor on a CPU or a CUDA device that they
+    have no kernels for is a RuntimeError. Tensors on any other device are served by the reference under every setting.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for a backend that is not there.
     """
@@ -375,7 +391,7 @@ def _reason(name: str, device_type: str) -> str:
         if capability < (8, 0):
             return (
                 f"its CUDA kernels need compute capability 8.0 and this GPU has {capability[0]}.{capability[1]}; "
-                "Triton's serve it, by fastvae.set_backend('triton')"
+                "Triton's serve it"
             )
         return (
             f"it was built for compute capability {', '.join(built.CUDA_ARCHES)} and this GPU has "
@@ -484,3 +500,8 @@ def show_config() -> str:
 
 
 set_backend("auto")
+if "native" in _loaded and _has_kernels("native", "cuda"):
+    if torch.cuda.is_initialized():
+        _meet_gpu()
+    else:
+        torch.cuda._lazy_call(_meet_gpu)

@@ -1,6 +1,7 @@
 """The objective a user calls: `ELBO`."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -55,8 +56,8 @@ class ELBO(nn.Module):
             parameters (a learned scale): pass `elbo.parameters()` to the optimiser, and under DDP put the ELBO inside
             the module that is wrapped.
         beta: the weight of the KL, a float or a 0-dim tensor, at least 0. Kept as a buffer (not in the state dict: it
-            is a setting), so that a schedule may write `elbo.beta = 0.5` between steps, under torch.compile too. No
-            gradient flows to it.
+            is a setting), so that a schedule may write `elbo.beta = 0.5` between steps, under torch.compile too. It
+            stays float32 when a model is cast. No gradient flows to it.
         reduction: `"mean"` (or `"batchmean"`): summed over each datum, mean over the batch: nats per datum.
             `"sum"`: over all. `"none"`: one loss per row.
         free_bits: nats of KL that each latent dimension may have at no cost: in the loss, a dimension with less counts
@@ -98,6 +99,14 @@ class ELBO(nn.Module):
         """Writes `beta` anew, the last that was given as a number: a module made on the meta device has none after
         `to_empty`, and no checkpoint brings it."""
         self.beta.fill_(self._beta)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ELBO":
+        before = self.beta
+        super()._apply(fn, recurse)
+        # `model.half()` would round it for good: it follows to another device and to no other dtype.
+        if before.dtype == torch.float32 and self.beta.dtype != torch.float32:
+            self._buffers["beta"] = before.to(self.beta.device)
+        return self
 
     @property
     def free_bits(self) -> float:

@@ -101,9 +101,12 @@ def _check_like(where: str, name: str, value: Any, like_name: str, like: Tensor)
     if not _is_dense(value):
         raise TypeError(_layout_message(where, name, value))
     if value.dtype != like.dtype:
+        # A float32 layer under autocast: the digits are kept by widening the other. Noise has none to keep.
+        autocast = value.dtype == torch.float32 and like.dtype in (torch.float16, torch.bfloat16)
+        hint = f"{like_name}.float()" if autocast and name != "eps" else f"{name}.to({like_name}.dtype)"
         raise TypeError(
             f"fastvae.{where}: `{name}` must be {_name(like.dtype)} as `{like_name}`, got {_name(value.dtype)}; "
-            f"did you mean {name}.to({like_name}.dtype)?"
+            f"did you mean {hint}?"
         )
     if value.device != like.device:
         raise ValueError(_device_message(where, name, value, like_name, like))
@@ -1234,7 +1237,9 @@ def _logistic_constants(where: str, bits: Any, log_scale_floor: Any, small_mass:
 
 
 def _check_range(where: str, name: str, target: Any, bits: int) -> None:
-    if isinstance(target, Tensor) and target.dtype == torch.uint8 and target.numel() > 0:
+    # The checks of the loss have the words for what is none.
+    levels = isinstance(target, Tensor) and target.dtype == torch.uint8 and _is_dense(target)
+    if levels and target.numel() > 0:
         highest = int(target.max())
         if highest >= 2**bits:
             raise ValueError(

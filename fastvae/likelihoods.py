@@ -92,7 +92,7 @@ class Bernoulli(Likelihood):
 
 def _logit(probs: Tensor) -> Tensor:
     """log(p / (1 - p)), finite on all of [0, 1], in the dtype of `probs`."""
-    if not isinstance(probs, Tensor) or not probs.is_floating_point():
+    if not isinstance(probs, Tensor) or not probs.is_floating_point() or not functional._is_dense(probs):
         return probs  # the checks of the loss have the words for it
     p = probs if probs.dtype == torch.float64 else probs.float()
     limits = torch.finfo(p.dtype)

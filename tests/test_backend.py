@@ -380,6 +380,83 @@ def test_the_reasons_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert reason in backends._reason("native", "cuda")
 
 
+CUDA = types.SimpleNamespace(device=torch.device("cuda"))  # all that `choose` looks at
+
+
+@pytest.mark.parametrize("triton", [True, False], ids=["with Triton", "without"])
+@pytest.mark.parametrize(
+    ("capability", "covered"), [((7, 5), False), ((8, 6), True), ((9, 0), True), ((12, 0), False)]
+)
+def test_a_gpu_that_the_extension_was_not_built_for(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], covered: bool, triton: bool
+) -> None:
+    """ "auto" takes Triton for it, else the reference, and tells why; insisting is refused; show_config agrees."""
+    named = {name: backends.Backend(name, *(print,) * 3) for name in ("native", "triton")}
+    monkeypatch.setattr(backends, "_loaded", {"reference": backends._reference, "native": named["native"]})
+    if triton:
+        monkeypatch.setitem(backends._loaded, "triton", named["triton"])
+    monkeypatch.setattr(backends, "_missing", {} if triton else {"triton": "it is not installed"})
+    for name in ("_setting", "plain", "_gpu", "_warned"):
+        monkeypatch.setattr(backends, name, getattr(backends, name))
+    monkeypatch.setattr(backends, "_serving", dict(backends._serving))
+    monkeypatch.setattr(backends, "_has_kernels", lambda name, device: device == "cuda" or name == "native")
+    built = types.SimpleNamespace(**vars(backends._build_info()) | {"CUDA_ARCHES": ("8.0", "9.0")})
+    monkeypatch.setattr(backends, "_build_info", lambda: built)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+    fastvae.set_backend("auto")
+    assert backends._serving["cuda"].name == "native"  # before torch has met the GPU
+    with fastvae.use_backend("native"):
+        backends._meet_gpu()
+        if covered:
+            assert backends.choose(CUDA).name == "native"
+        else:
+            with pytest.raises(RuntimeError, match=r"'native' has no kernels for cuda tensors: it.* GPU has"):
+                backends.choose(CUDA)
+    expected = "native" if covered else "triton" if triton else "reference"
+    if expected == "reference":
+        monkeypatch.setattr(backends, "_warned", False)
+        major, minor = capability
+        with pytest.warns(RuntimeWarning, match=rf"GPU has {major}\.{minor}.*Triton: it is not installed"):
+            backends.choose(CUDA)
+    assert backends.choose(CUDA).name == expected
+    assert serving() == "native"
+    text = fastvae.show_config()
+    assert re.search(rf"nll +native +{expected} +reference", text)
+    assert ("native on cuda: it" in text) != covered
+
+
+MEETING = """
+import platform, sys, torch, types
+sys.modules["fastvae._build_info"] = types.SimpleNamespace(
+    TORCH_VERSION=torch.__version__, PYTHON_VERSION=platform.python_version(), CUDA_ARCHES=("8.0", "9.0")
+)
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+torch._C._dispatch_has_kernel_for_dispatch_key = lambda op, key: key == "CUDA" or has_kernel(op, key)
+asked = []
+torch.cuda.get_device_capability = lambda *_: asked.append(1) or (7, 5)
+torch.cuda.is_available = lambda: True
+torch._C._cuda_getDeviceCount, torch._C._cuda_init, torch.cuda._cudart = lambda: 1, lambda: None, torch
+{before}
+from fastvae import backend
+print(len(asked), backend._serving.get("cuda", backend._reference).name)
+torch.cuda.init()
+print(len(asked), backend._serving.get("cuda", backend._reference).name)
+"""
+
+
+@pytest.mark.parametrize("before", ["", "torch.cuda.init()"], ids=["at first", "before the import"])
+def test_a_gpu_is_met_when_torch_initialises_it(before: str) -> None:
+    """And is not asked for at import, which would initialise it."""
+    done = python(MEETING.format(before=before))
+    assert done.returncode == 0, done.stderr
+    triton = "triton" if backends._load("triton") is not None else "reference"
+    assert done.stdout.splitlines() == [f"1 {triton}" if before else "0 native", f"1 {triton}"]
+
+
 def test_a_patch_release_of_torch_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     real = backends._build_info()
     patched = ".".join(torch.__version__.split(".")[:2]) + ".99+other"

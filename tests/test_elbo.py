@@ -1,6 +1,8 @@
 """`fastvae.ELBO` and the likelihood modules, as a user calls them."""
 
+import copy
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 
@@ -150,12 +152,13 @@ def test_beta_is_a_setting_not_a_weight() -> None:
     assert elbo.beta.item() == 0.5
 
 
-def test_beta_after_meta_initialisation() -> None:
+@pytest.mark.parametrize("cast", [nn.Module.float, nn.Module.half])
+def test_beta_after_meta_initialisation(cast: Callable[[nn.Module], nn.Module]) -> None:
     with torch.device("meta"):
-        elbo = fastvae.ELBO("bernoulli", beta=0.5)
+        elbo = cast(fastvae.ELBO("bernoulli", beta=0.1))
     elbo.to_empty(device="cpu").beta.fill_(float("nan"))  # what memory holds
     elbo.reset_parameters()
-    assert elbo.beta.item() == 0.5
+    torch.testing.assert_close(elbo.beta, torch.tensor(0.1), rtol=0, atol=0)
     elbo.beta = 0.25
     elbo.to_empty(device="cpu").reset_parameters()
     assert elbo.beta.item() == 0.25
@@ -168,9 +171,34 @@ def test_a_refused_reduction_changes_nothing() -> None:
     assert elbo.reduction == "sum"
 
 
-def test_beta_survives_a_cast(backend: str, data: dict[str, Tensor]) -> None:
-    """`model.half()` casts buffers along; the loss still knows what to do with it."""
-    elbo = fastvae.ELBO("bernoulli", beta=0.5).half()
+@pytest.mark.parametrize("given", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+@pytest.mark.parametrize(
+    "cast",
+    [
+        nn.Module.half,
+        nn.Module.bfloat16,
+        nn.Module.double,
+        lambda model: model.to("cpu", torch.bfloat16),
+        lambda model: copy.deepcopy(model.half()).float(),
+        lambda model: pickle.loads(pickle.dumps(model.half())),
+    ],
+    ids=["half", "bfloat16", "double", "to", "deepcopy", "pickle"],
+)
+def test_beta_keeps_its_digits_in_a_cast(
+    backend: str, data: dict[str, Tensor], cast: Callable[[nn.Module], nn.Module], given: float | Tensor
+) -> None:
+    """Of a whole model, whose other buffers are cast."""
+    model = nn.Sequential(nn.Linear(3, 3), fastvae.ELBO("bernoulli"))
+    model[1].beta = given
+    elbo = cast(model)[1]
+    assert elbo.beta.dtype == torch.float32
+    out = elbo(**data)
+    torch.testing.assert_close(out.loss, (out.nll + torch.tensor(0.1) * out.kl).mean(), rtol=1e-6, atol=0)
+
+
+def test_a_beta_cast_by_hand_still_serves(backend: str, data: dict[str, Tensor]) -> None:
+    elbo = fastvae.ELBO("bernoulli")
+    elbo.register_buffer("beta", torch.tensor(0.5, dtype=torch.float16), persistent=False)
     out = elbo(**data)
     assert out.loss.dtype == torch.float32
     torch.testing.assert_close(out.loss, (out.nll + 0.5 * out.kl).mean())

@@ -478,6 +478,26 @@ WRONG = {
         TypeError,
         "fastvae.gaussian_kl: `logvar` must be float32 as `mu`, got float16; did you mean logvar.to(mu.dtype)?",
     ),
+    "float32 logvar of a half mu": Wrong(
+        lambda: elbo(FLAT, FLAT, FLAT.bfloat16(), FLAT),
+        TypeError,
+        "fastvae.gaussian_kl: `logvar` must be bfloat16 as `mu`, got float32; did you mean mu.float()?",
+    ),
+    "learned prior of a half posterior": Wrong(
+        lambda: fv.reparameterize_kl(FLAT.half(), FLAT.half(), FLAT, FLAT),
+        TypeError,
+        "fastvae.reparameterize_kl: `prior_mu` must be float16 as `mu`, got float32; did you mean mu.float()?",
+    ),
+    "float32 logvar of a half mean": Wrong(
+        lambda: fv.gaussian_nll(FLAT.half(), FLAT, FLAT),
+        TypeError,
+        "fastvae.gaussian_nll: `logvar` must be float16 as `mean`, got float32; did you mean mean.float()?",
+    ),
+    "float32 noise of a half posterior": Wrong(
+        lambda: fv.reparameterize_kl(FLAT.half(), FLAT.half(), eps=FLAT),
+        TypeError,
+        "fastvae.reparameterize_kl: `eps` must be float16 as `mu`, got float32; did you mean eps.to(mu.dtype)?",
+    ),
     "float64 target": Wrong(
         lambda: elbo(FLAT, FLAT.double(), kl=ROWS),
         TypeError,
@@ -604,6 +624,33 @@ WRONG = {
         lambda: fv.categorical_nll(FLAT.unsqueeze(1), ROWS.long().unsqueeze(1).to_sparse()),
         TypeError,
         "fastvae.categorical_nll: `target` must be dense, got torch.sparse_coo; did you mean target.to_dense()?",
+    ),
+    "sparse probabilities": Wrong(
+        lambda: elbo(FLAT.to_sparse(), FLAT, kl=ROWS, likelihood=Bernoulli(from_probs=True)),
+        TypeError,
+        "fastvae.ELBO: `recon` must be dense, got torch.sparse_coo; did you mean recon.to_dense()?",
+    ),
+    "CSR probabilities": Wrong(
+        lambda: Bernoulli(from_probs=True).nll(CSR, FLAT),
+        TypeError,
+        "fastvae.bernoulli_nll: `logits` must be dense, got torch.sparse_csr; did you mean logits.to_dense()?",
+    ),
+    "nested probabilities": Wrong(
+        lambda: elbo(nested(torch.strided), FLAT, kl=ROWS, likelihood=Bernoulli(from_probs=True)),
+        TypeError,
+        "fastvae.ELBO: `recon` must be dense, got a nested tensor",
+    ),
+    "sparse levels to validate": Wrong(
+        lambda: fv.discretized_logistic_nll(HEAD, LEVELS.to_sparse(), validate=True),
+        TypeError,
+        "fastvae.discretized_logistic_nll: `target` must be dense, got torch.sparse_coo; "
+        "did you mean target.to_dense()?",
+    ),
+    "sparse levels of a mixture to validate": Wrong(
+        lambda: fv.discretized_logistic_mixture_nll(MIXED, LEVELS.to_sparse(), components=5, validate=True),
+        TypeError,
+        "fastvae.discretized_logistic_mixture_nll: `target` must be dense, got torch.sparse_coo; "
+        "did you mean target.to_dense()?",
     ),
     "sparse levels": Wrong(
         lambda: fv.discretized_logistic_nll(HEAD, LEVELS.to_sparse()),

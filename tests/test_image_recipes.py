@@ -595,6 +595,21 @@ def test_a_step_that_is_not_finite_is_skipped(colours, tmp_path, monkeypatch, ca
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
 
 
+def test_an_epoch_of_steps_that_are_not_finite(colours, tmp_path, monkeypatch, capsys):
+    """The discriminator has stepped meanwhile: the learning rate may be the cause from the first epoch on."""
+    add = Module._add_adversarial
+
+    def spoil(self, loss, share):
+        add(self, loss, share)
+        next(self.decoder.parameters()).grad.fill_(math.nan)
+
+    monkeypatch.setattr(Module, "_add_adversarial", spoil)
+    assert train("vae-gan", tmp_path / "run", colours, "--epochs", "1") == 2
+    assert "every step of epoch 1 was skipped: the gradient of step 1 is not finite; try a smaller --lr" in (
+        one_line(capsys)
+    )
+
+
 def test_input_error_names_the_recipe():
     with pytest.raises(InputError, match="photos: images must be at least 8 x 8"):
         Photos().build((7, 7, 3))

@@ -719,11 +719,25 @@ def test_only_the_first_process_tells_of_a_mistake(tmp_path, capsys, monkeypatch
     assert capsys.readouterr().err == ""
 
 
-def test_run_that_never_steps_is_an_error(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(module.VAE, "decode", lambda self, z: self.decoder(z) * math.inf)
+@pytest.mark.parametrize(
+    ("epoch", "advice"),
+    [
+        (1, "with the weights that the run starts from, whatever --lr: look at the data"),
+        (2, "try a smaller --lr, or --clip 1"),
+    ],
+)
+def test_epoch_that_never_steps_is_an_error(tmp_path, capsys, monkeypatch, epoch, advice):
+    """Before a first step the learning rate cannot be its cause, after one it may be."""
+
+    def decode(self, z):
+        return self.decoder(z) * (math.inf if self.training and self.current_epoch + 1 == epoch else 1)
+
+    monkeypatch.setattr(module.VAE, "decode", decode)
     assert train(tmp_path / "run", "--epochs", "2") == 2
-    assert "every step of epoch 1 was skipped: nll of step 1 is not finite" in one_line(capsys)
-    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    line = one_line(capsys)
+    assert f"every step of epoch {epoch} was skipped: nll of step 1 is not finite; " in line
+    assert advice in line
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists() == (epoch > 1)
 
 
 @pytest.mark.usefixtures("drawn")

@@ -80,9 +80,14 @@ class Metrics(Checkpoint):
             steps = int(trainer.num_training_batches)
             what = f"{model.first_skip} is not finite"
             if skipped == steps:
-                raise InputError(
-                    f"every step of epoch {row['epoch']} was skipped: {what}; try a smaller --lr, or --clip 1"
-                )
+                advice = "try a smaller --lr, or --clip 1"
+                if row["epoch"] == 1 and model.automatic_optimization:
+                    # No weight has moved yet. (Of several optimizers another one may have stepped.)
+                    advice = (
+                        "it is so with the weights that the run starts from, whatever --lr: look at the data, and at "
+                        "what encoder and decoder make of them"
+                    )
+                raise InputError(f"every step of epoch {row['epoch']} was skipped: {what}; {advice}")
             self.say(f"warning: {skipped} of {steps} steps skipped, the weights left as they were: {what}")
         if not math.isfinite(row[MONITOR]):
             self.say(
