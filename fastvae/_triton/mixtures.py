@@ -243,22 +243,26 @@ def logistic_kernel(
                 above = (logit - top) + (linear - top_linear)
                 ratio = exp(-tl.abs(above))
                 higher = above > 0.0
-                masses = tl.where(higher, masses * ratio + factor, masses + factor * ratio)
+                masses = masses * tl.where(higher, ratio, 1.0) + factor * tl.where(higher, 1.0, ratio)
                 top = tl.where(higher, logit, top)
                 top_linear = tl.where(higher, linear, top_linear)
                 above = logit - top_logit
                 ratio = exp(-tl.abs(above))
                 higher = above > 0.0
-                priors = tl.where(higher, priors * ratio + 1.0, priors + ratio)
+                priors = priors * tl.where(higher, ratio, 1.0) + tl.where(higher, 1.0, ratio)
                 top_logit = tl.where(higher, logit, top_logit)
-            sums += tl.where(inside, tl.log(priors / masses) + (top_logit - top) - top_linear, 0.0)
+            top_linear += top - top_logit  # from here on, beside the highest logit: one number less to keep
+            sums += tl.where(inside, tl.log(priors / masses) - top_linear, 0.0)
             if slopes is not None:
+                posterior = -weights / masses
+                prior = weights / priors
                 for k in range(0, K):
                     logit, linear, factor, m0, m1, m2, s0, s1, s2, c0, c1, c2 = component(
                         first, places, k, K, step, inside, n0, n1, n2, highest, width, least, smallest, MIXED
                     )
-                    share = -weights * factor * exp((logit - top) + (linear - top_linear)) / masses
-                    by_logit = weights * exp(logit - top_logit) / priors + share
+                    logit -= top_logit
+                    share = posterior * factor * exp((logit + linear) - top_linear)
+                    by_logit = prior * exp(logit) + share
                     store_plane(slopes, places, k, step, inside, by_logit)
                     store_plane(slopes, places, K + k, step, inside, m0 * share)
                     store_plane(slopes, places, 2 * K + k, step, inside, s0 * share)
