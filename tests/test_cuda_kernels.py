@@ -437,6 +437,21 @@ def test_levels_apart(kernels: Kernels, components: int, channels: int) -> None:
         _, nll, gradient = kernels.logistic(wide, clamped, components, levels=31)
         close(nll, test_discretized.nll(reference, wide.double(), clamped, components, bits=5), 5e-6)
         assert gradient.isfinite().all()
+        wide[2, components - 1, 5] = -math.inf  # none is left
+        _, nll, gradient = kernels.logistic(wide, clamped, components, levels=31)
+        assert nll.isnan().tolist() == [False, False, True, False]
+        assert gradient.isnan().nonzero()[:, [0, 2]].unique(dim=0).tolist() == [[2, 5]]
+
+
+@pytest.mark.parametrize("shift", test_discretized.SHIFTS)
+@pytest.mark.parametrize(("components", "channels"), [(1, 3), (3, 1), (3, 3), (10, 3), (40, 3)])
+def test_large_logits(kernels: Kernels, components: int, channels: int, shift: float) -> None:
+    params, target = test_discretized.large_logits(components, channels, shift)
+    want = test_discretized.value_and_gradient(reference, params.double(), target, components)
+    weights = torch.linspace(0.5, 1.5, len(target))
+    _, nll, _ = kernels.logistic(params, target, components)
+    _, _, gradient = kernels.logistic(params, target, components, grad_nll=weights)
+    test_discretized.check((nll, gradient), want, torch.float32)
 
 
 @pytest.mark.parametrize("components", [0, 2])
@@ -967,7 +982,7 @@ def test_nothing_is_spilled(compiled: list[Kernel]) -> None:
         bound = next(bound for pattern, bound in REGISTERS if re.match(pattern, kernel.name))
         assert kernel.registers <= bound, kernel[:6]
         # Of the least that a multiprocessor has, 100 KiB, for three blocks of a mixture and four of a categorical.
-        shared = 20 << 10 if "mixture" in kernel.name else 3 << 10 if "categorical" in kernel.name else 1024
+        shared = 24 << 10 if "mixture" in kernel.name else 3 << 10 if "categorical" in kernel.name else 1024
         assert kernel.shared <= shared, kernel[:6]
 
 

@@ -374,16 +374,26 @@ def test_components_of_unlike_scales(
     check(value_and_gradient(functional, params, target, 2, **options), want, torch.float32)
 
 
-@pytest.mark.parametrize("shift", [300.0, 3000.0])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_shift_of_all_logits_changes_nothing(native: None, channels: int, shift: float) -> None:
-    params, target = make(4, channels, (64, 3))
-    params[:, :4] = (4 * params[:, :4]).round() / 4  # exact in float32 when shifted, too
-    params = params.float()
-    shifted = params.clone()
-    shifted[:, :4] += shift
-    got, want = (nll(functional, p, target, 4) for p in (shifted, params))
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+SHIFTS = (300.0, 1e4, -1e4, 1e30)
+
+
+def large_logits(components: int, channels: int, shift: float) -> tuple[Tensor, Tensor]:
+    """float32 parameters with `shift` in every logit; of several components the first or the last is off."""
+    params, target = make(components, channels, (6, 7))
+    params[:, :components] += shift
+    if components > 1:
+        params[:, 0, ::2] = params[:, components - 1, 1::2] = -math.inf
+    return params.float(), target
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+@pytest.mark.parametrize(("components", "channels"), [(1, 3), (4, 1), (4, 3), (40, 3)])
+def test_a_shift_of_all_logits_costs_no_digits(
+    backend: str, components: int, channels: int, shift: float
+) -> None:
+    params, target = large_logits(components, channels, shift)
+    want = value_and_gradient(reference, params.double(), target, components)
+    check(value_and_gradient(functional, params, target, components), want, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -436,6 +446,9 @@ def test_a_component_that_is_switched_off(backend: str) -> None:
         value, gradient = value_and_gradient(functional, params.to(dtype), target, 3)
         torch.testing.assert_close(value.double(), nll(reference, rest, target, 2), rtol=1e-5, atol=0)
         assert gradient.isfinite().all()
+        off = params.to(dtype)
+        off[1, :3, 4] = -math.inf  # none is left
+        assert nll(functional, off, target, 3).isnan().tolist() == [False, True]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

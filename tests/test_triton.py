@@ -117,6 +117,15 @@ def test_discretized_logistics(
     test_discretized.check(got, want, dtype)
 
 
+@pytest.mark.parametrize("shift", test_discretized.SHIFTS)
+@pytest.mark.parametrize(("components", "channels"), [(5, 1), (3, 3)])
+def test_large_logits(device: torch.device, components: int, channels: int, shift: float) -> None:
+    params, target = (x.to(device) for x in test_discretized.large_logits(components, channels, shift))
+    got = test_discretized.value_and_gradient(functional, params, target, components)
+    want = test_discretized.value_and_gradient(reference, params.double(), target, components)
+    test_discretized.check(got, want, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("shape", [(3, 4, 5000), (4, 3, 33), (5, 7)], ids=cases.ids)
 @pytest.mark.parametrize("weights", [None, 0.25], ids=["mean", "rows"])

@@ -33,7 +33,9 @@ template <class C, int kChannels>
 struct Component {
   static constexpr int kBlocks = kChannels == 3 ? 3 : 2;
 
-  C logit, linear, factor;  // its share of the pixel's mass is e^linear factor, over the sum of all e^logit
+  // Its share of the pixel's mass is e^(logit + linear) factor, over the sum of all e^logit. Added up, the two would lose the digits of
+  // `linear` where logits are large.
+  C logit, linear, factor;
   C by_mean[kChannels], by_log_scale[kChannels], by_coefficient[3];
 
   Component() = default;
@@ -45,7 +47,8 @@ struct Component {
     T raw[1 + kBlocks * kChannels];
 #pragma unroll
     for (int i = 0; i < 1 + kBlocks * kChannels; ++i) raw[i] = __ldg(at + i * step);
-    logit = linear = widened(raw[0]);
+    logit = widened(raw[0]);
+    linear = C(0);
     factor = C(1);
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
@@ -80,29 +83,41 @@ struct Component {
   }
 };
 
-// The sums of some components, as multiples of exponentials: e^top masses and e^top_logit weights.
+// The sums of some components, as multiples of exponentials: e^(logit + linear) masses, of the component with the highest of these, and
+// e^top_logit weights.
 template <class C>
 struct Mixed {
-  C top, masses, top_logit, weights;
+  C logit, linear, masses, top_logit, weights;
 
   template <int kChannels>
   FASTVAE_DEVICE explicit Mixed(const Component<C, kChannels>& one)
-      : top(one.linear), masses(one.factor), top_logit(one.logit), weights(1) {}
-  FASTVAE_DEVICE Mixed(C top_, C masses_, C top_logit_, C weights_)
-      : top(top_), masses(masses_), top_logit(top_logit_), weights(weights_) {}
-
-  FASTVAE_DEVICE void add(const Mixed& other) {
-    add(top, masses, other.top, other.masses);
-    add(top_logit, weights, other.top_logit, other.weights);
+      : logit(one.logit), linear(one.linear), masses(one.factor), top_logit(one.logit), weights(1) {}
+  FASTVAE_DEVICE explicit Mixed(const C* at)
+      : logit(at[0]), linear(at[kThreads]), masses(at[2 * kThreads]), top_logit(at[3 * kThreads]), weights(at[4 * kThreads]) {}
+  FASTVAE_DEVICE void store(C* at) const {
+    at[0] = logit, at[kThreads] = linear, at[2 * kThreads] = masses, at[3 * kThreads] = top_logit, at[4 * kThreads] = weights;
   }
 
+  FASTVAE_DEVICE void add(const Mixed& other) {
+    if (add(masses, other.masses, above(other.logit, other.linear), other.logit + other.linear))
+      logit = other.logit, linear = other.linear;
+    if (add(weights, other.weights, other.top_logit - top_logit, other.top_logit)) top_logit = other.top_logit;
+  }
+
+  // How far a component is above the highest.
+  FASTVAE_DEVICE C above(C its_logit, C its_linear) const { return (its_logit - logit) + (its_linear - linear); }
+
  private:
-  static FASTVAE_DEVICE void add(C& top, C& sum, C other_top, C other_sum) {
+  // The other's exponent is `above` this one's. True: it is the higher, and the sum's from now on.
+  static FASTVAE_DEVICE bool add(C& sum, C other_sum, C above, C other_exponent) {
     using P = math::Primitives<C>;
     // Two that are switched off, at minus infinity, have no distance.
-    const C lowest(-1e38f), higher = top < other_top ? other_top : top, common = higher < lowest ? lowest : higher;
-    sum = sum * P::exp_bounded(top - common) + other_sum * P::exp_bounded(other_top - common);
-    top = common;
+    const C lowest(-1e38f);
+    above = other_exponent < lowest ? lowest : above;
+    const bool higher = above > C(0);
+    const C ratio = P::exp_bounded(P::neg_abs(above));
+    sum = higher ? P::fma(sum, ratio, other_sum) : P::fma(other_sum, ratio, sum);
+    return higher;
   }
 };
 
@@ -112,8 +127,8 @@ __global__ void __launch_bounds__(kThreads, mixture_resident(kChannels, sizeof(T
   using C = Compute<T>;
   using P = math::Primitives<C>;
   using One = Component<C, kChannels>;
-  FASTVAE_SHARED(C, parts, 4 * kThreads);  // a Mixed of each thread
-  FASTVAE_SHARED(C, whole, 4 * kThreads);  // of each pixel: top, top_logit, and the factors of the components' terms
+  FASTVAE_SHARED(C, parts, 5 * kThreads);  // a Mixed of each thread
+  FASTVAE_SHARED(C, whole, 5 * kThreads);  // of each pixel: a Mixed, but for its sums the factors of the components' terms
   FASTVAE_SHARED(double, sums, kThreads);
   FASTVAE_SHARED(double, row_scratch, 2 * kThreads / kWarp);
   FASTVAE_SHARED(double, loss_scratch, kThreads / kWarp);
@@ -175,38 +190,25 @@ __global__ void __launch_bounds__(kThreads, mixture_resident(kChannels, sizeof(T
           one = One(at, K * plane_step, n, bins);
           some.add(Mixed<C>(one));
         }
-        C* part = parts + slot * slot_step + place * place_step;
-        part[0] = some.top, part[kThreads] = some.masses;
-        part[2 * kThreads] = some.top_logit, part[3 * kThreads] = some.weights;
+        some.store(parts + slot * slot_step + place * place_step);
       }
       __syncthreads();
       if (sums_row && first + pixel_pixel < end) {
         const C* part = parts + thread * place_step;
-        C top = part[0], top_logit = part[2 * kThreads];
-        for (int s = 1; s < slots; ++s) {
-          const C other = part[s * slot_step], other_logit = part[2 * kThreads + s * slot_step];
-          top = top < other ? other : top;
-          top_logit = top_logit < other_logit ? other_logit : top_logit;
-        }
-        C masses(0), weights(0);
-        for (int s = 0; s < slots; ++s) {
-          const int i = s * slot_step;
-          masses += part[kThreads + i] * P::exp_bounded(part[i] - top);
-          weights += part[3 * kThreads + i] * P::exp_bounded(part[2 * kThreads + i] - top_logit);
-        }
-        sum += static_cast<double>(P::log(P::divide(weights, masses)) + (top_logit - top));
-        whole[thread] = top, whole[kThreads + thread] = top_logit;
-        whole[2 * kThreads + thread] = P::divide(weight, masses), whole[3 * kThreads + thread] = P::divide(weight, weights);
+        Mixed<C> all(part);
+        for (int s = 1; s < slots; ++s) all.add(Mixed<C>(part + s * slot_step));
+        sum += static_cast<double>(P::log(P::divide(all.weights, all.masses)) + (all.top_logit - all.logit) - all.linear);
+        all.masses = P::divide(weight, all.masses), all.weights = P::divide(weight, all.weights);
+        all.store(whole + thread);
       }
       __syncthreads();
       if (inside && slopes) {
-        const C top = whole[place], top_logit = whole[kThreads + place];
-        const C posterior = whole[2 * kThreads + place], prior = whole[3 * kThreads + place];
+        const Mixed<C> all(whole + place);
         T* to = slopes + (row * args.slopes[0].row_stride + there + (k - slot) * plane_step);
 #pragma unroll 1
         while (true) {
-          const C share = -(one.factor * P::exp_bounded(one.linear - top) * posterior);
-          one.store(to, K * plane_step, P::fma(P::exp_bounded(one.logit - top_logit), prior, share), share);
+          const C share = -(one.factor * P::exp_bounded(all.above(one.logit, one.linear)) * all.masses);
+          one.store(to, K * plane_step, P::fma(P::exp_bounded(one.logit - all.top_logit), all.weights, share), share);
           if (k < slots) break;
           k -= slots;
           at -= slots * plane_step;

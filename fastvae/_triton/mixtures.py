@@ -107,7 +107,7 @@ def store_plane(slopes, places, plane, step, inside, value):
 def component(
     first, places, k, K, step, inside, n0, n1, n2, levels, log_width, floor, small, CHANNELS: tl.constexpr
 ):
-    """(logit, linear, factor, nine slopes of its log-mass) of component k: see Mixture in csrc/cpu/mixtures.cpp.
+    """(logit, linear, factor, nine slopes of its log-mass) of component k: see Component in csrc/cuda/mixture.cuh.
 
     Slopes are by means, by log-scales and by coefficients; of one channel the first and the fourth are there.
     """
@@ -116,7 +116,7 @@ def component(
     distance = tl.fma(-load_plane(first, places, K + k, step, inside, C), levels, n0)
     scale = load_plane(first, places, 2 * K + k, step, inside, C)
     linear, _, _, _, factor, m0, s0 = log_mass(n0, distance, scale, levels, log_width, floor, small)
-    linear = logit - linear
+    linear = -linear
     m1, m2, s1, s2, c0, c1, c2 = m0, m0, s0, s0, m0, m0, m0
     if CHANNELS == 3:
         a, a_slope = tanh(load_plane(first, places, 3 * K + k, step, inside, C))
@@ -229,29 +229,40 @@ def logistic_kernel(
                     2.0 * tl.minimum(tl.load(target + data_places + 2 * data_step, inside, 0).to(C), highest)
                     - highest
                 )
-            # Below any; with -inf, a first component of weight 0 would make -inf less -inf.
+            # As Mixed in csrc/cuda/mixture.cuh. The first are below any; with -inf, a first component of weight 0 would
+            # make -inf less -inf.
             top = tl.full((ROWS, COLUMNS), -1e38, C)
-            top_logit = tl.full((ROWS, COLUMNS), -1e38, C)
-            masses = tl.zeros((ROWS, COLUMNS), C)  # sum of e^(linear - top) factor
+            top_linear = tl.zeros((ROWS, COLUMNS), C)
+            top_logit = top
+            masses = tl.zeros((ROWS, COLUMNS), C)  # sum of e^((logit - top) + (linear - top_linear)) factor
             priors = tl.zeros((ROWS, COLUMNS), C)  # sum of e^(logit - top_logit)
             for k in range(0, K):
                 logit, linear, factor, _, _, _, _, _, _, _, _, _ = component(
                     first, places, k, K, step, inside, n0, n1, n2, highest, width, least, smallest, MIXED
                 )
-                higher = tl.where(linear > top, linear, top)
-                masses = masses * exp(top - higher) + factor * exp(linear - higher)
-                top = higher
-                higher = tl.where(logit > top_logit, logit, top_logit)
-                priors = priors * exp(top_logit - higher) + exp(logit - higher)
-                top_logit = higher
-            sums += tl.where(inside, tl.log(priors / masses) + (top_logit - top), 0.0)
+                above = (logit - top) + (linear - top_linear)
+                ratio = exp(-tl.abs(above))
+                higher = above > 0.0
+                masses = masses * tl.where(higher, ratio, 1.0) + factor * tl.where(higher, 1.0, ratio)
+                top = tl.where(higher, logit, top)
+                top_linear = tl.where(higher, linear, top_linear)
+                above = logit - top_logit
+                ratio = exp(-tl.abs(above))
+                higher = above > 0.0
+                priors = priors * tl.where(higher, ratio, 1.0) + tl.where(higher, 1.0, ratio)
+                top_logit = tl.where(higher, logit, top_logit)
+            top_linear += top - top_logit  # from here on, beside the highest logit: one number less to keep
+            sums += tl.where(inside, tl.log(priors / masses) - top_linear, 0.0)
             if slopes is not None:
+                posterior = -weights / masses
+                prior = weights / priors
                 for k in range(0, K):
                     logit, linear, factor, m0, m1, m2, s0, s1, s2, c0, c1, c2 = component(
                         first, places, k, K, step, inside, n0, n1, n2, highest, width, least, smallest, MIXED
                     )
-                    share = -weights * factor * exp(linear - top) / masses
-                    by_logit = weights * exp(logit - top_logit) / priors + share
+                    logit -= top_logit
+                    share = posterior * factor * exp((logit + linear) - top_linear)
+                    by_logit = prior * exp(logit) + share
                     store_plane(slopes, places, k, step, inside, by_logit)
                     store_plane(slopes, places, K + k, step, inside, m0 * share)
                     store_plane(slopes, places, 2 * K + k, step, inside, s0 * share)
