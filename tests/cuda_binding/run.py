@@ -13,6 +13,7 @@ if __name__ == "__main__":
     extension = types.ModuleType("fastvae._C")
     extension.cpu_capability = lambda: "none"  # type: ignore[attr-defined]
     extension.empty_buffer_pool = lambda: 0  # type: ignore[attr-defined]
+    extension.plain = None  # type: ignore[attr-defined]  # every call takes the way of CUDA tensors, past that short cut
     extension.set_capturing = ctypes.CDLL(binding).set_capturing  # type: ignore[attr-defined]
     extension.launches = ctypes.CDLL(kernels).launches  # type: ignore[attr-defined]
     sys.modules["fastvae._C"] = extension
