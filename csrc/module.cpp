@@ -1,7 +1,9 @@
 // The Python module fastvae._C. Importing it registers the ops (csrc/ops/library.cpp), which torch.ops.fastvae calls.
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "ops/buffer_pool.h"
@@ -32,31 +34,45 @@ const Tensor* plain_floats(py::handle object) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf ? t : nullptr;
 }
 
-bool in_transform() { return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode); }
+// A transform of torch.func, or a TorchFunctionMode, which is to see the op.
+bool watched() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         at::impl::torch_function_mode_enabled();
+}
 
 py::object wrapped(const Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); }
 py::object wrapped(const std::tuple<Tensor, Tensor>& t) { return py::make_tuple(wrapped(std::get<0>(t)), wrapped(std::get<1>(t))); }
 
-// What `op` returns; None where it refuses its arguments.
+// What `op` returns; None where it refuses its arguments. Torch turns the other exceptions into Python's: pybind11 could do so only if it
+// were the version that torch was built with.
 template <class Op>
-py::object unless_refused(const Op& op) {
+PyObject* call(const Op& op) {
+  HANDLE_TH_ERRORS
   try {
     const auto result = [&] {
       const py::gil_scoped_release no_gil;
       return op();
     }();
-    return wrapped(result);
+    return wrapped(result).release().ptr();
   } catch (const c10::ValueError&) {
-    return py::none();
+    return py::none().release().ptr();
   } catch (const c10::TypeError&) {
-    return py::none();
+    return py::none().release().ptr();
   }
+  END_HANDLE_TH_ERRORS
+}
+
+template <class Op>
+py::object unless_refused(const Op& op) {
+  PyObject* result = call(op);
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
 }
 
 py::object nll(std::string_view likelihood, const py::sequence& params, py::handle target, const std::vector<double>& constants,
                py::handle kl, py::handle beta, int64_t reduction) {
   const auto& row = likelihood_row(likelihood);
-  if (in_transform() || (row.family != Family::elementwise && row.family != Family::logistic)) return py::none();
+  if (watched() || (row.family != Family::elementwise && row.family != Family::logistic)) return py::none();
   Tensors tensors;
   for (const py::handle param : params) {
     const Tensor* t = plain_floats(param);
@@ -80,7 +96,7 @@ py::object nll(std::string_view likelihood, const py::sequence& params, py::hand
 // A standard normal prior, one draw, noise from the default generator.
 py::object reparameterize_kl(py::handle mu, py::handle logvar) {
   const Tensor *m = plain_floats(mu), *v = plain_floats(logvar);
-  if (!m || !v || in_transform()) return py::none();
+  if (!m || !v || watched()) return py::none();
   static const auto handle = op<ReparameterizeKl>("fastvae::reparameterize_kl");
   return unless_refused([&] { return handle.call(*m, *v, {}, {}, {}, {}, 0, {}, {}); });
 }
@@ -88,7 +104,7 @@ py::object reparameterize_kl(py::handle mu, py::handle logvar) {
 // A standard normal prior.
 py::object gaussian_kl(py::handle mu, py::handle logvar, bool per_element) {
   const Tensor *m = plain_floats(mu), *v = plain_floats(logvar);
-  if (!m || !v || in_transform()) return py::none();
+  if (!m || !v || watched()) return py::none();
   static const auto handle = op<KlForward>("fastvae::gaussian_kl");
   return unless_refused([&] { return handle.call(*m, *v, {}, {}, per_element); });
 }
@@ -97,7 +113,7 @@ py::object gaussian_kl(py::handle mu, py::handle logvar, bool per_element) {
 }  // namespace fastvae
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The compiled kernels of fastvae, reached through torch.ops.fastvae.";
+  m.doc() = "The compiled kernels of fastvae, reached through torch.ops.fastvae and through `plain`.";
   m.def("cpu_capability", [] { return fastvae::cpu::kernels().capability; }, "The instruction set of the CPU kernels in use.");
   m.def("empty_buffer_pool", &fastvae::empty_buffer_pool, "Free the unused CPU buffers; returns how many bytes.");
   auto plain = m.def_submodule("plain", "The ops for plain CPU tensors that fit together; None for any others.");

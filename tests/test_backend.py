@@ -169,6 +169,7 @@ UNUSUAL: dict[str, Callable[[], object]] = {
     "a posterior of two dtypes": lambda: backends.plain.gaussian_kl(A, A.double(), False),
     "no batch": lambda: backends.plain.reparameterize_kl(ONE, ONE),
     "a mode": lambda: _inside(FlopCounterMode(display=False), lambda: _nll([A])),
+    "a function mode": lambda: _inside(torch.overrides.BaseTorchFunctionMode(), lambda: _nll([A])),
     "fake tensors": lambda: _inside(torch._subclasses.FakeTensorMode(), lambda: _nll([torch.zeros(2, 3)])),
     "a transform": _transformed,
     "a tangent": _with_tangent,

@@ -530,6 +530,7 @@ def test_the_reference_serves_where_there_is_no_kernel(monkeypatch: pytest.Monke
         raise AssertionError("this backend has no such kernel")
 
     monkeypatch.setitem(backend._serving, "cpu", backend.Backend("triton", missing, missing, missing))
+    monkeypatch.setattr(backend, "plain", None)
     logits, target = data((3, 4, 7), torch.float32)
     monkeypatch.setattr(backend, "_told", set())
     monkeypatch.setitem(backend._LACKS, ("triton", "cpu"), ("categorical",))

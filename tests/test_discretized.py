@@ -349,6 +349,21 @@ def test_as_accurate_as_eager_in_wide_bins(native: None, bits: int, dtype: torch
     assert ((got - want).abs() <= (eager - want).abs() + 5e-6 * want).all()
 
 
+@pytest.mark.parametrize("log_scale", [-6.9, -10.0, -20.0, -50.0])
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_a_bin_with_all_the_mass_pulls_at_nothing(native: None, bits: int, log_scale: float) -> None:
+    """Bins up to e^50 scales wide: what should cancel would be multiplied by their width."""
+    target = torch.full((1, 1, 4), 2 ** (bits - 1), dtype=torch.uint8)
+    x = 2 * target.double() / (2**bits - 1) - 1
+    params = torch.cat((x, torch.full_like(x, log_scale)), 1)
+    slopes = []
+    for module, dtype in ((functional, torch.float32), (reference, torch.float64)):
+        leaf = params.to(dtype).requires_grad_()
+        module.discretized_logistic_nll(leaf, target, bits=bits, log_scale_floor=-60.0).sum().backward()
+        slopes.append(leaf.grad[:, 1].double())
+    torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("bits", "wide", "narrow", "floor"), [(5, 5.7, -7.0, -7.0), (2, 8.1, -5.0, -7.0), (8, 3.66, -9.0, -10.0)]
 )

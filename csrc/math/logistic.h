@@ -60,12 +60,12 @@ struct LogMass {
     constexpr bool in_double = sizeof(typename P::Scalar) == 8;
     const V zero(0), one(1), h = x.h, size = P::abs(x.u), y = size - h;
     const ExpPair<V> r = P::exp_pair(P::neg(h)), q = P::exp_pair(P::neg(size));
-    // e^-relu(size - h) and e^-relu(h - size), of which one is 1: the other is e^-|size - h|.
-    const V inverse_larger = P::divide(one, P::at_least(q.exp, r.exp));
-    V tail = q.exp * inverse_larger, inside = r.exp * inverse_larger;
+    // e^-relu(size - h) and e^-relu(h - size), of which one is exactly 1: the other is e^-|size - h|.
+    const V larger = P::at_least(q.exp, r.exp);
+    V tail = P::divide(q.exp, larger), inside = P::divide(r.exp, larger);
     if (const auto wide = P::less(V(40), h); P::any(wide)) {
-      tail = P::select(wide, P::exp_bounded(P::neg(P::relu(y))), tail);
-      inside = P::select(wide, P::exp_bounded(P::neg(P::relu(P::neg(y)))), inside);
+      tail = P::select(wide, P::at_most(P::exp_bounded(P::neg(P::relu(y))), one), tail);
+      inside = P::select(wide, P::at_most(P::exp_bounded(P::neg(P::relu(P::neg(y)))), one), inside);
     }
     const V near = P::at_most(tail, inside), far = q.exp * r.exp;
     const V e_exact = P::fma(near, far, near + far), narrowing = P::neg(r.minus_1) * (one + r.exp);
