@@ -94,6 +94,11 @@ def _check_floating(where: str, name: str, value: Any) -> None:
         )
 
 
+def _widened(value: Tensor, like: Tensor) -> bool:
+    """Whether `value` is float32 beside a half `like`, as autocast makes of a model with a float32 layer."""
+    return value.dtype == torch.float32 and like.dtype in (torch.float16, torch.bfloat16)
+
+
 def _check_like(where: str, name: str, value: Any, like_name: str, like: Tensor) -> None:
     """`value` is a dense tensor of the dtype, device and shape of `like`."""
     if not isinstance(value, Tensor):
@@ -101,9 +106,12 @@ def _check_like(where: str, name: str, value: Any, like_name: str, like: Tensor)
     if not _is_dense(value):
         raise TypeError(_layout_message(where, name, value))
     if value.dtype != like.dtype:
-        # A float32 layer under autocast: the digits are kept by widening the other. Noise has none to keep.
-        autocast = value.dtype == torch.float32 and like.dtype in (torch.float16, torch.bfloat16)
-        hint = f"{like_name}.float()" if autocast and name != "eps" else f"{name}.to({like_name}.dtype)"
+        # The digits are kept by widening the other. Noise has none to keep.
+        hint = (
+            f"{like_name}.float()"
+            if _widened(value, like) and name != "eps"
+            else f"{name}.to({like_name}.dtype)"
+        )
         raise TypeError(
             f"fastvae.{where}: `{name}` must be {_name(like.dtype)} as `{like_name}`, got {_name(value.dtype)}; "
             f"did you mean {hint}?"
@@ -448,8 +456,7 @@ def _check_beside(where: str, name: str, value: Any, like_name: str, like: Tenso
         raise TypeError(f"fastvae.{where}: `{name}` must be a Tensor, got {type(value).__name__}")
     if not _is_dense(value):
         raise TypeError(_layout_message(where, name, value))
-    autocast = value.dtype == torch.float32 and like.dtype in (torch.float16, torch.bfloat16)
-    if value.dtype != like.dtype and not autocast:
+    if value.dtype != like.dtype and not _widened(value, like):
         raise TypeError(
             f"fastvae.{where}: `{name}` must be {_name(like.dtype)} as `{like_name}`, got {_name(value.dtype)}; "
             f"did you mean {name}.to({like_name}.dtype)?"

@@ -18,11 +18,11 @@ namespace fastvae::math {
 inline namespace FASTVAE_ISA {
 
 // Scalar: the C type of one lane. Functions: exp, exp_bounded (x must not pass 88; of 0 it may be a unit more than 1), exp_parts and
-// exp_pair (see ExpParts and ExpPair; x must not pass 88 in the latter), log (of a positive, normal, finite number), log1p, log_factorial (fp64 only), log1p_parts (of x >= 0,
-// see Log1pParts), abs, neg, neg_abs = -|x|, relu, fma, fnma(a, b, c) = c - a b, divide (by a number of ordinary size), with_sign(size, x) =
-// size with the sign of x, for size >= 0, minimum, clamp, at_least(x, low) and at_most(x, high), which keep a NaN of x, less, either (of
-// two masks), select(mask, a, b) = mask ? a : b in each lane, if_negative(x, a, b) = x < 0 ? a : b, either of them where x is -0,
-// keep_where(mask, x) and zero_where(mask, x) = x or 0, and any(mask).
+// exp_pair (see ExpParts and ExpPair; x must not pass 88 in the latter), log (of a positive, normal, finite number), log1p, log_factorial
+// (fp64 only), log1p_parts (of x >= 0, see Log1pParts), abs, neg, neg_abs = -|x|, relu, fma, fnma(a, b, c) = c - a b, divide (by a number
+// of ordinary size), with_sign(size, x) = size with the sign of x, for size >= 0, minimum, clamp, at_least(x, low) and at_most(x, high),
+// which keep a NaN of x, less, either (of two masks), select(mask, a, b) = mask ? a : b in each lane, if_negative(x, a, b) = x < 0 ? a :
+// b, either of them where x is -0, keep_where(mask, x) and zero_where(mask, x) = x or 0, and any(mask).
 template <class V>
 struct Primitives;
 
