@@ -43,6 +43,9 @@ COMPILE_ARGS = [
     "-fopenmp",
     "-fno-math-errno",
     "-fno-trapping-math",
+    # Without it GCC leaves a kernel's instructions in the order of the source, chains that wait one behind the other.
+    "-fschedule-insns",
+    "-fsched-pressure",
     "-fvisibility=hidden",
     "-fvisibility-inlines-hidden",
     "-Wall",

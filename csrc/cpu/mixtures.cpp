@@ -12,9 +12,6 @@
 namespace fastvae::cpu::FASTVAE_ISA {
 namespace {
 
-constexpr int64_t kTile = 128;  // pixels that are staged at a time
-constexpr int64_t kStride = kTile + 16;  // of planes there: a power of two would have them share a few sets of the cache
-
 // A plane for each parameter, of consecutive pixels.
 template <class C>
 struct Planes {
@@ -24,13 +21,13 @@ struct Planes {
   C* at(int64_t plane, int64_t pixel) const { return data + plane * stride + pixel; }
 };
 
-// Memory that comes next: asked for plane by plane between the arithmetic, all at once would stall it.
+// Memory that comes next: asked for plane by plane between the arithmetic, all at once would stall it. The L1 cache has no room for it.
 struct Ahead {
   const char* next;
   int64_t stride, bytes, planes;
 
   void fetch(int64_t count) {
-    for (; count > 0 && planes > 0; --count, --planes, next += stride) prefetch(next, bytes);
+    for (; count > 0 && planes > 0; --count, --planes, next += stride) prefetch<true>(next, bytes);
   }
 };
 
@@ -55,7 +52,7 @@ math::Bins<V> bins_of(const LogisticArgs& args) {
 template <class C>
 struct Single {
   using V = Vec<C>;
-  static constexpr int64_t kPixels = kBlock;
+  static constexpr int64_t kPixels = kBlock, kTile = 128;
   static constexpr bool kInPlace = true;
 
   static int64_t planes(const LogisticArgs& args) { return 2 * args.channels; }
@@ -131,7 +128,9 @@ struct Single {
 template <class C, int kChannels>
 struct Mixture {
   using V = Vec<C>;
-  static constexpr int64_t kPixels = 256;
+  static constexpr int64_t kPixels = 256;  // of a task
+  // Staged at a time: a hundred planes of so many, in and out, fill half the L1 cache.
+  static constexpr int64_t kTile = 32;
   // A hundred planes whose distance is a power of two would share a few sets of the cache.
   static constexpr bool kInPlace = false;
   static constexpr int kBlocks = kChannels == 3 ? 3 : 2;
@@ -147,29 +146,44 @@ struct Mixture {
 
   static int64_t planes(const LogisticArgs& args) { return args.components * (1 + kBlocks * kChannels); }
 
-  explicit Mixture(const LogisticArgs& args) : bins(bins_of<V>(args)), all(bins_of<Each>(args)), components(args.components) {}
+  explicit Mixture(const LogisticArgs& args) : bins(bins_of<V>(args)), all(bins_of<Each>(args)), K(args.components), first(K), second(K) {}
 
   template <bool kSlopes>
   double nll(Tile<C>& tile) {
     constexpr std::integral_constant<int64_t, V::size()> whole;
     Sum<C> sum;
     int64_t i = 0;
-    for (; i + whole <= tile.pixels; i += whole) sum.add(0, step<kSlopes>(tile, i, whole));
-    if (i < tile.pixels) sum.add_lanes(step<kSlopes>(tile, i, tile.pixels - i), tile.pixels - i);
+    // Two vectors at a time: the second is looked at while the first waits for its last component.
+    for (; i + 2 * whole <= tile.pixels; i += 2 * whole) {
+      const V top[2] = {look<kSlopes>(tile, i, whole, first.data()), look<kSlopes>(tile, i + whole, whole, second.data())};
+      sum.add(0, finish<kSlopes>(tile, i, whole, first.data(), top[0]));
+      sum.add(1, finish<kSlopes>(tile, i + whole, whole, second.data(), top[1]));
+    }
+    while (i < tile.pixels) {
+      const int64_t rest = std::min<int64_t>(whole, tile.pixels - i);
+      sum.add_lanes(finish<kSlopes>(tile, i, rest, first.data(), look<kSlopes>(tile, i, rest, first.data())), rest);
+      i += rest;
+    }
     return sum.total();
   }
 
+  // What is to be known of each component; returns the highest `linear`.
   template <bool kSlopes, class Lanes>
-  V step(Tile<C>& tile, int64_t i, Lanes lanes) {
-    using P = math::Primitives<V>;
-    const auto K = static_cast<int64_t>(components.size());
-    // From a component to the next, and from a block of planes to the next: the addresses of a hundred planes take few instructions.
-    const int64_t next = tile.params.stride, block = K * next;
-    const C* logits = tile.params.at(0, i);
+  V look(Tile<C>& tile, int64_t i, Lanes lanes, Component* components) {
     Each n;
     for (int c = 0; c < kChannels; ++c) n.lane[c] = load_lanes(tile.data.at(c, i), lanes);
     const math::Level<Each> level(n, all);
+    if (level.any_edge) return look<kSlopes>(tile, i, lanes, components, level, std::true_type());
+    return look<kSlopes>(tile, i, lanes, components, level, std::false_type());
+  }
 
+  template <bool kSlopes, class Lanes, class Bool>
+  V look(Tile<C>& tile, int64_t i, Lanes lanes, Component* components, const math::Level<Each>& level, Bool any_edge) {
+    using P = math::Primitives<V>;
+    const Each& n = level.n;
+    // From a component to the next, and from a block of planes to the next: the addresses of a hundred planes take few instructions.
+    const int64_t next = tile.params.stride, block = K * next;
+    const C* logits = tile.params.at(0, i);
     V top_logit = load_lanes(logits, lanes), top;
     for (int64_t k = 1; k < K; ++k) {
       const V logit = load_lanes(logits + k * next, lanes);
@@ -197,7 +211,7 @@ struct Mixture {
         distance.lane[1] = P::fnma(tanh.value.lane[0], n.lane[0], distance.lane[1]);
         distance.lane[2] = P::fnma(tanh.value.lane[2], n.lane[1], P::fnma(tanh.value.lane[1], n.lane[0], distance.lane[2]));
       }
-      const math::LogMass<Each> mass(level, {distance, log_scale, all}, all);
+      const math::LogMass<Each> mass(level, {distance, log_scale, all}, all, any_edge);
       for (int c = 0; c < kChannels; ++c) {
         component.linear = component.linear - mass.linear.lane[c];
         component.factor = component.factor * mass.one_over.lane[c];
@@ -213,7 +227,14 @@ struct Mixture {
       }
       top = k == 0 ? component.linear : P::select(P::less(top, component.linear), component.linear, top);
     }
+    return top;
+  }
 
+  // The slopes, from what is known of each component; returns the nll.
+  template <bool kSlopes, class Lanes>
+  V finish(Tile<C>& tile, int64_t i, Lanes lanes, Component* components, V top) {
+    using P = math::Primitives<V>;
+    const int64_t block = K * tile.slopes.stride;
     V weights(0), masses(0);  // sum of e^logit; of e^(linear - top) factor
     for (int64_t k = 0; k < K; ++k) {
       Component& component = components[k];
@@ -244,36 +265,54 @@ struct Mixture {
 
   math::Bins<V> bins;
   math::Bins<Each> all;
-  std::vector<Component> components;
+  int64_t K;
+  std::vector<Component> first, second;  // of two vectors
 };
 
+// In place of a memcpy for each plane, which takes longer to be called than to copy.
+template <int64_t kTile, class C>
+void copy_tile(const C* from, int64_t from_stride, C* to, int64_t to_stride, int64_t planes) {
+  for (; planes > 0; --planes, from += from_stride, to += to_stride)
+    for (int64_t i = 0; i < kTile; i += Vec<C>::size()) Vec<C>::loadu(from + i).store(to + i);
+}
+
 // Pixels [begin, begin + n) of a row, by planes, from data whose planes lie one behind the other or, channels_last, alternate.
-template <class C>
+template <class Model, class C>
 void gather(const Operand& view, int64_t row, int64_t begin, int64_t n, int64_t planes, int64_t pixels, bool alternate, C* out,
             C* line) {
+  constexpr int64_t kTile = Model::kTile;
+  if (!alternate && n == kTile && view.type == dtype_of<C>()) {
+    copy_tile<kTile>(static_cast<const C*>(view.data) + row * view.row_stride + begin, pixels, out, kTile, planes);
+    return;
+  }
   if (!alternate) {
     for (int64_t p = 0; p < planes; ++p)
-      convert_in(view.data, view.type, row * view.row_stride + p * pixels + begin, out + p * kStride, n);
+      convert_in(view.data, view.type, row * view.row_stride + p * pixels + begin, out + p * kTile, n);
     return;
   }
   const int64_t start = row * view.row_stride + begin * planes;
   for (int64_t i = 0; i < n; ++i) {
     convert_in(view.data, view.type, start + i * planes, line, planes);
-    for (int64_t p = 0; p < planes; ++p) out[p * kStride + i] = line[p];
+    for (int64_t p = 0; p < planes; ++p) out[p * kTile + i] = line[p];
   }
 }
 
-template <class C>
+template <class Model, class C>
 void scatter(const C* in, const Result& view, int64_t row, int64_t begin, int64_t n, int64_t planes, int64_t pixels,
              bool alternate, C* line) {
+  constexpr int64_t kTile = Model::kTile;
+  if (!alternate && n == kTile && view.type == dtype_of<C>()) {
+    copy_tile<kTile>(in, kTile, static_cast<C*>(view.data) + row * view.row_stride + begin, pixels, planes);
+    return;
+  }
   if (!alternate) {
     for (int64_t p = 0; p < planes; ++p)
-      convert_out(in + p * kStride, view.data, view.type, row * view.row_stride + p * pixels + begin, n);
+      convert_out(in + p * kTile, view.data, view.type, row * view.row_stride + p * pixels + begin, n);
     return;
   }
   const int64_t start = row * view.row_stride + begin * planes;
   for (int64_t i = 0; i < n; ++i) {
-    for (int64_t p = 0; p < planes; ++p) line[p] = in[p * kStride + i];
+    for (int64_t p = 0; p < planes; ++p) line[p] = in[p * kTile + i];
     convert_out(line, view.data, view.type, start + i * planes, planes);
   }
 }
@@ -281,12 +320,12 @@ void scatter(const C* in, const Result& view, int64_t row, int64_t begin, int64_
 // Levels as they are, in half bins; those above the highest count as the highest.
 template <class C>
 void half_bins(const Operand& view, int64_t row, int64_t begin, int64_t n, int64_t channels, int64_t pixels, bool alternate,
-               int levels, C* out) {
+               int levels, int64_t stride, C* out) {
   const uint8_t* in = static_cast<const uint8_t*>(view.data) + row * view.row_stride;
   for (int64_t c = 0; c < channels; ++c) {
     const uint8_t* first = alternate ? in + begin * channels + c : in + c * pixels + begin;
     const int64_t step = alternate ? channels : 1;
-    for (int64_t i = 0; i < n; ++i) out[c * kStride + i] = static_cast<C>(2 * std::min<int>(first[i * step], levels) - levels);
+    for (int64_t i = 0; i < n; ++i) out[c * stride + i] = static_cast<C>(2 * std::min<int>(first[i * step], levels) - levels);
   }
 }
 
@@ -298,6 +337,7 @@ Ahead ahead(const View& view, int64_t row, int64_t begin, int64_t n, int64_t pla
 
 template <class C, class Model>
 void run(const LogisticArgs& args) {
+  constexpr int64_t kTile = Model::kTile;
   const int64_t planes = Model::planes(args);
   const int64_t blocks = (args.pixels + Model::kPixels - 1) / Model::kPixels, tasks = args.rows * blocks;
   const bool wanted = args.slopes.data != nullptr;
@@ -306,25 +346,25 @@ void run(const LogisticArgs& args) {
 
   at::parallel_for(0, tasks, grain(std::min(args.pixels, Model::kPixels) * planes), [&](int64_t first, int64_t last) {
     Model model(args);
-    std::vector<C> params(dense(args.params) ? 0 : planes * kStride), slopes(!wanted || dense(args.slopes) ? 0 : planes * kStride);
-    std::vector<C> data(args.channels * kStride), line(args.alternate ? planes : 0);
+    std::vector<C> params(dense(args.params) ? 0 : planes * kTile), slopes(!wanted || dense(args.slopes) ? 0 : planes * kTile);
+    std::vector<C> data(args.channels * kTile), line(args.alternate ? planes : 0);
     for (int64_t task = first; task < last; ++task) {
       const int64_t row = task / blocks, end = std::min(args.pixels, (task % blocks + 1) * Model::kPixels);
       double sum = 0;
       for (int64_t begin = task % blocks * Model::kPixels; begin < end; begin += kTile) {
         const int64_t n = std::min(kTile, end - begin);
-        Tile<C> tile{{params.data(), kStride}, {data.data(), kStride}, {slopes.data(), kStride}, n, 0, {}, {}};
+        Tile<C> tile{{params.data(), kTile}, {data.data(), kTile}, {slopes.data(), kTile}, n, 0, {}, {}};
         tile.weight = static_cast<C>(args.weight[row * args.weight_stride]);
         if (dense(args.params))
           tile.params = {static_cast<const C*>(args.params.data) + row * args.params.row_stride + begin, args.pixels};
         else
-          gather(args.params, row, begin, n, planes, args.pixels, args.alternate, params.data(), line.data());
+          gather<Model>(args.params, row, begin, n, planes, args.pixels, args.alternate, params.data(), line.data());
         if (!dense(args.params) && !args.alternate && (end > begin + kTile || task + 1 < last)) {
           const bool here = end > begin + kTile;
           const int64_t next_row = here ? row : (task + 1) / blocks, next = here ? begin + kTile : (task + 1) % blocks * Model::kPixels;
           tile.coming = ahead(args.params, next_row, next, std::min(kTile, args.pixels - next), planes, args.pixels);
         }
-        half_bins(args.target, row, begin, n, args.channels, args.pixels, args.alternate, int(args.levels), data.data());
+        half_bins(args.target, row, begin, n, args.channels, args.pixels, args.alternate, int(args.levels), kTile, data.data());
         if (!wanted) {
           sum += model.template nll<false>(tile);
           continue;
@@ -333,7 +373,7 @@ void run(const LogisticArgs& args) {
         if (there) tile.slopes = {static_cast<C*>(args.slopes.data) + row * args.slopes.row_stride + begin, args.pixels};
         else if (!args.alternate) tile.results = ahead(args.slopes, row, begin, n, planes, args.pixels);
         sum += model.template nll<true>(tile);
-        if (!there) scatter(slopes.data(), args.slopes, row, begin, n, planes, args.pixels, args.alternate, line.data());
+        if (!there) scatter<Model>(slopes.data(), args.slopes, row, begin, n, planes, args.pixels, args.alternate, line.data());
       }
       sums[task] = sum;
     }

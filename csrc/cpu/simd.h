@@ -98,7 +98,8 @@ struct Primitives<at::vec::Vectorized<C>> {
     if constexpr (sizeof(C) == 8) return x.exp();
     else {
       const ExpSplit<V> s = split(x);
-      constexpr float twice[] = {0.01673829742f, 0.0838350132f, 0.33333009f, 0.99997741f, 2.0f, 2.00000024f};
+      // 2 exp(r), minimax fit of the relative error, 1e-7, the last two held.
+      constexpr float twice[] = {0.0166251101f, 0.0837803185f, 0.333342284f, 0.999984622f, 2.0f, 2.0f};
       return polynomial(s.r, twice) * s.power;
     }
   }

@@ -167,9 +167,10 @@ inline void store_lanes(Vec<C> v, C* p, int64_t n) {
   else v.store(p, static_cast<int>(n));
 }
 
-// Asks for the cache lines of [p, p + bytes).
+// Asks for the cache lines of [p, p + bytes): for the L1 cache, or for the L2 cache alone.
+template <bool kL2 = false>
 inline void prefetch(const void* p, int64_t bytes) {
-  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(p) + line);
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(p) + line, 0, kL2 ? 2 : 3);
 }
 
 // A sum whose value does not depend on how the row is split over threads: blocks always have the same borders, four vectors of

@@ -17,7 +17,7 @@
 namespace fastvae::math {
 inline namespace FASTVAE_ISA {
 
-// Scalar: the C type of one lane. Functions: exp, exp_bounded (x must not pass 88; of 0 it may be a unit more than 1), exp_parts and
+// Scalar: the C type of one lane. Functions: exp, exp_bounded (x must not pass 88; of 0 it is 1), exp_parts and
 // exp_pair (see ExpParts and ExpPair; x must not pass 88 in the latter), log (of a positive, normal, finite number), log1p, log_factorial
 // (fp64 only), log1p_parts (of x >= 0, see Log1pParts), abs, neg, neg_abs = -|x|, relu, fma, fnma(a, b, c) = c - a b, divide (by a number
 // of ordinary size), with_sign(size, x) = size with the sign of x, for size >= 0, minimum, clamp, at_least(x, low) and at_most(x, high),
@@ -114,18 +114,16 @@ FASTVAE_HD ExpPair<V> exp_pair_by_split(V x) {
   return {s.power * (V(2) + rest), P::fma(s.power, rest, P::fma(V(2), s.power, V(-1)))};
 }
 
-// tanh(x), with its relative accuracy near 0, and its derivative, with it far out, where 1 - tanh^2 leaves nothing.
+// tanh(x), to the accuracy of 1, and its derivative, to its own, far out, where 1 - tanh^2 leaves nothing.
 template <class V>
 struct Tanh {
   V value, slope;
 
   FASTVAE_HD explicit Tanh(V x) {
     using P = Primitives<V>;
-    const ExpPair<V> e = P::exp_pair(V(-2) * P::abs(x));
-    const V inverse = P::divide(V(1), V(1) + e.exp);
-    const V size = P::neg(e.minus_1) * inverse;
-    value = P::with_sign(size, x);
-    slope = V(4) * e.exp * inverse * inverse;
+    const V e = P::exp_bounded(V(-2) * P::abs(x)), inverse = P::divide(V(1), V(1) + e);
+    value = P::with_sign((V(1) - e) * inverse, x);
+    slope = V(4) * e * inverse * inverse;
   }
 };
 

@@ -20,6 +20,13 @@ template <class V>
 struct Bins {
   V levels, half_width, log_width;  // 2^bits - 1; in x: 1 / levels, log(2 / levels)
   V floor, small;                   // of log-scales; of masses
+  bool any_wide;                    // whether the floor allows half bins of 40 scales
+
+  FASTVAE_HD Bins(V levels_, V half_width_, V log_width_, V floor_, V small_)
+      : levels(levels_), half_width(half_width_), log_width(log_width_), floor(floor_), small(small_) {
+    using P = Primitives<V>;
+    any_wide = P::any(P::less(V(40), P::exp_bounded(P::neg(floor)) * half_width));
+  }
 };
 
 // A level in half bins, and whether its bin is one of the open ones at the ends.
@@ -55,7 +62,11 @@ struct LogMass {
   V one_over;                 // 1 / ((1 + e) over)
   V by_middle, by_log_scale;  // slopes of log mass
 
-  FASTVAE_HD LogMass(const Level<V>& level, const Standardised<V>& x, const Bins<V>& bins) {
+  FASTVAE_HD LogMass(const Level<V>& level, const Standardised<V>& x, const Bins<V>& bins) : LogMass(level, x, bins, level.any_edge) {}
+
+  // `any_edge` may be a constant, so that vectors without edges, most of them, have code of their own.
+  template <class Bool>
+  FASTVAE_HD LogMass(const Level<V>& level, const Standardised<V>& x, const Bins<V>& bins, Bool any_edge) {
     using P = Primitives<V>;
     constexpr bool in_double = sizeof(typename P::Scalar) == 8;
     const V zero(0), one(1), h = x.h, size = P::abs(x.u), y = size - h;
@@ -63,9 +74,10 @@ struct LogMass {
     // e^-relu(size - h) and e^-relu(h - size), of which one is exactly 1: the other is e^-|size - h|.
     const V larger = P::at_least(q.exp, r.exp);
     V tail = P::divide(q.exp, larger), inside = P::divide(r.exp, larger);
-    if (const auto wide = P::less(V(40), h); P::any(wide)) {
-      tail = P::select(wide, P::at_most(P::exp_bounded(P::neg(P::relu(y))), one), tail);
-      inside = P::select(wide, P::at_most(P::exp_bounded(P::neg(P::relu(P::neg(y)))), one), inside);
+    if (bins.any_wide) {
+      const auto wide = P::less(V(40), h);
+      tail = P::select(wide, P::exp_bounded(P::neg(P::relu(y))), tail);
+      inside = P::select(wide, P::exp_bounded(P::neg(P::relu(P::neg(y)))), inside);
     }
     const V near = P::at_most(tail, inside), far = q.exp * r.exp;
     const V e_exact = P::fma(near, far, near + far), narrowing = P::neg(r.minus_1) * (one + r.exp);
@@ -87,8 +99,8 @@ struct LogMass {
     by_middle = P::with_sign(h * slope, x.u);
     by_log_scale = size * slope - P::select(is_small, one, h * inner);
 
-    // Open bins in place of these. Most vectors have none.
-    if (level.any_edge) {
+    // Open bins in place of these.
+    if (any_edge) {
       const V outward = P::with_sign(one, level.n) * x.u, beyond = outward - h;
       const V rest = P::select(P::less(outward, zero), far, near), inverse = P::divide(one, one + rest);
       const V by_end = P::select(P::less(beyond, zero), rest, one) * inverse;
