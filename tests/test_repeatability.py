@@ -95,7 +95,7 @@ print([hashlib.sha256(x.detach().numpy().tobytes()).hexdigest()[:12] for x in re
 def test_fresh_processes(on_capability: Callable[[str], str]) -> None:
     """The first call of a process, whose threads and dispatch tables are being made while it runs.
 
-    Not of probabilities: in one new process of a hundred, the second thread of torch.logit's first call has four digits.
+    Not of probabilities: in one new process of a hundred, a thread of torch.logit's first call has four digits.
     """
     first = on_capability(FRESH)
     assert first.count("'") == 2 * 2 * 10

@@ -141,7 +141,7 @@ struct Mixture {
 
   struct Component {
     V logit, linear, factor;  // the logit less the highest of them
-    V by_mean[kChannels], by_log_scale[kChannels], by_coefficient[3];  // of its log-mass
+    V by_mean[kChannels], by_log_scale[kChannels], by_coefficient[3];  // of its log-mass; the means in half bins
   };
 
   static int64_t planes(const LogisticArgs& args) { return args.components * (1 + kBlocks * kChannels); }
@@ -185,10 +185,7 @@ struct Mixture {
     const int64_t next = tile.params.stride, block = K * next;
     const C* logits = tile.params.at(0, i);
     V top_logit = load_lanes(logits, lanes), top;
-    for (int64_t k = 1; k < K; ++k) {
-      const V logit = load_lanes(logits + k * next, lanes);
-      top_logit = P::select(P::less(top_logit, logit), logit, top_logit);
-    }
+    for (int64_t k = 1; k < K; ++k) top_logit = P::at_least(top_logit, load_lanes(logits + k * next, lanes));
     const C* of[kChannels];
     for (int c = 0; c < kChannels; ++c) of[c] = logits + (1 + kBlocks * c) * block;
     for (int64_t k = 0; k < K; ++k) {
@@ -216,7 +213,7 @@ struct Mixture {
         component.linear = component.linear - mass.linear.lane[c];
         component.factor = component.factor * mass.one_over.lane[c];
         if constexpr (kSlopes) {
-          component.by_mean[c] = mass.by_middle.lane[c] * bins.levels;
+          component.by_mean[c] = mass.by_middle.lane[c];
           component.by_log_scale[c] = mass.by_log_scale.lane[c];
         }
       }
@@ -225,7 +222,7 @@ struct Mixture {
         component.by_coefficient[1] = mass.by_middle.lane[2] * n.lane[0] * tanh.slope.lane[1];
         component.by_coefficient[2] = mass.by_middle.lane[2] * n.lane[1] * tanh.slope.lane[2];
       }
-      top = k == 0 ? component.linear : P::select(P::less(top, component.linear), component.linear, top);
+      top = k == 0 ? component.linear : P::at_least(top, component.linear);
     }
     return top;
   }
@@ -249,12 +246,12 @@ struct Mixture {
       const V weight(tile.weight), prior = weight / weights, posterior = weight / masses;
       for (int64_t k = 0; k < K; ++k) {
         const Component& component = components[k];
-        const V share = P::neg(component.factor * posterior);
+        const V share = P::neg(component.factor * posterior), by_mean = share * bins.levels;
         C* to = tile.slopes.at(k, i);
         store_lanes(P::fma(component.logit, prior, share), to, lanes);
         to += block;
         for (int c = 0; c < kChannels; ++c, to += kBlocks * block) {
-          store_lanes(component.by_mean[c] * share, to, lanes);
+          store_lanes(component.by_mean[c] * by_mean, to, lanes);
           store_lanes(component.by_log_scale[c] * share, to + block, lanes);
           if constexpr (kChannels == 3) store_lanes(component.by_coefficient[c] * share, to + 2 * block, lanes);
         }

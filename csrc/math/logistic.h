@@ -80,7 +80,7 @@ struct LogMass {
       inside = P::select(wide, P::exp_bounded(P::neg(P::relu(P::neg(y)))), inside);
     }
     const V near = P::at_most(tail, inside), far = q.exp * r.exp;
-    const V e_exact = P::fma(near, far, near + far), narrowing = P::neg(r.minus_1) * (one + r.exp);
+    const V e_exact = P::fma(near, far, near + far), narrowing = P::fnma(r.minus_1, one + r.exp, zero);
 
     // In bins so narrow that this would have to be tiny, the density in the middle is the mass to all digits.
     const auto is_small =
@@ -94,10 +94,10 @@ struct LogMass {
     over = inverse * divisor;
     one_over = factor * one_over_divisor;
     // Of -log mass by t: sinh t / (cosh h + cosh t).
-    const V slope = P::neg(q.minus_1) * (one + q.exp) * P::at_least(inside, one_if_small) * one_over_divisor;
+    const V slope = P::fnma(q.minus_1, one + q.exp, zero) * P::at_least(inside, one_if_small) * one_over_divisor;
     const V inner = P::fnma(tail, one_over, P::fma(r.exp, r.exp, one) * over);  // coth h - mass
     by_middle = P::with_sign(h * slope, x.u);
-    by_log_scale = size * slope - P::select(is_small, one, h * inner);
+    by_log_scale = size * slope - (P::zero_where(is_small, h * inner) + one_if_small);
 
     // Open bins in place of these.
     if (any_edge) {
