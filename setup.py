@@ -44,9 +44,6 @@ COMPILE_ARGS = [
     "-fopenmp",
     "-fno-math-errno",
     "-fno-trapping-math",
-    # Without it GCC leaves a kernel's instructions in the order of the source, chains that wait one behind the other.
-    "-fschedule-insns",
-    "-fsched-pressure",
     "-fvisibility=hidden",
     "-fvisibility-inlines-hidden",
     "-Wall",
@@ -54,6 +51,9 @@ COMPILE_ARGS = [
     "-Wno-psabi",
     "-DAT_PER_OPERATOR_HEADERS",
 ]
+
+# Without these GCC leaves a kernel's instructions in the order of the source, chains that wait one behind the other.
+GCC_ARGS = ["-fschedule-insns", "-fsched-pressure"]
 
 # No --use_fast_math: csrc/cuda itself says where an approximation is accurate enough. Threads: one for each GPU.
 NVCC_ARGS = ["-O3", "--threads=4", "-Xcompiler=-fvisibility=hidden,-fvisibility-inlines-hidden"]
@@ -249,6 +249,9 @@ def native():
 
     # csrc/ops refers to the instruction sets that are there.
     compile_args = COMPILE_ARGS + [f"-DFASTVAE_HAVE_{name.upper()}" for name in INSTRUCTION_SETS]
+    compiler = shlex.split(cpp_extension.get_cxx_compiler())
+    if "clang" not in subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout:
+        compile_args += GCC_ARGS
     sources = ["csrc/module.cpp", *sorted(map(str, Path("csrc/ops").glob("*.cpp")))]
     kernels = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
     # Not linked with -fopenmp: then the OpenMP runtime is the one that torch itself depends on, whatever its file is

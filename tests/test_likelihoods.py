@@ -294,8 +294,8 @@ def test_bounded_gaussian_to_50_digits(backend: str, bounds: tuple[float, float]
 
     # The log-variance is rounded where it is summed, to a unit of its largest summand; an exponential multiplies that.
     def scale(v: float, t: float) -> float:
-        square = (t - 0.5) ** 2 * math.exp(-bounded_by_mpmath(v, bounds))
-        return (1 + abs(middle) + half) * (1 + square)
+        bounded = float(bounded_by_mpmath(v, bounds))
+        return (1 + abs(middle) + abs(bounded - middle)) * (1 + (t - 0.5) ** 2 * math.exp(-bounded))
 
     compare(
         lambda logvar, target: fv.gaussian_nll(
@@ -306,6 +306,19 @@ def test_bounded_gaussian_to_50_digits(backend: str, bounds: tuple[float, float]
         dtype,
         scale,
     )
+
+
+def test_bounds_far_apart(backend: str) -> None:
+    """Around the middle the log-variance has its own accuracy, not that of half the interval."""
+    logvar, target = torch.randn(2000, 1), torch.randn(2000, 1)
+
+    def run(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        v = logvar.to(dtype).requires_grad_()
+        value = fv.gaussian_nll(torch.zeros_like(v), target.to(dtype), v, logvar_bounds=(-1000.0, 1000.0))
+        return value.double(), torch.autograd.grad(value.sum(), v)[0].double()
+
+    for found, exact in zip(run(torch.float32), run(torch.float64), strict=True):
+        assert ((found - exact).abs() <= 8 * torch.finfo(torch.float32).eps * (1 + exact.abs())).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -129,9 +129,9 @@ template <class C, int kChannels>
 struct Mixture {
   using V = Vec<C>;
   static constexpr int64_t kPixels = 256;  // of a task
-  // Staged at a time: a hundred planes of so many, in and out, fill half the L1 cache.
+  // Staged at a time: in fp32, a hundred planes of so many, in and out, are 25 KiB, which the L1 cache holds.
   static constexpr int64_t kTile = 32;
-  // A hundred planes whose distance is a power of two would share a few sets of the cache.
+  // In the caller's memory, planes whose distance is a power of two would share a few sets of the cache.
   static constexpr bool kInPlace = false;
   static constexpr int kBlocks = kChannels == 3 ? 3 : 2;
   // Planes for each component of each vector: so many that a whole tile's are all asked for.
@@ -203,7 +203,7 @@ struct Mixture {
         if constexpr (kChannels == 3) coefficient.lane[c] = load_lanes(of[c] + 2 * block, lanes);
         of[c] += next;
       }
-      const math::Tanh<Each> tanh(coefficient);
+      const math::Tanh<Each, false> tanh(coefficient);
       if constexpr (kChannels == 3) {
         distance.lane[1] = P::fnma(tanh.value.lane[0], n.lane[0], distance.lane[1]);
         distance.lane[2] = P::fnma(tanh.value.lane[2], n.lane[1], P::fnma(tanh.value.lane[1], n.lane[0], distance.lane[2]));

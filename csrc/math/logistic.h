@@ -137,7 +137,7 @@ struct LogisticLogs {
 // The same for CUDA as one of the structs of likelihoods.h. Params are mean and log-scale; t is a level, and the highest where it is above.
 struct DiscretizedLogistic {
   static constexpr int params = 2;
-  static constexpr int constants = 5;  // Bins
+  static constexpr int constants = 5;  // what Bins are made from
   static constexpr bool has_log1p = true;
   static constexpr bool has_pull = false;
 
