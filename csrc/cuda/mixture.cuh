@@ -57,7 +57,7 @@ struct Component {
       C slope[2];
 #pragma unroll
       for (int k = 0; k < c; ++k) {
-        const math::Tanh<C, false> tanh(widened(raw[1 + (c + k - 1) * kBlocks + 2]));
+        const math::Tanh<C> tanh(widened(raw[1 + (c + k - 1) * kBlocks + 2]));
         distance = P::fma(-tanh.value, n[k], distance);
         slope[k] = tanh.slope;
       }
