@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from thinning import pairwise
 
 import fastvae
 
@@ -34,6 +36,7 @@ if INTERPRETED:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", default="0/1", help="i/n: of all tests every n-th, from the i-th on")
+    parser.addoption("--all", action="store_true", help="also the tests marked `slow`, and whole grids")
 
 
 def _how_triton_runs() -> str:
@@ -46,14 +49,33 @@ def pytest_report_header() -> str:
     return f"Triton's kernels: on {_how_triton_runs()}"
 
 
+def _key(value: object) -> Hashable:
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
+
+
+def _left_to_test_all(items: list[pytest.Item]) -> set[pytest.Item]:
+    """The tests that `make test` leaves out: those marked `slow`, and of each grid what thinning.py can spare."""
+    grids: dict[Hashable, list[pytest.Function]] = defaultdict(list)
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            grids[item.path, item.cls, item.originalname, item.callspec.params.get("backend")].append(item)
+    left = {item for item in items if item.get_closest_marker("slow")}
+    for grid in grids.values():
+        kept = set(pairwise([{name: _key(value) for name, value in item.callspec.params.items()} for item in grid]))
+        left.update(item for place, item in enumerate(grid) if place not in kept)
+    return left
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     i, n = map(int, config.getoption("--shard").split("/"))
     elsewhere = "own" in _how_triton_runs()  # test_in_the_interpreter runs what takes the fixture `device`
-    kept = [
-        item
-        for k, item in enumerate(items)
-        if k % n == i and not (elsewhere and "device" in getattr(item, "fixturenames", ()))
-    ]
+    left = set() if config.getoption("--all") else _left_to_test_all(items)
+    here = [item for item in items if not (elsewhere and "device" in getattr(item, "fixturenames", ()))]
+    kept = [item for item in here if item not in left][i::n]
     chosen = set(kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = kept

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import compiled
 import torch
 from torch import Tensor
 
@@ -77,6 +78,13 @@ def build(directory: Path, *flags: str, main: str = "driver.cpp", jobs: int = 2)
     link = [*common, *(() if program else ("-shared",)), *map(str, objects), "-o", str(result)]
     subprocess.run(link, check=True)
     return result
+
+
+def library() -> Path:
+    """The kernels and driver.cpp as a library, kept between runs."""
+    flags = ("-O1", "-fPIC", "-shared")
+    sources = (ROOT / "csrc" / "cuda", ROOT / "csrc" / "math", SHIM, Path(__file__))
+    return compiled.kept("cuda_kernels", sources, flags, lambda folder: build(folder, *flags)) / "kernels.so"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiled
 import cuda_kernels
 import pytest
 import torch
@@ -39,27 +40,20 @@ if missing := cuda_kernels.compiler_missing():
 
 
 @pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("cuda_binding")
-    kernels = cuda_kernels.build(folder, "-shared", "-fPIC", "-O1")
-    binding = folder / "binding.so"
-    command = [
-        "g++",
-        "-std=c++20",
-        "-O0",
-        "-g0",
-        "-fPIC",
-        "-shared",
-        "-Wall",
-        "-Wno-unknown-pragmas",
-        "-Werror",
-    ]
-    command += [f"-DFASTVAE_THREADS={cuda_kernels.THREADS}", f"-I{HERE}", f"-I{cuda_kernels.SHIM}"]
-    command += ["-isystem", str(TORCH / "include"), "-isystem", str(TORCH / "include/torch/csrc/api/include")]
-    command += [str(HERE / "binding.cpp"), "-o", str(binding), str(kernels), f"-L{TORCH / 'lib'}"]
-    command += ["-lc10", "-ltorch", "-ltorch_cpu", f"-Wl,-rpath,{folder},-rpath,{TORCH / 'lib'}"]
-    subprocess.run(command, check=True)
-    return binding, kernels
+def libraries() -> tuple[Path, Path]:
+    kernels = cuda_kernels.library()
+    flags = ["-std=c++20", "-O0", "-g0", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
+    flags += [f"-DFASTVAE_THREADS={cuda_kernels.THREADS}", f"-I{HERE}", f"-I{cuda_kernels.SHIM}"]
+    flags += ["-isystem", str(TORCH / "include"), "-isystem", str(TORCH / "include/torch/csrc/api/include")]
+    link = [str(kernels), f"-L{TORCH / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu"]
+    link += [f"-Wl,-rpath,{kernels.parent},-rpath,{TORCH / 'lib'}"]
+
+    def make(folder: Path) -> None:
+        command = ["g++", *flags, str(HERE / "binding.cpp"), "-o", str(folder / "binding.so"), *link]
+        subprocess.run(command, check=True)
+
+    sources = (HERE, ROOT / "csrc", cuda_kernels.SHIM)
+    return compiled.kept("cuda_binding", sources, [*flags, *link], make) / "binding.so", kernels
 
 
 @pytest.mark.slow

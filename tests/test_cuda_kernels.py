@@ -36,10 +36,10 @@ REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+def built() -> Kernels:
     if missing := cuda_kernels.compiler_missing():
         pytest.skip(missing)
-    return Kernels(build(tmp_path_factory.mktemp("cuda"), "-O0", "-fPIC", "-shared"))
+    return Kernels(cuda_kernels.library())
 
 
 @pytest.fixture

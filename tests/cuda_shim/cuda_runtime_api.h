@@ -1,16 +1,13 @@
 // CUDA for a CPU: what csrc/cuda uses of it, so that the kernels' bodies compile as C++ and run with a thread for every thread of a
-// block. A launch runs the blocks of its grid on kTeams teams of threads at a time and returns when they are done.
+// block. The threads are fibers, which one processor runs in turn from barrier to barrier; under a sanitizer they are threads of the
+// operating system (threads.h), whose races it can see. Two blocks of the grid run at a time, each on a team of its own.
 #pragma once
 #include <atomic>
-#include <barrier>
 #include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <thread>
-#include <vector>
 
 #define __global__
 #define __device__
@@ -40,87 +37,18 @@ constexpr int kWarp = 32;
 inline int processors = 1;  // of the device; the driver sets it
 inline int launches = 0;
 
-struct Team {
-  std::barrier<> block;
-  std::vector<std::unique_ptr<std::barrier<>>> warps;
-  std::vector<uint64_t> exchange;
-
-  explicit Team(int threads) : block(threads), exchange(threads) {
-    for (int i = 0; i < threads; i += kWarp) warps.push_back(std::make_unique<std::barrier<>>(kWarp));
-  }
-};
-
-inline thread_local Team* team;
-inline thread_local int team_index;
-
 }  // namespace shim
 
-inline thread_local dim3 threadIdx, blockIdx, gridDim;
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+#include "threads.h"
+#else
+#include "fibers.h"
+#endif
 
 namespace shim {
 
-// Threads are made once: they outlive the launches.
-class Device {
- public:
-  explicit Device(int threads) : threads_(threads), start_(kTeams * threads + 1), end_(kTeams * threads + 1) {
-    for (int t = 0; t < kTeams; ++t) teams_.push_back(std::make_unique<Team>(threads));
-    for (int t = 0; t < kTeams; ++t)
-      for (int i = 0; i < threads; ++i) workers_.emplace_back([this, t, i] { work(t, i); });
-  }
-  ~Device() {
-    stop_ = true;
-    start_.arrive_and_wait();
-    for (auto& worker : workers_) worker.join();
-  }
-
-  template <class F>
-  void launch(dim3 grid, const F& body) {
-    ++launches;
-    grid_ = grid;
-    run_ = [](const void* f) { (*static_cast<const F*>(f))(); };
-    body_ = &body;
-    next_ = 0;
-    start_.arrive_and_wait();
-    end_.arrive_and_wait();
-  }
-
- private:
-  void work(int t, int i) {
-    team = teams_[t].get();
-    team_index = t;
-    threadIdx = dim3(i);
-    while (true) {
-      start_.arrive_and_wait();
-      if (stop_) return;
-      gridDim = grid_;
-      const unsigned blocks = grid_.x * grid_.y;
-      while (true) {
-        if (i == 0) block_of_[t] = next_++;
-        team->block.arrive_and_wait();
-        const unsigned block = block_of_[t];
-        if (block >= blocks) break;
-        blockIdx = dim3(block % grid_.x, block / grid_.x);
-        run_(body_);
-        team->block.arrive_and_wait();
-      }
-      end_.arrive_and_wait();
-    }
-  }
-
-  const int threads_;
-  std::barrier<> start_, end_;
-  std::vector<std::unique_ptr<Team>> teams_;
-  std::vector<std::thread> workers_;
-  bool stop_ = false;
-  dim3 grid_;
-  void (*run_)(const void*) = nullptr;
-  const void* body_ = nullptr;
-  std::atomic<unsigned> next_{0};
-  unsigned block_of_[kTeams] = {};
-};
-
 inline Device& device(int threads) {
-  static Device one(threads);
+  static SHIM_OF_EACH Device one(threads);
   return one;
 }
 
@@ -134,7 +62,7 @@ cudaError_t launch(int threads, Kernel kernel, dim3 grid, const Args&... args) {
 
 #define FASTVAE_LAUNCH(kernel, blocks, stream, ...) shim::launch(fastvae::cuda::kThreads, kernel, blocks, __VA_ARGS__)
 #define FASTVAE_SHARED(type, name, count)   \
-  static type name##_of[shim::kTeams][count]; \
+  static SHIM_OF_EACH type name##_of[shim::kTeams][count]; \
   type* const name = name##_of[shim::team_index]
 
 inline cudaError_t cudaGetDevice(int* device) {
@@ -150,7 +78,7 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 // SHIM_WITHOUT_BARRIERS is there to see that the thread sanitizer notices.
 inline void __syncthreads() {
   static const bool without = std::getenv("SHIM_WITHOUT_BARRIERS");
-  if (!without) shim::team->block.arrive_and_wait();
+  if (!without) shim::team->wait_for_block();
 }
 
 inline uint32_t atomicInc(uint32_t* p, uint32_t limit) {
@@ -163,12 +91,11 @@ inline uint32_t atomicInc(uint32_t* p, uint32_t limit) {
 
 template <class T>
 T __shfl_xor_sync(uint32_t, T value, int mask) {
-  auto& warp = *shim::team->warps[threadIdx.x / shim::kWarp];
   uint64_t* words = shim::team->exchange.data();
   std::memcpy(&words[threadIdx.x], &value, sizeof value);
-  warp.arrive_and_wait();
+  shim::team->wait_for_warp(threadIdx.x);
   std::memcpy(&value, &words[threadIdx.x ^ mask], sizeof value);
-  warp.arrive_and_wait();
+  shim::team->wait_for_warp(threadIdx.x);
   return value;
 }
 

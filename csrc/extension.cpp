@@ -1,0 +1,16 @@
+// The extension without its kernels, as one unit of compilation: torch's headers take a compiler far longer than what is written here,
+// and this way it reads them once. Files for CUDA are compiled by themselves where they are wanted.
+#include "module.cpp"
+#include "ops/buffer_pool.cpp"
+#include "ops/categorical.cpp"
+#include "ops/categorical_cpu.cpp"
+#include "ops/common.cpp"
+#include "ops/counts_cpu.cpp"
+#include "ops/cpu_kernels.cpp"
+#include "ops/latents.cpp"
+#include "ops/latents_cpu.cpp"
+#include "ops/library.cpp"
+#include "ops/mixture.cpp"
+#include "ops/mixture_cpu.cpp"
+#include "ops/nll.cpp"
+#include "ops/nll_cpu.cpp"

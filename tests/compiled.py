@@ -1,0 +1,34 @@
+"""What the tests compile, kept in build/tests until what it is made of changes."""
+
+import fcntl
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parents[1] / "build" / "tests"
+
+
+def kept(name: str, sources: Iterable[Path], flags: Sequence[str], make: Callable[[Path], None]) -> Path:
+    """The folder that `make` has filled from `sources` (files, or folders with all that is in them) and `flags`.
+
+    Several processes may ask at a time: one of them makes it, and the others wait.
+    """
+    digest = hashlib.sha256(repr((flags, torch.__version__)).encode())
+    files = [file for source in sources for file in ([source] if source.is_file() else sorted(source.rglob("*")))]
+    for file in files:
+        if file.is_file() and file.suffix != ".pyc":
+            digest.update(file.name.encode() + file.read_bytes())
+    folder = FOLDER / f"{name}-{digest.hexdigest()[:16]}"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            for old in FOLDER.glob(f"{name}-*"):
+                shutil.rmtree(old)
+            folder.mkdir()
+            make(folder)
+            (folder / "done").touch()
+    return folder

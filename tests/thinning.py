@@ -1,0 +1,31 @@
+"""Which tests of a grid `make test` runs: enough that every two values of two parameters meet.
+
+Most faults need one value to show, or two that meet: a dtype, or a likelihood in that dtype. So of the tests that one
+function makes of its parameters, `make test` runs a few in which each pair of values occurs, and `make test-all` runs
+all of them. A backend's grid is a grid of its own: what the reference passes says nothing of a kernel.
+"""
+
+from collections.abc import Hashable, Iterable, Mapping
+from itertools import combinations
+from random import Random
+
+Pair = tuple[tuple[str, Hashable], tuple[str, Hashable]]
+
+
+def pairwise(grid: Iterable[Mapping[str, Hashable]]) -> list[int]:
+    """The places in `grid` of few points among which every pair of values that occurs in it occurs.
+
+    A point names its parameters' values. Which points are kept depends on the grid alone.
+    """
+    pairs: list[set[Pair]] = [set(combinations(sorted(point.items(), key=lambda item: item[0]), 2)) for point in grid]
+    uncovered: set[Pair] = set().union(*pairs)
+    order = list(range(len(pairs)))
+    # Neighbours differ in one value: in their own order the first points would cover little.
+    Random(len(order)).shuffle(order)
+    kept = []
+    for wanted in range(max(map(len, pairs), default=0), 0, -1):
+        for place in order:
+            if uncovered and len(pairs[place] & uncovered) >= wanted:
+                kept.append(place)
+                uncovered -= pairs[place]
+    return sorted(kept)
