@@ -187,7 +187,7 @@ def count_kernel(
     row_sums,  # out: (rows,) in C
     log_slopes,  # with RAW, room for (rows, genes) in C
     places,  # room for (rows, COLUMNS) int16
-    grad_loss,  # see row_factor in nll.py
+    grad_loss,  # see row_factor in tiles.py
     grad_nll,
     weight: tl.float64,
     genes: "number",  # this and the strides of rows in units of UNIT elements

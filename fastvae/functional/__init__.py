@@ -22,44 +22,16 @@ Accepted dtypes, the same on every backend:
 A value or shape that does not fit is a ValueError, as is a wrong device; a wrong dtype or kind is a TypeError.
 """
 
-from .categorical import categorical_nll
-from .continuous import (
-    bernoulli_nll,
-    continuous_bernoulli_nll,
-    gaussian_head_nll,
-    gaussian_nll,
-    laplace_head_nll,
-    laplace_nll,
-    student_t_head_nll,
-    student_t_nll,
-)
-from .counts import (
-    negative_binomial_logits_nll,
-    negative_binomial_nll,
-    poisson_nll,
-    zero_inflated_negative_binomial_logits_nll,
-    zero_inflated_negative_binomial_nll,
-)
-from .discretized import discretized_logistic_mixture_nll, discretized_logistic_nll
-from .latents import gaussian_kl, reparameterize_kl
+from . import categorical, continuous, counts, discretized, latents
+from .categorical import *
+from .continuous import *
+from .counts import *
+from .discretized import *
+from .latents import *
 
-__all__ = [
-    "bernoulli_nll",
-    "categorical_nll",
-    "continuous_bernoulli_nll",
-    "discretized_logistic_mixture_nll",
-    "discretized_logistic_nll",
-    "gaussian_head_nll",
-    "gaussian_kl",
-    "gaussian_nll",
-    "laplace_head_nll",
-    "laplace_nll",
-    "negative_binomial_logits_nll",
-    "negative_binomial_nll",
-    "poisson_nll",
-    "reparameterize_kl",
-    "student_t_head_nll",
-    "student_t_nll",
-    "zero_inflated_negative_binomial_logits_nll",
-    "zero_inflated_negative_binomial_nll",
-]
+__all__: list[str] = []
+__all__ += categorical.__all__
+__all__ += continuous.__all__
+__all__ += counts.__all__
+__all__ += discretized.__all__
+__all__ += latents.__all__

@@ -11,6 +11,8 @@ from ..backends import choose
 from . import loss
 from .checks import check_floating, device_message, is_dense, layout_message, name_of
 
+__all__ = ["categorical_nll"]
+
 
 def categorical_nll(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
     """-log Categorical(target | softmax(logits)) of every row, in nats, summed over its positions.

@@ -11,6 +11,17 @@ from ..reference.continuous import bounded_logvar
 from . import loss
 from .checks import check_floating, check_learned, checked_positive, checked_scale
 
+__all__ = [
+    "bernoulli_nll",
+    "continuous_bernoulli_nll",
+    "gaussian_head_nll",
+    "gaussian_nll",
+    "laplace_head_nll",
+    "laplace_nll",
+    "student_t_head_nll",
+    "student_t_nll",
+]
+
 
 def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
     """-log Bernoulli(target | sigmoid(logits)) of every row, in nats.

@@ -19,6 +19,14 @@ from .checks import (
     shape_message,
 )
 
+__all__ = [
+    "negative_binomial_logits_nll",
+    "negative_binomial_nll",
+    "poisson_nll",
+    "zero_inflated_negative_binomial_logits_nll",
+    "zero_inflated_negative_binomial_nll",
+]
+
 
 def poisson_nll(log_rate: Tensor, target: Tensor, *, validate: bool = False) -> Tensor:
     """-log Poisson(target | e^log_rate) of every row, in nats, with its term log t!.

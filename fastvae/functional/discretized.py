@@ -10,6 +10,8 @@ from .._spec import Row
 from . import loss
 from .checks import check_floating, device_message, is_dense, layout_message, name_of, whole
 
+__all__ = ["discretized_logistic_mixture_nll", "discretized_logistic_nll"]
+
 
 def discretized_logistic_nll(
     params: Tensor,

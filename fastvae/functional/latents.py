@@ -17,6 +17,8 @@ from .checks import (
     name_of,
 )
 
+__all__ = ["gaussian_kl", "reparameterize_kl"]
+
 
 def reparameterize_kl(
     mu: Tensor,

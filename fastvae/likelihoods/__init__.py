@@ -4,28 +4,21 @@ Your own: any `nn.Module` with `nll(params, target) -> (B,)` works in `fastvae.E
 `row` instead of `nll` to have a fused kernel serve it.
 """
 
-from .base import Likelihood
+from . import base, categorical, continuous, counts, discretized, product
+from .base import *
 from .base import Row as Row
-from .categorical import Categorical
-from .continuous import Bernoulli, ContinuousBernoulli, Gaussian, Laplace, StudentT
-from .counts import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from .discretized import DiscretizedLogistic, DiscretizedLogisticMixture
+from .categorical import *
+from .continuous import *
+from .counts import *
+from .discretized import *
 from .names import BY_NAME as BY_NAME
 from .names import get as get
-from .product import Product
+from .product import *
 
-__all__ = [
-    "Bernoulli",
-    "Categorical",
-    "ContinuousBernoulli",
-    "DiscretizedLogistic",
-    "DiscretizedLogisticMixture",
-    "Gaussian",
-    "Laplace",
-    "Likelihood",
-    "NegativeBinomial",
-    "Poisson",
-    "Product",
-    "StudentT",
-    "ZeroInflatedNegativeBinomial",
-]
+__all__: list[str] = []
+__all__ += base.__all__
+__all__ += categorical.__all__
+__all__ += continuous.__all__
+__all__ += counts.__all__
+__all__ += discretized.__all__
+__all__ += product.__all__

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from ..functional import loss
 
+__all__ = ["Likelihood"]
+
 # A backend's row: the likelihood's name there, its tensors and its constants.
 Row = tuple[str, list[Tensor], list[float]]
 

@@ -6,6 +6,8 @@ from torch import Tensor
 from ..functional.categorical import checked_index
 from .base import Likelihood, Row
 
+__all__ = ["Categorical"]
+
 
 class Categorical(Likelihood):
     """One of V classes at every position: the tokens of a text, or a label. `params` are logits (B, ..., V), classes

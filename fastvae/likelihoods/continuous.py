@@ -11,6 +11,8 @@ from ..functional.continuous import bounded, checked_bounds
 from ..reference.continuous import BERNOULLI_NUMBERS
 from .base import Likelihood, Row, is_pair
 
+__all__ = ["Bernoulli", "ContinuousBernoulli", "Gaussian", "Laplace", "StudentT"]
+
 
 class Bernoulli(Likelihood):
     """Independent binary data. `params` are logits: the decoder ends without a sigmoid.

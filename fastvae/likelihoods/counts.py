@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from ..functional.checks import check_choice
 from .base import Likelihood, Row
 
+__all__ = ["NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
+
 
 class Poisson(Likelihood):
     """Independent counts. `params` are log-rates: the decoder ends without an exponential.

@@ -11,6 +11,8 @@ from ..functional.discretized import logistic_constants, mixture_planes
 from ..reference.discretized import mixture_means, mixture_parts
 from .base import Likelihood, Row
 
+__all__ = ["DiscretizedLogistic", "DiscretizedLogisticMixture"]
+
 
 class DiscretizedLogistic(Likelihood):
     """Bytes, and data of fewer `bits`, as levels: a logistic for each, cut into bins (Kingma et al. 2016).

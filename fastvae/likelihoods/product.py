@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from .base import Likelihood
 from .names import get
 
+__all__ = ["Product"]
+
 
 class Product(Likelihood):
     """Several heads for several parts of the data, independent given z: their negative log-likelihoods add up.

@@ -30,67 +30,20 @@ Sources:
   [AS]  Abramowitz and Stegun, "Handbook of Mathematical Functions", 1964: 6.1.41, Stirling's series.
 """
 
-from .categorical import categorical_nll
-from .continuous import (
-    bernoulli_nll,
-    bounded_logvar,
-    continuous_bernoulli_nll,
-    gaussian_head_nll,
-    gaussian_nll,
-    laplace_head_nll,
-    laplace_nll,
-    log_beta_half,
-    student_t_head_nll,
-    student_t_nll,
-)
-from .counts import (
-    negative_binomial_logits_nll,
-    negative_binomial_nll,
-    poisson_nll,
-    zero_inflated_negative_binomial_logits_nll,
-    zero_inflated_negative_binomial_nll,
-)
-from .discretized import (
-    discretized_logistic_mixture_nll,
-    discretized_logistic_nll,
-    mixture_means,
-    mixture_parts,
-    read_levels,
-)
-from .latents import free_bits, gaussian_kl, reparameterize_kl
-from .loss import REDUCTIONS, nll
-from .noise import box_muller, draw_seed, normal_noise, philox, uniform
+from . import categorical, continuous, counts, discretized, latents, loss, noise
+from .categorical import *
+from .continuous import *
+from .counts import *
+from .discretized import *
+from .latents import *
+from .loss import *
+from .noise import *
 
-__all__ = [
-    "REDUCTIONS",
-    "bernoulli_nll",
-    "bounded_logvar",
-    "box_muller",
-    "categorical_nll",
-    "continuous_bernoulli_nll",
-    "discretized_logistic_mixture_nll",
-    "discretized_logistic_nll",
-    "draw_seed",
-    "free_bits",
-    "gaussian_head_nll",
-    "gaussian_kl",
-    "gaussian_nll",
-    "laplace_head_nll",
-    "laplace_nll",
-    "log_beta_half",
-    "mixture_means",
-    "mixture_parts",
-    "negative_binomial_logits_nll",
-    "negative_binomial_nll",
-    "nll",
-    "normal_noise",
-    "philox",
-    "poisson_nll",
-    "read_levels",
-    "reparameterize_kl",
-    "student_t_head_nll",
-    "student_t_nll",
-    "uniform",
-    "zero_inflated_negative_binomial_logits_nll",
-    "zero_inflated_negative_binomial_nll",
-]
+__all__: list[str] = []
+__all__ += categorical.__all__
+__all__ += continuous.__all__
+__all__ += counts.__all__
+__all__ += discretized.__all__
+__all__ += latents.__all__
+__all__ += loss.__all__
+__all__ += noise.__all__

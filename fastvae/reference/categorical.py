@@ -6,6 +6,8 @@ from torch import Tensor
 
 from .conventions import compute_dtype, sum_event
 
+__all__ = ["categorical_nll"]
+
 
 def categorical_nll(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
     """-log Categorical(target | softmax(logits)), (B,), summed over positions ([B], equations 4.104 and 4.108).

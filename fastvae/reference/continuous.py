@@ -9,6 +9,19 @@ from torch import Tensor
 
 from .conventions import compute_dtype, read_target, sum_event
 
+__all__ = [
+    "bernoulli_nll",
+    "bounded_logvar",
+    "continuous_bernoulli_nll",
+    "gaussian_head_nll",
+    "gaussian_nll",
+    "laplace_head_nll",
+    "laplace_nll",
+    "log_beta_half",
+    "student_t_head_nll",
+    "student_t_nll",
+]
+
 
 def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
     """-log Bernoulli(target | sigmoid(logits)), (B,) ([KW], appendix C.1, equation 11).

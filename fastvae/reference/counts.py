@@ -8,6 +8,14 @@ from torch import Tensor
 
 from .conventions import compute_dtype, read_counts, sum_event
 
+__all__ = [
+    "negative_binomial_logits_nll",
+    "negative_binomial_nll",
+    "poisson_nll",
+    "zero_inflated_negative_binomial_logits_nll",
+    "zero_inflated_negative_binomial_nll",
+]
+
 
 def poisson_nll(log_rate: Tensor, target: Tensor) -> Tensor:
     """-log Poisson(target | e^log_rate), (B,): per element e^a - t a + log t!, with log t! = log Gamma(t + 1)."""

@@ -9,6 +9,14 @@ from torch import Tensor
 
 from .conventions import compute_dtype, sum_event
 
+__all__ = [
+    "discretized_logistic_mixture_nll",
+    "discretized_logistic_nll",
+    "mixture_means",
+    "mixture_parts",
+    "read_levels",
+]
+
 
 def discretized_logistic_nll(
     params: Tensor,

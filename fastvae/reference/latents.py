@@ -8,6 +8,8 @@ from torch import Tensor
 from .conventions import compute_dtype, sum_event
 from .noise import draw_seed, normal_noise
 
+__all__ = ["free_bits", "gaussian_kl", "reparameterize_kl"]
+
 
 def gaussian_kl(
     mu: Tensor,

@@ -8,6 +8,8 @@ from torch import Tensor
 from .._spec import ROWS, Row
 from . import categorical, continuous, counts, discretized
 
+__all__ = ["REDUCTIONS", "nll"]
+
 FAMILIES: dict[str, Any] = {
     "continuous": continuous,
     "counts": counts,

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+__all__ = ["box_muller", "draw_seed", "normal_noise", "philox", "uniform"]
+
 _WORD = 0xFFFFFFFF  # the low 32 bits
 
 
