@@ -47,7 +47,7 @@ def fused_step(model: Model, x: Tensor, library: Tensor) -> Tensor:
     row = "negative_binomial_logits" if model.zi_logits is None else "zero_inflated_negative_binomial_logits"
     mean = fastvae.reference.REDUCTIONS["mean"]
     # What ELBO calls, with the dispersion of this model.
-    return fastvae.functional._nll(row, model.decode(z, library), x, [], kl, None, mean)[0]
+    return fastvae.functional.loss.nll(row, model.decode(z, library), x, [], kl, None, mean)[0]
 
 
 def written_step(model: Model, x: Tensor, library: Tensor, loss: Callable[..., tuple[Tensor, ...]]) -> Tensor:

@@ -180,9 +180,9 @@ def calls_of(namespaces: list[str], sets: list[Callable[[Any], object]]) -> dict
 
 
 def backend_namespace(name: str) -> str:
-    from fastvae import backend
+    from fastvae.backends import available
 
-    return backend._NAMESPACES[name]
+    return available.NAMESPACES[name]
 
 
 def loss_pass(namespaces: list[str], dtype: torch.dtype, data: torch.dtype, device: torch.device) -> Pass:
@@ -253,10 +253,10 @@ def passes_of(namespaces: list[str], device: torch.device) -> Iterator[tuple[str
 def served_by() -> list[str]:
     """The backends with kernels for this GPU; what "auto" takes comes first."""
     import fastvae  # noqa: F401
-    from fastvae import backend
+    from fastvae.backends import available, serve
 
-    default = backend._serve("auto", "cuda")
-    names = [n for n in ("native", "triton") if backend._load(n) and backend._serves(n, "cuda")]
+    default = serve("auto", "cuda")
+    names = [n for n in ("native", "triton") if available.load(n) and available.serves(n, "cuda")]
     return sorted(names, key=lambda n: default is None or n != default.name)
 
 

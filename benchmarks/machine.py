@@ -35,7 +35,7 @@ def settle(device: str, threads: int) -> torch.device:
     # In this process, so that `Neighbours` counts its compilers as ours.
     inductor.compile_threads = 1
     if device == "auto":
-        served = torch.cuda.is_available() and fastvae.backend._serve("auto", "cuda") is not None
+        served = torch.cuda.is_available() and fastvae.backends.serve("auto", "cuda") is not None
         device = "cuda" if served else "cpu"
     return torch.device(device)
 

@@ -5,10 +5,9 @@
 >>> loss = elbo(decoder(z), x, kl=kl).loss
 """
 
-__version__ = "0.1.0"
-
 from . import functional, likelihoods, reference
-from .backend import empty_cache, set_backend, show_config, use_backend
+from ._version import __version__
+from .backends import empty_cache, set_backend, show_config, use_backend
 from .elbo import ELBO, ELBOOutput
 from .graphs import graph_step
 

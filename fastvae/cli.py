@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from . import __version__, backend, show_config
+from . import __version__, backends, show_config
 from .training.data import InputError
 
 if TYPE_CHECKING:
@@ -68,9 +68,9 @@ def _fail(message: str, code: int = 2) -> int:
 
 def _doctor() -> int:
     print(show_config())
-    native = backend._serve("native", "cpu")
+    native = backends.serve("native", "cpu")
     if native is None:
-        return _fail(f"native does not serve the CPU: {backend._reason('native', 'cpu')}", code=1)
+        return _fail(f"native does not serve the CPU: {backends.reason('native', 'cpu')}", code=1)
     return 0
 
 

@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backend, functional, likelihoods
+from . import functional, likelihoods
+from ._warn import warn
+from .functional.checks import check_choice, check_kl, is_dense, layout_message
+from .functional.loss import nll as loss_and_nll
 from .likelihoods import Bernoulli, Likelihood
 from .reference import REDUCTIONS, free_bits
 
@@ -123,7 +126,7 @@ class ELBO(nn.Module):
                     self.beta.fill_(self._beta)
             return
         if name == "reduction":
-            functional._check_choice("ELBO", name, value, (*REDUCTIONS, *_ALIASES))
+            check_choice("ELBO", name, value, (*REDUCTIONS, *_ALIASES))
             self._reduction = REDUCTIONS[_ALIASES.get(value, value)]
         super().__setattr__(name, value)
 
@@ -212,7 +215,7 @@ class ELBO(nn.Module):
             composed = _compose(likelihood.nll(recon, x), kl, beta, self._reduction)
             return composed._replace(kl=true_kl)
         name, params, constants = likelihood.row(recon)
-        loss, nll = functional._nll(name, params, x, constants, kl, beta, self._reduction, caller="ELBO")
+        loss, nll = loss_and_nll(name, params, x, constants, kl, beta, self._reduction, caller="ELBO")
         if isinstance(likelihood, Bernoulli) and not torch.compiler.is_compiling() and not self._looked:
             self._looked = _look(likelihood, recon, x)
         return ELBOOutput(loss, nll, true_kl)
@@ -226,8 +229,8 @@ class ELBO(nn.Module):
 def _check_dimensions(kl: Any) -> None:
     if not isinstance(kl, Tensor):
         raise TypeError(f"fastvae.ELBO: `kl` must be a Tensor, got {type(kl).__name__}")
-    if not functional._is_dense(kl):
-        raise TypeError(functional._layout_message("ELBO", "kl", kl))
+    if not is_dense(kl):
+        raise TypeError(layout_message("ELBO", "kl", kl))
     if not kl.is_floating_point():
         raise TypeError(f"fastvae.ELBO: `kl` must be floating point, got {kl.dtype}")
     if kl.dim() < 2:
@@ -266,7 +269,7 @@ def _compose(nll: Tensor, kl: Tensor, beta: Tensor, reduction: int) -> ELBOOutpu
         raise ValueError(
             f"fastvae.ELBO: the likelihood's `nll` must return one value per row, shape (B,), got {found}"
         )
-    functional._check_kl("ELBO", kl, "nll", nll)
+    check_kl("ELBO", kl, "nll", nll)
     loss = nll + beta * (kl if kl.dtype == torch.float64 else kl.float())
     if reduction == REDUCTIONS["sum"]:
         loss = loss.sum()
@@ -325,4 +328,4 @@ def _look(likelihood: Bernoulli, recon: Tensor, x: Tensor) -> bool:
 def _warn(kind: str, message: str) -> None:
     if kind not in _warned:
         _warned.add(kind)
-        backend.warn(f"fastvae.ELBO: {message}", UserWarning)
+        warn(f"fastvae.ELBO: {message}", UserWarning)

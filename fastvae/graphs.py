@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
-from . import backend
+from ._warn import warn
 
 __all__ = ["graph_step"]
 
@@ -234,7 +234,7 @@ def _say_eager() -> None:
     if not _said:
         _said = True
         reason = "`example_batch` is on the CPU" if torch.cuda.is_available() else "torch sees no GPU"
-        backend.warn(f"fastvae.graph_step: no CUDA graph, the step runs as it is: {reason}", UserWarning)
+        warn(f"fastvae.graph_step: no CUDA graph, the step runs as it is: {reason}", UserWarning)
 
 
 @contextmanager

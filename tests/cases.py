@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastvae._spec import ROWS
+
 Inputs = dict[str, Tensor]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -422,16 +424,8 @@ CASES = (
     ),
 )
 
-# Rows of `functional._ROWS` whose elements are not each for themselves, and the files that test them.
-ELSEWHERE = {
-    "categorical": "test_categorical.py",
-    "negative_binomial": "test_counts.py",
-    "zero_inflated_negative_binomial": "test_counts.py",
-    "negative_binomial_logits": "test_counts.py",
-    "zero_inflated_negative_binomial_logits": "test_counts.py",
-    "discretized_logistic": "test_discretized.py",
-    "discretized_logistic_mixture": "test_discretized.py",
-}
+# Rows whose elements are not each for themselves, and the files that test them.
+ELSEWHERE = {row.name: f"test_{row.family}.py" for row in ROWS.values() if not row.element}
 
 by_id = {case.id: case for case in CASES}
 

@@ -19,6 +19,8 @@ import compiled
 import torch
 from torch import Tensor
 
+from fastvae._spec import ROWS
+
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 SHIM = ROOT / "tests" / "cuda_shim"
@@ -26,26 +28,22 @@ THREADS = 64  # of a block
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.bool)
 COUNTS = {torch.uint8: 6, torch.uint16: 7, torch.int32: 8, torch.int64: 9}  # of a target that counts
-ELEMENTS = {
-    "bernoulli": 0,
-    "gaussian": 1,
-    "gaussian_learned": 1,
-    "gaussian_per_element": 2,
-    "gaussian_head": 2,
-    "laplace": 3,
-    "laplace_learned": 3,
-    "laplace_per_element": 4,
-    "laplace_head": 4,
-    "continuous_bernoulli": 5,
-    "poisson": 6,
-    "student_t": 7,
-    "student_t_learned": 7,
-    "student_t_per_element": 8,
-    "student_t_head": 8,
-    "gaussian_bounded_per_element": 9,
-    "gaussian_bounded_head": 9,
-}
-LOGISTIC = 10  # the element of discretized_logistic
+# csrc/cpu/kernels.h's Element, in its order; the names are those of the table.
+ENUM = (
+    "bernoulli",
+    "gaussian",
+    "gaussian_per_element",
+    "laplace",
+    "laplace_per_element",
+    "continuous_bernoulli",
+    "poisson",
+    "student_t",
+    "student_t_per_element",
+    "gaussian_bounded",
+    "discretized_logistic",
+)
+ELEMENTS = {row.name: ENUM.index(row.element) for row in ROWS.values() if row.element}
+LOGISTIC = ENUM.index("discretized_logistic")
 KEPT: list[Tensor] = []  # what the pointers of the last call point at
 
 

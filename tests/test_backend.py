@@ -12,13 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastvae
 import fastvae.functional as fv
-from fastvae import backend as backends
+from fastvae.backends import OPS, Backend, available, choose, native
+from fastvae.backends.base import Missing
 
 A = torch.zeros(2, 3)
 
 
 def serving() -> str:
-    return backends.choose(A).name
+    return choose.for_tensor(A).name
 
 
 # --- Choosing ---------------------------------------------------------------------------------------------------------
@@ -26,9 +27,9 @@ def serving() -> str:
 
 def test_auto_is_native_here() -> None:
     """`make test` is there for the compiled kernels: falling back fails."""
-    assert backends._setting == "auto"
+    assert choose.setting == "auto"
     assert serving() == "native"
-    assert backends.choose(A) is backends.choose(A.double())
+    assert choose.for_tensor(A) is choose.for_tensor(A.double())
 
 
 def test_use_backend_restores_what_was_set() -> None:
@@ -43,7 +44,7 @@ def test_use_backend_restores_what_was_set() -> None:
         with pytest.raises(ValueError, match="nonsense"), fastvae.use_backend("nonsense"):
             pass
         assert serving() == "reference"
-    assert backends._setting == "auto"
+    assert choose.setting == "auto"
 
 
 def test_set_backend_stays_until_set_again() -> None:
@@ -100,11 +101,12 @@ def test_plain_calls_skip_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
         return [z, kl, *out, of_bytes, per_element, *torch.autograd.grad(out.loss, (mu, logvar))]
 
     with monkeypatch.context() as patch:
-        patch.setattr(backends, "plain", None)
+        patch.setattr(choose, "plain", None)
         expected = call()
-    for name in ("_check_posterior", "_check_nll", "_check_kl"):
-        monkeypatch.delattr(fv, name)
-    monkeypatch.delattr(backends, "choose")
+    monkeypatch.delattr(fv.latents, "_check_posterior")
+    for name in ("check_elements", "check_kl", "CHECKS"):
+        monkeypatch.delattr(fv.loss, name)
+    monkeypatch.delattr(choose, "for_tensor")
     assert all(map(torch.equal, call(), expected))
 
 
@@ -119,7 +121,7 @@ def _transformed() -> object:
 
     def call(a: torch.Tensor) -> torch.Tensor:
         found.extend(
-            [backends.plain.gaussian_kl(a, a, False), backends.plain.gaussian_kl(B, B, False), _nll([A])]
+            [choose.plain.gaussian_kl(a, a, False), choose.plain.gaussian_kl(B, B, False), _nll([A])]
         )
         return a
 
@@ -129,7 +131,7 @@ def _transformed() -> object:
 
 def _with_tangent() -> object:
     with torch.autograd.forward_ad.dual_level():
-        return backends.plain.gaussian_kl(torch.autograd.forward_ad.make_dual(B, B), B, False)
+        return choose.plain.gaussian_kl(torch.autograd.forward_ad.make_dual(B, B), B, False)
 
 
 class Subclass(torch.Tensor):
@@ -138,7 +140,7 @@ class Subclass(torch.Tensor):
 
 def _nll(params: object, target: object = B, *rest: object, likelihood: str = "bernoulli") -> object:
     kl, beta = rest or (None, None)
-    return backends.plain.nll(likelihood, params, target, [], kl, beta, 0)
+    return choose.plain.nll(likelihood, params, target, [], kl, beta, 0)
 
 
 UNUSUAL: dict[str, Callable[[], object]] = {
@@ -165,9 +167,9 @@ UNUSUAL: dict[str, Callable[[], object]] = {
     "beta cast along": lambda: _nll([A], B, KL, ONE.half()),
     "counts": lambda: _nll([A, A], likelihood="negative_binomial"),
     "classes": lambda: _nll([A], torch.zeros(2, dtype=torch.int64), likelihood="categorical"),
-    "a posterior of two shapes": lambda: backends.plain.reparameterize_kl(A, A[:1]),
-    "a posterior of two dtypes": lambda: backends.plain.gaussian_kl(A, A.double(), False),
-    "no batch": lambda: backends.plain.reparameterize_kl(ONE, ONE),
+    "a posterior of two shapes": lambda: choose.plain.reparameterize_kl(A, A[:1]),
+    "a posterior of two dtypes": lambda: choose.plain.gaussian_kl(A, A.double(), False),
+    "no batch": lambda: choose.plain.reparameterize_kl(ONE, ONE),
     "a mode": lambda: _inside(FlopCounterMode(display=False), lambda: _nll([A])),
     "a function mode": lambda: _inside(torch.overrides.BaseTorchFunctionMode(), lambda: _nll([A])),
     "fake tensors": lambda: _inside(torch._subclasses.FakeTensorMode(), lambda: _nll([torch.zeros(2, 3)])),
@@ -189,10 +191,10 @@ def test_plain_calls_are_the_native_backend_s() -> None:
     for name in ("reference", "triton"):
         try:
             with fastvae.use_backend(name):
-                assert backends.plain is None
+                assert choose.plain is None
         except RuntimeError:
             assert name == "triton"
-    assert backends.plain is not None
+    assert choose.plain is not None
 
 
 # --- Missing ----------------------------------------------------------------------------------------------------------
@@ -257,7 +259,7 @@ try:
     fastvae.set_backend("triton")
 except RuntimeError as error:
     print(error)
-assert fastvae.backend._setting == "auto"
+assert fastvae.backends.choose.setting == "auto"
 print(fastvae.show_config())
 """
 
@@ -285,7 +287,7 @@ def test_without_triton(change: str, message: str) -> None:
 
 def test_triton_insists_on_a_gpu() -> None:
     """Where Triton is there, CPU tensors are refused by name, and the old setting comes back."""
-    if backends._load("triton") is None:
+    if available.load("triton") is None:
         pytest.skip("no Triton here")
     with (
         fastvae.use_backend("triton"),
@@ -335,11 +337,11 @@ def test_an_extension_built_for_another_version(
     monkeypatch: pytest.MonkeyPatch, record: dict[str, str], message: str
 ) -> None:
     """What it was built with is compared before it is loaded, where the loader would speak of symbols."""
-    real = backends._build_info()
+    real = native.build_info()
     built = types.SimpleNamespace(**{k: v for k, v in vars(real).items() if k.isupper()} | record)
-    monkeypatch.setattr(backends, "_build_info", lambda: built)
-    with pytest.raises(backends._Missing, match=re.escape(message)):
-        backends._load_native()
+    monkeypatch.setattr(native, "build_info", lambda: built)
+    with pytest.raises(Missing, match=re.escape(message)):
+        native.load()
 
 
 @pytest.mark.parametrize(
@@ -360,8 +362,8 @@ def test_gpus_that_the_extension_was_built_for(
     monkeypatch: pytest.MonkeyPatch, arches: tuple[str, ...], capability: tuple[int, int], serves: bool
 ) -> None:
     """Machine code runs within its generation, PTX on all that came later; of what it cannot tell it says yes."""
-    monkeypatch.setattr(backends, "_build_info", lambda: types.SimpleNamespace(CUDA_ARCHES=arches))
-    assert backends._built_for(capability) is serves
+    monkeypatch.setattr(native, "build_info", lambda: types.SimpleNamespace(CUDA_ARCHES=arches))
+    assert native.built_for(capability) is serves
 
 
 def test_the_reasons_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,16 +371,16 @@ def test_the_reasons_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     built = types.SimpleNamespace(CUDA_ARCHES=("8.0", "9.0"))
-    monkeypatch.setattr(backends, "_build_info", lambda: built)
+    monkeypatch.setattr(native, "build_info", lambda: built)
     for has, capability, reason in (
         (False, (9, 0), "built without CUDA kernels; build them with: FASTVAE_CUDA=1 pip install"),
         (True, (7, 5), "need compute capability 8.0 and this GPU has 7.5; Triton's serve it"),
         (True, (10, 0), "8.0, 9.0 and this GPU has 10.0; build for it with: TORCH_CUDA_ARCH_LIST=10.0 pip"),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
-        monkeypatch.setattr(backends, "_has_kernels", lambda name, device_type, has=has: has)
-        assert not backends._serves("native", "cuda")
-        assert reason in backends._reason("native", "cuda")
+        monkeypatch.setattr(available, "has_kernels", lambda name, device_type, has=has: has)
+        assert not available.serves("native", "cuda")
+        assert reason in available.reason("native", "cuda")
 
 
 CUDA = types.SimpleNamespace(device=torch.device("cuda"))  # all that `choose` looks at
@@ -392,38 +394,38 @@ def test_a_gpu_that_the_extension_was_not_built_for(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], covered: bool, triton: bool
 ) -> None:
     """ "auto" takes Triton for it, else the reference, and tells why; insisting is refused; show_config agrees."""
-    named = {name: backends.Backend(name, *(print,) * 3) for name in ("native", "triton")}
-    monkeypatch.setattr(backends, "_loaded", {"reference": backends._reference, "native": named["native"]})
+    named = {name: Backend(name, *(print,) * 3) for name in ("native", "triton")}
+    monkeypatch.setattr(available, "loaded", {"reference": available.REFERENCE, "native": named["native"]})
     if triton:
-        monkeypatch.setitem(backends._loaded, "triton", named["triton"])
-    monkeypatch.setattr(backends, "_missing", {} if triton else {"triton": "it is not installed"})
-    for name in ("_setting", "plain", "_gpu", "_warned"):
-        monkeypatch.setattr(backends, name, getattr(backends, name))
-    monkeypatch.setattr(backends, "_serving", dict(backends._serving))
-    monkeypatch.setattr(backends, "_has_kernels", lambda name, device: device == "cuda" or name == "native")
-    built = types.SimpleNamespace(**vars(backends._build_info()) | {"CUDA_ARCHES": ("8.0", "9.0")})
-    monkeypatch.setattr(backends, "_build_info", lambda: built)
+        monkeypatch.setitem(available.loaded, "triton", named["triton"])
+    monkeypatch.setattr(available, "missing", {} if triton else {"triton": "it is not installed"})
+    for name in ("setting", "plain", "_gpu", "_warned"):
+        monkeypatch.setattr(choose, name, getattr(choose, name))
+    monkeypatch.setattr(choose, "serving", dict(choose.serving))
+    monkeypatch.setattr(available, "has_kernels", lambda name, device: device == "cuda" or name == "native")
+    built = types.SimpleNamespace(**vars(native.build_info()) | {"CUDA_ARCHES": ("8.0", "9.0")})
+    monkeypatch.setattr(native, "build_info", lambda: built)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
 
     fastvae.set_backend("auto")
-    assert backends._serving["cuda"].name == "native"  # before torch has met the GPU
+    assert choose.serving["cuda"].name == "native"  # before torch has met the GPU
     with fastvae.use_backend("native"):
-        backends._meet_gpu()
+        choose._meet_gpu()
         if covered:
-            assert backends.choose(CUDA).name == "native"
+            assert choose.for_tensor(CUDA).name == "native"
         else:
             with pytest.raises(RuntimeError, match=r"'native' has no kernels for cuda tensors: it.* GPU has"):
-                backends.choose(CUDA)
+                choose.for_tensor(CUDA)
     expected = "native" if covered else "triton" if triton else "reference"
     if expected == "reference":
-        monkeypatch.setattr(backends, "_warned", False)
+        monkeypatch.setattr(choose, "_warned", False)
         major, minor = capability
         with pytest.warns(RuntimeWarning, match=rf"GPU has {major}\.{minor}.*Triton: it is not installed"):
-            backends.choose(CUDA)
-    assert backends.choose(CUDA).name == expected
+            choose.for_tensor(CUDA)
+    assert choose.for_tensor(CUDA).name == expected
     assert serving() == "native"
     text = fastvae.show_config()
     assert re.search(rf"nll +native +{expected} +reference", text)
@@ -442,10 +444,10 @@ torch.cuda.get_device_capability = lambda *_: asked.append(1) or (7, 5)
 torch.cuda.is_available = lambda: True
 torch._C._cuda_getDeviceCount, torch._C._cuda_init, torch.cuda._cudart = lambda: 1, lambda: None, torch
 {before}
-from fastvae import backend
-print(len(asked), backend._serving.get("cuda", backend._reference).name)
+from fastvae.backends import choose
+print(len(asked), choose.serving.get("cuda", choose.REFERENCE).name)
 torch.cuda.init()
-print(len(asked), backend._serving.get("cuda", backend._reference).name)
+print(len(asked), choose.serving.get("cuda", choose.REFERENCE).name)
 """
 
 
@@ -454,16 +456,16 @@ def test_a_gpu_is_met_when_torch_initialises_it(before: str) -> None:
     """And is not asked for at import, which would initialise it."""
     done = python(MEETING.format(before=before))
     assert done.returncode == 0, done.stderr
-    triton = "triton" if backends._load("triton") is not None else "reference"
+    triton = "triton" if available.load("triton") is not None else "reference"
     assert done.stdout.splitlines() == [f"1 {triton}" if before else "0 native", f"1 {triton}"]
 
 
 def test_a_patch_release_of_torch_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = backends._build_info()
+    real = native.build_info()
     patched = ".".join(torch.__version__.split(".")[:2]) + ".99+other"
     built = types.SimpleNamespace(TORCH_VERSION=patched, PYTHON_VERSION=real.PYTHON_VERSION)
-    monkeypatch.setattr(backends, "_build_info", lambda: built)
-    assert backends._load_native().name == "native"
+    monkeypatch.setattr(native, "build_info", lambda: built)
+    assert native.load().name == "native"
 
 
 # --- show_config ------------------------------------------------------------------------------------------------------
@@ -482,10 +484,10 @@ def test_show_config() -> None:
         pattern = value if label == "CPU in use" else re.escape(str(value))
         assert re.search(rf"^  {label} +{pattern}", text, re.MULTILINE | re.IGNORECASE), label
     assert "backend 'auto' serves" in text
-    for op in backends.OPS:
+    for op in OPS:
         assert re.search(rf"^  {op} +native +\w+ +reference$", text, re.MULTILINE), op
     for name in ("native", "triton"):
-        if backends._load(name) is None or not backends._has_kernels(name, "cuda"):
+        if available.load(name) is None or not available.has_kernels(name, "cuda"):
             assert re.search(rf"^  {name}( on cuda)?: .+(pip install|https://)", text, re.MULTILINE), name
     assert all(line == line.rstrip() for line in text.splitlines())
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastvae
-from fastvae import backend as backends
+from fastvae.backends import native
 
 # Where the code for an instruction set may stand: namespaces isa_avx2 and isa_avx512 (ours), AVX2 and AVX512 (ATen's).
 HOMES = (("avx512", re.compile("isa_avx512|AVX512")), ("avx2", re.compile("isa_avx2|AVX2")))
@@ -81,7 +81,7 @@ def test_the_listing_is_read_right() -> None:
 
 
 def test_the_build_record_tells_of_this_build() -> None:
-    record = backends._build_info()
+    record = native.build_info()
     assert record is not None
     assert fastvae.show_config().count(record.TORCH_VERSION) >= 1
     capability = importlib.import_module("fastvae._C").cpu_capability()

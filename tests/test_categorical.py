@@ -14,7 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import fastvae
-from fastvae import backend, functional, reference
+from fastvae import functional, reference
+from fastvae.backends import Backend, choose
 from fastvae.likelihoods import Categorical
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -529,11 +530,11 @@ def test_the_reference_serves_where_there_is_no_kernel(monkeypatch: pytest.Monke
     def missing(*arguments: Any) -> Any:
         raise AssertionError("this backend has no such kernel")
 
-    monkeypatch.setitem(backend._serving, "cpu", backend.Backend("triton", missing, missing, missing))
-    monkeypatch.setattr(backend, "plain", None)
+    monkeypatch.setitem(choose.serving, "cpu", Backend("triton", missing, missing, missing))
+    monkeypatch.setattr(choose, "plain", None)
     logits, target = data((3, 4, 7), torch.float32)
-    monkeypatch.setattr(backend, "_told", set())
-    monkeypatch.setitem(backend._LACKS, ("triton", "cpu"), ("categorical",))
+    monkeypatch.setattr(choose, "_told", set())
+    monkeypatch.setitem(choose.LACKS, ("triton", "cpu"), ("categorical",))
     with pytest.warns(RuntimeWarning, match="'categorical' on its pure-PyTorch reference"):
         nll = functional.categorical_nll(logits, target)
     assert torch.equal(nll, reference.categorical_nll(logits, target))

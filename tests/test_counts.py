@@ -503,7 +503,7 @@ def test_every_use_of_the_outputs(
         kl, beta = torch.ones(20), torch.tensor(0.5)
         code = fastvae.reference.REDUCTIONS[reduction]
         if module is functional:
-            loss, nll = functional._nll(form, params, p["target"], [], kl, beta, code)
+            loss, nll = functional.loss.nll(form, params, p["target"], [], kl, beta, code)
         else:
             loss, nll = fastvae.reference.nll(form, params, p["target"], [], kl, beta, code)
         rows = torch.linspace(0.5, 1.5, 20, dtype=nll.dtype)
@@ -610,7 +610,7 @@ def test_same_bits_at_any_thread_count(form: str, threads: None, native: None) -
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        loss, nll = functional._nll(
+        loss, nll = functional.loss.nll(
             form, [inputs[name] for name in NAMES[form]], inputs["target"], [], torch.ones(70), None, 2
         )
         results.append([loss, nll, *gradients(loss, inputs).values()])
@@ -732,8 +732,8 @@ def test_module_errors() -> None:
 
 
 def test_a_backend_without_the_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(fastvae.backend._LACKS, ("native", "cpu"), (NB,))
-    monkeypatch.setattr(fastvae.backend, "_told", set())
+    monkeypatch.setitem(fastvae.backends.choose.LACKS, ("native", "cpu"), (NB,))
+    monkeypatch.setattr(fastvae.backends.choose, "_told", set())
     inputs = make(NB)
     with fastvae.use_backend("auto"):
         with pytest.warns(RuntimeWarning, match="'negative_binomial' on its pure-PyTorch reference"):

@@ -56,13 +56,13 @@ from test_triton import (
 from torch import Tensor
 
 import fastvae
-from fastvae import backend as backends
 from fastvae import functional
+from fastvae.backends import available, for_tensor
 
 if INTERPRETED or not torch.cuda.is_available():
     pytest.skip("the CUDA kernels need a GPU", allow_module_level=True)
-if backends._load("native") is None or not backends._serves("native", "cuda"):
-    pytest.skip(f"no CUDA kernels: {backends._reason('native', 'cuda')}", allow_module_level=True)
+if available.load("native") is None or not available.serves("native", "cuda"):
+    pytest.skip(f"no CUDA kernels: {available.reason('native', 'cuda')}", allow_module_level=True)
 
 SHARED = (
     test_a_second_stream,
@@ -111,7 +111,7 @@ def device() -> Iterator[torch.device]:
 
 
 def test_auto_takes_these() -> None:
-    assert fastvae.backend.choose(torch.empty(1, device="cuda")).name == "native"
+    assert for_tensor(torch.empty(1, device="cuda")).name == "native"
 
 
 @pytest.mark.parametrize(("name", "row"), [(name, i) for name, rows in OPS.items() for i in range(len(rows))])
@@ -130,7 +130,7 @@ def test_the_other_backends_agree(device: torch.device, case: Case, dtype: torch
     inputs = cases.cast(case.inputs((6, 3, 7, 5)), dtype)
     ours = cases.run(case, functional, move(inputs, device))
     others = [cases.run(case, functional, inputs)]
-    if backends._load("triton") is not None:
+    if available.load("triton") is not None:
         with fastvae.use_backend("triton"):
             others.append(cases.run(case, functional, move(inputs, device)))
     close = {"rtol": cases.GRADIENT_TOLERANCE[dtype], "atol": 1e-6 if dtype != torch.float64 else 1e-13}
@@ -290,8 +290,8 @@ def batches(device: torch.device, count: int, rows: int = 128) -> list[Tensor]:
 @pytest.mark.parametrize("name", ["native", "triton", "reference"])
 def test_replays_are_the_steps_of_eager(device: torch.device, name: str, likelihood: str) -> None:
     """200 of them, from one seed, noise included; and no step more than there were calls."""
-    if name != "reference" and backends._load(name) is None:
-        pytest.skip(backends._missing[name])
+    if name != "reference" and available.load(name) is None:
+        pytest.skip(available.missing[name])
     losses = []
     with fastvae.use_backend(name):
         for graphed in (False, True):

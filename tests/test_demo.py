@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 import fastvae
-from fastvae import backend, cli
+from fastvae import cli
+from fastvae.backends import available
 from fastvae.recipes import demo
 from fastvae.training import data, pictures
 
@@ -357,8 +358,8 @@ def test_doctor(capsys):
 
 def test_doctor_without_the_extension(capsys, monkeypatch):
     reason = "the compiled extension is not installed; build it with: pip install ."
-    monkeypatch.setattr(backend, "_loaded", {"reference": backend._reference})
-    monkeypatch.setattr(backend, "_missing", {"native": reason})
+    monkeypatch.setattr(available, "loaded", {"reference": available.REFERENCE})
+    monkeypatch.setattr(available, "missing", {"native": reason})
     assert cli.main(["doctor"]) == 1
     text, errors = capsys.readouterr()
     assert text.startswith(f"fastvae {fastvae.__version__}\n")

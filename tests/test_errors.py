@@ -849,7 +849,7 @@ def test_wrong_input(backend: str, name: str) -> None:
         call()
     assert caught.type is kind  # not torch's own subclass, from further down
     assert torch.equal(torch.get_rng_state(), state)
-    assert fastvae.backend._setting == backend
+    assert fastvae.backends.choose.setting == backend
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), torch.ones(2)], ids=str)

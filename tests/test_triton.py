@@ -226,7 +226,8 @@ def test_long_and_many_rows_of_latents(device: torch.device, shape: tuple[int, .
 
 def test_columns_of_64_bits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels of rows with more than 2^31 elements, on shorter ones."""
-    from fastvae._triton import latents, nll
+    from fastvae._triton import elementwise, latents
+    from fastvae._triton import loss as losses
     from fastvae._triton.launch import partition
 
     inputs = {name: torch.randn(2, 5000, device=device, requires_grad=True) for name in ("a", "b")}
@@ -241,7 +242,7 @@ def test_columns_of_64_bits(device: torch.device, monkeypatch: pytest.MonkeyPatc
 
     seed = torch.tensor([1, 2], device=device)
     narrow = run()
-    for module in (nll, latents):
+    for module in (elementwise, losses, latents):
         monkeypatch.setattr(module, "partition", lambda *a, **k: partition(*a, **k)._replace(wide=True))
     for a, b in zip(narrow, run(), strict=True):
         # Not to the bit: compiled apart, one may fuse a product with a sum where the other does not.

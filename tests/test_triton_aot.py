@@ -25,7 +25,18 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from fastvae._triton import categorical, counts, latents, mixtures, nll, tuning  # noqa: E402
+from fastvae import _spec  # noqa: E402
+from fastvae._triton import (  # noqa: E402
+    categorical,
+    counts,
+    discretized,
+    elementwise,
+    latents,
+    tuning,
+)
+from fastvae._triton import loss as losses  # noqa: E402
+
+WITH_KERNELS = (elementwise, categorical, counts, discretized, latents, losses)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -61,7 +72,7 @@ def record(run: Callable[[], object]) -> list[Launch]:
         launches.append(Launch(kernel, args, options))
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (nll, categorical, counts, latents, mixtures):
+        for module in WITH_KERNELS:
             patch.setattr(module, "launch", note)
         run()
     return launches
@@ -127,21 +138,25 @@ SEED = torch.tensor([1, 2])
 ROWS, ONE, NONE = torch.empty(B), torch.tensor(1.0), None
 
 
+CONSTANTS: dict[str, list[float]] = {
+    "scale": [0.5],
+    "df": [4.0],
+    "logvar_bounds": [-6.0, 2.0],
+    "ignore_index": [-100],
+    "components": [10],
+    "bits": [8],
+    "log_scale_floor": [-7.0],
+    "small_mass": [1e-5],
+}
+
+
 def data(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(shape or (B, D), dtype=dtype)
 
 
 def loss(likelihood: str, params: list[torch.Tensor], target: torch.Tensor, needs: int = 1) -> object:
-    constants = {
-        "gaussian": [0.5],
-        "laplace": [0.5],
-        "student_t_learned": [4.0],
-        "gaussian_bounded_head": [-6.0, 2.0],
-        "categorical": [-100],
-        "discretized_logistic": [8, -7.0, 1e-5],
-        "discretized_logistic_mixture": [10, 8, -7.0, 1e-5],
-    }.get(likelihood, [])
-    return nll.nll_forward(likelihood, params, target, constants, ROWS[: target.shape[0]], ONE, 2, needs)
+    constants = [x for constant in _spec.ROWS[likelihood].constants for x in CONSTANTS[constant.name]]
+    return losses.nll_forward(likelihood, params, target, constants, ROWS[: target.shape[0]], ONE, 2, needs)
 
 
 def bernoulli(params: torch.dtype, target: torch.dtype, needs: int = 1) -> object:
@@ -175,7 +190,7 @@ def sample_gradient(dtype: torch.dtype, size: int = 128, prior: bool = False) ->
 
 
 def scale(dtype: torch.dtype, by_row: bool) -> object:
-    return nll.nll_backward_(
+    return losses.nll_backward_(
         ROWS if by_row else ONE, NONE, [data(dtype)], NONE, ROWS, ONE, B, 0 if by_row else 2, True, False
     )
 
@@ -243,9 +258,9 @@ OTHERS: dict[str, Callable[[], object]] = {
     "negative binomial, double": lambda: genes("negative_binomial_logits", DOUBLE, torch.int64),
     "zero-inflated, double": lambda: genes("zero_inflated_negative_binomial", DOUBLE, DOUBLE, False),
     "odd rows, bool": lambda: loss("bernoulli", [data(FLOAT, 9, 33)], data(torch.bool, 9, 33)),
-    "many rows": lambda: nll.nll_forward("bernoulli", [MANY], MANY, [], NONE, NONE, 2, 1),
-    "fp16 gradient": lambda: nll.nll_gradient("bernoulli", [data(torch.float16)], data(FLOAT), [], ONE, ROWS, 2, 1),
-    "learned, backward": lambda: nll.nll_backward_(ONE, NONE, [data(FLOAT)], ROWS, ROWS, ONE, B, 2, True, True),
+    "many rows": lambda: losses.nll_forward("bernoulli", [MANY], MANY, [], NONE, NONE, 2, 1),
+    "fp16 gradient": lambda: losses.nll_gradient("bernoulli", [data(torch.float16)], data(FLOAT), [], ONE, ROWS, 2, 1),
+    "learned, backward": lambda: losses.nll_backward_(ONE, NONE, [data(FLOAT)], ROWS, ROWS, ONE, B, 2, True, True),
     "mixture, bf16, grey": lambda: loss(
         "discretized_logistic_mixture", [PLANES[:, :30].bfloat16()], LEVELS[:, :1]),
     "mixture, channels_last": lambda: loss(
@@ -293,12 +308,7 @@ def test_counts_are_read_128_bits_at_a_time(name: str) -> None:
 def test_every_kernel_is_compiled() -> None:
     calls = [*ALIGNED.values(), *OTHERS.values()]
     compiled = {launch.kernel.__name__ for call in calls for launch in record(call)}
-    kernels = {
-        name
-        for module in (nll, categorical, counts, latents, mixtures)
-        for name in vars(module)
-        if name.endswith("_kernel")
-    }
+    kernels = {name for module in WITH_KERNELS for name in vars(module) if name.endswith("_kernel")}
     assert compiled == kernels
 
 

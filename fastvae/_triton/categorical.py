@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import INTERPRETED, nll
 from .elementary import exp, log1p
-from .launch import COMPUTE, dense_rows, divisor, event_size, kernel, launch, number, row_dtype
+from .launch import COMPUTE, dense_rows, divisor, event_size, kernel, launch, number, row_dtype, row_stride
+from .runtime import INTERPRETED
 
 
 @kernel
@@ -18,7 +18,7 @@ def categorical_kernel(
     target,  # (rows, positions), int64, any stride of rows
     slopes,  # out, or None: as the logits, dense
     sums,  # out, or None: (rows, positions) in C
-    grad_loss,  # see row_factor in nll.py
+    grad_loss,  # see row_factor in tiles.py
     grad_nll,
     weight: tl.float64,
     positions: "number",
@@ -105,7 +105,7 @@ def evaluate(
     grad_nll: Tensor | None = None,
     values: bool = True,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """nll._evaluate of the rows of family "categorical": runs categorical_kernel, a program for each position."""
+    """What elementwise.evaluate is to elements: runs categorical_kernel, a program for each position."""
     lead = params[0]
     dtype, classes = row_dtype(lead), lead.shape[-1]
     logits, chosen = dense_rows(lead), dense_rows(target)
@@ -115,7 +115,6 @@ def evaluate(
     widest = 4096 if INTERPRETED or dtype == torch.float32 else 2048
     columns = min(widest, max(16, triton.next_power_of_2(classes)))
     unit = divisor(classes, logits.stride(0))
-    factors = [(t, t.stride(0) if t is not None and t.dim() else 0) for t in (grad_loss, grad_nll)]
     launch(
         categorical_kernel,
         rows * positions,
@@ -124,22 +123,19 @@ def evaluate(
         chosen,
         slopes,
         sums,
-        factors[0][0],
-        factors[1][0],
+        grad_loss,
+        grad_nll,
         weight,
         positions,
         classes // unit,
         logits.stride(0) // unit,
         chosen.stride(0),
         int(constants[0]),
-        factors[0][1],
-        factors[1][1],
+        row_stride(grad_loss),
+        row_stride(grad_nll),
         UNIT=unit,
         COLUMNS=columns,
         C=COMPUTE[dtype],
         num_warps=max(1, columns // 512),
     )
     return ([slopes] if slopes is not None else []), sums, None
-
-
-nll.EVALUATE["categorical"] = evaluate

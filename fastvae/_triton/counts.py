@@ -1,4 +1,5 @@
-"""Negative binomial counts of genes in cells, with or without additional zeros: the kernel and its launch.
+"""Counts: the element of the Poisson, and negative binomial counts of genes in cells, with or without additional zeros,
+which have a kernel of their own.
 
 csrc/math/counts.h has the formulas, and says why. Most counts are zeros: every element takes their path, in C; the
 places of the others are then listed, tile by tile, and these are computed in float64 and written over it.
@@ -12,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import nll
-from .elementary import exp, exp_minus_1_minus, log1p, polynomial
-from .launch import COMPUTE, dense_rows, divisor, kernel, launch, number, row_dtype
+from .._spec import ROWS
+from .element import Element
+from .elementary import exp, exp_minus_1_minus, log1p, log_factorial, polynomial
+from .launch import COMPUTE, dense_rows, divisor, kernel, launch, number, row_dtype, row_stride
 
 # 2 (1/3 + s^2/5 + s^4/7 + ...), of log(1 + x) = 2 (s + s^3/3 + ...) with s = x / (2 + x), for |x| < 1/2.
 _LOG1P_32: tl.constexpr = tl.constexpr((2 / 13, 2 / 11, 2 / 9, 2 / 7, 2 / 5, 2 / 3))
@@ -28,6 +30,25 @@ _DIGAMMA: tl.constexpr = tl.constexpr(
     (43867 / 14364, -3617 / 8160, 1 / 12, -691 / 32760, 1 / 132, -1 / 240, 1 / 252, -1 / 120, 1 / 12)
 )
 _HALF_LOG_2PI: tl.constexpr = tl.constexpr(0.9189385332046727)
+
+
+@triton.jit
+def poisson(a, _, target, scalar, shape, offset):
+    """-log Poisson(t; e^a) = e^a - t a + log t!, which cancel where t is large.
+
+    There, with u = a - log t, it is t (e^u - 1 - u) + log(2 pi t) / 2 + ...
+    """
+    large = target >= (16.0 if target.dtype == tl.float64 else 2.0)
+    log_n, rest, small = log_factorial(target, large)
+    u = a - tl.where(large, log_n, 0.0)
+    exp_u = exp(u)
+    minus_1_u = exp_minus_1_minus(u, exp_u)
+    small += exp_u - target * a
+    slope = tl.where(large, target * (minus_1_u + u), exp_u - target)
+    return tl.where(large, target * minus_1_u + rest, small), 0.0, slope, 0.0, 0.0
+
+
+ELEMENTS = {"poisson": Element(poisson, warps_64=4)}
 
 
 @triton.jit
@@ -166,7 +187,7 @@ def count_kernel(
     row_sums,  # out: (rows,) in C
     log_slopes,  # with RAW, room for (rows, genes) in C
     places,  # room for (rows, COLUMNS) int16
-    grad_loss,  # see row_factor in nll.py
+    grad_loss,  # see row_factor in tiles.py
     grad_nll,
     weight: tl.float64,
     genes: "number",  # this and the strides of rows in units of UNIT elements
@@ -343,12 +364,12 @@ class Form(NamedTuple):
         return 2 + (self.zero_logits is not None) + (self.library is not None)
 
 
-FORMS = {
-    "negative_binomial": Form(False, None, None),
-    "zero_inflated_negative_binomial": Form(False, 2, None),
-    "negative_binomial_logits": Form(True, None, 2),
-    "zero_inflated_negative_binomial_logits": Form(True, 2, 3),
-}
+def _form(tensors: Sequence[str]) -> Form:
+    place = {name: i for i, name in enumerate(tensors)}
+    return Form("library" in place, place.get("zi_logits"), place.get("library"))
+
+
+FORMS = {row.name: _form(row.tensors) for row in ROWS.values() if row.family == "counts" and not row.element}
 
 
 def shared_bit(likelihood: str, params: Sequence[Tensor]) -> int:
@@ -375,7 +396,7 @@ def evaluate(
     grad_nll: Tensor | None = None,
     values: bool = True,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """nll._evaluate of the rows of family "counts": runs count_kernel, which makes the values in any case."""
+    """What elementwise.evaluate is to elements: runs count_kernel, which makes the values in any case."""
     form, lead = FORMS[likelihood], params[0]
     rows, genes = lead.shape
     dtype = row_dtype(lead)
@@ -408,7 +429,6 @@ def evaluate(
         t.stride(0) if t is not None and t.dim() == 2 else 0 for t in (mean, dispersion, zero_logits, data)
     ]
     unit = divisor(genes, *strides)
-    factors = [(t, t.stride(0) if t is not None and t.dim() else 0) for t in (grad_loss, grad_nll)]
     launch(
         count_kernel,
         rows,
@@ -425,8 +445,8 @@ def evaluate(
         row_sums,
         log_slopes,
         torch.empty((rows, columns), dtype=torch.int16, device=lead.device),
-        factors[0][0],
-        factors[1][0],
+        grad_loss,
+        grad_nll,
         weight,
         genes // unit,
         strides[0] // unit,
@@ -434,8 +454,8 @@ def evaluate(
         strides[2] // unit,
         library.stride(0) if library is not None else 0,
         strides[3] // unit,
-        factors[0][1],
-        factors[1][1],
+        row_stride(grad_loss),
+        row_stride(grad_nll),
         RAW=form.raw,
         UNIT=unit,
         COLUMNS=columns,
@@ -448,6 +468,3 @@ def evaluate(
     by_param = {0: d_mean, 1: d_dispersion, form.zero_logits: d_zero_logits, form.library: d_library}
     gradients = [by_param[i] for i in range(form.tensors) if needs >> i & 1]
     return [gradient for gradient in gradients if gradient is not None], row_sums, None
-
-
-nll.EVALUATE["counts"] = evaluate

@@ -1,7 +1,7 @@
 """Sampling from the posterior, its KL, and their gradients: the kernels, and the functions behind the ops.
 
 One launch forward and one backward: the noise is made where it is used, from its place, and made again in the backward.
-A second launch adds up the KL of rows that are split over programs. C is the type of computation, as in nll.py.
+A second launch adds up the KL of rows that are split over programs. C is the type of computation, as in elementwise.py.
 """
 
 import torch
@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
+from ..reference.noise import draw_seed
 from .elementary import exp, exp_minus_1_minus
 from .launch import COMPUTE, dense_rows, divisor, event_size, kernel, launch, number, partition, row_dtype
-from .nll import first_column, row_size, row_totals, tile_columns, tile_rows
 from .noise import normals
+from .tiles import first_column, row_size, row_totals, tile_columns, tile_rows
 from .tuning import choice
 
 # Bits of `needs`: which gradients a backward makes. They come in this order.
@@ -277,7 +277,7 @@ def reparameterize_kl_forward(
     elif seed is not None:
         used_seed = seed.clone()  # an op must not return what it was given
     else:
-        used_seed = reference.draw_seed(mu.device, generator)
+        used_seed = draw_seed(mu.device, generator)
     shape = mu.shape if samples is None else (samples, *mu.shape)
     z = torch.empty(shape, dtype=mu.dtype, device=mu.device)
     kl, _ = _sample(

@@ -61,6 +61,11 @@ def event_size(tensor: Tensor) -> int:
     return math.prod(tensor.shape[1:])
 
 
+def row_stride(tensor: Tensor | None) -> int:
+    """Of a (B,) tensor; 0 of a single number, which then serves for all rows, and of none."""
+    return tensor.stride(0) if tensor is not None and tensor.dim() else 0
+
+
 def divisor(*numbers: int) -> int:
     """The largest power of two up to 16 that divides all sizes and strides.
 

@@ -1,10 +1,11 @@
-"""The ops `fastvae_triton::*`: schemas, fake kernels and autograd; the same as those of csrc/ops, in Python.
+"""The ops `fastvae_triton::*`: schemas and autograd; the same as those of csrc/ops, in Python.
 
 What a user's call runs is the op without a suffix, which records the graph; its _forward and _backward do the work on
-the device (nll.py, latents.py). They are ops of a plain torch.library.Library, because every layer on top costs host
-time in each call: an autograd.Function over such ops comes closest to C++, `torch.library.custom_op` takes half as long
-again, and `triton_op`, which would show the kernels to Inductor, is built on that. There is little for Inductor to fuse
-them with: they stand between a decoder's last layer and its backward.
+the device (loss.py, latents.py), or tell its shapes where there is none (fakes.py). They are ops of a plain
+torch.library.Library, because every layer on top costs host time in each call: an autograd.Function over such ops comes
+closest to C++, `torch.library.custom_op` takes half as long again, and `triton_op`, which would show the kernels to
+Inductor, is built on that. There is little for Inductor to fuse them with: they stand between a decoder's last layer
+and its backward.
 """
 
 from collections.abc import Sequence
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import INTERPRETED, categorical, counts, latents, mixtures, nll  # noqa: F401
-from .launch import memory_order, row_dtype
-from .likelihoods import LIKELIHOODS
+from .._spec import ROWS
+from . import fakes, latents, loss
+from .counts import shared_bit
+from .loss import NONE
+from .runtime import INTERPRETED
 
 _library = torch.library.Library("fastvae_triton", "DEF")
 _ops = torch.ops.fastvae_triton
@@ -48,142 +51,6 @@ for _schema in (
         _schema,
         tags=(torch.Tag.pt2_compliant_tag, *((torch.Tag.nondeterministic_seeded,) if _random else ())),
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fake kernels
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _empty_gradients(tensors: Sequence[Tensor], needs: int) -> list[Tensor]:
-    """A gradient of the first tensor's shape for each bit of `needs` that belongs to one of `tensors`."""
-    lead = tensors[0]
-    order = memory_order(lead)
-    return [torch.empty_like(lead, memory_format=order) for i in range(len(tensors)) if needs >> i & 1]
-
-
-def _fake_gradients(likelihood: str, params: Sequence[Tensor], needs: int) -> list[Tensor]:
-    if LIKELIHOODS[likelihood].family in ("counts", "categorical"):
-        return [
-            torch.empty_like(p, memory_format=torch.contiguous_format)
-            for i, p in enumerate(params)
-            if needs >> i & 1
-        ]
-    return _empty_gradients(params, needs)
-
-
-def _fake_nll_forward(
-    likelihood: str,
-    params: Sequence[Tensor],
-    target: Tensor,
-    constants: Sequence[float],
-    kl: Tensor | None,
-    beta: Tensor | None,
-    reduction: int,
-    needs: int,
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    row, lead = LIKELIHOODS[likelihood], params[0]
-    rows, dtype = lead.shape[0], row_dtype(lead)
-    loss_dtype = torch.float64 if kl is not None and kl.dtype == torch.float64 else dtype
-    elementwise = params[:-1] if row.has_scalar else params
-    with_scalar = row.has_scalar and needs >> len(elementwise) & 1
-    return (
-        lead.new_empty((rows,) if reduction == nll.NONE else (), dtype=loss_dtype),
-        lead.new_empty((rows,), dtype=dtype),
-        _fake_gradients(likelihood, elementwise, needs),
-        lead.new_empty((rows if with_scalar else 0,), dtype=dtype),
-    )
-
-
-def _fake_nll_gradient(
-    likelihood: str,
-    params: Sequence[Tensor],
-    target: Tensor,
-    constants: Sequence[float],
-    grad_loss: Tensor | None,
-    grad_nll: Tensor | None,
-    reduction: int,
-    needs: int,
-) -> list[Tensor]:
-    return _fake_gradients(likelihood, params, needs)
-
-
-def _fake_extras(
-    grad_loss: Tensor | None,
-    grad_nll: Tensor | None,
-    gradients: Sequence[Tensor],
-    scalar_rows: Tensor | None,
-    kl: Tensor | None,
-    beta: Tensor | None,
-    rows: int,
-    reduction: int,
-    need_kl: bool,
-    need_beta: bool,
-) -> list[Tensor]:
-    extras = [scalar_rows.new_empty(())] if scalar_rows is not None else []
-    if need_kl and kl is not None:
-        extras.append(torch.empty_like(kl, memory_format=torch.contiguous_format))
-    if need_beta and beta is not None:
-        extras.append(beta.new_empty(()))
-    return extras
-
-
-def _fake_nll_backward(
-    grad_loss: Tensor | None, grad_nll: Tensor | None, gradients: Sequence[Tensor], *rest: Any
-) -> list[Tensor]:
-    scaled = [torch.empty_like(gradient) for gradient in gradients]
-    return scaled + _fake_extras(grad_loss, grad_nll, gradients, *rest)
-
-
-def _fake_sample(
-    mu: Tensor,
-    logvar: Tensor,
-    prior_mu: Tensor | None,
-    prior_logvar: Tensor | None,
-    samples: int | None,
-    seed: Tensor | None,
-    row_offset: int,
-    eps: Tensor | None,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        mu.new_empty(mu.shape if samples is None else (samples, *mu.shape)),
-        _fake_kl(mu, logvar, None, None, False),
-        mu.new_empty((0 if eps is not None else 2,), dtype=torch.int64),
-    )
-
-
-def _fake_kl(
-    mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, per_element: bool
-) -> Tensor:
-    return mu.new_empty(mu.shape if per_element else mu.shape[:1], dtype=row_dtype(mu))
-
-
-def _fake_posterior_gradients(mu: Tensor, needs: int, eps: Tensor | None = None) -> list[Tensor]:
-    gradients = [
-        mu.new_empty(mu.shape)
-        for bit in (latents.MU, latents.LOGVAR, latents.PRIOR_MU, latents.PRIOR_LOGVAR)
-        if needs & bit
-    ]
-    return gradients + ([mu.new_empty(eps.shape)] if needs & latents.EPS and eps is not None else [])
-
-
-def _fake_sample_backward(
-    grad_z: Tensor | None, grad_kl: Tensor | None, mu: Tensor, logvar: Tensor, *rest: Any
-) -> list[Tensor]:
-    *_, eps, needs = rest
-    return _fake_posterior_gradients(mu, needs, eps)
-
-
-def _fake_kl_backward(
-    grad_kl: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    prior_mu: Tensor | None,
-    prior_logvar: Tensor | None,
-    needs: int,
-) -> list[Tensor]:
-    return _fake_posterior_gradients(mu, needs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,15 +108,15 @@ class _Nll(torch.autograd.Function):
         beta: Tensor | None,
         *params: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        row = LIKELIHOODS[likelihood]
+        row = ROWS[likelihood]
         needs = _bits(*params)
         scalar_bit = 1 << len(params) - 1 if row.has_scalar else 0
         computed = needs | int(target.requires_grad)  # the target's comes from the first parameter's
         # fp16 cannot hold a gradient before the factor that the backward brings: with 1/B small ones would round to
         # zero, without it large ones to infinity. nll_gradient makes those when the factor is known.
         # What serves all rows has its gradient saved for one factor, and made again, from the inputs, for one of each.
-        shared = needs & counts.shared_bit(likelihood, params)
-        at_once = params[0].dtype != torch.float16 and not (shared and reduction == nll.NONE)
+        shared = needs & shared_bit(likelihood, params)
+        at_once = params[0].dtype != torch.float16 and not (shared and reduction == NONE)
         keeps_inputs = not at_once or shared != 0
         with _below_autograd():
             loss, rows, gradients, scalar_rows = _ops.nll_forward.default(
@@ -356,7 +223,7 @@ def _nll(
     if not torch.is_grad_enabled() or not _requires_grad(target, kl, beta, *params):
         with _below_autograd():
             return _nll_without_graph(likelihood, params, target, constants, kl, beta, reduction)
-    if target.requires_grad and not LIKELIHOODS[likelihood].is_location:
+    if target.requires_grad and not ROWS[likelihood].is_location:
         raise ValueError(
             f"fastvae::nll: the `target` of {likelihood} has no gradient here; pass target.detach()"
         )
@@ -489,17 +356,17 @@ for _name, _autograd, _composite in (
     _library.impl(_name, _autograd, "Autograd")
     _library.impl(_name, _composite, "CompositeExplicitAutograd")
 
-for _function, _fake in (
-    (nll.nll_forward, _fake_nll_forward),
-    (nll.nll_gradient, _fake_nll_gradient),
-    (nll.nll_backward, _fake_nll_backward),
-    (nll.nll_backward_, _fake_extras),
-    (latents.reparameterize_kl_forward, _fake_sample),
-    (latents.reparameterize_kl_backward, _fake_sample_backward),
-    (latents.gaussian_kl_forward, _fake_kl),
-    (latents.gaussian_kl_backward, _fake_kl_backward),
+for _function in (
+    loss.nll_forward,
+    loss.nll_gradient,
+    loss.nll_backward,
+    loss.nll_backward_,
+    latents.reparameterize_kl_forward,
+    latents.reparameterize_kl_backward,
+    latents.gaussian_kl_forward,
+    latents.gaussian_kl_backward,
 ):
     # The key of ROCm's tensors is CUDA too.
     for _key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
         _library.impl(_function.__name__, _function, _key)
-    _library.impl(_function.__name__, _fake, "Meta")
+    _library.impl(_function.__name__, getattr(fakes, _function.__name__), "Meta")

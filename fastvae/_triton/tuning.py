@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import INTERPRETED
+from .runtime import INTERPRETED
 
 
 class Choice(NamedTuple):

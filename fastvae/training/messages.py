@@ -7,7 +7,7 @@ import torch
 from rich import get_console
 
 import fastvae
-from fastvae import backend
+from fastvae import backends
 
 __all__ = ["backend_lines", "say", "size_of"]
 
@@ -25,7 +25,7 @@ def backend_lines(device: torch.device | str = "cpu") -> list[str]:
     """Which backend runs there, and why it is the slow one if it is."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said below, in our own words
-        name = backend.choose(torch.empty(0, device=device)).name
+        name = backends.for_tensor(torch.empty(0, device=device)).name
     kind = torch.device(device).type
     detail = kind
     if kind == "cpu":
@@ -35,5 +35,5 @@ def backend_lines(device: torch.device | str = "cpu") -> list[str]:
             detail = f"{importlib.import_module('fastvae._C').cpu_capability()}, {detail}"
     lines = [f"fastvae {fastvae.__version__} · backend {name} ({detail})"]
     if name == "reference":
-        lines.append(f"This is the slow one: {backend._reason('native', kind)}")
+        lines.append(f"This is the slow one: {backends.reason('native', kind)}")
     return lines

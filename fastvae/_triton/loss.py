@@ -1,11 +1,8 @@
-"""The reconstruction loss: its kernels, and the functions behind fastvae_triton::nll_forward and its backward ops.
+"""The reconstruction loss: what all likelihoods share of it, and the functions behind the ops fastvae_triton::nll_*.
 
-A loss is three launches. `nll_kernel` reads parameters and data once and writes the gradient, weighted by the
-reduction, and partial sums of rows; `finish_kernel` adds those up to the rows' nll and to the loss; in the backward
+A loss is three launches. The likelihood's kernel (elementwise.py, counts.py, categorical.py, discretized.py) writes the
+gradient and partial sums of rows; `finish_kernel` adds those up to the rows' nll and to the loss; in the backward
 `scale_kernel` looks at the factor that arrives, on the device, and returns at once where it is 1.
-
-Everything is computed in float32, or float64 for float64 parameters: C below. Sums are made in an order that the shape
-decides. Offsets are 64-bit where rows are counted, and 32-bit within a row unless it is longer than that.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,212 +12,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementary import combine_excess, log1p
-from .launch import (
-    COMPUTE,
-    dense_rows,
-    divisor,
-    event_size,
-    kernel,
-    launch,
-    memory_order,
-    number,
-    partition,
-    row_dtype,
-)
-from .likelihoods import LIKELIHOODS
+from .._spec import ROWS
+from . import categorical, counts, discretized, elementwise
+from .launch import COMPUTE, divisor, kernel, launch, number, partition, row_dtype, row_stride
+from .tiles import first_column, row_factor, row_size, row_totals, tile_columns, tile_rows
 from .tuning import choice
 
 NONE, SUM, MEAN = 0, 1, 2  # `reduction`
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kernels
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def tile_rows(splits, ROWS: tl.constexpr):
-    """(row numbers of this program, int64 (ROWS,); its split)."""
-    program = tl.program_id(0).to(tl.int64)
-    return program // splits * ROWS + tl.arange(0, ROWS), program % splits
-
-
-@triton.jit
-def row_size(units, UNIT: tl.constexpr, WIDE: tl.constexpr):
-    """The elements of a row; the number of units may fit into 32 bits where this does not."""
-    if WIDE:
-        units = units.to(tl.int64)
-    return units * UNIT
-
-
-@triton.jit
-def first_column(split, tiles, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
-    """Where a split begins; 32 bits, unless a row has too many columns for that."""
-    start = split * tiles * COLUMNS
-    if not WIDE:
-        start = start.to(tl.int32)
-    return start
-
-
-@triton.jit
-def tile_columns(start, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
-    columns = tl.arange(0, COLUMNS)
-    if WIDE:
-        columns = columns.to(tl.int64)
-    return start + columns
-
-
-@triton.jit
-def row_factor(grad_loss, grad_nll, weight, rows, inside, grad_loss_stride, grad_nll_stride, C: tl.constexpr):
-    """d objective / d nll of each row: weight * grad_loss + grad_nll, of which one may be missing; (ROWS,) in C.
-
-    A reduced loss has a grad_loss of one number, which is read with stride 0.
-    """
-    factor = tl.zeros(rows.shape, C)
-    if grad_loss is not None:
-        factor += tl.load(grad_loss + rows * grad_loss_stride, inside, 0.0).to(C) * tl.full((), weight, C)
-    if grad_nll is not None:
-        factor += tl.load(grad_nll + rows * grad_nll_stride, inside, 0.0).to(C)
-    return factor
-
-
-@triton.jit
-def fold_sum(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr):
-    """(ROWS, COLUMNS) -> (ROWS, COLUMNS / FOLD): adds up neighbours, which one thread holds."""
-    return tl.sum(tl.reshape(x, (ROWS, COLUMNS // FOLD, FOLD)), 2)
-
-
-@triton.jit
-def fold_excess(e, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr):
-    """The same for products: see combine_excess."""
-    for i in tl.static_range(0, 4):
-        if 2 << i <= FOLD:
-            even, odd = tl.split(tl.reshape(e, (ROWS, COLUMNS >> (i + 1), 2)))
-            e = combine_excess(even, odd)
-    return e
-
-
-@kernel
-def nll_kernel(
-    first,  # parameters: (rows, size), any stride of rows
-    second,  # None where the likelihood has one
-    target,  # (rows, size), any dtype
-    scalar,  # one number, or None: then `scalar_value` is it
-    scalar_value: tl.float64,
-    shape: tl.float64,  # see likelihoods.py
-    offset: tl.float64,
-    first_slope,  # out, or None: (rows, size) as the parameters
-    second_slope,
-    row_sums,  # out, or None: (rows, splits) in C
-    scalar_sums,  # out, or None: the same of the derivative by `scalar`
-    grad_loss,  # see row_factor; with neither of the two, slopes are multiplied by `weight`
-    grad_nll,
-    weight: tl.float64,
-    row_count: "number",
-    size: "number",  # this and all strides in units of UNIT elements
-    first_stride: "number",
-    second_stride: "number",
-    target_stride: "number",
-    slope_stride: "number",
-    second_offset: "number",  # of the second half of a packed head
-    grad_loss_stride: "number",
-    grad_nll_stride: "number",
-    splits: "number",
-    tiles: "number",
-    ELEMENT: tl.constexpr,
-    LOG_TERM: tl.constexpr,
-    COUNTS: tl.constexpr,  # integers are numbers, uint8 too
-    UNIT: tl.constexpr,
-    RUN: tl.constexpr,  # 0, or the channels of a packed head in channels_last order, where the halves alternate
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    FOLD: tl.constexpr,
-    WIDE: tl.constexpr,
-    C: tl.constexpr,
-):
-    rows, split = tile_rows(splits, ROWS)
-    inside_rows = rows < row_count
-    size = row_size(size, UNIT, WIDE)
-    first += rows[:, None] * first_stride * UNIT
-    if second is not None:
-        second += rows[:, None] * second_stride * UNIT + second_offset.to(tl.int64) * UNIT
-    target += rows[:, None] * target_stride * UNIT
-    if first_slope is not None:
-        first_slope += rows[:, None] * slope_stride * UNIT
-    if second_slope is not None:
-        second_slope += rows[:, None] * slope_stride * UNIT + second_offset.to(tl.int64) * UNIT
-
-    if scalar is not None:
-        shared = tl.load(scalar).to(C)
-    else:
-        shared = tl.full((), scalar_value, C)
-    shape = tl.full((), shape, C)
-    offset = tl.full((), offset, C)
-    if grad_loss is None and grad_nll is None:
-        factor = tl.full((), weight, C)
-    else:
-        factor = row_factor(
-            grad_loss, grad_nll, weight, rows, inside_rows, grad_loss_stride, grad_nll_stride, C
-        )
-        factor = factor[:, None]
-
-    sums = tl.zeros((ROWS, COLUMNS // FOLD), C)
-    scalar_slopes = tl.zeros((ROWS, COLUMNS // FOLD), C)
-    excess = tl.zeros((ROWS, COLUMNS // FOLD), C)
-    start = first_column(split, tiles, COLUMNS, WIDE)
-    for i in range(0, tiles):
-        columns = tile_columns(start + i * COLUMNS, COLUMNS, WIDE)[None, :]
-        inside = inside_rows[:, None] & (columns < size)
-        # What is outside counts as 0, and is taken out of the sums below.
-        if RUN > 0:
-            places = columns + columns // RUN * RUN
-        else:
-            # FOLD neighbours make a 128-bit access of the parameters. Left to itself Triton would have a thread hold
-            # the 16 that make one of uint8 data, and pass everything else through shared memory.
-            places = tl.max_contiguous(columns, (1, FOLD))
-        a = tl.load(first + places, inside, 0.0).to(C)
-        if second is not None:
-            b = tl.load(second + places, inside, 0.0).to(C)
-        else:
-            b = a
-        t = tl.load(target + columns, inside, 0)
-        is_pixel: tl.constexpr = t.dtype == tl.uint8 and not COUNTS
-        t = t.to(C)
-        if is_pixel:
-            t = t / 255.0
-        value, e, slope_a, slope_b, slope_shared = ELEMENT(a, b, t, shared, shape, offset)
-
-        if first_slope is not None:
-            tl.store(first_slope + places, (slope_a * factor).to(first_slope.dtype.element_ty), inside)
-        if second_slope is not None:
-            tl.store(second_slope + places, (slope_b * factor).to(second_slope.dtype.element_ty), inside)
-        if row_sums is not None:
-            sums += fold_sum(tl.where(inside, value, 0.0), ROWS, COLUMNS, FOLD)
-        if scalar_sums is not None:
-            scalar_slopes += fold_sum(tl.where(inside, slope_shared, 0.0), ROWS, COLUMNS, FOLD)
-        if LOG_TERM and row_sums is not None:
-            excess = combine_excess(excess, fold_excess(tl.where(inside, e, 0.0), ROWS, COLUMNS, FOLD))
-            # 64 factors, each at most 2, fit in float32.
-            if (i + 1) * FOLD % 64 == 0:
-                sums += log1p(excess)
-                excess = tl.zeros((ROWS, COLUMNS // FOLD), C)
-
-    if LOG_TERM:
-        sums += log1p(excess)
-    if row_sums is not None:
-        tl.store(row_sums + rows * splits + split, tl.sum(sums, 1), inside_rows)
-    if scalar_sums is not None:
-        tl.store(scalar_sums + rows * splits + split, tl.sum(scalar_slopes, 1), inside_rows)
-
-
-@triton.jit
-def row_totals(partials, rows, inside, splits, ROWS: tl.constexpr, SPLITS: tl.constexpr):
-    """Adds up what the splits of each row left: (ROWS,)."""
-    total = tl.zeros((ROWS, SPLITS), partials.dtype.element_ty)
-    for start in range(0, splits, SPLITS):
-        split = start + tl.arange(0, SPLITS)[None, :]
-        total += tl.load(partials + rows[:, None] * splits + split, inside[:, None] & (split < splits), 0.0)
-    return tl.sum(total, 1)
+# What runs a row's kernel: see elementwise.evaluate.
+Evaluate = Callable[..., tuple[list[Tensor], Tensor | None, Tensor | None]]
+FAMILIES: dict[str, Evaluate] = {
+    "counts": counts.evaluate,
+    "categorical": categorical.evaluate,
+    "discretized": discretized.evaluate,
+}
+EVALUATE: dict[str, Evaluate] = {
+    row.name: elementwise.evaluate if row.element else FAMILIES[row.family] for row in ROWS.values()
+}
 
 
 @kernel
@@ -390,10 +199,6 @@ def dot_kernel(
         tl.store(beta_results + program, tl.sum(beta_sum, 0).to(beta_results.dtype.element_ty))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Launches
-# ---------------------------------------------------------------------------------------------------------------------
-
 # Up to so many rows, what is done once per row is done by a single program, in one launch.
 _ROWS_PER_PROGRAM = 8192
 
@@ -403,108 +208,6 @@ def weight_of(reduction: int, rows: int) -> float:
     if reduction != MEAN:
         return 1.0
     return 1.0 / rows if rows else float("nan")
-
-
-def _stride(tensor: Tensor | None) -> int:
-    """Of a (B,) tensor; 0 of a single number, which then serves for all rows."""
-    return tensor.stride(0) if tensor is not None and tensor.dim() else 0
-
-
-def _evaluate(
-    likelihood: str,
-    params: Sequence[Tensor],
-    target: Tensor,
-    constants: Sequence[float],
-    needs: int,
-    weight: float,
-    *,
-    grad_loss: Tensor | None = None,
-    grad_nll: Tensor | None = None,
-    values: bool = True,
-) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """Runs nll_kernel: (gradients that `needs` asks for, sums (rows, splits) of rows, the same of scalar slopes).
-
-    Without `values`, only the gradients are made.
-    """
-    row, lead = LIKELIHOODS[likelihood], params[0]
-    order, dtype = memory_order(lead), row_dtype(lead)
-    rows, size = lead.shape[0], event_size(target)
-    first, data = dense_rows(lead, order), dense_rows(target, order)
-    scalar = params[-1] if row.has_scalar else None
-    second = dense_rows(params[1], order) if len(params) - row.has_scalar > 1 else None
-
-    slopes: list[Tensor | None] = [
-        torch.empty_like(lead, memory_format=order) if needs >> i & 1 else None for i in (0, 1)
-    ]
-    if row.has_scalar:
-        slopes[1] = None
-    gradients = [slope for slope in slopes if slope is not None]
-    second_offset, run = 0, 0
-    if row.packed:
-        # Dimension 1 holds the channels of the first, then those of the second. In channels_last order the two
-        # alternate at every pixel.
-        second, slopes[1] = first, slopes[0]
-        in_turns = order != torch.contiguous_format
-        run = target.shape[1] if in_turns else 0
-        second_offset = run if in_turns else size
-
-    slope_stride = size * (2 if row.packed else 1)
-    second_stride = second.stride(0) if second is not None else 0
-    unit = divisor(size, first.stride(0), second_stride, data.stride(0), slope_stride, second_offset)
-    # The elements of one 128-bit access, or what the strides allow of it: those a thread holds side by side.
-    fold = min(16 // lead.element_size(), unit)
-    cut = partition(rows, size, choice("nll", rows * size, lead.device), narrowest=fold)
-    row_sums = lead.new_empty((rows, cut.splits), dtype=dtype) if values else None
-    scalar_sums = None
-    if row_sums is not None and row.has_scalar and needs >> (len(params) - 1) & 1:
-        scalar_sums = torch.empty_like(row_sums)
-    launch(
-        nll_kernel,
-        cut.programs,
-        lead.device,
-        first,
-        second,
-        data,
-        scalar,
-        row.scalar_of(constants),
-        row.shape_of(constants),
-        row.offset_of(constants),
-        *slopes,
-        row_sums,
-        scalar_sums,
-        grad_loss,
-        grad_nll,
-        weight,
-        rows,
-        size // unit,
-        first.stride(0) // unit,
-        second_stride // unit,
-        data.stride(0) // unit,
-        slope_stride // unit,
-        second_offset // unit,
-        _stride(grad_loss),
-        _stride(grad_nll),
-        cut.splits,
-        cut.tiles,
-        ELEMENT=row.element,
-        LOG_TERM=row.log_term,
-        COUNTS=row.counts,
-        UNIT=unit,
-        RUN=run,
-        ROWS=cut.rows,
-        COLUMNS=cut.columns,
-        FOLD=fold,
-        WIDE=cut.wide,
-        C=COMPUTE[dtype],
-        num_warps=cut.warps * (row.warps_64 if dtype == torch.float64 else 1),
-    )
-    return gradients, row_sums, scalar_sums
-
-
-# By the family of a likelihood; counts.py and mixtures.py add their own.
-EVALUATE: dict[str, Callable[..., tuple[list[Tensor], Tensor | None, Tensor | None]]] = {
-    "elementwise": _evaluate
-}
 
 
 def nll_forward(
@@ -525,7 +228,7 @@ def nll_forward(
     lead = params[0]
     rows = lead.shape[0]
     weight = weight_of(reduction, rows)
-    gradients, row_sums, scalar_sums = EVALUATE[LIKELIHOODS[likelihood].family](
+    gradients, row_sums, scalar_sums = EVALUATE[likelihood](
         likelihood, params, target, constants, needs, weight
     )
     assert row_sums is not None
@@ -553,7 +256,7 @@ def nll_forward(
         rows,
         splits,
         _ROWS_PER_PROGRAM if reduces else 1024,
-        _stride(kl),
+        row_stride(kl),
         REDUCE=reduces,
         ROWS=max(1, 1024 // tile),
         SPLITS=tile,
@@ -584,7 +287,7 @@ def nll_gradient(
     needs: int,
 ) -> list[Tensor]:
     """The gradients of the objective, for what the forward cannot make yet: fp16 must know the factor first."""
-    gradients, *_ = EVALUATE[LIKELIHOODS[likelihood].family](
+    gradients, *_ = EVALUATE[likelihood](
         likelihood,
         params,
         target,
@@ -693,7 +396,7 @@ def _scale(
             row_count,
             size // unit,
             size // unit,
-            *map(_stride, factors),
+            *map(row_stride, factors),
             cut.splits,
             cut.tiles,
             UNIFORM=uniform,
@@ -740,8 +443,8 @@ def _dots(
         weight,
         rows,
         _ROWS_PER_PROGRAM,
-        _stride(kl),
-        *map(_stride, factors),
+        row_stride(kl),
+        *map(row_stride, factors),
         ROWS=1024,
         num_warps=4,
     )

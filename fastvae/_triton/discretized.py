@@ -1,4 +1,4 @@
-"""The discretised logistic and the mixtures of it: what nll.py is to the likelihoods of one element.
+"""The discretised logistic and the mixtures of it: what elementwise.py is to the likelihoods of one element.
 
 A program takes a tile of pixels and goes over their components twice: for the sum of the mixture, and, when that is
 known, for the gradient. Everything is computed again in between, for nothing of a component is kept. Formulas, and what
@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import nll
 from .elementary import combine_excess, exp, exp_minus_1_minus, log1p, tanh
 from .launch import (
     COMPUTE,
@@ -26,8 +25,9 @@ from .launch import (
     number,
     partition,
     row_dtype,
+    row_stride,
 )
-from .nll import first_column, row_factor, row_size, tile_columns, tile_rows
+from .tiles import first_column, row_factor, row_size, tile_columns, tile_rows
 from .tuning import choice
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def logistic_kernel(
     log_width: tl.float64,  # log(2 / levels)
     floor: tl.float64,
     small: tl.float64,
-    grad_loss,  # see nll.row_factor; with neither of the two, slopes are multiplied by `weight`
+    grad_loss,  # see row_factor in tiles.py; with neither of the two, slopes are multiplied by `weight`
     grad_nll,
     weight: tl.float64,
     row_count: "number",
@@ -310,7 +310,7 @@ def evaluate(
     grad_nll: Tensor | None = None,
     values: bool = True,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """nll._evaluate of the rows of family "logistic": runs logistic_kernel."""
+    """What elementwise.evaluate is to elements: runs logistic_kernel."""
     components = int(constants[0]) if len(constants) == 4 else 0
     bits, floor, small = constants[-3:]
     levels = 2.0**bits - 1
@@ -356,8 +356,8 @@ def evaluate(
         planes,
         components,
         channels,
-        nll._stride(grad_loss),
-        nll._stride(grad_nll),
+        row_stride(grad_loss),
+        row_stride(grad_nll),
         cut.splits,
         cut.tiles,
         MIXED=channels if components else 0,
@@ -371,6 +371,3 @@ def evaluate(
         num_warps=cut.warps * spread,
     )
     return ([slopes] if slopes is not None else []), row_sums, None
-
-
-nll.EVALUATE["logistic"] = evaluate

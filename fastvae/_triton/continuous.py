@@ -1,31 +1,14 @@
-"""The table of likelihoods, and one Triton function for each kind of element.
-
-To add one: its function here and its row in `LIKELIHOODS`. The kernels of nll.py call the function for every tile.
-
-    element(first, second, target, scalar, shape, offset)
-        -> (value, e, first_slope, second_slope, scalar_slope)
-
-    first, second   tiles of the parameters, float32 or float64; of one parameter, `second` is `first` again
-    target          the data, as numbers: uint8 is x / 255 already, unless the row `counts`
-    scalar          one number for all elements, where the row has one
-    shape, offset   two more, made of the row's constants on the host: a parameter of the density and its normaliser,
-                    or two parameters
-    value + log(1 + e)   the negative log-likelihood of each element in nats. A likelihood with a term log(1 + e), e in
-                    [0, 1], leaves it to the kernel, which takes one logarithm for many elements (`log_term`)
-    *_slope         its derivatives by first, second and scalar
-
-What a likelihood has no use for is returned as 0.0.
-"""
+"""Elements of the densities of numbers, and of the Bernoulli: see element.py."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 
-from ..reference import log_beta_half
-from .elementary import exp, exp_minus_1_minus, log1p, log_factorial, polynomial, tanh
+from ..reference.continuous import log_beta_half
+from .element import Element
+from .elementary import exp, log1p, polynomial, tanh
 
 _HALF_LOG_2PI: tl.constexpr = tl.constexpr(0.9189385332046727)
 _LOG_2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -143,22 +126,6 @@ def continuous_bernoulli(a, _, target, scalar, shape, offset):
 
 
 @triton.jit
-def poisson(a, _, target, scalar, shape, offset):
-    """-log Poisson(t; e^a) = e^a - t a + log t!, which cancel where t is large.
-
-    There, with u = a - log t, it is t (e^u - 1 - u) + log(2 pi t) / 2 + ...
-    """
-    large = target >= (16.0 if target.dtype == tl.float64 else 2.0)
-    log_n, rest, small = log_factorial(target, large)
-    u = a - tl.where(large, log_n, 0.0)
-    exp_u = exp(u)
-    minus_1_u = exp_minus_1_minus(u, exp_u)
-    small += exp_u - target * a
-    slope = tl.where(large, target * (minus_1_u + u), exp_u - target)
-    return tl.where(large, target * minus_1_u + rest, small), 0.0, slope, 0.0, 0.0
-
-
-@triton.jit
 def _student_t(loc, target, log_scale, df, offset):
     """(value, slope by loc, slope by log_scale) of -log of Student's t; `offset` is its normaliser."""
     inverse_scale = exp(-log_scale) / tl.sqrt(df)
@@ -189,25 +156,19 @@ def student_t_per_element(loc, log_scale, target, scalar, shape, offset):
     return value, 0.0, slope, scale_slope, 0.0
 
 
-class Likelihood(NamedTuple):
-    """What the ops and kernels know of a likelihood besides its element."""
+# What the host makes of a row's constants, the fixed scale last of them. A learned scale is none.
 
-    element: Any
-    tensors: int = 1  # the length of `params`
-    packed: bool = False  # one tensor (B, 2C, ...) holds first and second, along dimension 1
-    has_scalar: bool = False  # the last tensor is 0-dimensional: `scalar`
-    is_location: bool = True  # a density of (target - first): the target's derivative is the first's, negated
-    log_term: bool = False
-    counts: bool = (
-        False  # the target counts something: uint8 is a number like the wider integers, and no pixel
-    )
-    scalar_of: Callable[[Sequence[float]], float] = lambda constants: 0.0  # `scalar` where no tensor holds it
-    warps_64: int = 1  # times the usual number, in float64: for an element that fills many registers
-    shape_of: Callable[[Sequence[float]], float] = lambda constants: 0.0
-    offset_of: Callable[[Sequence[float]], float] = lambda constants: 0.0
-    family: str = (
-        "elementwise"  # the function of nll.EVALUATE that does the work; others than this have no element
-    )
+
+def _gaussian_scalar(constants: Sequence[float]) -> float:
+    return 2 * math.log(constants[0]) if constants else 0.0
+
+
+def _laplace_scalar(constants: Sequence[float]) -> float:
+    return math.log(constants[0]) if constants else 0.0
+
+
+def _student_t_scalar(constants: Sequence[float]) -> float:
+    return math.log(constants[1]) if len(constants) > 1 else 0.0
 
 
 def _df(constants: Sequence[float]) -> float:
@@ -226,48 +187,15 @@ def _student_t_offset(constants: Sequence[float]) -> float:
     return log_beta_half(constants[0]) + math.log(constants[0]) / 2
 
 
-LIKELIHOODS = {
-    "bernoulli": Likelihood(bernoulli, is_location=False, log_term=True),
-    "gaussian": Likelihood(gaussian, scalar_of=lambda constants: 2 * math.log(constants[0])),
-    "gaussian_learned": Likelihood(gaussian, tensors=2, has_scalar=True),
-    "gaussian_per_element": Likelihood(gaussian_per_element, tensors=2),
-    "gaussian_head": Likelihood(gaussian_per_element, packed=True),
-    "gaussian_bounded_per_element": Likelihood(
-        gaussian_bounded, tensors=2, shape_of=_middle, offset_of=_half, warps_64=2
-    ),
-    "gaussian_bounded_head": Likelihood(
-        gaussian_bounded, packed=True, shape_of=_middle, offset_of=_half, warps_64=2
-    ),
-    "laplace": Likelihood(laplace, scalar_of=lambda constants: math.log(constants[0])),
-    "laplace_learned": Likelihood(laplace, tensors=2, has_scalar=True),
-    "laplace_per_element": Likelihood(laplace_per_element, tensors=2),
-    "laplace_head": Likelihood(laplace_per_element, packed=True),
-    "continuous_bernoulli": Likelihood(continuous_bernoulli, is_location=False),
-    "poisson": Likelihood(poisson, is_location=False, counts=True, warps_64=4),
-    "student_t": Likelihood(
-        student_t,
-        scalar_of=lambda constants: math.log(constants[1]),
-        shape_of=_df,
-        offset_of=_student_t_offset,
-    ),
-    "student_t_learned": Likelihood(
-        student_t, tensors=2, has_scalar=True, shape_of=_df, offset_of=_student_t_offset
-    ),
-    "student_t_per_element": Likelihood(
-        student_t_per_element, tensors=2, shape_of=_df, offset_of=_student_t_offset
-    ),
-    "student_t_head": Likelihood(
-        student_t_per_element, packed=True, shape_of=_df, offset_of=_student_t_offset
-    ),
-    "categorical": Likelihood(None, is_location=False, family="categorical"),
-    "discretized_logistic": Likelihood(None, is_location=False, family="logistic"),
-    "discretized_logistic_mixture": Likelihood(None, is_location=False, family="logistic"),
-    "negative_binomial": Likelihood(None, tensors=2, is_location=False, counts=True, family="counts"),
-    "zero_inflated_negative_binomial": Likelihood(
-        None, tensors=3, is_location=False, counts=True, family="counts"
-    ),
-    "negative_binomial_logits": Likelihood(None, tensors=3, is_location=False, counts=True, family="counts"),
-    "zero_inflated_negative_binomial_logits": Likelihood(
-        None, tensors=4, is_location=False, counts=True, family="counts"
-    ),
+# By the name in fastvae/_spec.py.
+ELEMENTS = {
+    "bernoulli": Element(bernoulli, log_term=True),
+    "gaussian": Element(gaussian, scalar_of=_gaussian_scalar),
+    "gaussian_per_element": Element(gaussian_per_element),
+    "gaussian_bounded": Element(gaussian_bounded, warps_64=2, shape_of=_middle, offset_of=_half),
+    "laplace": Element(laplace, scalar_of=_laplace_scalar),
+    "laplace_per_element": Element(laplace_per_element),
+    "continuous_bernoulli": Element(continuous_bernoulli),
+    "student_t": Element(student_t, scalar_of=_student_t_scalar, shape_of=_df, offset_of=_student_t_offset),
+    "student_t_per_element": Element(student_t_per_element, shape_of=_df, offset_of=_student_t_offset),
 }

@@ -1,0 +1,241 @@
+"""The likelihoods whose elements are each for themselves: one kernel, which is handed the function of an element.
+
+It reads parameters and data once, and writes the gradient, weighted by the reduction, and partial sums of rows.
+
+Everything is computed in float32, or float64 for float64 parameters: C below. Sums are made in an order that the shape
+decides. Offsets are 64-bit where rows are counted, and 32-bit within a row unless it is longer than that.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .._spec import ROWS
+from . import continuous, counts
+from .elementary import combine_excess, log1p
+from .launch import (
+    COMPUTE,
+    dense_rows,
+    divisor,
+    event_size,
+    kernel,
+    launch,
+    memory_order,
+    number,
+    partition,
+    row_dtype,
+    row_stride,
+)
+from .tiles import first_column, fold_excess, fold_sum, row_factor, row_size, tile_columns, tile_rows
+from .tuning import choice
+
+# row -> its element.
+ELEMENTS = {
+    row.name: {**continuous.ELEMENTS, **counts.ELEMENTS}[row.element] for row in ROWS.values() if row.element
+}
+
+
+@kernel
+def nll_kernel(
+    first,  # parameters: (rows, size), any stride of rows
+    second,  # None where the likelihood has one
+    target,  # (rows, size), any dtype
+    scalar,  # one number, or None: then `scalar_value` is it
+    scalar_value: tl.float64,
+    shape: tl.float64,  # see element.py
+    offset: tl.float64,
+    first_slope,  # out, or None: (rows, size) as the parameters
+    second_slope,
+    row_sums,  # out, or None: (rows, splits) in C
+    scalar_sums,  # out, or None: the same of the derivative by `scalar`
+    grad_loss,  # see row_factor; with neither of the two, slopes are multiplied by `weight`
+    grad_nll,
+    weight: tl.float64,
+    row_count: "number",
+    size: "number",  # this and all strides in units of UNIT elements
+    first_stride: "number",
+    second_stride: "number",
+    target_stride: "number",
+    slope_stride: "number",
+    second_offset: "number",  # of the second half of a packed head
+    grad_loss_stride: "number",
+    grad_nll_stride: "number",
+    splits: "number",
+    tiles: "number",
+    ELEMENT: tl.constexpr,
+    LOG_TERM: tl.constexpr,
+    COUNTS: tl.constexpr,  # integers are numbers, uint8 too
+    UNIT: tl.constexpr,
+    RUN: tl.constexpr,  # 0, or the channels of a packed head in channels_last order, where the halves alternate
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr,
+    WIDE: tl.constexpr,
+    C: tl.constexpr,
+):
+    rows, split = tile_rows(splits, ROWS)
+    inside_rows = rows < row_count
+    size = row_size(size, UNIT, WIDE)
+    first += rows[:, None] * first_stride * UNIT
+    if second is not None:
+        second += rows[:, None] * second_stride * UNIT + second_offset.to(tl.int64) * UNIT
+    target += rows[:, None] * target_stride * UNIT
+    if first_slope is not None:
+        first_slope += rows[:, None] * slope_stride * UNIT
+    if second_slope is not None:
+        second_slope += rows[:, None] * slope_stride * UNIT + second_offset.to(tl.int64) * UNIT
+
+    if scalar is not None:
+        shared = tl.load(scalar).to(C)
+    else:
+        shared = tl.full((), scalar_value, C)
+    shape = tl.full((), shape, C)
+    offset = tl.full((), offset, C)
+    if grad_loss is None and grad_nll is None:
+        factor = tl.full((), weight, C)
+    else:
+        factor = row_factor(
+            grad_loss, grad_nll, weight, rows, inside_rows, grad_loss_stride, grad_nll_stride, C
+        )
+        factor = factor[:, None]
+
+    sums = tl.zeros((ROWS, COLUMNS // FOLD), C)
+    scalar_slopes = tl.zeros((ROWS, COLUMNS // FOLD), C)
+    excess = tl.zeros((ROWS, COLUMNS // FOLD), C)
+    start = first_column(split, tiles, COLUMNS, WIDE)
+    for i in range(0, tiles):
+        columns = tile_columns(start + i * COLUMNS, COLUMNS, WIDE)[None, :]
+        inside = inside_rows[:, None] & (columns < size)
+        # What is outside counts as 0, and is taken out of the sums below.
+        if RUN > 0:
+            places = columns + columns // RUN * RUN
+        else:
+            # FOLD neighbours make a 128-bit access of the parameters. Left to itself Triton would have a thread hold
+            # the 16 that make one of uint8 data, and pass everything else through shared memory.
+            places = tl.max_contiguous(columns, (1, FOLD))
+        a = tl.load(first + places, inside, 0.0).to(C)
+        if second is not None:
+            b = tl.load(second + places, inside, 0.0).to(C)
+        else:
+            b = a
+        t = tl.load(target + columns, inside, 0)
+        is_pixel: tl.constexpr = t.dtype == tl.uint8 and not COUNTS
+        t = t.to(C)
+        if is_pixel:
+            t = t / 255.0
+        value, e, slope_a, slope_b, slope_shared = ELEMENT(a, b, t, shared, shape, offset)
+
+        if first_slope is not None:
+            tl.store(first_slope + places, (slope_a * factor).to(first_slope.dtype.element_ty), inside)
+        if second_slope is not None:
+            tl.store(second_slope + places, (slope_b * factor).to(second_slope.dtype.element_ty), inside)
+        if row_sums is not None:
+            sums += fold_sum(tl.where(inside, value, 0.0), ROWS, COLUMNS, FOLD)
+        if scalar_sums is not None:
+            scalar_slopes += fold_sum(tl.where(inside, slope_shared, 0.0), ROWS, COLUMNS, FOLD)
+        if LOG_TERM and row_sums is not None:
+            excess = combine_excess(excess, fold_excess(tl.where(inside, e, 0.0), ROWS, COLUMNS, FOLD))
+            # 64 factors, each at most 2, fit in float32.
+            if (i + 1) * FOLD % 64 == 0:
+                sums += log1p(excess)
+                excess = tl.zeros((ROWS, COLUMNS // FOLD), C)
+
+    if LOG_TERM:
+        sums += log1p(excess)
+    if row_sums is not None:
+        tl.store(row_sums + rows * splits + split, tl.sum(sums, 1), inside_rows)
+    if scalar_sums is not None:
+        tl.store(scalar_sums + rows * splits + split, tl.sum(scalar_slopes, 1), inside_rows)
+
+
+def evaluate(
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float],
+    needs: int,
+    weight: float,
+    *,
+    grad_loss: Tensor | None = None,
+    grad_nll: Tensor | None = None,
+    values: bool = True,
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """Runs nll_kernel: (gradients that `needs` asks for, sums (rows, splits) of rows, the same of scalar slopes).
+
+    Without `values`, only the gradients are made.
+    """
+    row, element, lead = ROWS[likelihood], ELEMENTS[likelihood], params[0]
+    order, dtype = memory_order(lead), row_dtype(lead)
+    rows, size = lead.shape[0], event_size(target)
+    first, data = dense_rows(lead, order), dense_rows(target, order)
+    scalar = params[-1] if row.has_scalar else None
+    second = dense_rows(params[1], order) if len(params) - row.has_scalar > 1 else None
+
+    slopes: list[Tensor | None] = [
+        torch.empty_like(lead, memory_format=order) if needs >> i & 1 else None for i in (0, 1)
+    ]
+    if row.has_scalar:
+        slopes[1] = None
+    gradients = [slope for slope in slopes if slope is not None]
+    second_offset, run = 0, 0
+    if row.packed:
+        # Dimension 1 holds the channels of the first, then those of the second. In channels_last order the two
+        # alternate at every pixel.
+        second, slopes[1] = first, slopes[0]
+        in_turns = order != torch.contiguous_format
+        run = target.shape[1] if in_turns else 0
+        second_offset = run if in_turns else size
+
+    slope_stride = size * (2 if row.packed else 1)
+    second_stride = second.stride(0) if second is not None else 0
+    unit = divisor(size, first.stride(0), second_stride, data.stride(0), slope_stride, second_offset)
+    # The elements of one 128-bit access, or what the strides allow of it: those a thread holds side by side.
+    fold = min(16 // lead.element_size(), unit)
+    cut = partition(rows, size, choice("nll", rows * size, lead.device), narrowest=fold)
+    row_sums = lead.new_empty((rows, cut.splits), dtype=dtype) if values else None
+    scalar_sums = None
+    if row_sums is not None and row.has_scalar and needs >> (len(params) - 1) & 1:
+        scalar_sums = torch.empty_like(row_sums)
+    launch(
+        nll_kernel,
+        cut.programs,
+        lead.device,
+        first,
+        second,
+        data,
+        scalar,
+        element.scalar_of(constants),
+        element.shape_of(constants),
+        element.offset_of(constants),
+        *slopes,
+        row_sums,
+        scalar_sums,
+        grad_loss,
+        grad_nll,
+        weight,
+        rows,
+        size // unit,
+        first.stride(0) // unit,
+        second_stride // unit,
+        data.stride(0) // unit,
+        slope_stride // unit,
+        second_offset // unit,
+        row_stride(grad_loss),
+        row_stride(grad_nll),
+        cut.splits,
+        cut.tiles,
+        ELEMENT=element.function,
+        LOG_TERM=element.log_term,
+        COUNTS=row.counts,
+        UNIT=unit,
+        RUN=run,
+        ROWS=cut.rows,
+        COLUMNS=cut.columns,
+        FOLD=fold,
+        WIDE=cut.wide,
+        C=COMPUTE[dtype],
+        num_warps=cut.warps * (element.warps_64 if dtype == torch.float64 else 1),
+    )
+    return gradients, row_sums, scalar_sums

@@ -1,0 +1,149 @@
+"""The fake kernels: shapes and types of what an op returns, called as the op is."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._spec import ROWS
+from . import latents
+from .launch import memory_order, row_dtype
+from .loss import NONE
+
+
+def _empty_gradients(tensors: Sequence[Tensor], needs: int) -> list[Tensor]:
+    """A gradient of the first tensor's shape for each bit of `needs` that belongs to one of `tensors`."""
+    lead = tensors[0]
+    order = memory_order(lead)
+    return [torch.empty_like(lead, memory_format=order) for i in range(len(tensors)) if needs >> i & 1]
+
+
+def _dense_gradients(likelihood: str) -> bool:
+    """Whether gradients come in the order of their dimensions, and not in that of the first tensor."""
+    row = ROWS[likelihood]
+    return not row.element and row.family in ("counts", "categorical")
+
+
+def _gradients_of(likelihood: str, params: Sequence[Tensor], needs: int) -> list[Tensor]:
+    if _dense_gradients(likelihood):
+        return [
+            torch.empty_like(p, memory_format=torch.contiguous_format)
+            for i, p in enumerate(params)
+            if needs >> i & 1
+        ]
+    return _empty_gradients(params, needs)
+
+
+def nll_forward(
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float],
+    kl: Tensor | None,
+    beta: Tensor | None,
+    reduction: int,
+    needs: int,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    row, lead = ROWS[likelihood], params[0]
+    rows, dtype = lead.shape[0], row_dtype(lead)
+    loss_dtype = torch.float64 if kl is not None and kl.dtype == torch.float64 else dtype
+    elementwise = params[:-1] if row.has_scalar else params
+    with_scalar = row.has_scalar and needs >> len(elementwise) & 1
+    return (
+        lead.new_empty((rows,) if reduction == NONE else (), dtype=loss_dtype),
+        lead.new_empty((rows,), dtype=dtype),
+        _gradients_of(likelihood, elementwise, needs),
+        lead.new_empty((rows if with_scalar else 0,), dtype=dtype),
+    )
+
+
+def nll_gradient(
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float],
+    grad_loss: Tensor | None,
+    grad_nll: Tensor | None,
+    reduction: int,
+    needs: int,
+) -> list[Tensor]:
+    return _gradients_of(likelihood, params, needs)
+
+
+def nll_backward_(
+    grad_loss: Tensor | None,
+    grad_nll: Tensor | None,
+    gradients: Sequence[Tensor],
+    scalar_rows: Tensor | None,
+    kl: Tensor | None,
+    beta: Tensor | None,
+    rows: int,
+    reduction: int,
+    need_kl: bool,
+    need_beta: bool,
+) -> list[Tensor]:
+    extras = [scalar_rows.new_empty(())] if scalar_rows is not None else []
+    if need_kl and kl is not None:
+        extras.append(torch.empty_like(kl, memory_format=torch.contiguous_format))
+    if need_beta and beta is not None:
+        extras.append(beta.new_empty(()))
+    return extras
+
+
+def nll_backward(
+    grad_loss: Tensor | None, grad_nll: Tensor | None, gradients: Sequence[Tensor], *rest: Any
+) -> list[Tensor]:
+    scaled = [torch.empty_like(gradient) for gradient in gradients]
+    return scaled + nll_backward_(grad_loss, grad_nll, gradients, *rest)
+
+
+def reparameterize_kl_forward(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    samples: int | None,
+    seed: Tensor | None,
+    row_offset: int,
+    eps: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        mu.new_empty(mu.shape if samples is None else (samples, *mu.shape)),
+        gaussian_kl_forward(mu, logvar, None, None, False),
+        mu.new_empty((0 if eps is not None else 2,), dtype=torch.int64),
+    )
+
+
+def gaussian_kl_forward(
+    mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, per_element: bool
+) -> Tensor:
+    return mu.new_empty(mu.shape if per_element else mu.shape[:1], dtype=row_dtype(mu))
+
+
+def _posterior_gradients(mu: Tensor, needs: int, eps: Tensor | None = None) -> list[Tensor]:
+    gradients = [
+        mu.new_empty(mu.shape)
+        for bit in (latents.MU, latents.LOGVAR, latents.PRIOR_MU, latents.PRIOR_LOGVAR)
+        if needs & bit
+    ]
+    return gradients + ([mu.new_empty(eps.shape)] if needs & latents.EPS and eps is not None else [])
+
+
+def reparameterize_kl_backward(
+    grad_z: Tensor | None, grad_kl: Tensor | None, mu: Tensor, logvar: Tensor, *rest: Any
+) -> list[Tensor]:
+    *_, eps, needs = rest
+    return _posterior_gradients(mu, needs, eps)
+
+
+def gaussian_kl_backward(
+    grad_kl: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    needs: int,
+) -> list[Tensor]:
+    return _posterior_gradients(mu, needs)

@@ -1,0 +1,78 @@
+"""How the kernels walk over rows and columns: which are a program's, and how what it finds there is added up."""
+
+import triton
+import triton.language as tl
+
+from .elementary import combine_excess
+
+
+@triton.jit
+def tile_rows(splits, ROWS: tl.constexpr):
+    """(row numbers of this program, int64 (ROWS,); its split)."""
+    program = tl.program_id(0).to(tl.int64)
+    return program // splits * ROWS + tl.arange(0, ROWS), program % splits
+
+
+@triton.jit
+def row_size(units, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    """The elements of a row; the number of units may fit into 32 bits where this does not."""
+    if WIDE:
+        units = units.to(tl.int64)
+    return units * UNIT
+
+
+@triton.jit
+def first_column(split, tiles, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
+    """Where a split begins; 32 bits, unless a row has too many columns for that."""
+    start = split * tiles * COLUMNS
+    if not WIDE:
+        start = start.to(tl.int32)
+    return start
+
+
+@triton.jit
+def tile_columns(start, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
+    columns = tl.arange(0, COLUMNS)
+    if WIDE:
+        columns = columns.to(tl.int64)
+    return start + columns
+
+
+@triton.jit
+def row_factor(grad_loss, grad_nll, weight, rows, inside, grad_loss_stride, grad_nll_stride, C: tl.constexpr):
+    """d objective / d nll of each row: weight * grad_loss + grad_nll, of which one may be missing; (ROWS,) in C.
+
+    A reduced loss has a grad_loss of one number, which is read with stride 0.
+    """
+    factor = tl.zeros(rows.shape, C)
+    if grad_loss is not None:
+        factor += tl.load(grad_loss + rows * grad_loss_stride, inside, 0.0).to(C) * tl.full((), weight, C)
+    if grad_nll is not None:
+        factor += tl.load(grad_nll + rows * grad_nll_stride, inside, 0.0).to(C)
+    return factor
+
+
+@triton.jit
+def fold_sum(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr):
+    """(ROWS, COLUMNS) -> (ROWS, COLUMNS / FOLD): adds up neighbours, which one thread holds."""
+    return tl.sum(tl.reshape(x, (ROWS, COLUMNS // FOLD, FOLD)), 2)
+
+
+@triton.jit
+def fold_excess(e, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr):
+    """The same for products: see combine_excess."""
+    for i in tl.static_range(0, 4):
+        if 2 << i <= FOLD:
+            even, odd = tl.split(tl.reshape(e, (ROWS, COLUMNS >> (i + 1), 2)))
+            e = combine_excess(even, odd)
+    return e
+
+
+@triton.jit
+def row_totals(partials, rows, inside, splits, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+    """Adds up what the splits of each row left: (ROWS,)."""
+    total = tl.zeros((ROWS, SPLITS), partials.dtype.element_ty)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)[None, :]
+        total += tl.load(partials + rows[:, None] * splits + split, inside[:, None] & (split < splits), 0.0)
+    return tl.sum(total, 1)

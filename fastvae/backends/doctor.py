@@ -1,0 +1,80 @@
+"""Say what runs here, and what is missing: `fastvae doctor`."""
+
+import importlib.metadata
+import platform
+
+import torch
+
+from .._version import __version__
+from . import available, choose, native
+from .base import DEVICES, OPS
+
+
+def _version(distribution: str) -> str:
+    # From the metadata: importing triton takes long, and its interpreter must be asked for before its first import.
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def show_config() -> str:
+    """What runs here, as text to print: versions, which backend serves which op on which device, and what is missing.
+
+    Like `torch.__config__.show()`, it returns the text: `print(fastvae.show_config())`, or `fastvae doctor`.
+    """
+    built = native.build_info()
+    loaded = available.load("native") is not None
+    lines = [
+        f"fastvae {__version__}",
+        f"  python        {platform.python_version()}",
+        f"  torch         {torch.__version__} (CUDA {torch.version.cuda or 'none'})",
+        f"  numpy         {_version('numpy')}",
+        f"  triton        {_version('triton')}",
+    ]
+    if built is None:
+        lines.append("  extension     " + ("loaded, no build record" if loaded else "not built"))
+    else:
+        lines += [
+            f"  extension     {'loaded' if loaded else 'not loaded'}",
+            f"  built for     torch {built.TORCH_VERSION}, Python {built.PYTHON_VERSION}",
+            f"  CPU kernels   {', '.join(built.CPU_CAPABILITIES) or 'none'}",
+            f"  CUDA kernels  {', '.join(built.CUDA_ARCHES) or 'none'} (CUDA {built.CUDA_VERSION or 'none'})",
+        ]
+    if loaded:
+        lines.append(f"  CPU in use    {importlib.import_module('fastvae._C').cpu_capability()}")
+    lines.append(f"  threads       {torch.get_num_threads()}")
+    lines.append(f"  GPU           {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
+
+    lines += [
+        "",
+        f"backend {choose.setting!r} serves",
+        f"  {'':20}" + "".join(f"{d:14}" for d in (*DEVICES, "other")),
+    ]
+    served = []
+    for device_type in DEVICES:
+        backend = choose.serving.get(device_type)
+        served.append(
+            backend.name if backend is not None else "reference" if choose.setting == "auto" else "(none)"
+        )
+    served.append("reference")
+    lines += [f"  {op:20}" + "".join(f"{name:14}" for name in served) for op in OPS]
+
+    absent = []
+    for name in ("native", "triton"):
+        if available.load(name) is None:
+            absent.append(f"  {name}: {available.missing[name]}")
+        else:
+            absent += [
+                f"  {name} on {device_type}: {available.reason(name, device_type)}"
+                for device_type in DEVICES
+                if not available.serves(name, device_type)
+            ]
+    absent += [
+        f"  {name} on {device_type}: no kernel yet for {', '.join(names)}"
+        for (name, device_type), names in choose.LACKS.items()
+        if available.load(name) is not None and available.serves(name, device_type)
+    ]
+    if absent:
+        lines += ["", "missing", *absent]
+    return "\n".join(line.rstrip() for line in lines)

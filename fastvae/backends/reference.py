@@ -1,0 +1,41 @@
+"""The backend "reference": `fastvae.reference`, plain PyTorch, always there, any device."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .base import Backend
+
+
+def _reparameterize_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    samples: int | None,
+    seed: Tensor | None,
+    row_offset: int,
+    eps: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    return reference.reparameterize_kl(
+        mu,
+        logvar,
+        prior_mu,
+        prior_logvar,
+        samples=samples,
+        generator=generator,
+        seed=seed,
+        row_offset=row_offset,
+        eps=eps,
+    )
+
+
+def _gaussian_kl(
+    mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, per_element: bool
+) -> Tensor:
+    reduction = "none" if per_element else "event"
+    return reference.gaussian_kl(mu, logvar, prior_mu, prior_logvar, reduction=reduction)
+
+
+REFERENCE = Backend("reference", _reparameterize_kl, _gaussian_kl, reference.nll)

@@ -1,0 +1,113 @@
+"""One of several classes at every position."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._spec import Row
+from ..backends import choose
+from . import loss
+from .checks import check_floating, device_message, is_dense, layout_message, name_of
+
+__all__ = ["categorical_nll"]
+
+
+def categorical_nll(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """-log Categorical(target | softmax(logits)) of every row, in nats, summed over its positions.
+
+    Per position log sum_v e^a_v - a_t for logits a and the class t (Bishop 2006, equations 4.104 and 4.108): what
+    `F.cross_entropy(..., reduction="sum")` gives, for each row. The classes come last, as a decoder's linear layer
+    leaves them: sentences of T tokens are logits (B, T, V) and a target (B, T), one label each is (B, V) and (B,).
+
+    Args:
+        logits: (B, ..., V).
+        target: (B, ...), int64: the class of each position, 0 to V - 1, or `ignore_index`.
+        ignore_index: positions of this target (padding) add nothing and pass no gradient.
+
+    Returns:
+        (B,), float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError: a dtype or kind that does not fit.
+        ValueError: a shape or device that does not fit, or (of tensors on the CPU) a class that there is not.
+    """
+    return loss.nll("categorical", [logits], target, [checked_index("categorical_nll", ignore_index)])[0]
+
+
+def checked_index(where: str, index: Any) -> float:
+    if not isinstance(index, int) or isinstance(index, bool):
+        raise TypeError(f"fastvae.{where}: `ignore_index` must be an int, got {index!r}")
+    if abs(index) >= 2**53:  # constants travel as floats
+        raise ValueError(f"fastvae.{where}: `ignore_index` must be within ±2^53, got {index}")
+    return float(index)
+
+
+def _check(
+    where: str,
+    names: Sequence[str],
+    row: Row,
+    params: Sequence[Any],
+    target: Any,
+    name: str,
+    constants: Sequence[float],
+) -> Sequence[Tensor]:
+    logits = params[0]
+    check_floating(where, names[0], logits)
+    if isinstance(target, Tensor) and not is_dense(target):
+        raise TypeError(layout_message(where, name, target))
+    _check_classes(where, names[0], logits, name, target)
+    _check_class_numbers(where, name, target, logits.shape[-1], int(constants[0]))
+    return params
+
+
+loss.CHECKS["categorical"] = _check
+
+
+def _check_classes(where: str, name: str, logits: Tensor, target_name: str, target: Any) -> None:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"fastvae.{where}: `{target_name}` must be a Tensor, got {type(target).__name__}")
+    if target.dtype != torch.int64:
+        raise TypeError(
+            f"fastvae.{where}: `{target_name}` must be int64, the classes' numbers, got {name_of(target.dtype)}; "
+            f"did you mean {target_name}.long()?"
+        )
+    if target.device != logits.device:
+        raise ValueError(device_message(where, target_name, target, name, logits))
+    shape, found = tuple(logits.shape), tuple(target.shape)
+    if len(shape) < 2 or shape[-1] < 1:
+        raise ValueError(
+            f"fastvae.{where}: `{name}` must have shape (B, ..., V), one logit for each of V classes last, got {shape}"
+        )
+    if found != shape[:-1]:
+        hint = ""
+        if len(shape) > 2 and found == (shape[0], *shape[2:]):
+            hint = f"; the classes come last here: did you mean {name}.movedim(1, -1)?"
+        raise ValueError(
+            f"fastvae.{where}: `{target_name}` must have the shape {shape[:-1]} for `{name}` {shape}, got {found}{hint}"
+        )
+
+
+def _check_class_numbers(where: str, name: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """That every class exists. Only where looking waits for nothing: on a GPU it is left to the kernel."""
+    if type(target) is not Tensor or target.device.type != "cpu" or target.numel() == 0 or not _has_values():
+        return
+    low, high = torch.aminmax(target)
+    if int(low) >= 0 and int(high) < classes:
+        return
+    wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
+    if wrong.numel() > 0:
+        raise ValueError(
+            f"fastvae.{where}: `{name}` must be from 0 to {classes - 1}, or {ignore_index} (ignore_index), "
+            f"got {wrong[0].item()}"
+        )
+
+
+def _has_values() -> bool:
+    """Not in a trace or a transform, where tensors cannot be looked at."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and choose.transform_level() is None
+    )

@@ -1,0 +1,234 @@
+"""What is checked before any work, and the words for what does not fit.
+
+They run in every call that `choose.plain` leaves to them: comparisons, and no work for the message until one fails.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._spec import Row
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def names_of(dtypes: Sequence[torch.dtype]) -> str:
+    names = [name_of(dtype) for dtype in dict.fromkeys(dtypes)]
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def is_dense(value: Tensor) -> bool:
+    return value.layout == torch.strided and not value.is_nested
+
+
+def layout_message(where: str, name: str, value: Tensor) -> str:
+    if value.is_nested:
+        return f"fastvae.{where}: `{name}` must be dense, got a nested tensor"
+    return f"fastvae.{where}: `{name}` must be dense, got {value.layout}; did you mean {name}.to_dense()?"
+
+
+def device_message(where: str, name: str, value: Tensor, like_name: str, like: Tensor) -> str:
+    return (
+        f"fastvae.{where}: `{name}` must be on the device of `{like_name}`, {like.device}, got {value.device}; "
+        f"did you mean {name}.to({like_name}.device)?"
+    )
+
+
+def shape_message(
+    where: str, name: str, value: Tensor, like_name: str, like: Tensor, expected: tuple[int, ...]
+) -> str:
+    shape = tuple(value.shape)
+    # The same elements in another arrangement: say how to arrange them.
+    hint = ""
+    if shape[:1] == expected[:1] and math.prod(shape) == math.prod(expected):
+        if len(expected) == 2:
+            hint = f"; did you mean {name}.flatten(1)?"
+        elif len(shape) == 2 and expected == tuple(like.shape):
+            hint = f"; did you mean {like_name}.flatten(1)?"
+        else:
+            hint = f"; did you mean {name}.reshape({expected})?"
+    what = f"the shape of `{like_name}` {expected}"
+    if expected != tuple(like.shape):
+        what = f"the shape {expected} for `{like_name}` {tuple(like.shape)}"
+    return f"fastvae.{where}: `{name}` must have {what}, got {shape}{hint}"
+
+
+def check_choice(where: str, name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"fastvae.{where}: `{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}"
+        )
+
+
+def checked_positive(where: str, name: str, number: Any) -> float:
+    try:
+        value = float(number)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"fastvae.{where}: `{name}` must be a float, got {number!r}") from error
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"fastvae.{where}: `{name}` must be positive and finite, got {value}")
+    return value
+
+
+def checked_scale(where: str, scale: Any) -> float:
+    return checked_positive(where, "scale", scale)
+
+
+def whole(where: str, name: str, value: Any, least: int, most: int | None) -> int:
+    """`value`, an int between the two."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"fastvae.{where}: `{name}` must be an int, got {value!r}")
+    if value < least or (most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"fastvae.{where}: `{name}` must be {bounds}, got {value}")
+    return value
+
+
+def check_floating(where: str, name: str, value: Any) -> None:
+    """`value` is a dense floating tensor with a batch dimension."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"fastvae.{where}: `{name}` must be a Tensor, got {type(value).__name__}")
+    if not is_dense(value):
+        raise TypeError(layout_message(where, name, value))
+    if value.dtype not in FLOATS:
+        raise TypeError(f"fastvae.{where}: `{name}` must be {names_of(FLOATS)}, got {name_of(value.dtype)}")
+    if value.dim() == 0:
+        raise ValueError(
+            f"fastvae.{where}: `{name}` must have a batch dimension, got a 0-dimensional tensor; "
+            f"did you mean {name}.unsqueeze(0)?"
+        )
+
+
+def _widened(value: Tensor, like: Tensor) -> bool:
+    """Whether `value` is float32 beside a half `like`, as autocast makes of a model with a float32 layer."""
+    return value.dtype == torch.float32 and like.dtype in (torch.float16, torch.bfloat16)
+
+
+def check_like(where: str, name: str, value: Any, like_name: str, like: Tensor) -> None:
+    """`value` is a dense tensor of the dtype, device and shape of `like`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"fastvae.{where}: `{name}` must be a Tensor, got {type(value).__name__}")
+    if not is_dense(value):
+        raise TypeError(layout_message(where, name, value))
+    if value.dtype != like.dtype:
+        # The digits are kept by widening the other. Noise has none to keep.
+        hint = (
+            f"{like_name}.float()"
+            if _widened(value, like) and name != "eps"
+            else f"{name}.to({like_name}.dtype)"
+        )
+        raise TypeError(
+            f"fastvae.{where}: `{name}` must be {name_of(like.dtype)} as `{like_name}`, got {name_of(value.dtype)}; "
+            f"did you mean {hint}?"
+        )
+    if value.device != like.device:
+        raise ValueError(device_message(where, name, value, like_name, like))
+    if value.shape != like.shape:
+        raise ValueError(shape_message(where, name, value, like_name, like, tuple(like.shape)))
+
+
+def check_beside(where: str, name: str, value: Any, like_name: str, like: Tensor) -> None:
+    """`value` is a dense tensor of the dtype and device of `like`; beside half tensors it may be float32, which is
+    what autocast makes of a model."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"fastvae.{where}: `{name}` must be a Tensor, got {type(value).__name__}")
+    if not is_dense(value):
+        raise TypeError(layout_message(where, name, value))
+    if value.dtype != like.dtype and not _widened(value, like):
+        raise TypeError(
+            f"fastvae.{where}: `{name}` must be {name_of(like.dtype)} as `{like_name}`, got {name_of(value.dtype)}; "
+            f"did you mean {name}.to({like_name}.dtype)?"
+        )
+    if value.device != like.device:
+        raise ValueError(device_message(where, name, value, like_name, like))
+
+
+def check_learned(where: str, name: str, value: Any, like_name: str, like: Tensor) -> None:
+    """`value` is a 0-dim parameter."""
+    check_beside(where, name, value, like_name, like)
+    if value.dim() != 0:
+        raise ValueError(
+            f"fastvae.{where}: `{name}` must be 0-dimensional or have the shape of `{like_name}` "
+            f"{tuple(like.shape)}, got {tuple(value.shape)}"
+        )
+
+
+def check_elements(
+    where: str,
+    names: Sequence[str],
+    row: Row,
+    params: Sequence[Any],
+    target: Any,
+    name: str,
+    constants: Sequence[float],
+) -> Sequence[Tensor]:
+    """The arguments of a likelihood whose elements are each for themselves. Returns `params`.
+
+    `names` are those of `params`, `name` that of `target`, as the user knows them.
+    """
+    first = params[0]
+    check_floating(where, names[0], first)
+    for i in range(1, len(params)):
+        check = check_learned if row.has_scalar and i == len(params) - 1 else check_like
+        check(where, names[i], params[i], names[0], first)
+    if isinstance(target, Tensor) and not is_dense(target):
+        raise TypeError(layout_message(where, name, target))
+    check_target(where, names, row, first, target, name)
+    if row.packed:
+        _check_head(where, names[0], first, row.halves, name, target)
+    elif target.shape != first.shape:
+        raise ValueError(shape_message(where, name, target, names[0], first, tuple(first.shape)))
+    return params
+
+
+def check_target(where: str, names: Sequence[str], row: Row, first: Tensor, target: Any, name: str) -> None:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"fastvae.{where}: `{name}` must be a Tensor, got {type(target).__name__}")
+    dtype = target.dtype
+    if dtype != first.dtype and dtype != torch.float32 and dtype not in row.integers:
+        accepted = names_of((first.dtype, torch.float32, *row.integers))
+        raise TypeError(
+            f"fastvae.{where}: `{name}` must be {accepted} for a {name_of(first.dtype)} `{names[0]}`, "
+            f"got {name_of(dtype)}; did you mean {name}.to({names[0]}.dtype)?"
+        )
+    if target.device != first.device:
+        raise ValueError(device_message(where, name, target, names[0], first))
+    if target.requires_grad and not row.is_location and torch.is_grad_enabled():
+        raise ValueError(
+            f"fastvae.{where}: `{name}` requires a gradient, which this likelihood does not give; "
+            f"pass {name}.detach(), or differentiate fastvae.reference.{row.function}"
+        )
+
+
+def _check_head(where: str, name: str, params: Tensor, halves: str, target_name: str, target: Tensor) -> None:
+    if params.dim() < 2 or params.shape[1] % 2 != 0:
+        raise ValueError(
+            f"fastvae.{where}: `{name}` must have shape (B, 2C, ...), {halves} packed along dimension 1, "
+            f"got {tuple(params.shape)}"
+        )
+    expected = (params.shape[0], params.shape[1] // 2, *params.shape[2:])
+    if target.shape != expected:
+        raise ValueError(shape_message(where, target_name, target, name, params, tuple(expected)))
+
+
+def check_kl(where: str, kl: Any, like_name: str, like: Tensor) -> None:
+    if not isinstance(kl, Tensor):
+        raise TypeError(f"fastvae.{where}: `kl` must be a Tensor, got {type(kl).__name__}")
+    if not is_dense(kl):
+        raise TypeError(layout_message(where, "kl", kl))
+    if kl.dtype not in FLOATS:
+        raise TypeError(f"fastvae.{where}: `kl` must be {names_of(FLOATS)}, got {name_of(kl.dtype)}")
+    if kl.dim() != 1 or kl.shape[0] != like.shape[0]:
+        raise ValueError(
+            f"fastvae.{where}: `kl` must have one value per row of `{like_name}`, shape ({like.shape[0]},), "
+            f"got {tuple(kl.shape)}"
+        )
+    if kl.device != like.device:
+        raise ValueError(device_message(where, "kl", kl, like_name, like))

@@ -1,0 +1,232 @@
+"""Counts: of anything, element by element, and of genes in cells."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._spec import ROWS, Row
+from . import loss
+from .checks import (
+    check_beside,
+    check_elements,
+    check_floating,
+    check_like,
+    check_target,
+    is_dense,
+    shape_message,
+)
+
+__all__ = [
+    "negative_binomial_logits_nll",
+    "negative_binomial_nll",
+    "poisson_nll",
+    "zero_inflated_negative_binomial_logits_nll",
+    "zero_inflated_negative_binomial_nll",
+]
+
+
+def poisson_nll(log_rate: Tensor, target: Tensor, *, validate: bool = False) -> Tensor:
+    """-log Poisson(target | e^log_rate) of every row, in nats, with its term log t!.
+
+    Per element e^a - t a + log t! for log-rate a and count t. The three terms of a large count, which cancel, are not
+    made: the result is as exact for t = 1e6 as for t = 1.
+
+    Args:
+        log_rate: (B, ...), the logarithm of the expected counts.
+        target: the shape of `log_rate`: counts, floating or uint8, uint16, int32 or int64, each as it is. It must not
+            require a gradient.
+        validate: look for counts that are negative, fractional or not finite, which otherwise give meaningless numbers.
+            This reads the values, which on a GPU waits for them.
+
+    Returns:
+        (B,), float32 (float64 for a float64 log_rate).
+
+    Raises:
+        TypeError: a dtype or kind that does not fit.
+        ValueError: a shape or device that does not fit, a target that requires a gradient, or with `validate` a count
+            that is none.
+    """
+    if validate:
+        check_elements("poisson_nll", ("log_rate",), ROWS["poisson"], [log_rate], target, "target", ())
+        _check_counts("poisson_nll", "target", target)
+    return loss.nll("poisson", [log_rate], target)[0]
+
+
+def negative_binomial_nll(
+    mean: Tensor, target: Tensor, inverse_dispersion: Tensor, *, validate: bool = False
+) -> Tensor:
+    """-log NB(target | mean, inverse dispersion) of every row, in nats, as scvi-tools parametrises it.
+
+    Per element, with mean m, inverse dispersion r and count t: lgamma(r) + lgamma(t + 1) - lgamma(t + r)
+    - r log(r / (r + m)) - t log(m / (r + m)) (Lopez et al. 2018). The variance is m + m^2 / r. Computed so that r from
+    1e-4 to 1e8 and counts to 1e6 keep their digits; zeros cost one logarithm.
+
+    Args:
+        mean: (B, G), above 0.
+        target: counts (B, G): floating, uint8, uint16, int32 or int64, dense or torch.sparse_csr, which is read as it
+            is. It must not require a gradient.
+        inverse_dispersion: above 0: (G,), one for every gene, or (B, G).
+        validate: look at every value first, and name the first that is no count or leaves its domain.
+
+    Returns:
+        (B,), float32 (float64 for a float64 mean).
+
+    Raises:
+        TypeError: a dtype or kind that does not fit.
+        ValueError: a shape, device or value that does not fit, or a target that requires a gradient.
+    """
+    return _genes_nll("negative_binomial", (mean, inverse_dispersion), target, validate)
+
+
+def zero_inflated_negative_binomial_nll(
+    mean: Tensor, target: Tensor, inverse_dispersion: Tensor, zi_logits: Tensor, *, validate: bool = False
+) -> Tensor:
+    """`negative_binomial_nll` of counts that are 0 with probability sigmoid(zi_logits) besides.
+
+    Per element -log( p [t = 0] + (1 - p) NB(t) ), p = sigmoid(zi_logits) (Risso et al. 2018; Lopez et al. 2018).
+
+    Args:
+        mean, target, inverse_dispersion, validate: as for `negative_binomial_nll`.
+        zi_logits: (B, G), logits of the additional zeros.
+
+    Returns and raises as `negative_binomial_nll` does.
+    """
+    return _genes_nll(
+        "zero_inflated_negative_binomial", (mean, inverse_dispersion, zi_logits), target, validate
+    )
+
+
+def negative_binomial_logits_nll(
+    logits: Tensor, target: Tensor, log_dispersion: Tensor, library: Tensor, *, validate: bool = False
+) -> Tensor:
+    """`negative_binomial_nll` from a decoder's raw outputs, softmax and exponential in the same pass.
+
+    mean = library * softmax(logits) over the genes of a cell, inverse dispersion = e^log_dispersion.
+
+    Args:
+        logits: (B, G).
+        target, validate: as for `negative_binomial_nll`.
+        log_dispersion: (G,) or (B, G).
+        library: (B,) or (B, 1), above 0: the expected total of a cell. Its gradient is given where it requires one.
+
+    Returns and raises as `negative_binomial_nll` does.
+    """
+    return _genes_nll("negative_binomial_logits", (logits, log_dispersion, library), target, validate)
+
+
+def zero_inflated_negative_binomial_logits_nll(
+    logits: Tensor,
+    target: Tensor,
+    log_dispersion: Tensor,
+    zi_logits: Tensor,
+    library: Tensor,
+    *,
+    validate: bool = False,
+) -> Tensor:
+    """`negative_binomial_logits_nll` of counts that are 0 with probability sigmoid(zi_logits) besides.
+
+    Args:
+        logits, target, log_dispersion, library, validate: as for `negative_binomial_logits_nll`.
+        zi_logits: (B, G), logits of the additional zeros.
+
+    Returns and raises as `negative_binomial_nll` does.
+    """
+    params = (logits, log_dispersion, zi_logits, library)
+    return _genes_nll("zero_inflated_negative_binomial_logits", params, target, validate)
+
+
+def _genes_nll(likelihood: str, params: Sequence[Tensor], target: Tensor, validate: bool) -> Tensor:
+    if validate:
+        row = ROWS[likelihood]
+        _check_genes(row.function, row.tensors, row, params, target, "target")
+        _check_counts(row.function, "target", target)
+        for name, value in zip(row.tensors, params, strict=True):
+            if name in ("mean", "inverse_dispersion", "library"):
+                _check_values(
+                    row.function, name, value, (value > 0) & (value < math.inf), "positive, finite numbers"
+                )
+            else:
+                _check_values(row.function, name, value, value.isfinite(), "finite numbers")
+    return loss.nll(likelihood, params, target)[0]
+
+
+def _check_genes(
+    where: str,
+    names: Sequence[str],
+    row: Row,
+    params: Sequence[Any],
+    target: Any,
+    name: str,
+    constants: Sequence[float] = (),
+) -> tuple[Tensor, ...]:
+    """Parameters of (B, G) counts. The dispersion may be (G,), one for every gene; `library` is (B,) or (B, 1), and
+    (B,) where it is returned."""
+    first = params[0]
+    check_floating(where, names[0], first)
+    if first.dim() != 2:
+        raise ValueError(
+            f"fastvae.{where}: `{names[0]}` must have shape (B, G), cells and genes, got {tuple(first.shape)}"
+        )
+    rows, genes = first.shape
+    checked = [first]
+    for argument, label, value in zip(row.tensors[1:], names[1:], params[1:], strict=True):
+        if argument == "library":
+            check_beside(where, label, value, names[0], first)
+            if value.shape not in ((rows,), (rows, 1)):
+                raise ValueError(
+                    f"fastvae.{where}: `{label}` must have one value per row of `{names[0]}`, shape ({rows},) or "
+                    f"({rows}, 1), got {tuple(value.shape)}"
+                )
+            value = value.reshape(rows)
+        elif argument.endswith("dispersion") and isinstance(value, Tensor) and value.dim() == 1:
+            check_beside(where, label, value, names[0], first)
+            if value.shape[0] != genes:
+                raise ValueError(
+                    f"fastvae.{where}: `{label}` must have the shape ({genes},), one for every gene of `{names[0]}`, "
+                    f"or {tuple(first.shape)}, got {tuple(value.shape)}"
+                )
+        else:
+            check_like(where, label, value, names[0], first)
+        checked.append(value)
+    if isinstance(target, Tensor) and target.layout != torch.sparse_csr and not is_dense(target):
+        found = (
+            "a nested tensor"
+            if target.is_nested
+            else f"{target.layout}; did you mean {name}.to_sparse_csr()?"
+        )
+        raise TypeError(f"fastvae.{where}: `{name}` must be dense or torch.sparse_csr, got {found}")
+    check_target(where, names, row, first, target, name)
+    if target.shape != first.shape:
+        raise ValueError(shape_message(where, name, target, names[0], first, tuple(first.shape)))
+    return tuple(checked)
+
+
+loss.CHECKS["counts"] = _check_genes
+
+
+def _check_counts(where: str, name: str, counts: Tensor) -> None:
+    """Every value of `counts`, dense or sparse CSR, is a whole number, 0 or more."""
+    what = "counts: whole numbers, 0 or more"
+    stored = counts.values() if counts.layout == torch.sparse_csr else counts
+    if stored.is_floating_point():
+        good = (stored >= 0) & (stored.floor() == stored) & (stored < math.inf)
+    else:
+        good = stored.to(torch.int64) >= 0
+    if counts.layout == torch.sparse_csr and not good.all():
+        i = int((~good).nonzero()[0])
+        row = int((counts.crow_indices() > i).nonzero()[0]) - 1
+        position = (row, int(counts.col_indices()[i]))
+        raise ValueError(f"fastvae.{where}: `{name}` must hold {what}, got {stored[i].item()} at {position}")
+    _check_values(where, name, stored, good, what)
+
+
+def _check_values(where: str, name: str, values: Tensor, good: Tensor, what: str) -> None:
+    """`good` holds everywhere, else the first position where it does not is named."""
+    if not good.all():
+        position = tuple((~good).nonzero()[0].tolist())
+        raise ValueError(
+            f"fastvae.{where}: `{name}` must hold {what}, got {values[position].item()} at {position}"
+        )

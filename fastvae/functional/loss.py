@@ -1,0 +1,59 @@
+"""The call that every likelihood ends in: its checks, and the backend that serves it."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .._spec import ROWS
+from ..backends import choose
+from ..reference import REDUCTIONS
+from .checks import check_elements, check_kl
+
+# By family, what checks a call of a likelihood that is not elementwise, with the arguments and the result of
+# `check_elements`. The files of the families add theirs.
+CHECKS: dict[str, Callable[..., Sequence[Tensor]]] = {}
+
+
+def nll(
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float] = (),
+    kl: Tensor | None = None,
+    beta: Tensor | None = None,
+    reduction: int = REDUCTIONS["none"],
+    *,
+    caller: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(loss, nll): nll (B,) of a likelihood's row, loss = reduce(nll + beta kl); one call of the backend for all of it.
+
+    `reduction` is a value of `REDUCTIONS`. With a `caller` ("ELBO"), messages name it and its arguments, `recon` and
+    `x`, in place of the likelihood's function and its.
+    """
+    row = ROWS[likelihood]
+    if choose.plain is not None and not torch.compiler.is_compiling():
+        result = choose.plain.nll(likelihood, params, target, constants, kl, beta, reduction)
+        if result is not None:
+            return result
+    if caller is None:
+        where, names, name = row.function, row.tensors, "target"
+    else:
+        where, names, name = caller, ("recon", *row.tensors[1:]), "x"
+    check = check_elements if row.element else CHECKS[row.family]
+    params = check(where, names, row, params, target, name, constants)
+    first = params[0]
+    if kl is not None:
+        check_kl(where, kl, names[0], first)
+        # A KL of the user's own may be half; sums are never kept in half.
+        if kl.dtype not in (torch.float32, torch.float64):
+            kl = kl.float()
+        # As torch does with 0-dim operands: a beta left on the CPU, or cast along with a model, still serves.
+        if beta is not None and (beta.device != first.device or beta.dtype != torch.float32):
+            beta = beta.to(first.device, torch.float32)
+    chosen = choose.for_tensor(first, likelihood)
+    if target.layout == torch.sparse_csr and chosen.name != "reference":
+        # Ops take no sparse tensors: its positions travel behind the parameters.
+        positions = (target.crow_indices().long(), target.col_indices().long())
+        params, target = (*params, *positions), target.values()
+    return chosen.nll(likelihood, params, target, constants, kl, beta, reduction)

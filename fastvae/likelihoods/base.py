@@ -1,0 +1,45 @@
+"""What all likelihood modules are."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import loss
+
+__all__ = ["Likelihood"]
+
+# A backend's row: the likelihood's name there, its tensors and its constants.
+Row = tuple[str, list[Tensor], list[float]]
+
+
+class Likelihood(nn.Module):
+    """p(data | params): the base of the likelihood modules. `params` is what the decoder returns.
+
+    A subclass gives `row`, `mean` and `sample`, or replaces `nll` altogether.
+    """
+
+    def row(self, params: Any) -> Row:
+        """The kernel that serves this likelihood: (name, tensors, constants) for the backend."""
+        raise NotImplementedError(f"{type(self).__name__} must define `row` or `nll`")
+
+    def nll(self, params: Any, target: Tensor) -> Tensor:
+        """-log p(target | params) of every row, (B,), in nats."""
+        name, tensors, constants = self.row(params)
+        return loss.nll(name, tensors, target, constants)[0]
+
+    def mean(self, params: Any) -> Tensor:
+        """The expected data, differentiable: what to show as a reconstruction."""
+        raise NotImplementedError(f"{type(self).__name__} must define `mean`")
+
+    def sample(self, params: Any, generator: torch.Generator | None = None) -> Tensor:
+        """A draw of data, without a gradient."""
+        raise NotImplementedError(f"{type(self).__name__} must define `sample`")
+
+    def channels(self, c: int) -> int:
+        """How many channels the decoder must give for `c` channels of data."""
+        return c
+
+
+def is_pair(params: Any) -> bool:
+    return isinstance(params, (tuple, list)) and len(params) == 2

@@ -1,0 +1,268 @@
+"""Densities of numbers, and the Bernoulli."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional.checks import checked_positive, checked_scale, is_dense
+from ..functional.continuous import bounded, checked_bounds
+from ..reference.continuous import BERNOULLI_NUMBERS
+from .base import Likelihood, Row, is_pair
+
+__all__ = ["Bernoulli", "ContinuousBernoulli", "Gaussian", "Laplace", "StudentT"]
+
+
+class Bernoulli(Likelihood):
+    """Independent binary data. `params` are logits: the decoder ends without a sigmoid.
+
+    `from_probs=True` is for a decoder that does end with one: `params` are probabilities. The loss is then the same
+    number as `F.binary_cross_entropy` gives, its limits included: an exact 0 or 1 counts as a logit of -100 or 100, and
+    passes no gradient. Logits are the better choice: they are exact there, faster, and learn from sure mistakes.
+    """
+
+    def __init__(self, from_probs: bool = False) -> None:
+        super().__init__()
+        self.from_probs = from_probs
+
+    def row(self, params: Tensor) -> Row:
+        return "bernoulli", [_logit(params) if self.from_probs else params], []
+
+    def mean(self, params: Tensor) -> Tensor:
+        return params if self.from_probs else torch.sigmoid(params)
+
+    @torch.no_grad()
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.bernoulli(self.mean(params), generator=generator)
+
+    def extra_repr(self) -> str:
+        return "from_probs=True" if self.from_probs else ""
+
+
+def _logit(probs: Tensor) -> Tensor:
+    """log(p / (1 - p)), finite on all of [0, 1], in the dtype of `probs`."""
+    if not isinstance(probs, Tensor) or not probs.is_floating_point() or not is_dense(probs):
+        return probs  # the checks of the loss have the words for it
+    p = probs if probs.dtype == torch.float64 else probs.float()
+    limits = torch.finfo(p.dtype)
+    # Clamped before the logarithm: clamping after it would leave a gradient of 0 * inf at the ends.
+    inside = torch.logit(p.clamp(limits.tiny, 1 - limits.eps / 2))
+    ends = torch.where(p >= 1, 100.0, torch.where(p <= 0, -100.0, inside))
+    return ends.to(probs.dtype)
+
+
+class Gaussian(Likelihood):
+    """Independent normal data; `params` is the mean, or mean and log-variance. Where the variance comes from:
+
+    - `scale=s`, a positive float: the standard deviation, the same everywhere.
+    - `scale="learned"`: one variance for all elements, trained: `logvar`, a parameter of this module that starts at 0.
+      Give it to the optimiser with `elbo.parameters()`.
+    - `scale="per_element"`: from the decoder, which returns mean and log-variance packed along dimension 1,
+      (B, 2C, ...) for data (B, C, ...), or as a pair.
+
+    `logvar_bounds=(lo, hi)` keeps a log-variance v that is learned or given per element between bounds: in its place
+    stands mid + half tanh((v - mid) / half), mid = (lo + hi) / 2 and half = (hi - lo) / 2, which is v in the middle and
+    has a gradient beyond them. Without it a decoder that meets some data exactly, flat parts of an image, drives its
+    variance to 0 there and the loss to minus infinity.
+    """
+
+    def __init__(self, scale: float | str = 1.0, *, logvar_bounds: tuple[float, float] | None = None) -> None:
+        super().__init__()
+        if isinstance(scale, Tensor) or (isinstance(scale, str) and scale not in ("learned", "per_element")):
+            kind = TypeError if isinstance(scale, Tensor) else ValueError
+            found = "a Tensor" if isinstance(scale, Tensor) else repr(scale)
+            raise kind(
+                "fastvae.likelihoods.Gaussian: `scale` must be a positive float, 'learned' or 'per_element', "
+                f"got {found}"
+            )
+        if not isinstance(scale, str):
+            scale = checked_scale("likelihoods.Gaussian", scale)
+            if logvar_bounds is not None:
+                raise ValueError(
+                    "fastvae.likelihoods.Gaussian: `logvar_bounds` must be None unless `scale` is 'learned' or "
+                    f"'per_element', got {logvar_bounds!r} with `scale` {scale}"
+                )
+        self.scale = scale
+        self.logvar_bounds = (
+            None if logvar_bounds is None else checked_bounds("likelihoods.Gaussian", logvar_bounds)
+        )
+        if scale == "learned":
+            self.logvar = nn.Parameter(torch.zeros(()))
+
+    def row(self, params: Any) -> Row:
+        bounds = self.logvar_bounds
+        if self.scale == "learned":
+            logvar = self.logvar if bounds is None else bounded(self.logvar, bounds)
+            return "gaussian_learned", [params, logvar], []
+        if self.scale == "per_element":
+            family, constants = ("gaussian", []) if bounds is None else ("gaussian_bounded", list(bounds))
+            if is_pair(params):
+                return f"{family}_per_element", list(params), constants
+            return f"{family}_head", [params], constants
+        return "gaussian", [params], [float(self.scale)]
+
+    def mean(self, params: Any) -> Tensor:
+        return self._moments(params)[0]
+
+    @torch.no_grad()
+    def sample(self, params: Any, generator: torch.Generator | None = None) -> Tensor:
+        mean, std = self._moments(params)
+        noise = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
+        return mean + std * noise
+
+    def _moments(self, params: Any) -> tuple[Tensor, Tensor | float]:
+        if self.scale == "per_element":
+            mean, logvar = params if is_pair(params) else params.chunk(2, dim=1)
+            return mean, self._std(logvar)
+        if self.scale == "learned":
+            return params, self._std(self.logvar)
+        return params, float(self.scale)
+
+    def _std(self, logvar: Tensor) -> Tensor:
+        if self.logvar_bounds is None:
+            return torch.exp(logvar / 2)
+        return torch.exp(bounded(logvar, self.logvar_bounds) / 2).to(logvar.dtype)
+
+    def channels(self, c: int) -> int:
+        return 2 * c if self.scale == "per_element" else c
+
+    def extra_repr(self) -> str:
+        bounds = "" if self.logvar_bounds is None else f", logvar_bounds={self.logvar_bounds}"
+        return f"scale={self.scale!r}{bounds}"
+
+
+class _ScaleFamily(Likelihood):
+    """A location and a scale, which come in the ways that `Laplace` describes."""
+
+    family: str
+
+    def __init__(self, scale: float | str = 1.0) -> None:
+        super().__init__()
+        if isinstance(scale, Tensor) or (isinstance(scale, str) and scale not in ("learned", "per_element")):
+            kind = TypeError if isinstance(scale, Tensor) else ValueError
+            found = "a Tensor" if isinstance(scale, Tensor) else repr(scale)
+            raise kind(
+                f"fastvae.likelihoods.{type(self).__name__}: `scale` must be a positive float, 'learned' or "
+                f"'per_element', got {found}"
+            )
+        if not isinstance(scale, str):
+            scale = checked_scale(f"likelihoods.{type(self).__name__}", scale)
+        self.scale = scale
+        if scale == "learned":
+            self.log_scale = nn.Parameter(torch.zeros(()))
+
+    def row(self, params: Any) -> Row:
+        if self.scale == "learned":
+            return f"{self.family}_learned", [params, self.log_scale], []
+        if self.scale == "per_element":
+            if is_pair(params):
+                return f"{self.family}_per_element", list(params), []
+            return f"{self.family}_head", [params], []
+        return self.family, [params], [float(self.scale)]
+
+    def mean(self, params: Any) -> Tensor:
+        return self._location_and_scale(params)[0]
+
+    @torch.no_grad()
+    def sample(self, params: Any, generator: torch.Generator | None = None) -> Tensor:
+        loc, scale = self._location_and_scale(params)
+        return loc + scale * self._standard(loc, generator)
+
+    def _standard(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        """A draw with location 0 and scale 1, in the shape and type of `like`."""
+        raise NotImplementedError
+
+    def _location_and_scale(self, params: Any) -> tuple[Tensor, Tensor | float]:
+        if self.scale == "per_element":
+            loc, log_scale = params if is_pair(params) else params.chunk(2, dim=1)
+            return loc, torch.exp(log_scale)
+        if self.scale == "learned":
+            return params, torch.exp(self.log_scale)
+        return params, float(self.scale)
+
+    def channels(self, c: int) -> int:
+        return 2 * c if self.scale == "per_element" else c
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale!r}"
+
+
+class Laplace(_ScaleFamily):
+    """Independent data with the Laplace density e^(-|x - m| / b) / 2b: an L1 loss, normalised.
+
+    `params` is the location m, or location and log-scale. Where the scale b comes from:
+
+    - `scale=b`, a positive float: the same everywhere.
+    - `scale="learned"`: one scale for all elements, trained: `log_scale`, a parameter of this module that starts at 0.
+      Give it to the optimiser with `elbo.parameters()`.
+    - `scale="per_element"`: from the decoder, which returns location and log-scale packed along dimension 1,
+      (B, 2C, ...) for data (B, C, ...), or as a pair.
+    """
+
+    family = "laplace"
+
+    def _standard(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        signs = torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=generator) < 0.5
+        size = torch.empty_like(like).exponential_(generator=generator)
+        return torch.where(signs, -size, size)
+
+
+class StudentT(_ScaleFamily):
+    """Independent data with Student's t of `df` degrees of freedom: a Gaussian that outliers do not drag along.
+
+    `params` is the centre, or centre and log-scale. `scale` as for `Laplace`. The mean exists for df > 1; `mean` gives
+    the centre for any.
+    """
+
+    family = "student_t"
+
+    def __init__(self, df: float, scale: float | str = 1.0) -> None:
+        super().__init__(scale)
+        self.df = checked_positive("likelihoods.StudentT", "df", df)
+
+    def row(self, params: Any) -> Row:
+        name, tensors, constants = super().row(params)
+        return name, tensors, [self.df, *constants]
+
+    def _standard(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        normal = torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+        shape = torch.full_like(normal, self.df / 2, dtype=torch.float64)
+        # Small df: a gamma that underflows would make an infinite draw.
+        gamma = torch._standard_gamma(shape, generator=generator).clamp(min=torch.finfo(torch.float64).tiny)
+        return (normal.double() * torch.rsqrt(gamma / shape)).to(like.dtype)
+
+    def extra_repr(self) -> str:
+        return f"df={self.df:g}, {super().extra_repr()}"
+
+
+class ContinuousBernoulli(Likelihood):
+    """Independent data in [0, 1], grey values: the Bernoulli's formula made a density. `params` are logits.
+
+    Loaiza-Ganem and Cunningham 2019. The expected value is not the sigmoid of the logits, as for `Bernoulli`, but
+    1 / (1 - e^-a) - 1 / a for a logit a: `mean` gives it.
+    """
+
+    def row(self, params: Tensor) -> Row:
+        return "continuous_bernoulli", [params], []
+
+    def mean(self, params: Tensor) -> Tensor:
+        a = params if params.dtype == torch.float64 else params.float()
+        near = a.abs() < 0.5
+        # Near 0 by its series; both branches are kept finite outside of their range.
+        small, large = torch.where(near, a, 0.0), torch.where(near, 1.0, a)
+        series = torch.zeros_like(a)
+        for n, number in reversed(list(enumerate(BERNOULLI_NUMBERS, 1))):
+            series = series * small * small + number / math.factorial(2 * n)
+        far = -1 / torch.expm1(-large) - 1 / large
+        return torch.where(near, 0.5 + small * series, far).to(params.dtype)
+
+    @torch.no_grad()
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        a = params.double()
+        u = torch.rand(a.shape, dtype=a.dtype, device=a.device, generator=generator)
+        # The inverse of the distribution function, for a negative logit: of a positive one it is the mirror image.
+        size = a.abs()
+        tilted = -torch.log1p(u * torch.expm1(-size)) / size
+        draw = torch.where(size == 0, u, tilted)
+        return torch.where(a > 0, 1 - draw, draw).to(params.dtype)

@@ -1,0 +1,119 @@
+"""Several likelihoods for several parts of the data."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Likelihood
+from .names import get
+
+__all__ = ["Product"]
+
+
+class Product(Likelihood):
+    """Several heads for several parts of the data, independent given z: their negative log-likelihoods add up.
+
+    `parts` names a likelihood, or an `nn.Module` with `nll`, for each; decoder and data come as dicts with these keys::
+
+        likelihood = Product({"image": DiscretizedLogisticMixture(10), "label": "bernoulli"})
+        elbo = fastvae.ELBO(likelihood)
+        out = elbo({"image": a, "label": b}, {"image": x, "label": y}, kl=kl)
+
+    `mean`, `sample` and `channels` take and give such dicts too. In `self.parts`, and in the state_dict, a name that
+    `nn.ModuleDict` needs for itself, such as "type" or "values", ends with "_".
+    """
+
+    def __init__(self, parts: Mapping[str, str | nn.Module]) -> None:
+        super().__init__()
+        if not isinstance(parts, Mapping):
+            raise TypeError(
+                f"fastvae.likelihoods.Product: `parts` must be a dict of likelihoods, got {type(parts).__name__}"
+            )
+        if not parts:
+            raise ValueError(
+                "fastvae.likelihoods.Product: `parts` must name at least one likelihood, got none"
+            )
+        self.parts = nn.ModuleDict()
+        self._keys: dict[str, str] = {}  # of the parts in `self.parts`, by their names
+        for name, part in parts.items():
+            if not isinstance(name, str):
+                raise TypeError(
+                    f"fastvae.likelihoods.Product: `parts` must have strings as keys, got {name!r}"
+                )
+            if not name or "." in name:
+                raise ValueError(
+                    f"fastvae.likelihoods.Product: `parts` must have keys that are not empty and without dots, got "
+                    f"{name!r}"
+                )
+            key = name
+            while hasattr(self.parts, key) or (key != name and key in parts):
+                key += "_"
+            self._keys[name] = key
+            self.parts[key] = get(part, "likelihoods.Product", f"parts[{name!r}]")
+
+    def nll(self, params: Any, target: Any) -> Tensor:
+        return torch.stack(list(self.nll_of_parts(params, target).values())).sum(0)
+
+    def nll_of_parts(self, params: Mapping[str, Any], target: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What each part contributes to `nll`, (B,) each."""
+        self._check("params", params)
+        self._check("target", target)
+        nlls = self._each("nll", (params, target))
+        first = next(iter(nlls))
+        for name, nll in nlls.items():
+            if nll.shape != nlls[first].shape:
+                raise ValueError(
+                    f"fastvae.likelihoods.Product: every part must have the same rows, got "
+                    f"{tuple(nlls[first].shape)} of {first!r} and {tuple(nll.shape)} of {name!r}"
+                )
+        return nlls
+
+    def mean(self, params: Any) -> Any:
+        self._check("params", params)
+        return self._each("mean", (params,))
+
+    def sample(self, params: Any, generator: torch.Generator | None = None) -> Any:
+        self._check("params", params)
+        return self._each("sample", (params,), generator)
+
+    def channels(self, c: Any) -> Any:
+        self._check("c", c)
+        return self._each("channels", (c,))
+
+    def _each(self, method: str, values: Sequence[Mapping[str, Any]], *rest: Any) -> dict[str, Any]:
+        """What a method of every part returns for its `values`; an error says in which part it was."""
+        found = {}
+        for name, key in self._keys.items():
+            call = getattr(self.parts[key], method)
+            arguments = [*(value[name] for value in values), *rest]
+            if torch.compiler.is_compiling():  # a trace, in which not every version of torch takes a try
+                found[name] = call(*arguments)
+                continue
+            try:
+                found[name] = call(*arguments)
+            except (TypeError, ValueError) as error:
+                # The same exception, whatever its class; add_note() came with Python 3.11.
+                error.args = (f"fastvae.likelihoods.Product: in part {name!r}: {error}",)
+                raise
+        return found
+
+    def _check(self, name: str, value: Any) -> None:
+        if not isinstance(value, Mapping):
+            raise TypeError(
+                f"fastvae.likelihoods.Product: `{name}` must be a dict with the keys "
+                f"{', '.join(map(repr, self._keys))}, got {type(value).__name__}"
+            )
+        if value.keys() != self._keys.keys():
+            missing = [key for key in self._keys if key not in value]
+            unknown = [key for key in value if key not in self._keys]
+            found = [
+                f"{what} {', '.join(map(repr, keys))}"
+                for what, keys in (("missing", missing), ("unknown", unknown))
+                if keys
+            ]
+            raise ValueError(
+                f"fastvae.likelihoods.Product: `{name}` must have the keys {', '.join(map(repr, self._keys))}, "
+                f"got {list(value)}: {'; '.join(found)}"
+            )

@@ -1,0 +1,49 @@
+"""The specification: what every backend computes, in plain PyTorch.
+
+Read this package to learn what a number means; run it to check a kernel against it. Everything here is differentiable
+twice and runs on any device. It is slow on purpose (the noise is integer arithmetic on tensors), and it checks nothing:
+`fastvae.functional` checks its inputs and then calls either these functions or a compiled backend.
+
+Conventions, everywhere:
+
+- Dimension 0 is the batch; every further dimension belongs to the event and is summed. Results are in nats.
+- float16 and bfloat16 are read into float32, computed there, and rounded once at the end where the result is of the
+  input's type (`z`, gradients). Per-row results are float32, or float64 for float64 inputs.
+- Variances travel as logarithms: `logvar` is log sigma^2.
+
+Sources:
+  [KW]  Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014.
+  [RW]  Rasmussen and Williams, "Gaussian Processes for Machine Learning", MIT Press 2006.
+  [S]   Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
+  [BM]  Box and Muller, "A Note on the Generation of Random Normal Deviates", Ann. Math. Statist. 29 (1958).
+  [B]   Bishop, "Pattern Recognition and Machine Learning", Springer 2006.
+  [K16] Kingma et al., "Improving Variational Inference with Inverse Autoregressive Flow", NeurIPS 2016.
+  [LC]  Loaiza-Ganem and Cunningham, "The Continuous Bernoulli: Fixing a Pervasive Error in Variational Autoencoders",
+        NeurIPS 2019.
+  [LLT] Lange, Little and Taylor, "Robust Statistical Modeling Using the t Distribution", JASA 84 (1989).
+  [S17] Salimans, Karpathy, Chen and Kingma, "PixelCNN++", ICLR 2017; and its code, github.com/openai/pixel-cnn.
+  [R]   Rybkin, Daniilidis and Levine, "Simple and Effective VAE Training with Calibrated Decoders", ICML 2021.
+  [L]   Lopez, Regier, Cole, Jordan and Yosef, "Deep generative modeling for single-cell transcriptomics", Nature
+        Methods 15 (2018); the parametrisation is that of scvi-tools' log_nb_positive and log_zinb_positive.
+  [ZI]  Risso, Perraudeau, Gribkova, Dudoit and Vert, "A general and flexible method for signal extraction from
+        single-cell RNA-seq data", Nature Communications 9 (2018).
+  [AS]  Abramowitz and Stegun, "Handbook of Mathematical Functions", 1964: 6.1.41, Stirling's series.
+"""
+
+from . import categorical, continuous, counts, discretized, latents, loss, noise
+from .categorical import *
+from .continuous import *
+from .counts import *
+from .discretized import *
+from .latents import *
+from .loss import *
+from .noise import *
+
+__all__: list[str] = []
+__all__ += categorical.__all__
+__all__ += continuous.__all__
+__all__ += counts.__all__
+__all__ += discretized.__all__
+__all__ += latents.__all__
+__all__ += loss.__all__
+__all__ += noise.__all__

@@ -1,0 +1,21 @@
+"""One of several classes at every position."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .conventions import compute_dtype, sum_event
+
+__all__ = ["categorical_nll"]
+
+
+def categorical_nll(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """-log Categorical(target | softmax(logits)), (B,), summed over positions ([B], equations 4.104 and 4.108).
+
+    Per position log sum_v e^a_v - a_t for logits a, which lie along the last dimension, and the class t. Positions
+    whose target is `ignore_index` (padding) add nothing and pass no gradient.
+    """
+    ignored = target == ignore_index
+    log_probs = F.log_softmax(logits.to(compute_dtype(logits)), dim=-1)
+    chosen = log_probs.gather(-1, target.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
+    return sum_event(torch.where(ignored, 0.0, -chosen))

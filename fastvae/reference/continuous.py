@@ -1,0 +1,172 @@
+"""Densities of numbers, element by element, and the Bernoulli, which is computed as they are."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .conventions import compute_dtype, read_target, sum_event
+
+__all__ = [
+    "bernoulli_nll",
+    "bounded_logvar",
+    "continuous_bernoulli_nll",
+    "gaussian_head_nll",
+    "gaussian_nll",
+    "laplace_head_nll",
+    "laplace_nll",
+    "log_beta_half",
+    "student_t_head_nll",
+    "student_t_nll",
+]
+
+
+def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
+    """-log Bernoulli(target | sigmoid(logits)), (B,) ([KW], appendix C.1, equation 11).
+
+    Per element -[ t log s(a) + (1 - t) log s(-a) ], s the sigmoid. That equals max(a, 0) - a t + log(1 + e^-|a|), but
+    for t in [0, 1] both terms are positive, so nothing cancels where the network is sure and right. For a grey
+    target, 0 < t < 1, this is a cross-entropy, not a likelihood that integrates to 1.
+    """
+    dtype = compute_dtype(logits)
+    a, t = logits.to(dtype), read_target(target, dtype)
+    return sum_event(-(t * F.logsigmoid(a) + (1 - t) * F.logsigmoid(-a)))
+
+
+def gaussian_nll(
+    mean: Tensor,
+    target: Tensor,
+    logvar: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    logvar_bounds: Sequence[float] | None = None,
+) -> Tensor:
+    """-log N(target | mean, variance), (B,), with its constant ([KW], appendix C.2, equation 12).
+
+    Per element 1/2 [ log 2 pi + log s^2 + (x - m)^2 / s^2 ]. The variance s^2 is `scale`^2, or e^logvar for a `logvar`
+    of mean's shape, or one e^logvar for all where `logvar` is 0-dimensional (the learned scale of [R]). With
+    `logvar_bounds` (lo, hi) it is that of `bounded_logvar`.
+    """
+    dtype = compute_dtype(mean)
+    distance = read_target(target, dtype) - mean.to(dtype)
+    if logvar is None:
+        standardised, log_variance = distance / scale, 2 * math.log(scale)
+        return sum_event((standardised * standardised + (math.log(2 * math.pi) + log_variance)) / 2)
+    log_variances = logvar.to(dtype)
+    if logvar_bounds is not None:
+        log_variances = bounded_logvar(log_variances, logvar_bounds)
+    standardised = distance * torch.exp(log_variances / -2)
+    return sum_event((standardised * standardised + (math.log(2 * math.pi) + log_variances)) / 2)
+
+
+def gaussian_head_nll(
+    params: Tensor, target: Tensor, *, logvar_bounds: Sequence[float] | None = None
+) -> Tensor:
+    """`gaussian_nll` with mean and log-variance packed along dimension 1: `params` (B, 2C, ...), mean first."""
+    mean, logvar = params.chunk(2, dim=1)
+    return gaussian_nll(mean, target, logvar, logvar_bounds=logvar_bounds)
+
+
+def bounded_logvar(logvar: Tensor, bounds: Sequence[float]) -> Tensor:
+    """A smooth clamp: mid + half tanh((v - mid) / half), for mid and half of the interval between the bounds (lo, hi).
+
+    In the middle it is v to second order; it never leaves [lo, hi], and its derivative, 1 - tanh^2, is positive, where
+    that of a hard clamp is 0 outside.
+    """
+    lo, hi = bounds
+    mid, half = lo / 2 + hi / 2, hi / 2 - lo / 2
+    return mid + half * torch.tanh((logvar - mid) / half)
+
+
+def laplace_nll(
+    loc: Tensor, target: Tensor, log_scale: Tensor | None = None, *, scale: float = 1.0
+) -> Tensor:
+    """-log Laplace(target | loc, scale), (B,), with its constant.
+
+    Per element log 2b + |x - m| / b. The scale b is `scale`, or e^log_scale for a `log_scale` of loc's shape, or one
+    e^log_scale for all where `log_scale` is 0-dimensional. The gradient in the kink x = m is 0.
+    """
+    dtype = compute_dtype(loc)
+    distance = _absolute(read_target(target, dtype) - loc.to(dtype))
+    if log_scale is None:
+        return sum_event(distance / scale + math.log(2 * scale))
+    log_scales = log_scale.to(dtype)
+    return sum_event(distance * torch.exp(-log_scales) + (math.log(2) + log_scales))
+
+
+def laplace_head_nll(params: Tensor, target: Tensor) -> Tensor:
+    """`laplace_nll` with location and log-scale packed along dimension 1: `params` (B, 2C, ...), location first."""
+    loc, log_scale = params.chunk(2, dim=1)
+    return laplace_nll(loc, target, log_scale)
+
+
+def _absolute(x: Tensor) -> Tensor:
+    """|x|, with the derivative 0 at 0 and NaN at NaN (torch's is 0 there, too)."""
+    return x * torch.where(x.isnan(), x, x.sign()).detach()
+
+
+def student_t_nll(
+    loc: Tensor, target: Tensor, log_scale: Tensor | None = None, *, df: float, scale: float = 1.0
+) -> Tensor:
+    """-log of Student's t with `df` degrees of freedom, (B,): a Gaussian with heavy tails ([LLT]).
+
+    Per element, for z = (x - m) / s and df = v:  (v + 1)/2 log(1 + z^2 / v) + log s + log B(v/2, 1/2) + 1/2 log v. The
+    scale s is `scale`, or e^log_scale as for `laplace_nll`.
+    """
+    dtype = compute_dtype(loc)
+    distance = (read_target(target, dtype) - loc.to(dtype)) / math.sqrt(df)
+    constant = log_beta_half(df) + math.log(df) / 2
+    if log_scale is None:
+        return sum_event((df + 1) * _half_log1p_square(distance / scale) + (constant + math.log(scale)))
+    log_scales = log_scale.to(dtype)
+    return sum_event(
+        (df + 1) * _half_log1p_square(distance * torch.exp(-log_scales)) + (constant + log_scales)
+    )
+
+
+def student_t_head_nll(params: Tensor, target: Tensor, *, df: float) -> Tensor:
+    """`student_t_nll` with location and log-scale packed along dimension 1: `params` (B, 2C, ...), location first."""
+    loc, log_scale = params.chunk(2, dim=1)
+    return student_t_nll(loc, target, log_scale, df=df)
+
+
+def log_beta_half(df: float) -> float:
+    """log B(df / 2, 1/2) = log Gamma(x) + 1/2 log pi - log Gamma(x + 1/2), x = df / 2."""
+    x = df / 2
+    if df < 200:
+        return math.lgamma(x) - math.lgamma(x + 0.5) + math.log(math.pi) / 2
+    # The two log-gammas, each about x log x, would cancel: their difference by its asymptotic series.
+    return (math.log(math.pi) - math.log(x)) / 2 + (1 / 8 - (1 / 192 - 1 / (640 * x * x)) / (x * x)) / x
+
+
+def _half_log1p_square(y: Tensor) -> Tensor:
+    """log(1 + y^2) / 2, for y whose square is too large a number, too."""
+    near = y.abs() < 1
+    small, large = torch.where(near, y, 0.0), torch.where(near, 1.0, y)
+    far = torch.log(large.abs()) + torch.log1p(large**-2) / 2
+    return torch.where(near, torch.log1p(small * small) / 2, far)
+
+
+# B_2, B_4, ...
+BERNOULLI_NUMBERS = (1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6, -3617 / 510, 43867 / 798)
+
+
+def continuous_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
+    """-log CB(target | sigmoid(logits)), (B,): the density on [0, 1] that the Bernoulli's formula lacks ([LC]).
+
+    Per element, for a logit a: the density is proportional to e^(a t), whose integral over [0, 1] is (e^a - 1) / a. So
+    the nll is log((e^a - 1) / a) - a t.
+    """
+    dtype = compute_dtype(logits)
+    a, t = logits.to(dtype), read_target(target, dtype)
+    near = a.abs() < 0.5
+    # Near 0 by the even series of log(sinh(a / 2) / (a / 2)); both branches are kept finite outside of their range.
+    small, large = torch.where(near, a, 0.0), torch.where(near, 1.0, a)
+    square, series = small * small, torch.zeros_like(a)
+    for n, bernoulli_number in reversed(list(enumerate(BERNOULLI_NUMBERS, 1))):
+        series = (series + bernoulli_number / (2 * n * math.factorial(2 * n))) * square
+    size = large.abs()
+    far = torch.relu(large) - large * t + torch.log(-torch.expm1(-size) / size)
+    return sum_event(torch.where(near, small * (0.5 - t) + series, far))

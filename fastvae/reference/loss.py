@@ -1,0 +1,65 @@
+"""One entry for every likelihood, the shape that all backends share: `nll`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .._spec import ROWS, Row
+from . import categorical, continuous, counts, discretized
+
+__all__ = ["REDUCTIONS", "nll"]
+
+FAMILIES: dict[str, Any] = {
+    "continuous": continuous,
+    "counts": counts,
+    "categorical": categorical,
+    "discretized": discretized,
+}
+
+
+def _entry(row: Row) -> Callable[[Sequence[Tensor], Tensor, Sequence[float]], Tensor]:
+    """A row's function, called as backends are: nll(params, target, constants)."""
+    function = getattr(FAMILIES[row.family], row.function)
+    constants = row.constants
+
+    def nll(params: Sequence[Tensor], target: Tensor, numbers: Sequence[float]) -> Tensor:
+        keywords: dict[str, Any] = {}
+        i = 0
+        for constant in constants:
+            if constant.length > 1:
+                keywords[constant.name] = numbers[i : i + constant.length]
+            else:
+                keywords[constant.name] = int(numbers[i]) if constant.whole else numbers[i]
+            i += constant.length
+        return function(params[0], target, *params[1:], **keywords)
+
+    return nll
+
+
+LIKELIHOODS = {name: _entry(row) for name, row in ROWS.items()}
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+
+
+def nll(
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float],
+    kl: Tensor | None = None,
+    beta: Tensor | None = None,
+    reduction: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """(loss, nll): nll (B,) of the likelihood, loss = reduce(nll + beta kl): the negative ELBO ([KW], equation 3).
+
+    `reduction` is a value of `REDUCTIONS`; the mean is over the batch. Without `kl`, loss = reduce(nll).
+    """
+    rows = LIKELIHOODS[likelihood](params, target, constants)
+    total = rows
+    if kl is not None:
+        total = rows + (kl if beta is None else beta * kl)
+    if reduction == REDUCTIONS["sum"]:
+        total = total.sum()
+    elif reduction == REDUCTIONS["mean"]:
+        total = total.mean()
+    return total, rows
