@@ -18,14 +18,15 @@ HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.'
 NATIVE := $(if $(and $(filter Linux,$(shell uname)),$(shell command -v c++ || command -v $(CXX))),1,auto)
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint bench gpu cuda-link wheel clean
+.PHONY: help demo test test-rest test-all lint bench gpu cuda-link wheel clean
 .NOTPARALLEL:
 # The stamps of finished steps are kept.
 .SECONDARY:
 
 help:
 	@echo "make demo    train a VAE on scikit-learn's digits, fused and by hand; leaves two pictures"
-	@echo "make test    build the extension and run the tests"
+	@echo "make test    build the extension and run the tests: six minutes on two cores"
+	@echo "make test-all   all of them: whole grids, sanitizers, machine code of every GPU, long trainings, several processes"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   time the kernels here, and draw the table and the picture"
 	@echo "make gpu     on a GPU, without a network: build, test, tune and time; 9 minutes at most"
@@ -36,11 +37,15 @@ help:
 demo: $(VENV)/.deps-train $(VENV)/.built
 	@$(VENV)/bin/fastvae demo $(ARGS)
 
-test: $(VENV)/.deps-test $(VENV)/.built
+# What `make test` leaves out is run by test-rest alone; test-all runs both. A process for each core, one thread each.
+test: WHICH := most
+test-rest: WHICH := rest
+test-all: WHICH := all
+test test-rest test-all: $(VENV)/.deps-test $(VENV)/.built
 	@# Here, native kernels that are missing are a failure, not a reason for the reference.
 	@$(RUN) -c "import fastvae; fastvae.set_backend('native')"
-	@echo "== tests"
-	@$(RUN) -m pytest -q tests --durations=10 $(ARGS)
+	@echo "== tests: $(WHICH)"
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests --tests $(WHICH) -n $$(nproc) --dist worksteal --durations=10 $(ARGS)
 
 lint: $(VENV)/.deps-dev
 	@echo "== ruff"

@@ -233,7 +233,9 @@ def native():
             # linked in this order: module and ops (setuptools puts them before extra_objects), default, avx2,
             # avx512. What must differ between instruction sets lives in a namespace of its own.
             # The largest file goes first, so that no compiler is left working alone at the end.
-            sources = sorted(Path("csrc/cpu").glob("*.cpp"), key=lambda path: path.stat().st_size, reverse=True)
+            sources = sorted(
+                Path("csrc/cpu").glob("*.cpp"), key=lambda path: path.stat().st_size, reverse=True
+            )
             for name, flags in INSTRUCTION_SETS.items():
                 ext.extra_objects += self.compiler.compile(
                     list(map(str, sources)),

@@ -17,7 +17,9 @@ def kept(name: str, sources: Iterable[Path], flags: Sequence[str], make: Callabl
     Several processes may ask at a time: one of them makes it, and the others wait.
     """
     digest = hashlib.sha256(repr((flags, torch.__version__)).encode())
-    files = [file for source in sources for file in ([source] if source.is_file() else sorted(source.rglob("*")))]
+    files = [
+        file for source in sources for file in ([source] if source.is_file() else sorted(source.rglob("*")))
+    ]
     for file in files:
         if file.is_file() and file.suffix != ".pyc":
             digest.update(file.name.encode() + file.read_bytes())

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
+import compiled
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,9 @@ import fastvae
 # The tensors of these tests are on the CPU, where Triton's kernels run in its interpreter only: see test_triton.py.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ("reference", "native", *(("triton",) if INTERPRETED else ()))
+
+# What Triton compiles for test_triton_aot.py is kept with the rest.
+os.environ.setdefault("TRITON_CACHE_DIR", str(compiled.FOLDER / "triton"))
 
 if INTERPRETED:
     import triton.language as tl
@@ -36,7 +40,12 @@ if INTERPRETED:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", default="0/1", help="i/n: of all tests every n-th, from the i-th on")
-    parser.addoption("--all", action="store_true", help="also the tests marked `slow`, and whole grids")
+    parser.addoption(
+        "--tests",
+        choices=("most", "rest", "all"),
+        default="most",
+        help="most: neither the tests marked `slow` nor more of a grid than thinning.py keeps; rest: these; all: both",
+    )
 
 
 def _how_triton_runs() -> str:
@@ -60,12 +69,14 @@ def _key(value: object) -> Hashable:
 def _left_to_test_all(items: list[pytest.Item]) -> set[pytest.Item]:
     """The tests that `make test` leaves out: those marked `slow`, and of each grid what thinning.py can spare."""
     grids: dict[Hashable, list[pytest.Function]] = defaultdict(list)
-    for item in items:
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
-            grids[item.path, item.cls, item.originalname, item.callspec.params.get("backend")].append(item)
     left = {item for item in items if item.get_closest_marker("slow")}
+    for item in items:
+        if item not in left and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            grids[item.path, item.cls, item.originalname, item.callspec.params.get("backend")].append(item)
     for grid in grids.values():
-        kept = set(pairwise([{name: _key(value) for name, value in item.callspec.params.items()} for item in grid]))
+        kept = set(
+            pairwise([{name: _key(value) for name, value in item.callspec.params.items()} for item in grid])
+        )
         left.update(item for place, item in enumerate(grid) if place not in kept)
     return left
 
@@ -73,12 +84,26 @@ def _left_to_test_all(items: list[pytest.Item]) -> set[pytest.Item]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     i, n = map(int, config.getoption("--shard").split("/"))
     elsewhere = "own" in _how_triton_runs()  # test_in_the_interpreter runs what takes the fixture `device`
-    left = set() if config.getoption("--all") else _left_to_test_all(items)
-    here = [item for item in items if not (elsewhere and "device" in getattr(item, "fixturenames", ()))]
-    kept = [item for item in here if item not in left][i::n]
+    left, which = _left_to_test_all(items), config.getoption("--tests")
+    if any("::" in argument for argument in config.args):  # a test that is asked for by its name
+        which = "all"
+    parts = {"most": (False,), "rest": (True,), "all": (False, True)}[which]
+    kept = [
+        item
+        for item in items
+        # What starts a pytest of its own hands the option on.
+        if ((item in left) in parts or "which_tests" in getattr(item, "fixturenames", ()))
+        and not (elsewhere and "device" in getattr(item, "fixturenames", ()))
+    ][i::n]
     chosen = set(kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = kept
+
+
+@pytest.fixture
+def which_tests(pytestconfig: pytest.Config) -> list[str]:
+    """For a test that starts a pytest of its own: the argument that makes it run as much as this one."""
+    return ["--tests", pytestconfig.getoption("--tests")]
 
 
 @pytest.fixture(autouse=True)

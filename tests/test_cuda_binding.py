@@ -17,22 +17,19 @@ import torch
 ROOT = Path(__file__).parents[1]
 HERE = ROOT / "tests" / "cuda_binding"
 TORCH = Path(torch.__file__).parent
-TESTS = {
-    "launches": ["tests/cuda_binding/launches.py"],
-    "autograd": [
-        "tests/test_autograd.py",
-        "-k",
-        "native and not ddp and not large_buffers",
-    ],
-    "layouts": ["tests/test_layouts.py", "-k", "native"],
-    "noise": ["tests/test_noise.py", "-k", "native"],
-    "opcheck": ["tests/test_compile.py", "-k", "opcheck or one_graph and native"],
-    "categorical": [
-        "tests/test_categorical.py",
-        "-k",
-        "not thread and not instruction and not reference and not trusts",
-    ],
-    "discretized": ["tests/test_discretized.py", "-k", "native or eager or compiles"],
+# Of each file: which of its tests hold of CUDA tensors, too. A process for each part.
+PARTS = {
+    "elements": {
+        "cuda_binding/launches.py": "",
+        "test_autograd.py": "native and not ddp and not large_buffers",
+        "test_layouts.py": "native",
+        "test_noise.py": "native",
+    },
+    "families": {
+        "test_compile.py": "opcheck or one_graph and native",
+        "test_categorical.py": "not thread and not instruction and not reference and not trusts",
+        "test_discretized.py": "native or eager or compiles",
+    },
 }
 
 if missing := cuda_kernels.compiler_missing():
@@ -56,16 +53,28 @@ def libraries() -> tuple[Path, Path]:
     return compiled.kept("cuda_binding", sources, [*flags, *link], make) / "binding.so", kernels
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tests", list(TESTS))
-def test_the_binding(libraries: tuple[Path, Path], tests: str) -> None:
+@pytest.mark.parametrize("part", PARTS)
+def test_the_binding(libraries: tuple[Path, Path], part: str, which_tests: list[str]) -> None:
+    files = [f"tests/{file}" for file in PARTS[part]]
+    which = " or ".join(f"{Path(file).name} and ({which or 'test'})" for file, which in PARTS[part].items())
     done = subprocess.run(
-        [sys.executable, HERE / "run.py", *libraries, "-q", "-p", "no:cacheprovider", *TESTS[tests]],
+        [
+            sys.executable,
+            HERE / "run.py",
+            *libraries,
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *which_tests,
+            "-k",
+            which,
+            *files,
+        ],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
     print(done.stdout[-8000:])
     assert done.returncode == 0, done.stderr

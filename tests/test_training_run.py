@@ -436,8 +436,13 @@ cli.main(arguments)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("place", ["first", "training", "saving best", "saving last"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "saving last",
+        *(pytest.param(place, marks=pytest.mark.slow) for place in ("first", "training", "saving best")),
+    ],
+)
 def test_killed_run_goes_on(tmp_path, place):
     run, whole = tmp_path / "run", tmp_path / "whole"
     died = in_a_process("-c", KILLED, place, "train", "mlp", "--out", str(run), *QUICK, "--epochs", "3")

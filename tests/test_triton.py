@@ -35,16 +35,17 @@ on_gpu = pytest.mark.skipif(not GPU, reason="only a GPU can show this")
 
 
 @pytest.mark.skipif(HERE, reason="this process runs them itself")
-def test_in_the_interpreter() -> None:
+@pytest.mark.parametrize("shard", ["0/2", "1/2"])
+def test_in_the_interpreter(shard: str, which_tests: list[str]) -> None:
     tests = Path(__file__).parent
     files = [str(tests / f"test_{name}.py") for name in ("triton", "autograd")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "triton", *files],
+        [sys.executable, "-m", "pytest", "-q", "-k", "triton", "--shard", shard, *which_tests, *files],
         cwd=tests.parent,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
     print(done.stdout[-10000:])
     assert done.returncode == 0, done.stderr

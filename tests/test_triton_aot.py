@@ -58,7 +58,9 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-@pytest.fixture(params=TARGETS)
+@pytest.fixture(
+    params=["sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in TARGETS if name != "sm_90")]
+)
 def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(tuning, "architecture", lambda device: request.param)
     return request.param
@@ -290,7 +292,9 @@ def test_aligned(architecture: str, name: str) -> None:
         assert compile_launch(launch, architecture).spills == 0
 
 
-@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"], indirect=True)
+@pytest.mark.parametrize(
+    "architecture", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)], indirect=True
+)
 @pytest.mark.parametrize("name", OTHERS)
 def test_others(architecture: str, name: str) -> None:
     for launch in record(OTHERS[name]):

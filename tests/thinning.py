@@ -9,23 +9,28 @@ from collections.abc import Hashable, Iterable, Mapping
 from itertools import combinations
 from random import Random
 
-Pair = tuple[tuple[str, Hashable], tuple[str, Hashable]]
+Combination = tuple[tuple[str, Hashable], ...]
 
 
 def pairwise(grid: Iterable[Mapping[str, Hashable]]) -> list[int]:
-    """The places in `grid` of few points among which every pair of values that occurs in it occurs.
+    """The places in `grid` of few points among which every value, and every pair of values, that occurs in it occurs.
 
-    A point names its parameters' values. Which points are kept depends on the grid alone.
+    A point names its parameters' values; one without parameters is kept. The choice depends on the grid alone.
     """
-    pairs: list[set[Pair]] = [set(combinations(sorted(point.items(), key=lambda item: item[0]), 2)) for point in grid]
-    uncovered: set[Pair] = set().union(*pairs)
-    order = list(range(len(pairs)))
+    points = [_combinations(point) for point in grid]
+    uncovered: set[Combination] = set().union(*points)
+    order = list(range(len(points)))
     # Neighbours differ in one value: in their own order the first points would cover little.
     Random(len(order)).shuffle(order)
     kept = []
-    for wanted in range(max(map(len, pairs), default=0), 0, -1):
+    for wanted in range(max(map(len, points), default=0), 0, -1):
         for place in order:
-            if uncovered and len(pairs[place] & uncovered) >= wanted:
+            if uncovered and len(points[place] & uncovered) >= wanted:
                 kept.append(place)
-                uncovered -= pairs[place]
+                uncovered -= points[place]
     return sorted(kept)
+
+
+def _combinations(point: Mapping[str, Hashable]) -> set[Combination]:
+    values = sorted(point.items(), key=lambda item: item[0])
+    return {(), *((value,) for value in values), *combinations(values, 2)}
