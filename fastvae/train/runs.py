@@ -5,7 +5,7 @@ What is done here is done alike for every kind of data; what is not, a `Kind` do
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -34,7 +34,10 @@ def load(
     Raises InputError for a folder that is no run, a wrong key in config.toml, and a checkpoint that is not there, is
     damaged or belongs to something else.
     """
-    settings, form = _read(kind, path)
+    found, its_settings, head = registry.read_run(path)
+    if found is not kind:
+        raise InputError(f"{path}: {found.elsewhere}")
+    settings, form = cast("S", its_settings), kind.read_form(path, head)
     others = data is not None and Path(data).expanduser().resolve() != Path(settings.data)
     if data is not None:
         settings = dataclasses.replace(settings, data=data)
@@ -86,22 +89,22 @@ def resume(path: Path, *, epochs: int | None = None, data: str | None = None) ->
     """
     given = {"epochs": epochs, "data": data}
     changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    kind, *_ = registry.read_run(path)
-    settings, form = _read(kind, path)
+    kind, settings, head = registry.read_run(path)
+    form = kind.read_form(path, head)
     settings = kind.settle_again(dataclasses.replace(settings, **changed), form)
     settings.check()
-    read = _load_data(kind, settings, form, path)
-    model = fresh(kind, settings, form, read)
+    loaded = _load_data(kind, settings, form, path)
+    model = fresh(kind, settings, form, loaded)
     done = checkpoints.epochs_done(model, path, settings)
     if not done:
         kind.initialise(model, settings, path, resumed=True)
-    made = trainer.make_trainer(settings, path, kind.drawer(read, form, settings, path), resumed=True)
+    made = trainer.make_trainer(settings, path, kind.drawer(loaded, form, settings, path), resumed=True)
     with folder.alone(path, (*kind.kept, *kind.left)):
         if processes.is_first():
             folder.remove_partial(path)
             if changed:
                 folder.write_config(path, settings, kind.head_lines(form))
-        _fit(kind, made, model, read, form, settings, path, done)
+        _fit(kind, made, model, loaded, form, settings, path, done)
 
 
 def fresh(kind: Kind[S, F, D, R], settings: S, form: F, data: D) -> "VAE":
@@ -111,14 +114,6 @@ def fresh(kind: Kind[S, F, D, R], settings: S, form: F, data: D) -> "VAE":
     with torch.no_grad():
         kind.begin(model, settings, data)
     return model
-
-
-def _read(kind: Kind[S, F, D, R], path: Path) -> tuple[S, F]:
-    """The settings and the form of a run, which must be of this kind."""
-    found, settings, head = registry.read_run(path)
-    if found is not kind:
-        raise InputError(f"{path}: {found.elsewhere}")
-    return settings, kind.read_form(path, head)  # type: ignore[return-value]
 
 
 def _load_data(kind: Kind[S, F, D, R], settings: S, form: F, path: Path, *, others: bool = False) -> D:

@@ -23,6 +23,11 @@ def _no_pictures(request, monkeypatch):
         monkeypatch.setattr("fastvae.train.callbacks.is_drawn", lambda trainer: False)
 
 
+@pytest.fixture
+def drawn() -> None:
+    """For a test of the pictures."""
+
+
 def test_prepare():
     images = torch.arange(256, dtype=torch.uint8).repeat(2000, 1).view(2000, 16, 16, 1)
     threshold = loader.prepare(images, kinds.recipes()["mlp"](likelihood="bernoulli"))
