@@ -51,8 +51,8 @@ class VAE(LightningModule):
     others: tuple[str, ...] = ()
     shown: tuple[tuple[str, str, int], ...] = ()
 
-    draws = False
-    """Whether its layers draw from torch's generator, as dropout does: a resumed run does not have that one's state."""
+    has_dropout = False
+    """Then a step seeds torch's generator, which dropout draws from: a resumed run does not have its state."""
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class VAE(LightningModule):
         self.noise_step = torch.tensor([0, 4], device=self.device)
 
     def training_step(self, batch: tuple[Any, int], batch_idx: int) -> Tensor:
-        if self.draws:
+        if self.has_dropout:
             torch.manual_seed(draws.generator(self.seed, 4, self.global_step).initial_seed())
         x, first_row = batch
         self.warm_up(batch_idx)

@@ -21,7 +21,7 @@ class CellVAE(VAE):
     """
 
     unit = "cell"
-    draws = True  # dropout
+    has_dropout = True
 
     def decode(self, z: Tensor, x: Batch) -> Any:  # type: ignore[override]
         """What the likelihood takes: (logits, library, ...), of the Poisson the log-rates; see `likelihoods`."""

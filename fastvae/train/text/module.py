@@ -31,7 +31,7 @@ class TextVAE(VAE):
     unit = "sentence"
     measures = ("perplexity",)
     others = ("mutual_information",)
-    draws = True  # dropout
+    has_dropout = True
     shown = (("perplexity", "held_out_perplexity", 1), ("MI", "mutual_information", 2))
 
     def __init__(
