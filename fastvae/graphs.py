@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
-from torch.utils import _pytree as pytree
+from torch.utils import _pytree as pytree  # noqa: PLC2701
 
 from ._warn import warn
 

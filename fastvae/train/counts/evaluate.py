@@ -1,0 +1,113 @@
+"""How good a model of counts is on cells that it has not seen."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fastvae.train.bounds import in_batches
+from fastvae.train.module import ACTIVE
+from fastvae.train.report import Report, check_numbers
+
+from .cells import Batch, batch
+from .run import CellRun
+
+__all__ = ["CellEvaluation", "evaluate"]
+
+_BATCH = 500
+
+
+@dataclass(frozen=True)
+class CellEvaluation(Report):
+    """Means over the cells, in nats per cell where nothing else is said."""
+
+    run: str
+    checkpoint: str
+    epoch: int
+    data: str
+    cells: int
+    genes: int
+    samples: int
+    seed: int
+    nelbo: float
+    reconstruction: float
+    kl: float
+    iw_nll: float
+    """By importance weighting: at least the true one in expectation, at most the negative ELBO."""
+    iw_nll_standard_error: float | None
+    """Of the mean over cells; None of a single one."""
+    active_units: int
+    """Whose posterior mean varies over the cells by more than 0.01 (Burda et al. 2016, section 5.2)."""
+    latents: int
+
+    @property
+    def count(self) -> int:
+        return self.cells
+
+    def table(self) -> Table:
+        table = Table(box=SIMPLE_HEAD, show_edge=False)
+        table.add_column("")
+        table.add_column("nats per cell", justify="right")
+        for name, value in (
+            ("negative ELBO", self.nelbo),
+            ("  reconstruction", self.reconstruction),
+            ("  KL", self.kl),
+            (f"NLL, {self.samples} importance samples", self.iw_nll),
+            ("  standard error over cells", self.iw_nll_standard_error),
+        ):
+            table.add_row(name, "" if value is None else f"{value:.3f}")
+        table.add_section()
+        table.add_row("active units", f"{self.active_units} of {self.latents}")
+        return table
+
+
+@torch.no_grad()
+def evaluate(
+    run: CellRun,
+    console: Console,
+    *,
+    checkpoint: str = "best",
+    samples: int = 100,
+    limit: int | None = None,
+    seed: int = 0,
+) -> CellEvaluation:
+    """Evaluate a run on its held-out cells, or the first `limit` of them, with a progress bar on `console`.
+
+    Raises InputError for a number out of range.
+    """
+    check_numbers(samples, limit, seed)
+    held_out = run.cells.held_out[:limit]
+
+    def prepared(rows: Tensor) -> Batch:
+        return Batch(*(part.to(run.device) for part in batch(run.cells, rows)))
+
+    parts, means = [], []
+    batches = held_out.split(_BATCH)
+    for _, _, part, mu in in_batches(
+        run.model, batches, prepared, _BATCH, samples, seed, console, "evaluating"
+    ):
+        parts.append(torch.stack(part).cpu())
+        means.append(mu.double().cpu())
+    nll, reconstruction, kl = torch.cat(parts, 1)
+    count = len(held_out)
+    return CellEvaluation(
+        run=str(run.path),
+        checkpoint=checkpoint,
+        epoch=run.epoch,
+        data=run.cells.name,
+        cells=count,
+        genes=run.cells.genes,
+        samples=samples,
+        seed=seed,
+        nelbo=(reconstruction + kl).mean().item(),
+        reconstruction=reconstruction.mean().item(),
+        kl=kl.mean().item(),
+        iw_nll=nll.mean().item(),
+        iw_nll_standard_error=nll.std().item() / math.sqrt(count) if count > 1 else None,
+        active_units=int((torch.cat(means).var(0, correction=0) > ACTIVE).sum()),
+        latents=run.model.latents,
+    )

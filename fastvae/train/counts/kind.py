@@ -1,0 +1,142 @@
+"""Runs of counts: what they do in their own way.
+
+cells.json  latents.png  loss.png
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import fastvae
+from fastvae.train import files, messages
+from fastvae.train.errors import InputError
+from fastvae.train.kind import Kind
+
+from . import cells
+from .cells import Cells
+from .recipe import Counts
+from .run import CellRun, Sizes
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+    from rich.console import Console
+
+    from .evaluate import CellEvaluation
+    from .loader import CellData
+    from .module import CellVAE
+
+__all__ = ["CountsKind"]
+
+GENES = "cells.json"
+
+
+class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
+    name = "counts"
+    a_datum = "a cell"
+    recipes = (Counts,)
+    run = CellRun
+    kept = (GENES,)
+    left = ("latents.png", "loss.png", "evaluation.json")
+    samples = 100
+    sampled = False
+    elsewhere = "a run of counts, and this is for images; there are evaluate and resume"
+
+    def check(self, settings: Counts) -> None:
+        if settings.likelihood == "poisson" and settings.dispersion != "gene":
+            raise InputError("--dispersion is of zinb and nb, and --likelihood is poisson")
+
+    def load(self, settings: Counts, form: Sizes | None = None, *, others: bool = False) -> Cells:
+        return cells.load(settings)
+
+    def make_form(self, settings: Counts, data: Cells) -> Sizes:
+        return Sizes(data.genes, data.batch_names)
+
+    def read_form(self, path: Path, head: dict[str, Any]) -> Sizes:
+        file = path / GENES
+        try:
+            table = json.loads(file.read_bytes())
+            return Sizes(int(table["genes"]), tuple(map(str, table["batches"])))
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read: {files.reason(error)}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{file}: damaged: it must hold the numbers `genes` and `batches`") from error
+
+    def write_form(self, out: Path, form: Sizes) -> None:
+        files.write(out / GENES, (json.dumps(dataclasses.asdict(form), indent=1) + "\n").encode())
+
+    def suit(self, data: Cells, form: Sizes, settings: Counts, path: Path) -> Cells:
+        if data.genes != form.genes:
+            raise InputError(
+                f"{settings.data}: {data.genes} genes, and the model of {path} is of {form.genes}"
+            )
+        unknown = [name for name in data.batch_names if name not in form.batches]
+        if unknown:
+            raise InputError(
+                f"{settings.data}: the batch {unknown[0]!r} is none of those that {path} was trained on: "
+                f"{', '.join(map(repr, form.batches))}"
+            )
+        numbers = torch.tensor([form.batches.index(name) for name in data.batch_names])
+        return dataclasses.replace(data, batches=numbers[data.batches], batch_names=form.batches)
+
+    def build(self, settings: Counts, form: Sizes) -> "CellVAE":
+        from .module import CellVAE
+
+        encoder, decoder = settings.networks(form.genes, len(form.batches))
+        likelihood = settings.make_likelihood(form.genes)
+        elbo = fastvae.ELBO(likelihood, beta=settings.beta, free_bits=settings.free_bits)
+        return CellVAE(encoder, decoder, elbo, **settings.module_options())
+
+    def begin(self, model: "CellVAE", settings: Counts, data: Cells) -> None:
+        """It gives every gene the share that it has in all cells together."""
+        totals = torch.from_numpy(data.counts[data.train.numpy()].sum(0)).double()
+        share = (totals + 0.5) / (totals + 0.5).sum()
+        model.decoder.heads[0].bias.copy_(share.log())  # type: ignore[index, union-attr]
+
+    def drawer(self, data: Cells, form: Sizes, settings: Counts, folder: Path) -> "Callback":
+        from .callbacks import Latents
+
+        return Latents(folder, data)
+
+    def batches(self, model: "CellVAE", data: Cells, form: Sizes, settings: Counts) -> "CellData":
+        from .loader import CellData
+
+        return CellData(data, settings)
+
+    def introduce(
+        self, model: "CellVAE", data: Cells, form: Sizes, settings: Counts, batches: "CellData"
+    ) -> Iterator[str]:
+        zeros = 1 - data.counts.nnz / (data.counts.shape[0] * data.genes)
+        yield (
+            f"data: {data.name}: {len(data.train)} cells to train on, {len(data.held_out)} held out; "
+            f"{data.genes} genes, {zeros:.1%} of the counts zero"
+        )
+        if len(data.batch_names) > 1:
+            yield f"      {len(data.batch_names)} batches"
+        if data.labels is not None:
+            yield f"      {len(data.label_names)} labels, for latents.png only"
+        for note in data.notes:
+            yield f"warning: {note}"
+        yield messages.model_line(model, settings)
+        name = {"zinb": "zero-inflated negative binomial", "nb": "negative binomial", "poisson": "Poisson"}
+        per = {"gene": "each gene", "gene-cell": "each gene in each cell"}[settings.dispersion]
+        yield f"       {name[settings.likelihood]} likelihood" + (
+            "" if settings.likelihood == "poisson" else f", a dispersion for {per}"
+        )
+
+    def evaluate(
+        self,
+        run: CellRun,
+        console: "Console",
+        *,
+        checkpoint: str,
+        samples: int,
+        limit: int | None,
+        seed: int,
+    ) -> "CellEvaluation":
+        from .evaluate import evaluate
+
+        return evaluate(run, console, checkpoint=checkpoint, samples=samples, limit=limit, seed=seed)

@@ -1,0 +1,109 @@
+"""The recipe for counts: `counts`, a VAE of cells and their genes after scVI (Lopez et al. 2018).
+
+To read as an example: the encoder sees log(1 + counts), the decoder gives for each cell the share of every gene as
+logits, which the likelihood turns into rates: library size x softmax. Both know the cell's batch, so that z need not.
+They meet a `fastvae.ELBO` in `fastvae.train.counts.module`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvae import likelihoods
+from fastvae.likelihoods import Likelihood
+from fastvae.train.settings import option
+
+from .cells import Batch
+from .settings import CountsSettings
+
+__all__ = ["Counts", "Decoder", "Encoder"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts(CountsSettings):
+    """A VAE of counts, cells by genes: single-cell RNA, with a (zero-inflated) negative binomial."""
+
+    recipe = "counts"
+
+    likelihood: Literal["zinb", "nb", "poisson"] = option(
+        "zinb", "zinb (zero-inflated negative binomial), nb (negative binomial) or poisson.", "Model"
+    )
+    dispersion: Literal["gene", "gene-cell"] = option(
+        "gene", "Of zinb and nb: one for each gene, or for each gene in each cell, from the decoder.", "Model"
+    )
+    latent: int = option(10, "Latent dimensions.", "Model", at_least=1)
+    hidden: int = option(128, "Units in a hidden layer.", "Model", at_least=1)
+    layers: int = option(1, "Hidden layers in the encoder, and in the decoder.", "Model", at_least=1)
+    dropout: float = option(0.1, "In the encoder, in training.", "Model", at_least=0, below=1)
+
+    epochs: int = option(100, "Passes over the data.", "Training", at_least=1)
+    batch_size: int = option(128, "Cells in a batch, over all devices together.", "Training", at_least=1)
+    warmup: Literal["none", "linear", "cyclical", "sigmoid"] = option(
+        "linear", "How the weight of the KL rises to beta: none, linear, cyclical or sigmoid.", "Objective"
+    )
+    warmup_epochs: float = option(20.0, "Over how many epochs.", "Objective", above=0)
+
+    def networks(self, genes: int, batches: int) -> tuple["Encoder", "Decoder"]:
+        shared = (genes, batches, self.latent, [self.hidden] * self.layers)
+        heads = 1 + (self.likelihood == "zinb")
+        heads += self.likelihood != "poisson" and self.dispersion == "gene-cell"
+        return Encoder(*shared, self.dropout), Decoder(*shared, heads)
+
+    def make_likelihood(self, genes: int) -> Likelihood:
+        if self.likelihood == "poisson":
+            return likelihoods.Poisson()
+        kind = (
+            likelihoods.NegativeBinomial
+            if self.likelihood == "nb"
+            else likelihoods.ZeroInflatedNegativeBinomial
+        )
+        return kind(genes, self.dispersion)
+
+
+class Encoder(nn.Module):
+    """A batch of cells to (B, 2 latent): the posterior's mu and logvar."""
+
+    def __init__(self, genes: int, batches: int, latent: int, hidden: list[int], dropout: float) -> None:
+        super().__init__()
+        self.batches = batches
+        self.layers = _layers(genes + _width(batches), hidden, dropout)
+        self.posterior = nn.Linear(hidden[-1], 2 * latent)
+
+    def forward(self, cells: Batch) -> Tensor:
+        x = torch.log1p(cells.counts)
+        return self.posterior(self.layers(_beside(x, cells.batch, self.batches)))
+
+
+class Decoder(nn.Module):
+    """z (B, latent) and the batches (B,) to (B, G) each: the genes' logits, then what else the likelihood asks for."""
+
+    def __init__(self, genes: int, batches: int, latent: int, hidden: list[int], heads: int) -> None:
+        super().__init__()
+        self.batches = batches
+        self.layers = _layers(latent + _width(batches), hidden, 0.0)
+        self.heads = nn.ModuleList([nn.Linear(hidden[-1], genes) for _ in range(heads)])
+
+    def forward(self, z: Tensor, batch: Tensor) -> tuple[Tensor, ...]:
+        h = self.layers(_beside(z, batch, self.batches))
+        return tuple(head(h) for head in self.heads)
+
+
+def _layers(inputs: int, hidden: list[int], dropout: float) -> nn.Sequential:
+    # A cell's neighbours in its batch do not enter LayerNorm, which therefore also serves several processes.
+    layers: list[nn.Module] = []
+    for before, after in zip([inputs, *hidden[:-1]], hidden, strict=True):
+        layers += [nn.Linear(before, after), nn.LayerNorm(after), nn.ReLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers)
+
+
+def _width(batches: int) -> int:
+    return batches if batches > 1 else 0  # a single batch says nothing
+
+
+def _beside(x: Tensor, batch: Tensor, batches: int) -> Tensor:
+    if batches < 2:
+        return x
+    return torch.cat((x, F.one_hot(batch, batches).to(x.dtype)), 1)

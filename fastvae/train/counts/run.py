@@ -1,0 +1,38 @@
+"""An opened run of counts."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastvae.train.kind import Run
+
+from .cells import Cells
+from .recipe import Counts
+
+if TYPE_CHECKING:
+    from .module import CellVAE
+
+__all__ = ["CellRun", "Sizes"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model is built for, kept with the run."""
+
+    genes: int
+    batches: tuple[str, ...]
+
+
+@dataclass
+class CellRun(Run[Counts, Sizes, Cells]):
+    """A run of counts."""
+
+    model: "CellVAE"
+
+    @property
+    def sizes(self) -> Sizes:
+        return self.form
+
+    @property
+    def cells(self) -> Cells:
+        """The run's data, their batches numbered as the run's are."""
+        return self.data

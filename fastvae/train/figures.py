@@ -1,0 +1,164 @@
+"""Figures of a run as PNG files, written beside and renamed: the course of the losses, the latent space."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import files
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["save_latents", "save_loss_curve"]
+
+_DPI = 120
+_POINTS = 5000  # more of them would cover one another
+_CLASSES = 20  # as many as there are colours to tell apart
+
+
+def save_loss_curve(rows: Sequence[Mapping[str, float]], path: Path, unit: str = "datum") -> None:
+    """Draw the negative ELBO and its KL over the epochs, from rows of metrics.csv: nats per `unit`.
+
+    Raises InputError if the file cannot be written.
+    """
+
+    def column(name: str) -> Any:
+        return np.array([row.get(name, np.nan) for row in rows], dtype=float)
+
+    figure = _figure(9.6, 4.2)
+    losses, divergences = figure.subplots(1, 2)
+    epochs = column("epoch")
+    style: dict[str, Any] = {"lw": 1.8, "marker": "o" if len(rows) < 25 else "", "ms": 3.5}
+    train, held_out = {"color": "C0", "label": "train"}, {"color": "C1", "label": "held out"}
+    for axes, title, trained, kept in (
+        (losses, "negative ELBO", column("train_nll") + column("train_kl"), column("held_out_nelbo")),
+        (divergences, "KL of the posterior from the prior", column("train_kl"), column("held_out_kl")),
+    ):
+        axes.plot(epochs, trained, **style, **train)
+        axes.plot(epochs, kept, **style, **held_out)
+        axes.set_title(title, fontsize=11)
+        axes.set_ylabel(f"nats per {unit}")
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    _forget_the_start(losses)
+    handles, names = losses.get_legend_handles_labels()
+    beta = column("beta")
+    if np.ptp(beta) > 0:
+        right = divergences.twinx()
+        handles += right.plot(epochs, beta, color="0.5", ls="--", lw=1.2)
+        names += ["weight of the KL (right)"]
+        right.set_ylim(0, 1.05 * beta.max())
+        right.set_ylabel("weight of the KL, beta")
+        right.spines["top"].set_visible(False)
+    divergences.legend(handles, names, frameon=False)
+    _save(figure, path)
+
+
+def _forget_the_start(axes: Any) -> None:
+    """Let the first epochs leave the axes at the top if they would press all the others together."""
+    for count in (1, 2, 3):
+        values = np.concatenate([line.get_ydata() for line in axes.lines])
+        later = np.concatenate([line.get_ydata()[count:] for line in axes.lines])
+        values, later = values[np.isfinite(values)], later[np.isfinite(later)]
+        if len(later) >= 6 and np.ptp(values) > 3 * np.ptp(later) > 0:
+            axes.set_ylim(later.min() - 0.05 * np.ptp(later), later.max() + 0.25 * np.ptp(later))
+            return
+
+
+def save_latents(
+    mu: Tensor,
+    labels: Tensor | None,
+    path: Path,
+    *,
+    names: Sequence[str] = (),
+    what: str = "held-out data",
+) -> None:
+    """Draw posterior means (N, L) as points, coloured by their labels (N,), the integers of a few classes.
+
+    `names` are the classes' names, by their integers; without them the legend shows the integers.
+
+    More than two dimensions are shown by their first two principal components; a single one as a histogram. Of very
+    many points an even choice is drawn. Raises InputError if the file cannot be written.
+    """
+    mu = mu.double().cpu()
+    finite = mu.isfinite().all(1)
+    mu, labels = mu[finite], None if labels is None else labels.cpu()[finite]
+    some = torch.linspace(0, len(mu) - 1, min(len(mu), _POINTS)).long()
+    points, axis_names = mu[some], ["z0", "z1"]
+    if mu.shape[1] > 2:
+        directions, shares = _principal(mu)
+        points = (points - mu.mean(0)) @ directions
+        axis_names = [
+            f"{place} principal component ({share:.0%} of the variance)"
+            for place, share in zip(("first", "second"), shares.tolist(), strict=True)
+        ]
+    classes = torch.zeros(len(some)) if labels is None else labels[some]
+    present = classes.unique().tolist() or [0]
+    if len(present) > _CLASSES:
+        classes, present = torch.zeros(len(some)), [0]
+    colours = _colours(len(present))
+    groups = [points[classes == label].numpy() for label in present]
+    size = min(60.0, 6 + 6000 / max(1, len(points)))  # of a point, as an area
+    texts = _texts(present, names)
+
+    figure = _figure(7.2, 6.4)
+    axes = figure.subplots()
+    if mu.shape[1] == 1:
+        edges = np.histogram_bin_edges(points.numpy(), 60).tolist()
+        axes.hist([group[:, 0] for group in groups], edges, stacked=True, color=colours, label=texts)
+        axes.set_xlabel("z0")
+        axes.set_ylabel(what)
+    else:
+        for group, colour, text in zip(groups, colours, texts, strict=True):
+            axes.scatter(group[:, 0], group[:, 1], size, alpha=0.7, lw=0, color=colour, label=text)
+        axes.set_aspect("equal", "datalim")
+        axes.set_xlabel(axis_names[0])
+        axes.set_ylabel(axis_names[1])
+        axes.grid(alpha=0.25)
+    axes.set_title(f"posterior means of {what}", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(present) > 1:
+        at: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+        axes.legend(title="label", frameon=False, markerscale=math.sqrt(60 / size), **at)
+    _save(figure, path)
+
+
+def _principal(mu: Tensor) -> tuple[Tensor, Tensor]:
+    """Directions (L, 2) of the two largest variances of (N, L), and their shares of all of it (2,)."""
+    centred = mu - mu.mean(0)
+    variances, vectors = torch.linalg.eigh(centred.T @ centred)  # ascending
+    directions = vectors[:, [-1, -2]]
+    # An eigenvector has no sign of its own; with one, the picture does not flip from epoch to epoch for no reason.
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    return directions * largest.sign(), variances[[-1, -2]].clamp(min=0) / variances.sum().clamp(min=1e-30)
+
+
+def _texts(present: list[Any], names: Sequence[str]) -> list[str]:
+    return [names[int(n)][:24] if 0 <= n < len(names) else str(int(n)) for n in present]
+
+
+def _colours(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    return [colormaps["tab10" if count <= 10 else "tab20"](i) for i in range(count)]
+
+
+def _figure(width: float, height: float) -> "Figure":
+    # Not from pyplot: that would keep it, and might look for a screen.
+    from matplotlib.figure import Figure
+
+    return Figure((width, height), dpi=_DPI, layout="constrained")
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    files.write(path, png.getvalue())

@@ -1,0 +1,131 @@
+"""What the networks of the image recipes share: sides halved and doubled again, dense layers, residual blocks."""
+
+from itertools import pairwise
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvae.train.errors import InputError
+
+__all__ = [
+    "Pixels",
+    "Residual",
+    "Side",
+    "dense",
+    "double",
+    "halved",
+    "residual_decoder",
+    "residual_encoder",
+    "widths",
+]
+
+Side = tuple[int, int]
+"""Height and width."""
+
+
+def halved(recipe: str, height: int, width: int) -> list[Side]:
+    """The sides of an image and its halves, rounded up, until the smaller one is 4 to 7.
+
+    Raises InputError for images under 8 pixels, of which there is no half.
+    """
+    if min(height, width) < 8:
+        raise InputError(
+            f"{recipe}: images must be at least 8 x 8 pixels, got {height} x {width}; mlp takes any size"
+        )
+    sides = [(height, width)]
+    while min(sides[-1]) > 7:
+        sides.append(((sides[-1][0] + 1) // 2, (sides[-1][1] + 1) // 2))
+    return sides
+
+
+def double(before: int, after: int, side: Side) -> nn.Module:
+    """The convolution that brings half an image, of so many channels, back to its side.
+
+    Exactly: 2n - 1 from an odd one, 2n from an even one. Kernels of 4 cover every pixel equally often; others leave a
+    chequerboard.
+    """
+    odd = (side[0] % 2, side[1] % 2)
+    return nn.ConvTranspose2d(before, after, 4, 2, padding=(1 + odd[0], 1 + odd[1]), output_padding=odd)
+
+
+def dense(*sizes: int) -> list[nn.Module]:
+    """Linear layers with a ReLU between each two."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return layers[:-1]
+
+
+class Residual(nn.Module):
+    """x plus two convolutions of it (He et al. 2016), the second of which starts at zero.
+
+    So a deep network starts as a shallow one, and needs no normalisation to be trained (Zhang et al. 2019).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.SiLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+        for parameter in self.layers[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+def residual_encoder(sides: list[Side], inputs: int, outputs: int, channels: int, blocks: int) -> nn.Module:
+    """Images (B, inputs, *sides[0]) to (B, outputs): each half has so many blocks, and twice as many channels."""
+    sizes = [inputs, *widths(channels, len(sides) - 1)]
+    layers: list[nn.Module] = []
+    for (before, after), (height, width) in zip(pairwise(sizes), sides, strict=False):
+        if layers:
+            # A kernel of 4, as on the way back; it takes an odd side for the even one below.
+            odd = [nn.ZeroPad2d((0, width % 2, 0, height % 2))] if width % 2 or height % 2 else []
+            layers += [nn.SiLU(), *odd, nn.Conv2d(before, after, 4, 2, padding=1)]
+        else:
+            layers += [nn.Conv2d(before, after, 5, 2, padding=2)]
+        layers += [Residual(after) for _ in range(blocks)]
+    return nn.Sequential(*layers, nn.SiLU(), nn.Flatten(), nn.Linear(sizes[-1] * prod(sides[-1]), outputs))
+
+
+def residual_decoder(sides: list[Side], latent: int, outputs: int, channels: int, blocks: int) -> nn.Module:
+    """z (B, latent) to (B, outputs, *sides[0]), the encoder's way back."""
+    sizes = widths(channels, len(sides) - 1)
+    small = (sizes[-1], *sides[-1])
+    layers: list[nn.Module] = [nn.Linear(latent, prod(small)), nn.Unflatten(1, small)]
+    for level in range(len(sides) - 1, 0, -1):
+        width = sizes[level - 1]
+        layers += [*(Residual(width) for _ in range(blocks)), nn.SiLU()]
+        if level > 1:
+            layers.append(double(width, sizes[level - 2], sides[level - 1]))
+    return nn.Sequential(*layers, Pixels(sizes[0], outputs, sides[0]))
+
+
+class Pixels(nn.Module):
+    """Half an image to the whole, four pixels from each (Shi et al. 2016): nothing wide is ever as large as the image.
+
+    The four start equal, so that training starts without a chequerboard (Aitken et al. 2017).
+    """
+
+    def __init__(self, inputs: int, outputs: int, side: Side) -> None:
+        super().__init__()
+        self.side = side
+        self.convolution = nn.Conv2d(inputs, 4 * outputs, 3, padding=1)
+        with torch.no_grad():
+            for parameter in self.convolution.parameters():
+                parameter.copy_(parameter[::4].repeat_interleave(4, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = self.side  # which may be odd
+        return F.pixel_shuffle(self.convolution(x), 2)[:, :, :height, :width]
+
+
+def widths(channels: int, halves: int) -> list[int]:
+    """The channels of each half: twice those of the one before, up to eight times the first's."""
+    return [channels * min(2**i, 8) for i in range(halves)]

@@ -1,0 +1,353 @@
+"""The command line: `fastvae demo`, what it prints, what it leaves, and what bad input gets."""
+
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastvae
+from fastvae import cli
+from fastvae.train.image import data, demo, pictures
+
+PICTURES = ["reconstructions.png", "samples.png"]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    measured = demo.interleaved
+    monkeypatch.setattr(demo, "interleaved", lambda calls, seconds: measured(calls, 0.05))
+    # So small a model gains nothing from threads, and loses much to them where other tests run beside.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def table(text: str, part: str) -> np.ndarray:
+    """The numbers of one of the two tables."""
+    lines = text.partition(part)[2].splitlines()
+    rows = []
+    for line in lines:
+        if re.fullmatch(r"\s+\d+(\s+-?\d+\.\d+){6}", line):
+            rows.append([float(word) for word in line.split()])
+        elif rows:
+            break
+    return np.array(rows)
+
+
+def images(n: int, *shape: int) -> np.ndarray:
+    """Bright squares on a dark ground: something to learn."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 60, (n, *shape), dtype=np.uint8)
+    x[::2, 1 : shape[0] // 2] += 180
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The demo
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_digits(tmp_path, capsys):
+    out = tmp_path / "runs" / "demo"
+    assert cli.main(["demo", "--epochs", "3", "--out", str(out)]) == 0
+    text, errors = capsys.readouterr()
+    assert errors == ""
+
+    capability = sys.modules["fastvae._C"].cpu_capability()
+    first = text.splitlines()[0]
+    assert first == (f"fastvae {fastvae.__version__} · backend native ({capability}, 1 thread)")
+    assert all(len(line) < 120 for line in text.splitlines() if str(tmp_path) not in line)
+
+    trained = table(text, "1. Trained")
+    assert trained.shape == (3, 7)
+    assert list(trained[:, 0]) == [1, 2, 3]
+    for negative_elbo, recon, kl in (trained[:, 1:4].T, trained[:, 4:7].T):
+        assert (np.diff(negative_elbo) < 0).all()
+        np.testing.assert_allclose(negative_elbo, recon + kl, atol=0.011)
+        assert (kl > 0).all()
+
+    compared = table(text, "2. The same")
+    np.testing.assert_allclose(compared[:, [2, 5]], trained[:, [1, 4]], atol=1e-9)
+    np.testing.assert_allclose(compared[:, [1, 4]], compared[:, [2, 5]], rtol=1e-3)
+    for part in ("the loss part", "the whole training step"):
+        assert re.search(rf"^{part}( \(\*\))?( +\d+ µs){{2}} +\d+\.\dx +\d+$", text, re.MULTILINE)
+
+    assert sorted(os.listdir(out)) == PICTURES
+    for name in PICTURES:
+        with Image.open(out / name) as picture:
+            picture.load()
+            assert picture.mode == "L"
+            assert min(picture.size) > 200
+            assert picture.getextrema()[1] > 200  # there is something to see
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (6, 8, 1), (8, 8, 3)])
+@pytest.mark.parametrize("with_test", [False, True])
+def test_npz(tmp_path, capsys, shape, with_test):
+    file = tmp_path / "images.npz"
+    arrays = {"x_train": images(60, *shape), "y_train": np.zeros(60, np.uint8)}
+    if with_test:
+        arrays["x_test"] = images(7, *shape)
+    np.savez(file, **arrays)
+    out = tmp_path / "out"
+    arguments = [
+        "demo",
+        "--data",
+        str(file),
+        "--out",
+        str(out),
+        "--epochs",
+        "2",
+        "--batch-size",
+        "16",
+        "--seed",
+        "3",
+    ]
+    assert cli.main(arguments) == 0
+    text, errors = capsys.readouterr()
+    assert errors == ""
+    size = " x ".join(map(str, shape if shape[2:] == (3,) else shape[:2]))
+    counts = "60 to train on, 7 held out" if with_test else "50 to train on, 10 held out"
+    assert f"images.npz, {size}: {counts}" in text
+    assert (np.diff(table(text, "1. Trained")[:, [1, 4]], axis=0) < 0).all()
+    assert sorted(os.listdir(out)) == PICTURES
+    with Image.open(out / "samples.png") as picture:
+        assert picture.mode == ("RGB" if shape[2:] == (3,) else "L")
+
+
+def test_two_images_are_enough(tmp_path):
+    file = tmp_path / "two.npz"
+    np.savez(file, x_train=images(2, 4, 4))
+    assert cli.main(["demo", "--data", str(file), "--out", str(tmp_path / "out"), "--epochs", "1"]) == 0
+    assert sorted(os.listdir(tmp_path / "out")) == PICTURES
+
+
+def test_same_seed_same_run():
+    kept = data.digits(0)
+    runs = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        settings = demo.Settings(seed=seed)
+        runs.append(list(demo.train(demo.VAE(64), fastvae.ELBO("bernoulli"), kept, settings, 1)))
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_hand_written_is_the_elbo():
+    torch.manual_seed(0)
+    mu, logvar, logits = torch.randn(5, 3), torch.randn(5, 3), torch.randn(5, 8)
+    x, seed = torch.rand(5, 8).round(), torch.tensor([1, 8])
+    ours, theirs = fastvae.ELBO("bernoulli"), demo.HandWritten()
+    z, kl = ours.reparameterize(mu, logvar, seed=seed)
+    z_by_hand, kl_by_hand = theirs.reparameterize(mu, logvar, seed=seed)
+    torch.testing.assert_close(z, z_by_hand)
+    torch.testing.assert_close(ours(logits, x, kl=kl).loss, theirs(logits, x, kl=kl_by_hand).loss)
+
+
+def test_on_the_reference(tmp_path, capsys):
+    file = tmp_path / "images.npz"
+    np.savez(file, x_train=images(20, 4, 4))
+    with fastvae.use_backend("reference"):
+        assert cli.main(["demo", "--data", str(file), "--out", str(tmp_path / "out"), "--epochs", "1"]) == 0
+    assert "backend reference (" in capsys.readouterr().out.splitlines()[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one line, exit code 2, nothing written
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def refused(capsys, *arguments: str, code: int = 2) -> str:
+    """The one line that a refused command leaves."""
+    assert cli.main(arguments) == code
+    text, errors = capsys.readouterr()
+    assert text == ""
+    assert errors.startswith("fastvae: ")
+    assert errors.count("\n") == 1
+    assert "Traceback" not in errors
+    return errors
+
+
+def _raw(content: bytes):
+    return lambda path: path.write_bytes(content)
+
+
+def _saved(**arrays: np.ndarray):
+    def make(path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez(file, **arrays)
+
+    return make
+
+
+def _single(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, images(4, 4, 4))
+
+
+def _pickled(path: Path) -> None:
+    path.write_bytes(pickle.dumps({"x_train": images(4, 4, 4)}))
+
+
+def _other_zip(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("x_train", "no array")
+
+
+def _damaged(path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez_compressed(file, x_train=images(50, 20, 20))
+    content = bytearray(path.read_bytes())
+    content[200:1200] = bytes(1000)
+    path.write_bytes(content)
+
+
+def _truncated(path: Path) -> None:
+    _saved(x_train=images(50, 20, 20))(path)
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+good = images(10, 4, 4)
+FILES = {
+    "missing": (lambda path: None, "no such file"),
+    "a folder": (Path.mkdir, "cannot be read: Is a directory"),
+    "empty": (_raw(b""), "not a .npz file"),
+    "text": (_raw(b"hello, world\n" * 20), "not a .npz file"),
+    "a single array": (_single, "a single array"),
+    "a pickle": (_pickled, "pickled objects are refused"),
+    "another zip": (_other_zip, "`x_train` is not an array"),
+    "damaged": (_damaged, "not a .npz file that numpy can read"),
+    "truncated": (_truncated, "not a .npz file"),
+    "no x_train": (_saved(images=good), "no array `x_train`"),
+    "objects": (_saved(x_train=np.array([[[{}]]], dtype=object)), "pickled objects are refused"),
+    "floats": (_saved(x_train=good / 255), "must be uint8, 0 to 255, got float64"),
+    "rank 2": (_saved(x_train=good[0]), "must be (N, H, W) or (N, H, W, C), got shape (4, 4)"),
+    "rank 5": (_saved(x_train=good[None, None]), "must be (N, H, W) or (N, H, W, C)"),
+    "channels first": (_saved(x_train=np.zeros((5, 2, 8, 8), np.uint8)), "1 or 3 channels, last"),
+    "no images": (_saved(x_train=good[:0]), "is empty"),
+    "no pixels": (_saved(x_train=good[:, :0]), "is empty"),
+    "one image": (_saved(x_train=good[:1]), "one image is too few"),
+    "another x_test": (_saved(x_train=good, x_test=good[:, :3]), "`x_test` must hold images of the size"),
+    "empty x_test": (_saved(x_train=good, x_test=good[:0]), "`x_test` is empty"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_bad_file(tmp_path, capsys, kind):
+    make, words = FILES[kind]
+    file, out = tmp_path / "file.npz", tmp_path / "out"
+    make(file)
+    line = refused(capsys, "demo", "--data", str(file), "--out", str(out), "--epochs", "1")
+    assert str(file) in line
+    assert words in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_folder_that_is_a_file(tmp_path, capsys, monkeypatch, below):
+    monkeypatch.setattr(demo, "train", None)  # refused before any training
+    file = tmp_path / "file"
+    file.write_text("kept")
+    out = file / "below" if below else file
+    line = refused(capsys, "demo", "--out", str(out))
+    assert line == f"fastvae: {out}: cannot be written to: {'not a directory' if below else 'it is a file'}\n"
+    assert os.listdir(tmp_path) == ["file"]
+    assert file.read_text() == "kept"
+
+
+def test_folder_in_the_place_of_a_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "train", None)
+    (tmp_path / "samples.png").mkdir()
+    assert "samples.png: cannot be written: it is a folder" in refused(capsys, "demo", "--out", str(tmp_path))
+    assert os.listdir(tmp_path) == ["samples.png"]
+
+
+def test_picture_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
+    picture = tmp_path / "samples.png"
+    picture.write_text("old")
+
+    def full(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(data.InputError, match="no space left on device"):
+        pictures.save_grid([torch.rand(2, 4, 4, 1)], picture)
+    assert os.listdir(tmp_path) == ["samples.png"]
+    assert picture.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--epochs", "-3"], "--epochs must be at least 1, got -3"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--seed", "-1"], "--seed must be between 0 and 4294967295, got -1"),
+        (["--seed", str(2**32)], "--seed must be between"),
+        (["--epochs", "many"], "'--epochs'"),
+        (["--colour"], "--colour"),
+        (["extra"], "extra"),
+    ],
+)
+def test_bad_arguments(tmp_path, capsys, arguments, words):
+    assert words in refused(capsys, "demo", "--out", str(tmp_path / "out"), *arguments)
+    assert os.listdir(tmp_path) == []
+
+
+def test_unknown_command(capsys):
+    assert "trane" in refused(capsys, "trane")
+
+
+def test_missing_package(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    line = refused(capsys, "demo", "--out", str(tmp_path / "out"))
+    assert line == 'fastvae: sklearn is not installed; get it with: pip install "fastvae-elbo[train]"\n'
+    monkeypatch.setitem(sys.modules, "typer", None)
+    assert "typer is not installed" in refused(capsys, "demo")
+    assert cli.main(["doctor"]) == 0  # the command to run when something is missing
+    assert os.listdir(tmp_path) == []
+
+
+def test_interrupt(tmp_path):
+    """A real Ctrl-C in the middle of training, in a process of its own."""
+    command = [sys.executable, "-m", "fastvae", "demo", "--epochs", "10000", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # A shell starts its background jobs deaf to Ctrl-C, and so would this one be if the tests are such a job.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if re.match(r"\s+2 ", line):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == "fastvae: interrupted\n"
+    assert os.listdir(tmp_path / "out") == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rest
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_help(capsys):
+    for arguments in ([], ["--help"], ["demo", "--help"], ["doctor", "--help"]):
+        assert cli.main(arguments) == 0
+    assert "--batch-size" in capsys.readouterr().out

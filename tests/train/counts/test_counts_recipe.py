@@ -1,0 +1,338 @@
+"""`fastvae train counts`, from the file of counts to the run folder, and what is said of a file that is none."""
+
+import csv
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from PIL import Image
+
+from fastvae.cli import main
+from fastvae.train import counts
+from fastvae.train.counts import cells
+from fastvae.train.counts.callbacks import means
+from fastvae.train.counts.recipe import Counts
+from fastvae.train.errors import InputError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
+    # Where the kernels of the likelihood are missing the recipe still works.
+    pytest.mark.filterwarnings("default:fastvae runs the likelihood:RuntimeWarning"),
+]
+
+CELLS, GENES = 90, 30
+
+
+def made(cells: int = CELLS, genes: int = GENES) -> dict[str, np.ndarray]:
+    """Three kinds of cells, each with ten genes that it expresses much more than the others."""
+    rng = np.random.default_rng(0)
+    label = np.arange(cells) % 3
+    rate = np.where(np.arange(genes) % 3 == label[:, None], 8.0, 0.3) * rng.gamma(5, 0.2, (cells, 1))
+    return {"x": rng.poisson(rate).astype(np.int32), "label": np.array(["B", "NK", "T"])[label]}
+
+
+def train(out: Path, data: Path, *more: str) -> int:
+    options = ["--epochs", "2", "--batch-size", "32", "--hidden", "16", "--latent", "4", "--warmup", "none"]
+    return main(["train", "counts", "--data", str(data), "--out", str(out), *options, *more])
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "cells.npz"
+    np.savez(path, **made())
+    return path
+
+
+def rows_of(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as lines:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(lines)]
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--likelihood", "nb"),
+        ("--likelihood", "poisson"),
+        ("--dispersion", "gene-cell"),
+        ("--likelihood", "nb", "--dispersion", "gene-cell", "--layers", "2"),
+    ],
+    ids=" ".join,
+)
+def test_train_and_evaluate(file: Path, tmp_path: Path, capsys: Any, options: tuple[str, ...]) -> None:
+    run = tmp_path / "run"
+    assert train(run, file, *options, "--epochs", "4") == 0
+    rows = rows_of(run)
+    assert len(rows) == 4
+    assert float(rows[-1]["held_out_nelbo"]) < float(rows[0]["held_out_nelbo"])
+    assert {"config.toml", "cells.json", "latents.png", "loss.png", "checkpoints"} <= {
+        p.name for p in run.iterdir()
+    }
+    said = capsys.readouterr().out
+    assert "75 cells to train on, 15 held out; 30 genes" in said
+    assert "fastvae sample" not in said
+
+    assert main(["evaluate", str(run), "--samples", "5"]) == 0
+    written = json.loads((run / "evaluation.json").read_text())
+    assert written["cells"] == 15
+    assert written["iw_nll"] < written["nelbo"]
+    assert abs(written["nelbo"] - written["reconstruction"] - written["kl"]) < 1e-6
+    assert "nats per cell" in capsys.readouterr().out
+
+
+def test_resume_gives_the_same_numbers(file: Path, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert train(whole, file, "--epochs", "3") == 0
+    assert train(stopped, file, "--epochs", "2") == 0
+    assert main(["resume", str(stopped), "--epochs", "3"]) == 0
+    assert rows_of(stopped) == rows_of(whole)
+    weights = [
+        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for run in (whole, stopped)
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    for name in weights[0]:
+        assert torch.equal(weights[0][name], weights[1][name]), name
+
+
+def test_kinds_of_cells_stand_apart(file: Path, tmp_path: Path) -> None:
+    """The latent means of a kind lie closer to their own centre than to another's."""
+    run = tmp_path / "run"
+    assert train(run, file, "--epochs", "60", "--lr", "0.01") == 0
+    opened = counts.load(run)
+    data = opened.cells
+    mu = means(opened.model, data, data.held_out)
+    labels = data.labels[data.held_out]
+    trained = means(opened.model, data, data.train)
+    centres = torch.stack([trained[data.labels[data.train] == kind].mean(0) for kind in range(3)])
+    assert (torch.cdist(mu, centres).argmin(1) == labels).float().mean() > 0.9
+    picture = np.asarray(Image.open(run / "latents.png").convert("RGB")).reshape(-1, 3)
+    assert len(np.unique(picture, axis=0)) > 10  # colours
+
+
+def test_a_batch_covariate(file: Path, tmp_path: Path) -> None:
+    """Its numbers are those of the run, whatever batches other data hold; unknown ones are refused."""
+    everything = made()
+    batch = np.where(np.arange(CELLS) < 45, "first", "second")
+    np.savez(file, **everything, batch=batch)
+    run = tmp_path / "run"
+    assert train(run, file) == 0
+    opened = counts.load(run)
+    assert opened.sizes.batches == ("first", "second")
+    assert opened.model.encoder.layers[0].in_features == GENES + 2
+    assert (opened.cells.batches == torch.tensor(batch == "second").long()).all()
+
+    second = tmp_path / "second.npz"
+    np.savez(second, x=everything["x"][50:], batch=batch[50:])
+    assert (counts.load(run, data=str(second)).cells.batches == 1).all()
+    np.savez(second, x=everything["x"][50:], batch=np.full(40, "third"))
+    with pytest.raises(InputError, match=r"the batch 'third' is none of those .*: 'first', 'second'"):
+        _ = counts.load(run, data=str(second)).cells
+
+
+@pytest.mark.parametrize("command", ["sample", "reconstruct", "interpolate", "traverse", "inpaint"])
+def test_commands_for_images_say_so(file: Path, tmp_path: Path, capsys: Any, command: str) -> None:
+    run = tmp_path / "run"
+    assert train(run, file, "--epochs", "1") == 0
+    assert main([command, str(run)]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"fastvae: {run}: a run of counts, and this is for images; there are evaluate and resume"
+    ]
+    if command == "sample":
+        assert main([command, str(run), "--best", "4"]) == 2
+        assert capsys.readouterr().err == "fastvae: --best is for runs of images, and this is one of counts\n"
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def load(path: Path, **settings: Any) -> cells.Cells:
+    return cells.load(Counts(data=str(path), **settings))
+
+
+@pytest.mark.parametrize("form", ["x", "counts", "csr", "csc", "float"])
+def test_forms_of_a_matrix(tmp_path: Path, form: str) -> None:
+    everything, path = made(), tmp_path / "cells.npz"
+    if form in ("csr", "csc"):
+        scipy.sparse.save_npz(path, getattr(scipy.sparse, f"{form}_matrix")(everything["x"]))
+    elif form == "float":
+        np.savez(path, x=everything["x"].astype(np.float64))
+    else:
+        np.savez(path, **{form: everything["x"]})
+    data = load(path)
+    assert data.labels is None
+    both = torch.cat((data.held_out, data.train))
+    assert sorted(both.tolist()) == list(range(CELLS))
+    some = cells.batch(data, both)
+    assert np.array_equal(some.counts.numpy(), everything["x"][both.numpy()])
+    assert torch.equal(some.library, some.counts.sum(1, keepdim=True))
+
+
+def test_the_split_is_the_seeds(file: Path) -> None:
+    assert torch.equal(load(file).held_out, load(file).held_out)
+    assert not torch.equal(load(file).held_out, load(file, seed=1).held_out)
+
+
+def test_labels(file: Path) -> None:
+    data = load(file)
+    assert data.label_names == ("B", "NK", "T")
+    assert [data.label_names[i] for i in data.labels[:3]] == ["B", "NK", "T"]
+    np.savez(file, **made(), kind=np.arange(CELLS) % 2)
+    assert load(file, label="kind").label_names == ("0", "1")
+
+
+def test_empty_cells_are_left_out(file: Path) -> None:
+    everything = made()
+    everything["x"][4] = 0
+    np.savez(file, **everything)
+    data = load(file)
+    assert 4 not in torch.cat((data.held_out, data.train)).tolist()
+    assert data.notes == ("cells without a single count are left out: 1",)
+
+
+def test_h5ad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through anndata, which is imported only then: raw counts from layers["counts"], labels and batches from obs."""
+    everything = made()
+
+    class Column(list):  # type: ignore[type-arg]
+        def astype(self, kind: type) -> list[str]:
+            return [kind(value) for value in self]
+
+    class Obs(dict):  # type: ignore[type-arg]
+        columns = ("cell_type", "batch")
+
+    read = types.SimpleNamespace(
+        X=np.log1p(everything["x"]),
+        layers={"counts": scipy.sparse.csr_matrix(everything["x"])},
+        obs=Obs(cell_type=Column(everything["label"].tolist()), batch=Column([1, 2] * (CELLS // 2))),
+    )
+    monkeypatch.setitem(sys.modules, "anndata", types.SimpleNamespace(read_h5ad=lambda path: read))
+    path = tmp_path / "cells.h5ad"
+    path.touch()
+    data = load(path)
+    assert (data.label_names, data.batch_names) == (("B", "NK", "T"), ("1", "2"))
+    assert np.array_equal(data.counts.toarray(), everything["x"])
+    read.layers = {}
+    with pytest.raises(InputError, match="a count is fractional"):
+        load(path)
+
+
+def test_h5ad_without_anndata(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "anndata", None)  # as if it were not installed
+    monkeypatch.setattr("builtins.__import__", _without("anndata", __import__))
+    path = tmp_path / "cells.h5ad"
+    path.touch()
+    assert train(tmp_path / "run", path) == 2
+    assert (
+        capsys.readouterr().err == f"fastvae: {path}: needs a package that is missing: pip install anndata\n"
+    )
+
+
+def _without(missing: str, original: Any) -> Any:
+    def importer(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return original(name, *args, **kwargs)
+
+    return importer
+
+
+def changed(**arrays: Any) -> dict[str, Any]:
+    return {name: value for name, value in {**made(), **arrays}.items() if value is not None}
+
+
+def with_count(value: float) -> np.ndarray:
+    x = made()["x"].astype(float)
+    x[2, 5] = value
+    return x
+
+
+BAD = {
+    "no file": (None, "no such file"),
+    "negative": (changed(x=with_count(-1)), "a count is negative: -1, of cell 2, gene 5"),
+    "fractional": (
+        changed(x=with_count(0.5)),
+        "a count is fractional (normalised or log-transformed? the raw counts are needed): 0.5, of cell 2, gene 5",
+    ),
+    "infinite": (changed(x=with_count(np.inf)), "a count is not finite: inf, of cell 2, gene 5"),
+    "no genes": (changed(x=np.zeros((CELLS, 0))), f"no genes: the counts have the shape ({CELLS}, 0)"),
+    "no cells": (changed(x=np.zeros((0, 3)), label=None), "no cells: the counts have the shape (0, 3)"),
+    "one cell": (changed(x=np.ones((1, 3)), label=None), "1 cells with counts are too few"),
+    "words": (changed(x=np.full((CELLS, 3), "a")), "the counts must be numbers, got <U1"),
+    "a cube": (changed(x=np.zeros((3, 4, 5))), "must be a matrix, cells by genes, got the shape (3, 4, 5)"),
+    "labels of others": (
+        changed(label=np.arange(7)),
+        f"`label` must have one value for each of the {CELLS} cells, got the shape (7,)",
+    ),
+    "batches of others": (changed(batch=np.arange(7)), "`batch` must have one value for each"),
+    "no matrix": (changed(x=None), "holds no matrix of counts: none of x, X, counts"),
+    "a sparse matrix that is none": (
+        changed(
+            x=None, data=np.ones(3), indices=np.zeros(3), indptr=np.array([0, 9]), shape=np.array([1, 2])
+        ),
+        "not a sparse matrix",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_told_in_one_line(tmp_path: Path, capsys: Any, name: str) -> None:
+    arrays, words = BAD[name]
+    path = tmp_path / "cells.npz"
+    if arrays is not None:
+        np.savez(path, **arrays)
+    assert train(tmp_path / "run", path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert not (tmp_path / "run").exists()
+
+
+BAD_OPTIONS = {
+    "no data": (["train", "counts"], "--data is needed"),
+    "another file": (["train", "counts", "--data", __file__], "must be an .npz or an .h5ad file"),
+    "no such label": (["--label", "kind"], "--label kind: there is none in"),
+    "no such likelihood": (["--likelihood", "normal"], "--likelihood must be one of zinb, nb, poisson"),
+    "dispersion of none": (
+        ["--likelihood", "poisson", "--dispersion", "gene-cell"],
+        "--dispersion is of zinb and nb, and --likelihood is poisson",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_bad_options(file: Path, tmp_path: Path, capsys: Any, name: str) -> None:
+    options, words = BAD_OPTIONS[name]
+    if options[0] != "train":
+        options = ["train", "counts", "--data", str(file), *options]
+    assert main([*options, "--out", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+def test_a_damaged_file(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "cells.npz"
+    path.write_bytes(b"PK\x03\x04 and nothing more")
+    assert train(tmp_path / "run", path) == 2
+    assert "cannot be read as an .npz file" in capsys.readouterr().err
+
+
+def test_data_of_other_genes(file: Path, tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    assert train(run, file, "--epochs", "1") == 0
+    other = tmp_path / "other.npz"
+    np.savez(other, x=made(genes=12)["x"])
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--data", str(other)]) == 2
+    assert f"12 genes, and the model of {run} is of {GENES}" in capsys.readouterr().err
+    file.unlink()
+    assert main(["resume", str(run), "--epochs", "2"]) == 2
+    assert f"(the data of {run}; give others with --data)" in capsys.readouterr().err

@@ -1,0 +1,118 @@
+"""The importance-weighted bound, against likelihoods in closed form."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastvae
+from fastvae.train import bounds
+from fastvae.train.image.module import ImageVAE as VAE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def linear_gaussian(orthogonal: bool) -> tuple[VAE, Tensor, Tensor]:
+    """A model whose likelihood has a closed form, data from it, and their log p(x).
+
+    z ~ N(0, I), x | z ~ N(W z + b, s^2 I), so x ~ N(b, W W' + s^2 I). The encoder has the mean of the true posterior
+    and the best diagonal variances. With orthogonal columns of W the posterior is diagonal, and so this is it exactly.
+    """
+    latents, dimensions, scale = 3, 8, 0.6
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(dimensions, latents, generator=generator)
+    if orthogonal:
+        weight = torch.linalg.qr(weight)[0] * torch.tensor([0.5, 1.0, 2.0])
+    bias = torch.randn(dimensions, generator=generator)
+    precision = torch.eye(latents) + weight.T @ weight / scale**2
+
+    encoder, decoder = nn.Linear(dimensions, 2 * latents), nn.Linear(latents, dimensions)
+    with torch.no_grad():
+        mean = torch.linalg.solve(precision, weight.T) / scale**2
+        encoder.weight.copy_(torch.cat([mean, torch.zeros_like(mean)]))
+        encoder.bias.copy_(torch.cat([-mean @ bias, -precision.diagonal().log()]))
+        decoder.weight.copy_(weight)
+        decoder.bias.copy_(bias)
+    elbo = fastvae.ELBO(fastvae.likelihoods.Gaussian(scale))
+    model = VAE(encoder, decoder, elbo, latents=latents, dimensions=dimensions)
+
+    marginal = torch.distributions.MultivariateNormal(
+        bias.double(), (weight @ weight.T).double() + scale**2 * torch.eye(dimensions).double()
+    )
+    noise = torch.randn(400, latents + dimensions, generator=generator)
+    x = noise[:, :latents] @ weight.T + bias + scale * noise[:, latents:]
+    return model, x, marginal.log_prob(x.double())
+
+
+def test_exact_posterior_gives_the_exact_likelihood(backend):
+    """Every weight is then p(x): one sample is as good as many."""
+    model, x, log_likelihood = linear_gaussian(orthogonal=True)
+    for samples in (1, 20):
+        found, _ = bounds.bounds(model, x, samples)
+        torch.testing.assert_close(-found.nll, log_likelihood, rtol=0, atol=2e-5)
+
+
+def test_importance_weighting_approaches_the_likelihood_from_below(native):
+    model, x, log_likelihood = linear_gaussian(orthogonal=False)
+    off = torch.tensor([0.3, 0.3, 0.3])
+    with torch.no_grad():
+        model.encoder.bias += torch.cat([off, off])  # the mean aside, and the variance too large
+    gaps = []
+    for samples in (1, 10, 100, 3000):
+        found, mu = bounds.bounds(model, x, samples, seed=1)
+        gaps.append((log_likelihood + found.nll).mean().item())
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[0] > 10 * gaps[2] > 0
+    assert 0 < gaps[3] < 0.01
+
+    # Without weights the gap is the divergence of the encoder from the true posterior.
+    elbo = -(found.reconstruction + found.kl)
+    normal = torch.distributions.MultivariateNormal
+    precision = torch.eye(3) + model.decoder.weight.T @ model.decoder.weight / 0.6**2
+    encoder = normal(mu[0], torch.diag_embed(model.encoder.bias[3:].exp()))
+    kl = torch.distributions.kl_divergence(encoder, normal(mu[0] - off, precision_matrix=precision)).item()
+    assert (log_likelihood - elbo).mean().item() == pytest.approx(kl, rel=0.01)
+    assert kl > 0.3
+
+
+def test_weights_against_a_formula_of_its_own(native):
+    """log-mean-exp over all draws at once, from torch.distributions, in float64."""
+    torch.manual_seed(0)
+    encoder, decoder = nn.Linear(10, 8), nn.Linear(4, 10)
+    model = VAE(encoder, decoder, fastvae.ELBO("bernoulli"), latents=4, dimensions=10)
+    x = torch.rand(6, 10).round()
+    found, mu = bounds.bounds(model, x, 7, seed=5, first_row=3)
+    normal = torch.distributions.Normal
+    with torch.no_grad():
+        mean, logvar = encoder(x).double().chunk(2, dim=1)
+        eps = torch.stack(
+            [fastvae.reference.normal_noise(torch.tensor([5, 4 * k]), 3, 6, 4)[0] for k in range(7)]
+        )
+        z = mean + torch.exp(logvar / 2) * eps
+        logits = decoder(z.float()).double()
+        log_weights = (
+            torch.distributions.Bernoulli(logits=logits).log_prob(x.double()).sum(-1)
+            + normal(0.0, 1.0).log_prob(z).sum(-1)
+            - normal(mean, torch.exp(logvar / 2)).log_prob(z).sum(-1)
+        )
+    torch.testing.assert_close(-found.nll, log_weights.logsumexp(0) - math.log(7), rtol=0, atol=1e-5)
+    torch.testing.assert_close(mu.double(), mean)
+
+
+def test_neither_the_batch_nor_its_place_matters(native):
+    model, x, _ = linear_gaussian(orthogonal=False)
+    whole, _ = bounds.bounds(model, x, 5)
+    parts = [bounds.bounds(model, part, 5, first_row=90 * i)[0] for i, part in enumerate(x.split(90))]
+    for value, pieces in zip(whole, zip(*parts, strict=True), strict=True):
+        torch.testing.assert_close(value, torch.cat(pieces), rtol=1e-6, atol=1e-5)
+
+
+def test_far_weights_do_not_overflow(native):
+    """An encoder far from the posterior: log-weights of about -1e5, and 1e5 apart."""
+    model, x, _ = linear_gaussian(orthogonal=False)
+    with torch.no_grad():
+        model.encoder.bias[:3] += 200
+    found, _ = bounds.bounds(model, x, 3)
+    assert found.nll.isfinite().all()
+    assert (found.nll > 1e4).all()

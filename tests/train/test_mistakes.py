@@ -1,0 +1,238 @@
+"""What bad input to `fastvae train` and `fastvae resume` gets: one line, exit code 2, and nothing run or lost."""
+
+import math
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from run_files import in_a_process, one_line, picture, train
+
+from fastvae import cli
+from fastvae.train import checkpoints, image
+from fastvae.train.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request, monkeypatch):
+    """They take most of the time of so short a run."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("fastvae.train.callbacks.is_drawn", lambda trainer: False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--lr", "0"), "--lr must be above 0, got 0"),
+        (("--lr", "nan"), "--lr must be above 0 and finite, got nan"),
+        (("--lr", "inf"), "--lr must be above 0 and finite, got inf"),
+        (("--hidden", "10000000000000"), "this model cannot be made: "),
+        (("--lr", "fast"), "--lr"),
+        (("--ema", "1"), "--ema must be at least 0 and below 1"),
+        (("--batch-size", "0"), "--batch-size must be at least 1"),
+        (("--warmup", "cosine"), "--warmup must be one of none, linear, cyclical, sigmoid, got 'cosine'"),
+        (("--likelihood", "gaussian", "--binarize", "dynamic"), "--binarize is of the Bernoulli likelihood"),
+        (("--size", "16"), "--size is of folders and datasets: the images of digits are taken as they are"),
+        (
+            ("--cycles", "2", "--warmup", "linear"),
+            "--cycles is of a cyclical warm-up: give --warmup cyclical",
+        ),
+        (
+            ("--warmup-epochs", "2"),
+            "--warmup-epochs is of a warm-up: give --warmup linear, cyclical or sigmoid",
+        ),
+        (("--data", "/no/such.npz"), "/no/such.npz: no such file"),
+        (("--data", "./none"), "./none: no such file or folder"),
+        (("--data", __file__), "neither a .npz file nor a folder of images"),
+        (("--accelerator", "abacus"), "Lightning refuses --accelerator abacus"),
+        (("--strategy", "ddq"), "Lightning refuses --accelerator cpu --strategy ddq"),
+        (("--precision", "7"), "Lightning refuses --accelerator cpu --precision 7"),
+        (
+            ("--precision", "16-true"),
+            "--precision 16-true: Adam's squares of gradients leave the range of float16",
+        ),
+        (("--devices", "200"), "--devices 200"),
+        (("--colour", "red"), "No such option"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(tmp_path, capsys, options, message):
+    chosen = ("--accelerator", "cpu") if "--accelerator" not in options else ()
+    assert cli.main(["train", "mlp", "--out", str(tmp_path / "run"), *chosen, *options]) == 2
+    assert message in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_without_images(tmp_path, capsys):
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "a.txt").write_text("text")
+    assert train(tmp_path / "run", "--data", str(tmp_path / "words")) == 2
+    assert "there are no images in this folder" in one_line(capsys)
+    (tmp_path / "words" / "a.png").write_text("text")
+    assert train(tmp_path / "run", "--data", str(tmp_path / "words")) == 2
+    assert "not one image can be read: a.png (not an image)" in one_line(capsys)
+    picture(tmp_path / "words" / "b.png", (8, 8))
+    assert train(tmp_path / "run", "--data", str(tmp_path / "words")) == 2
+    assert "one image is too few" in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_conv_needs_eight_pixels(tmp_path, capsys):
+    np.savez(tmp_path / "small.npz", x_train=np.zeros((9, 8, 7), dtype=np.uint8))
+    assert train(tmp_path / "run", "--data", str(tmp_path / "small.npz"), recipe="conv") == 2
+    assert "at least 8 x 8 pixels, got 8 x 7; mlp takes any size" in one_line(capsys)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert train(out, "--epochs", "1") == 0
+    return out
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy, to be spoilt."""
+    import shutil
+
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("hidden", "hiden", "there is no setting `hiden`; did you mean `hidden`?"),
+        ("hidden", "colour", "there is no setting `colour`; there are data, latent"),
+        ("lr = 0.001", 'lr = "x"', "`lr` must be a number, got 'x'"),
+        ("epochs = 1", "epochs = 1.5", "`epochs` must be a whole number, got 1.5"),
+        ("clip = 0.0", "clip = -1", "`clip` must be at least 0, got -1"),
+        ('logger = "csv"', 'logger = "paper"', "`logger` must be one of csv, tensorboard, got 'paper'"),
+        (
+            'recipe = "mlp"',
+            'recipe = "unet"',
+            "`recipe` must be one of mlp, conv, conv-lstm, gaussian, photos, vae-gan, text, counts, got 'unet'",
+        ),
+        ("shape = [8, 8, 1]", "shape = [8, 8]", "`shape` must be [height, width, channels], got [8, 8]"),
+        ("recipe", "= recipe", "not TOML"),
+        ("hidden = 32", "hidden = 30", "`encoder.1.weight` is (32, 64) in it, and (30, 64) by config.toml"),
+        ("[8, 8, 1]", "[9, 8, 1]", "the images are 8 x 8, those of"),
+        ('data = "digits"', 'data = "/gone.npz"', "/gone.npz: no such file"),
+    ],
+)
+def test_wrong_config(run, capsys, before, after, message):
+    config = run / "config.toml"
+    assert before in config.read_text()
+    config.write_text(config.read_text().replace(before, after, 1))
+    assert cli.main(["resume", str(run), "--epochs", "2"]) == 2
+    assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["accelerator", "strategy"])
+def test_what_lightning_refuses_is_named_where_it_stands(run, capsys, name):
+    config = run / "config.toml"
+    before = {"accelerator": '"cpu"', "strategy": '"auto"'}[name]
+    config.write_text(config.read_text().replace(f"{name} = {before}", f'{name} = "abacus"'))
+    assert cli.main(["resume", str(run), "--epochs", "2"]) == 2
+    error = one_line(capsys)
+    assert f"Lightning refuses {config}: " in error
+    assert f"{name} abacus" in error
+    assert "--" not in error
+
+
+def test_foreign_and_damaged_checkpoints(run, capsys):
+    file = run / "checkpoints" / "last.ckpt"
+    good = file.read_bytes()
+
+    def refused() -> str:
+        capsys.readouterr()
+        assert cli.main(["resume", str(run), "--epochs", "2"]) == 2
+        with pytest.raises(InputError):
+            image.load(run, checkpoint="last")
+        return one_line(capsys)
+
+    for half in (b"text", good[: len(good) // 2], b""):
+        file.write_bytes(half)
+        assert "not a checkpoint of fastvae, or damaged" in refused()
+    torch.save({"weights": torch.zeros(2)}, file)
+    assert "not a checkpoint of fastvae" in refused()
+    file.write_bytes(good)
+    saved = torch.load(file, weights_only=True)
+    saved["state_dict"]["other.weight"] = torch.zeros(2)
+    torch.save(saved, file)
+    assert "`other.weight` is none of this one's" in refused()
+    del saved["state_dict"]["other.weight"]
+    saved["state_dict"]["decoder.0.bias"][0] = math.nan
+    torch.save(saved, file)
+    assert "`decoder.0.bias` holds NaN or infinity" in refused()
+    del saved["state_dict"]["decoder.0.bias"]
+    torch.save(saved, file)
+    assert "there is no `decoder.0.bias` in it" in refused()
+    file.unlink()
+    with pytest.raises(InputError, match=r"there is no checkpoints/last.ckpt yet"):
+        image.load(run, checkpoint="last")
+
+
+def test_checkpoint_holds_no_code(run):
+    """What a foreign checkpoint could run when it is read is never run: not in `load`, and not by Lightning."""
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(run / "evil"),)
+
+    torch.save(
+        {"state_dict": {}, "epoch": 0, "loops": {}, "optimizer_states": Evil()},
+        run / "checkpoints" / "last.ckpt",
+    )
+    assert cli.main(["resume", str(run), "--epochs", "2"]) == 2
+    assert not (run / "evil").exists()
+
+
+def test_lightning_runs_no_code_of_a_checkpoint(run, monkeypatch):
+    """Nor would it without the look that is taken before."""
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(run / "evil"),)
+
+    file = run / "checkpoints" / "last.ckpt"
+    saved = torch.load(file, weights_only=True)
+    torch.save({**saved, "optimizer_states": Evil()}, file)
+    monkeypatch.setattr(checkpoints, "read_checkpoint", lambda file, model: saved)
+    with pytest.raises(pickle.UnpicklingError, match=r"[Ww]eights.only"):
+        cli.main(["resume", str(run), "--epochs", "2"])
+    assert not (run / "evil").exists()
+
+
+def test_not_a_run(tmp_path, capsys):
+    assert cli.main(["resume", str(tmp_path / "none")]) == 2
+    assert "no such run" in one_line(capsys)
+    assert cli.main(["resume", str(tmp_path)]) == 2
+    assert "no run: there is no config.toml in it" in one_line(capsys)
+
+
+def test_moved_data(tmp_path, capsys):
+    x = np.random.default_rng(0).integers(0, 255, (40, 8, 9), dtype=np.uint8)
+    np.savez(tmp_path / "old.npz", x_train=x)
+    assert train(tmp_path / "run", "--data", str(tmp_path / "old.npz"), "--epochs", "1") == 0
+    (tmp_path / "old.npz").rename(tmp_path / "new.npz")
+    capsys.readouterr()
+    assert cli.main(["resume", str(tmp_path / "run"), "--epochs", "2"]) == 2
+    assert "--data" in one_line(capsys)
+    assert (
+        cli.main(["resume", str(tmp_path / "run"), "--epochs", "2", "--data", str(tmp_path / "new.npz")]) == 0
+    )
+    assert cli.main(["resume", str(tmp_path / "run"), "--epochs", "3"]) == 0
+
+
+def test_help_is_quick_and_says_the_options(capsys):
+    done = in_a_process(
+        "-c",
+        "import sys; from fastvae import cli; code = cli.main(['train', 'mlp', '--help']);"
+        "sys.exit(code or 'lightning' in sys.modules or 'matplotlib' in sys.modules)",
+    )
+    assert done.returncode == 0, done.stderr
+    for option in ("--hidden", "--layers", "--latent", "--warmup", "--out"):
+        assert option in done.stdout
+    assert "--channels" not in done.stdout

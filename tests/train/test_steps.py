@@ -1,0 +1,130 @@
+"""Steps that cannot be taken are left out, counted and named."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from run_files import one_line, rows, train
+
+from fastvae import cli
+from fastvae.train import image, processes
+from fastvae.train.image import module
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request, monkeypatch):
+    """They take most of the time of so short a run."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("fastvae.train.callbacks.is_drawn", lambda trainer: False)
+
+
+@pytest.fixture
+def drawn() -> None:
+    """For a test of the pictures."""
+
+
+@pytest.mark.parametrize("term", ["nll", "kl", "the gradient"])
+@pytest.mark.parametrize("clip", [(), ("--clip", "1")], ids=["", "clipped"])
+def test_non_finite_step_is_skipped_counted_and_named(tmp_path, capsys, monkeypatch, term, clip):
+    after = []
+
+    def spoil(name, spoilt):
+        method = getattr(module.ImageVAE, name)
+        monkeypatch.setattr(module.ImageVAE, name, lambda self, value: spoilt(self, method(self, value)))
+
+    def here(self):
+        return self.training and (self.current_epoch, self.trainer.fit_loop.batch_idx) == (0, 4)
+
+    if term == "nll":
+        spoil("decode", lambda self, recon: recon * math.nan if here(self) else recon)
+    elif term == "the gradient":
+
+        def spoilt(self, recon):
+            if here(self):
+                recon.register_hook(
+                    lambda gradient: gradient * math.inf
+                )  # the loss itself is as it should be
+            return recon
+
+        spoil("decode", spoilt)
+    else:
+        spoil(
+            "encode", lambda self, posterior: (posterior[0] * (math.nan if here(self) else 1), posterior[1])
+        )
+    monkeypatch.setattr(
+        module.ImageVAE,
+        "on_train_batch_end",
+        lambda self, *_: after.append(self.encoder[1].weight.detach().clone()),
+        raising=False,
+    )
+    assert train(tmp_path / "run", "--epochs", "2", *clip) == 0
+    assert f"1 of 12 steps skipped, the weights left as they were: {term} of step 5 is not finite" in (
+        capsys.readouterr().out
+    )
+    assert [row["skipped_steps"] for row in rows(tmp_path / "run")] == ["1", "0"]
+    assert all(math.isfinite(float(value)) for row in rows(tmp_path / "run") for value in row.values())
+    assert [torch.equal(a, b) for a, b in pairwise(after)] == [step == 4 for step in range(1, 24)]
+
+
+def test_only_the_first_process_tells_of_a_mistake(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module.ImageVAE, "decode", lambda self, z: self.decoder(z) * math.inf)
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path / "run", "--epochs", "2")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("epoch", "advice"),
+    [
+        (1, "with the weights that the run starts from, whatever --lr: look at the data"),
+        (2, "try a smaller --lr, or --clip 1"),
+    ],
+)
+def test_epoch_that_never_steps_is_an_error(tmp_path, capsys, monkeypatch, epoch, advice):
+    """Before a first step the learning rate cannot be its cause, after one it may be."""
+
+    def decode(self, z):
+        return self.decoder(z) * (math.inf if self.training and self.current_epoch + 1 == epoch else 1)
+
+    monkeypatch.setattr(module.ImageVAE, "decode", decode)
+    assert train(tmp_path / "run", "--epochs", "2") == 2
+    line = one_line(capsys)
+    assert f"every step of epoch {epoch} was skipped: nll of step 1 is not finite; " in line
+    assert advice in line
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists() == (epoch > 1)
+
+
+@pytest.mark.usefixtures("drawn")
+def test_weights_that_give_no_finite_held_out_loss_are_not_kept(tmp_path, capsys, monkeypatch):
+    def spoilt(epochs):
+        encode = module.ImageVAE.encode
+
+        def spoil(self, x):
+            bad = math.nan if not self.training and self.current_epoch in epochs else 1
+            return tuple(part * bad for part in encode(self, x))
+
+        monkeypatch.setattr(module.ImageVAE, "encode", spoil)
+
+    run = tmp_path / "run"
+    spoilt([0])
+    assert train(run, "--epochs", "1") == 0
+    assert (
+        "warning: the held-out loss of epoch 1 is not finite: no checkpoint is kept"
+        in capsys.readouterr().out
+    )
+    assert not (run / "checkpoints").exists()
+    assert cli.main(["sample", str(run)]) == 2
+    assert "no checkpoints/best.ckpt yet" in one_line(capsys)
+    monkeypatch.undo()
+    assert cli.main(["resume", str(run)]) == 0
+    spoilt([1])
+    assert cli.main(["resume", str(run), "--epochs", "2"]) == 0
+    assert len(rows(run)) == 2
+    for name in ("last", "best"):
+        assert image.load(run, checkpoint=name).epoch == 1

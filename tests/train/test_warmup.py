@@ -1,0 +1,52 @@
+"""The warm-up of the KL: its schedules, and that they reach the loss."""
+
+import numpy as np
+import pytest
+from run_files import rows, train
+
+from fastvae.train import warmup
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request, monkeypatch):
+    """They take most of the time of so short a run."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("fastvae.train.callbacks.is_drawn", lambda trainer: False)
+
+
+def test_schedules():
+    def at(schedule, *passed, cycles=1):
+        return [warmup.weight(schedule, p, 10.0, cycles) for p in passed]
+
+    assert at("none", 0, 5, 20) == [1, 1, 1]
+    assert at("linear", 0, 2.5, 5, 10, 20) == [0, 0.25, 0.5, 1, 1]
+    assert at("cyclical", 0, 1.25, 2.5, 4.9, 5, 6.25, 7.5, 10, 12, cycles=2) == pytest.approx(
+        [0, 0.5, 1, 1, 0, 0.5, 1, 1, 1]
+    )
+    sigmoid = at("sigmoid", 0, 5, 9.999, 10)
+    assert sigmoid == pytest.approx([0.00247, 0.5, 0.99753, 1], abs=1e-4)
+    for schedule in ("linear", "sigmoid"):
+        values = at(schedule, *np.linspace(0, 12, 50))
+        assert values == sorted(values)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cyclical", "sigmoid"])
+def test_warm_up_reaches_the_loss(tmp_path, capsys, schedule):
+    options = ("--warmup", schedule, "--warmup-epochs", "2", "--beta", "0.5")
+    if schedule == "cyclical":
+        options += ("--cycles", "1")
+    assert train(tmp_path / "run", *options, "--epochs", "3") == 0
+    assert "warning" not in capsys.readouterr().out
+    # Of the last of an epoch's 12 steps.
+    expected = [0.5 * warmup.weight(schedule, epoch + 11 / 12, 2.0) for epoch in range(3)]
+    assert [float(row["beta"]) for row in rows(tmp_path / "run")] == pytest.approx(expected)
+    last = {name: float(value) for name, value in rows(tmp_path / "run")[-1].items()}
+    assert last["train_loss"] == pytest.approx(last["train_nll"] + 0.5 * last["train_kl"], rel=1e-5)
+    assert last["held_out_nelbo"] == pytest.approx(last["held_out_nll"] + last["held_out_kl"], rel=1e-6)
+
+
+def test_warm_up_longer_than_the_run(tmp_path, capsys):
+    assert train(tmp_path / "run", "--warmup", "linear", "--epochs", "1") == 0
+    assert "warning: the warm-up takes 10 epochs and the run only 1" in capsys.readouterr().out
