@@ -4,6 +4,7 @@ import importlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.cpp_extension import get_cxx_compiler
 
 import fastvae
 from fastvae.backends import native
@@ -21,6 +23,7 @@ HOMES = (("avx512", re.compile("isa_avx512|AVX512")), ("avx2", re.compile("isa_a
 # AT&T syntax: 512-bit or mask registers or numbers above 15 are AVX-512; 256 bits or a v-instruction at least AVX.
 AVX512 = re.compile(r"%zmm|%k[1-7]|%[xy]mm(1[6-9]|2\d|3[01])")
 AVX = re.compile(r"%ymm|^v[a-z]")
+ROOT, TORCH = Path(__file__).parents[1], Path(torch.__file__).parent
 LEVEL = {"base": 0, "avx2": 1, "avx512": 2}
 
 
@@ -86,6 +89,45 @@ def test_the_build_record_tells_of_this_build() -> None:
     assert fastvae.show_config().count(record.TORCH_VERSION) >= 1
     capability = importlib.import_module("fastvae._C").cpu_capability()
     assert capability.lower() in {name.lower() for name in record.CPU_CAPABILITIES}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the build costs
+# ---------------------------------------------------------------------------------------------------------------------
+
+# These are of a build for x86-64 without CUDA, by GCC 12: the extension's bytes, and the compilers' CPU time as a multiple
+# of what one of torch's headers takes on the same machine. Where a quarter more is worth it, write the new numbers here.
+SIZE = 5_600_000
+COMPILATION = 46
+
+
+@pytest.fixture
+def build_temp() -> Path:
+    if platform.machine() not in ("x86_64", "AMD64") or native.build_info().CUDA_ARCHES:
+        pytest.skip("the numbers are those of a build for x86-64 without CUDA")
+    return ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
+
+
+@pytest.mark.usefixtures("build_temp")
+def test_the_extension_has_not_grown_by_a_quarter() -> None:
+    size = Path(importlib.import_module("fastvae._C").__file__).stat().st_size
+    assert size <= 1.25 * SIZE
+
+
+@pytest.mark.slow
+def test_the_build_takes_no_quarter_longer(build_temp: Path, tmp_path: Path) -> None:
+    record = build_temp / "compiler_seconds"
+    if not record.exists():
+        pytest.skip(f"{record} is written by a build from nothing, and there was none here")
+    resource = importlib.import_module("resource")
+    (tmp_path / "header.cpp").write_text("#include <torch/library.h>\n")
+    command = [*shlex.split(get_cxx_compiler()), "-std=c++20", "-O3", "-c", "header.cpp", "-o", "header.o"]
+    for folder in (TORCH / "include", TORCH / "include/torch/csrc/api/include"):
+        command += ["-isystem", str(folder)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    subprocess.run(command, cwd=tmp_path, check=True)
+    yardstick = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    assert float(record.read_text()) <= 1.25 * COMPILATION * yardstick
 
 
 # ---------------------------------------------------------------------------------------------------------------------
