@@ -1,6 +1,7 @@
 """The built extension: one file that runs on every x86-64, whatever instruction sets its kernels were built for."""
 
 import importlib
+import json
 import os
 import platform
 import re
@@ -95,8 +96,9 @@ def test_the_build_record_tells_of_this_build() -> None:
 # What the build costs
 # ---------------------------------------------------------------------------------------------------------------------
 
-# These are of a build for x86-64 without CUDA, by GCC 12: the extension's bytes, and the compilers' CPU time as a multiple
-# of what one of torch's headers takes on the same machine. Where a quarter more is worth it, write the new numbers here.
+# These are of a build for x86-64 without CUDA, by GCC 12: the extension's bytes, and the compilers' CPU time as a
+# multiple of what one of torch's headers takes on the same machine. Where a quarter more is worth it, write the new
+# numbers here.
 SIZE = 5_600_000
 COMPILATION = 46
 
@@ -147,31 +149,59 @@ def toolkit(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def setup(cuda: str | None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs setup.py as far as its arguments, with a torch that says it was built for that version of CUDA."""
-    code = f"import runpy, torch; torch.version.cuda = {cuda!r}; runpy.run_path('setup.py')"
-    return subprocess.run(
-        [sys.executable, "-c", code, "--version"],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"FASTVAE_NATIVE": "1"} | environment,
+# Imports torch once, and forks for every environment that stdin names.
+SETUP = """
+import contextlib, io, json, os, runpy, sys, torch, torch.utils.cpp_extension
+cuda, environments = json.load(sys.stdin)
+torch.version.cuda = cuda
+sys.argv = ["setup.py", "--version"]
+for environment in environments:
+    if not os.fork():
+        os.environ.update(environment)
+        code, errors = 0, io.StringIO()
+        try:
+            with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+                runpy.run_path("setup.py")
+        except SystemExit as stop:
+            code = stop.code
+            if isinstance(code, str):  # Python prints it to stderr
+                errors.write(code)
+                code = 1
+        print(json.dumps([code or 0, errors.getvalue()]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def setup(cuda: str | None, *environments: dict[str, str]) -> list[tuple[int, str]]:
+    """Runs setup.py as far as its arguments, with a torch that says it was built for that version of CUDA.
+
+    Returns the exit code and what stands on stderr for each of the environments.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", SETUP],
+        input=json.dumps([cuda, environments]),
+        cwd=ROOT,
+        env=os.environ | {"FASTVAE_NATIVE": "1"},
         capture_output=True,
         text=True,
         timeout=120,
     )
+    assert done.returncode == 0, done.stderr
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
 def test_no_cuda_in_torch() -> None:
-    done = setup(None, FASTVAE_CUDA="1")
-    assert done.returncode != 0
+    (code, errors), *others = setup(None, *({"FASTVAE_CUDA": wish} for wish in ("1", "auto", "0")))
+    assert code != 0
     assert (
         f"fastvae: FASTVAE_CUDA=1, but this torch ({torch.__version__}) is not built for CUDA; get one that is from: "
-        "https://pytorch.org" in done.stderr
+        "https://pytorch.org" in errors
     )
     # Nobody asked, and nobody expects them.
-    for wish in ("auto", "0"):
-        done = setup(None, FASTVAE_CUDA=wish)
-        assert done.returncode == 0, done.stderr
-        assert "CUDA" not in done.stderr
+    for code, errors in others:
+        assert code == 0, errors
+        assert "CUDA" not in errors
 
 
 def test_no_toolkit(tmp_path: Path) -> None:
@@ -179,31 +209,32 @@ def test_no_toolkit(tmp_path: Path) -> None:
         f"there is no CUDA toolkit (nvcc with its headers) in CUDA_HOME={tmp_path}; install CUDA 13.0, or set "
         "CUDA_HOME to its folder"
     )
-    done = setup("13.0", FASTVAE_CUDA="1", CUDA_HOME=str(tmp_path))
-    assert done.returncode != 0
-    assert f"fastvae: FASTVAE_CUDA=1, but {reason}" in done.stderr
-    done = setup("13.0", FASTVAE_CUDA="auto", CUDA_HOME=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert f"fastvae: no CUDA kernels, because {reason}" in done.stderr
-    assert "no CUDA kernels" not in setup("13.0", FASTVAE_CUDA="0", CUDA_HOME=str(tmp_path)).stderr
+    wishes = ({"FASTVAE_CUDA": wish, "CUDA_HOME": str(tmp_path)} for wish in ("1", "auto", "0"))
+    forced, asked, refused = setup("13.0", *wishes)
+    assert forced[0] != 0
+    assert f"fastvae: FASTVAE_CUDA=1, but {reason}" in forced[1]
+    assert asked[0] == 0, asked[1]
+    assert f"fastvae: no CUDA kernels, because {reason}" in asked[1]
+    assert refused[0] == 0
+    assert "no CUDA kernels" not in refused[1]
 
 
 def test_a_toolkit_of_another_version(toolkit: Path) -> None:
     nvcc = toolkit / "bin" / "nvcc"
     nvcc.write_text(TOOLKIT.format(version="12.4"))
     nvcc.chmod(0o755)
-    done = setup("13.0", FASTVAE_CUDA="1", CUDA_HOME=str(toolkit))
-    assert done.returncode != 0
+    ((code, errors),) = setup("13.0", {"FASTVAE_CUDA": "1", "CUDA_HOME": str(toolkit)})
+    assert code != 0
     assert (
         f"the CUDA toolkit in {toolkit} is version 12.4, and this torch was built with CUDA 13.0; install a toolkit "
-        "13.x and set CUDA_HOME to its folder" in done.stderr
+        "13.x and set CUDA_HOME to its folder" in errors
     )
 
 
 def test_a_wish_that_there_is_not() -> None:
-    done = setup(None, FASTVAE_CUDA="yes")
-    assert done.returncode != 0
-    assert "FASTVAE_CUDA must be 0, 1 or auto, got 'yes'" in done.stderr
+    ((code, errors),) = setup(None, {"FASTVAE_CUDA": "yes"})
+    assert code != 0
+    assert "FASTVAE_CUDA must be 0, 1 or auto, got 'yes'" in errors
 
 
 def test_gpus_that_are_too_old(toolkit: Path) -> None:
@@ -211,9 +242,10 @@ def test_gpus_that_are_too_old(toolkit: Path) -> None:
     nvcc = toolkit / "bin" / "nvcc"
     nvcc.write_text(TOOLKIT.format(version="13.0"))
     nvcc.chmod(0o755)
-    done = setup("13.0", FASTVAE_CUDA="1", CUDA_HOME=str(toolkit), TORCH_CUDA_ARCH_LIST="7.0;7.5+PTX")
-    assert done.returncode != 0
+    environment = {"FASTVAE_CUDA": "1", "CUDA_HOME": str(toolkit), "TORCH_CUDA_ARCH_LIST": "7.0;7.5+PTX"}
+    ((code, errors),) = setup("13.0", environment)
+    assert code != 0
     assert (
         "TORCH_CUDA_ARCH_LIST names 7.0, 7.5+PTX, and the CUDA kernels need compute capability 8.0; name a newer one, "
-        "or leave them out with FASTVAE_CUDA=0" in done.stderr
+        "or leave them out with FASTVAE_CUDA=0" in errors
     )

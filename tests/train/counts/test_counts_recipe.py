@@ -104,6 +104,7 @@ def test_resume_gives_the_same_numbers(file: Path, tmp_path: Path) -> None:
         assert torch.equal(weights[0][name], weights[1][name]), name
 
 
+@pytest.mark.slow
 def test_kinds_of_cells_stand_apart(file: Path, tmp_path: Path) -> None:
     """The latent means of a kind lie closer to their own centre than to another's."""
     run = tmp_path / "run"
