@@ -12,7 +12,7 @@ called after its family:
     fastvae/likelihoods/<family>.py   the module, named as the density in capitals: StudentT for student_t
     fastvae/_triton/<family>.py       the element, in `ELEMENTS`
 
-csrc has a table of its own with the same rows (csrc/ops/likelihood_table.h).
+csrc has a list of its own with the same rows (csrc/likelihoods.def).
 """
 
 from typing import NamedTuple
@@ -249,9 +249,22 @@ def _row(spec: Spec, form: Form) -> Row:
 ROWS: dict[str, Row] = {row.name: row for row in (_row(spec, form) for spec in SPECS for form in spec.forms)}
 
 
-def rows() -> list[tuple[str, int, int, bool, bool, bool, str]]:
-    """What csrc's table says too: (name, tensors, constants, packed, has_scalar, counts, family) of each row."""
+def rows() -> list[tuple[str, str, str, int, int, bool, bool, bool, tuple[torch.dtype, ...]]]:
+    """What csrc's table says too, row by row, in its order: `fastvae._C.likelihoods()` is to be the same.
+
+    (name, family, element, tensors, constants, packed, has_scalar, is_location, integers) of each.
+    """
     return [
-        (row.name, len(row.tensors), row.numbers, row.packed, row.has_scalar, row.counts, row.family)
+        (
+            row.name,
+            row.family,
+            row.element,
+            len(row.tensors),
+            row.numbers,
+            row.packed,
+            row.has_scalar,
+            row.is_location,
+            row.integers,
+        )
         for row in ROWS.values()
     ]

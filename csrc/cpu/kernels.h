@@ -45,17 +45,9 @@ constexpr int kMaxParams = 3;
 constexpr int kMaxConstants = 5;
 
 enum class Element : int8_t {
-  bernoulli,
-  gaussian,
-  gaussian_per_element,
-  laplace,
-  laplace_per_element,
-  continuous_bernoulli,
-  poisson,
-  student_t,
-  student_t_per_element,
-  gaussian_bounded,
-  discretized_logistic,  // of CUDA; the CPU has a loop of its own
+  none = -1,  // the elements are not each for themselves
+#define FASTVAE_ELEMENT(name, Struct) name,
+#include "../likelihoods.def"
 };
 
 // row_nll[r] = sum over the row of Element's value; slopes[i] (where wanted) = its derivative times weight[r * weight_stride].
