@@ -103,7 +103,7 @@ struct CategoricalArgs {
 };
 
 // The discretised logistic (components == 0) and the mixtures of it, of 1 or 3 channels; params and slopes have a plane of `pixels`
-// for each of what the kernel's struct lists (mixtures.cpp). In memory planes lie one behind the other or, where `alternate`, take
+// for each of what the kernel's struct lists (discretized.cpp). In memory planes lie one behind the other or, where `alternate`, take
 // turns at every pixel (channels_last); the target's channels likewise.
 struct LogisticArgs {
   bool in_double, alternate;

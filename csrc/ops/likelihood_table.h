@@ -10,7 +10,7 @@
 #include <string_view>
 
 #include "../cpu/kernels.h"
-#include "../math/likelihoods.h"
+#include "../math/continuous.h"
 
 namespace fastvae {
 

@@ -11,7 +11,7 @@
 #include "categorical.h"
 #include "counts.h"
 #include "likelihood_table.h"
-#include "mixture.h"
+#include "discretized.h"
 
 namespace fastvae {
 namespace {

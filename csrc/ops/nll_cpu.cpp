@@ -7,7 +7,7 @@
 #include "counts.h"
 #include "cpu_kernels.h"
 #include "likelihood_table.h"
-#include "mixture.h"
+#include "discretized.h"
 #include "nll_views.h"
 
 namespace fastvae {

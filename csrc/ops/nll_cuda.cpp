@@ -8,7 +8,7 @@
 
 #include "categorical.h"
 #include "common_cuda.h"
-#include "mixture.h"
+#include "discretized.h"
 #include "nll_views.h"
 
 namespace fastvae {

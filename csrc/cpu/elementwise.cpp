@@ -1,5 +1,7 @@
-// One pass over a reconstruction: the nll of each row and, where wanted, the gradient.
-#include "../math/likelihoods.h"
+// The likelihoods whose elements are each for themselves. One pass over a reconstruction: the nll of each row and, where wanted, the
+// gradient.
+#include "../math/continuous.h"
+#include "../math/counts.h"
 
 #include <ATen/Parallel.h>
 

@@ -1,5 +1,5 @@
 // The CPU side of the rows of Family::discretized.
-#include "mixture.h"
+#include "discretized.h"
 
 #include "buffer_pool.h"
 #include "cpu_kernels.h"

@@ -1,38 +1,9 @@
-// One struct per likelihood: the negative log-likelihood of one element and its derivatives, in nats.
-//
-//   params      how many tensors of the data's shape it reads; `element` writes one derivative for each
-//   constants   how many scalars it reads, the same for every element
-//   has_log1p   whether it leaves a term log(1 + e) to `logs`, the caller adds logs.value() once for many elements
-//   has_pull    whether a learned scale needs the sum of (first param - target) times its derivative: of other scale families that is
-//               a multiple of the nll
-//   element     the part of the nll that differs between elements; what is the same for all of them, the normaliser, is
-//               added once per row
-// Scale families, which have one log-scale s for all elements (the Gaussian has the log-variance in its place):
-//   scale_share   what the nll of every element gains with s
-//   scalar_slope  the derivative of a row by s, from what was summed of the row
+// Densities of numbers, and the Bernoulli, which is computed as they are: structs that element.h describes.
 #pragma once
-#include <cmath>
-
-#include "elementary.h"
+#include "element.h"
 
 namespace fastvae::math {
 inline namespace FASTVAE_ISA {
-
-// What is the same for every element: the part of its nll, and the scalars that `element` reads.
-template <class C>
-struct Normaliser {
-  C per_element;
-  C constants[5];
-};
-
-// That of L with the scale 1, at another one.
-template <class L, class C>
-FASTVAE_HD Normaliser<C> at_scale(Normaliser<C> unit, C log_scale) {
-  log_scale *= C(L::scale_share);
-  unit.per_element += log_scale;
-  unit.constants[0] *= std::exp(-log_scale);
-  return unit;
-}
 
 // -log Bernoulli(t; sigmoid(a)) = max(a, 0) - a t + log(1 + exp(-|a|)); for t strictly between 0 and 1, the cross-entropy.
 struct Bernoulli {
@@ -193,35 +164,6 @@ struct ContinuousBernoulli {
     const auto near = P::less(x, V(wide ? 0.5 : 2));
     slope[0] = P::select(near, P::fma(a, g, V(0.5f)), far_mean) - t;
     return P::select(near, P::fma(a, V(0.5f) - t, square * h), far);
-  }
-};
-
-// -log Poisson(t; exp(a)) = exp(a) - t a + log(t!).
-struct Poisson {
-  static constexpr int params = 1;
-  static constexpr int constants = 0;
-  static constexpr bool has_log1p = false;
-  static constexpr bool has_pull = false;
-
-  template <class V>
-  static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params], Log1pSum<V>&) {
-    using P = Primitives<V>;
-    constexpr auto from = stirling_from<V>();
-    constexpr auto below = from - from * (sizeof(typename P::Scalar) == 8 ? 0x1p-54 : 0x1p-25);  // the largest number before it
-    const V a = param[0];
-    const auto large = P::less(V(below), t);
-    if (!P::any(large)) {
-      const V rate = P::exp(a);
-      slope[0] = rate - t;
-      return P::fma(P::neg(t), a, rate) + log_small_factorial(t);
-    }
-    // With u = a - log t it is t (exp(u) - 1 - u) + log(2 pi t) / 2 + ...: the three terms, each as large as t log t, cancel on paper.
-    const V n = P::select(large, t, V(1)), log_n = P::log(n);
-    const ExpParts<V> parts = P::exp_parts(a - log_n);
-    const V small = P::fma(P::neg(t), a, parts.exp) + log_small_factorial(P::select(large, V(0), t));
-    const V rest = P::fma(V(0.5f), log_n, stirling_rest(V(1) / n) + V(0.918938533204672741780329736406));
-    slope[0] = P::select(large, t * parts.minus_1, parts.exp - t);
-    return P::select(large, P::fma(t, parts.minus_1_h, rest), small);
   }
 };
 

@@ -1,5 +1,5 @@
 // What the rows of Family::discretized take, on every device.
-#include "mixture.h"
+#include "discretized.h"
 
 #include <cmath>
 

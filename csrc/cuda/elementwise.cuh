@@ -1,10 +1,11 @@
-// One pass over a reconstruction: the nll of each row, the loss and, where wanted, the gradient. A file for each share of the
-// likelihoods includes this.
+// The likelihoods whose elements are each for themselves. One pass over a reconstruction: the nll of each row, the loss and, where
+// wanted, the gradient. A file for each share of them includes this.
 #pragma once
 #include "rows.cuh"
 //
-#include "../math/likelihoods.h"
-#include "../math/logistic.h"
+#include "../math/continuous.h"
+#include "../math/counts.h"
+#include "../math/discretized.h"
 
 namespace fastvae::cuda {
 

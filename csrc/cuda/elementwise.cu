@@ -1,4 +1,4 @@
-#include "nll.cuh"
+#include "elementwise.cuh"
 
 namespace fastvae::cuda {
 
