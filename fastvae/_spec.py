@@ -31,6 +31,7 @@ class Constant(NamedTuple):
 SCALE = Constant("scale")
 BOUNDS = Constant("logvar_bounds", length=2)
 DF = Constant("df")
+SHAPE = Constant("shape")
 LEVELS = (Constant("bits", whole=True), Constant("log_scale_floor"), Constant("small_mass"))
 
 
@@ -138,6 +139,13 @@ SPECS = (
         constants=(DF,),
         forms=SCALED,
         is_location=True,
+    ),
+    Spec(
+        "gamma",
+        "continuous",
+        tensors=("log_scale",),
+        integers=(),
+        constants=(SHAPE,),
     ),
     Spec(
         "poisson",

@@ -307,6 +307,8 @@ def same_for_all(likelihood: str, constants: Sequence[float]) -> tuple[float, tu
     if family == "laplace":
         scale = constants[0] if constants else 1.0
         return math.log(2 * scale), (1 / scale, 0.0)
+    if family == "gamma":
+        return math.lgamma(constants[0]), (constants[0], constants[0] - 1)
     if family == "student":
         df, scale = (*constants, 1.0)[:2]
         beta = math.lgamma(df / 2) + math.lgamma(0.5) - math.lgamma((df + 1) / 2)

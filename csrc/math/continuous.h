@@ -221,5 +221,34 @@ struct StudentTPerElement {
   }
 };
 
+// -log Gamma(t; k, exp(s)) less log Gamma(k): k s - (k - 1) log t + t exp(-s), of t >= 0. A log-scale for every element.
+struct Gamma {
+  static constexpr int params = 1;     // log-scale
+  static constexpr int constants = 2;  // k, k - 1
+  static constexpr bool has_log1p = false;
+  static constexpr bool has_pull = false;
+
+  template <class V>
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
+    using P = Primitives<V>;
+    // Not its square: the root is finite for twice as many s.
+    const V root = P::exp(V(-0.5f) * param[0]);
+    V ratio = t * root * root, log_t(0);
+    const bool has_power = P::any(P::less(V(0), P::abs(constant[1])));  // the exponential has no log t
+    if (has_power) log_t = P::log(t);
+    constexpr auto normal = sizeof(typename P::Scalar) == 8 ? 0x1p-1022 : 0x1p-126;  // from here on P::log has its digits
+    const auto small = P::less(t, V(normal));
+    if (P::any(small)) {
+      // Of 0 the ratio is 0, however large the root, and the logarithm is infinite.
+      const auto positive = P::less(V(0), t);
+      ratio = P::select(positive, ratio, t);
+      const V log_small = P::log(V(0x1p64) * P::select(positive, t, V(1))) - V(44.3614195558364998);
+      if (has_power) log_t = P::select(small, P::select(positive, log_small, V(-INFINITY)), log_t);
+    }
+    slope[0] = constant[0] - ratio;
+    return P::fma(constant[0], param[0], P::fnma(constant[1], log_t, ratio));
+  }
+};
+
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae::math
