@@ -16,7 +16,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11)" 2>/dev/null
 # Where the extension can be built, failing to is an error; elsewhere `make demo` runs without it.
 NATIVE := $(if $(and $(filter Linux,$(shell uname)),$(shell command -v c++ || command -v $(CXX))),1,auto)
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.def')
 
 .PHONY: help demo test test-rest test-all lint bench gpu cuda-link wheel clean
 .NOTPARALLEL:

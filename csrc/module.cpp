@@ -3,6 +3,7 @@
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -72,7 +73,7 @@ py::object unless_refused(const Op& op) {
 py::object nll(std::string_view likelihood, const py::sequence& params, py::handle target, const std::vector<double>& constants,
                py::handle kl, py::handle beta, int64_t reduction) {
   const auto& row = likelihood_row(likelihood);
-  if (watched() || (row.family != Family::elementwise && row.family != Family::logistic)) return py::none();
+  if (watched() || !(row.elementwise() || row.family == Family::discretized)) return py::none();
   Tensors tensors;
   for (const py::handle param : params) {
     const Tensor* t = plain_floats(param);
@@ -109,6 +110,20 @@ py::object gaussian_kl(py::handle mu, py::handle logvar, bool per_element) {
   return unless_refused([&] { return handle.call(*m, *v, {}, {}, per_element); });
 }
 
+// The rows of the table, in the words of fastvae/_spec.py.
+py::list likelihoods() {
+  constexpr const char* families[] = {"continuous", "discretized", "counts", "categorical"};
+  py::list rows;
+  for (const auto& row : kLikelihoods) {
+    py::list integers;
+    for (const auto type : types_of(row.integers))
+      integers.append(py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(torch::getTHPDtype(type))));
+    rows.append(py::make_tuple(row.name, families[int(row.family)], name_of(row.element), row.tensors, row.constants, row.packed,
+                               row.has_scalar, row.is_location, py::tuple(integers)));
+  }
+  return rows;
+}
+
 }  // namespace
 }  // namespace fastvae
 
@@ -116,6 +131,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled kernels of fastvae, reached through torch.ops.fastvae and through `plain`.";
   m.def("cpu_capability", [] { return fastvae::cpu::kernels().capability; }, "The instruction set of the CPU kernels in use.");
   m.def("empty_buffer_pool", &fastvae::empty_buffer_pool, "Free the unused CPU buffers; returns how many bytes.");
+  m.def("likelihoods", &fastvae::likelihoods, "The rows of the table of likelihoods; see rows() in fastvae/_spec.py.");
   auto plain = m.def_submodule("plain", "The ops for plain CPU tensors that fit together; None for any others.");
   plain.def("nll", &fastvae::nll);
   plain.def("reparameterize_kl", &fastvae::reparameterize_kl);

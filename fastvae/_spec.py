@@ -12,7 +12,7 @@ called after its family:
     fastvae/likelihoods/<family>.py   the module, named as the density in capitals: StudentT for student_t
     fastvae/_triton/<family>.py       the element, in `ELEMENTS`
 
-csrc has a table of its own with the same rows (csrc/ops/likelihood_table.h).
+csrc has a list of its own with the same rows (csrc/likelihoods.def).
 """
 
 from typing import NamedTuple
@@ -31,6 +31,7 @@ class Constant(NamedTuple):
 SCALE = Constant("scale")
 BOUNDS = Constant("logvar_bounds", length=2)
 DF = Constant("df")
+SHAPE = Constant("shape")
 LEVELS = (Constant("bits", whole=True), Constant("log_scale_floor"), Constant("small_mass"))
 
 
@@ -138,6 +139,13 @@ SPECS = (
         constants=(DF,),
         forms=SCALED,
         is_location=True,
+    ),
+    Spec(
+        "gamma",
+        "continuous",
+        tensors=("log_scale",),
+        integers=(),
+        constants=(SHAPE,),
     ),
     Spec(
         "poisson",
@@ -249,9 +257,22 @@ def _row(spec: Spec, form: Form) -> Row:
 ROWS: dict[str, Row] = {row.name: row for row in (_row(spec, form) for spec in SPECS for form in spec.forms)}
 
 
-def rows() -> list[tuple[str, int, int, bool, bool, bool, str]]:
-    """What csrc's table says too: (name, tensors, constants, packed, has_scalar, counts, family) of each row."""
+def rows() -> list[tuple[str, str, str, int, int, bool, bool, bool, tuple[torch.dtype, ...]]]:
+    """What csrc's table says too, row by row, in its order: `fastvae._C.likelihoods()` is to be the same.
+
+    (name, family, element, tensors, constants, packed, has_scalar, is_location, integers) of each.
+    """
     return [
-        (row.name, len(row.tensors), row.numbers, row.packed, row.has_scalar, row.counts, row.family)
+        (
+            row.name,
+            row.family,
+            row.element,
+            len(row.tensors),
+            row.numbers,
+            row.packed,
+            row.has_scalar,
+            row.is_location,
+            row.integers,
+        )
         for row in ROWS.values()
     ]

@@ -112,6 +112,12 @@ def poisson_terms(log_rate: Tensor, target: Tensor) -> list[Tensor]:
     return [torch.exp(log_rate), -target * log_rate, torch.lgamma(target + 1)]
 
 
+def gamma_terms(log_scale: Tensor, target: Tensor, shape: float = 2.5) -> list[Tensor]:
+    power = torch.zeros_like(target) if shape == 1 else (1 - shape) * torch.log(target)
+    constant = torch.full_like(log_scale, math.lgamma(shape))
+    return [constant, shape * log_scale, power, target * torch.exp(-log_scale)]
+
+
 def student_t_terms(loc: Tensor, target: Tensor, log_scale: Tensor, df: float = 2.5) -> list[Tensor]:
     square = (target - loc) ** 2 * torch.exp(-2 * log_scale)
     constant = math.lgamma(df / 2) - math.lgamma((df + 1) / 2) + 0.5 * math.log(df * math.pi)
@@ -199,6 +205,10 @@ def _counts(shape: tuple[int, ...]) -> Tensor:
 
 def _scaled(shape: tuple[int, ...]) -> Inputs:
     return {"loc": _randn(shape), "target": _randn(shape), "log_scale": _randn(shape, 0.5)}
+
+
+def _positive(shape: tuple[int, ...]) -> Inputs:
+    return {"log_scale": _randn(shape), "target": torch.exp(_randn(shape))}
 
 
 def _learned(shape: tuple[int, ...]) -> Inputs:
@@ -349,6 +359,30 @@ CASES = (
         ),
     ),
     Case(
+        "gamma",
+        lambda f, **inputs: f.gamma_nll(**inputs, shape=2.5),
+        _positive,
+        gamma_terms,
+        fixed=("target",),
+        extremes=lambda: _columns(
+            "log_scale",
+            "target",
+            rows=[(s, x) for s in (-80.0, -30.0, 0.0, 30.0, 80.0) for x in (0.0009765625, 0.25, 100.0)],
+        ),
+    ),
+    Case(
+        "exponential",
+        lambda f, **inputs: f.gamma_nll(**inputs, shape=1),
+        _positive,
+        lambda log_scale, target: gamma_terms(log_scale, target, 1),
+        fixed=("target",),
+        extremes=lambda: _columns(
+            "log_scale",
+            "target",
+            rows=[(s, x) for s in (-80.0, -30.0, 0.0, 30.0, 80.0) for x in (0.0, 0.25, 100.0)],
+        ),
+    ),
+    Case(
         "student_t",
         lambda f, loc, target: f.student_t_nll(loc, target, df=2.5, scale=0.7),
         lambda shape: {"loc": _randn(shape), "target": _randn(shape)},
@@ -423,6 +457,8 @@ CASES = (
         extremes=lambda: _columns("mu", "logvar", "prior_mu", "prior_logvar", rows=_PRIOR_EXTREMES),
     ),
 )
+
+WITH_TARGET = tuple(case for case in CASES if "target" in case.inputs((1, 1)))
 
 # Rows whose elements are not each for themselves, and the files that test them.
 ELSEWHERE = {row.name: f"test_{row.family}.py" for row in ROWS.values() if not row.element}

@@ -5,6 +5,7 @@ The structs mirror csrc/cuda/kernels.h; a difference in size is noticed when the
 
 import ctypes
 import math
+import re
 import shutil
 import subprocess
 import tempfile
@@ -28,20 +29,9 @@ THREADS = 64  # of a block
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.bool)
 COUNTS = {torch.uint8: 6, torch.uint16: 7, torch.int32: 8, torch.int64: 9}  # of a target that counts
-# csrc/cpu/kernels.h's Element, in its order; the names are those of the table.
-ENUM = (
-    "bernoulli",
-    "gaussian",
-    "gaussian_per_element",
-    "laplace",
-    "laplace_per_element",
-    "continuous_bernoulli",
-    "poisson",
-    "student_t",
-    "student_t_per_element",
-    "gaussian_bounded",
-    "discretized_logistic",
-)
+LIST = ROOT / "csrc" / "likelihoods.def"
+# csrc/cpu/kernels.h's Element, in its order.
+ENUM = re.findall(r"^FASTVAE_(?:CUDA_)?ELEMENT\((\w+), \w+\)$", LIST.read_text(), re.MULTILINE)
 ELEMENTS = {row.name: ENUM.index(row.element) for row in ROWS.values() if row.element}
 LOGISTIC = ENUM.index("discretized_logistic")
 KEPT: list[Tensor] = []  # what the pointers of the last call point at
@@ -81,7 +71,8 @@ def build(directory: Path, *flags: str, main: str = "driver.cpp", jobs: int = 2)
 def library() -> Path:
     """The kernels and driver.cpp as a library, kept between runs."""
     flags = ("-O1", "-fPIC", "-shared")
-    sources = (ROOT / "csrc" / "cuda", ROOT / "csrc" / "math", SHIM, Path(__file__))
+    csrc = ROOT / "csrc"
+    sources = (csrc / "cuda", csrc / "math", csrc / "cpu" / "kernels.h", LIST, SHIM, Path(__file__))
     return compiled.kept("cuda_kernels", sources, flags, lambda folder: build(folder, *flags)) / "kernels.so"
 
 
@@ -316,6 +307,8 @@ def same_for_all(likelihood: str, constants: Sequence[float]) -> tuple[float, tu
     if family == "laplace":
         scale = constants[0] if constants else 1.0
         return math.log(2 * scale), (1 / scale, 0.0)
+    if family == "gamma":
+        return math.lgamma(constants[0]), (constants[0], constants[0] - 1)
     if family == "student":
         df, scale = (*constants, 1.0)[:2]
         beta = math.lgamma(df / 2) + math.lgamma(0.5) - math.lgamma((df + 1) / 2)

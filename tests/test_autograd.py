@@ -138,6 +138,12 @@ CASES = {
         {"a": SHAPE, "t": SHAPE},
         ("a",),
     ),
+    "gamma": Case(
+        lambda s, x: fv.gamma_nll(s, x.exp(), shape=2.5),
+        lambda s, x: rows(math.lgamma(2.5) + 2.5 * s - 1.5 * x + torch.exp(x - s)),
+        {"s": SHAPE, "x": SHAPE},
+        ("s",),
+    ),
     "student_t_learned": Case(
         lambda m, x, s: fv.student_t_nll(m, x, s, df=4),
         lambda m, x, s: student_t(m, x, s.expand_as(m)),

@@ -209,6 +209,7 @@ OPS = {
         ("gaussian_bounded_head", [leaf(2, 4, 3)], leaf(2, 2, 3), [-1.0, 2.0], NONE, NONE, 0),
         ("laplace", [leaf(*X)], leaf(*X), [0.5], ROWS, BETA, 1),
         ("continuous_bernoulli", [leaf(*X)], plain(*X).sigmoid(), [], ROWS, BETA, 2),
+        ("gamma", [leaf(*X)], plain(*X).exp(), [2.5], ROWS, BETA, 1),
         ("poisson", [leaf(*X)], plain(*X).abs().int(), [], ROWS, BETA, 2),
         ("student_t_learned", [leaf(*X), leaf()], leaf(*X), [2.5], ROWS, BETA, 0),
         ("discretized_logistic", [leaf(2, 4, 3)], LEVELS[:, :2], [8, -7.0, 1e-5], NONE, NONE, 0),

@@ -73,7 +73,7 @@ def differentiable(*tensors: Tensor) -> list[Tensor]:
 def case(likelihood: str, rows: int, size: int, dtype: torch.dtype) -> tuple[list[Tensor], list[float]]:
     """(params, constants) with data of (rows, size)."""
     mean = torch.randn(rows, size).mul(2).to(dtype)
-    constants = [2.5] if likelihood.startswith("student_t") else []
+    constants = [2.5] if likelihood.startswith(("student_t", "gamma")) else []
     if likelihood.startswith("gaussian_bounded"):
         constants = [-3.0, 1.5]
     if likelihood in ("gaussian", "laplace", "student_t"):
@@ -150,6 +150,25 @@ def test_targets_of_other_types(
     assert leaf.grad is not None
     close(nll, full_nll.detach(), VALUE[dtype])
     close(gradient, leaf.grad, GRADIENT[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [0.5, 1.0, 2.5])
+def test_a_gamma_of_small_numbers(kernels: Kernels, shape: float, dtype: torch.dtype) -> None:
+    """A zero whatever the scale, and numbers that are too small for the logarithm."""
+    log_scale = torch.tensor([[-3000.0, -3.0, 0.0, 3000.0]], dtype=dtype).repeat(5, 1)
+    target = torch.zeros_like(log_scale)
+    _, nll, (gradient,), _ = kernels.nll_forward("gamma", [log_scale], target, [shape], reduction=1, needs=1)
+    limit = 0.0 if shape == 1 else math.copysign(math.inf, shape - 1)
+    assert torch.equal(nll, torch.full_like(nll, -3.0 if shape == 1 else limit))
+    assert torch.equal(gradient, torch.full_like(gradient, shape))
+    small = torch.full((5, 4), 1e-40 if dtype == torch.float32 else 1e-310, dtype=dtype)
+    _, nll, (gradient,), _ = kernels.nll_forward(
+        "gamma", [torch.zeros_like(small)], small, [shape], reduction=1, needs=1
+    )
+    _, want = expected("gamma", [torch.zeros_like(small).double()], small, [shape])
+    close(nll, want, VALUE[dtype], 1.0)
+    close(gradient, torch.full_like(gradient, shape).double(), VALUE[dtype])
 
 
 @pytest.mark.parametrize("size", [16, 17])

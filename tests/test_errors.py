@@ -338,6 +338,28 @@ WRONG = {
         ValueError,
         "fastvae.student_t_nll: `df` must be positive and finite, got 0.0",
     ),
+    "no shape of a gamma": Wrong(
+        lambda: fv.gamma_nll(FLAT, FLAT, shape=0),
+        ValueError,
+        "fastvae.gamma_nll: `shape` must be positive and finite, got 0.0",
+    ),
+    "shape of a gamma that is no number": Wrong(
+        lambda: fastvae.likelihoods.Gamma("one"),
+        TypeError,
+        "fastvae.likelihoods.Gamma: `shape` must be a float, got 'one'",
+    ),
+    "pixels for a gamma": Wrong(
+        lambda: fv.gamma_nll(FLAT, FLAT.byte(), shape=2),
+        TypeError,
+        "fastvae.gamma_nll: `target` must be float32 for a float32 `log_scale`, got uint8; "
+        "did you mean target.to(log_scale.dtype)?",
+    ),
+    "positive data with a gradient": Wrong(
+        lambda: fv.gamma_nll(FLAT, FLAT.abs().requires_grad_(), shape=2),
+        ValueError,
+        "fastvae.gamma_nll: `target` requires a gradient, which this likelihood does not give; "
+        "pass target.detach(), or differentiate fastvae.reference.gamma_nll",
+    ),
     "bool counts": Wrong(
         lambda: fv.poisson_nll(FLAT, FLAT > 0),
         TypeError,

@@ -125,7 +125,7 @@ def test_chunks_of_a_head(backend: str, shape: tuple[int, ...], packed: str, dty
         torch.testing.assert_close(got, want, rtol=max(2e-6, _step(dtype)), atol=1e-6)
 
 
-@pytest.mark.parametrize("case", NLL, ids=cases.ids)
+@pytest.mark.parametrize("case", cases.WITH_TARGET, ids=cases.ids)
 def test_chunks_of_a_decoder(backend: str, case: Case) -> None:
     """Parameters that are slices of a larger tensor: rows are contiguous, the batch is not."""
     inputs = cases.cast(case.inputs((4, 6, 5)), torch.float32)

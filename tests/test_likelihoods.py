@@ -20,7 +20,7 @@ from torch import Tensor
 import fastvae
 from fastvae import functional as fv
 from fastvae import likelihoods, reference
-from fastvae.likelihoods import ContinuousBernoulli, Laplace, Likelihood, Poisson, StudentT
+from fastvae.likelihoods import ContinuousBernoulli, Gamma, Laplace, Likelihood, Poisson, StudentT
 
 mpmath.mp.dps = 50
 
@@ -39,6 +39,7 @@ def column(*values: float, dtype: torch.dtype = torch.float64) -> Tensor:
 LOC, DATA = torch.linspace(-3, 4, 41).double(), torch.linspace(2, -5, 41).double()
 RATES, COUNTS = torch.linspace(-4, 5, 60).double(), torch.arange(60).double()
 UNIT = torch.linspace(0, 1, 41).double()
+POSITIVE = torch.logspace(-3, 2, 41).double()
 
 
 def scipy_continuous_bernoulli(logit: Tensor, x: Tensor) -> np.ndarray:
@@ -73,6 +74,18 @@ LIBRARIES: dict[str, tuple[Callable[[], Tensor], Callable[[], Any]]] = {
     "Poisson, scipy": (
         lambda: fv.poisson_nll(RATES, COUNTS.long()),
         lambda: scipy.stats.poisson.logpmf(COUNTS, RATES.exp()),
+    ),
+    "gamma, torch": (
+        lambda: fv.gamma_nll(LOC, POSITIVE, shape=2.5),
+        lambda: torch.distributions.Gamma(2.5, torch.exp(-LOC)).log_prob(POSITIVE),
+    ),
+    "gamma, scipy": (
+        lambda: fv.gamma_nll(LOC, POSITIVE, shape=0.3),
+        lambda: scipy.stats.gamma.logpdf(POSITIVE, 0.3, scale=np.exp(LOC.numpy())),
+    ),
+    "gamma of shape 1 is exponential": (
+        lambda: fv.gamma_nll(LOC, UNIT, shape=1),
+        lambda: scipy.stats.expon.logpdf(UNIT, scale=np.exp(LOC.numpy())),
     ),
     "Student t, torch": (
         lambda: fv.student_t_nll(LOC, DATA, df=2.5, scale=0.7),
@@ -112,6 +125,12 @@ def exact_continuous_bernoulli(a: Any, t: Any) -> tuple[Any, Any]:
 
 def exact_poisson(a: Any, t: Any) -> tuple[Any, Any]:
     return mpmath.exp(a) - t * a + mpmath.loggamma(t + 1), mpmath.exp(a) - t
+
+
+def exact_gamma(s: Any, x: Any, shape: Any) -> tuple[Any, Any]:
+    """(nll, its derivative by the log-scale)."""
+    ratio = x * mpmath.exp(-s)
+    return mpmath.loggamma(shape) + shape * s - (shape - 1) * mpmath.log(x) + ratio, shape - ratio
 
 
 def exact_student_t(z: Any, df: Any) -> tuple[Any, Any]:
@@ -241,6 +260,52 @@ def test_student_t_to_50_digits(backend: str, df: float, dtype: torch.dtype) -> 
 def test_the_normaliser_of_student_t(df: float) -> None:
     exact = mpmath.log(mpmath.beta(mpmath.mpf(df) / 2, mpmath.mpf("0.5")))
     assert abs(reference.log_beta_half(df) - exact) <= 1e-13 * (1 + abs(exact))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [0.01, 0.5, 1.0, 2.5, 30.0, 1e4])
+def test_gamma_to_50_digits(backend: str, shape: float, dtype: torch.dtype) -> None:
+    """Data below float32's normal numbers, too."""
+    data = (1e-40, 2e-38, 1e-20, 1e-3, 0.7, 1.0, 33.0, 1e6, 1e28)
+    points = [(s, x) for s in (-20.0, -3.0, 0.0, 0.4, 5.0, 60.0) for x in data]
+
+    # Of the size of the terms.
+    def scale(s: float, x: float) -> float:
+        return abs(math.lgamma(shape)) + shape * abs(s) + abs((shape - 1) * math.log(x)) + x * math.exp(-s)
+
+    compare(
+        lambda log_scale, target: fv.gamma_nll(log_scale, target, shape=shape),
+        lambda s, x: exact_gamma(s, x, mpmath.mpf(shape)),
+        points,
+        dtype,
+        scale,
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [0.5, 1.0, 2.5])
+def test_gamma_at_the_ends(backend: str, shape: float, dtype: torch.dtype) -> None:
+    """A zero whatever the scale, and scales beyond the type's: the limits of value and gradient."""
+    scales = [-3000.0, -200.0, -3.0, 0.0, 3.0, 200.0, 3000.0]
+    log_scale = column(*scales, dtype=dtype).requires_grad_()
+    nll = fv.gamma_nll(log_scale, torch.zeros_like(log_scale), shape=shape)
+    want = log_scale if shape == 1 else torch.full_like(log_scale, math.copysign(math.inf, shape - 1))
+    assert torch.equal(nll, want)
+    assert torch.equal(torch.autograd.grad(nll.sum(), log_scale)[0], torch.full_like(log_scale, shape))
+
+    far = column(-3000.0, 3000.0, dtype=dtype).requires_grad_()
+    nll = fv.gamma_nll(far, torch.full_like(far, 0.25), shape=shape)
+    constant = math.lgamma(shape) - (shape - 1) * math.log(0.25)
+    torch.testing.assert_close(nll, column(math.inf, shape * 3000 + constant, dtype=dtype))
+    torch.testing.assert_close(torch.autograd.grad(nll.sum(), far)[0], column(-math.inf, shape, dtype=dtype))
+
+
+def test_the_exponential_is_the_loss_of_itakura_and_saito(backend: str) -> None:
+    """Up to what no parameter sees: log x + 1."""
+    log_scale, power = torch.randn(6, 9).double(), torch.rand(6, 9).double() + 0.01
+    ratio = power / torch.exp(log_scale)
+    loss = (ratio - torch.log(ratio) - 1).sum(1)
+    torch.testing.assert_close(fv.gamma_nll(log_scale, power, shape=1) - (torch.log(power) + 1).sum(1), loss)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -484,6 +549,12 @@ def test_laplace_and_student_t_integrate_to_1(native: None) -> None:
         assert abs(total(t, 0.7, -inf, inf, 0.7) - 1) < 1e-8
 
 
+@pytest.mark.parametrize("shape", [1.0, 2.5, 30.0])
+def test_gamma_integrates_to_1(native: None, shape: float) -> None:
+    nll = lambda s, x: fv.gamma_nll(s, x, shape=shape)  # noqa: E731
+    assert abs(total(nll, -1.0, 0, math.inf, shape * math.exp(-1)) - 1) < 1e-8
+
+
 @pytest.mark.parametrize("log_rate", [-5.0, 0.0, 1.5, 4.0, 9.0])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_poisson_sums_to_1(backend: str, log_rate: float, dtype: torch.dtype) -> None:
@@ -520,6 +591,12 @@ SAMPLED: dict[str, tuple[Likelihood, Callable[[int], Any], Callable[[np.ndarray]
         scipy.stats.laplace(0.2, 0.5).cdf,
     ),
     "student t": (StudentT(2.5, 0.5), lambda n: torch.full((n,), 0.2), scipy.stats.t(2.5, 0.2, 0.5).cdf),
+    "gamma": (
+        Gamma(2.5),
+        lambda n: torch.full((n,), math.log(0.5)),
+        scipy.stats.gamma(2.5, scale=0.5).cdf,
+    ),
+    "exponential": (Gamma(1), lambda n: torch.full((n,), -1.0), scipy.stats.expon(scale=math.exp(-1)).cdf),
     "continuous Bernoulli": (
         ContinuousBernoulli(),
         lambda n: torch.full((n,), 3.0),
@@ -550,6 +627,21 @@ def test_draws_of_poisson() -> None:
     expected = 20_000 * scipy.stats.poisson.pmf(np.arange(len(observed)), math.exp(0.7))
     assert scipy.stats.chisquare(observed, expected * observed.sum().item() / expected.sum()).pvalue > 1e-3
     torch.testing.assert_close(Poisson().mean(torch.tensor([0.7])), torch.tensor([math.exp(0.7)]))
+
+
+def test_mean_of_gamma(backend: str) -> None:
+    """The mean of draws, and what an ELBO of it minimises: the scale at which mean and data agree."""
+    likelihood, log_scale = Gamma(4), torch.tensor([[-2.0, 0.0, 3.0]])
+    mean = likelihood.mean(log_scale)
+    torch.testing.assert_close(mean, 4 * torch.exp(log_scale))
+    draws = likelihood.sample(log_scale.repeat(40_000, 1), torch.Generator().manual_seed(1))
+    torch.testing.assert_close(draws.mean(0, keepdim=True), mean, rtol=0.01, atol=0)
+    leaf = log_scale.clone().requires_grad_()
+    fastvae.ELBO(likelihood)(leaf, mean, kl=torch.zeros(1)).loss.backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad, torch.zeros_like(leaf), rtol=0, atol=2e-6)
+    assert likelihood.sample(log_scale.half()).dtype == torch.float16
+    assert repr(likelihood) == "Gamma(shape=4)"
 
 
 def test_draws_of_continuous_bernoulli_stay_in_range() -> None:

@@ -143,6 +143,7 @@ ROWS, ONE, NONE = torch.empty(B), torch.tensor(1.0), None
 CONSTANTS: dict[str, list[float]] = {
     "scale": [0.5],
     "df": [4.0],
+    "shape": [2.5],
     "logvar_bounds": [-6.0, 2.0],
     "ignore_index": [-100],
     "components": [10],
@@ -227,6 +228,7 @@ ALIGNED: dict[str, Callable[[], object]] = {
     "laplace": lambda: loss("laplace", [data(FLOAT)], data(FLOAT)),
     "laplace, per element": lambda: loss("laplace_per_element", [data(FLOAT)] * 2, data(FLOAT), 3),
     "continuous Bernoulli": lambda: loss("continuous_bernoulli", [data(FLOAT)], data(FLOAT)),
+    "gamma": lambda: loss("gamma", [data(FLOAT)], data(FLOAT)),
     "poisson, int32": lambda: loss("poisson", [data(FLOAT)], data(torch.int32)),
     "student t, learned": lambda: loss("student_t_learned", [data(FLOAT), ONE], data(FLOAT), 3),
     "categorical": lambda: loss("categorical", [data(FLOAT, 8, 4, 20_000)], data(torch.int64, 8, 4)),
@@ -250,6 +252,7 @@ OTHERS: dict[str, Callable[[], object]] = {
     "no gradient": lambda: bernoulli(FLOAT, FLOAT, 0),
     "double": lambda: bernoulli(DOUBLE, DOUBLE),
     "head, bounded, double": lambda: loss("gaussian_bounded_head", [data(DOUBLE, B, 2 * D)], data(DOUBLE)),
+    "gamma, double": lambda: loss("gamma", [data(DOUBLE)], data(DOUBLE)),
     "poisson, double, int64": lambda: loss("poisson", [data(DOUBLE)], data(torch.int64)),
     "continuous Bernoulli, double": lambda: loss("continuous_bernoulli", [data(DOUBLE)], data(DOUBLE)),
     "categorical, bf16": lambda: loss("categorical", [data(HALF, 8, 4, 1001)], data(torch.int64, 8, 4)),

@@ -15,6 +15,7 @@ from cases import (
     HALF,
     SHAPES,
     VALUE_TOLERANCE,
+    WITH_TARGET,
     Case,
     Result,
 )
@@ -26,8 +27,6 @@ from fastvae._spec import ROWS
 
 # The smallest float16 steps: what is not much larger has few digits.
 STEP = {torch.float16: 2.0**-24}
-
-WITH_TARGET = tuple(case for case in CASES if case.targets)
 
 
 def check(got: Result, want: Result, dtype: torch.dtype) -> None:

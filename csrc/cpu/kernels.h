@@ -45,17 +45,9 @@ constexpr int kMaxParams = 3;
 constexpr int kMaxConstants = 5;
 
 enum class Element : int8_t {
-  bernoulli,
-  gaussian,
-  gaussian_per_element,
-  laplace,
-  laplace_per_element,
-  continuous_bernoulli,
-  poisson,
-  student_t,
-  student_t_per_element,
-  gaussian_bounded,
-  discretized_logistic,  // of CUDA; the CPU has a loop of its own
+  none = -1,  // the elements are not each for themselves
+#define FASTVAE_ELEMENT(name, Struct) name,
+#include "../likelihoods.def"
 };
 
 // row_nll[r] = sum over the row of Element's value; slopes[i] (where wanted) = its derivative times weight[r * weight_stride].
@@ -111,7 +103,7 @@ struct CategoricalArgs {
 };
 
 // The discretised logistic (components == 0) and the mixtures of it, of 1 or 3 channels; params and slopes have a plane of `pixels`
-// for each of what the kernel's struct lists (mixtures.cpp). In memory planes lie one behind the other or, where `alternate`, take
+// for each of what the kernel's struct lists (discretized.cpp). In memory planes lie one behind the other or, where `alternate`, take
 // turns at every pixel (channels_last); the target's channels likewise.
 struct LogisticArgs {
   bool in_double, alternate;

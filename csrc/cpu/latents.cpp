@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "../math/kl.h"
+#include "../math/latents.h"
 #include "noise.h"
 #include "staging.h"
 

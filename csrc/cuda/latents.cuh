@@ -2,7 +2,7 @@
 #pragma once
 #include "device.cuh"
 //
-#include "../math/kl.h"
+#include "../math/latents.h"
 #include "../math/normals.h"
 
 namespace fastvae::cuda {

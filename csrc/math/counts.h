@@ -1,14 +1,43 @@
-// Negative binomial counts (Lopez et al. 2018, in scvi-tools' parametrisation), and with additional zeros (Risso et al. 2018):
-// -log p of one element in nats, and its derivatives. mu is the mean, theta the inverse dispersion, pi the logit of the additional
-// zeros, t the count.
+// Counts: -log p of one element in nats, and its derivatives. The Poisson is a struct that element.h describes. Then negative binomial
+// counts (Lopez et al. 2018, in scvi-tools' parametrisation), and with additional zeros (Risso et al. 2018). mu is the mean, theta the
+// inverse dispersion, pi the logit of the additional zeros, t the count.
 //
 // Of the zeros, which are most of what a cell holds, nothing is left but theta log(1 + mu / theta): for any V. The others go through
 // differences of log Gamma that keep their digits in fp64 alone.
 #pragma once
-#include "elementary.h"
+#include "element.h"
 
 namespace fastvae::math {
 inline namespace FASTVAE_ISA {
+
+// -log Poisson(t; exp(a)) = exp(a) - t a + log(t!).
+struct Poisson {
+  static constexpr int params = 1;
+  static constexpr int constants = 0;
+  static constexpr bool has_log1p = false;
+  static constexpr bool has_pull = false;
+
+  template <class V>
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params], Log1pSum<V>&) {
+    using P = Primitives<V>;
+    constexpr auto from = stirling_from<V>();
+    constexpr auto below = from - from * (sizeof(typename P::Scalar) == 8 ? 0x1p-54 : 0x1p-25);  // the largest number before it
+    const V a = param[0];
+    const auto large = P::less(V(below), t);
+    if (!P::any(large)) {
+      const V rate = P::exp(a);
+      slope[0] = rate - t;
+      return P::fma(P::neg(t), a, rate) + log_small_factorial(t);
+    }
+    // With u = a - log t it is t (exp(u) - 1 - u) + log(2 pi t) / 2 + ...: the three terms, each as large as t log t, cancel on paper.
+    const V n = P::select(large, t, V(1)), log_n = P::log(n);
+    const ExpParts<V> parts = P::exp_parts(a - log_n);
+    const V small = P::fma(P::neg(t), a, parts.exp) + log_small_factorial(P::select(large, V(0), t));
+    const V rest = P::fma(V(0.5f), log_n, stirling_rest(V(1) / n) + V(0.918938533204672741780329736406));
+    slope[0] = P::select(large, t * parts.minus_1, parts.exp - t);
+    return P::select(large, P::fma(t, parts.minus_1_h, rest), small);
+  }
+};
 
 template <class V>
 struct CountTerm {

@@ -11,7 +11,7 @@
 #include "categorical.h"
 #include "counts.h"
 #include "likelihood_table.h"
-#include "mixture.h"
+#include "discretized.h"
 
 namespace fastvae {
 namespace {
@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor> nll_autograd(std::string_view likelihood, at::TensorL
 }
 
 Tensor empty_gradient(const LikelihoodRow& row, at::TensorList params, size_t i) {
-  if (row.family == Family::counts) return at::empty_symint(params[i].sym_sizes(), params[i].options());
+  if (row.family == Family::counts && !row.elementwise()) return at::empty_symint(params[i].sym_sizes(), params[i].options());
   const auto order = row.family == Family::categorical ? at::MemoryFormat::Contiguous : memory_order(params[0]);
   return at::empty_like(params[0], params[0].options(), order);
 }
@@ -246,11 +246,15 @@ void check_elements(const LikelihoodRow& row, at::TensorList params, const Tenso
 void check_nll(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
                const OptionalTensor& kl, const OptionalTensor& beta, int64_t reduction) {
   TORCH_CHECK_VALUE(reduction >= kNone && reduction <= kMean, "fastvae::nll: `reduction` must be 0, 1 or 2, got ", reduction);
-  switch (row.family) {
-    case Family::elementwise: check_elements(row, params, target, constants); break;
-    case Family::counts: check_counts(row, params, target); break;
-    case Family::categorical: check_categorical(params[0], target, constants); break;
-    case Family::logistic: check_logistic(row, params[0], target, constants); break;
+  if (row.elementwise()) {
+    check_elements(row, params, target, constants);
+  } else {
+    switch (row.family) {
+      case Family::counts: check_counts(row, params, target); break;
+      case Family::categorical: check_categorical(params[0], target, constants); break;
+      case Family::discretized: check_discretized(row, params[0], target, constants); break;
+      case Family::continuous: break;  // all of them are elementwise
+    }
   }
   const int64_t rows = params[0].size(0);
   TORCH_CHECK_VALUE(!kl || (kl->dim() == 1 && kl->size(0) == rows), "fastvae::nll: `kl` must have the shape (", rows, ",)");

@@ -7,7 +7,7 @@
 #include "counts.h"
 #include "cpu_kernels.h"
 #include "likelihood_table.h"
-#include "mixture.h"
+#include "discretized.h"
 #include "nll_views.h"
 
 namespace fastvae {
@@ -42,16 +42,17 @@ Evaluation evaluate_elements(const LikelihoodRow& row, at::TensorList params, co
 
 Evaluation evaluate(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
                     int64_t needs, const double* weights, int64_t weight_stride) {
+  if (row.elementwise()) return evaluate_elements(row, params, target, constants, needs, weights, weight_stride);
   Evaluation out{};
   switch (row.family) {
-    case Family::elementwise: return evaluate_elements(row, params, target, constants, needs, weights, weight_stride);
     case Family::counts: evaluate_counts(row, params, target, needs, weights, weight_stride, out.nll, out.gradients); break;
     case Family::categorical:
       evaluate_categorical(params[0], target, constants, needs & 1, weights, weight_stride, out.nll, out.gradients);
       break;
-    case Family::logistic:
-      evaluate_logistic(row, params[0], target, constants, needs & 1, weights, weight_stride, out.nll, out.gradients);
+    case Family::discretized:
+      evaluate_discretized(row, params[0], target, constants, needs & 1, weights, weight_stride, out.nll, out.gradients);
       break;
+    case Family::continuous: break;  // all of them are elementwise
   }
   return out;
 }

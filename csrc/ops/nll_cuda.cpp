@@ -8,7 +8,7 @@
 
 #include "categorical.h"
 #include "common_cuda.h"
-#include "mixture.h"
+#include "discretized.h"
 #include "nll_views.h"
 
 namespace fastvae {
@@ -30,7 +30,7 @@ Tensors fill_elementwise(Args& args, const LikelihoodRow& row, at::TensorList pa
   return fill_elements(elements, row, params, target, needs, kept);
 }
 
-Tensors fill_logistic(Args& args, const LikelihoodRow& row, at::TensorList params, const Tensor& target,
+Tensors fill_discretized(Args& args, const LikelihoodRow& row, at::TensorList params, const Tensor& target,
                       at::ArrayRef<double> constants, int64_t needs, Tensors& kept) {
   const auto found = logistic_constants(row, constants);
   if (found.components > 0) {
@@ -42,7 +42,9 @@ Tensors fill_logistic(Args& args, const LikelihoodRow& row, at::TensorList param
   }
   const auto bins = bins_of(found);
   std::copy(bins.begin(), bins.end(), common(args).constants);
-  return fill_elements(common(args), row, params, target, needs, kept);
+  Tensors gradients = fill_elements(common(args), row, params, target, needs, kept);
+  common(args).element = cpu::Element::discretized_logistic;  // a single one goes through the loop over elements here
+  return gradients;
 }
 
 Tensors fill_categorical(Args& args, const Tensor& logits, const Tensor& target, at::ArrayRef<double> constants, int64_t needs,
@@ -67,13 +69,16 @@ Tensors fill(Args& args, const OnDevice& device, const LikelihoodRow& row, at::T
   for (const auto& p : params) device.expect(p, "params");
   device.expect(target, "target");
   Tensors gradients;
-  switch (row.family) {
-    case Family::elementwise: gradients = fill_elementwise(args, row, params, target, constants, needs, kept); break;
-    case Family::logistic: gradients = fill_logistic(args, row, params, target, constants, needs, kept); break;
-    case Family::categorical: gradients = fill_categorical(args, params[0], target, constants, needs, kept); break;
-    case Family::counts:
-      TORCH_CHECK_NOT_IMPLEMENTED(false, "fastvae::nll: there is no CUDA kernel for ", std::string(row.name),
-                                  " yet; fastvae.set_backend(\"auto\") takes what there is");
+  if (row.elementwise()) {
+    gradients = fill_elementwise(args, row, params, target, constants, needs, kept);
+  } else {
+    switch (row.family) {
+      case Family::discretized: gradients = fill_discretized(args, row, params, target, constants, needs, kept); break;
+      case Family::categorical: gradients = fill_categorical(args, params[0], target, constants, needs, kept); break;
+      default:
+        TORCH_CHECK_NOT_IMPLEMENTED(false, "fastvae::nll: there is no CUDA kernel for ", std::string(row.name),
+                                    " yet; fastvae.set_backend(\"auto\") takes what there is");
+    }
   }
   common(args).weight = weight_of(reduction, common(args).rows);
   return gradients;

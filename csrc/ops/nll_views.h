@@ -43,7 +43,7 @@ Tensors fill_elements(Args& args, const LikelihoodRow& row, at::TensorList param
     }
   }
   kept.push_back(dense_rows(target, order));
-  args.target = row.counts ? count_operand(kept.back()) : operand(kept.back());
+  args.target = row.integers == Integers::counts ? count_operand(kept.back()) : operand(kept.back());
   return gradients;
 }
 

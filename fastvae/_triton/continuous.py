@@ -156,6 +156,18 @@ def student_t_per_element(loc, log_scale, target, scalar, shape, offset):
     return value, 0.0, slope, scale_slope, 0.0
 
 
+@triton.jit
+def gamma(log_scale, _, target, scalar, shape, offset):
+    """-log Gamma(x; k, e^s) = k s - (k - 1) log x + x e^-s and its normaliser, `offset`."""
+    root = exp(-0.5 * log_scale)  # twice: its square is finite for half as many
+    # Of 0 the ratio is 0, however large the root. The exponential, k = 1, has no log x.
+    positive = target > 0.0
+    ratio = tl.where(target == 0.0, 0.0, target * root * root)
+    log_target = tl.where(positive, tl.log(tl.where(positive, target, 1.0)), -float("inf"))
+    power = tl.where(shape == 1.0, 0.0, (shape - 1.0) * log_target)
+    return shape * log_scale - power + (ratio + offset), 0.0, shape - ratio, 0.0, 0.0
+
+
 # What the host makes of a row's constants, the fixed scale last of them. A learned scale is none.
 
 
@@ -173,6 +185,14 @@ def _student_t_scalar(constants: Sequence[float]) -> float:
 
 def _df(constants: Sequence[float]) -> float:
     return constants[0]
+
+
+def _shape(constants: Sequence[float]) -> float:
+    return constants[0]
+
+
+def _log_gamma(constants: Sequence[float]) -> float:
+    return math.lgamma(constants[0])
 
 
 def _middle(constants: Sequence[float]) -> float:
@@ -196,6 +216,7 @@ ELEMENTS = {
     "laplace": Element(laplace, scalar_of=_laplace_scalar),
     "laplace_per_element": Element(laplace_per_element),
     "continuous_bernoulli": Element(continuous_bernoulli),
+    "gamma": Element(gamma, shape_of=_shape, offset_of=_log_gamma),
     "student_t": Element(student_t, scalar_of=_student_t_scalar, shape_of=_df, offset_of=_student_t_offset),
     "student_t_per_element": Element(student_t_per_element, shape_of=_df, offset_of=_student_t_offset),
 }

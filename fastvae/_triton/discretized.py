@@ -2,7 +2,7 @@
 
 A program takes a tile of pixels and goes over their components twice: for the sum of the mixture, and, when that is
 known, for the gradient. Everything is computed again in between, for nothing of a component is kept. Formulas, and what
-is counted in half bins, are those of csrc/math/logistic.h.
+is counted in half bins, are those of csrc/math/discretized.h.
 """
 
 import math
@@ -107,7 +107,7 @@ def store_plane(slopes, places, plane, step, inside, value):
 def component(
     first, places, k, K, step, inside, n0, n1, n2, levels, log_width, floor, small, CHANNELS: tl.constexpr
 ):
-    """(logit, linear, factor, nine slopes of its log-mass) of component k: see Component in csrc/cuda/mixture.cuh.
+    """(logit, linear, factor, nine slopes of its log-mass) of component k: see Component in csrc/cuda/discretized.cuh.
 
     Slopes are by means, by log-scales and by coefficients; of one channel the first and the fourth are there.
     """
@@ -229,8 +229,8 @@ def logistic_kernel(
                     2.0 * tl.minimum(tl.load(target + data_places + 2 * data_step, inside, 0).to(C), highest)
                     - highest
                 )
-            # As Mixed in csrc/cuda/mixture.cuh. The first are below any; with -inf, a first component of weight 0 would
-            # make -inf less -inf.
+            # As Mixed in csrc/cuda/discretized.cuh. The first are below any; with -inf, a first component of weight 0
+            # would make -inf less -inf.
             top = tl.full((ROWS, COLUMNS), -1e38, C)
             top_linear = tl.zeros((ROWS, COLUMNS), C)
             top_logit = top

@@ -14,6 +14,7 @@ from .checks import check_floating, check_learned, checked_positive, checked_sca
 __all__ = [
     "bernoulli_nll",
     "continuous_bernoulli_nll",
+    "gamma_nll",
     "gaussian_head_nll",
     "gaussian_nll",
     "laplace_head_nll",
@@ -269,3 +270,30 @@ def continuous_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
         ValueError: a shape or device that does not fit, or a target that requires a gradient.
     """
     return loss.nll("continuous_bernoulli", [logits], target)[0]
+
+
+def gamma_nll(log_scale: Tensor, target: Tensor, *, shape: float) -> Tensor:
+    """-log Gamma(target | shape, e^log_scale) of every row, in nats: positive data whose spread grows with its mean.
+
+    Per element, for shape k and log-scale s: log Gamma(k) + k s - (k - 1) log x + x e^-s. The mean is k e^s.
+
+    With `shape` 1 it is the exponential, s + x e^-s: the likelihood of a power spectrum whose mean is e^s. Less the
+    log x + 1 of the data, which no parameter sees, it is the Itakura-Saito loss x / e^s - log(x / e^s) - 1 (Fevotte,
+    Bertin and Durrieu 2009, section 2: maximum likelihood of a complex Gaussian of that variance).
+
+    Args:
+        log_scale: (B, ...), log of the scale.
+        target: the shape of `log_scale`, positive: of its dtype or float32. (Pixels have zeros: uint8 is refused.) A
+            zero is data like any other for `shape` 1. Elsewhere its value is the limit, +inf for a larger shape and
+            -inf for a smaller, and its gradient is finite. It must not require a gradient.
+        shape: k, a positive number.
+
+    Returns:
+        (B,), float32 (float64 for a float64 log_scale).
+
+    Raises:
+        TypeError: a dtype or kind that does not fit.
+        ValueError: a shape or device that does not fit, a `shape` that is not positive, or a target that requires a
+            gradient.
+    """
+    return loss.nll("gamma", [log_scale], target, [checked_positive("gamma_nll", "shape", shape)])[0]

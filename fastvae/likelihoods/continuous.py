@@ -11,7 +11,7 @@ from ..functional.continuous import bounded, checked_bounds
 from ..reference.continuous import BERNOULLI_NUMBERS
 from .base import Likelihood, Row, is_pair
 
-__all__ = ["Bernoulli", "ContinuousBernoulli", "Gaussian", "Laplace", "StudentT"]
+__all__ = ["Bernoulli", "ContinuousBernoulli", "Gamma", "Gaussian", "Laplace", "StudentT"]
 
 
 class Bernoulli(Likelihood):
@@ -266,3 +266,31 @@ class ContinuousBernoulli(Likelihood):
         tilted = -torch.log1p(u * torch.expm1(-size)) / size
         draw = torch.where(size == 0, u, tilted)
         return torch.where(a > 0, 1 - draw, draw).to(params.dtype)
+
+
+class Gamma(Likelihood):
+    """Independent positive data, with a gamma density of the given `shape`; `params` are log-scales.
+
+    The mean is shape e^s for a log-scale s. `Gamma(1)` is the exponential: the likelihood of power spectra that the
+    Itakura-Saito loss stands for (see `functional.gamma_nll`). Data of 0 are for `Gamma(1)` alone.
+    """
+
+    def __init__(self, shape: float) -> None:
+        super().__init__()
+        self.shape = checked_positive("likelihoods.Gamma", "shape", shape)
+
+    def row(self, params: Tensor) -> Row:
+        return "gamma", [params], [self.shape]
+
+    def mean(self, params: Tensor) -> Tensor:
+        return self.shape * torch.exp(params)
+
+    @torch.no_grad()
+    def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        shape = torch.full_like(params, self.shape, dtype=torch.float64)
+        return (torch._standard_gamma(shape, generator=generator) * torch.exp(params.double())).to(
+            params.dtype
+        )
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape:g}"

@@ -13,6 +13,7 @@ __all__ = [
     "bernoulli_nll",
     "bounded_logvar",
     "continuous_bernoulli_nll",
+    "gamma_nll",
     "gaussian_head_nll",
     "gaussian_nll",
     "laplace_head_nll",
@@ -170,3 +171,17 @@ def continuous_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
     size = large.abs()
     far = torch.relu(large) - large * t + torch.log(-torch.expm1(-size) / size)
     return sum_event(torch.where(near, small * (0.5 - t) + series, far))
+
+
+def gamma_nll(log_scale: Tensor, target: Tensor, *, shape: float) -> Tensor:
+    """-log Gamma(target | shape, e^log_scale), (B,): positive data, a scale for every element.
+
+    Per element, for shape k and log-scale s: log Gamma(k) + k s - (k - 1) log x + x e^-s. The mean is k e^s. At k = 1,
+    the exponential, no logarithm of the data is left, and 0 is data like any other. Elsewhere a zero has its limit:
+    +inf for k > 1, where the density vanishes, -inf for k < 1, where it has no upper end. Its derivative by s is k.
+    """
+    dtype = compute_dtype(log_scale)
+    s, x = log_scale.to(dtype), read_target(target, dtype)
+    # Twice the root of e^-s, which is finite for twice as many s; and a zero is 0 scales whatever the scale.
+    root = torch.exp(torch.where(x == 0, 0.0, s) / -2)
+    return sum_event(math.lgamma(shape) + shape * s - torch.xlogy(shape - 1, x) + x * root * root)

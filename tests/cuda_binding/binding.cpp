@@ -10,9 +10,9 @@
 #include "../../csrc/ops/buffer_pool.cpp"
 #include "../../csrc/ops/categorical.cpp"
 #include "../../csrc/ops/common.cpp"
+#include "../../csrc/ops/discretized.cpp"
 #include "../../csrc/ops/latents.cpp"
 #include "../../csrc/ops/library.cpp"
-#include "../../csrc/ops/mixture.cpp"
 #include "../../csrc/ops/nll.cpp"
 
 #define CUDA CPU  // the dispatch key

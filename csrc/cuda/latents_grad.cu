@@ -1,4 +1,4 @@
-// The backward of sample.cu: the gradients of z and of the KL meet in one pass; the noise is drawn again.
+// The backward of latents.cu: the gradients of z and of the KL meet in one pass; the noise is drawn again.
 #include "latents.cuh"
 
 namespace fastvae::cuda {

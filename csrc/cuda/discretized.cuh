@@ -1,4 +1,4 @@
-// Mixtures of discretised logistics (see Mixture in cpu/mixtures.cpp for the planes): the nll of each row, the loss and, where wanted,
+// Mixtures of discretised logistics (see Mixture in cpu/discretized.cpp for the planes): the nll of each row, the loss and, where wanted,
 // the gradient. A file for each number of channels includes this.
 //
 // A component of a pixel costs some 400 instructions for its 20 numbers, so it is worked out once: a thread has a component of a pixel
@@ -6,7 +6,7 @@
 #pragma once
 #include "rows.cuh"
 //
-#include "../math/logistic.h"
+#include "../math/discretized.h"
 
 namespace fastvae::cuda {
 

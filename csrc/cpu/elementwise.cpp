@@ -1,5 +1,7 @@
-// One pass over a reconstruction: the nll of each row and, where wanted, the gradient.
-#include "../math/likelihoods.h"
+// The likelihoods whose elements are each for themselves. One pass over a reconstruction: the nll of each row and, where wanted, the
+// gradient.
+#include "../math/continuous.h"
+#include "../math/counts.h"
 
 #include <ATen/Parallel.h>
 
@@ -136,17 +138,12 @@ void scale(const ScaleArgs& args) {
 
 void nll(const NllArgs& args) {
   switch (args.element) {
-    case Element::bernoulli: return run<math::Bernoulli>(args);
-    case Element::gaussian: return run<math::Gaussian>(args);
-    case Element::gaussian_per_element: return run<math::GaussianPerElement>(args);
-    case Element::laplace: return run<math::Laplace>(args);
-    case Element::laplace_per_element: return run<math::LaplacePerElement>(args);
-    case Element::continuous_bernoulli: return run<math::ContinuousBernoulli>(args);
-    case Element::poisson: return run<math::Poisson>(args);
-    case Element::student_t: return run<math::StudentT>(args);
-    case Element::student_t_per_element: return run<math::StudentTPerElement>(args);
-    case Element::gaussian_bounded: return run<math::GaussianBounded>(args);
-    case Element::discretized_logistic: return;  // see mixtures.cpp
+#define FASTVAE_ELEMENT(name, Struct) \
+  case Element::name: return run<math::Struct>(args);
+#define FASTVAE_CUDA_ELEMENT(name, Struct) \
+  case Element::name: return;
+#include "../likelihoods.def"
+    case Element::none: return;  // of rows that have a loop of their own
   }
 }
 

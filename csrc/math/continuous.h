@@ -1,38 +1,9 @@
-// One struct per likelihood: the negative log-likelihood of one element and its derivatives, in nats.
-//
-//   params      how many tensors of the data's shape it reads; `element` writes one derivative for each
-//   constants   how many scalars it reads, the same for every element
-//   has_log1p   whether it leaves a term log(1 + e) to `logs`, the caller adds logs.value() once for many elements
-//   has_pull    whether a learned scale needs the sum of (first param - target) times its derivative: of other scale families that is
-//               a multiple of the nll
-//   element     the part of the nll that differs between elements; what is the same for all of them, the normaliser, is
-//               added once per row
-// Scale families, which have one log-scale s for all elements (the Gaussian has the log-variance in its place):
-//   scale_share   what the nll of every element gains with s
-//   scalar_slope  the derivative of a row by s, from what was summed of the row
+// Densities of numbers, and the Bernoulli, which is computed as they are: structs that element.h describes.
 #pragma once
-#include <cmath>
-
-#include "elementary.h"
+#include "element.h"
 
 namespace fastvae::math {
 inline namespace FASTVAE_ISA {
-
-// What is the same for every element: the part of its nll, and the scalars that `element` reads.
-template <class C>
-struct Normaliser {
-  C per_element;
-  C constants[5];
-};
-
-// That of L with the scale 1, at another one.
-template <class L, class C>
-FASTVAE_HD Normaliser<C> at_scale(Normaliser<C> unit, C log_scale) {
-  log_scale *= C(L::scale_share);
-  unit.per_element += log_scale;
-  unit.constants[0] *= std::exp(-log_scale);
-  return unit;
-}
 
 // -log Bernoulli(t; sigmoid(a)) = max(a, 0) - a t + log(1 + exp(-|a|)); for t strictly between 0 and 1, the cross-entropy.
 struct Bernoulli {
@@ -196,35 +167,6 @@ struct ContinuousBernoulli {
   }
 };
 
-// -log Poisson(t; exp(a)) = exp(a) - t a + log(t!).
-struct Poisson {
-  static constexpr int params = 1;
-  static constexpr int constants = 0;
-  static constexpr bool has_log1p = false;
-  static constexpr bool has_pull = false;
-
-  template <class V>
-  static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params], Log1pSum<V>&) {
-    using P = Primitives<V>;
-    constexpr auto from = stirling_from<V>();
-    constexpr auto below = from - from * (sizeof(typename P::Scalar) == 8 ? 0x1p-54 : 0x1p-25);  // the largest number before it
-    const V a = param[0];
-    const auto large = P::less(V(below), t);
-    if (!P::any(large)) {
-      const V rate = P::exp(a);
-      slope[0] = rate - t;
-      return P::fma(P::neg(t), a, rate) + log_small_factorial(t);
-    }
-    // With u = a - log t it is t (exp(u) - 1 - u) + log(2 pi t) / 2 + ...: the three terms, each as large as t log t, cancel on paper.
-    const V n = P::select(large, t, V(1)), log_n = P::log(n);
-    const ExpParts<V> parts = P::exp_parts(a - log_n);
-    const V small = P::fma(P::neg(t), a, parts.exp) + log_small_factorial(P::select(large, V(0), t));
-    const V rest = P::fma(V(0.5f), log_n, stirling_rest(V(1) / n) + V(0.918938533204672741780329736406));
-    slope[0] = P::select(large, t * parts.minus_1, parts.exp - t);
-    return P::select(large, P::fma(t, parts.minus_1_h, rest), small);
-  }
-};
-
 // -log of Student's t with nu degrees of freedom less its normaliser: (nu + 1) log(1 + y^2) / 2, y = (m - t) / (scale sqrt(nu)).
 struct StudentT {
   static constexpr int params = 1;
@@ -276,6 +218,35 @@ struct StudentTPerElement {
     const V value = StudentT::standardised((param[0] - t) * inverse_scale, inverse_scale, constant[1], slope[0], pull);
     slope[1] = V(1) - pull;
     return param[1] + value;
+  }
+};
+
+// -log Gamma(t; k, exp(s)) less log Gamma(k): k s - (k - 1) log t + t exp(-s), of t >= 0. A log-scale for every element.
+struct Gamma {
+  static constexpr int params = 1;     // log-scale
+  static constexpr int constants = 2;  // k, k - 1
+  static constexpr bool has_log1p = false;
+  static constexpr bool has_pull = false;
+
+  template <class V>
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
+    using P = Primitives<V>;
+    // Not its square: the root is finite for twice as many s.
+    const V root = P::exp(V(-0.5f) * param[0]);
+    V ratio = t * root * root, log_t(0);
+    const bool has_power = P::any(P::less(V(0), P::abs(constant[1])));  // the exponential has no log t
+    if (has_power) log_t = P::log(t);
+    constexpr auto normal = sizeof(typename P::Scalar) == 8 ? 0x1p-1022 : 0x1p-126;  // from here on P::log has its digits
+    const auto small = P::less(t, V(normal));
+    if (P::any(small)) {
+      // Of 0 the ratio is 0, however large the root, and the logarithm is infinite.
+      const auto positive = P::less(V(0), t);
+      ratio = P::select(positive, ratio, t);
+      const V log_small = P::log(V(0x1p64) * P::select(positive, t, V(1))) - V(44.3614195558364998);
+      if (has_power) log_t = P::select(small, P::select(positive, log_small, V(-INFINITY)), log_t);
+    }
+    slope[0] = constant[0] - ratio;
+    return P::fma(constant[0], param[0], P::fnma(constant[1], log_t, ratio));
   }
 };
 

@@ -1,12 +1,12 @@
-// The CPU side of the rows of Family::logistic.
-#include "mixture.h"
+// The CPU side of the rows of Family::discretized.
+#include "discretized.h"
 
 #include "buffer_pool.h"
 #include "cpu_kernels.h"
 
 namespace fastvae {
 
-void evaluate_logistic(const LikelihoodRow& row, const Tensor& params, const Tensor& target, at::ArrayRef<double> constants,
+void evaluate_discretized(const LikelihoodRow& row, const Tensor& params, const Tensor& target, at::ArrayRef<double> constants,
                        bool wanted, const double* weights, int64_t weight_stride, std::vector<double>& nll, Tensors& gradients) {
   const auto order = memory_order(params);
   const auto found = logistic_constants(row, constants);

@@ -134,7 +134,8 @@ struct LogisticLogs {
   FASTVAE_HD V value() const { return sum + Primitives<V>::log(over) + excess.value(); }
 };
 
-// The same for CUDA as one of the structs of likelihoods.h. Params are mean and log-scale; t is a level, and the highest where it is above.
+// The same for CUDA as one of the structs that element.h describes. Params are mean and log-scale; t is a level, and the highest where
+// it is above.
 struct DiscretizedLogistic {
   static constexpr int params = 2;
   static constexpr int constants = 5;  // what Bins are made from

@@ -1,4 +1,4 @@
-#include "mixture.cuh"
+#include "discretized.cuh"
 
 namespace fastvae::cuda {
 

@@ -1,5 +1,5 @@
-// What the rows of Family::logistic take, on every device.
-#include "mixture.h"
+// What the rows of Family::discretized take, on every device.
+#include "discretized.h"
 
 #include <cmath>
 
@@ -24,7 +24,7 @@ std::array<double, cpu::kMaxConstants> bins_of(const LogisticConstants& constant
   return {levels, 1 / levels, std::log(2 / levels), constants.log_scale_floor, constants.small_mass};
 }
 
-void check_logistic(const LikelihoodRow& row, const Tensor& params, const Tensor& target, at::ArrayRef<double> constants) {
+void check_discretized(const LikelihoodRow& row, const Tensor& params, const Tensor& target, at::ArrayRef<double> constants) {
   const auto found = logistic_constants(row, constants);
   TORCH_CHECK_TYPE(c10::isFloatingType(params.scalar_type()), "fastvae::nll: `params` must be floating point, got ",
                    params.scalar_type());

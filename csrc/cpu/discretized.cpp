@@ -1,6 +1,6 @@
 // The discretised logistic and the mixtures of it: one pass over the parameters of each pixel, a lane for each of a few pixels.
 // What the gradient needs of K components is kept for those pixels alone, in the L1 cache.
-#include "../math/logistic.h"
+#include "../math/discretized.h"
 
 #include <ATen/Parallel.h>
 

@@ -1,3 +1,3 @@
-#include "mixture.cuh"
+#include "discretized.cuh"
 
 template cudaError_t fastvae::cuda::launch_mixture<1>(const MixtureArgs&, cudaStream_t);

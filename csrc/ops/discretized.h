@@ -1,4 +1,4 @@
-// fastvae::nll of the rows of Family::logistic: the discretised logistic and the mixtures of it.
+// fastvae::nll of the rows of Family::discretized: the discretised logistic and the mixtures of it.
 #pragma once
 #include <array>
 
@@ -19,10 +19,10 @@ LogisticConstants logistic_constants(const LikelihoodRow& row, at::ArrayRef<doub
 std::array<double, cpu::kMaxConstants> bins_of(const LogisticConstants& constants);
 
 // Raises where `params` (one tensor), `target` and the constants do not go together.
-void check_logistic(const LikelihoodRow& row, const Tensor& params, const Tensor& target, at::ArrayRef<double> constants);
+void check_discretized(const LikelihoodRow& row, const Tensor& params, const Tensor& target, at::ArrayRef<double> constants);
 
 // Writes the nll of each row and, where wanted, appends the gradient; that of row r is multiplied by weights[r * weight_stride].
-void evaluate_logistic(const LikelihoodRow& row, const Tensor& params, const Tensor& target, at::ArrayRef<double> constants,
+void evaluate_discretized(const LikelihoodRow& row, const Tensor& params, const Tensor& target, at::ArrayRef<double> constants,
                        bool wanted, const double* weights, int64_t weight_stride, std::vector<double>& nll, Tensors& gradients);
 
 }  // namespace fastvae

@@ -1,10 +1,11 @@
-// One pass over a reconstruction: the nll of each row, the loss and, where wanted, the gradient. A file for each likelihood includes
-// this.
+// The likelihoods whose elements are each for themselves. One pass over a reconstruction: the nll of each row, the loss and, where
+// wanted, the gradient. A file for each share of them includes this.
 #pragma once
 #include "rows.cuh"
 //
-#include "../math/likelihoods.h"
-#include "../math/logistic.h"
+#include "../math/continuous.h"
+#include "../math/counts.h"
+#include "../math/discretized.h"
 
 namespace fastvae::cuda {
 
@@ -25,8 +26,10 @@ constexpr int widest(int64_t item_size) {
 }
 
 // Families with one scale for all elements, which may be learned.
+template <class L, class = void>
+constexpr bool kScales = false;
 template <class L>
-constexpr bool kScales = L::params == 1 && L::constants > 0;
+constexpr bool kScales<L, std::void_t<decltype(L::scale_share)>> = true;
 
 // What takes one logarithm for the terms of many elements.
 template <class L, class C>
@@ -36,17 +39,10 @@ using Logs = std::conditional_t<std::is_same_v<L, math::DiscretizedLogistic>, ma
 template <class F>
 auto with_likelihood(Element element, const F& f) {
   switch (element) {
-    case Element::bernoulli: return f(math::Bernoulli());
-    case Element::gaussian: return f(math::Gaussian());
-    case Element::gaussian_per_element: return f(math::GaussianPerElement());
-    case Element::laplace: return f(math::Laplace());
-    case Element::laplace_per_element: return f(math::LaplacePerElement());
-    case Element::continuous_bernoulli: return f(math::ContinuousBernoulli());
-    case Element::poisson: return f(math::Poisson());
-    case Element::student_t: return f(math::StudentT());
-    case Element::student_t_per_element: return f(math::StudentTPerElement());
-    case Element::discretized_logistic: return f(math::DiscretizedLogistic());
-    default: return f(math::GaussianBounded());
+#define FASTVAE_ELEMENT(name, Struct) \
+  case Element::name: return f(math::Struct());
+#include "../likelihoods.def"
+    default: return f(math::Bernoulli());  // none: a row without an element does not come here
   }
 }
 
@@ -267,17 +263,27 @@ cudaError_t launch_nll(const NllArgs& args, cudaStream_t stream) {
   }
 }
 
-// One file for each of these, so that they compile side by side.
-extern template cudaError_t launch_nll<math::Bernoulli>(const NllArgs&, cudaStream_t);
-extern template cudaError_t launch_nll<math::Gaussian>(const NllArgs&, cudaStream_t);
-extern template cudaError_t launch_nll<math::GaussianPerElement>(const NllArgs&, cudaStream_t);
-extern template cudaError_t launch_nll<math::Laplace>(const NllArgs&, cudaStream_t);
-extern template cudaError_t launch_nll<math::LaplacePerElement>(const NllArgs&, cudaStream_t);
-extern template cudaError_t launch_nll<math::ContinuousBernoulli>(const NllArgs&, cudaStream_t);
-extern template cudaError_t launch_nll<math::Poisson>(const NllArgs&, cudaStream_t);
-extern template cudaError_t launch_nll<math::StudentT>(const NllArgs&, cudaStream_t);
-extern template cudaError_t launch_nll<math::StudentTPerElement>(const NllArgs&, cudaStream_t);
-extern template cudaError_t launch_nll<math::DiscretizedLogistic>(const NllArgs&, cudaStream_t);
-extern template cudaError_t launch_nll<math::GaussianBounded>(const NllArgs&, cudaStream_t);
+// The list in shares, a file for each, so that they compile side by side: share i has every kShares-th likelihood from the i-th on.
+constexpr int kShares = 6;
+
+template <int kShare>
+cudaError_t launch_share(const NllArgs& args, cudaStream_t stream) {
+  switch (args.element) {
+#define FASTVAE_ELEMENT(name, Struct)                                                                    \
+  case Element::name:                                                                                    \
+    if constexpr (int(Element::name) % kShares == kShare) return launch_nll<math::Struct>(args, stream); \
+    break;
+#include "../likelihoods.def"
+    case Element::none: break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+extern template cudaError_t launch_share<0>(const NllArgs&, cudaStream_t);
+extern template cudaError_t launch_share<1>(const NllArgs&, cudaStream_t);
+extern template cudaError_t launch_share<2>(const NllArgs&, cudaStream_t);
+extern template cudaError_t launch_share<3>(const NllArgs&, cudaStream_t);
+extern template cudaError_t launch_share<4>(const NllArgs&, cudaStream_t);
+extern template cudaError_t launch_share<5>(const NllArgs&, cudaStream_t);
 
 }  // namespace fastvae::cuda

@@ -1,3 +1,0 @@
-#include "nll.cuh"
-
-template cudaError_t fastvae::cuda::launch_nll<fastvae::math::StudentTPerElement>(const NllArgs&, cudaStream_t);
