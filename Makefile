@@ -83,7 +83,7 @@ cuda-link:
 	@cd $(LINK)/tree && FASTVAE_NATIVE=1 FASTVAE_CUDA=1 ../venv/bin/python setup.py -q build_ext --inplace \
 	    > ../build.log 2>&1 || { tail -n 50 ../build.log; exit 1; }
 	@echo "== what it holds"
-	@cd $(LINK)/tree && PYTHONPATH=. ../venv/bin/python $(CURDIR)/tests/cuda_link.py
+	@cd $(LINK)/tree && PYTHONPATH=. ../venv/bin/python $(CURDIR)/tests/backends/cuda/cuda_link.py
 
 wheel: $(VENV)/.torch
 	@echo "== wheel"

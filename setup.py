@@ -250,7 +250,7 @@ def native():
             everything = not Path(self.build_temp).exists()
             before = compiler_seconds()
             super().run()
-            if everything:  # tests/test_build.py looks whether it takes longer than it did
+            if everything:  # tests/project/test_build.py looks whether it takes longer than it did
                 Path(self.build_temp, "compiler_seconds").write_text(f"{compiler_seconds() - before:.0f}\n")
             in_tree = self.inplace or self.editable_mode
             record = {

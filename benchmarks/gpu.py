@@ -96,7 +96,10 @@ def test() -> str | None:
     """The tests that run on a GPU: in several processes, because compiling takes most of the time."""
     headline("tests")
     deadline = time.monotonic() + TESTS
-    files = [f"tests/test_{name}.py" for name in ("triton", "cuda", "graphs")]
+    files = [
+        f"tests/{name}.py"
+        for name in ("backends/triton/test_triton", "backends/cuda/test_cuda", "core/test_graphs")
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     processes = [
         subprocess.Popen(

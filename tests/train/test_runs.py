@@ -194,7 +194,9 @@ def test_tensorboard(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [(), ("--ema", "0.9", "--clip", "1")], ids=["", "everything"])
-@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize(
+    "precision", ["bf16-true", pytest.param("64-true", marks=pytest.mark.slow), "bf16-mixed", "16-mixed"]
+)
 @pytest.mark.usefixtures("drawn")
 def test_precisions(tmp_path, capsys, precision, options):
     options = ("--epochs", "1", "--lr", "0.005", "--precision", precision, *options)

@@ -61,9 +61,9 @@ def rows_of(run: Path) -> list[dict[str, str]]:
     "options",
     [
         (),
-        ("--likelihood", "nb"),
+        pytest.param(("--likelihood", "nb"), marks=pytest.mark.slow),
         ("--likelihood", "poisson"),
-        ("--dispersion", "gene-cell"),
+        pytest.param(("--dispersion", "gene-cell"), marks=pytest.mark.slow),
         ("--likelihood", "nb", "--dispersion", "gene-cell", "--layers", "2"),
     ],
     ids=" ".join,

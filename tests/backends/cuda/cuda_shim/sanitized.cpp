@@ -1,5 +1,5 @@
 // Every kernel in a program of its own, for the sanitizers: memory of just the size that is needed, and all paths: whole accesses and
-// single ones, one block to a row and several, a last block that adds up. Results are looked at roughly; tests/test_cuda_kernels.py
+// single ones, one block to a row and several, a last block that adds up. Results are looked at roughly; tests/backends/cuda/test_cuda_kernels.py
 // knows them better.
 #include <algorithm>
 #include <cmath>

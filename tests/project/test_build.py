@@ -24,7 +24,7 @@ HOMES = (("avx512", re.compile("isa_avx512|AVX512")), ("avx2", re.compile("isa_a
 # AT&T syntax: 512-bit or mask registers or numbers above 15 are AVX-512; 256 bits or a v-instruction at least AVX.
 AVX512 = re.compile(r"%zmm|%k[1-7]|%[xy]mm(1[6-9]|2\d|3[01])")
 AVX = re.compile(r"%ymm|^v[a-z]")
-ROOT, TORCH = Path(__file__).parents[1], Path(torch.__file__).parent
+ROOT, TORCH = Path(__file__).parents[2], Path(torch.__file__).parent
 LEVEL = {"base": 0, "avx2": 1, "avx512": 2}
 
 

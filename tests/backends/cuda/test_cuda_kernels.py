@@ -1,8 +1,8 @@
 """The CUDA kernels on a machine without a GPU.
 
-Their bodies run on the CPU, compiled as C++ with a thread for every thread of a block, against `fastvae.reference` in
+Their bodies run on the CPU, compiled as C++ with a fiber for every thread of a block, against `fastvae.reference` in
 float64, and under the sanitizers. And where nvcc is, they are compiled for every architecture and the machine code is
-looked at: registers, spills, 128-bit accesses; `python tests/test_cuda_kernels.py` prints that as a table.
+looked at: registers, spills, 128-bit accesses. This file, run as a program, prints that as a table.
 """
 
 import math

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[1]))  # last: the fastvae under test is the one that is installed
+sys.path.append(str(Path(__file__).parents[2]))  # last: the fastvae under test is the one that is installed
 
 from benchmarks.cases import CASES, Case
 from benchmarks.timing import _check, _result

@@ -1,6 +1,6 @@
 """The Triton backend: the same tests on a GPU, and without one in Triton's interpreter, slow as it is.
 
-The interpreter must be asked for before the first import of Triton: TRITON_INTERPRET=1 pytest tests/test_triton.py.
+The interpreter must be asked for before the first import of Triton: TRITON_INTERPRET=1 pytest tests/backends/triton.
 Where there is neither, this file runs itself that way, in one process, along with those tests of test_autograd.py that
 take a backend. What compiling the kernels tells without a GPU is in test_triton_aot.py.
 """
@@ -37,8 +37,8 @@ on_gpu = pytest.mark.skipif(not GPU, reason="only a GPU can show this")
 @pytest.mark.skipif(HERE, reason="this process runs them itself")
 @pytest.mark.parametrize("shard", ["0/2", "1/2"])
 def test_in_the_interpreter(shard: str, which_tests: list[str]) -> None:
-    tests = Path(__file__).parent
-    files = [str(tests / f"test_{name}.py") for name in ("triton", "autograd")]
+    tests = Path(__file__).parents[2]
+    files = [str(tests / name) for name in ("backends/triton/test_triton.py", "core/test_autograd.py")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", "triton", "--shard", shard, *which_tests, *files],
         cwd=tests.parent,

@@ -1,4 +1,4 @@
-"""csrc/cuda without a GPU: the kernels' bodies compiled as C++ (tests/cuda_shim), called as csrc/ops would call them.
+"""csrc/cuda without a GPU: the kernels' bodies compiled as C++ (cuda_shim), called as csrc/ops would call them.
 
 The structs mirror csrc/cuda/kernels.h; a difference in size is noticed when the library is loaded.
 """
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from fastvae._spec import ROWS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-SHIM = ROOT / "tests" / "cuda_shim"
+SHIM = Path(__file__).parent / "cuda_shim"
 THREADS = 64  # of a block
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.bool)

@@ -1,7 +1,7 @@
 """The likelihood of PixelCNN++ step by step as it is published, in float64, and the stored values that it gave.
 
-`python tests/published_logistics.py` writes published_logistics.json: inputs at random and at hard points, the negative
-log-likelihood of each row, and the gradient of their sum. tests/test_discretized.py holds every backend to them.
+`python published_logistics.py` writes published_logistics.json: inputs at random and at hard points, the negative
+log-likelihood of each row, and the gradient of their sum. test_discretized.py holds every backend to them.
 
 The steps are those of Salimans et al. 2017, section 2 and the appendix on its code; a difference of two sigmoids, whose
 logarithm is taken where it exceeds 1e-5, and else the logarithm of the density in the middle of the bin.

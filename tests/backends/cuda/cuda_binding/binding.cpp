@@ -1,4 +1,4 @@
-// csrc/ops with its CUDA side, over the kernels that tests/cuda_shim runs on the CPU, in the place of the CPU kernels: CPU tensors then go
+// csrc/ops with its CUDA side, over the kernels that cuda_shim runs on the CPU, in the place of the CPU kernels: CPU tensors then go
 // the way that CUDA tensors go on a GPU. The folders ATen and c10 here stand in for what torch has of CUDA.
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -7,18 +7,18 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
-#include "../../csrc/ops/buffer_pool.cpp"
-#include "../../csrc/ops/categorical.cpp"
-#include "../../csrc/ops/common.cpp"
-#include "../../csrc/ops/discretized.cpp"
-#include "../../csrc/ops/latents.cpp"
-#include "../../csrc/ops/library.cpp"
-#include "../../csrc/ops/nll.cpp"
+#include "../../../../csrc/ops/buffer_pool.cpp"
+#include "../../../../csrc/ops/categorical.cpp"
+#include "../../../../csrc/ops/common.cpp"
+#include "../../../../csrc/ops/discretized.cpp"
+#include "../../../../csrc/ops/latents.cpp"
+#include "../../../../csrc/ops/library.cpp"
+#include "../../../../csrc/ops/nll.cpp"
 
 #define CUDA CPU  // the dispatch key
-#include "../../csrc/ops/common_cuda.cpp"
-#include "../../csrc/ops/latents_cuda.cpp"
-#include "../../csrc/ops/nll_cuda.cpp"
+#include "../../../../csrc/ops/common_cuda.cpp"
+#include "../../../../csrc/ops/latents_cuda.cpp"
+#include "../../../../csrc/ops/nll_cuda.cpp"
 #undef CUDA
 
 // Families without a CUDA kernel.

@@ -1,7 +1,7 @@
-"""Makes tests/scvi_values.json: scvi-tools' log_nb_positive and log_zinb_positive on random inputs, in float64.
+"""Makes tests/core/scvi_values.json: scvi-tools' log_nb_positive and log_zinb_positive on random inputs, in float64.
 
-    python tests/make_scvi_values.py            where scvi-tools is installed
-    python tests/make_scvi_values.py FILE.whl   its wheel (pip download --no-deps scvi-tools): of all that the package
+    python make_scvi_values.py            where scvi-tools is installed
+    python make_scvi_values.py FILE.whl   its wheel (pip download --no-deps scvi-tools): of all that the package
                                                 imports, these two functions need torch alone
 
 Both with their default eps of 1e-8, which moves the result, and with one that does not.

@@ -14,21 +14,21 @@ import cuda_kernels
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-HERE = ROOT / "tests" / "cuda_binding"
+ROOT = Path(__file__).parents[3]
+HERE = Path(__file__).parent / "cuda_binding"
 TORCH = Path(torch.__file__).parent
 # Of each file: which of its tests hold of CUDA tensors, too. A process for each part.
 PARTS = {
     "elements": {
-        "cuda_binding/launches.py": "",
-        "test_autograd.py": "native and not ddp and not large_buffers",
-        "test_layouts.py": "native",
-        "test_noise.py": "native",
+        "backends/cuda/cuda_binding/launches.py": "",
+        "core/test_autograd.py": "native and not ddp and not large_buffers",
+        "core/test_layouts.py": "native",
+        "core/test_noise.py": "native",
     },
     "families": {
-        "test_compile.py": "opcheck or one_graph and native",
-        "test_categorical.py": "not thread and not instruction and not reference and not trusts",
-        "test_discretized.py": "native or eager or compiles",
+        "backends/test_compile.py": "opcheck or one_graph and native",
+        "core/test_categorical.py": "not thread and not instruction and not reference and not trusts",
+        "core/test_discretized.py": "native or eager or compiles",
     },
 }
 
