@@ -45,7 +45,7 @@ struct Workspace {
 //   scalar_rows[r] = d nll[r] / d scalar
 // The params and slopes of a packed head are two views with the same runs. The target's rows are a single run.
 struct NllArgs {
-  Element element = Element::none;
+  Element element = Element::bernoulli;
   int64_t rows = 0, size = 0;
   Operand params[kMaxParams];
   Operand target;
