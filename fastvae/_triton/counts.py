@@ -36,16 +36,19 @@ _HALF_LOG_2PI: tl.constexpr = tl.constexpr(0.9189385332046727)
 def poisson(a, _, target, scalar, shape, offset):
     """-log Poisson(t; e^a) = e^a - t a + log t!, which cancel where t is large.
 
-    There, with u = a - log t, it is t (e^u - 1 - u) + log(2 pi t) / 2 + ...
+    There, with u = a - log t, it is t (e^u - 1 - u) + log(2 pi t) / 2 + ... Where the rate is far above the count nothing
+    cancels, and e^a is taken of a itself: of the rounded u it would lose a digit.
     """
     large = target >= (16.0 if target.dtype == tl.float64 else 2.0)
     log_n, rest, small = log_factorial(target, large)
     u = a - tl.where(large, log_n, 0.0)
-    exp_u = exp(u)
-    minus_1_u = exp_minus_1_minus(u, exp_u)
-    small += exp_u - target * a
-    slope = tl.where(large, target * (minus_1_u + u), exp_u - target)
-    return tl.where(large, target * minus_1_u + rest, small), 0.0, slope, 0.0, 0.0
+    far = u > 4.0
+    e = exp(tl.where(far, a, u))
+    minus_1_u = exp_minus_1_minus(u, e)
+    value = tl.where(large, e - target * (1.0 + u) + rest, e - target * a + small)
+    cancels = large & ~far
+    slope = tl.where(cancels, target * (minus_1_u + u), e - target)
+    return tl.where(cancels, target * minus_1_u + rest, value), 0.0, slope, 0.0, 0.0
 
 
 ELEMENTS = {"poisson": Element(poisson, warps_64=4)}
