@@ -36,8 +36,8 @@ _HALF_LOG_2PI: tl.constexpr = tl.constexpr(0.9189385332046727)
 def poisson(a, _, target, scalar, shape, offset):
     """-log Poisson(t; e^a) = e^a - t a + log t!, which cancel where t is large.
 
-    There, with u = a - log t, it is t (e^u - 1 - u) + log(2 pi t) / 2 + ... Where the rate is far above the count nothing
-    cancels, and e^a is taken of a itself: of the rounded u it would lose a digit.
+    There, with u = a - log t, it is t (e^u - 1 - u) + log(2 pi t) / 2 + ... Where the rate is far above the count
+    nothing cancels, and e^a is taken of a itself: of the rounded u it would lose a digit.
     """
     large = target >= (16.0 if target.dtype == tl.float64 else 2.0)
     log_n, rest, small = log_factorial(target, large)
