@@ -167,3 +167,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def drawn() -> None:
+    """For a test of the pictures of a run."""
+
+
+@pytest.fixture
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps runs from drawing, but for tests of their pictures, which take most of the time of so short a run."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("fastvae.train.callbacks.is_drawn", lambda trainer: False)

@@ -13,14 +13,7 @@ from fastvae import cli
 from fastvae.train import checkpoints, image
 from fastvae.train.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(request, monkeypatch):
-    """They take most of the time of so short a run."""
-    if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("fastvae.train.callbacks.is_drawn", lambda trainer: False)
+pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,7 @@ from run_files import QUICK, in_a_process, rows, weights
 from fastvae.train import kinds
 from fastvae.train.image import data, loader
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(request, monkeypatch):
-    """They take most of the time of so short a run."""
-    if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("fastvae.train.callbacks.is_drawn", lambda trainer: False)
+pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
 
 RANKS = """

@@ -14,30 +14,7 @@ from fastvae.train.errors import InputError
 from fastvae.train.image import callbacks as image_callbacks
 from fastvae.train.image import module
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-FILES = {
-    "config.toml",
-    "metrics.csv",
-    "kl_per_dimension.csv",
-    "checkpoints",
-    "samples.png",
-    "reconstructions.png",
-    "loss.png",
-    "latents.png",
-}
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(request, monkeypatch):
-    """They take most of the time of so short a run."""
-    if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("fastvae.train.callbacks.is_drawn", lambda trainer: False)
-
-
-@pytest.fixture
-def drawn() -> None:
-    """For a test of the pictures."""
+pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
 
 VARIANTS = {

@@ -16,7 +16,7 @@ from fastvae import cli, reference
 from fastvae.train import image, kinds, runs
 from fastvae.train.image import data
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
 # The others have files of their own; photos is gaussian with other defaults.
 IMAGES = ["mlp", "conv", "conv-lstm", "gaussian"]
@@ -30,18 +30,6 @@ FILES = {
     "loss.png",
     "latents.png",
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(request, monkeypatch):
-    """They take most of the time of so short a run."""
-    if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("fastvae.train.callbacks.is_drawn", lambda trainer: False)
-
-
-@pytest.fixture
-def drawn() -> None:
-    """For a test of the pictures."""
 
 
 @pytest.mark.parametrize("recipe", IMAGES)

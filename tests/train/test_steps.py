@@ -11,19 +11,7 @@ from fastvae import cli
 from fastvae.train import image, processes
 from fastvae.train.image import module
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(request, monkeypatch):
-    """They take most of the time of so short a run."""
-    if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("fastvae.train.callbacks.is_drawn", lambda trainer: False)
-
-
-@pytest.fixture
-def drawn() -> None:
-    """For a test of the pictures."""
+pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
 
 @pytest.mark.parametrize("term", ["nll", "kl", "the gradient"])

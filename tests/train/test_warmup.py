@@ -6,14 +6,7 @@ from run_files import rows, train
 
 from fastvae.train import warmup
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(request, monkeypatch):
-    """They take most of the time of so short a run."""
-    if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("fastvae.train.callbacks.is_drawn", lambda trainer: False)
+pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
 
 def test_schedules():

@@ -13,19 +13,7 @@ from fastvae.train import image, kinds
 from fastvae.train.draws import generator
 from fastvae.train.image import data, loader
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(request, monkeypatch):
-    """They take most of the time of so short a run."""
-    if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("fastvae.train.callbacks.is_drawn", lambda trainer: False)
-
-
-@pytest.fixture
-def drawn() -> None:
-    """For a test of the pictures."""
+pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
 
 def test_prepare():

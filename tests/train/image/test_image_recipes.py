@@ -21,14 +21,9 @@ from fastvae.train.image.recipes.conv_lstm import ConvLSTM
 from fastvae.train.image.recipes.residual import Colour, Photos
 from fastvae.train.image.recipes.vae_gan import VAEGAN, Discriminator
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
 SMALL = ("--accelerator", "cpu", "--channels", "4", "--latent", "3", "--batch-size", "16")
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    monkeypatch.setattr("fastvae.train.callbacks.is_drawn", lambda trainer: False)
 
 
 @pytest.fixture(scope="module")
