@@ -37,15 +37,18 @@ help:
 demo: $(VENV)/.deps-train $(VENV)/.built
 	@$(VENV)/bin/fastvae demo $(ARGS)
 
-# What `make test` leaves out is run by test-rest alone; test-all runs both. A process for each core, one thread each.
-test: WHICH := most
-test-rest: WHICH := rest
-test-all: WHICH := all
+# What `make test` leaves out is run by test-rest alone; test-all runs both. A process for each core, eight at most, and one
+# thread each; without pytest-xdist, which may be missing where there is no network, one process.
+test: WHICH :=
+test-rest: WHICH := --tests rest
+test-all: WHICH := --tests all
 test test-rest test-all: $(VENV)/.deps-test $(VENV)/.built
 	@# Here, native kernels that are missing are a failure, not a reason for the reference.
 	@$(RUN) -c "import fastvae; fastvae.set_backend('native')"
-	@echo "== tests: $(WHICH)"
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests --tests $(WHICH) -n $$(nproc) --dist worksteal --durations=10 $(ARGS)
+	@echo "== tests $(WHICH)"
+	@cores=$$(env -u OMP_NUM_THREADS nproc); [ $$cores -le 8 ] || cores=8; \
+	if $(RUN) -c "import xdist" 2>/dev/null; then workers="-n $$cores --dist worksteal"; else workers=; fi; \
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(if $(findstring tests/,$(ARGS)),,tests) $(WHICH) $$workers --durations=10 $(ARGS)
 
 lint: $(VENV)/.deps-dev
 	@echo "== ruff"

@@ -188,6 +188,27 @@ def compiler_seconds():
     return used.ru_utime + used.ru_stime
 
 
+def header_seconds(folder):
+    """The CPU time that one of torch's headers takes: how fast this machine compiles."""
+    from torch.utils import cpp_extension
+
+    Path(folder, "header.cpp").write_text("#include <torch/library.h>\n")
+    command = [
+        *shlex.split(cpp_extension.get_cxx_compiler()),
+        "-std=c++20",
+        "-O3",
+        "-c",
+        "header.cpp",
+        "-o",
+        os.devnull,
+    ]
+    for path in cpp_extension.include_paths():
+        command += ["-isystem", path]
+    before = compiler_seconds()
+    subprocess.run(command, cwd=folder, check=True)
+    return compiler_seconds() - before
+
+
 class BuildPython(build_py):
     def find_package_modules(self, package, package_dir):
         # A build record left in the tree by an editable install says nothing about the wheel made now.
@@ -230,10 +251,9 @@ def native():
         def build_extension(self, ext):
             # Of an inline function that several objects hold (std::vector's, say) the linker keeps the first copy it
             # meets. Were that the AVX-512 copy, the extension would crash a machine without it. So the objects are
-            # linked in this order: module and ops (setuptools puts them before extra_objects), default, avx2,
-            # avx512. What must differ between instruction sets lives in a namespace of its own.
-            # The largest file goes first, so that no compiler is left working alone at the end.
-            sources = sorted(
+            # linked in this order: extension.cpp (setuptools puts it before extra_objects), default, avx2, avx512.
+            # What must differ between instruction sets lives in a namespace of its own.
+            sources = sorted(  # the largest first, so that no compiler is left working alone at the end
                 Path("csrc/cpu").glob("*.cpp"), key=lambda path: path.stat().st_size, reverse=True
             )
             for name, flags in INSTRUCTION_SETS.items():
@@ -251,7 +271,9 @@ def native():
             before = compiler_seconds()
             super().run()
             if everything:  # tests/project/test_build.py looks whether it takes longer than it did
-                Path(self.build_temp, "compiler_seconds").write_text(f"{compiler_seconds() - before:.0f}\n")
+                seconds = compiler_seconds() - before
+                record = f"{seconds:.0f} {header_seconds(self.build_temp):.2f}\n"
+                Path(self.build_temp, "compiler_seconds").write_text(record)
             in_tree = self.inplace or self.editable_mode
             record = {
                 "TORCH_VERSION": str(torch.__version__),
@@ -271,6 +293,9 @@ def native():
     if "clang" not in subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout:
         compile_args += GCC_ARGS
     sources = ["csrc/extension.cpp"]
+    depends = sorted(
+        str(path) for path in Path("csrc").rglob("*") if path.is_file()
+    )  # for builds without ninja
     # Not linked with -fopenmp: then the OpenMP runtime is the one that torch itself depends on, whatever its file is
     # called. A second one would have threads of its own, out of reach of torch.set_num_threads.
     if cuda:
@@ -279,11 +304,16 @@ def native():
             "fastvae._C",
             sources + sorted(map(str, for_cuda)),
             include_dirs=include_dirs,
+            depends=depends,
             extra_compile_args={"cxx": compile_args, "nvcc": NVCC_ARGS},
         )
     else:
         extension = CppExtension(
-            "fastvae._C", sources, include_dirs=include_dirs, extra_compile_args=compile_args
+            "fastvae._C",
+            sources,
+            include_dirs=include_dirs,
+            depends=depends,
+            extra_compile_args=compile_args,
         )
     torch_minor = ".".join(torch.__version__.split(".")[:2])
     return {

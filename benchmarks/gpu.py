@@ -100,7 +100,7 @@ def test() -> str | None:
         f"tests/{name}.py"
         for name in ("backends/triton/test_triton", "backends/cuda/test_cuda", "core/test_graphs")
     ]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "--tests", "all", "-q", "-p", "no:cacheprovider", *files]
     processes = [
         subprocess.Popen(
             [*command, f"--shard={i}/{TEST_PROCESSES}"],

@@ -16,7 +16,7 @@
 namespace py = pybind11;
 
 // The ops once more, for calls as a training loop on a CPU makes them: plain tensors that fit together. Everything else gets None, and
-// functional.py goes the long way: its checks, which have words for what is wrong and make the merely unusual fit, the choice of a
+// fastvae/functional goes the long way: its checks, which have words for what is wrong and make the merely unusual fit, the choice of a
 // backend, and the boxed call. That takes a tenth of a step whose kernels have just swept the caches.
 namespace fastvae {
 namespace {

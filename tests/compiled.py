@@ -1,8 +1,10 @@
 """What the tests compile, kept in build/tests until what it is made of changes."""
 
-import fcntl
 import hashlib
+import importlib
 import shutil
+import subprocess
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -16,7 +18,9 @@ def kept(name: str, sources: Iterable[Path], flags: Sequence[str], make: Callabl
 
     Several processes may ask at a time: one of them makes it, and the others wait.
     """
-    digest = hashlib.sha256(repr((flags, torch.__version__)).encode())
+    fcntl = importlib.import_module("fcntl")  # not everywhere, where nothing is compiled either
+    compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout
+    digest = hashlib.sha256(repr((flags, torch.__version__, compiler)).encode())
     files = [
         file for source in sources for file in ([source] if source.is_file() else sorted(source.rglob("*")))
     ]
@@ -29,7 +33,10 @@ def kept(name: str, sources: Iterable[Path], flags: Sequence[str], make: Callabl
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "done").exists():
             for old in FOLDER.glob(f"{name}-*"):
-                shutil.rmtree(old)
+                if (
+                    old == folder or time.time() - old.stat().st_mtime > 24 * 3600
+                ):  # younger ones may be in use
+                    shutil.rmtree(old)
             folder.mkdir()
             make(folder)
             (folder / "done").touch()

@@ -43,8 +43,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--tests",
         choices=("most", "rest", "all"),
-        default="most",
-        help="most: neither the tests marked `slow` nor more of a grid than thinning.py keeps; rest: these; all: both",
+        help="most: all but the tests marked `slow` and the points of grids that thinning.py drops; rest: only those; "
+        "all: both. Default: all where tests are chosen by name (FILE::TEST, -k, --lf), else most",
     )
 
 
@@ -59,6 +59,9 @@ def pytest_report_header() -> str:
 
 
 def _key(value: object) -> Hashable:
+    """What tells a parameter's value from others: 1, 1.0 and True are three."""
+    if isinstance(value, (bool, int, float)):
+        return type(value), repr(value)
     try:
         hash(value)
     except TypeError:
@@ -81,13 +84,16 @@ def _left_to_test_all(items: list[pytest.Item]) -> set[pytest.Item]:
     return left
 
 
+def _which_tests(config: pytest.Config) -> str:
+    by_name = any("::" in argument for argument in config.args) or config.option.keyword or config.option.lf
+    return config.getoption("--tests") or ("all" if by_name else "most")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     i, n = map(int, config.getoption("--shard").split("/"))
     elsewhere = "own" in _how_triton_runs()  # test_in_the_interpreter runs what takes the fixture `device`
-    left, which = _left_to_test_all(items), config.getoption("--tests")
-    if any("::" in argument for argument in config.args):  # a test that is asked for by its name
-        which = "all"
-    parts = {"most": (False,), "rest": (True,), "all": (False, True)}[which]
+    left = _left_to_test_all(items)
+    parts = {"most": (False,), "rest": (True,), "all": (False, True)}[_which_tests(config)]
     kept = [
         item
         for item in items
@@ -103,7 +109,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def which_tests(pytestconfig: pytest.Config) -> list[str]:
     """For a test that starts a pytest of its own: the argument that makes it run as much as this one."""
-    return ["--tests", pytestconfig.getoption("--tests")]
+    return ["--tests", _which_tests(pytestconfig)]
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ inline bool gradient_in_forward(at::ScalarType params) { return params != at::kH
 
 struct LikelihoodRow;
 
-// Raises for what no kernel may be given. Python has checked already (functional.py), with better words.
+// Raises for what no kernel may be given. Python has checked already (fastvae/functional), with better words.
 void check_nll(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
                const OptionalTensor& kl, const OptionalTensor& beta, int64_t reduction);
 

@@ -99,37 +99,45 @@ def test_the_build_record_tells_of_this_build() -> None:
 # These are of a build for x86-64 without CUDA, by GCC 12: the extension's bytes, and the compilers' CPU time as a
 # multiple of what one of torch's headers takes on the same machine. Where a quarter more is worth it, write the new
 # numbers here.
-SIZE = 5_600_000
+SIZE = 5_750_000
 COMPILATION = 46
 
 
 @pytest.fixture
 def build_temp() -> Path:
-    if platform.machine() not in ("x86_64", "AMD64") or native.build_info().CUDA_ARCHES:
-        pytest.skip("the numbers are those of a build for x86-64 without CUDA")
+    version = subprocess.run(
+        [*shlex.split(get_cxx_compiler()), "-dumpfullversion"], capture_output=True, text=True
+    ).stdout
+    if (
+        platform.machine() not in ("x86_64", "AMD64")
+        or native.build_info().CUDA_ARCHES
+        or version[:3] != "12."
+    ):
+        pytest.skip("the numbers are those of a build for x86-64 without CUDA by GCC 12")
     return ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
 
 
 @pytest.mark.usefixtures("build_temp")
-def test_the_extension_has_not_grown_by_a_quarter() -> None:
+def test_the_extension_has_not_grown_by_more_than_a_quarter() -> None:
     size = Path(importlib.import_module("fastvae._C").__file__).stat().st_size
     assert size <= 1.25 * SIZE
 
 
-@pytest.mark.slow
-def test_the_build_takes_no_quarter_longer(build_temp: Path, tmp_path: Path) -> None:
+def test_the_build_takes_no_more_than_a_quarter_longer(build_temp: Path) -> None:
     record = build_temp / "compiler_seconds"
     if not record.exists():
         pytest.skip(f"{record} is written by a build from nothing, and there was none here")
-    resource = importlib.import_module("resource")
-    (tmp_path / "header.cpp").write_text("#include <torch/library.h>\n")
-    command = [*shlex.split(get_cxx_compiler()), "-std=c++20", "-O3", "-c", "header.cpp", "-o", "header.o"]
-    for folder in (TORCH / "include", TORCH / "include/torch/csrc/api/include"):
-        command += ["-isystem", str(folder)]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    subprocess.run(command, cwd=tmp_path, check=True)
-    yardstick = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-    assert float(record.read_text()) <= 1.25 * COMPILATION * yardstick
+    seconds, header = map(float, record.read_text().split())
+    assert seconds <= 1.25 * COMPILATION * header
+
+
+def test_every_file_of_csrc_ops_is_compiled() -> None:
+    """One that extension.cpp forgets and that only registers kernels would be missed by nobody."""
+    included = re.findall(r'#include "ops/(.+)"', (ROOT / "csrc" / "extension.cpp").read_text())
+    there = [
+        path.name for path in (ROOT / "csrc" / "ops").glob("*.cpp") if not path.name.endswith("_cuda.cpp")
+    ]
+    assert sorted(included) == sorted(there)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,7 +159,7 @@ def toolkit(tmp_path: Path) -> Path:
 
 # Imports torch once, and forks for every environment that stdin names.
 SETUP = """
-import contextlib, io, json, os, runpy, sys, torch, torch.utils.cpp_extension
+import contextlib, io, json, os, runpy, sys, torch, torch.utils.cpp_extension, traceback
 cuda, environments = json.load(sys.stdin)
 torch.version.cuda = cuda
 sys.argv = ["setup.py", "--version"]
@@ -167,6 +175,9 @@ for environment in environments:
             if isinstance(code, str):  # Python prints it to stderr
                 errors.write(code)
                 code = 1
+        except BaseException:
+            code = 1
+            errors.write(traceback.format_exc())
         print(json.dumps([code or 0, errors.getvalue()]), flush=True)
         os._exit(0)
     os.wait()
@@ -188,7 +199,9 @@ def setup(cuda: str | None, *environments: dict[str, str]) -> list[tuple[int, st
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+    results = [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+    assert len(results) == len(environments), done.stderr
+    return results
 
 
 def test_no_cuda_in_torch() -> None:
@@ -231,7 +244,7 @@ def test_a_toolkit_of_another_version(toolkit: Path) -> None:
     )
 
 
-def test_a_wish_that_there_is_not() -> None:
+def test_an_unknown_wish_is_refused() -> None:
     ((code, errors),) = setup(None, {"FASTVAE_CUDA": "yes"})
     assert code != 0
     assert "FASTVAE_CUDA must be 0, 1 or auto, got 'yes'" in errors

@@ -41,7 +41,9 @@ def compiler_missing(*flags: str) -> str | None:
     """Why the kernels' bodies cannot be built here, with those flags."""
     if shutil.which("g++") is None:
         return "g++ is not installed"
-    program = "#include <barrier>\n_Float16 half; int main() {}"
+    program = (
+        "#include <barrier>\n#include <ucontext.h>\n_Float16 half; int main() { getcontext(new ucontext_t); }"
+    )
     with tempfile.TemporaryDirectory() as directory:
         command = ["g++", "-std=c++20", *flags, "-x", "c++", "-", "-o", f"{directory}/probe"]
         done = subprocess.run(command, input=program, text=True, capture_output=True)

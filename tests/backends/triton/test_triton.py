@@ -1,7 +1,7 @@
 """The Triton backend: the same tests on a GPU, and without one in Triton's interpreter, slow as it is.
 
 The interpreter must be asked for before the first import of Triton: TRITON_INTERPRET=1 pytest tests/backends/triton.
-Where there is neither, this file runs itself that way, in one process, along with those tests of test_autograd.py that
+Where there is neither, this file runs itself that way, in two processes, with those tests of test_autograd.py that
 take a backend. What compiling the kernels tells without a GPU is in test_triton_aot.py.
 """
 
