@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import setuptools
@@ -249,22 +250,42 @@ def native():
             self.build_temp = str(Path("build", f"{sys.implementation.cache_tag}-torch-{torch.__version__}"))
 
         def build_extension(self, ext):
-            # Of an inline function that several objects hold (std::vector's, say) the linker keeps the first copy it
-            # meets. Were that the AVX-512 copy, the extension would crash a machine without it. So the objects are
-            # linked in this order: extension.cpp (setuptools puts it before extra_objects), default, avx2, avx512.
-            # What must differ between instruction sets lives in a namespace of its own.
-            sources = sorted(  # the largest first, so that no compiler is left working alone at the end
-                Path("csrc/cpu").glob("*.cpp"), key=lambda path: path.stat().st_size, reverse=True
-            )
-            for name, flags in INSTRUCTION_SETS.items():
-                ext.extra_objects += self.compiler.compile(
-                    list(map(str, sources)),
-                    output_dir=str(Path(self.build_temp, name)),
+            # Each set of flags is a run of ninja of its own. They share the jobs and run side by side, so that no core
+            # waits for the last file of a set.
+            jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)) + 2)
+            at_once = min(jobs, 1 + len(INSTRUCTION_SETS)) if self.use_ninja else 1
+            os.environ["MAX_JOBS"] = str(jobs // at_once)
+            with ThreadPoolExecutor(at_once) as pool:
+                by_set = [pool.submit(self.compile_kernels, ext, *item) for item in INSTRUCTION_SETS.items()]
+                # The same call as super() makes, which then finds the objects up to date.
+                rest = pool.submit(
+                    self.compiler.compile,
+                    ext.sources,
+                    output_dir=self.build_temp,
                     include_dirs=ext.include_dirs,
                     debug=self.debug,
-                    extra_postargs=[*compile_args, f"-DFASTVAE_ISA=isa_{name}", *flags],
+                    extra_postargs=ext.extra_compile_args,
+                    depends=ext.depends,
                 )
+                rest.result()
+                # Of an inline function that several objects hold (std::vector's, say) the linker keeps the first copy
+                # it meets. Were that the AVX-512 copy, the extension would crash a machine without it. So the objects
+                # are linked in this order: extension.cpp (setuptools puts it before extra_objects), default, avx2,
+                # avx512. What must differ between instruction sets lives in a namespace of its own.
+                for objects in by_set:
+                    ext.extra_objects += objects.result()
             super().build_extension(ext)
+
+        def compile_kernels(self, ext, name, flags):
+            """Compiles csrc/cpu for one instruction set, the largest files first; returns the objects."""
+            sources = sorted(Path("csrc/cpu").glob("*.cpp"), key=lambda path: path.stat().st_size, reverse=True)
+            return self.compiler.compile(
+                list(map(str, sources)),
+                output_dir=str(Path(self.build_temp, name)),
+                include_dirs=ext.include_dirs,
+                debug=self.debug,
+                extra_postargs=[*compile_args, f"-DFASTVAE_ISA=isa_{name}", *flags],
+            )
 
         def run(self):
             everything = not Path(self.build_temp).exists()
