@@ -99,16 +99,17 @@ def why_not_native():
     return None
 
 
-def native_wanted():
+def why_pure():
+    """Why the extension is not built, with what mends it; None where it is."""
     wish = choice("FASTVAE_NATIVE")
     if wish == "0":
-        return False
+        return "FASTVAE_NATIVE=0 was set when it was installed; unset it"
     reason = why_not_native()
     if reason is not None and wish == "1":
         stop(f"FASTVAE_NATIVE=1, but {reason}")
     if reason is not None:
         print(f"fastvae: building the pure package, which is slow, because {reason}", file=sys.stderr)
-    return reason is None
+    return reason
 
 
 def find_toolkit():
@@ -210,11 +211,29 @@ def header_seconds(folder):
     return compiler_seconds() - before
 
 
+def write_record(folder, record):
+    """Write _build_info.py, which `fastvae doctor` reads."""
+    lines = ['"""How this package was built, and for what; written by setup.py."""', ""]
+    lines += [f"{name} = {value!r}" for name, value in record.items()]
+    Path(folder, "_build_info.py").write_text("\n".join(lines) + "\n")
+
+
 class BuildPython(build_py):
     def find_package_modules(self, package, package_dir):
         # A build record left in the tree by an editable install says nothing about the wheel made now.
         modules = super().find_package_modules(package, package_dir)
         return [module for module in modules if module[1] != "_build_info"]
+
+
+class BuildPurePython(BuildPython):
+    """Keeps the reason why there is no extension: pip shows nothing of a build that succeeds."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            write_record(Path(self.build_lib, "fastvae"), {"WHY_PURE": reason})
+        elif not any(Path("fastvae").glob("_C*.so")):  # an extension that is there goes on serving
+            write_record("fastvae", {"WHY_PURE": reason})
 
 
 def native():
@@ -278,7 +297,9 @@ def native():
 
         def compile_kernels(self, ext, name, flags):
             """Compiles csrc/cpu for one instruction set, the largest files first; returns the objects."""
-            sources = sorted(Path("csrc/cpu").glob("*.cpp"), key=lambda path: path.stat().st_size, reverse=True)
+            sources = sorted(
+                Path("csrc/cpu").glob("*.cpp"), key=lambda path: path.stat().st_size, reverse=True
+            )
             return self.compiler.compile(
                 list(map(str, sources)),
                 output_dir=str(Path(self.build_temp, name)),
@@ -303,10 +324,7 @@ def native():
                 "CPU_CAPABILITIES": tuple(INSTRUCTION_SETS),
                 "CUDA_ARCHES": tuple(arches.split(";")) if cuda else (),
             }
-            lines = ['"""What the extension was built with and for; written by setup.py."""', ""]
-            lines += [f"{name} = {value!r}" for name, value in record.items()]
-            folder = Path("fastvae") if in_tree else Path(self.build_lib, "fastvae")
-            (folder / "_build_info.py").write_text("\n".join(lines) + "\n")
+            write_record(Path("fastvae") if in_tree else Path(self.build_lib, "fastvae"), record)
 
     # csrc/ops refers to the instruction sets that are there.
     compile_args = COMPILE_ARGS + [f"-DFASTVAE_HAVE_{name.upper()}" for name in INSTRUCTION_SETS]
@@ -349,8 +367,9 @@ def native():
 if int(setuptools.__version__.split(".")[0]) < 77:
     stop(f"setuptools 77 or newer is needed, this is {setuptools.__version__}: pip install -U setuptools")
 
+reason = why_pure()
 setuptools.setup(
     **native()
-    if native_wanted()
-    else {"cmdclass": {"build_py": BuildPython}, "install_requires": ["torch>=2.11", "numpy"]}
+    if reason is None
+    else {"cmdclass": {"build_py": BuildPurePython}, "install_requires": ["torch>=2.11", "numpy"]}
 )

@@ -5,11 +5,16 @@
 >>> loss = elbo(decoder(z), x, kl=kl).loss
 """
 
-from . import functional, likelihoods, reference
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
-from .backends import empty_cache, set_backend, show_config, use_backend
-from .elbo import ELBO, ELBOOutput
-from .graphs import graph_step
+
+if TYPE_CHECKING:
+    from . import functional, likelihoods, reference
+    from .backends import empty_cache, set_backend, show_config, use_backend
+    from .elbo import ELBO, ELBOOutput
+    from .graphs import graph_step
 
 __all__ = [
     "ELBO",
@@ -24,3 +29,29 @@ __all__ = [
     "show_config",
     "use_backend",
 ]
+
+# Loaded when they are first asked for, because they import torch: `fastvae --help` need not wait for it, and
+# `fastvae doctor` can say that it is missing.
+_MODULES = ("backends", "elbo", "functional", "graphs", "likelihoods", "reference")
+_HOMES = {
+    "ELBO": "elbo",
+    "ELBOOutput": "elbo",
+    "empty_cache": "backends",
+    "graph_step": "graphs",
+    "set_backend": "backends",
+    "show_config": "backends",
+    "use_backend": "backends",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -34,6 +34,8 @@ def show_config() -> str:
     ]
     if built is None:
         lines.append("  extension     " + ("loaded, no build record" if loaded else "not built"))
+    elif hasattr(built, "WHY_PURE"):
+        lines.append("  extension     not built")
     else:
         lines += [
             f"  extension     {'loaded' if loaded else 'not loaded'}",

@@ -30,6 +30,10 @@ def _major(version: str | None) -> str:
 
 def load() -> Backend:
     built = build_info()
+    if (why := getattr(built, "WHY_PURE", None)) is not None:
+        raise Missing(
+            f"fastvae was installed without its compiled extension: {why}; then install it again: {BUILD}"
+        )
     if built is not None:
         # Compared first, because an extension built for another torch or Python fails to load with a message about
         # symbols that tells a user nothing.

@@ -1,5 +1,6 @@
 """How a command ends that does not end well: one line on stderr, an exit code, and no traceback."""
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
@@ -14,7 +15,9 @@ class Interrupted(Exception):
 
 def fail(message: str, code: int = 2) -> int:
     """Say it; returns the exit code."""
-    print("fastvae:", " ".join(message.split()), file=sys.stderr)
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print("fastvae:", " ".join(message.split()), file=sys.stderr)
     return code
 
 

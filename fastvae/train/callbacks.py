@@ -107,15 +107,23 @@ class Metrics(Checkpoint):
                 figures.save_loss_curve(self.rows, self.folder / "loss.png", model.unit)
 
 
+def _number_in(width: int, places: int, value: float) -> str:
+    """Right-aligned, with a blank before it however large it is: the columns of a run that diverges stay apart."""
+    text = f"{value:.{places}f}"
+    if len(text) >= width:
+        text = f"{value:.{width - 8}e}"
+    return text.rjust(width)
+
+
 def _line(row: dict[str, float], shown: tuple[tuple[str, str, int], ...]) -> str:
     values = [row[f"train_{name}"] for name in ("loss", "nll", "kl")]
     held_out = [row[f"held_out_{name}"] for name in ("nelbo", "nll", "kl")]
     last = "".join(
-        f"{row.get(name, math.nan):{max(8, len(head) + 2)}.{places}f}" for head, name, places in shown
+        _number_in(max(8, len(head) + 2), places, row.get(name, math.nan)) for head, name, places in shown
     )
     return (
         f"{row['epoch']:5}"
-        + "".join(" " + "".join(f"{value:10.2f}" for value in part) for part in (values, held_out))
+        + "".join(" " + "".join(_number_in(10, 2, value) for value in part) for part in (values, held_out))
         + f"{last}{row['active_units']:8.0f}{row['seconds']:9.1f}"
     )
 

@@ -8,6 +8,7 @@ A kind of data has further files of its own: see `Kind`.
 import dataclasses
 import importlib.util
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,9 +35,10 @@ TENSORBOARD = "tensorboard"
 def refuse_to_replace(out: Path, overwrite: bool, names: Sequence[str]) -> None:
     """Raises InputError where a run, or anything of these names that is none, is there already."""
     if (out / CONFIG).exists() and not overwrite and processes.is_first():
+        resume = shlex.join(["fastvae", "resume", str(out)])
         raise InputError(
-            f"{out}: there is a run in this folder; continue it (fastvae resume {out}), give another --out, "
-            "or replace it with --overwrite"
+            f"{out}: there is a run in this folder; continue it ({resume}), give another --out, or replace it with "
+            "--overwrite"
         )
     if not (out / CONFIG).exists() and processes.is_first():
         for name in (*TABLES, *names, CHECKPOINTS, TENSORBOARD):

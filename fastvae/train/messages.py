@@ -1,6 +1,7 @@
 """What is told to the user: lines on rich's own console, which a progress bar makes room for."""
 
 import importlib
+import shlex
 import warnings
 
 import torch
@@ -12,7 +13,7 @@ from fastvae import backends
 
 from .settings import Settings
 
-__all__ = ["backend_lines", "count", "model_line", "prior", "say"]
+__all__ = ["backend_lines", "command", "count", "model_line", "prior", "say"]
 
 
 def say(line: str = "") -> None:
@@ -22,6 +23,11 @@ def say(line: str = "") -> None:
 def count(n: int, what: str) -> str:
     """n of them: "1 epoch", "2 epochs"."""
     return f"{n} {what}{'s' if n != 1 else ''}"
+
+
+def command(*words: object) -> str:
+    """A command of ours, quoted for a shell."""
+    return shlex.join(["fastvae", *map(str, words)])
 
 
 def prior(temperature: float) -> str:

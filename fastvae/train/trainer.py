@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import processes
 from .errors import InputError
 from .folder import CHECKPOINTS, CONFIG, TABLES, TENSORBOARD
-from .messages import count
+from .messages import command, count
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def fit(
         if not trainer.interrupted:
             raise
         kept = "the last whole epoch is kept" if last.exists() else "no epoch was whole yet"
-        raise KeyboardInterrupt(f"interrupted; {kept}; to go on: fastvae resume {out}") from None
+        raise KeyboardInterrupt(f"interrupted; {kept}; to go on: {command('resume', out)}") from None
     finally:
         signal.signal(signal.SIGINT, handler)
     say("")
@@ -146,9 +146,9 @@ def fit(
         f"{out}: {', '.join((*TABLES[:1], *(name for name in names if (out / name).exists())))}, checkpoints/"
     )
     say(
-        f"next: fastvae evaluate {out}, "
-        + (f"fastvae sample {out}, " if sampled else "")
-        + f"fastvae resume {out} --epochs {2 * settings.epochs}"
+        f"next: {command('evaluate', out)}, "
+        + (f"{command('sample', out)}, " if sampled else "")
+        + command("resume", out, "--epochs", 2 * settings.epochs)
     )
 
 

@@ -262,3 +262,51 @@ def test_gpus_that_are_too_old(toolkit: Path) -> None:
         "TORCH_CUDA_ARCH_LIST names 7.0, 7.5+PTX, and the CUDA kernels need compute capability 8.0; name a newer one, "
         "or leave them out with FASTVAE_CUDA=0" in errors
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a build without the extension leaves
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_reason_for_a_pure_package_is_kept(tmp_path: Path) -> None:
+    """Pip shows nothing of a build that succeeds: `fastvae doctor` and the first slow call tell it."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "fastvae").mkdir()
+    for name in ("__init__.py", "_version.py"):
+        shutil.copy(ROOT / "fastvae" / name, tmp_path / "fastvae")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build"],
+        cwd=tmp_path,
+        env=os.environ | {"FASTVAE_NATIVE": "auto", "CXX": "no-such-compiler"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    why = "no C++ compiler: 'no-such-compiler' is not there; install g++, or set CXX"
+    record = tmp_path / "build" / "lib" / "fastvae" / "_build_info.py"
+    assert f"WHY_PURE = {why!r}" in record.read_text()
+
+    told = subprocess.run(
+        [sys.executable, "-c", PURE], input=record.read_text(), capture_output=True, text=True, timeout=120
+    )
+    assert told.returncode == 0, told.stderr
+    sentence = (
+        f"fastvae was installed without its compiled extension: {why}; then install it again: pip install "
+        "--no-build-isolation -e . (in a clone of fastvae)"
+    )
+    assert f"native: {sentence}" in told.stdout  # fastvae doctor
+    assert sentence in told.stderr  # the warning
+
+
+PURE = """
+import sys, types
+record = types.ModuleType("fastvae._build_info")
+exec(sys.stdin.read(), record.__dict__)
+sys.modules["fastvae._build_info"] = record
+import torch, fastvae
+print(fastvae.show_config())
+fastvae.functional.bernoulli_nll(torch.zeros(2, 3), torch.zeros(2, 3))
+"""

@@ -8,7 +8,7 @@ import torch
 from run_files import one_line, rows, train
 
 from fastvae import cli
-from fastvae.train import image, processes
+from fastvae.train import callbacks, image, messages, processes
 from fastvae.train.image import module
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
@@ -116,3 +116,19 @@ def test_weights_that_give_no_finite_held_out_loss_are_not_kept(tmp_path, capsys
     assert len(rows(run)) == 2
     for name in ("last", "best"):
         assert image.load(run, checkpoint=name).epoch == 1
+
+
+def test_the_columns_of_a_run_that_diverges_keep_apart():
+    names = ("train_loss", "train_nll", "train_kl", "held_out_nelbo", "held_out_nll", "held_out_kl")
+    values = (1234567.891, -1e12, math.inf, 3.4e38, 99999.994, 0.5)
+    row = {"epoch": 3, "active_units": 4, "seconds": 1.5, **dict(zip(names, values, strict=True))}
+    line = callbacks._line(row, (("perplexity", "perplexity", 2), ("skipped", "x", 0)))
+    got = line.split()
+    assert got[:7] == ["3", "1.23e+06", "-1.00e+12", "inf", "3.40e+38", "99999.99", "0.50"]
+    assert len(got) == len(line.replace("\n", "").split()) == 11
+
+
+def test_commands_are_quoted_for_a_shell():
+    assert messages.command("resume", "runs/my run's", "--epochs", 4) == (
+        """fastvae resume 'runs/my run'"'"'s' --epochs 4"""
+    )

@@ -1,5 +1,7 @@
 """Counts to train on: cells and their genes, from a .npz or .h5ad file, as a sparse matrix."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvae.train.arrays import Arrays
 from fastvae.train.errors import InputError
 
 from .settings import CountsSettings
@@ -71,13 +74,13 @@ def load(settings: CountsSettings) -> Cells:
     path = Path(settings.data).expanduser()
     if not path.is_file():
         raise InputError(f"{settings.data}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
-    if path.suffix not in (".npz", ".h5ad"):
+    suffix = path.suffix.lower()
+    if suffix not in (".npz", ".h5ad"):
         raise InputError(f"{path}: must be an .npz or an .h5ad file")
-    read = _npz if path.suffix == ".npz" else _h5ad
-    matrix, columns = read(path)
-    counts = _checked_counts(path, matrix)
-    labels, label_names = _column(path, columns, settings.label, "--label", _LABELS, counts.shape[0])
-    batches, batch_names = _column(path, columns, settings.batch, "--batch", _BATCHES, counts.shape[0])
+    with _npz(path) if suffix == ".npz" else _h5ad(path) as file:
+        counts = _checked_counts(path, file.matrix)
+        labels, label_names = _column(path, file, settings.label, "--label", _LABELS, counts.shape[0])
+        batches, batch_names = _column(path, file, settings.batch, "--batch", _BATCHES, counts.shape[0])
 
     library = np.asarray(counts.sum(1)).ravel()
     kept = np.flatnonzero(library > 0)
@@ -103,43 +106,71 @@ def load(settings: CountsSettings) -> Cells:
     )
 
 
-def _npz(path: Path) -> tuple[Any, dict[str, Any]]:
-    """The matrix, and everything else that the file holds."""
+@dataclass
+class _File:
+    """A matrix of counts, and what else its file holds of the cells."""
+
+    matrix: Any
+    columns: tuple[str, ...]
+    read: Callable[[str], Any]
+    """A column by its name, as an array."""
+
+
+# What scipy.sparse.save_npz writes besides `format`, by format.
+_SPARSE = {
+    "csr": ("data", "indices", "indptr", "shape"),
+    "csc": ("data", "indices", "indptr", "shape"),
+    "bsr": ("data", "indices", "indptr", "shape"),
+    "coo": ("data", "row", "col", "shape"),
+    "dia": ("data", "offsets", "shape"),
+}
+
+
+@contextmanager
+def _npz(path: Path) -> Iterator[_File]:
+    with Arrays(path) as arrays:
+        kind = "csr"
+        if "format" in arrays:
+            stored = arrays.read("format").item()
+            kind = stored.decode("ascii", "replace") if isinstance(stored, bytes) else str(stored)
+        used = _SPARSE.get(kind, ())
+        if used and all(name in arrays for name in used):
+            matrix = _sparse(path, kind, {name: arrays.read(name) for name in used})
+            used = (*used, "format", "_is_array")
+        elif used := tuple(name for name in _MATRIX if name in arrays)[:1]:
+            matrix = arrays.read(used[0])
+        else:
+            raise InputError(
+                f"{path}: holds no matrix of counts: none of {', '.join(_MATRIX)}, and not what "
+                f"scipy.sparse.save_npz writes; it holds {arrays.contents()}; store the counts, cells by genes, with "
+                "scipy.sparse.save_npz(path, scipy.sparse.csr_array(counts))"
+            )
+        yield _File(matrix, tuple(name for name in arrays.names if name not in used), arrays.read)
+
+
+def _sparse(path: Path, kind: str, parts: dict[str, Any]) -> Any:
+    """The matrix that scipy.sparse.save_npz has taken apart."""
     from scipy import sparse
 
+    data, shape = _wide(parts["data"]), tuple(parts["shape"].tolist())
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except Exception as error:  # zipfile, zlib and numpy raise many things for a damaged file
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"{path}: cannot be read as an .npz file: {reason}") from error
-    if {"data", "indices", "indptr", "shape"} <= arrays.keys():
-        kind = arrays.get("format", np.array(b"csr")).item()
-        kinds: dict[Any, Any] = {
-            b"csr": sparse.csr_array,
-            b"csc": sparse.csc_array,
-            "csr": sparse.csr_array,
-            "csc": sparse.csc_array,
-        }
-        if kind not in kinds:
-            raise InputError(f"{path}: a sparse matrix must be stored as csr or csc, got {kind!r}")
-        try:
-            matrix = kinds[kind](
-                (arrays["data"], arrays["indices"], arrays["indptr"]), shape=tuple(arrays["shape"].tolist())
-            )
-        except (ValueError, TypeError, IndexError) as error:
-            raise InputError(f"{path}: not a sparse matrix: {error}") from error
-        return matrix, arrays
-    for key in _MATRIX:
-        if key in arrays:
-            return arrays.pop(key), arrays
-    raise InputError(
-        f"{path}: holds no matrix of counts: none of {', '.join(_MATRIX)}, and not what scipy.sparse.save_npz "
-        f"writes; it holds {', '.join(arrays) or 'nothing'}"
-    )
+        if kind == "coo":
+            return sparse.coo_array((data, (parts["row"], parts["col"])), shape=shape)
+        if kind == "dia":
+            return sparse.dia_array((data, parts["offsets"]), shape=shape)
+        make = {"csr": sparse.csr_array, "csc": sparse.csc_array, "bsr": sparse.bsr_array}[kind]
+        return make((data, parts["indices"], parts["indptr"]), shape=shape)
+    except (ValueError, TypeError, IndexError) as error:
+        raise InputError(f"{path}: not a sparse matrix: {error}") from error
 
 
-def _h5ad(path: Path) -> tuple[Any, dict[str, Any]]:
+def _wide(values: Any) -> Any:
+    """Half precision as float32: scipy's sparse matrices have no half."""
+    return values.astype(np.float32) if values.dtype == np.float16 else values
+
+
+@contextmanager
+def _h5ad(path: Path) -> Iterator[_File]:
     """The matrix of raw counts (`layers["counts"]` where there is one, else X), and the columns of obs."""
     try:
         import anndata
@@ -155,7 +186,18 @@ def _h5ad(path: Path) -> tuple[Any, dict[str, Any]]:
     matrix = data.layers.get("counts", data.X)
     if matrix is None:
         raise InputError(f"{path}: holds no matrix: neither layers['counts'] nor X")
-    return matrix, {name: np.asarray(data.obs[name].astype(str)) for name in data.obs.columns}
+
+    def read(name: str) -> Any:
+        column = data.obs[name]
+        missing = np.flatnonzero(column.isna())
+        if len(missing):
+            raise InputError(
+                f"{path}: `{name}` has no value for {len(missing)} of the {len(column)} cells, cell {missing[0]} the "
+                "first of them; fill them in, for example with obs[name].astype(str), or name another column"
+            )
+        return np.asarray(column.astype(str), dtype=str)
+
+    yield _File(matrix, tuple(map(str, data.obs.columns)), read)
 
 
 def _checked_counts(path: Path, matrix: Any) -> Any:
@@ -172,7 +214,11 @@ def _checked_counts(path: Path, matrix: Any) -> Any:
     if genes == 0 or cells == 0:
         what = "no genes" if genes == 0 else "no cells"
         raise InputError(f"{path}: {what}: the counts have the shape ({cells}, {genes})")
+    if not sparse.issparse(matrix):
+        matrix = _wide(np.asarray(matrix))
     counts = sparse.csr_array(matrix)
+    # Of a file from a machine of the other byte order, too.
+    counts.data = _wide(counts.data).astype(counts.dtype.newbyteorder("="), copy=False)
     counts.sum_duplicates()
     values = counts.data
     for bad, what in (
@@ -189,17 +235,17 @@ def _checked_counts(path: Path, matrix: Any) -> Any:
 
 
 def _column(
-    path: Path, columns: dict[str, Any], key: str, option: str, usual: tuple[str, ...], cells: int
+    path: Path, file: _File, key: str, option: str, usual: tuple[str, ...], cells: int
 ) -> tuple[Tensor | None, tuple[str, ...]]:
     """The values of a column as numbers, and their names. Without `key`, that of a usual name, if there is one."""
-    if key and key not in columns:
+    if key and key not in file.columns:
         raise InputError(
-            f"{option} {key}: there is none in {path}; it holds {', '.join(columns) or 'nothing else'}"
+            f"{option} {key}: there is none in {path}; it holds {', '.join(file.columns) or 'nothing else'}"
         )
-    name = key or next((name for name in usual if name in columns), "")
+    name = key or next((name for name in usual if name in file.columns), "")
     if not name:
         return None, ()
-    values = np.asarray(columns[name])
+    values = file.read(name)
     if values.shape != (cells,):
         raise InputError(
             f"{path}: `{name}` must have one value for each of the {cells} cells, got the shape {values.shape}"

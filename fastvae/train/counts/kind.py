@@ -111,13 +111,13 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
     ) -> Iterator[str]:
         zeros = 1 - data.counts.nnz / (data.counts.shape[0] * data.genes)
         yield (
-            f"data: {data.name}: {len(data.train)} cells to train on, {len(data.held_out)} held out; "
-            f"{data.genes} genes, {zeros:.1%} of the counts zero"
+            f"data: {data.name}: {messages.count(len(data.train), 'cell')} to train on, {len(data.held_out)} held out; "
+            f"{messages.count(data.genes, 'gene')}, {zeros:.1%} of the counts zero"
         )
         if len(data.batch_names) > 1:
             yield f"      {len(data.batch_names)} batches"
         if data.labels is not None:
-            yield f"      {len(data.label_names)} labels, for latents.png only"
+            yield f"      {messages.count(len(data.label_names), 'label')}, for latents.png only"
         for note in data.notes:
             yield f"warning: {note}"
         yield messages.model_line(model, settings)

@@ -1,8 +1,10 @@
 """Images to train on: scikit-learn's digits, or the user's own: a .npz file, a folder, a Hugging Face dataset."""
 
 import io
+import os
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastvae.train import hub
+from fastvae.train.arrays import Arrays
 from fastvae.train.errors import InputError
 
 __all__ = ["Images", "Shape", "digits", "folder", "hugging_face", "load", "npz", "shape_of", "size_of"]
@@ -64,7 +67,7 @@ def load(
     path = Path(spec).expanduser()
     if path.is_dir():
         return folder(path, seed, size, shape, whole)
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return npz(path, seed)
     if path.exists():
         raise InputError(f"{spec}: neither a .npz file nor a folder of images")
@@ -91,67 +94,65 @@ def npz(path: Path, seed: int) -> Images:
 
     Raises InputError for a file that cannot be read, and for one that holds something else.
     """
-    arrays = _read(path, ("x_train", "x_test", "y_train", "y_test"))
-    if "x_train" not in arrays:
-        raise InputError(f"{path}: there is no array `x_train` in this file")
-    train = _images(path, "x_train", arrays["x_train"])
-    train_labels = _labels(arrays.get("y_train"), len(train))
-    if "x_test" not in arrays:
+    with Arrays(path) as arrays:
+        if "x_train" not in arrays:
+            raise InputError(
+                f"{path}: there is no array `x_train` in this file, only {arrays.contents()}; images are stored with "
+                "np.savez(path, x_train=images), uint8 (N, H, W) or (N, H, W, C)"
+            )
+        train = _images(path, "x_train", arrays.read("x_train"))
+        held_out = _images(path, "x_test", arrays.read("x_test")) if "x_test" in arrays else None
+        notes: list[str] = []
+        train_labels = _labels(arrays, "y_train", len(train), notes)
+        held_out_labels = None if held_out is None else _labels(arrays, "y_test", len(held_out), notes)
+    if held_out is None:
         if len(train) < 2:
             raise InputError(
                 f"{path}: one image is too few: some are held out from `x_train`, or give `x_test`"
             )
-        return _split(path.name, train, seed, train_labels)
-    held_out = _images(path, "x_test", arrays["x_test"])
+        return _split(path.name, train, seed, train_labels, tuple(notes))
     if held_out.shape[1:] != train.shape[1:]:
         raise InputError(
             f"{path}: `x_test` must hold images of the size of `x_train` {tuple(train.shape[1:])}, "
             f"got {tuple(held_out.shape[1:])}"
         )
-    return Images(path.name, train, held_out, train_labels, _labels(arrays.get("y_test"), len(held_out)))
-
-
-def _read(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise InputError(f"{path}: not a .npz file, but a single array")
-        with file:
-            return {name: file[name] for name in names if name in file.files}
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or 'damaged'}") from error
-    # What a damaged or foreign file makes zipfile, zlib and numpy raise is many things; each means the same here.
-    except Exception as error:
-        if "allow_pickle" in str(error):
-            raise InputError(
-                f"{path}: not a .npz file of plain arrays (pickled objects are refused)"
-            ) from error
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(f"{path}: not a .npz file that numpy can read: {reason}") from error
+    return Images(path.name, train, held_out, train_labels, held_out_labels, tuple(notes))
 
 
 def _images(path: Path, name: str, array: Any) -> Tensor:
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path}: `{name}` is not an array")
     if array.dtype != np.uint8:
-        raise InputError(f"{path}: `{name}` must be uint8, 0 to 255, got {array.dtype}")
+        how = (
+            f"if they lie between 0 and 1, store (255 * {name}).round().astype(np.uint8)"
+            if array.dtype.kind == "f"
+            else f"if they lie between 0 and 255, store {name}.astype(np.uint8)"
+        )
+        raise InputError(f"{path}: `{name}` must be uint8, 0 to 255, got {array.dtype}; {how}")
     if array.ndim not in (3, 4):
         raise InputError(f"{path}: `{name}` must be (N, H, W) or (N, H, W, C), got shape {array.shape}")
     if array.ndim == 4 and array.shape[3] not in (1, 3):
-        raise InputError(f"{path}: `{name}` must have 1 or 3 channels, last, got shape {array.shape}")
+        first = array.shape[1] in (1, 3)
+        hint = f"; store {name}.transpose(0, 2, 3, 1)" if first else ""
+        raise InputError(f"{path}: `{name}` must have 1 or 3 channels, last, got shape {array.shape}{hint}")
     if array.size == 0:
         raise InputError(f"{path}: `{name}` is empty, shape {array.shape}")
     images = torch.from_numpy(np.ascontiguousarray(array))
     return images if images.dim() == 4 else images.unsqueeze(-1)
 
 
-def _labels(array: Any, n: int) -> Tensor | None:
-    """Labels colour a picture, so whatever is not one integer for each image is left aside."""
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu" or array.size != n:
+def _labels(arrays: Arrays, name: str, n: int, notes: list[str]) -> Tensor | None:
+    """Labels colour a picture, so whatever is not one integer for each image is left aside, and noted."""
+    if name not in arrays:
+        return None
+    try:
+        array = arrays.read(name)
+    except InputError as error:
+        notes.append(f"no labels: {error}")
+        return None
+    if array.dtype.kind not in "iu" or array.size != n:
+        notes.append(
+            f"no labels: `{name}` must hold one integer for each of the {n} images, got {array.dtype} of shape "
+            f"{array.shape}"
+        )
         return None
     return torch.from_numpy(array.reshape(n).astype(np.int64))
 
@@ -180,7 +181,7 @@ def folder(
 
     suffixes = Image.registered_extensions()
     try:
-        below = list(path.rglob("*"))
+        below = list(_walk(path))
         runs = {
             file.parent
             for file in below
@@ -208,6 +209,23 @@ def folder(
     if whole:
         return Images(path.name, images[:0], images, None, labels, notes, tuple(names))
     return _split(path.name, images, seed, labels, notes)._replace(label_names=tuple(names))
+
+
+def _walk(top: Path) -> Iterator[Path]:
+    """All files below a folder, behind links too; a folder that links lead to again is entered once."""
+    entered = set()
+    for folder, folders, names in os.walk(top, followlinks=True, onerror=_raise):
+        folders.sort()
+        where = os.path.realpath(folder)
+        if where in entered:
+            folders.clear()
+            continue
+        entered.add(where)
+        yield from (Path(folder, name) for name in names)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def hugging_face(name: str, seed: int, size: int = 0, shape: Shape | None = None) -> Images:
@@ -283,6 +301,8 @@ def _decode(
     whole: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """(images (N, H, W, C), the places in `sources` that they come from (N,), what was skipped)."""
+    from PIL import Image
+
     unreadable: dict[int, str] = {}
 
     def each(function: Callable[[Any], Any], places: Sequence[int]) -> dict[int, Any]:
@@ -290,14 +310,12 @@ def _decode(
             try:
                 return function(sources[place])
             except Exception as error:  # Pillow raises many things for a damaged file
-                reason = str(error).partition("\n")[0] if isinstance(error, OSError) else type(error).__name__
-                unreadable[place] = (
-                    "not an image" if type(error).__name__ == "UnidentifiedImageError" else reason
-                )
+                unreadable[place] = _why_unreadable(error)
                 return None
 
         # Pillow decodes outside the interpreter's lock.
-        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+        with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a large photograph is welcome
             done = dict(zip(places, pool.map(attempt, places), strict=True))
         return {place: result for place, result in done.items() if result is not None}
 
@@ -324,6 +342,16 @@ def _decode(
         raise InputError(f"{where}: one image is too few: some are held out")
     images = torch.from_numpy(np.stack(list(decoded.values())))
     return images, torch.tensor(list(decoded)), notes
+
+
+def _why_unreadable(error: Exception) -> str:
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, which Pillow takes for an attack"
+    return str(error).partition("\n")[0] if isinstance(error, OSError) else type(error).__name__
 
 
 def _open(source: Any) -> Any:

@@ -85,7 +85,8 @@ class TextKind(Kind[Text, Vocabulary, Corpus, TextRun]):
         self, model: "TextVAE", data: Corpus, form: Vocabulary, settings: Text, batches: "SentenceData"
     ) -> Iterator[str]:
         train, held_out = batches.train, batches.held_out
-        yield f"data: {data.name}: {len(data.train)} sentences to train on, {len(data.held_out)} held out"
+        trained = messages.count(len(data.train), "sentence")
+        yield f"data: {data.name}: {trained} to train on, {len(data.held_out)} held out"
         for note in data.notes:
             yield f"      {note}"
         what = "words and marks" if settings.tokens == "words" else "pieces of words"

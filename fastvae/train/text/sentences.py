@@ -36,6 +36,8 @@ PAD, UNKNOWN, START, END = range(4)
 _SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 # Words, with the apostrophes, hyphens and points inside them, and single marks or runs of one mark.
 _WORD = r"\w+(?:['’.\-]\w+)*|([^\w\s])\1*"
+# str.splitlines would also split at line separators (U+2028), form feeds and others, which stand in scraped text.
+_LINE_END = re.compile(r"\r\n|\n|\r")
 _BLANK = "▁"  # what BPE writes for the blank before a word
 
 
@@ -127,7 +129,7 @@ def read(path: Path) -> list[str]:
         missing = isinstance(error, FileNotFoundError)
         what = "no such file" if missing else f"cannot be read: {files.reason(error)}"
         raise InputError(f"{path}: {what}") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in _LINE_END.split(text) if line.strip()]
     if not lines:
         raise InputError(f"{path}: there is no text in this file: it must have a sentence on each line")
     return lines
@@ -174,6 +176,11 @@ def _within(lines: list[str], tokenizer: "Tokenizer", settings: TextSettings) ->
 
 def _enough(where: str, lines: list[str], settings: TextSettings, short: int, long: int, least: int) -> None:
     if len(lines) < least:
+        if not short and not long:
+            found = f"{len(lines)} sentence{'s' if len(lines) != 1 else ''}"
+            raise InputError(
+                f"{where}: it has {found}, one on a line, and {least} are needed: one to train on and one to hold out"
+            )
         why = f"{short} have fewer than {settings.min_words} words and {long} more than {settings.max_words}"
         raise InputError(
             f"{where}: {len(lines) or 'no'} line{'s' if len(lines) != 1 else ''} left to train on and hold out: {why} "

@@ -3,6 +3,7 @@
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -63,6 +64,41 @@ def test_folder_of_images(tmp_path, capsys):
     # Told in a run, and no reason to stop.
     assert train(tmp_path / "run", "--data", str(tmp_path), "--size", "8", "--epochs", "1") == 0
     assert f"warning: {note}" in capsys.readouterr().out
+
+
+def test_folders_behind_links(tmp_path):
+    """Each once, also where links lead in a circle."""
+    for i in range(3):
+        picture(tmp_path / "elsewhere" / "cats" / f"{i}.png", (4, 4), i)
+        picture(tmp_path / "pets" / "dogs" / f"{i}.png", (4, 4), 100 + i)
+    (tmp_path / "pets" / "cats").symlink_to(tmp_path / "elsewhere" / "cats")
+    (tmp_path / "pets" / "dogs" / "again").symlink_to(tmp_path / "pets")
+    images = data.load(str(tmp_path / "pets"), whole=True)
+    assert images.label_names == ("cats", "dogs")
+    assert sorted(images.held_out[:, 0, 0, 0].tolist()) == [0, 1, 2, 100, 101, 102]
+
+
+def test_images_that_are_too_large_are_named(tmp_path, monkeypatch, recwarn):
+    """Pillow refuses what may be a bomb, above twice its limit, and warns below, where a photograph is welcome."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    picture(tmp_path / "bomb.png", (15, 15))
+    for i in range(3):
+        picture(tmp_path / f"large-{i}.png", (12, 12))
+    images = data.load(str(tmp_path))
+    assert len(images.train) + len(images.held_out) == 3
+    (note,) = images.notes
+    assert note.endswith("skipped: bomb.png (more than 200 pixels, which Pillow takes for an attack)")
+    assert not recwarn.list
+
+
+def test_labels_that_are_none_are_noted(tmp_path):
+    path = tmp_path / "IMAGES.NPZ"
+    with path.open("wb") as file:
+        np.savez(file, x_train=np.zeros((6, 4, 4), np.uint8), y_train=np.array([None] * 6))
+    images = data.load(str(path))
+    assert images.train_labels is None
+    (note,) = images.notes
+    assert note.startswith(f"no labels: {path}: `y_train` is stored as pickled Python objects")
 
 
 def test_another_folder_is_brought_to_the_shape_of_the_run(tmp_path, capsys):

@@ -201,6 +201,14 @@ def test_unigram_perplexity():
     assert sentences.unigram_perplexity(held, held, 6) == pytest.approx(math.exp(nats / 5))
 
 
+def test_only_ends_of_lines_end_sentences(tmp_path):
+    """Not what str.splitlines takes for one: scraped text holds line separators and form feeds."""
+    path = tmp_path / "lines.txt"
+    odd = "\u2028\u2029\u0085\x0c\x0b\x1c"
+    path.write_bytes(f"a{odd}b\nc\r\nd\re\n".encode())
+    assert sentences.read(path) == [f"a{odd}b", "c", "d", "e"]
+
+
 def test_lengths_are_counted_in_words(text):
     corpus = sentences.load(Text(data=str(text), min_words=5, max_words=6))
     assert all(5 <= len(line.split()) <= 6 for line in corpus.train + corpus.held_out)
@@ -558,7 +566,7 @@ def test_importance_weighting_by_hand(run):
         (b"", ("no text in this file",)),
         (b" \n\n\t\n", ("no text in this file",)),
         (b"fine\nnot \xff fine\n", ("UTF-8", "0xff", "line 2")),
-        (b"one line\n", ("1 line left",)),
+        (b"one line\n", ("it has 1 sentence, one on a line, and 2 are needed",)),
         (b"a b c\n" * 5, ("no lines left", "5 more than 2", "--max-words")),
     ],
     ids=["empty", "blank", "binary", "one line", "too long"],

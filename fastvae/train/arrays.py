@@ -1,0 +1,83 @@
+"""The arrays of an .npz file, read one at a time, and what is wrong with those that cannot be."""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import files
+from .errors import InputError
+
+__all__ = ["Arrays"]
+
+
+class Arrays:
+    """An open .npz file. Nothing is unpickled, and an array that nobody asks for is not read.
+
+    Raises InputError for a file that cannot be read, and for one that is no .npz.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                start = file.read(64)
+            if not start.startswith(b"PK"):
+                raise InputError(f"{path}: not an .npz file: {_what_begins_with(start)}")
+            self._file: Any = np.load(path, allow_pickle=False)
+        except InputError:
+            raise
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file") from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {files.reason(error)}") from error
+        except (ValueError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path}: not an .npz file that numpy can read: {_first_line(error)}") from error
+        self.names: tuple[str, ...] = tuple(self._file.files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def __enter__(self) -> "Arrays":
+        return self
+
+    def __exit__(self, *ignored: object) -> None:
+        self._file.close()
+
+    def read(self, name: str) -> Any:
+        """One array, in the byte order of this machine.
+
+        Raises InputError where it is damaged, or stored as pickled objects.
+        """
+        try:
+            array = self._file[name]
+        except Exception as error:  # zipfile, zlib and numpy raise many things for a damaged file
+            if "allow_pickle" in str(error):
+                raise InputError(
+                    f"{self.path}: `{name}` is stored as pickled Python objects, which are not read; store plain "
+                    f"numbers or strings, for example np.asarray({name}.tolist())"
+                ) from error
+            raise InputError(f"{self.path}: `{name}` cannot be read: {_first_line(error)}") from error
+        if not isinstance(array, np.ndarray):
+            raise InputError(f"{self.path}: `{name}` is not an array")
+        return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+    def contents(self) -> str:
+        """What the file holds, in words."""
+        return ", ".join(self.names) or "nothing"
+
+
+def _what_begins_with(start: bytes) -> str:
+    if start.startswith(b"\x93NUMPY"):
+        return "it is a single array (.npy); write it with np.savez(path, name=array)"
+    if not start:
+        return "it is empty"
+    text = start.lstrip()
+    if text[:1] == b"<":
+        return f"it begins with {text[:15].decode('ascii', 'replace')!r}: a web page, not the file that it links to?"
+    return f"it begins with {start[:15]!r}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,85 @@
+"""Where the output goes nowhere, torch is missing or Ctrl-C comes at once: one line on stderr, and its exit code."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from run_files import in_a_process, one_line
+
+from fastvae import cli
+
+DIGITS = ("train", "mlp", "--data", "digits", "--epochs", "1", "--accelerator", "cpu")
+
+
+def test_a_reader_that_has_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `fastvae train ... | head -1` has it."""
+    for arguments in (["--version"], [*DIGITS, "--out", str(tmp_path / "run")]):
+        reading, writing = os.pipe()
+        os.close(reading)
+        with os.fdopen(writing, "w") as pipe, monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", pipe)
+            assert cli.main(arguments) == 2
+        assert one_line(capsys) == "fastvae: standard output: cannot be written: broken pipe\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", full)
+        assert cli.main(["--version"]) == 2
+    assert one_line(capsys) == "fastvae: standard output: cannot be written: no space left on device\n"
+
+
+def test_closed_output(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", None)
+        assert cli.main(["--version"]) == 2
+    assert one_line(capsys) == "fastvae: standard output is closed\n"
+
+
+def test_another_error_of_the_system_is_not_taken_for_one_of_the_output(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        cli.main(["--version"])
+
+
+def test_a_path_that_is_not_utf_8(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*DIGITS, "--out", os.fsdecode(b"caf\xe9")]) == 2
+    assert one_line(capsys) == "fastvae: 'caf\\udce9': not in UTF-8; rename the file, or link to it\n"
+
+
+IMPORTS = """
+import sys
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            raise {}
+sys.meta_path.insert(0, Finder())
+from fastvae.cli import main
+sys.exit(main(["doctor"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (
+            'ModuleNotFoundError("No module named \'torch\'", name="torch")',
+            2,
+            "torch is not installed; get it with: pip install torch",
+        ),
+        ("KeyboardInterrupt", 130, "interrupted"),
+    ],
+)
+def test_before_torch_is_there(raised: str, code: int, line: str) -> None:
+    """Neither `import fastvae` nor its command line loads torch: what happens then is theirs to tell."""
+    done = in_a_process("-c", IMPORTS.format(raised))
+    assert (done.returncode, done.stderr) == (code, f"fastvae: {line}\n")
