@@ -106,8 +106,8 @@ def measure(case: Case, device: torch.device, budget: float = 4.0, rivals: Seque
                     warm[side].append(clock(call))
     finally:
         gc.enable()
-    peak_bytes = {side: _peak_bytes(calls[side][0], device) for side in SIDES}
-    return Measurement(case, cold, warm, peak_bytes, len(sets))
+    peaks = {side: peak_bytes(calls[side][0], device) for side in SIDES}
+    return Measurement(case, cold, warm, peaks, len(sets))
 
 
 def _backend_of(side: str, rivals: Sequence[str]) -> AbstractContextManager[None]:
@@ -204,7 +204,7 @@ def _cuda_clock(call: Call) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def _peak_bytes(call: Call, device: torch.device) -> int:
+def peak_bytes(call: Call, device: torch.device) -> int:
     """In a pass of its own: recording allocations takes time."""
     call()
     # Buffers that fastvae keeps from one call for the next count in the call that needs them.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[2]))  # last: the fastvae under test is the one that is installed
 
+from benchmarks import steps
 from benchmarks.cases import CASES, Case
 from benchmarks.timing import _check, _result
 
@@ -61,3 +62,13 @@ def frozen(mu: Tensor, logvar: Tensor, recon: Tensor, x: Tensor) -> Outputs:
 def test_another_loss_is_found(written: Callable[..., Outputs], what: str) -> None:
     with pytest.raises(AssertionError, match=what):
         check(replace(STEP, written=written))
+
+
+@pytest.mark.parametrize("name", steps.STEPS)
+@torch.no_grad()
+def test_both_losses_of_a_step_agree(name: str) -> None:
+    """Within what the noise, which each draws for itself, makes of it."""
+    _, kind = steps.STEPS[name]
+    torch.manual_seed(0)
+    model, x = kind(), kind.batch()
+    torch.testing.assert_close(model.fused(x), model.written(x), rtol=0.01, atol=0)
