@@ -48,9 +48,9 @@ def shape_message(
     # The same elements in another arrangement: say how to arrange them.
     hint = ""
     if shape[:1] == expected[:1] and math.prod(shape) == math.prod(expected):
-        if len(expected) == 2:
+        if len(expected) == 2 < len(shape):
             hint = f"; did you mean {name}.flatten(1)?"
-        elif len(shape) == 2 and expected == tuple(like.shape):
+        elif len(shape) == 2 < len(expected) and expected == tuple(like.shape):
             hint = f"; did you mean {like_name}.flatten(1)?"
         else:
             hint = f"; did you mean {name}.reshape({expected})?"
@@ -131,7 +131,16 @@ def check_like(where: str, name: str, value: Any, like_name: str, like: Tensor) 
     if value.device != like.device:
         raise ValueError(device_message(where, name, value, like_name, like))
     if value.shape != like.shape:
-        raise ValueError(shape_message(where, name, value, like_name, like, tuple(like.shape)))
+        message = shape_message(where, name, value, like_name, like, tuple(like.shape))
+        if "did you mean" not in message and _broadcasts(value, like):
+            message += f"; did you mean {name}.expand_as({like_name})?"
+        raise ValueError(message)
+
+
+def _broadcasts(value: Tensor, like: Tensor) -> bool:
+    """Whether `expand_as` gives `value` the shape of `like`."""
+    sizes = zip(reversed(value.shape), reversed(like.shape), strict=False)
+    return value.dim() <= like.dim() and all(size in (1, wanted) for size, wanted in sizes)
 
 
 def check_beside(where: str, name: str, value: Any, like_name: str, like: Tensor) -> None:
@@ -154,9 +163,10 @@ def check_learned(where: str, name: str, value: Any, like_name: str, like: Tenso
     """`value` is a 0-dim parameter."""
     check_beside(where, name, value, like_name, like)
     if value.dim() != 0:
+        hint = f"; did you mean {name}.expand_as({like_name})?" if _broadcasts(value, like) else ""
         raise ValueError(
             f"fastvae.{where}: `{name}` must be 0-dimensional or have the shape of `{like_name}` "
-            f"{tuple(like.shape)}, got {tuple(value.shape)}"
+            f"{tuple(like.shape)}, got {tuple(value.shape)}{hint}"
         )
 
 

@@ -139,11 +139,16 @@ def _check_levels(
     if not isinstance(target, Tensor):
         raise TypeError(f"fastvae.{where}: `{target_name}` must be a Tensor, got {type(target).__name__}")
     if target.dtype != torch.uint8:
-        scaled = f"({target_name} * {2 ** int(constants[-3]) - 1}).round()"
-        levels = scaled if target.is_floating_point() else target_name
+        top = 2 ** int(constants[-3]) - 1
+        hint = f"did you mean {target_name}.to(torch.uint8)?"
+        if target.is_floating_point():
+            hint = (
+                f"of data in [0, 1] these are ({target_name} * {top}).round().to(torch.uint8), of data in [-1, 1] "
+                f"(({target_name} + 1) * {top / 2:g}).round().to(torch.uint8)"
+            )
         raise TypeError(
             f"fastvae.{where}: `{target_name}` must be uint8, the levels of the data as they are, got "
-            f"{name_of(target.dtype)}; did you mean {levels}.to(torch.uint8)?"
+            f"{name_of(target.dtype)}; {hint}"
         )
     if target.device != params.device:
         raise ValueError(device_message(where, target_name, target, name, params))

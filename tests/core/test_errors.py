@@ -62,19 +62,22 @@ WRONG = {
         lambda: fv.discretized_logistic_nll(HEAD, IMAGE),
         TypeError,
         "fastvae.discretized_logistic_nll: `target` must be uint8, the levels of the data as they are, got float32; "
-        "did you mean (target * 255).round().to(torch.uint8)?",
+        "of data in [0, 1] these are (target * 255).round().to(torch.uint8), "
+        "of data in [-1, 1] ((target + 1) * 127.5).round().to(torch.uint8)",
     ),
     "float x as levels": Wrong(
         lambda: elbo(MIXED, IMAGE, kl=ROWS, likelihood=DiscretizedLogisticMixture(5)),
         TypeError,
         "fastvae.ELBO: `x` must be uint8, the levels of the data as they are, got float32; "
-        "did you mean (x * 255).round().to(torch.uint8)?",
+        "of data in [0, 1] these are (x * 255).round().to(torch.uint8), "
+        "of data in [-1, 1] ((x + 1) * 127.5).round().to(torch.uint8)",
     ),
     "float data as levels of 5 bits": Wrong(
         lambda: DiscretizedLogisticMixture(5, bits=5).nll(MIXED, IMAGE),
         TypeError,
         "fastvae.discretized_logistic_mixture_nll: `target` must be uint8, the levels of the data as they are, got "
-        "float32; did you mean (target * 31).round().to(torch.uint8)?",
+        "float32; of data in [0, 1] these are (target * 31).round().to(torch.uint8), "
+        "of data in [-1, 1] ((target + 1) * 15.5).round().to(torch.uint8)",
     ),
     "int64 levels": Wrong(
         lambda: fv.discretized_logistic_nll(HEAD, LEVELS.long()),
@@ -283,6 +286,21 @@ WRONG = {
         ValueError,
         "fastvae.ELBO: `x` must have the shape of `recon` (4, 12), got (4, 3, 2, 2); did you mean x.flatten(1)?",
     ),
+    "a column for a row of numbers": Wrong(
+        lambda: fv.bernoulli_nll(ROWS, torch.zeros(4, 1)),
+        ValueError,
+        "`target` must have the shape of `logits` (4,), got (4, 1); did you mean target.reshape((4,))?",
+    ),
+    "a row of numbers for a column": Wrong(
+        lambda: fv.bernoulli_nll(torch.zeros(4, 1), ROWS),
+        ValueError,
+        "`target` must have the shape of `logits` (4, 1), got (4,); did you mean target.reshape((4, 1))?",
+    ),
+    "a variance for each column": Wrong(
+        lambda: fv.gaussian_nll(FLAT, FLAT, logvar=torch.zeros(12)),
+        ValueError,
+        "`logvar` must be 0-dimensional or have the shape of `mean` (4, 12), got (12,); did you mean logvar.expand_as(mean)?",
+    ),
     "other arrangement": Wrong(
         lambda: fv.bernoulli_nll(IMAGE, torch.zeros(4, 2, 2, 3)),
         ValueError,
@@ -297,7 +315,7 @@ WRONG = {
     "broadcast": Wrong(
         lambda: fv.gaussian_kl(FLAT, FLAT[:1]),
         ValueError,
-        "fastvae.gaussian_kl: `logvar` must have the shape of `mu` (4, 12), got (1, 12)",
+        "fastvae.gaussian_kl: `logvar` must have the shape of `mu` (4, 12), got (1, 12); did you mean logvar.expand_as(mu)?",
     ),
     "head target": Wrong(
         lambda: fv.gaussian_head_nll(HEAD, HEAD),
