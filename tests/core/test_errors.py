@@ -299,7 +299,8 @@ WRONG = {
     "a variance for each column": Wrong(
         lambda: fv.gaussian_nll(FLAT, FLAT, logvar=torch.zeros(12)),
         ValueError,
-        "`logvar` must be 0-dimensional or have the shape of `mean` (4, 12), got (12,); did you mean logvar.expand_as(mean)?",
+        "`logvar` must be 0-dimensional or have the shape of `mean` (4, 12), got (12,); "
+        "did you mean logvar.expand_as(mean)?",
     ),
     "other arrangement": Wrong(
         lambda: fv.bernoulli_nll(IMAGE, torch.zeros(4, 2, 2, 3)),
@@ -315,7 +316,8 @@ WRONG = {
     "broadcast": Wrong(
         lambda: fv.gaussian_kl(FLAT, FLAT[:1]),
         ValueError,
-        "fastvae.gaussian_kl: `logvar` must have the shape of `mu` (4, 12), got (1, 12); did you mean logvar.expand_as(mu)?",
+        "fastvae.gaussian_kl: `logvar` must have the shape of `mu` (4, 12), got (1, 12); "
+        "did you mean logvar.expand_as(mu)?",
     ),
     "head target": Wrong(
         lambda: fv.gaussian_head_nll(HEAD, HEAD),
