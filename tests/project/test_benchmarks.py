@@ -1,4 +1,7 @@
-"""What the benchmarks compare is the same computation: their check finds a baseline that computes something else."""
+"""What the benchmarks compare is the same computation: their check finds a baseline that computes something else.
+
+Their table goes to its place in docs/benchmarks.md.
+"""
 
 import sys
 from collections.abc import Callable
@@ -11,6 +14,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[2]))  # last: the fastvae under test is the one that is installed
 
+from benchmarks import report
 from benchmarks.cases import CASES, Case
 from benchmarks.timing import _check, _result
 
@@ -61,3 +65,19 @@ def frozen(mu: Tensor, logvar: Tensor, recon: Tensor, x: Tensor) -> Outputs:
 def test_another_loss_is_found(written: Callable[..., Outputs], what: str) -> None:
     with pytest.raises(AssertionError, match=what):
         check(replace(STEP, written=written))
+
+
+def test_the_table_goes_between_its_markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, begin, rest = report.PAGE.read_text().partition(report.BEGIN)
+    _, end, after = rest.partition(report.END)
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"{before}{begin}{rest}")
+    monkeypatch.setattr(report, "PAGE", page)
+    report._into_docs("| case |")
+    assert page.read_text() == f"{before}{begin}\n| case |\n{end}{after}"
+    assert before
+    assert after
+
+    page.write_text(before)
+    with pytest.raises(SystemExit, match=r"benchmarks\.md has no <!-- bench:begin -->"):
+        report._into_docs("| case |")
