@@ -273,6 +273,14 @@ def native():
             # waits for the last file of a set.
             jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)) + 2)
             at_once = min(jobs, 1 + len(INSTRUCTION_SETS)) if self.use_ninja else 1
+            # `pip install -v` shows it, and then what ninja runs.
+            gpus = f" and CUDA {arches}" if cuda else ""
+            print(
+                f"fastvae: compiling for {', '.join(INSTRUCTION_SETS)}{gpus} with up to {jobs} compilers at a time; "
+                "from nothing, the CPU kernels take three to four minutes on two cores",
+                file=sys.stderr,
+                flush=True,
+            )
             os.environ["MAX_JOBS"] = str(jobs // at_once)
             with ThreadPoolExecutor(at_once) as pool:
                 by_set = [pool.submit(self.compile_kernels, ext, *item) for item in INSTRUCTION_SETS.items()]

@@ -1,8 +1,8 @@
 """One table and one picture of this machine's results: `python -m benchmarks.report`.
 
 Reads what the last `pytest benchmarks/` left in `.benchmarks/` (and runs it where it left nothing, or with `--run`),
-keeps it in `benchmarks/results/<machine>.json`, draws `<machine>.png`, prints the table. `--readme` puts the table into
-README.md.
+keeps it in `benchmarks/results/<machine>.json`, draws `<machine>.png`, prints the table. `--docs` puts the table into
+docs/benchmarks.md.
 """
 
 import argparse
@@ -16,12 +16,12 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LATEST = ROOT / ".benchmarks"
+PAGE = ROOT / "docs" / "benchmarks.md"
 
 LABELS = {"avx2": "AVX2", "avx512": "AVX-512", "default": "no SIMD"}
 LABELS |= {"cuda": "GPU"}
 # The first that is there is the table; the others add columns to it.
 ORDER = ("cuda", "avx2", "avx512", "default")
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 Runs = dict[str, dict[str, Any]]
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument(
         "--run", action="store_true", help="time afresh, under AVX2 and, where there is one, AVX-512"
     )
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--docs", action="store_true", help="put the table into docs/benchmarks.md")
     options = parser.parse_args()
 
     if options.run or not any(LATEST.glob("latest-*.json")):
@@ -45,8 +45,8 @@ def main() -> None:
         print("\n" + caption(runs))
         draw(runs, machine.with_suffix(".png"))
         print(f"\nwrote {machine.relative_to(ROOT)} and {machine.with_suffix('.png').relative_to(ROOT)}")
-        if options.readme:
-            _into_readme("\n".join([*lines, "", caption(runs)]))
+        if options.docs:
+            put_between(PAGE, "bench", "\n".join([*lines, "", caption(runs)]))
 
 
 def _has_avx512() -> bool:
@@ -170,14 +170,15 @@ def caption(runs: Runs) -> str:
     )
 
 
-def _into_readme(text: str) -> None:
-    readme = ROOT / "README.md"
-    before, begin, rest = readme.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+def put_between(page: Path, mark: str, text: str) -> None:
+    """Put a text between the comments `<!-- mark:begin -->` and `<!-- mark:end -->` of a page."""
+    opening, closing = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
+    before, begin, rest = page.read_text().partition(opening)
+    _, end, after = rest.partition(closing)
     if not begin or not end:
-        sys.exit(f"README.md has no {BEGIN} ... {END} to put the table between")
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-    print("wrote README.md")
+        sys.exit(f"{page} has no {opening} ... {closing} to put the table between")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+    print(f"wrote {page}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ model and the hand-written loss together, `compiled + fused` of the model with f
 one process, and times are medians. `loss` is the share of the eager step that drawing z, the KL and the reconstruction
 take, forward and backward. Peak memory is what a step holds at most above what is there before it.
 
-`--save` keeps the figures in benchmarks/results/steps-<machine>.json and draws benchmarks/results/steps.png.
+`--save` keeps the figures in benchmarks/results/steps-<machine>.json, draws benchmarks/results/steps.png, and puts the
+short table into README.md and the whole one into docs/benchmarks.md.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 import fastvae
 
 from . import cases, machine
-from .report import RESULTS
+from .report import PAGE, RESULTS, ROOT, put_between
 from .timing import peak_bytes
 
 SIDES = ("eager", "compiled", "fused", "compiled + fused")
@@ -313,6 +314,15 @@ def table(results: list[Result]) -> list[str]:
     return lines + ["| " + " | ".join(result.row()) + " |" for result in results]
 
 
+def short_table(results: list[Result]) -> list[str]:
+    """README's."""
+    lines = ["| training step | loss's share of the step | × eager | × compiled |", "|---|--:|--:|--:|"]
+    for result in results:
+        eager, compiled = result.faster("fused", "eager"), result.faster("compiled + fused", "compiled")
+        lines.append(f"| {result.name} | {result.loss_share:.0%} | {eager:.2f} | {compiled:.2f} |")
+    return lines
+
+
 def draw(results: list[Result], title: str) -> None:
     """Left: how much faster a step gets than the hand-written one of its kind. Right: its peak memory beside it."""
     import matplotlib
@@ -390,7 +400,9 @@ def main() -> None:
         steps = [vars(result) for result in results]
         path.write_text(json.dumps(about | {"steps": steps}, indent=1) + "\n")
         draw(results, title)
-        print(f"wrote {path.name} and steps.png in {RESULTS.parent.name}/{RESULTS.name}")
+        print(f"wrote {path} and {RESULTS / 'steps.png'}")
+        put_between(ROOT / "README.md", "steps", "\n".join([*short_table(results), "", f"{title}."]))
+        put_between(PAGE, "steps", "\n".join([*table(results), "", f"{title}."]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What the benchmarks compare is the same computation: their check finds a baseline that computes something else."""
+"""What the benchmarks compare is the same computation: their check finds a baseline that computes something else.
+
+Their table goes to its place in docs/benchmarks.md.
+"""
 
 import sys
 from collections.abc import Callable
@@ -11,7 +14,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[2]))  # last: the fastvae under test is the one that is installed
 
-from benchmarks import steps
+from benchmarks import report, steps
 from benchmarks.cases import CASES, Case
 from benchmarks.timing import _check, _result
 
@@ -72,3 +75,18 @@ def test_both_losses_of_a_step_agree(name: str) -> None:
     torch.manual_seed(0)
     model, x = kind(), kind.batch()
     torch.testing.assert_close(model.fused(x), model.written(x), rtol=0.01, atol=0)
+
+
+def test_a_table_goes_between_its_markers(tmp_path: Path) -> None:
+    for original, mark in ((report.PAGE, "bench"), (report.ROOT / "README.md", "steps")):
+        page = tmp_path / original.name
+        page.write_text(original.read_text())
+        before, begin, rest = page.read_text().partition(f"<!-- {mark}:begin -->")
+        _, end, after = rest.partition(f"<!-- {mark}:end -->")
+        report.put_between(page, mark, "| case |")
+        assert page.read_text() == f"{before}{begin}\n| case |\n{end}{after}"
+        assert before
+        assert after
+        page.write_text(before)
+        with pytest.raises(SystemExit, match=rf"{page.name} has no <!-- {mark}:begin -->"):
+            report.put_between(page, mark, "| case |")
