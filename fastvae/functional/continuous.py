@@ -133,18 +133,18 @@ def bounded(logvar: Tensor, bounds: Sequence[float]) -> Tensor:
     return bounded_logvar(logvar if logvar.dtype == torch.float64 else logvar.float(), bounds)
 
 
-def checked_bounds(where: str, bounds: Any) -> tuple[float, float]:
+def checked_bounds(where: str, bounds: Any, name: str = "logvar_bounds") -> tuple[float, float]:
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
         kind = ValueError if isinstance(bounds, (tuple, list)) else TypeError
-        raise kind(f"fastvae.{where}: `logvar_bounds` must be a pair of floats (lo, hi), got {bounds!r}")
+        raise kind(f"fastvae.{where}: `{name}` must be a pair of floats (lo, hi), got {bounds!r}")
     try:
         lo, hi = float(bounds[0]), float(bounds[1])
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"fastvae.{where}: `logvar_bounds` must be a pair of floats (lo, hi), got {bounds!r}"
+            f"fastvae.{where}: `{name}` must be a pair of floats (lo, hi), got {bounds!r}"
         ) from error
     if not -math.inf < lo < hi < math.inf:
-        raise ValueError(f"fastvae.{where}: `logvar_bounds` must be finite, lo < hi, got {(lo, hi)}")
+        raise ValueError(f"fastvae.{where}: `{name}` must be finite, lo < hi, got {(lo, hi)}")
     return lo, hi
 
 

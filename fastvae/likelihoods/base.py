@@ -41,5 +41,10 @@ class Likelihood(nn.Module):
         return c
 
 
+def widest(like: Tensor) -> torch.dtype:
+    """The most exact type to draw in: float64, which MPS devices do not have."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
 def is_pair(params: Any) -> bool:
     return isinstance(params, (tuple, list)) and len(params) == 2

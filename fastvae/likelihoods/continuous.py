@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..functional.checks import checked_positive, checked_scale, is_dense
 from ..functional.continuous import bounded, checked_bounds
 from ..reference.continuous import BERNOULLI_NUMBERS
-from .base import Likelihood, Row, is_pair
+from .base import Likelihood, Row, is_pair, widest
 
 __all__ = ["Bernoulli", "ContinuousBernoulli", "Gamma", "Gaussian", "Laplace", "StudentT"]
 
@@ -88,7 +88,13 @@ class Gaussian(Likelihood):
             None if logvar_bounds is None else checked_bounds("likelihoods.Gaussian", logvar_bounds)
         )
         if scale == "learned":
-            self.logvar = nn.Parameter(torch.zeros(()))
+            self.logvar = nn.Parameter(torch.empty(()))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give a learned log-variance its start, 0: after `to_empty`, say."""
+        if self.scale == "learned":
+            nn.init.zeros_(self.logvar)
 
     def row(self, params: Any) -> Row:
         bounds = self.logvar_bounds
@@ -137,29 +143,51 @@ class _ScaleFamily(Likelihood):
 
     family: str
 
-    def __init__(self, scale: float | str = 1.0) -> None:
+    def __init__(
+        self, scale: float | str = 1.0, *, log_scale_bounds: tuple[float, float] | None = None
+    ) -> None:
         super().__init__()
+        where = f"likelihoods.{type(self).__name__}"
         if isinstance(scale, Tensor) or (isinstance(scale, str) and scale not in ("learned", "per_element")):
             kind = TypeError if isinstance(scale, Tensor) else ValueError
             found = "a Tensor" if isinstance(scale, Tensor) else repr(scale)
             raise kind(
-                f"fastvae.likelihoods.{type(self).__name__}: `scale` must be a positive float, 'learned' or "
-                f"'per_element', got {found}"
+                f"fastvae.{where}: `scale` must be a positive float, 'learned' or 'per_element', got {found}"
             )
         if not isinstance(scale, str):
-            scale = checked_scale(f"likelihoods.{type(self).__name__}", scale)
+            scale = checked_scale(where, scale)
+            if log_scale_bounds is not None:
+                raise ValueError(
+                    f"fastvae.{where}: `log_scale_bounds` must be None unless `scale` is 'learned' or 'per_element', "
+                    f"got {log_scale_bounds!r} with `scale` {scale}"
+                )
         self.scale = scale
+        self.log_scale_bounds = (
+            None if log_scale_bounds is None else checked_bounds(where, log_scale_bounds, "log_scale_bounds")
+        )
         if scale == "learned":
-            self.log_scale = nn.Parameter(torch.zeros(()))
+            self.log_scale = nn.Parameter(torch.empty(()))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give a learned log-scale its start, 0: after `to_empty`, say."""
+        if self.scale == "learned":
+            nn.init.zeros_(self.log_scale)
 
     def row(self, params: Any) -> Row:
         if self.scale == "learned":
-            return f"{self.family}_learned", [params, self.log_scale], []
+            return f"{self.family}_learned", [params, self._bounded(self.log_scale)], []
         if self.scale == "per_element":
-            if is_pair(params):
-                return f"{self.family}_per_element", list(params), []
+            if is_pair(params) or (self.log_scale_bounds is not None and _is_head(params)):
+                loc, log_scale = params if is_pair(params) else params.chunk(2, dim=1)
+                return f"{self.family}_per_element", [loc, self._bounded(log_scale)], []
             return f"{self.family}_head", [params], []
         return self.family, [params], [float(self.scale)]
+
+    def _bounded(self, log_scale: Any) -> Any:
+        if self.log_scale_bounds is None or not isinstance(log_scale, Tensor):
+            return log_scale
+        return bounded(log_scale, self.log_scale_bounds).to(log_scale.dtype)
 
     def mean(self, params: Any) -> Tensor:
         return self._location_and_scale(params)[0]
@@ -176,16 +204,22 @@ class _ScaleFamily(Likelihood):
     def _location_and_scale(self, params: Any) -> tuple[Tensor, Tensor | float]:
         if self.scale == "per_element":
             loc, log_scale = params if is_pair(params) else params.chunk(2, dim=1)
-            return loc, torch.exp(log_scale)
+            return loc, torch.exp(self._bounded(log_scale))
         if self.scale == "learned":
-            return params, torch.exp(self.log_scale)
+            return params, torch.exp(self._bounded(self.log_scale))
         return params, float(self.scale)
 
     def channels(self, c: int) -> int:
         return 2 * c if self.scale == "per_element" else c
 
     def extra_repr(self) -> str:
-        return f"scale={self.scale!r}"
+        bounds = "" if self.log_scale_bounds is None else f", log_scale_bounds={self.log_scale_bounds}"
+        return f"scale={self.scale!r}{bounds}"
+
+
+def _is_head(params: Any) -> bool:
+    """Whether `params` can be cut in two along dimension 1; what cannot, the checks of the loss have words for."""
+    return isinstance(params, Tensor) and is_dense(params) and params.dim() > 1 and params.shape[1] % 2 == 0
 
 
 class Laplace(_ScaleFamily):
@@ -198,6 +232,9 @@ class Laplace(_ScaleFamily):
       Give it to the optimiser with `elbo.parameters()`.
     - `scale="per_element"`: from the decoder, which returns location and log-scale packed along dimension 1,
       (B, 2C, ...) for data (B, C, ...), or as a pair.
+
+    `log_scale_bounds=(lo, hi)` keeps a log-scale that is learned or given per element between bounds, by the smooth
+    clamp of `Gaussian`: without it a decoder that meets some data exactly drives its scale to 0 there.
     """
 
     family = "laplace"
@@ -211,14 +248,16 @@ class Laplace(_ScaleFamily):
 class StudentT(_ScaleFamily):
     """Independent data with Student's t of `df` degrees of freedom: a Gaussian that outliers do not drag along.
 
-    `params` is the centre, or centre and log-scale. `scale` as for `Laplace`. The mean exists for df > 1; `mean` gives
-    the centre for any.
+    `params` is the centre, or centre and log-scale. `scale` and `log_scale_bounds` as for `Laplace`. The mean exists
+    for df > 1; `mean` gives the centre for any.
     """
 
     family = "student_t"
 
-    def __init__(self, df: float, scale: float | str = 1.0) -> None:
-        super().__init__(scale)
+    def __init__(
+        self, df: float, scale: float | str = 1.0, *, log_scale_bounds: tuple[float, float] | None = None
+    ) -> None:
+        super().__init__(scale, log_scale_bounds=log_scale_bounds)
         self.df = checked_positive("likelihoods.StudentT", "df", df)
 
     def row(self, params: Any) -> Row:
@@ -227,10 +266,11 @@ class StudentT(_ScaleFamily):
 
     def _standard(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
         normal = torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
-        shape = torch.full_like(normal, self.df / 2, dtype=torch.float64)
+        wide = widest(like)
+        shape = torch.full_like(normal, self.df / 2, dtype=wide)
         # Small df: a gamma that underflows would make an infinite draw.
-        gamma = torch._standard_gamma(shape, generator=generator).clamp(min=torch.finfo(torch.float64).tiny)
-        return (normal.double() * torch.rsqrt(gamma / shape)).to(like.dtype)
+        gamma = torch._standard_gamma(shape, generator=generator).clamp(min=torch.finfo(wide).tiny)
+        return (normal.to(wide) * torch.rsqrt(gamma / shape)).to(like.dtype)
 
     def extra_repr(self) -> str:
         return f"df={self.df:g}, {super().extra_repr()}"
@@ -259,7 +299,7 @@ class ContinuousBernoulli(Likelihood):
 
     @torch.no_grad()
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        a = params.double()
+        a = params.to(widest(params))
         u = torch.rand(a.shape, dtype=a.dtype, device=a.device, generator=generator)
         # The inverse of the distribution function, for a negative logit: of a positive one it is the mirror image.
         size = a.abs()
@@ -287,10 +327,10 @@ class Gamma(Likelihood):
 
     @torch.no_grad()
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        shape = torch.full_like(params, self.shape, dtype=torch.float64)
-        return (torch._standard_gamma(shape, generator=generator) * torch.exp(params.double())).to(
-            params.dtype
-        )
+        wide = widest(params)
+        shape = torch.full_like(params, self.shape, dtype=wide)
+        draw = torch._standard_gamma(shape, generator=generator) * torch.exp(params.to(wide))
+        return draw.to(params.dtype)
 
     def extra_repr(self) -> str:
         return f"shape={self.shape:g}"

@@ -26,7 +26,28 @@ class Poisson(Likelihood):
 
     @torch.no_grad()
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return torch.poisson(torch.exp(params), generator=generator)
+        """Counts as numbers of the type of `params`. Raises ValueError for a rate that this type cannot hold."""
+        return _poisson("Poisson", torch.exp(params), generator)
+
+
+# torch.poisson counts in int64. From here on a count is a normal draw, which differs by less than float64 rounds off.
+_MOST = 1e16
+
+
+def _poisson(name: str, rate: Tensor, generator: torch.Generator | None) -> Tensor:
+    most = min(_MOST, torch.finfo(rate.dtype).max)
+    large = rate > most
+    counts = torch.poisson(rate.clamp(max=most), generator=generator)
+    if not large.any():
+        return counts
+    if not rate.isfinite().all():
+        raise ValueError(
+            f"fastvae.likelihoods.{name}.sample: `params` must give rates that "
+            f"{str(rate.dtype).removeprefix('torch.')} can hold, at most {torch.finfo(rate.dtype).max:.2g}, got "
+            f"{rate.max().item()}"
+        )
+    noise = torch.randn(rate.shape, dtype=rate.dtype, device=rate.device, generator=generator)
+    return torch.where(large, rate + rate.sqrt() * noise, counts)
 
 
 class NegativeBinomial(Likelihood):
@@ -53,7 +74,13 @@ class NegativeBinomial(Likelihood):
         check_choice(where, "dispersion", dispersion, ("gene", "gene-cell"))
         self.genes, self.dispersion = genes, dispersion
         if dispersion == "gene":
-            self.log_dispersion = nn.Parameter(torch.zeros(genes))
+            self.log_dispersion = nn.Parameter(torch.empty(genes))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give the log-dispersion of every gene its start, 0: after `to_empty`, say."""
+        if self.dispersion == "gene":
+            nn.init.zeros_(self.log_dispersion)
 
     def row(self, params: Any) -> Row:
         logits, library, log_dispersion, zi_logits = self._parts(params)
@@ -73,9 +100,10 @@ class NegativeBinomial(Likelihood):
             p if p is None or p.dtype == torch.float64 else p.float() for p in self._parts(params)
         )
         rate = library.reshape(-1, 1) * torch.softmax(logits, dim=1)
-        theta = torch.exp(log_dispersion).expand_as(rate)
+        # Beyond these the counts are Poisson, or 0 but for one cell in e^60, and theta would over- or underflow.
+        theta = torch.exp(log_dispersion.clamp(-60.0, 60.0)).expand_as(rate)
         rate = torch._standard_gamma(theta.contiguous(), generator=generator) * (rate / theta)
-        counts = torch.poisson(rate, generator=generator)
+        counts = _poisson(type(self).__name__, rate, generator)
         if zi_logits is not None:
             counts = counts * torch.bernoulli(torch.sigmoid(-zi_logits), generator=generator)
         return counts

@@ -73,7 +73,8 @@ class DiscretizedLogistic(Likelihood):
         return wide
 
     def _scale(self, log_scale: Tensor) -> Tensor:
-        return torch.exp(log_scale.clamp(min=self.log_scale_floor))
+        # From e^60 on the data lie at both ends, half and half, and the next power would overflow.
+        return torch.exp(log_scale.clamp(min=self.log_scale_floor, max=60.0))
 
     def _level(self, x: Tensor) -> Tensor:
         """The level whose bin has x in it."""
@@ -172,7 +173,8 @@ class DiscretizedLogisticMixture(DiscretizedLogistic):
 
 def _clipped_mean(mean: Tensor, scale: Tensor) -> Tensor:
     """E[clip(x, -1, 1)] of a logistic x: -1 plus the integral over [-1, 1] of P(x > t)."""
-    narrow = scale * (F.softplus((mean + 1) / scale) - F.softplus((mean - 1) / scale))
+    slim = scale.clamp(max=1)
+    narrow = slim * (F.softplus((mean + 1) / slim) - F.softplus((mean - 1) / slim))
     # The same without the difference, whose digits a wide scale cancels.
     wide = scale.clamp(min=1)
     integral = wide * torch.log1p(torch.sigmoid((mean - 1) / wide) * torch.expm1(2 / wide))

@@ -408,6 +408,17 @@ WRONG = {
         "fastvae.likelihoods.Gaussian: `logvar_bounds` must be None unless `scale` is 'learned' or 'per_element', "
         "got (-6.0, 2.0) with `scale` 0.5",
     ),
+    "bounds of a fixed log-scale": Wrong(
+        lambda: fastvae.likelihoods.StudentT(3.0, 0.5, log_scale_bounds=(-6.0, 2.0)),
+        ValueError,
+        "fastvae.likelihoods.StudentT: `log_scale_bounds` must be None unless `scale` is 'learned' or 'per_element', "
+        "got (-6.0, 2.0) with `scale` 0.5",
+    ),
+    "bounds of a log-scale, the upper one first": Wrong(
+        lambda: fastvae.likelihoods.Laplace("learned", log_scale_bounds=(2, -6)),
+        ValueError,
+        "fastvae.likelihoods.Laplace: `log_scale_bounds` must be finite, lo < hi, got (2.0, -6.0)",
+    ),
     "bounds in the wrong order": Wrong(
         lambda: Gaussian("learned", logvar_bounds=(2, -6)),
         ValueError,

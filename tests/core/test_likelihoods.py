@@ -732,3 +732,119 @@ def test_validate_names_the_first_bad_count(name: str) -> None:
 def test_validate_passes_counts() -> None:
     for dtype in (torch.float32, torch.uint8, torch.uint16, torch.int32, torch.int64):
         fv.poisson_nll(torch.zeros(2, 3), torch.tensor([[0, 1, 2], [3, 250, 4]]).to(dtype), validate=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Means and draws at the ends
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("log_scale", [90.0, 1e30, math.inf])
+def test_mean_of_a_discretised_logistic_whose_scale_overflows(log_scale: float) -> None:
+    params = torch.zeros(2, 2, 3)
+    params[:, 1] = log_scale
+    params.requires_grad_()
+    likelihood = likelihoods.DiscretizedLogistic()
+    mean = likelihood.mean(params)
+    torch.testing.assert_close(mean, torch.full((2, 1, 3), 0.5))
+    (gradient,) = torch.autograd.grad(mean.sum(), params)
+    assert gradient.isfinite().all()
+    assert set(likelihood.sample(params).unique().tolist()) <= {0, 255}
+    mixture = likelihoods.DiscretizedLogisticMixture(2)
+    params = torch.zeros(2, 20, 3)
+    params[:, 8:14] = log_scale
+    assert mixture.mean(params).isfinite().all()
+
+
+def test_draws_of_counts_stay_in_range() -> None:
+    """torch.poisson counts in int64, and what does not fit there came out negative."""
+    rates = torch.tensor([[3.0, 44.0, 80.0]]).expand(1000, -1)
+    counts = likelihoods.Poisson().sample(rates)
+    for column, rate in zip(counts.double().T, rates[0].double().exp(), strict=True):
+        assert (column >= 0).all()
+        torch.testing.assert_close(column.mean(), rate, rtol=0.02, atol=0)
+    # 1e18 in float64, where a spread of a billionth can be seen.
+    wide = likelihoods.Poisson().sample(torch.full((4000, 1), math.log(1e18), dtype=torch.float64))
+    torch.testing.assert_close(wide.std().item(), 1e9, rtol=0.05, atol=0)
+    with pytest.raises(ValueError, match=r"Poisson.sample: `params` must give rates that float32 can hold"):
+        likelihoods.Poisson().sample(torch.tensor([[1.0, 90.0]]))
+    with pytest.raises(ValueError, match=r"rates that float16 can hold, at most 6.6e\+04"):
+        likelihoods.Poisson().sample(torch.tensor([[12.0]], dtype=torch.float16))
+
+
+@pytest.mark.parametrize("log_dispersion", [-200.0, -89.0, 89.0, 200.0])
+def test_draws_of_negative_binomials_whose_dispersion_over_or_underflows(log_dispersion: float) -> None:
+    likelihood = likelihoods.NegativeBinomial(2, "gene-cell")
+    params = (torch.zeros(2000, 2), torch.full((2000,), 20.0), torch.full((2000, 2), log_dispersion))
+    counts = likelihood.sample(params)
+    assert counts.isfinite().all()
+    # Poisson with the mean 10, or hardly ever anything but 0.
+    want = 10.0 if log_dispersion > 0 else 0.0
+    torch.testing.assert_close(counts.mean().item(), want, rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize(
+    "likelihood", [likelihoods.ContinuousBernoulli(), likelihoods.StudentT(3.0), likelihoods.Gamma(2.0)]
+)
+def test_draws_where_there_is_no_float64(likelihood: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an MPS device: the same draws to what float32 has, and nothing is made in float64."""
+    params = torch.linspace(-3, 3, 4001).expand(2, -1).contiguous()
+    exact = likelihood.sample(params.double(), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("fastvae.likelihoods.continuous.widest", lambda like: torch.float32)
+    monkeypatch.setattr(Tensor, "double", None)
+    draws = likelihood.sample(params, generator=torch.Generator().manual_seed(0))
+    assert draws.dtype == torch.float32
+    assert draws.isfinite().all()
+    for quantile in (0.1, 0.5, 0.9):
+        torch.testing.assert_close(
+            draws.quantile(quantile).item(), exact.quantile(quantile).item(), rtol=0.1, atol=0.1
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scales: bounds, and their start
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make", [likelihoods.Laplace, lambda *args, **options: likelihoods.StudentT(4.0, *args, **options)]
+)
+def test_bounds_of_a_log_scale(backend: str, make: Any) -> None:
+    """The smooth clamp of the Gaussian's log-variance, before the density: packed, as a pair, and learned."""
+    x, loc = torch.randn(3, 2, 5), torch.randn(3, 2, 5)
+    log_scale = (8 * torch.randn(3, 2, 5)).requires_grad_()
+    clamped = reference.continuous.bounded_logvar(log_scale, (-4.0, 1.0))
+    want = make("per_element").nll((loc, clamped), x)
+    (slope,) = torch.autograd.grad(want.sum(), log_scale)
+    likelihood = make("per_element", log_scale_bounds=(-4.0, 1.0))
+    assert repr(likelihood).endswith("scale='per_element', log_scale_bounds=(-4.0, 1.0))")
+    for params in ((loc, log_scale), torch.cat((loc, log_scale), 1)):
+        got = likelihood.nll(params, x)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.autograd.grad(got.sum(), log_scale)[0], slope, rtol=1e-4, atol=1e-5)
+        assert likelihood.sample(params).abs().max() < 1e4
+    learned = make("learned", log_scale_bounds=(-4.0, 1.0))
+    with torch.no_grad():
+        learned.log_scale.fill_(50.0)
+    torch.testing.assert_close(learned.nll(loc, x), make(math.e).nll(loc, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: likelihoods.Gaussian("learned"),
+        lambda: likelihoods.Laplace("learned"),
+        lambda: likelihoods.StudentT(3.0, "learned"),
+        lambda: likelihoods.NegativeBinomial(4),
+        lambda: likelihoods.ZeroInflatedNegativeBinomial(4),
+    ],
+)
+def test_learned_scales_start_at_0_after_to_empty(make: Any) -> None:
+    with torch.device("meta"):
+        likelihood = make()
+    likelihood.to_empty(device="cpu")
+    for parameter in likelihood.parameters():
+        parameter.data.fill_(7.0)
+    likelihood.reset_parameters()
+    assert all((parameter == 0).all() for parameter in likelihood.parameters())
+    assert len(list(likelihood.parameters())) == 1
