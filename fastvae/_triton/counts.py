@@ -1,4 +1,4 @@
-"""Counts: the element of the Poisson, and negative binomial counts of genes in cells, with or without additional zeros,
+"""Counts: the elements of the Poisson, and negative binomial counts of genes in cells, with or without additional zeros,
 which have a kernel of their own.
 
 csrc/math/counts.h has the formulas, and says why. Most counts are zeros: every element takes their path, in C; the
@@ -51,7 +51,36 @@ def poisson(a, _, target, scalar, shape, offset):
     return tl.where(cancels, target * minus_1_u + rest, value), 0.0, slope, 0.0, 0.0
 
 
-ELEMENTS = {"poisson": Element(poisson, warps_64=4)}
+@triton.jit
+def poisson_rate(rate, _, target, eps, shape, offset):
+    """-log Poisson(t; m) = m - t log m + log t!, m = rate + eps.
+
+    Where t is large, with e = m / t - 1 it is t (e - log(1 + e)) + log(2 pi t) / 2 + ...
+    """
+    m = rate + eps
+    d = m - target
+    large = target >= (16.0 if target.dtype == tl.float64 else 2.0)
+    log_n, rest, small = log_factorial(target, large)
+    ratio = m / tl.where(large, target, 1.0)
+    tiny = ratio < 1e-30
+    log_ratio = tl.log(tl.where(tiny, m, ratio)) - tl.where(tiny & large, log_n, 0.0)
+    # A count of 0 asks for no logarithm, whatever the rate.
+    log_ratio = tl.where(target == 0.0, 0.0, log_ratio)
+    e = d / tl.where(large, target, 1.0)
+    near = tl.abs(e) < 0.5
+    s = e / (2.0 + e)
+    series = polynomial(s * s, _LOG1P_64 if m.dtype == tl.float64 else _LOG1P_32)
+    by_series = target * (s * (e - s * s * series))
+    value = tl.where(large, tl.where(near, by_series, d - target * log_ratio) + rest, m - target * log_ratio + small)
+    # Of an infinite rate, the limits.
+    certain = (target == 0.0) | (m == float("inf"))
+    return tl.where(m == float("inf"), m, value), 0.0, tl.where(certain, 1.0, d / m), 0.0, 0.0
+
+
+ELEMENTS = {
+    "poisson": Element(poisson, warps_64=4),
+    "poisson_rate": Element(poisson_rate, warps_64=4, scalar_of=lambda constants: constants[0]),
+}
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._spec import ROWS
 from ..backends import choose
 from ..reference import REDUCTIONS
-from .checks import check_elements, check_kl
+from .checks import check_elements, check_kl, is_dense, layout_message
 
 # By family, what checks a call of a likelihood that is not elementwise, with the arguments and the result of
 # `check_elements`. The files of the families add theirs.
@@ -32,7 +32,7 @@ def nll(
     `x`, in place of the likelihood's function and its.
     """
     row = ROWS[likelihood]
-    if choose.plain is not None and not torch.compiler.is_compiling():
+    if choose.plain is not None and not torch.compiler.is_compiling() and likelihood != "poisson_rate":
         result = choose.plain.nll(likelihood, params, target, constants, kl, beta, reduction)
         if result is not None:
             return result
@@ -52,8 +52,32 @@ def nll(
         if beta is not None and (beta.device != first.device or beta.dtype != torch.float32):
             beta = beta.to(first.device, torch.float32)
     chosen = choose.for_tensor(first, likelihood)
+    if "eps" in [constant.name for constant in row.constants]:
+        chosen = choose.REFERENCE  # until the kernels know it
     if target.layout == torch.sparse_csr and chosen.name != "reference":
         # Ops take no sparse tensors: its positions travel behind the parameters.
         positions = (target.crow_indices().long(), target.col_indices().long())
         params, target = (*params, *positions), target.values()
     return chosen.nll(likelihood, params, target, constants, kl, beta, reduction)
+
+
+def nll_elements(
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float] = (),
+    weight: float = 1.0,
+) -> Tensor:
+    """The nll of each element, of a likelihood's row that has `elements`: the target's shape.
+
+    It is multiplied by `weight`, as are its gradients, at no cost: -1 makes log-probabilities.
+    """
+    row = ROWS[likelihood]
+    if isinstance(target, Tensor) and not is_dense(target):
+        raise TypeError(
+            f'{layout_message(row.function, "target", target)} Sparse targets go with reduction="event".'
+        )
+    check = check_elements if row.element else CHECKS[row.family]
+    params = check(row.function, row.tensors, row, params, target, "target", constants)
+    chosen = choose.for_tensor(params[0], likelihood, "nll_elements")
+    return chosen.nll_elements(likelihood, params, target, constants, weight)
