@@ -278,7 +278,9 @@ def native():
 
         def compile_kernels(self, ext, name, flags):
             """Compiles csrc/cpu for one instruction set, the largest files first; returns the objects."""
-            sources = sorted(Path("csrc/cpu").glob("*.cpp"), key=lambda path: path.stat().st_size, reverse=True)
+            sources = sorted(
+                Path("csrc/cpu").glob("*.cpp"), key=lambda path: path.stat().st_size, reverse=True
+            )
             return self.compiler.compile(
                 list(map(str, sources)),
                 output_dir=str(Path(self.build_temp, name)),

@@ -324,7 +324,7 @@ struct Kernel {
     if constexpr (kRaw) softmax(args, r, row, scratch);
     if (args.starts)
       for (int64_t i = args.starts[r]; i < args.starts[r + 1]; ++i) {
-        C value;
+        C value = 0;
         convert_in(args.target_values.data, args.target_values.type, i, &value, 1);
         scratch.target[args.columns[i]] += value;
       }

@@ -16,7 +16,8 @@ struct BlockSums {
   double nll, pull;
 };
 
-// Whose `element` is the whole of an element's value: there is neither a normaliser nor a logarithm to come.
+// Whose `element` is the whole of an element's value: there is neither a normaliser nor a logarithm to come. These alone give values, and
+// so long an element is compiled as rarely as may be: in no turns of four, and slopes or not by the pointers.
 template <class L>
 constexpr bool kWhole = false;
 template <>
@@ -55,7 +56,7 @@ BlockSums block(const C* const (&param)[kMaxParams], const C* target, C* const (
   constexpr std::integral_constant<int64_t, W> whole;
   constexpr int64_t kAhead = 2048 / sizeof(C);
   int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) {
+  for (; !kWhole<L> && i + 4 * W <= n; i += 4 * W) {
     // Left to itself the processor, its window filled with the arithmetic of a step, waits for memory afterwards and not meanwhile.
     for (int k = 0; k < L::params; ++k) {
       prefetch(param[k] + i + kAhead, 4 * W * sizeof(C));
@@ -102,8 +103,8 @@ void run(const NllArgs& args) {
       const C* target = load(args.target, row, begin, n, args.size, target_buffer);
       C* values = kWhole<L> ? destination(args.values, row, begin, args.size, value_buffer) : nullptr;
       const double weight = args.weight[row * args.weight_stride];
-      const BlockSums of_block = wanted ? block<L, C, true>(param, target, slope, values, args.constants, weight, n)
-                                        : block<L, C, false>(param, target, slope, values, args.constants, weight, n);
+      const BlockSums of_block = wanted || kWhole<L> ? block<L, C, true>(param, target, slope, values, args.constants, weight, n)
+                                                    : block<L, C, kWhole<L>>(param, target, slope, values, args.constants, weight, n);
       sums[task] = of_block.nll;
       if (has_pull) pulls[task] = of_block.pull;
       for (int k = 0; k < L::params; ++k) store(args.slopes[k], row, begin, n, args.size, slope_buffer[k]);
@@ -151,26 +152,25 @@ void scale_each(const ScaleElementsArgs& args) {
   for (int k = 0; k < args.count; ++k) summed |= args.sums[k] != nullptr;
   const int64_t rows = args.rows, size = args.size, step = summed ? std::max<int64_t>(8, (rows + 31) / 32) : 1;
   const int64_t chunks = (rows + step - 1) / step, blocks = (size + kBlock - 1) / kBlock;
-  const bool per_row = args.factor.run == 1 && args.factor.run_stride == 0;
   std::vector<C> partial[kMaxParams];
   for (int k = 0; k < args.count; ++k) partial[k].resize(args.sums[k] ? chunks * size : 0);
 
   at::parallel_for(0, chunks * blocks, grain(step * std::min(size, kBlock)), [&](int64_t first, int64_t last) {
-    Buffer<C> factor_buffer, in_buffer[kMaxParams], out_buffer;
+    Buffer<C> out_buffer;
     for (int64_t task = first; task < last; ++task) {
       const int64_t chunk = task / blocks, begin = task % blocks * kBlock, n = std::min(kBlock, size - begin);
       for (int64_t row = chunk * step; row < std::min(rows, (chunk + 1) * step); ++row) {
-        const C* factors = load(args.factor, row, per_row ? 0 : begin, per_row ? 1 : n, per_row ? 1 : size, factor_buffer);
+        const C* factors = static_cast<const C*>(args.factor) + row * args.factor_stride + (args.factor_per_row ? 0 : begin);
         const C factor = factors[0];
         for (int k = 0; k < args.count; ++k) {
-          const C* in = load(args.in[k], row, begin, n, size, in_buffer[k]);
+          const C* in = static_cast<const C*>(args.in[k]) + row * size + begin;
           C* out = args.sums[k] ? partial[k].data() + chunk * size + begin : destination(args.out[k], row, begin, size, out_buffer);
           if (args.sums[k]) {
-            if (per_row)
+            if (args.factor_per_row)
               for (int64_t i = 0; i < n; ++i) out[i] += factor * in[i];
             else
               for (int64_t i = 0; i < n; ++i) out[i] += factors[i] * in[i];
-          } else if (!per_row) {
+          } else if (!args.factor_per_row) {
             for (int64_t i = 0; i < n; ++i) out[i] = factors[i] * in[i];
           } else if (factor != 1 || in != out) {
             for (int64_t i = 0; i < n; ++i) out[i] = factor * in[i];

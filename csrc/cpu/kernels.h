@@ -159,12 +159,15 @@ struct ScaleArgs {
 };
 
 // out[k] = factor * in[k], element by element, where out[k] may be in[k]; or where there are sums[k], in their place, the sum over rows.
+// What is read is of the type that is computed in, and `in` is dense.
 struct ScaleElementsArgs {
   bool in_double;
   int64_t rows, size;
-  Operand factor;  // of each element, or (run == 1, run_stride == 0) of each row
+  const void* factor;
+  int64_t factor_stride;  // of rows
+  bool factor_per_row;    // a row has one, and not one for each element
   int count;
-  Operand in[kMaxParams];
+  const void* in[kMaxParams];
   Result out[kMaxParams];
   double* sums[kMaxParams];  // (size,)
 };

@@ -3,6 +3,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
@@ -45,7 +46,8 @@ struct NllElementsFunction : torch::autograd::Function<NllElementsFunction> {
     const Tensor& grad = grads[0];
     if (!grad.defined()) return once_differentiable(std::move(results));
 
-    const Tensors derivatives = ctx->get_saved_variables();
+    Tensors derivatives = ctx->get_saved_variables();
+    for (auto& d : derivatives) d = d.contiguous(memory_order(d));  // nothing to do, unless a hook of the user's has made others of them
     const int64_t shared = ctx->saved_data["shared"].toInt();
     const auto dtype = ctx->saved_data["dtype"].toScalarType();
     // The place of the shared param among those that want a gradient.
@@ -97,7 +99,9 @@ Tensor elements_autograd(std::string_view likelihood, at::TensorList params, con
   return NllElementsFunction::apply(std::string(likelihood), params, target, constants, weight);
 }
 
-Tensor empty_elements(const Tensor& lead, at::ScalarType dtype) { return at::empty_symint(lead.sym_sizes(), lead.options().dtype(dtype)); }
+Tensor empty_elements(const Tensor& lead, at::ScalarType dtype) {
+  return at::empty_like(lead, lead.options().dtype(dtype), memory_order(lead));
+}
 
 std::tuple<Tensor, Tensors> elements_forward_meta(std::string_view, at::TensorList params, const Tensor&, at::ArrayRef<double>, double,
                                          int64_t needs) {

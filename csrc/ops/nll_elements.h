@@ -11,7 +11,7 @@ namespace fastvae {
 using NllElements = Tensor(std::string_view, at::TensorList, const Tensor&, at::ArrayRef<double>, double);
 
 // The same with `needs` -> (values, derivatives): bit i is set where params[i] wants its gradient. derivatives: one for each such param, of
-// each element, times `weight`; dense, in the rows' type whatever the params' (fp16 could not hold them before the factor that the backward
+// each element, times `weight`; in the order of params[0], in the rows' type whatever the params' (fp16 could not hold them before the factor that the backward
 // brings), and of every element for a param that serves all rows, too.
 using NllElementsForward = std::tuple<Tensor, Tensors>(std::string_view, at::TensorList, const Tensor&, at::ArrayRef<double>, double, int64_t);
 

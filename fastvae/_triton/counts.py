@@ -1,5 +1,5 @@
-"""Counts: the elements of the Poisson, and negative binomial counts of genes in cells, with or without additional zeros,
-which have a kernel of their own.
+"""Counts: the elements of the Poisson, and negative binomial counts of genes in cells, with or without additional
+zeros, which have a kernel of their own.
 
 csrc/math/counts.h has the formulas, and says why. Most counts are zeros: every element takes their path, in C; the
 places of the others are then listed, tile by tile, and these are computed in float64 and written over it.
@@ -71,7 +71,9 @@ def poisson_rate(rate, _, target, eps, shape, offset):
     s = e / (2.0 + e)
     series = polynomial(s * s, _LOG1P_64 if m.dtype == tl.float64 else _LOG1P_32)
     by_series = target * (s * (e - s * s * series))
-    value = tl.where(large, tl.where(near, by_series, d - target * log_ratio) + rest, m - target * log_ratio + small)
+    value = tl.where(
+        large, tl.where(near, by_series, d - target * log_ratio) + rest, m - target * log_ratio + small
+    )
     # Of an infinite rate, the limits.
     certain = (target == 0.0) | (m == float("inf"))
     return tl.where(m == float("inf"), m, value), 0.0, tl.where(certain, 1.0, d / m), 0.0, 0.0

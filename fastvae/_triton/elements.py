@@ -1,7 +1,7 @@
 """The functions behind the ops fastvae_triton::nll_elements*: the value of each element, and its derivatives.
 
-The likelihoods' kernels (counts.py, elementwise.py) write both at a time. The backward multiplies the derivatives by what
-arrives, which is read where it is: one number for a row where it was expanded.
+The likelihoods' kernels (counts.py, elementwise.py) write both at a time. The backward multiplies the derivatives by
+what arrives, which is read where it is: one number for a row where it was expanded.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .._spec import ROWS
-from .launch import COMPUTE, dense_rows, divisor, event_size, kernel, launch, number, row_dtype
+from .launch import (
+    COMPUTE,
+    dense_rows,
+    divisor,
+    event_size,
+    kernel,
+    launch,
+    memory_order,
+    number,
+    row_dtype,
+)
 from .loss import EVALUATE
 
 
@@ -76,7 +86,7 @@ def nll_elements_forward(
     if not ROWS[likelihood].elements:
         raise ValueError(f"fastvae::nll_elements: there is no kernel for the elements of {likelihood}")
     lead = params[0]
-    values = lead.new_empty(lead.shape, dtype=row_dtype(lead))
+    values = torch.empty_like(lead, dtype=row_dtype(lead), memory_format=memory_order(lead))
     derivatives, *_ = EVALUATE[likelihood](
         likelihood, params, target, constants, needs, weight, values=False, element_values=values
     )
@@ -112,7 +122,7 @@ def _scale(
     per_row = all(
         stride == 0 or length == 1 for stride, length in zip(grad.stride()[1:], grad.shape[1:], strict=True)
     )
-    grad = grad if per_row else dense_rows(grad)
+    grad = grad if per_row else dense_rows(grad, memory_order(lead))
     unit = divisor(size, 0 if per_row else grad.stride(0))
     columns = 1024 if lead.dtype == torch.float32 else 512
     blocks = -(-size // columns)
@@ -121,7 +131,7 @@ def _scale(
     chunks = -(-rows // rows_per_chunk)
     sums = lead.new_empty((chunks, size)) if shared >= 0 else None
     scaled = [i for i in range(len(derivatives)) if i != shared]
-    places: list[int | None] = [*scaled, None, None, None][:3]  # type: ignore[list-item]
+    places: list[int | None] = [*scaled, None, None, None][:3]
     launch(
         scale_elements_kernel,
         chunks * blocks,

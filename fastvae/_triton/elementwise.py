@@ -171,13 +171,11 @@ def evaluate(
     """Runs nll_kernel: (gradients that `needs` asks for, sums (rows, splits) of rows, the same of scalar slopes).
 
     Without `values`, only the gradients are made. `element_values` is where the value of each element is to go, and
-    then gradients have its type and order.
+    then gradients have its type.
     """
     row, element, lead = ROWS[likelihood], ELEMENTS[likelihood], params[0]
     order, dtype = memory_order(lead), row_dtype(lead)
-    like = lead
-    if element_values is not None:
-        order, like = torch.contiguous_format, element_values
+    like = lead if element_values is None else element_values
     rows, size = lead.shape[0], event_size(target)
     first, data = dense_rows(lead, order), dense_rows(target, order)
     scalar = params[-1] if row.has_scalar else None

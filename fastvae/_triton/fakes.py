@@ -109,7 +109,7 @@ def nll_elements_forward(
     lead = params[0]
 
     def empty() -> Tensor:
-        return lead.new_empty(lead.shape, dtype=row_dtype(lead))
+        return torch.empty_like(lead, dtype=row_dtype(lead), memory_format=memory_order(lead))
 
     return empty(), [empty() for i in range(len(params)) if needs >> i & 1]
 

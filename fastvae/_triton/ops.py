@@ -1,10 +1,10 @@
 """The ops `fastvae_triton::*`: schemas and autograd; the same as those of csrc/ops, in Python.
 
 What a user's call runs is the op without a suffix, which records the graph; its _forward and _backward do the work on
-the device (loss.py, elements.py, latents.py), or tell its shapes where there is none (fakes.py). They are ops of a plain
-torch.library.Library, because every layer on top costs host time in each call: an autograd.Function over such ops comes
-closest to C++, `torch.library.custom_op` takes half as long again, and `triton_op`, which would show the kernels to
-Inductor, is built on that. There is little for Inductor to fuse them with: they stand between a decoder's last layer
+the device (loss.py, elements.py, latents.py), or tell its shapes where there is none (fakes.py). They are ops of a
+plain torch.library.Library, because every layer on top costs host time in each call: an autograd.Function over such ops
+comes closest to C++, `torch.library.custom_op` takes half as long again, and `triton_op`, which would show the kernels
+to Inductor, is built on that. There is little for Inductor to fuse them with: they stand between a decoder's last layer
 and its backward.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from .._spec import ROWS
 from . import elements, fakes, latents, loss
 from .counts import shared_bit
-from .launch import row_dtype
+from .launch import memory_order, row_dtype
 from .loss import NONE
 from .runtime import INTERPRETED
 
@@ -271,6 +271,8 @@ class _NllElements(torch.autograd.Function):
             return (None,) * (4 + ctx.tensors)
         anchor, *derivatives = ctx.saved_tensors
         with _below_autograd(), torch.no_grad():
+            # Nothing to do, unless a hook of the user's has made others of them.
+            derivatives = [d.contiguous(memory_format=memory_order(d)) for d in derivatives]
             gradients: list[Tensor]
             # fp16 and bf16 have derivatives in float32.
             if ctx.dtype != row_dtype(grad) or _traced(grad) or _keeps_graph():
@@ -284,8 +286,9 @@ class _NllElements(torch.autograd.Function):
             if ctx.shared >= 0:
                 gradients[ctx.shared] = gradients[ctx.shared].to(ctx.shared_dtype)
         made = iter(gradients)
-        placed = [next(made) if ctx.needs >> i & 1 else None for i in range(ctx.tensors)]
-        return _once_differentiable([None] * 4 + placed, anchor)
+        results: list[Tensor | None] = [None] * 4
+        results += [next(made) if ctx.needs >> i & 1 else None for i in range(ctx.tensors)]
+        return _once_differentiable(results, anchor)
 
 
 def _nll_elements(

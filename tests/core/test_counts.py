@@ -577,7 +577,8 @@ def test_opcheck(form: str, dtype: torch.dtype, shared: bool, sparse: bool, nati
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )
     torch.library.opcheck(
-        torch.ops.fastvae.nll.default, (form, params, target, NUMBERS[form], torch.rand(3), torch.tensor(0.5), 2)
+        torch.ops.fastvae.nll.default,
+        (form, params, target, NUMBERS[form], torch.rand(3), torch.tensor(0.5), 2),
     )
 
 
