@@ -32,6 +32,7 @@ SCALE = Constant("scale")
 BOUNDS = Constant("logvar_bounds", length=2)
 DF = Constant("df")
 SHAPE = Constant("shape")
+EPS = Constant("eps")
 LEVELS = (Constant("bits", whole=True), Constant("log_scale_floor"), Constant("small_mass"))
 
 
@@ -46,6 +47,7 @@ class Form(NamedTuple):
     has_scalar: bool = False  # that tensor is 0-dimensional, one number for all elements
     packed: bool = False  # one tensor (B, 2C, ...) has both parameters of (B, C, ...) data
     raw: bool = False  # the tensors are the entry's `raw`
+    elements: bool = False  # its function gives the value of each element too, with reduction="none"
 
 
 PLAIN = Form()  # as the entry says: of a density that has no scale
@@ -57,6 +59,8 @@ BOUNDED_PER_ELEMENT = Form("bounded_per_element", element="bounded", constants=(
 BOUNDED_HEAD = Form("bounded_head", "head", element="bounded", constants=(BOUNDS,), packed=True)
 PACKED = Form(packed=True)  # there is no other
 RAW = Form("logits", "logits", raw=True)  # what the decoder returns, before softmax and exponential
+MEAN = Form(constants=(EPS,), elements=True)  # the mean itself, to which `eps` is added
+RATE = Form("rate", "rate", element="rate", constants=(EPS,), raw=True, elements=True)
 
 SCALED = (FIXED, LEARNED, PER_ELEMENT, HEAD)
 
@@ -73,7 +77,7 @@ class Spec(NamedTuple):
     integers: tuple[torch.dtype, ...]  # that the target may be, beside the parameters' type and float32
     scale: str = ""  # the tensor that its scale may come in
     halves: str = ""  # what a packed head holds, in words for messages
-    raw: tuple[str, ...] = ()  # the tensors of the form RAW
+    raw: tuple[str, ...] = ()  # the tensors of the forms RAW and RATE
     constants: tuple[Constant, ...] = ()
     forms: tuple[Form, ...] = (PLAIN,)
     # A density of (target - first parameter), whose derivative by the target is the first's, negated. Of others no
@@ -152,6 +156,8 @@ SPECS = (
         "counts",
         tensors=("log_rate",),
         integers=COUNTS,
+        raw=("rate",),
+        forms=(PLAIN, RATE),
         by_name=True,
     ),
     Spec(
@@ -160,7 +166,7 @@ SPECS = (
         tensors=("mean", "inverse_dispersion"),
         integers=COUNTS,
         raw=("logits", "log_dispersion", "library"),
-        forms=(PLAIN, RAW),
+        forms=(MEAN, RAW),
         elementwise=False,
         lacks=(("native", "cuda"),),
     ),
@@ -170,7 +176,7 @@ SPECS = (
         tensors=("mean", "inverse_dispersion", "zi_logits"),
         integers=COUNTS,
         raw=("logits", "log_dispersion", "zi_logits", "library"),
-        forms=(PLAIN, RAW),
+        forms=(MEAN, RAW),
         elementwise=False,
         lacks=(("native", "cuda"),),
     ),
@@ -219,6 +225,7 @@ class Row(NamedTuple):
     has_scalar: bool  # the last tensor is 0-dimensional; the others have the shape of the first
     packed: bool
     halves: str
+    elements: bool  # the op nll_elements serves it
     counts: bool  # the target counts something: uint8 is a number like the wider integers, and no pixel
     lacks: tuple[tuple[str, str], ...]
 
@@ -249,6 +256,7 @@ def _row(spec: Spec, form: Form) -> Row:
         has_scalar=form.has_scalar,
         packed=form.packed,
         halves=spec.halves,
+        elements=form.elements,
         counts=spec.integers is COUNTS,
         lacks=spec.lacks,
     )

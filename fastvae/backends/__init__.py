@@ -1,6 +1,6 @@
 """The backends: who serves a tensor, and why another does not.
 
-A backend is three functions of fixed positional signatures (`Backend`). There are three:
+A backend is four functions of fixed positional signatures (`Backend`). There are three:
 
 - "reference": `fastvae.reference`, plain PyTorch, always there, any device;
 - "native": the compiled extension `fastvae._C`, whose ops live in `torch.ops.fastvae`;

@@ -1,4 +1,4 @@
-"""What every backend is: three functions of fixed positional signatures."""
+"""What every backend is: four functions of fixed positional signatures."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 import torch
 
 NAMES = ("auto", "reference", "native", "triton")
-OPS = ("reparameterize_kl", "gaussian_kl", "nll")
+OPS = ("reparameterize_kl", "gaussian_kl", "nll", "nll_elements")
+
+# op -> the (backend, type of device) that have no kernel for it. "auto" takes the next backend that has.
+LACKING: dict[str, tuple[tuple[str, str], ...]] = {"nll_elements": (("native", "cuda"),)}
 
 # Tensors of every other device type go to the reference, whatever the setting.
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
@@ -18,12 +21,14 @@ class Backend(NamedTuple):
     reparameterize_kl(mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, generator) -> (z, kl)
     gaussian_kl(mu, logvar, prior_mu, prior_logvar, per_element) -> kl
     nll(likelihood, params, target, constants, kl, beta, reduction) -> (loss, nll)
+    nll_elements(likelihood, params, target, constants, weight) -> values
     """
 
     name: str
     reparameterize_kl: Callable[..., Any]
     gaussian_kl: Callable[..., Any]
     nll: Callable[..., Any]
+    nll_elements: Callable[..., Any]
 
 
 class Missing(Exception):

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from .._spec import ROWS
 from .._warn import warn
 from . import available, native
-from .base import DEVICES, NAMES, Backend
+from .base import DEVICES, LACKING, NAMES, Backend
 from .reference import REFERENCE
 
 # None outside of torch.func's transforms.
@@ -29,7 +29,7 @@ LACKS: dict[tuple[str, str], tuple[str, ...]] = {
 }
 
 setting = "auto"
-_told: set[str] = set()  # likelihoods whose fallback was warned of
+_told: set[str] = set()  # what fell back to the reference, and was warned of
 _gpu: tuple[int, int] | None = None  # its compute capability; see `_meet_gpu`
 serving: dict[str, Backend] = {}  # device type -> backend under the current setting, where one was found
 # Where the native backend serves CPU tensors: the ops for calls as a training loop makes them, checks included. They
@@ -122,14 +122,16 @@ def empty_cache() -> int:
     return int(importlib.import_module("fastvae._C").empty_buffer_pool())
 
 
-def for_tensor(tensor: Tensor, likelihood: str = "") -> Backend:
-    """The backend that serves tensors on this tensor's device, of those that have a kernel for the likelihood."""
+def for_tensor(tensor: Tensor, likelihood: str = "", op: str = "nll") -> Backend:
+    """The backend that serves tensors on this tensor's device, of those that have a kernel for the likelihood, and that
+    op of it."""
     device_type = tensor.device.type
     backend = serving.get(device_type)
     if backend is None:
         return _unserved(device_type)
-    if likelihood in LACKS.get((backend.name, device_type), ()):
-        backend = _instead(backend.name, device_type, likelihood)
+    place = (backend.name, device_type)
+    if likelihood in LACKS.get(place, ()) or place in LACKING.get(op, ()):
+        backend = _instead(*place, likelihood, op)
     # Compiled ops cannot cross these: torch's own message for a transform names no way out, and forward-mode AD would
     # get no tangent at all, in silence.
     if (
@@ -168,20 +170,23 @@ def _unserved(device_type: str) -> Backend:
     return REFERENCE
 
 
-def _instead(name: str, device_type: str, likelihood: str) -> Backend:
+def _instead(name: str, device_type: str, likelihood: str, op: str) -> Backend:
+    what = f"the likelihood {likelihood!r}"
+    if op == "nll_elements":
+        what = f"the elements of {what}"
     if setting != "auto":
         raise RuntimeError(
-            f"fastvae: backend {name!r} has no kernel for the likelihood {likelihood!r} on {device_type} tensors; "
+            f"fastvae: backend {name!r} has no kernel for {what} on {device_type} tensors; "
             f"fastvae.set_backend('auto') takes what there is"
         )
     if name == "native" and device_type == "cuda":
         triton = serve("triton", "cuda")
         if triton is not None:
             return triton
-    if not torch.compiler.is_compiling() and likelihood not in _told:
-        _told.add(likelihood)
+    if not torch.compiler.is_compiling() and what not in _told:
+        _told.add(what)
         warn(
-            f"fastvae runs the likelihood {likelihood!r} on its pure-PyTorch reference, which is slow "
+            f"fastvae runs {what} on its pure-PyTorch reference, which is slow "
             f"(fastvae.set_backend('reference') accepts that silently): there is no kernel for it on {device_type} "
             "tensors yet",
             RuntimeWarning,

@@ -7,7 +7,7 @@ import torch
 
 from .._version import __version__
 from . import available, choose, native
-from .base import DEVICES, OPS
+from .base import DEVICES, LACKING, OPS
 
 
 def _version(distribution: str) -> str:
@@ -16,6 +16,17 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _server(op: str, device_type: str) -> str:
+    """The backend that serves an op on a type of device."""
+    backend = choose.serving.get(device_type)
+    if backend is not None and (backend.name, device_type) not in LACKING.get(op, ()):
+        return backend.name
+    if choose.setting != "auto":
+        return "(none)"
+    other = choose.serve("triton", device_type) if backend is not None and device_type == "cuda" else None
+    return "reference" if other is None else other.name
 
 
 def show_config() -> str:
@@ -53,14 +64,9 @@ def show_config() -> str:
         f"backend {choose.setting!r} serves",
         f"  {'':20}" + "".join(f"{d:14}" for d in (*DEVICES, "other")),
     ]
-    served = []
-    for device_type in DEVICES:
-        backend = choose.serving.get(device_type)
-        served.append(
-            backend.name if backend is not None else "reference" if choose.setting == "auto" else "(none)"
-        )
-    served.append("reference")
-    lines += [f"  {op:20}" + "".join(f"{name:14}" for name in served) for op in OPS]
+    for op in OPS:
+        served = [*(_server(op, device_type) for device_type in DEVICES), "reference"]
+        lines.append(f"  {op:20}" + "".join(f"{name:14}" for name in served))
 
     absent = []
     for name in ("native", "triton"):

@@ -38,4 +38,4 @@ def _gaussian_kl(
     return reference.gaussian_kl(mu, logvar, prior_mu, prior_logvar, reduction=reduction)
 
 
-REFERENCE = Backend("reference", _reparameterize_kl, _gaussian_kl, reference.nll)
+REFERENCE = Backend("reference", _reparameterize_kl, _gaussian_kl, reference.nll, reference.nll_elements)

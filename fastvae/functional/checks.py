@@ -77,6 +77,16 @@ def checked_positive(where: str, name: str, number: Any) -> float:
     return value
 
 
+def checked_not_negative(where: str, name: str, number: Any) -> float:
+    try:
+        value = float(number)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"fastvae.{where}: `{name}` must be a float, got {number!r}") from error
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"fastvae.{where}: `{name}` must be 0 or more, and finite, got {value}")
+    return value
+
+
 def checked_scale(where: str, scale: Any) -> float:
     return checked_positive(where, "scale", scale)
 

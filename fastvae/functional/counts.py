@@ -11,10 +11,12 @@ from .._spec import ROWS, Row
 from . import loss
 from .checks import (
     check_beside,
+    check_choice,
     check_elements,
     check_floating,
     check_like,
     check_target,
+    checked_not_negative,
     is_dense,
     shape_message,
 )
@@ -23,6 +25,7 @@ __all__ = [
     "negative_binomial_logits_nll",
     "negative_binomial_nll",
     "poisson_nll",
+    "poisson_rate_nll",
     "zero_inflated_negative_binomial_logits_nll",
     "zero_inflated_negative_binomial_nll",
 ]
@@ -55,48 +58,107 @@ def poisson_nll(log_rate: Tensor, target: Tensor, *, validate: bool = False) -> 
     return loss.nll("poisson", [log_rate], target)[0]
 
 
-def negative_binomial_nll(
-    mean: Tensor, target: Tensor, inverse_dispersion: Tensor, *, validate: bool = False
+def poisson_rate_nll(
+    rate: Tensor, target: Tensor, *, eps: float = 0.0, reduction: str = "event", validate: bool = False
 ) -> Tensor:
-    """-log NB(target | mean, inverse dispersion) of every row, in nats, as scvi-tools parametrises it.
+    """-log Poisson(target | rate + eps) in nats, with its term log t!: `poisson_nll` by the rate itself.
 
-    Per element, with mean m, inverse dispersion r and count t: lgamma(r) + lgamma(t + 1) - lgamma(t + r)
-    - r log(r / (r + m)) - t log(m / (r + m)) (Lopez et al. 2018). The variance is m + m^2 / r. Computed so that r from
-    1e-4 to 1e8 and counts to 1e6 keep their digits; zeros cost one logarithm.
+    Per element m - t log m + log t! at m = rate + eps for count t; a fractional t is allowed, t! = Gamma(t + 1). The
+    three terms of a large count, which cancel, are not made. A rate of 0 is certain of a count of 0, whose value is 0;
+    with `eps=0` that of any other count is infinite.
 
     Args:
-        mean: (B, G), above 0.
-        target: counts (B, G): floating, uint8, uint16, int32 or int64, dense or torch.sparse_csr, which is read as it
-            is. It must not require a gradient.
-        inverse_dispersion: above 0: (G,), one for every gene, or (B, G).
-        validate: look at every value first, and name the first that is no count or leaves its domain.
+        rate: (B, ...), the expected counts, 0 or more.
+        target: the shape of `rate`: counts, floating or uint8, uint16, int32 or int64, each as it is. It must not
+            require a gradient.
+        eps: 0 or more, added to `rate`: value and gradient are those at rate + eps.
+        reduction: `"event"` sums every row to (B,); `"none"` keeps the elements.
+        validate: look for rates below 0 and counts that are negative, fractional or not finite. This reads the values,
+            which on a GPU waits for them. Without it fractional counts are evaluated as they are.
 
     Returns:
-        (B,), float32 (float64 for a float64 mean).
+        (B,), or the shape of `rate`; float32 (float64 for a float64 rate).
 
     Raises:
         TypeError: a dtype or kind that does not fit.
-        ValueError: a shape, device or value that does not fit, or a target that requires a gradient.
+        ValueError: a shape or device that does not fit, an unknown reduction, an eps below 0, a target that requires a
+            gradient, or with `validate` a value that is out of its domain.
     """
-    return _genes_nll("negative_binomial", (mean, inverse_dispersion), target, validate)
+    eps = checked_not_negative("poisson_rate_nll", "eps", eps)
+    check_choice("poisson_rate_nll", "reduction", reduction, ("event", "none"))
+    if validate:
+        row = ROWS["poisson_rate"]
+        check_elements(row.function, row.tensors, row, [rate], target, "target", (eps,))
+        _check_counts(row.function, "target", target)
+        _check_values(
+            row.function, "rate", rate, (rate >= 0) & (rate < math.inf), "finite numbers, 0 or more"
+        )
+    if reduction == "none":
+        return loss.nll_elements("poisson_rate", [rate], target, (eps,))
+    return loss.nll("poisson_rate", [rate], target, (eps,))[0]
+
+
+def negative_binomial_nll(
+    mean: Tensor,
+    target: Tensor,
+    inverse_dispersion: Tensor,
+    *,
+    eps: float = 0.0,
+    reduction: str = "event",
+    validate: bool = False,
+) -> Tensor:
+    """-log NB(target | mean + eps, inverse dispersion) in nats, as scvi-tools parametrises it.
+
+    Per element, with m = mean + eps, inverse dispersion r and count t: lgamma(r) + lgamma(t + 1) - lgamma(t + r)
+    - r log(r / (r + m)) - t log(m / (r + m)) (Lopez et al. 2018). The variance is m + m^2 / r. Computed so that r from
+    1e-4 to 1e8 and counts to 1e6 keep their digits, fractional counts too (t! is Gamma(t + 1)); zeros cost one
+    logarithm.
+
+    Args:
+        mean: (B, G); mean + eps must be above 0.
+        target: counts (B, G): floating, uint8, uint16, int32 or int64, dense or (with `reduction="event"`)
+            torch.sparse_csr, which is read as it is. It must not require a gradient.
+        inverse_dispersion: above 0: (G,), one for every gene, or (B, G). One of (G,) is read in place, and its gradient
+            is the sum over rows.
+        eps: 0 or more, added to `mean`: value and gradients are those at mean + eps. 1e-8 is what scvi-tools adds
+            inside of its logarithms.
+        reduction: `"event"` sums every row to (B,); `"none"` keeps the elements.
+        validate: look at every value first, and name the first that is no count (a whole number, 0 or more) or leaves
+            its domain. Without it fractional counts are evaluated as they are.
+
+    Returns:
+        (B,), or with `reduction="none"` (B, G); float32 (float64 for a float64 mean).
+
+    Raises:
+        TypeError: a dtype or kind that does not fit, or a sparse target with `reduction="none"`.
+        ValueError: a shape, device or value that does not fit, an unknown reduction, an eps below 0, or a target that
+            requires a gradient.
+    """
+    return _mean_nll("negative_binomial", (mean, inverse_dispersion), target, eps, reduction, validate)
 
 
 def zero_inflated_negative_binomial_nll(
-    mean: Tensor, target: Tensor, inverse_dispersion: Tensor, zi_logits: Tensor, *, validate: bool = False
+    mean: Tensor,
+    target: Tensor,
+    inverse_dispersion: Tensor,
+    zi_logits: Tensor,
+    *,
+    eps: float = 0.0,
+    reduction: str = "event",
+    validate: bool = False,
 ) -> Tensor:
     """`negative_binomial_nll` of counts that are 0 with probability sigmoid(zi_logits) besides.
 
     Per element -log( p [t = 0] + (1 - p) NB(t) ), p = sigmoid(zi_logits) (Risso et al. 2018; Lopez et al. 2018).
 
     Args:
-        mean, target, inverse_dispersion, validate: as for `negative_binomial_nll`.
+        mean, target, inverse_dispersion, eps, reduction, validate: as for `negative_binomial_nll`.
         zi_logits: (B, G), logits of the additional zeros.
 
     Returns and raises as `negative_binomial_nll` does.
     """
-    return _genes_nll(
-        "zero_inflated_negative_binomial", (mean, inverse_dispersion, zi_logits), target, validate
-    )
+    params = (mean, inverse_dispersion, zi_logits)
+    return _mean_nll("zero_inflated_negative_binomial", params, target, eps, reduction, validate)
 
 
 def negative_binomial_logits_nll(
@@ -138,19 +200,35 @@ def zero_inflated_negative_binomial_logits_nll(
     return _genes_nll("zero_inflated_negative_binomial_logits", params, target, validate)
 
 
+def _mean_nll(
+    likelihood: str, params: Sequence[Tensor], target: Tensor, eps: float, reduction: str, validate: bool
+) -> Tensor:
+    row = ROWS[likelihood]
+    eps = checked_not_negative(row.function, "eps", eps)
+    check_choice(row.function, "reduction", reduction, ("event", "none"))
+    if validate:
+        _check_all_values(row, params, target, eps)
+    if reduction == "none":
+        return loss.nll_elements(likelihood, params, target, (eps,))
+    return loss.nll(likelihood, params, target, (eps,))[0]
+
+
 def _genes_nll(likelihood: str, params: Sequence[Tensor], target: Tensor, validate: bool) -> Tensor:
     if validate:
-        row = ROWS[likelihood]
-        _check_genes(row.function, row.tensors, row, params, target, "target")
-        _check_counts(row.function, "target", target)
-        for name, value in zip(row.tensors, params, strict=True):
-            if name in ("mean", "inverse_dispersion", "library"):
-                _check_values(
-                    row.function, name, value, (value > 0) & (value < math.inf), "positive, finite numbers"
-                )
-            else:
-                _check_values(row.function, name, value, value.isfinite(), "finite numbers")
+        _check_all_values(ROWS[likelihood], params, target)
     return loss.nll(likelihood, params, target)[0]
+
+
+def _check_all_values(row: Row, params: Sequence[Tensor], target: Tensor, eps: float = 0.0) -> None:
+    _check_genes(row.function, row.tensors, row, params, target, "target")
+    _check_counts(row.function, "target", target)
+    for name, value in zip(row.tensors, params, strict=True):
+        good, what = value.isfinite(), "finite numbers"
+        if name == "mean" and eps > 0:
+            good, what = good & (value >= 0), "finite numbers, 0 or more"
+        elif name in ("mean", "inverse_dispersion", "library"):
+            good, what = good & (value > 0), "positive, finite numbers"
+        _check_values(row.function, name, value, good, what)
 
 
 def _check_genes(

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._spec import ROWS
 from ..backends import choose
 from ..reference import REDUCTIONS
-from .checks import check_elements, check_kl
+from .checks import check_elements, check_kl, is_dense, layout_message
 
 # By family, what checks a call of a likelihood that is not elementwise, with the arguments and the result of
 # `check_elements`. The files of the families add theirs.
@@ -57,3 +57,24 @@ def nll(
         positions = (target.crow_indices().long(), target.col_indices().long())
         params, target = (*params, *positions), target.values()
     return chosen.nll(likelihood, params, target, constants, kl, beta, reduction)
+
+
+def nll_elements(
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float] = (),
+    weight: float = 1.0,
+) -> Tensor:
+    """The nll of each element, of a likelihood's row that has `elements`: the target's shape.
+
+    It is multiplied by `weight`, as are its gradients, at no cost: -1 makes log-probabilities.
+    """
+    row = ROWS[likelihood]
+    if isinstance(target, Tensor) and not is_dense(target):
+        message = layout_message(row.function, "target", target)
+        raise TypeError(f"{message} (sparse targets go with reduction='event')")
+    check = check_elements if row.element else CHECKS[row.family]
+    params = check(row.function, row.tensors, row, params, target, "target", constants)
+    chosen = choose.for_tensor(params[0], likelihood, "nll_elements")
+    return chosen.nll_elements(likelihood, params, target, constants, weight)

@@ -12,6 +12,7 @@ __all__ = [
     "negative_binomial_logits_nll",
     "negative_binomial_nll",
     "poisson_nll",
+    "poisson_rate_nll",
     "zero_inflated_negative_binomial_logits_nll",
     "zero_inflated_negative_binomial_nll",
 ]
@@ -24,25 +25,47 @@ def poisson_nll(log_rate: Tensor, target: Tensor) -> Tensor:
     return sum_event(torch.exp(a) - t * a + torch.lgamma(t + 1))
 
 
-def negative_binomial_nll(mean: Tensor, target: Tensor, inverse_dispersion: Tensor) -> Tensor:
-    """-log NB(target | mean, inverse_dispersion), (B,) ([L]): the variance is mean + mean^2 / inverse_dispersion.
+def poisson_rate_nll(rate: Tensor, target: Tensor, *, eps: float = 0.0, reduction: str = "event") -> Tensor:
+    """-log Poisson(target | rate + eps), (B,): per element m - t log m + log t! at m = rate + eps.
+
+    A rate of 0 is certain of a count of 0, whose value is 0; that of any other count is infinite. `reduction="event"`
+    sums each row to (B,), `"none"` keeps the elements.
+    """
+    dtype = _count_dtype(rate)
+    m, t = rate.to(dtype) + eps, read_counts(target, dtype)
+    # Where the count is 0 there is no logarithm, nor a gradient of one.
+    log_m = torch.log(torch.where(t == 0, 1.0, m))
+    nll = m - t * log_m + torch.lgamma(t + 1)
+    return _reduced(torch.where(m < math.inf, nll, m), reduction, rate)
+
+
+def negative_binomial_nll(
+    mean: Tensor, target: Tensor, inverse_dispersion: Tensor, *, eps: float = 0.0, reduction: str = "event"
+) -> Tensor:
+    """-log NB(target | mean + eps, inverse_dispersion), (B,) ([L]): the variance is m + m^2 / inverse_dispersion.
 
     `inverse_dispersion` is (G,), one for every gene, or like `mean` (B, G). `target`: counts, dense or sparse CSR.
+    `reduction="event"` sums each row to (B,), `"none"` keeps the elements, (B, G).
     """
     dtype = _count_dtype(mean)
-    mu, theta, t = mean.to(dtype), inverse_dispersion.to(dtype), _dense_counts(target, dtype)
-    nll = _negative_binomial(mu, torch.log(mu), theta.expand_as(mu), t)
-    return sum_event(nll).to(compute_dtype(mean))
+    mu, theta, t = mean.to(dtype) + eps, inverse_dispersion.to(dtype), _dense_counts(target, dtype)
+    return _reduced(_negative_binomial(mu, torch.log(mu), theta.expand_as(mu), t), reduction, mean)
 
 
 def zero_inflated_negative_binomial_nll(
-    mean: Tensor, target: Tensor, inverse_dispersion: Tensor, zi_logits: Tensor
+    mean: Tensor,
+    target: Tensor,
+    inverse_dispersion: Tensor,
+    zi_logits: Tensor,
+    *,
+    eps: float = 0.0,
+    reduction: str = "event",
 ) -> Tensor:
     """`negative_binomial_nll` where an element is 0 with probability sigmoid(`zi_logits`) besides, (B,) ([ZI], [L])."""
     dtype = _count_dtype(mean)
-    mu, theta, t = mean.to(dtype), inverse_dispersion.to(dtype), _dense_counts(target, dtype)
+    mu, theta, t = mean.to(dtype) + eps, inverse_dispersion.to(dtype), _dense_counts(target, dtype)
     nll = _with_zeros(_negative_binomial(mu, torch.log(mu), theta.expand_as(mu), t), zi_logits.to(dtype), t)
-    return sum_event(nll).to(compute_dtype(mean))
+    return _reduced(nll, reduction, mean)
 
 
 def negative_binomial_logits_nll(
@@ -65,6 +88,11 @@ def zero_inflated_negative_binomial_logits_nll(
     t = _dense_counts(target, dtype)
     nll = _negative_binomial(torch.exp(log_mu), log_mu, theta.expand_as(log_mu), t)
     return sum_event(_with_zeros(nll, zi_logits.to(dtype), t)).to(compute_dtype(logits))
+
+
+def _reduced(values: Tensor, reduction: str, lead: Tensor) -> Tensor:
+    """The sum of each row, or the elements, in the type that results for `lead` have."""
+    return (sum_event(values) if reduction == "event" else values).to(compute_dtype(lead))
 
 
 def _rates(logits: Tensor, library: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._spec import ROWS, Row
 from . import categorical, continuous, counts, discretized
 
-__all__ = ["REDUCTIONS", "nll"]
+__all__ = ["REDUCTIONS", "nll", "nll_elements"]
 
 FAMILIES: dict[str, Any] = {
     "continuous": continuous,
@@ -18,13 +18,12 @@ FAMILIES: dict[str, Any] = {
 }
 
 
-def _entry(row: Row) -> Callable[[Sequence[Tensor], Tensor, Sequence[float]], Tensor]:
-    """A row's function, called as backends are: nll(params, target, constants)."""
+def _entry(row: Row) -> Callable[..., Tensor]:
+    """A row's function, called as backends are: nll(params, target, constants), with its further keywords."""
     function = getattr(FAMILIES[row.family], row.function)
     constants = row.constants
 
-    def nll(params: Sequence[Tensor], target: Tensor, numbers: Sequence[float]) -> Tensor:
-        keywords: dict[str, Any] = {}
+    def nll(params: Sequence[Tensor], target: Tensor, numbers: Sequence[float], **keywords: Any) -> Tensor:
         i = 0
         for constant in constants:
             if constant.length > 1:
@@ -63,3 +62,11 @@ def nll(
     elif reduction == REDUCTIONS["mean"]:
         total = total.mean()
     return total, rows
+
+
+def nll_elements(
+    likelihood: str, params: Sequence[Tensor], target: Tensor, constants: Sequence[float], weight: float = 1.0
+) -> Tensor:
+    """`weight` times the nll of each element, of a likelihood whose function knows `reduction="none"`."""
+    values = LIKELIHOODS[likelihood](params, target, constants, reduction="none")
+    return values if weight == 1 else weight * values

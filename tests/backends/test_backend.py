@@ -394,7 +394,7 @@ def test_a_gpu_that_the_extension_was_not_built_for(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], covered: bool, triton: bool
 ) -> None:
     """ "auto" takes Triton for it, else the reference, and tells why; insisting is refused; show_config agrees."""
-    named = {name: Backend(name, *(print,) * 3) for name in ("native", "triton")}
+    named = {name: Backend(name, *(print,) * len(OPS)) for name in ("native", "triton")}
     monkeypatch.setattr(available, "loaded", {"reference": available.REFERENCE, "native": named["native"]})
     if triton:
         monkeypatch.setitem(available.loaded, "triton", named["triton"])

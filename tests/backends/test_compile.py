@@ -182,6 +182,10 @@ def plain(*shape: int) -> Tensor:
     return leaf(*shape).detach()
 
 
+def positive(*shape: int) -> Tensor:
+    return plain(*shape).abs().requires_grad_()
+
+
 X, M, ROWS, BETA, NONE = (3, D), (3, L), torch.ones(3), torch.tensor(0.5), None
 IMAGE = plain(2, 3, 4, 4).to(memory_format=torch.channels_last)
 
@@ -211,6 +215,7 @@ OPS = {
         ("continuous_bernoulli", [leaf(*X)], plain(*X).sigmoid(), [], ROWS, BETA, 2),
         ("gamma", [leaf(*X)], plain(*X).exp(), [2.5], ROWS, BETA, 1),
         ("poisson", [leaf(*X)], plain(*X).abs().int(), [], ROWS, BETA, 2),
+        ("poisson_rate", [positive(*X)], plain(*X).abs().int(), [0.5], ROWS, BETA, 2),
         ("student_t_learned", [leaf(*X), leaf()], leaf(*X), [2.5], ROWS, BETA, 0),
         ("discretized_logistic", [leaf(2, 4, 3)], LEVELS[:, :2], [8, -7.0, 1e-5], NONE, NONE, 0),
         ("discretized_logistic_mixture", [leaf(2, 20, 3)], LEVELS, [2, 8, -7.0, 1e-5], ROWS[:2], BETA, 2),
@@ -282,6 +287,34 @@ OPS = {
         (NONE, ROWS, [plain(*X)], ROWS, NONE, NONE, 3, 0, False, False),
     ],
     "nll_backward_": [(torch.tensor(2.0), ROWS, [plain(*X)], NONE, ROWS, BETA, 3, 2, True, True)],
+    "nll_elements": [
+        ("poisson_rate", [positive(*IMAGE.shape)], IMAGE.abs().int(), [1e-8], 1.0),
+        ("negative_binomial", [positive(*X), positive(X[1])], plain(*X).abs(), [1e-8], -1.0),
+        (
+            "zero_inflated_negative_binomial",
+            [positive(*X), positive(*X).detach(), leaf(*X)],
+            plain(*X).abs(),
+            [0.0],
+            1.0,
+        ),
+        (
+            "negative_binomial",
+            [plain(*X).abs().half().requires_grad_(), positive(X[1])],
+            plain(*X).abs(),
+            [1e-8],
+            1.0,
+        ),
+    ],
+    "nll_elements_forward": [
+        ("poisson_rate", [plain(*X).abs()], plain(*X).abs().int(), [1e-8], 1.0, 1),
+        ("negative_binomial", [plain(*X).abs(), plain(X[1]).abs()], plain(*X).abs(), [1e-8], -1.0, 0b10),
+        ("zero_inflated_negative_binomial", [plain(*X).abs().half()] * 3, plain(*X).abs(), [0.0], 1.0, 0b111),
+    ],
+    "nll_elements_backward": [
+        (plain(*X), [plain(*X), plain(*X)], 1, torch.float32),
+        (plain(X[0], 1).expand(*X), [plain(*X)], -1, torch.bfloat16),
+    ],
+    "nll_elements_backward_": [(plain(*X), [plain(*X), plain(*X), plain(*X)], 1)],
 }
 
 
@@ -295,8 +328,8 @@ CHECKS = ["test_schema", "test_autograd_registration", "test_faketensor", "test_
 
 
 def skip_what_cannot_be_traced(name: str, check: str) -> None:
-    """The exception: an op that writes to a list of tensors, in whose place a trace takes nll_backward."""
-    if name == "nll_backward_" and check == "test_aot_dispatch_dynamic":
+    """The exception: an op that writes to a list of tensors, in whose place a trace takes the one without `_`."""
+    if name.endswith("backward_") and check == "test_aot_dispatch_dynamic":
         pytest.skip("it is never traced")
 
 

@@ -138,6 +138,14 @@ CASES = {
         {"a": SHAPE, "t": SHAPE},
         ("a",),
     ),
+    "poisson_rate": Case(
+        lambda a, t: fv.poisson_rate_nll(a.exp(), (5 * t).round(), eps=0.5),
+        lambda a, t: rows(
+            a.exp() + 0.5 - torch.log(a.exp() + 0.5) * (5 * t).round() + torch.lgamma((5 * t).round() + 1)
+        ),
+        {"a": SHAPE, "t": SHAPE},
+        ("a",),
+    ),
     "gamma": Case(
         lambda s, x: fv.gamma_nll(s, x.exp(), shape=2.5),
         lambda s, x: rows(math.lgamma(2.5) + 2.5 * s - 1.5 * x + torch.exp(x - s)),

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastvae
 from fastvae import functional, reference
-from fastvae.backends import Backend, choose
+from fastvae.backends import OPS, Backend, choose
 from fastvae.likelihoods import Categorical
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -530,7 +530,7 @@ def test_the_reference_serves_where_there_is_no_kernel(monkeypatch: pytest.Monke
     def missing(*arguments: Any) -> Any:
         raise AssertionError("this backend has no such kernel")
 
-    monkeypatch.setitem(choose.serving, "cpu", Backend("triton", missing, missing, missing))
+    monkeypatch.setitem(choose.serving, "cpu", Backend("triton", *(missing,) * len(OPS)))
     monkeypatch.setattr(choose, "plain", None)
     logits, target = data((3, 4, 7), torch.float32)
     monkeypatch.setattr(choose, "_told", set())

@@ -397,6 +397,48 @@ WRONG = {
         "fastvae.poisson_nll: `target` requires a gradient, which this likelihood does not give; "
         "pass target.detach()",
     ),
+    "unknown reduction of counts": Wrong(
+        lambda: fv.poisson_rate_nll(FLAT, FLAT, reduction="sum"),
+        ValueError,
+        "fastvae.poisson_rate_nll: `reduction` must be one of 'event', 'none', got 'sum'",
+    ),
+    "eps below 0": Wrong(
+        lambda: fv.negative_binomial_nll(FLAT, FLAT, FLAT, eps=-1e-8),
+        ValueError,
+        "fastvae.negative_binomial_nll: `eps` must be 0 or more, and finite, got -1e-08",
+    ),
+    "eps that is no number": Wrong(
+        lambda: fv.zero_inflated_negative_binomial_nll(FLAT, FLAT, FLAT, FLAT, eps="small"),
+        TypeError,
+        "fastvae.zero_inflated_negative_binomial_nll: `eps` must be a float, got 'small'",
+    ),
+    "elements of sparse counts": Wrong(
+        lambda: fv.negative_binomial_nll(FLAT, CSR, FLAT, reduction="none"),
+        TypeError,
+        "fastvae.negative_binomial_nll: `target` must be dense, got torch.sparse_csr; did you mean target.to_dense()? "
+        "(sparse targets go with reduction='event')",
+    ),
+    "elements of counts with a gradient": Wrong(
+        lambda: fv.poisson_rate_nll(FLAT, FLAT.abs().requires_grad_(), reduction="none"),
+        ValueError,
+        "fastvae.poisson_rate_nll: `target` requires a gradient, which this likelihood does not give; "
+        "pass target.detach(), or differentiate fastvae.reference.poisson_rate_nll",
+    ),
+    "elements of counts of another shape": Wrong(
+        lambda: fv.negative_binomial_nll(FLAT, FLAT[:1], FLAT, reduction="none"),
+        ValueError,
+        "fastvae.negative_binomial_nll: `target` must have the shape of `mean` (4, 12), got (1, 12)",
+    ),
+    "a rate below 0": Wrong(
+        lambda: fv.poisson_rate_nll(FLAT - 1, FLAT, validate=True),
+        ValueError,
+        "fastvae.poisson_rate_nll: `rate` must hold finite numbers, 0 or more, got -1.0 at (0, 0)",
+    ),
+    "a mean below 0": Wrong(
+        lambda: fv.negative_binomial_nll(FLAT - 1, FLAT, FLAT, eps=1e-8, validate=True),
+        ValueError,
+        "fastvae.negative_binomial_nll: `mean` must hold finite numbers, 0 or more, got -1.0 at (0, 0)",
+    ),
     "unknown scale of a module": Wrong(
         lambda: fastvae.likelihoods.StudentT(3.0, "fixed"),
         ValueError,

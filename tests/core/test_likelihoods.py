@@ -75,6 +75,14 @@ LIBRARIES: dict[str, tuple[Callable[[], Tensor], Callable[[], Any]]] = {
         lambda: fv.poisson_nll(RATES, COUNTS.long()),
         lambda: scipy.stats.poisson.logpmf(COUNTS, RATES.exp()),
     ),
+    "Poisson by its rate, torch": (
+        lambda: fv.poisson_rate_nll(RATES.exp(), COUNTS),
+        lambda: torch.distributions.Poisson(RATES.exp()).log_prob(COUNTS),
+    ),
+    "Poisson by its rate, scipy": (
+        lambda: fv.poisson_rate_nll(RATES.exp(), COUNTS.long(), eps=0.5),
+        lambda: scipy.stats.poisson.logpmf(COUNTS, RATES.exp() + 0.5),
+    ),
     "gamma, torch": (
         lambda: fv.gamma_nll(LOC, POSITIVE, shape=2.5),
         lambda: torch.distributions.Gamma(2.5, torch.exp(-LOC)).log_prob(POSITIVE),
@@ -125,6 +133,10 @@ def exact_continuous_bernoulli(a: Any, t: Any) -> tuple[Any, Any]:
 
 def exact_poisson(a: Any, t: Any) -> tuple[Any, Any]:
     return mpmath.exp(a) - t * a + mpmath.loggamma(t + 1), mpmath.exp(a) - t
+
+
+def exact_poisson_rate(m: Any, t: Any) -> tuple[Any, Any]:
+    return m - t * mpmath.log(m) + mpmath.loggamma(t + 1), 1 - t / m
 
 
 def exact_gamma(s: Any, x: Any, shape: Any) -> tuple[Any, Any]:
@@ -207,6 +219,23 @@ def test_poisson_to_50_digits(backend: str, dtype: torch.dtype) -> None:
         points,
         dtype,
         lambda a, t: math.exp(a) + t * (1 + abs(a) + math.log(t + 1)),
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_poisson_by_its_rate_to_50_digits(backend: str, dtype: torch.dtype) -> None:
+    """Relative to the value itself: by the rate nothing of it is lost in a logarithm."""
+    rates = [1e-30, 1e-10, 0.05, 1.0, 1.5, 3.1, 20.0, 1e5, 1e6]
+    counts = [0.0, 0.3, 1.0, 1.999, 2.0, 2.5, 15.5, 16.0, 17.0, 200.0, 65_535.0, 1e6]
+    points = [(m, t) for m in rates for t in counts] + [(t, t) for t in counts[1:]]
+    compare(
+        fv.poisson_rate_nll,
+        exact_poisson_rate,
+        points,
+        dtype,
+        # The reference makes the terms, in float64.
+        lambda m, t: (m + t * (1 + abs(math.log(m)) + math.log(t + 1))) if backend == "reference" else 0.0,
+        slope_scale=1.0,
     )
 
 

@@ -309,6 +309,8 @@ def same_for_all(likelihood: str, constants: Sequence[float]) -> tuple[float, tu
     if family == "laplace":
         scale = constants[0] if constants else 1.0
         return math.log(2 * scale), (1 / scale, 0.0)
+    if likelihood == "poisson_rate":
+        return 0.0, (constants[0], 0.0)
     if family == "gamma":
         return math.lgamma(constants[0]), (constants[0], constants[0] - 1)
     if family == "student":
@@ -383,7 +385,7 @@ class Kernels:
         elementwise = list(params)
         if likelihood.endswith("_learned"):
             args.scalar = numbers(elementwise.pop())
-        args.target = operand(target, COUNTS if likelihood == "poisson" else {})
+        args.target = operand(target, COUNTS if ROWS[likelihood].counts else {})
         slopes = [poisoned_like(p) if needs >> i & 1 else None for i, p in enumerate(elementwise)]
         if likelihood.endswith("_head"):
             args.params[:2] = halves(params[0], target.shape[1])

@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 import fastvae
 from fastvae import _build_info
 from fastvae.backends import OPS, choose
+from fastvae.backends.base import LACKING
 from fastvae.reference import REDUCTIONS
 
 
@@ -29,7 +30,10 @@ def check_kernels() -> int:
     # Those that users' calls run hand on to the others.
     working = [op for op in ops if re.search("_(forward|backward_?|gradient)$", op)]
     assert len(ops) == len(working) + len(OPS), ops
+    lacking = tuple(op for op, places in LACKING.items() if ("native", "cuda") in places)
     for op in working:
+        if op.removeprefix("fastvae::").startswith(lacking):
+            continue
         for key in ("CUDA", "CPU", "Meta"):
             assert has_kernel(op, key), f"{op} has no kernel for {key}"
     for op in OPS:

@@ -73,6 +73,8 @@ def differentiable(*tensors: Tensor) -> list[Tensor]:
 def case(likelihood: str, rows: int, size: int, dtype: torch.dtype) -> tuple[list[Tensor], list[float]]:
     """(params, constants) with data of (rows, size)."""
     mean = torch.randn(rows, size).mul(2).to(dtype)
+    if likelihood == "poisson_rate":
+        return [mean.exp()], [0.25]
     constants = [2.5] if likelihood.startswith(("student_t", "gamma")) else []
     if likelihood.startswith("gaussian_bounded"):
         constants = [-3.0, 1.5]
@@ -114,7 +116,7 @@ def test_values_and_gradients(kernels: Kernels, likelihood: str, size: int, dtyp
     rows = 3
     params, constants = case(likelihood, rows, size, dtype)
     target, kl, beta = data(rows, size, dtype), torch.rand(rows, dtype=torch.float32), torch.tensor(0.3)
-    if likelihood == "poisson":
+    if likelihood.startswith("poisson"):
         target = (5 * target).round()
     loss, nll, gradients, scalar_rows = kernels.nll_forward(
         likelihood, params, target, constants, kl, beta, 2, needs=3

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import cases
 import pytest
+import test_count_elements
 import test_counts
 import test_discretized
 import torch
@@ -179,6 +180,31 @@ def test_negative_binomials(
     objective = nll.mean() if weights is None else (nll * factors.to(device, nll.dtype)).sum()
     rough = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     for name, gradient in zip(leaves, torch.autograd.grad(objective, list(leaves.values())), strict=True):
+        test_counts.close(gradient, slopes[name], rough)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("shared", [True, False], ids=["gene", "gene-cell"])
+@pytest.mark.parametrize("form", test_count_elements.FORMS)
+@pytest.mark.parametrize("kept", [False, True], ids=["freed", "kept"])
+@pytest.mark.parametrize("grad", ["row", "element"])
+def test_elements_of_counts(
+    device: torch.device, form: str, shared: bool, kept: bool, grad: str, dtype: torch.dtype
+) -> None:
+    """The same; with a gradient that was expanded, and one of each element."""
+    inputs = {
+        name: x.detach().to(device).requires_grad_(x.requires_grad)
+        for name, x in test_count_elements.make(form, 9, 45, dtype, shared).items()
+    }
+    weights = (0.5 + torch.rand(9, 1 if grad == "row" else 45, device=device)).expand(9, 45)
+    want, slopes = test_count_elements.by_reference(form, inputs, weights)
+    values = test_count_elements.call(form, **inputs)
+    test_counts.close(values.detach(), want, 1e-11 if dtype == torch.float64 else 1e-5)
+    leaves = {name: x for name, x in inputs.items() if x.requires_grad}
+    found = torch.autograd.grad(values, list(leaves.values()), weights.to(values.dtype), retain_graph=kept)
+    rough = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    for name, gradient in zip(leaves, found, strict=True):
+        assert gradient.dtype == dtype
         test_counts.close(gradient, slopes[name], rough)
 
 

@@ -30,13 +30,14 @@ from fastvae._triton import (  # noqa: E402
     categorical,
     counts,
     discretized,
+    elements,
     elementwise,
     latents,
     tuning,
 )
 from fastvae._triton import loss as losses  # noqa: E402
 
-WITH_KERNELS = (elementwise, categorical, counts, discretized, latents, losses)
+WITH_KERNELS = (elementwise, categorical, counts, discretized, elements, latents, losses)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -150,6 +151,7 @@ CONSTANTS: dict[str, list[float]] = {
     "bits": [8],
     "log_scale_floor": [-7.0],
     "small_mass": [1e-5],
+    "eps": [1e-8],
 }
 
 
@@ -205,6 +207,20 @@ def genes(likelihood: str, dtype: torch.dtype, target: torch.dtype = FLOAT, shar
     return loss(likelihood, params, data(target), (1 << len(params)) - 1)
 
 
+def each(likelihood: str, dtype: torch.dtype, shared: bool = True) -> object:
+    """The value of each element, and all derivatives."""
+    of_all = [data(dtype), data(dtype, D) if shared else data(dtype), data(dtype)]
+    params = of_all[: len(_spec.ROWS[likelihood].tensors)]
+    return elements.nll_elements_forward(
+        likelihood, params, data(FLOAT), [1e-8], -1.0, (1 << len(params)) - 1
+    )
+
+
+def scale_each(dtype: torch.dtype, by_row: bool, shared: int) -> object:
+    grad = data(FLOAT, B, 1).expand(B, D) if by_row else data(FLOAT)
+    return elements.nll_elements_backward(grad, [data(FLOAT)] * 3, shared, dtype)
+
+
 IMAGE, HALF_IMAGE = (
     data(FLOAT, 64, c, 16, 16).contiguous(memory_format=torch.channels_last) for c in (32, 16)
 )
@@ -230,12 +246,16 @@ ALIGNED: dict[str, Callable[[], object]] = {
     "continuous Bernoulli": lambda: loss("continuous_bernoulli", [data(FLOAT)], data(FLOAT)),
     "gamma": lambda: loss("gamma", [data(FLOAT)], data(FLOAT)),
     "poisson, int32": lambda: loss("poisson", [data(FLOAT)], data(torch.int32)),
+    "poisson by its rate": lambda: loss("poisson_rate", [data(FLOAT)], data(FLOAT)),
+    "elements of poisson": lambda: each("poisson_rate", FLOAT),
     "student t, learned": lambda: loss("student_t_learned", [data(FLOAT), ONE], data(FLOAT), 3),
     "categorical": lambda: loss("categorical", [data(FLOAT, 8, 4, 20_000)], data(torch.int64, 8, 4)),
     "discretised, uint8": lambda: loss("discretized_logistic", [PLANES[:, :6]], LEVELS),
     "mixture, uint8": lambda: loss("discretized_logistic_mixture", [PLANES], LEVELS),
     "rows of MNIST": lambda: loss("bernoulli", [data(FLOAT, 128, 784)], data(FLOAT, 128, 784)),
     "scale": lambda: scale(FLOAT, False),
+    "scale elements": lambda: scale_each(FLOAT, False, 1),
+    "scale elements, by row, bf16": lambda: scale_each(HALF, True, -1),
     "scale, by row, bf16": lambda: scale(HALF, True),
     "sample": lambda: sample(FLOAT),
     "sample, bf16": lambda: sample(HALF),
@@ -262,6 +282,9 @@ OTHERS: dict[str, Callable[[], object]] = {
     "zero-inflated, bf16": lambda: genes("zero_inflated_negative_binomial_logits", HALF),
     "negative binomial, double": lambda: genes("negative_binomial_logits", DOUBLE, torch.int64),
     "zero-inflated, double": lambda: genes("zero_inflated_negative_binomial", DOUBLE, DOUBLE, False),
+    "elements of zero-inflated": lambda: each("zero_inflated_negative_binomial", FLOAT),
+    "elements of zero-inflated, bf16": lambda: each("zero_inflated_negative_binomial", HALF, False),
+    "elements of poisson, double": lambda: each("poisson_rate", DOUBLE),
     "odd rows, bool": lambda: loss("bernoulli", [data(FLOAT, 9, 33)], data(torch.bool, 9, 33)),
     "many rows": lambda: losses.nll_forward("bernoulli", [MANY], MANY, [], NONE, NONE, 2, 1),
     "fp16 gradient": lambda: losses.nll_gradient("bernoulli", [data(torch.float16)], data(FLOAT), [], ONE, ROWS, 2, 1),
@@ -304,7 +327,7 @@ def test_others(architecture: str, name: str) -> None:
         assert compile_launch(launch, architecture).spills == 0
 
 
-@pytest.mark.parametrize("name", ["negative binomial", "zero-inflated"])
+@pytest.mark.parametrize("name", ["negative binomial", "zero-inflated", "elements of zero-inflated"])
 def test_counts_are_read_128_bits_at_a_time(name: str) -> None:
     """The zeros' path: logits or mean, dispersion, additional zeros, counts. The few others are gathered."""
     code = compile_launch(record(OTHERS[name])[0], "sm_90")
