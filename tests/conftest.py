@@ -77,9 +77,9 @@ def _left_to_test_all(items: list[pytest.Item]) -> set[pytest.Item]:
         if item not in left and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
             grids[item.path, item.cls, item.originalname, item.callspec.params.get("backend")].append(item)
     for grid in grids.values():
-        kept = set(
-            pairwise([{name: _key(value) for name, value in item.callspec.params.items()} for item in grid])
-        )
+        points = [{name: _key(value) for name, value in item.callspec.params.items()} for item in grid]
+        # A tensor on the wrong device needs no two values to show.
+        kept = set(pairwise(points, pairs=grid[0].get_closest_marker("on_meta") is None))
         left.update(item for place, item in enumerate(grid) if place not in kept)
     return left
 
@@ -91,7 +91,8 @@ def _which_tests(config: pytest.Config) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     i, n = map(int, config.getoption("--shard").split("/"))
-    elsewhere = "own" in _how_triton_runs()  # test_in_the_interpreter runs what takes the fixture `device`
+    # What takes the fixture `device` is run by test_in_the_interpreter, and on meta tensors by test_on_meta.py.
+    elsewhere = "own" in _how_triton_runs()
     left = _left_to_test_all(items)
     parts = {"most": (False,), "rest": (True,), "all": (False, True)}[_which_tests(config)]
     kept = [
@@ -99,7 +100,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items
         # What starts a pytest of its own hands the option on.
         if ((item in left) in parts or "which_tests" in getattr(item, "fixturenames", ()))
-        and not (elsewhere and "device" in getattr(item, "fixturenames", ()))
+        and not (
+            elsewhere
+            and "device" in getattr(item, "fixturenames", ())
+            and item.get_closest_marker("on_meta") is None
+        )
     ][i::n]
     chosen = set(kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
