@@ -42,9 +42,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", default="0/1", help="i/n: of all tests every n-th, from the i-th on")
     parser.addoption(
         "--tests",
-        choices=("most", "rest", "all"),
+        choices=("few", "most", "rest", "all"),
         help="most: all but the tests marked `slow` and the points of grids that thinning.py drops; rest: only those; "
-        "all: both. Default: all where tests are chosen by name (FILE::TEST, -k, --lf), else most",
+        "all: both; few: of each grid so many points that every value occurs. Default: all where tests are chosen by "
+        "name (FILE::TEST, -k, --lf), else most",
     )
 
 
@@ -69,7 +70,7 @@ def _key(value: object) -> Hashable:
     return value
 
 
-def _left_to_test_all(items: list[pytest.Item]) -> set[pytest.Item]:
+def _left_to_test_all(items: list[pytest.Item], *, pairs: bool) -> set[pytest.Item]:
     """The tests that `make test` leaves out: those marked `slow`, and of each grid what thinning.py can spare."""
     grids: dict[Hashable, list[pytest.Function]] = defaultdict(list)
     left = {item for item in items if item.get_closest_marker("slow")}
@@ -79,7 +80,7 @@ def _left_to_test_all(items: list[pytest.Item]) -> set[pytest.Item]:
     for grid in grids.values():
         points = [{name: _key(value) for name, value in item.callspec.params.items()} for item in grid]
         # A tensor on the wrong device needs no two values to show.
-        kept = set(pairwise(points, pairs=grid[0].get_closest_marker("on_meta") is None))
+        kept = set(pairwise(points, pairs=pairs and grid[0].get_closest_marker("on_meta") is None))
         left.update(item for place, item in enumerate(grid) if place not in kept)
     return left
 
@@ -93,8 +94,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     i, n = map(int, config.getoption("--shard").split("/"))
     # What takes the fixture `device` is run by test_in_the_interpreter, and on meta tensors by test_on_meta.py.
     elsewhere = "own" in _how_triton_runs()
-    left = _left_to_test_all(items)
-    parts = {"most": (False,), "rest": (True,), "all": (False, True)}[_which_tests(config)]
+    which = _which_tests(config)
+    left = _left_to_test_all(items, pairs=which != "few")
+    parts = {"few": (False,), "most": (False,), "rest": (True,), "all": (False, True)}[which]
     kept = [
         item
         for item in items

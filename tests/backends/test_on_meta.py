@@ -35,6 +35,7 @@ NEED_VALUES = {
     "test_a_generator_of_its_own": "a generator of CUDA",
     "test_a_second_stream": "streams",
     "test_a_tensor_from_elsewhere_is_refused": "the CUDA kernels' own check of devices",
+    "test_an_elbo_that_nobody_moved": "a GPU that could be waited for, and a CUDA graph",
     "test_an_optimiser_that_counts_on_the_cpu": "a CUDA graph",
     "test_autocast_around_the_call": "a CUDA graph",
     "test_batches_of_the_cpu_and_an_odd_one": "a CUDA graph",
