@@ -29,7 +29,7 @@ help:
 	@echo "make test-all   all of them: whole grids, sanitizers, machine code of every GPU, long trainings, several processes"
 	@echo "make lint    ruff, mypy and import-linter"
 	@echo "make bench   time the kernels here, and draw the table and the picture"
-	@echo "make gpu     on a GPU, without a network: build, test, tune and time; 9 minutes at most"
+	@echo "make gpu     on a GPU, without a network: build, test, time and tune; 8 minutes at most (ARGS=--out=FOLDER)"
 	@echo "make cuda-link  build the CUDA kernels against a CUDA torch, import and check them: nvcc, 5 GB, no GPU"
 	@echo "make wheel   a binary wheel for this Python and this torch, in dist/"
 	@echo "make clean   remove what was built (not .venv)"
@@ -66,9 +66,9 @@ bench: $(VENV)/.deps-bench $(VENV)/.built
 	@$(RUN) -m pytest -q benchmarks $(ARGS)
 	@$(RUN) -m benchmarks.report
 
-# No virtual environment, nothing installed: PYTHON has torch, triton, pytest, pytest-benchmark, numpy and matplotlib.
+# No virtual environment, nothing installed: PYTHON has torch, triton, pytest and numpy.
 gpu:
-	@$(PYTHON) -m benchmarks.gpu
+	@$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 # An environment of its own, because the CUDA build of torch and the one for CPUs are the same package. Kept for the next
 # time; `rm -rf build/cuda-link` gives its 5 GB back.

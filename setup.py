@@ -11,6 +11,7 @@ CUDA_HOME       where the CUDA toolkit is (default: where nvcc is, or /usr/local
 MAX_JOBS        how many compilers may run at a time (default: two more than there are cores).
 """
 
+import hashlib
 import importlib.util
 import os
 import platform
@@ -182,6 +183,14 @@ def cuda_wanted(toolkit):
     return reason is None
 
 
+def digest_of_sources():
+    """Of all that the extension is made of: whether one fits, benchmarks/gpu/build.py asks."""
+    digest = hashlib.sha256()
+    for path in (Path("setup.py"), *sorted(p for p in Path("csrc").rglob("*") if p.is_file())):
+        digest.update(path.as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def compiler_seconds():
     """The CPU time of all processes that this one has started and waited for."""
     import resource  # not on every system that builds the pure package
@@ -331,6 +340,7 @@ def native():
                 "PYTHON_VERSION": platform.python_version(),
                 "CPU_CAPABILITIES": tuple(INSTRUCTION_SETS),
                 "CUDA_ARCHES": tuple(arches.split(";")) if cuda else (),
+                "SOURCES": digest_of_sources(),
             }
             write_record(Path("fastvae") if in_tree else Path(self.build_lib, "fastvae"), record)
 

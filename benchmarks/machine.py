@@ -106,12 +106,6 @@ def summarise(measurement: Measurement) -> dict[str, Any]:
     }
 
 
-def slug(name: str) -> str:
-    """A file name for a machine."""
-    plain = re.sub(r"\((r|tm)\)", "", name.lower())
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
-
-
 def _milliseconds(seconds: float) -> float:
     return float(f"{1e3 * seconds:.4g}")
 

@@ -8,6 +8,7 @@ docs/benchmarks.md.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,14 +66,18 @@ def _time(instruction_sets: tuple[str | None, ...]) -> None:
 
 def _keep(run: dict[str, Any]) -> Path:
     """Puts a run into its machine's file, in place of the last one on the same instruction set."""
-    from .machine import slug
-
     path = RESULTS / f"{slug(run['machine'])}.json"
     runs = _load(path) if path.exists() else {}
     runs[run["instruction_set"]] = run
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
     return path
+
+
+def slug(name: str) -> str:
+    """A file name for a machine."""
+    plain = re.sub(r"\((r|tm)\)", "", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
 def _load(path: Path) -> Runs:

@@ -15,16 +15,19 @@
 
 namespace py = pybind11;
 
-// The ops once more, for calls as a training loop on a CPU makes them: plain tensors that fit together. Everything else gets None, and
+// The ops once more, for calls as a training loop makes them: plain tensors that fit together. Everything else gets None, and
 // fastvae/functional goes the long way: its checks, which have words for what is wrong and make the merely unusual fit, the choice of a
-// backend, and the boxed call. That takes a tenth of a step whose kernels have just swept the caches.
+// backend, and the boxed call. That takes a tenth of a step whose kernels have just swept the caches, and most of the time in which a
+// GPU waits for the next launch. Tensors that are not all on one device the ops refuse.
 namespace fastvae {
 namespace {
+
+bool serves_cuda = false;  // whether the native kernels are those that CUDA tensors are to have
 
 const Tensor* plain_tensor(py::handle object) {
   if (!THPVariable_CheckExact(object.ptr())) return nullptr;
   const Tensor& t = THPVariable_Unpack(object.ptr());
-  const bool dense = t.is_cpu() && t.layout() == at::kStrided && !t.is_nested();
+  const bool dense = (t.is_cpu() || (serves_cuda && t.is_cuda())) && t.layout() == at::kStrided && !t.is_nested();
   return dense && !at::isTensorSubclassLike(t) && !t._fw_grad(0).defined() ? &t : nullptr;
 }
 
@@ -132,7 +135,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", [] { return fastvae::cpu::kernels().capability; }, "The instruction set of the CPU kernels in use.");
   m.def("empty_buffer_pool", &fastvae::empty_buffer_pool, "Free the unused CPU buffers; returns how many bytes.");
   m.def("likelihoods", &fastvae::likelihoods, "The rows of the table of likelihoods; see rows() in fastvae/_spec.py.");
-  auto plain = m.def_submodule("plain", "The ops for plain CPU tensors that fit together; None for any others.");
+  auto plain = m.def_submodule("plain", "The ops for plain tensors that fit together; None for any others.");
+  plain.def("serve_cuda", [](bool on) { fastvae::serves_cuda = on; }, "Whether CUDA tensors are plain, too.");
   plain.def("nll", &fastvae::nll);
   plain.def("reparameterize_kl", &fastvae::reparameterize_kl);
   plain.def("gaussian_kl", &fastvae::gaussian_kl);

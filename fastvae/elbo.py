@@ -60,7 +60,8 @@ class ELBO(nn.Module):
             the module that is wrapped.
         beta: the weight of the KL, a float or a 0-dim tensor, at least 0. Kept as a buffer (not in the state dict: it
             is a setting), so that a schedule may write `elbo.beta = 0.5` between steps, under torch.compile too. It
-            stays float32 when a model is cast. No gradient flows to it.
+            stays float32 when a model is cast. No gradient flows to it. Of an ELBO that was not moved to the GPU, the
+            first call moves it there, and there it stays.
         reduction: `"mean"` (or `"batchmean"`): summed over each datum, mean over the batch: nats per datum.
             `"sum"`: over all. `"none"`: one loss per row.
         free_bits: nats of KL that each latent dimension may have at no cost: in the loss, a dimension with less counts
@@ -211,6 +212,8 @@ class ELBO(nn.Module):
         # Not self.likelihood and self.beta, which nn.Module looks up in Python: with a small batch it shows.
         likelihood: Any = self._modules["likelihood"]
         beta: Any = self._buffers["beta"]
+        if not torch.compiler.is_compiling() and beta.is_cpu and isinstance(kl, Tensor) and not kl.is_cpu:
+            _move(beta, kl)
         if not isinstance(likelihood, Likelihood) or type(likelihood).nll is not Likelihood.nll:
             composed = _compose(likelihood.nll(recon, x), kl, beta, self._reduction)
             return composed._replace(kl=true_kl)
@@ -224,6 +227,25 @@ class ELBO(nn.Module):
         beta = "?" if self.beta.is_meta else f"{self.beta.item():g}"
         free = f", free_bits={self.free_bits:g}" if self.free_bits else ""
         return f"beta={beta}, reduction={self.reduction!r}{free}"
+
+
+def _move(beta: Tensor, kl: Tensor) -> None:
+    """Moves a beta on the CPU, once, to the GPU of the loss.
+
+    A copy in every call would make Python wait for the GPU, and no graph can capture one. It stays the tensor that others
+    hold, and goes back only with `elbo.to()`, because a captured graph reads it where it is.
+    """
+    if _has_values(kl) and _has_values(beta):
+        # A tensor made in inference mode could not be written to afterwards.
+        with torch.inference_mode(False), torch.no_grad():
+            beta.data = beta.to(kl.device)
+
+
+def _has_values(t: Tensor) -> bool:
+    """Not of fake and meta tensors, and of those that stand for others in traces and transforms."""
+    if torch._C._len_torch_dispatch_stack() > 0 or t.is_meta:
+        return False
+    return type(t) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 def _check_dimensions(kl: Any) -> None:
@@ -288,10 +310,7 @@ def _look(likelihood: Bernoulli, recon: Tensor, x: Tensor) -> bool:
     One pass over the first batch of each ELBO. Returns whether it could look.
     """
     # No values to look at: fake and meta tensors, traces, transforms, a CUDA graph being captured, nothing at all.
-    if torch._C._len_torch_dispatch_stack() > 0 or recon.is_meta or recon.numel() == 0:
-        return False
-    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if type(recon) is not Tensor or type(x) is not Tensor or is_wrapped(recon) or is_wrapped(x):
+    if not _has_values(recon) or not _has_values(x) or recon.numel() == 0:
         return False
     if recon.is_cuda and torch.cuda.is_current_stream_capturing():
         return False

@@ -1,8 +1,9 @@
 """One table of everything that has a value and a gradient: each op and likelihood, with its formula by hand.
 
-The formulas are float64, in the form that keeps their digits, and know nothing of `fastvae.reference`. A new likelihood
-is one row of `CASES` (or of `ELSEWHERE`); the tests of values, layouts and repeatability then hold it to the same
-rules.
+The formulas are float64, in the form that keeps their digits, and know nothing of `fastvae.reference`. Their constants
+are made on the device of the inputs, which may be a GPU (test_on_meta.py runs them on another device than the CPU). A
+new likelihood is one row of `CASES` (or of `ELSEWHERE`); the tests of values, layouts and repeatability then hold it to
+the same rules.
 """
 
 import math
@@ -244,9 +245,7 @@ CASES = (
         "gaussian",
         lambda f, mean, target: f.gaussian_nll(mean, target, scale=0.7),
         lambda shape: {"mean": _randn(shape), "target": _randn(shape)},
-        lambda mean, target: gaussian_terms(
-            mean, target, torch.tensor(2 * math.log(0.7), dtype=torch.float64)
-        ),
+        lambda mean, target: gaussian_terms(mean, target, torch.full_like(mean, 2 * math.log(0.7))),
         targets=(torch.uint8,),
         extremes=lambda: _columns("mean", "target", rows=[(-1e4, 1e4), (1e4, 1.0), (1e-4, 0.0)]),
     ),
@@ -309,7 +308,7 @@ CASES = (
         "laplace",
         lambda f, loc, target: f.laplace_nll(loc, target, scale=0.7),
         lambda shape: {"loc": _randn(shape), "target": _randn(shape)},
-        lambda loc, target: laplace_terms(loc, target, torch.tensor(math.log(0.7), dtype=torch.float64)),
+        lambda loc, target: laplace_terms(loc, target, torch.full_like(loc, math.log(0.7))),
         targets=(torch.uint8,),
         extremes=lambda: _columns("loc", "target", rows=[(-1e4, 1e4), (1e4, 1.0), (1e-4, 0.0), (0.5, 0.5)]),
     ),
@@ -416,7 +415,7 @@ CASES = (
         "student_t",
         lambda f, loc, target: f.student_t_nll(loc, target, df=2.5, scale=0.7),
         lambda shape: {"loc": _randn(shape), "target": _randn(shape)},
-        lambda loc, target: student_t_terms(loc, target, torch.tensor(math.log(0.7), dtype=torch.float64)),
+        lambda loc, target: student_t_terms(loc, target, torch.full_like(loc, math.log(0.7))),
         targets=(torch.uint8,),
         extremes=lambda: _columns("loc", "target", rows=[(-1e4, 1e4), (1e4, 1.0), (1e-4, 0.0), (0.5, 0.5)]),
     ),

@@ -42,9 +42,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", default="0/1", help="i/n: of all tests every n-th, from the i-th on")
     parser.addoption(
         "--tests",
-        choices=("most", "rest", "all"),
+        choices=("few", "most", "rest", "all"),
         help="most: all but the tests marked `slow` and the points of grids that thinning.py drops; rest: only those; "
-        "all: both. Default: all where tests are chosen by name (FILE::TEST, -k, --lf), else most",
+        "all: both; few: of each grid so many points that every value occurs. Default: all where tests are chosen by "
+        "name (FILE::TEST, -k, --lf), else most",
     )
 
 
@@ -69,7 +70,7 @@ def _key(value: object) -> Hashable:
     return value
 
 
-def _left_to_test_all(items: list[pytest.Item]) -> set[pytest.Item]:
+def _left_to_test_all(items: list[pytest.Item], *, pairs: bool) -> set[pytest.Item]:
     """The tests that `make test` leaves out: those marked `slow`, and of each grid what thinning.py can spare."""
     grids: dict[Hashable, list[pytest.Function]] = defaultdict(list)
     left = {item for item in items if item.get_closest_marker("slow")}
@@ -77,9 +78,9 @@ def _left_to_test_all(items: list[pytest.Item]) -> set[pytest.Item]:
         if item not in left and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
             grids[item.path, item.cls, item.originalname, item.callspec.params.get("backend")].append(item)
     for grid in grids.values():
-        kept = set(
-            pairwise([{name: _key(value) for name, value in item.callspec.params.items()} for item in grid])
-        )
+        points = [{name: _key(value) for name, value in item.callspec.params.items()} for item in grid]
+        # A tensor on the wrong device needs no two values to show.
+        kept = set(pairwise(points, pairs=pairs and grid[0].get_closest_marker("on_meta") is None))
         left.update(item for place, item in enumerate(grid) if place not in kept)
     return left
 
@@ -91,15 +92,21 @@ def _which_tests(config: pytest.Config) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     i, n = map(int, config.getoption("--shard").split("/"))
-    elsewhere = "own" in _how_triton_runs()  # test_in_the_interpreter runs what takes the fixture `device`
-    left = _left_to_test_all(items)
-    parts = {"most": (False,), "rest": (True,), "all": (False, True)}[_which_tests(config)]
+    # What takes the fixture `device` is run by test_in_the_interpreter, and on meta tensors by test_on_meta.py.
+    elsewhere = "own" in _how_triton_runs()
+    which = _which_tests(config)
+    left = _left_to_test_all(items, pairs=which != "few")
+    parts = {"few": (False,), "most": (False,), "rest": (True,), "all": (False, True)}[which]
     kept = [
         item
         for item in items
         # What starts a pytest of its own hands the option on.
         if ((item in left) in parts or "which_tests" in getattr(item, "fixturenames", ()))
-        and not (elsewhere and "device" in getattr(item, "fixturenames", ()))
+        and not (
+            elsewhere
+            and "device" in getattr(item, "fixturenames", ())
+            and item.get_closest_marker("on_meta") is None
+        )
     ][i::n]
     chosen = set(kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])

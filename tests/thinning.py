@@ -12,12 +12,13 @@ from random import Random
 Combination = tuple[tuple[str, Hashable], ...]
 
 
-def pairwise(grid: Iterable[Mapping[str, Hashable]]) -> list[int]:
+def pairwise(grid: Iterable[Mapping[str, Hashable]], *, pairs: bool = True) -> list[int]:
     """The places in `grid` of few points among which every value, and every pair of values, that occurs in it occurs.
 
-    A point names its parameters' values; one without parameters is kept. The choice depends on the grid alone.
+    A point names its parameters' values; one without parameters is kept. The choice depends on the grid alone. Without
+    `pairs` every value occurs, and few pairs.
     """
-    points = [_combinations(point) for point in grid]
+    points = [_combinations(point, pairs) for point in grid]
     uncovered: set[Combination] = set().union(*points)
     order = list(range(len(points)))
     # Neighbours differ in one value: in their own order the first points would cover little.
@@ -31,6 +32,6 @@ def pairwise(grid: Iterable[Mapping[str, Hashable]]) -> list[int]:
     return sorted(kept)
 
 
-def _combinations(point: Mapping[str, Hashable]) -> set[Combination]:
+def _combinations(point: Mapping[str, Hashable], pairs: bool) -> set[Combination]:
     values = sorted(point.items(), key=lambda item: item[0])
-    return {(), *((value,) for value in values), *combinations(values, 2)}
+    return {(), *((value,) for value in values), *(combinations(values, 2) if pairs else ())}

@@ -222,7 +222,8 @@ __global__ void __launch_bounds__(kThreads, mixture_resident(kChannels, sizeof(T
       loss += finish_item(args, plan, item, first_row, thread < tile ? thread : -1, sum, sums, row_scratch + (turn ^= kThreads / kWarp));
   }
   if (values)
-    finish<double>(args, plan, false, loss, loss_scratch, [&](int64_t row, double sum, double) { return put_row(args, row, sum); });
+    finish<double>(args, plan, false, loss, loss_scratch,
+                   [&](int64_t row, double sum, double) { return put_row(args, row, sum, beta_of(args) * kl_of(args, row)); });
 }
 
 template <int kChannels, class T>

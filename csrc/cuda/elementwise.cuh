@@ -157,11 +157,11 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
 
 // What is written of a row whose elements sum up to `value`; returns its part of the loss.
 template <class L, class C>
-FASTVAE_DEVICE double finish_row(const NllArgs& args, int64_t row, double value, double pull, C normaliser) {
+FASTVAE_DEVICE double finish_row(const NllArgs& args, int64_t row, double value, double pull, C normaliser, double weighted_kl) {
   if constexpr (kScales<L>) {
     if (args.scalar_rows.data) put(args.scalar_rows, row, L::scalar_slope(static_cast<double>(args.size), value, pull));
   }
-  return put_row(args, row, value + static_cast<double>(args.size) * static_cast<double>(normaliser));
+  return put_row(args, row, value + static_cast<double>(args.size) * static_cast<double>(normaliser), weighted_kl);
 }
 
 template <class L, class T, class D, int N>
@@ -180,13 +180,17 @@ __global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T), N))
     if (args.scalar.data) same = math::at_scale<L>(same, static_cast<C>(number(args.scalar)));
   }
 
+  // Read here, and the KL before the elements of its row, to be there when these are done.
+  const double beta = values ? beta_of(args) : 0;
   double loss = 0;  // of the rows whose first lane this is
   int turn = 0;
   for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
     const Part part(plan, item, args.size);
     const int64_t row = part.row;
     C sum(0), pull(0);
+    double kl = 0;
     if (row < args.rows) {
+      if (values && lane == 0 && plan.splits == 1) kl = kl_of(args, row);
       C factor = static_cast<C>(args.weight);
       if (args.grad_loss.data || args.grad_nll.data)
         factor = static_cast<C>(row_factor(args.grad_loss, args.grad_nll, args.weight, row));
@@ -201,12 +205,14 @@ __global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T), N))
       partials[item] = sum;
       if (pulls) partials[plan.items + item] = pull;
     } else {
-      loss += finish_row<L>(args, row, sum, pull, same.per_element);
+      loss += finish_row<L>(args, row, sum, pull, same.per_element, beta * kl);
     }
   }
   if (values)
     finish<C>(args, plan, pulls, loss, loss_scratch,
-              [&](int64_t row, double sum, double pull) { return finish_row<L>(args, row, sum, pull, same.per_element); });
+              [&](int64_t row, double sum, double pull) {
+                return finish_row<L>(args, row, sum, pull, same.per_element, beta * kl_of(args, row));
+              });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
   const bool wants_kl = blockIdx.y == 0 && (args.row_kl.data || args.element_kl.data);
   const bool sums = blockIdx.y == 0 && args.row_kl.data;
   const NoiseKey key(args.noise);
+  const math::PhiloxKeys keys(key.seed);
   if (args.used_seed && blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
     args.used_seed[0] = static_cast<int64_t>(key.seed);
     args.used_seed[1] = static_cast<int64_t>(key.offset);
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
         for (int64_t draw = first_draw; draw < last_draw; ++draw) {
           C noise[N];
           if (eps) read<T, N, kWhole>(eps + draw * args.eps_draw_stride + i, left, noise);
-          else normals(key, draw, counter + i / 4, noise);
+          else normals(key, keys, draw, counter + i / 4, noise);
 #pragma unroll
           for (int j = 0; j < N; ++j) noise[j] = P::fma(sigma[j], noise[j], m[j]);
           write<T, N, kWhole>(z + draw * args.z_draw_stride + i, left, noise);
@@ -113,7 +114,8 @@ bool is_whole(const SampleArgs& args) {
 SamplePlan sample_plan(const SampleArgs& args) {
   SamplePlan how{};
   const int64_t item_size = cpu::item_size(args.mu.type), at_a_time = slots(resident(item_size));
-  how.plan = plan_for(args.rows, args.size, is_whole(args) ? whole_unit(item_size) : 4, 1, at_a_time);
+  const int unit = is_whole(args) ? whole_unit(item_size) : 4;
+  how.plan = plan_for(args.rows, args.size, unit, 1, at_a_time, turns(unit));
   // Draws are shared out where rows alone leave the device idle.
   const int64_t groups = std::max<int64_t>(1, std::min({args.draws, 2 * at_a_time / how.plan.blocks, int64_t(65535)}));
   how.draws_each = (args.draws + groups - 1) / groups;

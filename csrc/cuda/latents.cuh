@@ -54,12 +54,12 @@ FASTVAE_DEVICE void box_muller(uint32_t x0, uint32_t x1, double& n0, double& n1)
   n1 = radius * sine;
 }
 
-// The normals of N neighbouring elements, from the counter of the first on.
+// The normals of N neighbouring elements, from the counter of the first on. `keys` are those of `key.seed`.
 template <class C, int N>
-FASTVAE_DEVICE void normals(const NoiseKey& key, int64_t draw, uint64_t counter, C (&out)[N]) {
+FASTVAE_DEVICE void normals(const NoiseKey& key, const math::PhiloxKeys& keys, int64_t draw, uint64_t counter, C (&out)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i += 4) {
-    const math::PhiloxWords words = math::philox(key.seed, key.offset / 4 + static_cast<uint64_t>(draw), counter + i / 4);
+    const math::PhiloxWords words = math::philox(keys, key.offset / 4 + static_cast<uint64_t>(draw), counter + i / 4);
     box_muller(words.x[0], words.x[1], out[i], out[i + 1]);
     box_muller(words.x[2], words.x[3], out[i + 2], out[i + 3]);
   }
@@ -107,6 +107,9 @@ FASTVAE_DEVICE uint64_t first_counter(const Latents& args, const Part& part) {
 
 // The elements that a thread takes at a time: those of one counter, or of two where they make an access of 128 bits.
 constexpr int whole_unit(int64_t item_size) { return item_size == 2 ? 8 : 4; }
+
+// Of rows in plenty a thread takes 32 elements. To find the row, to add up its KL and to write that takes as long as some ten elements.
+constexpr int turns(int unit) { return 32 / unit; }
 
 inline bool allows(const Latents& args, int unit) {
   return allows(args.mu, args.size, unit) && allows(args.logvar, args.size, unit) && allows(args.prior_mu, args.size, unit) &&

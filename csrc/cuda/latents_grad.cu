@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T), kPrior))
   using P = math::Primitives<C>;
   const int lane = threadIdx.x & (plan.lanes - 1);
   const NoiseKey key(args.noise);
+  const math::PhiloxKeys keys(key.seed);
   const int64_t draws = args.grad_z.data ? args.draws : 0;
   // Not 0 times the slopes of a KL that nobody asked for, which may overflow.
   const bool with_kl = args.grad_kl.data || args.element_grad_kl.data;
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T), kPrior))
         C by_z[N], noise[N];
         read<T, N, kWhole>(grad_z + draw * args.grad_z_draw_stride + i, left, by_z);
         if (eps) read<T, N, kWhole>(eps + draw * args.eps_draw_stride + i, left, noise);
-        else normals(key, draw, counter + i / 4, noise);
+        else normals(key, keys, draw, counter + i / 4, noise);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
           d_mu[j] += by_z[j];
@@ -107,7 +108,8 @@ cudaError_t sample_grad(const SampleGradArgs& args, cudaStream_t stream) {
   const bool is_whole_args = is_whole(args);
   if (args.rows == 0 || args.size == 0) return cudaSuccess;
   const int64_t item_size = cpu::item_size(args.mu.type), at_a_time = slots(resident(item_size, args.prior_mu.data));
-  const Plan plan = plan_for(args.rows, args.size, is_whole_args ? whole_unit(item_size) : 4, 1, at_a_time);
+  const int unit = is_whole_args ? whole_unit(item_size) : 4;
+  const Plan plan = plan_for(args.rows, args.size, unit, 1, at_a_time, turns(unit));
   return with_types(args.mu.type, is_whole_args, [&](auto type, auto whole) {
     using T = decltype(type);
     constexpr int N = whole ? whole_unit(sizeof(T)) : 4;

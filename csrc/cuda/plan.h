@@ -28,6 +28,8 @@ struct Plan {
 inline void split_rows(Plan& plan, int64_t rows, int64_t size, int64_t step, int64_t slots) {
   const int64_t steps = (size + step - 1) / step;
   if (steps <= 1 || rows == 0 || (rows >= 4 * slots && size <= kLongest)) return;
+  // Short rows that nearly fill the device: the last of them leave it idle for less time than one block takes to sum up all splits.
+  if (4 * rows >= 3 * slots && steps <= 8) return;
   const int64_t wanted = std::min(steps, std::max<int64_t>(1, 4 * slots / rows));
   int64_t each = std::min((steps + wanted - 1) / wanted, kLongest / step);
   // Of few steps, the number that leaves the last split the least short.
@@ -46,14 +48,15 @@ inline void count_blocks(Plan& plan, int64_t slots) {
 }
 
 // `unit`: the elements of one access; `unroll`: accesses that a thread has under way at a time; `slots`: blocks that the device runs
-// at a time.
-inline Plan plan_for(int64_t rows, int64_t size, int unit, int unroll, int64_t slots) {
+// at a time; `turns`: how often a thread goes on to the next accesses of a row, where there are rows enough, for what it does once for
+// a row to be little beside that.
+inline Plan plan_for(int64_t rows, int64_t size, int unit, int unroll, int64_t slots, int turns = 1) {
   const int64_t accesses = std::max<int64_t>(1, (size + unit - 1) / unit);
   Plan plan{};
   plan.lanes = 1;
-  // As few threads as keep `unroll` accesses under way, or as many as there are, while the device has room.
+  // As few threads as keep `unroll` accesses under way `turns` times, or as many as there are, while the device has room.
   const auto more = [&] {
-    return plan.lanes * unroll < accesses || (plan.lanes < accesses && rows <= slots * kThreads / (2 * plan.lanes));
+    return plan.lanes * unroll * turns < accesses || (plan.lanes < accesses && rows <= slots * kThreads / (2 * plan.lanes));
   };
   while (plan.lanes < kThreads && more()) plan.lanes *= 2, ++plan.lanes_log2;
   const int groups = kThreads / plan.lanes;

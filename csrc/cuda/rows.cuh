@@ -4,10 +4,13 @@
 
 namespace fastvae::cuda {
 
-// Writes the nll of a row, and its loss where that is wanted; returns its part of the loss.
-FASTVAE_DEVICE double put_row(const NllArgs& args, int64_t row, double value) {
+FASTVAE_DEVICE double beta_of(const NllArgs& args) { return args.kl.data && args.beta.data ? number(args.beta) : 1.0; }
+FASTVAE_DEVICE double kl_of(const NllArgs& args, int64_t row) { return args.kl.data ? number(args.kl, row) : 0.0; }
+
+// Writes the nll of a row, and its loss where that is wanted; returns its part of the loss. `weighted_kl` is added to that.
+FASTVAE_DEVICE double put_row(const NllArgs& args, int64_t row, double value, double weighted_kl) {
   put(args.nll, row, value);
-  if (args.kl.data) value += (args.beta.data ? number(args.beta) : 1.0) * number(args.kl, row);
+  if (args.kl.data) value += weighted_kl;
   if (!args.reduced) put(args.loss, row, value);
   return value;
 }
@@ -47,7 +50,7 @@ FASTVAE_DEVICE double finish_item(const NllArgs& args, const TilePlan& plan, int
   if (plan.rows_each == 1) {
     sum = group_sum(sum, kThreads, scratch);
     if (threadIdx.x != 0 || first_row >= args.rows) return 0;
-    if (plan.splits == 1) return put_row(args, first_row, sum);
+    if (plan.splits == 1) return put_row(args, first_row, sum, beta_of(args) * kl_of(args, first_row));
     static_cast<double*>(args.workspace.scratch)[item] = sum;
     return 0;
   }
@@ -57,7 +60,7 @@ FASTVAE_DEVICE double finish_item(const NllArgs& args, const TilePlan& plan, int
   double loss = 0;
   if (thread < plan.rows_each && first_row + thread < args.rows) {
     for (int i = 0; i < plan.width; ++i) loss += sums[thread * plan.width + i];
-    loss = put_row(args, first_row + thread, loss);
+    loss = put_row(args, first_row + thread, loss, beta_of(args) * kl_of(args, first_row + thread));
   }
   __syncthreads();
   return loss;

@@ -36,15 +36,31 @@ FASTVAE_HD uint64_t wide_product(uint32_t a, uint32_t b) {
 #endif
 }
 
-FASTVAE_HD PhiloxWords philox(uint64_t seed, uint64_t low, uint64_t high) {
+// The keys of all rounds, to be made once for many counters.
+struct PhiloxKeys {
+  uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
+
+  explicit FASTVAE_HD PhiloxKeys(uint64_t seed) {
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      k0[round] = uint32_t(seed) + uint32_t(round) * kPhiloxWeyl0;
+      k1[round] = uint32_t(seed >> 32) + uint32_t(round) * kPhiloxWeyl1;
+#ifdef __CUDA_ARCH__
+      // nvcc would rather add them up anew in every loop, one instruction for each.
+      asm volatile("" : "+r"(k0[round]), "+r"(k1[round]));
+#endif
+    }
+  }
+};
+
+FASTVAE_HD PhiloxWords philox(const PhiloxKeys& keys, uint64_t low, uint64_t high) {
   PhiloxWords c = {{uint32_t(low), uint32_t(low >> 32), uint32_t(high), uint32_t(high >> 32)}};
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxWeyl0, k1 += kPhiloxWeyl1) {
+  for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t p0 = wide_product(c.x[0], kPhiloxMultiplier0), p1 = wide_product(c.x[2], kPhiloxMultiplier1);
-    c = {{uint32_t(p1 >> 32) ^ c.x[1] ^ k0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.x[3] ^ k1, uint32_t(p0)}};
+    c = {{uint32_t(p1 >> 32) ^ c.x[1] ^ keys.k0[round], uint32_t(p1), uint32_t(p0 >> 32) ^ c.x[3] ^ keys.k1[round], uint32_t(p0)}};
   }
   return c;
 }
+FASTVAE_HD PhiloxWords philox(uint64_t seed, uint64_t low, uint64_t high) { return philox(PhiloxKeys(seed), low, high); }
 
 template <class T>
 FASTVAE_HD T open_unit(uint32_t x) {

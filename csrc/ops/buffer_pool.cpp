@@ -1,6 +1,7 @@
 #include "buffer_pool.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/ops/from_blob.h>
 #include <c10/core/CPUAllocator.h>
 
@@ -91,9 +92,16 @@ Pool& pool() {
 
 }  // namespace
 
+at::Tensor uninitialized(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat order) {
+  const bool on_cpu = options.device().is_cpu();
+  auto* allocator = on_cpu ? c10::GetCPUAllocator() : at::detail::getCUDAHooks().getCUDADeviceAllocator();
+  const c10::DispatchKeySet keys(on_cpu ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA);
+  return at::detail::empty_generic(sizes, allocator, keys, c10::typeMetaToScalarType(options.dtype()), order);
+}
+
 at::Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat order) {
   const auto bytes = c10::multiply_integers(sizes) * static_cast<int64_t>(options.dtype().itemsize());
-  if (bytes < kSmallest || !options.device().is_cpu()) return at::empty(sizes, options, order);
+  if (bytes < kSmallest || !options.device().is_cpu()) return uninitialized(sizes, options, order);
   const auto buffer = std::make_shared<Buffer>(pool().take(bytes));
   const auto give_back = [buffer](void*) { pool().give(std::move(*buffer)); };
   return at::from_blob(buffer->memory.get(), sizes, strides_in(sizes, order), give_back, options);

@@ -5,7 +5,12 @@
 
 namespace fastvae {
 
-// An uninitialised tensor of those options, or `like`'s dtype and device: from the pool where it is large and on the CPU, else at::empty.
+// A tensor that a kernel will write whole, on the CPU or on the current GPU. torch.use_deterministic_algorithms fills what at::empty
+// gives, which here would be a launch for every result; and at::empty goes through the dispatcher.
+at::Tensor uninitialized(at::IntArrayRef sizes, const at::TensorOptions& options,
+                         at::MemoryFormat order = at::MemoryFormat::Contiguous);
+
+// The same from the pool where it is large and on the CPU; `like` stands for its dtype and device.
 at::Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat order = at::MemoryFormat::Contiguous);
 inline at::Tensor pooled_empty(at::IntArrayRef sizes, const at::Tensor& like, at::MemoryFormat order = at::MemoryFormat::Contiguous) {
   return pooled_empty(sizes, like.options(), order);

@@ -16,10 +16,10 @@ class OnDevice {
   operator cudaStream_t() const { return stream_; }
 
   // Kernels read through pointers: a tensor from elsewhere would be an illegal access, reported at some later call.
-  void expect(const Tensor& t, const char* name) const {
-    TORCH_CHECK_VALUE(t.device() == guard_.current_device(), "fastvae: `", name, "` must be on ", guard_.current_device(), ", got ",
-                      t.device());
+  void expect(at::Device found, const char* name) const {
+    TORCH_CHECK_VALUE(found == guard_.current_device(), "fastvae: `", name, "` must be on ", guard_.current_device(), ", got ", found);
   }
+  void expect(const Tensor& t, const char* name) const { expect(t.device(), name); }
   void expect(const OptionalTensor& t, const char* name) const {
     if (t) expect(*t, name);
   }

@@ -1,6 +1,5 @@
 // The CUDA kernels of fastvae::reparameterize_kl_* and gaussian_kl_*.
 #include <ATen/cuda/CUDAGeneratorImpl.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "common_cuda.h"
@@ -29,8 +28,9 @@ cuda::NoiseSource noise_from(const Tensor& seed, int64_t row_offset, const OnDev
 }
 
 // Of the generator: numbers, or, while a graph is captured, where each replay will find them.
-cuda::NoiseSource noise_from(const OptionalGenerator& generator, int64_t draws, int64_t row_offset) {
+cuda::NoiseSource noise_from(const OptionalGenerator& generator, int64_t draws, int64_t row_offset, const OnDevice& device) {
   auto* source = at::get_generator_or_default<at::CUDAGeneratorImpl>(generator, at::cuda::detail::getDefaultCUDAGenerator());
+  device.expect(source->device(), "generator");
   at::PhiloxCudaState state;
   {
     const std::lock_guard<std::mutex> lock(source->mutex_);
@@ -65,8 +65,8 @@ std::tuple<Tensor, Tensor, Tensor> sample_cuda(const Tensor& mu, const Tensor& l
   const Posterior posterior(mu, logvar, prior_mu, prior_logvar);
   const Draws draws(posterior.mu, samples, eps);
   const bool many = samples.has_value();
-  const Tensor kl = at::empty({mu.size(0)}, mu.options().dtype(row_dtype(mu.scalar_type())));
-  const Tensor used_seed = at::empty({eps ? 0 : 2}, mu.options().dtype(at::kLong));
+  const Tensor kl = uninitialized({mu.size(0)}, mu.options().dtype(row_dtype(mu.scalar_type())));
+  const Tensor used_seed = uninitialized({eps ? 0 : 2}, mu.options().dtype(at::kLong));
   const Tensor given_seed = seed ? seed->contiguous() : Tensor();
 
   cuda::SampleArgs args;
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> sample_cuda(const Tensor& mu, const Tensor& l
   if (eps) {
     fill_eps(args, draws.eps, many);
   } else {
-    args.noise = seed ? noise_from(given_seed, row_offset, device) : noise_from(generator, args.draws, row_offset);
+    args.noise = seed ? noise_from(given_seed, row_offset, device) : noise_from(generator, args.draws, row_offset, device);
     args.used_seed = used_seed.mutable_data_ptr<int64_t>();
   }
   args.row_kl = output(kl);
@@ -114,7 +114,7 @@ Tensor kl_cuda(const Tensor& mu, const Tensor& logvar, const OptionalTensor& pri
   cuda::SampleArgs args;
   fill(args, posterior, device);
   const auto options = mu.options().dtype(row_dtype(mu.scalar_type()));
-  const Tensor kl = per_element ? at::empty(mu.sizes(), options) : at::empty({mu.size(0)}, options);
+  const Tensor kl = per_element ? uninitialized(mu.sizes(), options) : uninitialized({mu.size(0)}, options);
   if (per_element) args.element_kl = result(kl);
   else args.row_kl = output(kl);
   run(args, device);

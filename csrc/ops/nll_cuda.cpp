@@ -1,7 +1,5 @@
 // The CUDA kernels of fastvae::nll_forward and nll_backward. Nothing here looks at a value in a tensor: that would make Python wait
 // for the GPU, and a captured graph would keep the value.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <variant>
@@ -115,9 +113,9 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cuda(std::string_view li
   cuda::NllArgs& args = common(of_family);
   const auto options = target.options().dtype(row_dtype(params[0].scalar_type()));
   const bool with_scalar = row.has_scalar && (needs >> (params.size() - 1) & 1);
-  const Tensor nll = at::empty({args.rows}, options), scalar_rows = at::empty({with_scalar ? args.rows : 0}, options);
+  const Tensor nll = uninitialized({args.rows}, options), scalar_rows = uninitialized({with_scalar ? args.rows : 0}, options);
   const int64_t sizes[] = {args.rows};
-  const Tensor loss = at::empty(at::IntArrayRef(sizes, reduction == kNone ? 1 : 0),
+  const Tensor loss = uninitialized(at::IntArrayRef(sizes, reduction == kNone ? 1 : 0),
                                 kl && kl->scalar_type() == at::kDouble ? options.dtype(at::kDouble) : options);
   args.nll = output(nll);
   args.loss = output(loss);
@@ -175,7 +173,7 @@ Tensors nll_backward_into(at::TensorList results, const OptionalTensor& grad_los
   args.kl = numbers(kl, "kl");
   if (beta) args.beta = number(*beta, "beta");
   const auto extra = [&](const Tensor& like, at::IntArrayRef sizes) {
-    extras.push_back(at::empty(sizes, like.options()));
+    extras.push_back(uninitialized(sizes, like.options()));
     return output(extras.back());
   };
   if (scalar_rows) args.scalar_gradient = extra(*scalar_rows, {});
@@ -191,7 +189,7 @@ Tensors nll_backward_cuda(const OptionalTensor& grad_loss, const OptionalTensor&
                           const OptionalTensor& scalar_rows, const OptionalTensor& kl, const OptionalTensor& beta, c10::SymInt rows,
                           int64_t reduction, bool need_kl, bool need_beta) {
   Tensors results;
-  for (const auto& gradient : gradients) results.push_back(at::empty_like(gradient));
+  for (const auto& gradient : gradients) results.push_back(pooled_empty(gradient.sizes(), gradient, memory_order(gradient)));
   for (auto& extra : nll_backward_into(results, grad_loss, grad_nll, gradients, scalar_rows, kl, beta, rows.expect_int(), reduction,
                                        need_kl, need_beta))
     results.push_back(std::move(extra));

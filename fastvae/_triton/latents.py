@@ -11,7 +11,18 @@ from torch import Tensor
 
 from ..reference.noise import draw_seed
 from .elementary import exp, exp_minus_1_minus
-from .launch import COMPUTE, dense_rows, divisor, event_size, kernel, launch, number, partition, row_dtype
+from .launch import (
+    COMPUTE,
+    dense_rows,
+    divisor,
+    event_size,
+    kernel,
+    launch,
+    number,
+    partition,
+    row_dtype,
+    splits_at_a_time,
+)
 from .noise import normals
 from .tiles import first_column, row_size, row_totals, tile_columns, tile_rows
 from .tuning import choice
@@ -341,8 +352,8 @@ def _sample(
     if per_element or cut.splits == 1:
         return partials.view(-1), elements
     kl = partials.new_empty(rows)
-    splits = min(1024, triton.next_power_of_2(cut.splits))
-    group = max(1, 1024 // splits)
+    splits = splits_at_a_time(cut.splits)
+    group = 1024 // splits
     launch(
         kl_kernel,
         -(-rows // group),

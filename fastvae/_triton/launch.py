@@ -100,7 +100,8 @@ def partition(rows: int, size: int, choice: Choice, narrowest: int = 1) -> Parti
     fewest columns of a tile.
     """
     columns = _columns(size, choice.tile, narrowest)
-    group = min(max(1, choice.tile // columns), _power_of_two(rows))
+    # Not fewer for fewer rows: a kernel is compiled for the group, and a small last batch must not wait for that.
+    group = max(1, choice.tile // columns)
     row_groups = -(-rows // group)
     row_tiles = -(-size // columns)
     splits = min(max(1, choice.programs // max(1, row_groups)), max(1, row_tiles))
@@ -117,12 +118,18 @@ def _power_of_two(n: int) -> int:
 
 def _columns(size: int, tile: int, narrowest: int) -> int:
     """The widest tile of a row of `size` elements that wastes little more at the row's end than others would."""
-    if size <= 256:
+    if size <= 256 or narrowest >= tile:
         return min(tile, max(narrowest, _power_of_two(size)))
     candidates = [1 << i for i in range(8, tile.bit_length()) if 1 << i <= max(256, _power_of_two(size))]
     padded = {columns: -(-size // columns) * columns for columns in candidates}
     bound = min(padded.values()) * 17 // 16
     return max(columns for columns in candidates if padded[columns] <= bound)
+
+
+def splits_at_a_time(splits: int) -> int:
+    """How many of a row's partial sums are added up at a time. Few values, because a kernel is compiled for each of them,
+    and the number of splits differs from batch to batch."""
+    return 1 if splits == 1 else 16 if splits <= 16 else 256
 
 
 # ---------------------------------------------------------------------------------------------------------------------

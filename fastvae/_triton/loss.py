@@ -14,7 +14,18 @@ from torch import Tensor
 
 from .._spec import ROWS
 from . import categorical, counts, discretized, elementwise
-from .launch import COMPUTE, divisor, kernel, launch, number, partition, row_dtype, row_stride
+from .launch import (
+    COMPUTE,
+    divisor,
+    event_size,
+    kernel,
+    launch,
+    number,
+    partition,
+    row_dtype,
+    row_stride,
+    splits_at_a_time,
+)
 from .tiles import first_column, row_factor, row_size, row_totals, tile_columns, tile_rows
 from .tuning import choice
 
@@ -240,7 +251,7 @@ def nll_forward(
     # Where a single program sees all rows it writes the loss itself; else there is a sum of each program's rows to add.
     parts = max(1, -(-rows // _ROWS_PER_PROGRAM)) if reduces else -(-rows // 1024)
     loss = nll.new_empty((parts,) if reduces and parts > 1 else () if reduces else (rows,), dtype=loss_dtype)
-    tile = min(1024, triton.next_power_of_2(splits))
+    tile = splits_at_a_time(splits)
     launch(
         finish_kernel,
         parts,
@@ -258,7 +269,7 @@ def nll_forward(
         _ROWS_PER_PROGRAM if reduces else 1024,
         row_stride(kl),
         REDUCE=reduces,
-        ROWS=max(1, 1024 // tile),
+        ROWS=1024 // tile,
         SPLITS=tile,
         num_warps=4,
     )
@@ -374,11 +385,15 @@ def _scale(
         row_count = 1 if uniform else rows
         size = size // max(1, row_count)
         device = any_tensor.device
-        cut = partition(row_count, size, choice("scale", row_count * size, device))
+        chosen = choice("scale", row_count * size, device)
+        # A single row ends within a tile, whatever the batch: its tiles are whole ones.
+        cut = partition(row_count, size, chosen, narrowest=chosen.tile if uniform else 1)
         programs = cut.programs if size else 0
         if makes_kl:
             programs = max(programs, min(-(-rows // 1024), 64))
-        unit = divisor(size)
+        # Of a row, not of all that lies behind it: that changes from batch to batch, and with it what is compiled.
+        of_rows = first is not None and first.shape[0] == rows
+        unit = divisor(event_size(first) if of_rows and first is not None else size)
         launch(
             scale_kernel,
             programs,

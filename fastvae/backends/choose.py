@@ -32,8 +32,9 @@ setting = "auto"
 _told: set[str] = set()  # what fell back to the reference, and was warned of
 _gpu: tuple[int, int] | None = None  # its compute capability; see `_meet_gpu`
 serving: dict[str, Backend] = {}  # device type -> backend under the current setting, where one was found
-# Where the native backend serves CPU tensors: the ops for calls as a training loop makes them, checks included. They
-# return None for whatever is not plain and fitting, and are not for torch.compile to trace.
+# Where the native backend serves CPU tensors: the ops for calls as a training loop makes them, checks included, for CUDA
+# tensors where it serves them, too. They return None for whatever is not plain and fitting, and are not for
+# torch.compile to trace.
 plain: Any = None
 _warned = False
 
@@ -93,8 +94,10 @@ def set_backend(name: str) -> None:
     setting = name
     serving.clear()
     serving.update({device_type: backend for device_type, backend in found.items() if backend is not None})
-    is_native = "cpu" in serving and serving["cpu"].name == "native"
-    plain = importlib.import_module("fastvae._C").plain if is_native else None
+    native_on = [device_type for device_type, backend in serving.items() if backend.name == "native"]
+    plain = importlib.import_module("fastvae._C").plain if "cpu" in native_on else None
+    if plain is not None:
+        plain.serve_cuda("cuda" in native_on)
 
 
 @contextmanager

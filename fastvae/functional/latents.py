@@ -44,6 +44,7 @@ def reparameterize_kl(
         generator: draws the seed from this torch.Generator (on mu's device) and not from torch's default one. It cannot
             be traced by torch.compile.
         seed: (seed, offset), int64 (2,), on mu's device: the same integers of noise on every device and backend.
+            Without it, what a generator's state makes of a GPU's noise is the backend's, and differs in compiled code.
             Excludes `generator`.
         row_offset: the place of row 0 in the noise, so that a piece of a batch gets its rows of the batch's noise.
         eps: noise to use, of mu's dtype and z's shape. Excludes `seed` and `generator`.
@@ -174,7 +175,9 @@ def _check_generator(where: str, generator: Any, mu: Tensor) -> None:
             f"fastvae.{where}: `generator` must be a torch.Generator, got {type(generator).__name__}; "
             f"did you mean torch.Generator().manual_seed(...)?"
         )
-    if generator.device.type != mu.device.type:
+    # Of tensors without a device of their own (meta), every index will do.
+    known = generator.device.index is not None and mu.device.index is not None
+    if generator.device.type != mu.device.type or (known and generator.device.index != mu.device.index):
         raise ValueError(
             f"fastvae.{where}: `generator` must be on the device of `mu`, {mu.device}, got {generator.device}; "
             f"did you mean torch.Generator(mu.device)?"

@@ -50,7 +50,8 @@ def nll(
             kl = kl.float()
         # As torch does with 0-dim operands: a beta left on the CPU, or cast along with a model, still serves.
         if beta is not None and (beta.device != first.device or beta.dtype != torch.float32):
-            beta = beta.to(first.device, torch.float32)
+            # To a GPU nobody waits for so few bytes, which the driver has taken when the call returns.
+            beta = beta.to(first.device, torch.float32, non_blocking=beta.is_cpu)
     chosen = choose.for_tensor(first, likelihood)
     if target.layout == torch.sparse_csr and chosen.name != "reference":
         # Ops take no sparse tensors: its positions travel behind the parameters.

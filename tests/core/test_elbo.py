@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastvae
 from fastvae import functional
@@ -150,6 +151,29 @@ def test_beta_is_a_setting_not_a_weight() -> None:
     assert list(elbo.parameters()) == []
     elbo.load_state_dict(fastvae.ELBO("bernoulli", beta=2.0).state_dict())
     assert elbo.beta.item() == 0.5
+
+
+def test_beta_stays_where_it_is_for_tensors_without_values() -> None:
+    """A call on a GPU moves it (test_cuda.py); one that only asks for shapes must not take its value."""
+    elbo = fastvae.ELBO("gaussian", beta=0.5)
+    buffer = elbo.beta
+    shapes = ((4, 9), (4, 9), (4, 3), (4, 3))
+    assert elbo(*(torch.empty(shape, device="meta") for shape in shapes)).loss.is_meta
+    with FakeTensorMode(allow_non_fake_inputs=True), fastvae.use_backend("reference"):
+        assert elbo(*(torch.empty(shape, device="cuda") for shape in shapes)).loss.is_cuda
+    assert elbo.beta is buffer
+    assert buffer.device.type == "cpu"
+    assert buffer.item() == 0.5
+
+
+def test_a_beta_that_moves_stays_the_tensor_that_schedules_fill() -> None:
+    elbo = fastvae.ELBO("gaussian")
+    held = elbo.beta
+    with torch.inference_mode():
+        fastvae.elbo._move(elbo.beta, torch.zeros(3))
+    assert elbo.beta is held
+    held.fill_(0.25)
+    assert copy.deepcopy(elbo).beta.item() == 0.25
 
 
 @pytest.mark.parametrize("cast", [nn.Module.float, nn.Module.half])

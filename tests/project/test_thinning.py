@@ -32,3 +32,11 @@ def test_a_grid_of_two_parameters_and_a_list_are_kept_whole() -> None:
 def test_only_pairs_that_occur_count() -> None:
     ragged = [point for point in GRID if not (point["dtype"] == "d" and point["prior"])]
     assert pairs([ragged[place] for place in pairwise(ragged)]) == pairs(ragged)
+
+
+def test_every_value_is_kept_where_pairs_do_not_matter() -> None:
+    kept = [GRID[place] for place in pairwise(GRID, pairs=False)]
+    assert {item for point in kept for item in point.items()} == {
+        item for point in GRID for item in point.items()
+    }
+    assert len(kept) <= 1.1 * 20

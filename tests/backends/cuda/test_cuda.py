@@ -4,9 +4,11 @@ Values, layouts, noise and autograd are those of test_triton.py, run again on th
 they promise. What can be told without a GPU is in test_cuda_kernels.py and cuda_link.py.
 """
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import cases
@@ -31,6 +33,7 @@ from test_triton import (
     test_errors_have_the_same_words,
     test_extremes,
     test_graph_replays_draw_anew,
+    test_large_logits,
     test_long_and_many_rows,
     test_long_and_many_rows_of_latents,
     test_more_than_two_to_the_31_elements,
@@ -59,10 +62,17 @@ import fastvae
 from fastvae import functional
 from fastvae.backends import available, for_tensor
 
-if INTERPRETED or not torch.cuda.is_available():
-    pytest.skip("the CUDA kernels need a GPU", allow_module_level=True)
-if available.load("native") is None or not available.serves("native", "cuda"):
-    pytest.skip(f"no CUDA kernels: {available.reason('native', 'cuda')}", allow_module_level=True)
+
+def why_not() -> str | None:
+    if INTERPRETED or not torch.cuda.is_available():
+        return "the CUDA kernels need a GPU"
+    if available.load("native") is None or not available.serves("native", "cuda"):
+        return f"no CUDA kernels: {available.reason('native', 'cuda')}"
+    return None
+
+
+# Imported without a GPU, too: test_on_meta.py runs these bodies.
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 SHARED = (
     test_a_second_stream,
@@ -75,6 +85,7 @@ SHARED = (
     test_errors_have_the_same_words,
     test_extremes,
     test_graph_replays_draw_anew,
+    test_large_logits,
     test_long_and_many_rows,
     test_long_and_many_rows_of_latents,
     test_more_than_two_to_the_31_elements,
@@ -173,6 +184,62 @@ def test_a_device_that_is_not_the_current_one(device: torch.device) -> None:
     for a, b in zip(got, want, strict=True):
         assert a.device.index == 1
         torch.testing.assert_close(a.cpu(), b.cpu())
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "learned", "poisson", "mine"])
+def test_an_elbo_that_nobody_moved(device: torch.device, likelihood: str) -> None:
+    """As README has it: `beta` moves in the first step; later ones copy nothing, do not wait, and can be captured."""
+
+    class Mine(torch.nn.Module):
+        def nll(self, params: Tensor, target: Tensor) -> Tensor:
+            return (params - target).square().flatten(1).sum(1)
+
+    if likelihood == "learned":  # its parameter is the user's to move
+        elbo = fastvae.ELBO(fastvae.likelihoods.Gaussian("learned").to(device))
+    else:
+        elbo = fastvae.ELBO(Mine() if likelihood == "mine" else likelihood)
+    held, moved = elbo.beta, copy.deepcopy(elbo).to(device)
+    _, leaves, x = step_inputs()
+    x = (5 * x).round() if likelihood == "poisson" else x
+
+    def loss_of(elbo: fastvae.ELBO) -> Tensor:
+        loss = elbo(leaves[0], x, leaves[1], leaves[2]).loss
+        loss.backward()
+        return loss.detach()
+
+    loss_of(elbo)
+    assert elbo.beta is held
+    assert held.is_cuda
+    with waiting_is_an_error():
+        loss_of(elbo)
+        held.fill_(0.5)
+        loss = loss_of(elbo)
+    moved.beta = 0.5
+    torch.testing.assert_close(loss, loss_of(moved))
+    names = kernels_of(lambda: loss_of(elbo))
+    assert not [name for name in names if name.startswith("Memcpy")], names
+
+    fresh = copy.deepcopy(elbo).cpu()
+    run = fastvae.graph_step(
+        lambda x: fresh(leaves[0].detach(), x, leaves[1].detach(), leaves[2].detach()).loss, x, warmup=1
+    )
+    for beta in (1.0, 0.25, 4.0, 0.5):
+        fresh.beta = moved.beta = beta
+        torch.testing.assert_close(run(x), moved(leaves[0], x, leaves[1], leaves[2]).loss.detach())
+    # A call on the CPU in between leaves beta where the graph reads it.
+    fresh.likelihood.cpu()
+    if likelihood != "mine":
+        fresh(*(leaf.detach().cpu() for leaf in (leaves[0], x, leaves[1], leaves[2])))
+    assert fresh.beta.is_cuda
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_launches_on_many_streams_at_once(device: torch.device) -> None:

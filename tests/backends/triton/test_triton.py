@@ -328,7 +328,7 @@ def test_extremes(device: torch.device, case: Case, dtype: torch.dtype) -> None:
         gradient = got.gradients[name].double()
         fits = exact.abs() < 0.99 * torch.finfo(dtype).max
         bound = GRADIENT_TOLERANCE[dtype] * exact.abs() + max(1e-7, torch.finfo(dtype).tiny)
-        assert ((gradient - exact).abs() <= bound)[fits].all(), name
+        assert (((gradient - exact).abs() <= bound) | ~fits).all(), name
 
 
 @pytest.mark.parametrize("case", CASES, ids=cases.ids)

@@ -372,3 +372,45 @@ def test_the_tuning_table(table: str) -> None:
         assert choice.tile & (choice.tile - 1) == 0
         assert choice.tile >= 32 * choice.warps or table == "interpreter"
     assert set(tuning.TABLE["default"]) == {(k, s) for k in tuning.KERNELS for s in ("small", "large")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is compiled anew
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compiled_for(launch: Launch) -> tuple[object, ...]:
+    """What tells compilations of a kernel apart: types, alignment, specialised numbers, constants, options."""
+    kernel, args, options = launch
+    backend, options = make_backend(TARGETS["sm_90"]), {**options, "debug": False}
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, rest = bind(*args, **options)
+    parsed, *source = kernel._pack_args(backend, options, bound, specialization, rest)
+    return kernel.fn.__name__, repr(source), repr(parsed)
+
+
+def step(rows: int, size: int, latents_: int, likelihood: str, dtype: torch.dtype) -> None:
+    params, target = data(dtype, rows, size), data(FLOAT, rows, size)
+    more = [ONE.to(dtype)] if likelihood == "gaussian_learned" else []
+    kl, posterior = data(FLOAT, rows), data(dtype, rows, 2 * latents_).chunk(2, 1)
+    latents.reparameterize_kl_forward(*posterior, NONE, NONE, NONE, SEED, 0, NONE, NONE)
+    losses.nll_forward(likelihood, [params, *more], target, [], kl, ONE, 2, 0b11 if more else 1)
+    losses.nll_backward_(ONE, NONE, [params], kl if more else NONE, kl, ONE, rows, 2, True, False)
+    latents.reparameterize_kl_backward(
+        data(dtype, rows, latents_), kl, *posterior, NONE, NONE, NONE, SEED, 0, NONE, 0b11
+    )
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian_learned"])
+@pytest.mark.parametrize(("size", "latents_"), [(784, 20), (30, 3), (1000, 1), (8100, 64)])
+def test_a_last_batch_compiles_nothing(
+    size: int, latents_: int, likelihood: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a class of tuning.py, whatever the number of rows divides."""
+    monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
+    first = {compiled_for(launch) for launch in record(lambda: step(128, size, latents_, likelihood, dtype))}
+    for rows in (127, 96, 37, 8, 2, 1):
+        last = record(lambda rows=rows: step(rows, size, latents_, likelihood, dtype))
+        new = {compiled_for(launch) for launch in last} - first
+        assert not new, (rows, {name for name, *_ in new})

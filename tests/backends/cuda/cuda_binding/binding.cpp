@@ -27,3 +27,9 @@ void check_counts(const LikelihoodRow&, at::TensorList, const Tensor&) {}
 }  // namespace fastvae
 
 extern "C" void set_capturing(bool on) { c10::cuda::capturing = on; }
+extern "C" void destroy_graph() { c10::cuda::destroy_graph(); }
+extern "C" int64_t memsets() { return c10::cuda::memsets; }
+
+// New memory holds NaN: nobody may count on what is there.
+C10_DECLARE_bool(caffe2_cpu_allocator_do_junk_fill);
+static const bool filled = FLAGS_caffe2_cpu_allocator_do_junk_fill = true;

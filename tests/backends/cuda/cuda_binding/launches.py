@@ -24,6 +24,7 @@ def _native() -> Iterator[None]:
 def capturing() -> Iterator[Callable[[bool], None]]:
     yield extension.set_capturing
     extension.set_capturing(False)
+    extension.destroy_graph()
 
 
 def launches(call: Callable[[], Any]) -> int:
@@ -69,6 +70,55 @@ def test_the_loss_part_of_a_step_is_four_launches(likelihood: str, reduction: st
     assert launches(step) == 4
     with torch.no_grad():
         assert launches(lambda: elbo(recon, x, kl=elbo.reparameterize(*head.chunk(2, 1))[1])) == 2
+
+
+def test_a_graph_that_is_gone_gives_its_counters_back(capturing: Callable[[bool], None]) -> None:
+    """What no counter is left for takes a memset of its own, in every replay."""
+    recon, x = torch.randn(4, 9000), torch.rand(4, 9000)
+    elbo = fastvae.ELBO("bernoulli")
+
+    def call() -> Tensor:
+        return elbo(recon, x, kl=torch.ones(4)).loss
+
+    want, before = call(), extension.memsets()
+    capturing(True)
+    for _ in range(300):
+        for _ in range(5):
+            call()
+        extension.destroy_graph()
+    assert torch.equal(call(), want)
+    assert extension.memsets() == before
+    for _ in range(1100):
+        call()
+    assert torch.equal(call(), want)
+    assert before < extension.memsets() < before + 200
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_a_step_copies_and_fills_nothing(likelihood: str) -> None:
+    """With deterministic algorithms, too, where torch fills all memory that it hands out."""
+    assert torch.are_deterministic_algorithms_enabled()
+    elbo, mu, logvar, recon, x = (
+        fastvae.ELBO(likelihood),
+        leaf(8, 20),
+        leaf(8, 20),
+        leaf(8, 784),
+        torch.rand(8, 784),
+    )
+    weights = torch.tensor(3.0), torch.ones(8, 20)
+
+    def step() -> None:
+        z, kl = elbo.reparameterize(mu, logvar)
+        loss = elbo(recon, x, kl=kl).loss
+        torch.autograd.grad((loss, z), [recon, mu, logvar], weights)
+
+    step()
+    elbo.beta = 0.5
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    ops = {event.key for event in profile.key_averages()}
+    assert "fastvae::nll_forward" in ops
+    assert not {op for op in ops if op.startswith("aten::") and op != "aten::detach"}, ops
 
 
 @pytest.mark.parametrize("rows", [2, 600])

@@ -14,8 +14,9 @@ if __name__ == "__main__":
     extension.cpu_capability = lambda: "none"  # type: ignore[attr-defined]
     extension.empty_buffer_pool = lambda: 0  # type: ignore[attr-defined]
     extension.plain = None  # type: ignore[attr-defined]  # every call takes the way of CUDA tensors, past that short cut
-    extension.set_capturing = ctypes.CDLL(binding).set_capturing  # type: ignore[attr-defined]
+    for name in ("set_capturing", "destroy_graph", "memsets"):
+        setattr(extension, name, getattr(ctypes.CDLL(binding), name))
     extension.launches = ctypes.CDLL(kernels).launches  # type: ignore[attr-defined]
     sys.modules["fastvae._C"] = extension
-    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+    torch.use_deterministic_algorithms(True)
     sys.exit(pytest.main(arguments))

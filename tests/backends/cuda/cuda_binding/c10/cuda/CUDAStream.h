@@ -1,13 +1,50 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include <utility>
+#include <vector>
+
 // Of the runtime, what csrc/ops uses beyond csrc/cuda.
 constexpr auto cudaErrorNoKernelImageForDevice = static_cast<cudaError_t>(209);
 constexpr auto cudaDevAttrComputeCapabilityMajor = static_cast<cudaDeviceAttr>(75);
 constexpr auto cudaDevAttrComputeCapabilityMinor = static_cast<cudaDeviceAttr>(76);
 enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+enum { cudaUserObjectNoDestructorSync = 1, cudaGraphUserObjectMove = 1 };
+using cudaUserObject_t = std::pair<void (*)(void*), void*>*;
+using cudaGraph_t = std::vector<cudaUserObject_t>*;
+
+namespace c10::cuda {
+
+inline int64_t memsets = 0;
+inline std::vector<cudaUserObject_t> graph;  // the one that is captured: what it is to call when it is gone
+
+inline void destroy_graph() {
+  for (auto* object : std::exchange(graph, {})) {
+    object->first(object->second);
+    delete object;
+  }
+}
+
+}  // namespace c10::cuda
+
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  ++c10::cuda::memsets;
   std::memset(p, value, bytes);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status, void*, cudaGraph_t* found) {
+  *status = cudaStreamCaptureStatusActive;
+  *found = &c10::cuda::graph;
+  return cudaSuccess;
+}
+inline cudaError_t cudaUserObjectCreate(cudaUserObject_t* object, void* data, void (*destroy)(void*), int, int) {
+  *object = new std::pair(destroy, data);
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphRetainUserObject(cudaGraph_t owner, cudaUserObject_t object, int, int) {
+  owner->push_back(object);
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }

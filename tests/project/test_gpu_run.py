@@ -1,0 +1,226 @@
+"""`make gpu` without a GPU: whatever is cut or fails, what there was comes home, and no process is left behind."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT))  # last: the fastvae under test is the one that is installed
+
+from benchmarks.gpu import build, plan, run, stage, table
+from benchmarks.gpu.plan import Stage
+
+NAMES = list(plan.SHARES)
+MACHINE = {"machine": "NVIDIA H200", "instruction_set": "cuda", "backend": "native", "copy_gb_per_s": 4300}
+
+# A stage in the place of a real one: it writes what it has, prints, and then does as it is told.
+PLAYED = """
+import json, pathlib, subprocess, sys, time
+name, work, then = sys.argv[1], sys.argv[sys.argv.index("--out") + 1], sys.argv[2]
+result = {"passes": [{"pass": name, "gb_per_s": {"native": 4000}, "of_copy": {"native": 0.93}}]}
+if name == "passes":
+    result |= MACHINE
+pathlib.Path(work, name + ".json").write_text(json.dumps(result))
+print("began", name)
+if then == "hangs":
+    # A child that no interrupt reaches, and which outlives its parent unless somebody ends it.
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    print("child", child.pid, flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("interrupted", name, flush=True)
+if then == "fails":
+    sys.exit("broken " + name)
+""".replace("MACHINE", repr(MACHINE))
+
+
+def played(does: dict[str, str]) -> list[Stage]:
+    """All stages, those of `does` other than well; "--stage" marks them as those that are handed a folder."""
+    return [
+        Stage(name, [[sys.executable, "-c", PLAYED, name, does.get(name, "ends"), "--stage", name]])
+        for name in NAMES
+    ]
+
+
+def is_there(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def left(out: Path) -> list[int]:
+    """The children of hanging stages that are there still, after a moment in which they may end."""
+    pids = [int(pid) for pid in re.findall(r"child (\d+)", (out / "log.txt").read_text())]
+    assert pids
+    for _ in range(50):
+        if not any(map(is_there, pids)):
+            return []
+        time.sleep(0.05)
+    return [pid for pid in pids if is_there(pid)]
+
+
+@pytest.mark.parametrize("cut", NAMES)
+def test_a_stage_that_is_cut(cut: str, tmp_path: Path) -> None:
+    status = run.all_stages(played({cut: "hangs"}), tmp_path, 480, {cut: 1.0})
+    assert status == 1
+    kept = json.loads((tmp_path / "nvidia-h200.json").read_text())["runs"]["cuda"]
+    assert kept["failures"] == [f"{cut}: out of time after 1 s"]
+    # Also of the stage that was cut: what it had written.
+    assert [item["pass"] for item in kept["passes"]] == NAMES
+    assert list(kept["seconds"]) == NAMES
+    log = (tmp_path / "log.txt").read_text()
+    assert f"interrupted {cut}" in log
+    text = (tmp_path / "nvidia-h200.txt").read_text()
+    assert f"FAILED: {cut}: out of time" in text
+    assert "93.0%" in text
+    assert left(tmp_path) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "nvidia-h200.json", "nvidia-h200.txt"}
+
+
+def test_a_stage_that_fails(tmp_path: Path) -> None:
+    assert run.all_stages(played({"build": "fails"}), tmp_path, 480, {}) == 1
+    kept = json.loads((tmp_path / "nvidia-h200.json").read_text())["runs"]["cuda"]
+    assert [item["pass"] for item in kept["passes"]] == NAMES
+    assert kept["failures"] == ["build: --stage ended with status 1; see log.txt"]
+    assert "broken build" in (tmp_path / "log.txt").read_text()
+    assert run.all_stages(played({}), tmp_path, 480, {}) == 0
+
+
+RUNS = """
+import sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+import test_gpu_run as t
+sys.exit(t.run.all_stages(t.played({{"versus": "hangs"}}), Path(sys.argv[1]), 480, {{}}))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+def test_a_run_that_is_ended(how: signal.Signals, tmp_path: Path) -> None:
+    """By whoever runs it: the stages before are there, and the stage's processes end with it."""
+    script = RUNS.format(paths=[str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT)])
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        log = tmp_path / "log.txt"
+        for _ in range(600):
+            if log.exists() and "child" in log.read_text():
+                break
+            time.sleep(0.05)
+        stage_pid = next(
+            int(pid)
+            for pid in os.listdir("/proc")
+            if pid.isdigit() and str(process.pid) == parent_of(int(pid))
+        )
+        process.send_signal(how)
+        process.wait(20)
+    finally:
+        process.kill()
+    kept = json.loads((tmp_path / "nvidia-h200.json").read_text())["runs"]["cuda"]
+    assert list(kept["seconds"]) == NAMES[: NAMES.index("versus")]
+    for _ in range(50):
+        if not is_there(stage_pid):
+            break
+        time.sleep(0.05)
+    assert not is_there(stage_pid)
+    if how != signal.SIGKILL:
+        assert left(tmp_path) == []
+    else:  # whose children only a group could be told of
+        for pid in left(tmp_path):
+            os.kill(pid, signal.SIGKILL)
+
+
+def parent_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+    except OSError:
+        return ""
+
+
+def test_the_shares_fit() -> None:
+    """With what it takes to interrupt every stage."""
+    assert sum(plan.SHARES.values()) + run.GRACE * 5 <= run.TOTAL == 480
+
+
+def test_an_item_that_fails_is_told_of_and_the_rest_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> stage.Results:
+        raise ValueError("not this one\nmore")
+
+    items = [("a", lambda: {"x": [1]}), ("b", broken), ("c", lambda: {"x": [2], "y": {"k": 3}})]
+    kept: stage.Results = {}
+    for result in stage.isolated(items, time.monotonic() + 60):
+        stage.merge(kept, result)
+    assert kept == {"x": [1, 2], "y": {"k": 3}, "failures": ["b: ValueError: not this one"]}
+    assert "FAILED: b" in capsys.readouterr().out
+    late = list(stage.isolated(items, time.monotonic() - 1))
+    assert late == [{"failures": ["out of time before a"]}]
+
+
+def test_the_sources_are_what_setup_has_recorded() -> None:
+    from fastvae import _build_info
+
+    assert build.sources() == _build_info.SOURCES
+
+
+def test_tests_that_run_on_a_gpu_are_there() -> None:
+    for stage in plan.stages():
+        for word in (word for command in stage.commands for word in command):
+            if word.endswith(".py"):
+                assert (ROOT / word).exists(), word
+    source = "".join((ROOT / file).read_text() for file in (plan.CUDA, plan.TRITON))
+    for name in re.findall(r"\w*_\w+", plan.SMOKE):
+        assert re.search(rf"\b(def )?test_\w*{name.removeprefix('test_')}|{name}", source), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole of it, on the CPU
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rehearse(out: Path, *options: str) -> tuple[dict, str]:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(out), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    records = list(out.glob("*.json"))
+    assert len(records) == 1, done.stdout[-5000:] + done.stderr[-5000:]
+    (kept,) = json.loads(records[0].read_text())["runs"].values()
+    return kept, done.stdout
+
+
+def test_the_rehearsal(tmp_path: Path) -> None:
+    kept, printed = rehearse(tmp_path, "--seconds", "2000")
+    assert kept["failures"] == [], printed[-8000:]
+    assert kept["build"] == "kept"
+    assert {item["pass"].partition(",")[0] for item in kept["passes"]} >= {
+        "Bernoulli forward + gradient",
+        "Gaussian forward + gradient",
+        "reparameterise + KL forward",
+        "scaling a gradient",
+    }
+    assert len(kept["cases"]) == 3
+    assert all("wall_us" in row for row in kept["cases"])
+    assert len(kept["steps"]) == 3
+    for item in kept["steps"]:
+        assert item["us"].keys() == {"fused", "eager", "compile", "graph_step(fused)", "graph_step(eager)"}
+    assert kept["tuned"].keys() == {"nll", "sample", "sample_gradient", "scale"}
+    assert printed.count("5 passed") == 3
+    assert "\n".join(table.lines(kept)) in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", NAMES)
+def test_the_rehearsal_is_cut(cut: str, tmp_path: Path) -> None:
+    kept, printed = rehearse(tmp_path, "--seconds", "2000", "--limit", f"{cut}=0.5")
+    assert [text for text in kept["failures"] if not text.startswith(f"{cut}: ")] == [], printed[-8000:]
+    assert f"{cut}: out of time after 0 s" in kept["failures"]
+    assert list(kept["seconds"]) == NAMES
+    for name, key in (("passes", "passes"), ("versus", "cases"), ("steps", "steps"), ("tuning", "tuned")):
+        assert name == cut or key in kept
