@@ -18,7 +18,7 @@ HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.'
 NATIVE := $(if $(and $(filter Linux,$(shell uname)),$(shell command -v c++ || command -v $(CXX))),1,auto)
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.def')
 
-.PHONY: help demo test test-rest test-all lint bench gpu cuda-link wheel clean
+.PHONY: help demo test test-rest test-all test-scvi lint bench gpu cuda-link wheel clean
 .NOTPARALLEL:
 # The stamps of finished steps are kept.
 .SECONDARY:
@@ -27,6 +27,7 @@ help:
 	@echo "make demo    train a VAE on scikit-learn's digits, fused and by hand; leaves two pictures"
 	@echo "make test    build the extension and run the tests: six minutes on two cores"
 	@echo "make test-all   all of them: whole grids, sanitizers, machine code of every GPU, long trainings, several processes"
+	@echo "make test-scvi  scvi-tools' own tests, without fastvae and with it: four minutes, part of test-rest"
 	@echo "make lint    ruff, mypy and import-linter"
 	@echo "make bench   time the kernels here, and draw the table and the picture"
 	@echo "make gpu     on a GPU, without a network: build, test, tune and time; 9 minutes at most"

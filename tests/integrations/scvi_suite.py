@@ -67,7 +67,7 @@ def run(folder: Path, accelerated: bool, *tests: str) -> dict[str, bool]:
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(Path(__file__).parent))),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "scvi_suite", "-p", "no:cacheprovider"]
-    command += ["--tb=no", "-W", "ignore", f"--junitxml={report}", "-o", "junit_family=xunit1"]
+    command += ["--tb=no", "-W", "ignore", "--continue-on-collection-errors", f"--junitxml={report}", "-o", "junit_family=xunit1"]
     try:
         import xdist  # noqa: F401
     except ImportError:
