@@ -14,3 +14,5 @@
 #include "ops/library.cpp"
 #include "ops/nll.cpp"
 #include "ops/nll_cpu.cpp"
+#include "ops/nll_elements.cpp"
+#include "ops/nll_elements_cpu.cpp"

@@ -112,6 +112,11 @@ def poisson_terms(log_rate: Tensor, target: Tensor) -> list[Tensor]:
     return [torch.exp(log_rate), -target * log_rate, torch.lgamma(target + 1)]
 
 
+def poisson_rate_terms(rate: Tensor, target: Tensor, eps: float = 0.25) -> list[Tensor]:
+    m = rate + eps
+    return [m, -torch.xlogy(target, m), torch.lgamma(target + 1)]
+
+
 def gamma_terms(log_scale: Tensor, target: Tensor, shape: float = 2.5) -> list[Tensor]:
     power = torch.zeros_like(target) if shape == 1 else (1 - shape) * torch.log(target)
     constant = torch.full_like(log_scale, math.lgamma(shape))
@@ -357,6 +362,31 @@ CASES = (
             "target",
             rows=[(a, t) for a in (-80.0, 0.0, 3.0, 80.0) for t in (0.0, 1.0, 2.0, 16.0, 300.0, 6e4)],
         ),
+    ),
+    Case(
+        "poisson_rate",
+        lambda f, **inputs: f.poisson_rate_nll(**inputs, eps=0.25),
+        lambda shape: {"rate": torch.exp(_randn(shape)), "target": _counts(shape)},
+        poisson_rate_terms,
+        targets=(torch.uint8, torch.uint16, torch.int32, torch.int64),
+        fixed=("target",),
+        counts=True,
+        extremes=lambda: _columns(
+            "rate",
+            "target",
+            rows=[(0.0, t) for t in (0.0, 1.0, 2.0, 300.0)]
+            + [(m, t) for m in (1.0, 20.0, 6e4) for t in (0.0, 1.0, 2.0, 16.0, 300.0, 6e4)],
+        ),
+    ),
+    Case(
+        "poisson_rate_per_element",
+        lambda f, **inputs: f.poisson_rate_nll(**inputs, reduction="none"),
+        lambda shape: {"rate": torch.exp(_randn(shape)), "target": _counts(shape)},
+        lambda rate, target: poisson_rate_terms(rate, target, 0.0),
+        per_element=True,
+        targets=(torch.uint8, torch.int64),
+        fixed=("target",),
+        counts=True,
     ),
     Case(
         "gamma",

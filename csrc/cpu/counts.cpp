@@ -74,13 +74,13 @@ struct Gathered {
   int32_t place[kBlock];
   double t[kBlock + kBufferSlack], mean[kBlock + kBufferSlack], theta[kBlock + kBufferSlack], pi[kBlock + kBufferSlack];
   double log_gamma[kBlock + kBufferSlack], digamma[kBlock + kBufferSlack], log_factorial[kBlock + kBufferSlack];
-  double d_mean[kBlock + kBufferSlack], d_theta[kBlock + kBufferSlack], d_pi[kBlock + kBufferSlack];
+  double value[kBlock + kBufferSlack], d_mean[kBlock + kBufferSlack], d_theta[kBlock + kBufferSlack], d_pi[kBlock + kBufferSlack];
 };
 
 template <class C>
 struct Scratch {
   std::vector<C> exponentials, slopes, target;  // a row each, where needed
-  Buffer<C> mean, dispersion, pi, counts, d_mean, d_dispersion, d_pi;
+  Buffer<C> mean, dispersion, pi, counts, values, d_mean, d_dispersion, d_pi;
   int32_t positive[kBlock + kBufferSlack];
   Gathered gathered[kCases];
 };
@@ -91,15 +91,17 @@ struct Row {
   C mean_scale;       // raw: what the exponentials of the logits are multiplied with
   double log_offset;  // raw: what is added to a logit to make the logarithm of the mean
   C weight;
+  double eps;  // else: what is added to the mean
 };
 
-// n elements of a block, dense. `d_theta` is added to where the dispersion is shared; all may be null but those of the inputs that are there.
+// n elements of a block, dense. All may be null but those of the inputs that are there.
 template <class C>
 struct Block {
   int64_t n;
   const C *mean, *logits, *theta, *inverse, *log_theta, *pi, *target;
   const double *exact, *log_gamma, *digamma;  // of a shared dispersion
-  C *d_mean, *d_theta, *d_pi;
+  C *values, *d_mean, *d_theta, *d_pi;
+  bool sums_theta;  // d_theta is added to
 };
 
 double log_factorial(double t) {
@@ -160,6 +162,7 @@ Sums evaluate(Gathered& g, const Reading& read) {
     }
     (read.raw ? term.d_mu : term.d_mu / mu).store(g.d_mean + i);
     (read.raw ? term.d_theta * theta : term.d_theta).store(g.d_theta + i);
+    term.value.store(g.value + i);
     nll.add_lanes(read.raw ? at::vec::fmadd(at(g.t), underflow, term.value) : term.value, g.count - i);
     slope.add_lanes(term.d_mu, g.count - i);
   }
@@ -174,12 +177,12 @@ struct Kernel {
 
   // Every element as if its count were zero; lists those whose count is not.
   static Sums zeros(const Block<C>& b, const Row<C>& row, int32_t* positive, int64_t& positives) {
-    const V scale(row.mean_scale), weight(row.weight);
+    const V scale(row.mean_scale), weight(row.weight), eps(static_cast<C>(row.eps));
     Sum<C> nll, slope;
     positives = 0;
     const auto step = [&](int64_t i, auto lanes, int slot) FASTVAE_INLINE {
       V mu = load_lanes(b.mean + i, lanes), theta, inverse;
-      if constexpr (kRaw) mu = mu * scale;
+      mu = kRaw ? mu * scale : mu + eps;
       if constexpr (kShared || !kRaw) theta = load_lanes(b.theta + i, lanes);
       if constexpr (kShared) inverse = load_lanes(b.inverse + i, lanes);
       else if constexpr (kRaw) {
@@ -194,10 +197,11 @@ struct Kernel {
       if constexpr (kInflated) term = math::with_additional_zeros(term, load_lanes(b.pi + i, lanes));
       const V value = P::select(is_zero, term.value, V(0));
       const V d_log_mu = kRaw ? P::select(is_zero, term.d_mu * mu, V(0)) : V(0);
+      if (!kRaw && b.values) store_lanes(value * weight, b.values + i, lanes);
       if (b.d_mean) store_lanes(kRaw ? d_log_mu : term.d_mu * weight, b.d_mean + i, lanes);
       if (b.d_theta) {
         const V d = (kRaw ? term.d_theta * theta : term.d_theta) * weight;
-        if constexpr (kShared) store_lanes(load_lanes(b.d_theta + i, lanes) + P::select(is_zero, d, V(0)), b.d_theta + i, lanes);
+        if (kShared && b.sums_theta) store_lanes(load_lanes(b.d_theta + i, lanes) + P::select(is_zero, d, V(0)), b.d_theta + i, lanes);
         else store_lanes(d, b.d_theta + i, lanes);
       }
       if (kInflated && b.d_pi) store_lanes(term.d_pi * weight, b.d_pi + i, lanes);
@@ -237,7 +241,7 @@ struct Kernel {
       const int64_t j = g.count++;
       g.place[j] = i;
       g.t[j] = t;
-      g.mean[j] = kRaw ? b.logits[i] : b.mean[i];
+      g.mean[j] = kRaw ? b.logits[i] : b.mean[i] + row.eps;
       g.theta[j] = theta;
       if (which != kOne) g.log_factorial[j] = large ? 0 : log_factorial(t);
       if (kShared && !simple) {
@@ -258,12 +262,14 @@ struct Kernel {
       sums.nll += part.nll;
       sums.slope += part.slope;
       const double weight = row.weight;
+      if (!kRaw && b.values)
+        for (int64_t j = 0; j < g.count; ++j) b.values[g.place[j]] = static_cast<C>(g.value[j] * weight);
       if (b.d_mean)
         for (int64_t j = 0; j < g.count; ++j) b.d_mean[g.place[j]] = static_cast<C>(kRaw ? g.d_mean[j] : g.d_mean[j] * weight);
       if (b.d_theta)
         for (int64_t j = 0; j < g.count; ++j) {
           C& d = b.d_theta[g.place[j]];
-          d = static_cast<C>((kShared ? d : 0) + g.d_theta[j] * weight);
+          d = static_cast<C>((b.sums_theta ? d : 0) + g.d_theta[j] * weight);
         }
       if (kInflated && b.d_pi)
         for (int64_t j = 0; j < g.count; ++j) b.d_pi[g.place[j]] = static_cast<C>(g.d_pi[j] * weight);
@@ -314,7 +320,7 @@ struct Kernel {
 
   static void one_row(const CountArgs& args, const SharedDispersion<C>& shared, int64_t r, C* d_shared, Scratch<C>& scratch) {
     const int64_t genes = args.genes;
-    Row<C> row{C(1), 0, static_cast<C>(args.weight[r * args.weight_stride])};
+    Row<C> row{C(1), 0, static_cast<C>(args.weight[r * args.weight_stride]), args.eps};
     if constexpr (kRaw) softmax(args, r, row, scratch);
     if (args.starts)
       for (int64_t i = args.starts[r]; i < args.starts[r + 1]; ++i) {
@@ -334,11 +340,12 @@ struct Kernel {
         b.exact = shared.exact.data() + begin;
         b.log_gamma = shared.log_gamma.data() + begin;
         b.digamma = shared.digamma.data() + begin;
-        b.d_theta = d_shared ? d_shared + begin : nullptr;
+        b.sums_theta = d_shared;
       } else {
         (kRaw ? b.log_theta : b.theta) = load(args.dispersion, r, begin, b.n, genes, scratch.dispersion);
-        b.d_theta = destination(args.d_dispersion, r, begin, genes, scratch.d_dispersion);
       }
+      b.d_theta = b.sums_theta ? d_shared + begin : destination(args.d_dispersion, r, begin, genes, scratch.d_dispersion);
+      if constexpr (!kRaw) b.values = destination(args.values, r, begin, genes, scratch.values);
       if constexpr (kInflated) {
         b.pi = load(args.zero_logits, r, begin, b.n, genes, scratch.pi);
         b.d_pi = destination(args.d_zero_logits, r, begin, genes, scratch.d_pi);
@@ -357,7 +364,8 @@ struct Kernel {
         nll += more.nll;
         slope += more.slope;
       }
-      if constexpr (!kShared) store(args.d_dispersion, r, begin, b.n, genes, scratch.d_dispersion);
+      if constexpr (!kRaw) store(args.values, r, begin, b.n, genes, scratch.values);
+      store(args.d_dispersion, r, begin, b.n, genes, scratch.d_dispersion);
       if constexpr (kInflated) store(args.d_zero_logits, r, begin, b.n, genes, scratch.d_pi);
       if constexpr (!kRaw) store(args.d_mean, r, begin, b.n, genes, scratch.d_mean);
     }

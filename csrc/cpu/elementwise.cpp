@@ -16,10 +16,17 @@ struct BlockSums {
   double nll, pull;
 };
 
-// n elements: returns the sums; slope[i] (null: not wanted) receives the weighted derivatives.
+// Whose `element` is the whole of an element's value: there is neither a normaliser nor a logarithm to come.
+template <class L>
+constexpr bool kWhole = false;
+template <>
+constexpr bool kWhole<math::PoissonRate> = true;
+
+// n elements: returns the sums; slope[i] (null: not wanted) receives the weighted derivatives,
+// values[i] the weighted values.
 template <class L, class C, bool kSlopes>
-BlockSums block(const C* const (&param)[kMaxParams], const C* target, C* const (&slope)[kMaxParams], const double* constants,
-                double weight, int64_t n) {
+BlockSums block(const C* const (&param)[kMaxParams], const C* target, C* const (&slope)[kMaxParams], C* values,
+                const double* constants, double weight, int64_t n) {
   using V = Vec<C>;
   constexpr int64_t W = V::size();
   V constant[L::constants + 1];
@@ -37,6 +44,7 @@ BlockSums block(const C* const (&param)[kMaxParams], const C* target, C* const (
     const V t = load_lanes(target + i, lanes);
     const V value = L::element(p, t, constant, d, logs);
     if constexpr (L::has_pull) pull.add(slot, (p[0] - t) * d[0]);
+    if (kWhole<L> && values) store_lanes(value * w, values + i, lanes);
     if constexpr (kSlopes) {
       for (int k = 0; k < L::params; ++k)
         if (slope[k]) store_lanes(d[k] * w, slope[k] + i, lanes);
@@ -82,7 +90,7 @@ void run(const NllArgs& args) {
   double* pulls = blocks > 1 ? partial_pull.data() : args.row_pull;
 
   at::parallel_for(0, tasks, grain(std::min(args.size, kBlock)), [&](int64_t first, int64_t last) {
-    Buffer<C> param_buffer[L::params], target_buffer, slope_buffer[L::params];
+    Buffer<C> param_buffer[L::params], target_buffer, slope_buffer[L::params], value_buffer;
     for (int64_t task = first; task < last; ++task) {
       const int64_t row = task / blocks, begin = task % blocks * kBlock, n = std::min(kBlock, args.size - begin);
       const C* param[kMaxParams] = {};
@@ -92,12 +100,14 @@ void run(const NllArgs& args) {
         slope[k] = destination(args.slopes[k], row, begin, args.size, slope_buffer[k]);
       }
       const C* target = load(args.target, row, begin, n, args.size, target_buffer);
+      C* values = kWhole<L> ? destination(args.values, row, begin, args.size, value_buffer) : nullptr;
       const double weight = args.weight[row * args.weight_stride];
-      const BlockSums of_block = wanted ? block<L, C, true>(param, target, slope, args.constants, weight, n)
-                                        : block<L, C, false>(param, target, slope, args.constants, weight, n);
+      const BlockSums of_block = wanted ? block<L, C, true>(param, target, slope, values, args.constants, weight, n)
+                                        : block<L, C, false>(param, target, slope, values, args.constants, weight, n);
       sums[task] = of_block.nll;
       if (has_pull) pulls[task] = of_block.pull;
       for (int k = 0; k < L::params; ++k) store(args.slopes[k], row, begin, n, args.size, slope_buffer[k]);
+      if (kWhole<L>) store(args.values, row, begin, n, args.size, value_buffer);
     }
   });
 
@@ -134,6 +144,55 @@ void scale(const ScaleArgs& args) {
   });
 }
 
+// As in counts.cpp, rows are shared out in chunks by their number alone, whose sums are added in order.
+template <class C>
+void scale_each(const ScaleElementsArgs& args) {
+  bool summed = false;
+  for (int k = 0; k < args.count; ++k) summed |= args.sums[k] != nullptr;
+  const int64_t rows = args.rows, size = args.size, step = summed ? std::max<int64_t>(8, (rows + 31) / 32) : 1;
+  const int64_t chunks = (rows + step - 1) / step, blocks = (size + kBlock - 1) / kBlock;
+  const bool per_row = args.factor.run == 1 && args.factor.run_stride == 0;
+  std::vector<C> partial[kMaxParams];
+  for (int k = 0; k < args.count; ++k) partial[k].resize(args.sums[k] ? chunks * size : 0);
+
+  at::parallel_for(0, chunks * blocks, grain(step * std::min(size, kBlock)), [&](int64_t first, int64_t last) {
+    Buffer<C> factor_buffer, in_buffer[kMaxParams], out_buffer;
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t chunk = task / blocks, begin = task % blocks * kBlock, n = std::min(kBlock, size - begin);
+      for (int64_t row = chunk * step; row < std::min(rows, (chunk + 1) * step); ++row) {
+        const C* factors = load(args.factor, row, per_row ? 0 : begin, per_row ? 1 : n, per_row ? 1 : size, factor_buffer);
+        const C factor = factors[0];
+        for (int k = 0; k < args.count; ++k) {
+          const C* in = load(args.in[k], row, begin, n, size, in_buffer[k]);
+          C* out = args.sums[k] ? partial[k].data() + chunk * size + begin : destination(args.out[k], row, begin, size, out_buffer);
+          if (args.sums[k]) {
+            if (per_row)
+              for (int64_t i = 0; i < n; ++i) out[i] += factor * in[i];
+            else
+              for (int64_t i = 0; i < n; ++i) out[i] += factors[i] * in[i];
+          } else if (!per_row) {
+            for (int64_t i = 0; i < n; ++i) out[i] = factors[i] * in[i];
+          } else if (factor != 1 || in != out) {
+            for (int64_t i = 0; i < n; ++i) out[i] = factor * in[i];
+          }
+          store(args.out[k], row, begin, n, size, out_buffer);
+        }
+      }
+    }
+  });
+
+  for (int k = 0; k < args.count; ++k) {
+    if (!args.sums[k]) continue;
+    at::parallel_for(0, size, kGrain, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        double sum = 0;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[k][chunk * size + i];
+        args.sums[k][i] = sum;
+      }
+    });
+  }
+}
+
 }  // namespace
 
 void nll(const NllArgs& args) {
@@ -150,5 +209,7 @@ void nll(const NllArgs& args) {
 void scale_rows(const ScaleArgs& args) {
   args.in.type == DType::f64 ? scale<double>(args) : scale<float>(args);
 }
+
+void scale_elements(const ScaleElementsArgs& args) { args.in_double ? scale_each<double>(args) : scale_each<float>(args); }
 
 }  // namespace fastvae::cpu::FASTVAE_ISA

@@ -63,6 +63,7 @@ struct NllArgs {
   int64_t weight_stride;
   double* row_nll;
   double* row_pull;  // of an Element that has_pull: the sum of (params[0] - target) times its unweighted derivative; may be null
+  Result values;     // the value of each element, weighted; no data: not wanted. Of those alone whose `element` is the whole of it
 };
 
 // Negative binomial counts of (rows, genes), see math/counts.h.
@@ -73,17 +74,19 @@ struct CountArgs {
   int64_t rows, genes;
   Operand mean, dispersion, zero_logits;  // a dispersion of one row serves all rows (row_stride 0)
   bool shared_dispersion;
+  double eps;  // added to the mean
   const double* library;
   Operand target;  // read where there are no `starts`; else row r holds target_values of columns[i], i from starts[r] to starts[r + 1]
   const int64_t *starts, *columns;
   Operand target_values;  // one row
   // Derivatives times weight[row * weight_stride]; what has no data is not wanted.
-  Result d_mean, d_dispersion, d_zero_logits;
+  Result d_mean, d_dispersion, d_zero_logits;  // d_dispersion: of each element, of a shared one too
   double* d_shared_dispersion;  // (genes,), summed over the rows
   double* d_library;            // (rows,)
   const double* weight;
   int64_t weight_stride;
   double* row_nll;
+  Result values;  // of each element, weighted; no data: not wanted
 };
 
 // logits (rows, positions, classes), positions and classes dense; the views are those of the first position, and slopes are dense.
@@ -155,6 +158,17 @@ struct ScaleArgs {
   int64_t factor_stride;
 };
 
+// out[k] = factor * in[k], element by element, where out[k] may be in[k]; or where there are sums[k], in their place, the sum over rows.
+struct ScaleElementsArgs {
+  bool in_double;
+  int64_t rows, size;
+  Operand factor;  // of each element, or (run == 1, run_stride == 0) of each row
+  int count;
+  Operand in[kMaxParams];
+  Result out[kMaxParams];
+  double* sums[kMaxParams];  // (size,)
+};
+
 #define FASTVAE_DECLARE_KERNELS(isa)              \
   namespace isa {                                 \
   void nll(const NllArgs&);                       \
@@ -164,6 +178,7 @@ struct ScaleArgs {
   void sample(const SampleArgs&);                 \
   void sample_grad(const SampleGradArgs&);        \
   void scale_rows(const ScaleArgs&);              \
+  void scale_elements(const ScaleElementsArgs&);  \
   }
 FASTVAE_DECLARE_KERNELS(isa_default)
 FASTVAE_DECLARE_KERNELS(isa_avx2)

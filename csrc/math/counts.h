@@ -1,4 +1,5 @@
-// Counts: -log p of one element in nats, and its derivatives. The Poisson is a struct that element.h describes. Then negative binomial
+// Counts: -log p of one element in nats, and its derivatives. The Poisson is a struct that element.h describes, one
+// for each of its forms. Then negative binomial
 // counts (Lopez et al. 2018, in scvi-tools' parametrisation), and with additional zeros (Risso et al. 2018). mu is the mean, theta the
 // inverse dispersion, pi the logit of the additional zeros, t the count.
 //
@@ -36,6 +37,53 @@ struct Poisson {
     const V rest = P::fma(V(0.5f), log_n, stirling_rest(V(1) / n) + V(0.918938533204672741780329736406));
     slope[0] = P::select(large, t * parts.minus_1, parts.exp - t);
     return P::select(large, P::fma(t, parts.minus_1_h, rest), small);
+  }
+};
+
+// -log Poisson(t; m) = m - t log m + log(t!) at m = rate + eps, its constant; by m the derivative is 1 - t / m. A rate of 0 is certain of a
+// count of 0.
+struct PoissonRate {
+  static constexpr int params = 1;
+  static constexpr int constants = 1;
+  static constexpr bool has_log1p = false;
+  static constexpr bool has_pull = false;
+
+  template <class V>
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
+    using P = Primitives<V>;
+    constexpr bool kWide = sizeof(typename P::Scalar) == 8;
+    constexpr auto from = stirling_from<V>();
+    constexpr auto below = from - from * (kWide ? 0x1p-54 : 0x1p-25);  // the largest number before it
+    constexpr typename P::Scalar tiny = kWide ? 1e-300 : 1e-37, largest = kWide ? 1.79e308 : 3.4e38;
+    const V m = param[0] + constant[0], d = m - t;
+    const auto large = P::less(V(below), t), is_zero = P::less(P::abs(t), V(tiny));
+    const V n = P::select(large, t, V(1)), inverse = V(1) / n, ratio = m * inverse;
+    V log_ratio = P::log(ratio);
+    if (P::any(P::less(ratio, V(tiny)))) {
+      // What is not normal, not positive, or was until it was divided.
+      constexpr typename P::Scalar scale = kWide ? 0x1p200 : 0x1p100, log_scale = (kWide ? 200 : 100) * 0.693147180559945309;
+      const V scaled = m * V(scale), other = P::log(scaled) - V(log_scale) - P::log(n);
+      const V at_most_zero = P::select(P::less(scaled, V(0)), V(NAN), V(-INFINITY));
+      log_ratio = P::select(P::less(ratio, V(tiny)), P::select(P::less(V(0), scaled), other, at_most_zero), log_ratio);
+    }
+    log_ratio = P::select(is_zero, V(0), log_ratio);
+    V value = P::fnma(t, log_ratio, m) + log_small_factorial(P::select(large, V(0), t));
+    if (P::any(large)) {
+      // With e = m / t - 1 it is t (e - log(1 + e)) + log(2 pi t) / 2 + ...; near 0 with s = e / (2 + e), log(1 + e) = 2 (s + s^3/3 + ...).
+      constexpr float fit[] = {2.f / 13, 2.f / 11, 2.f / 9, 2.f / 7, 2.f / 5, 2.f / 3};
+      const V e = d * inverse, s = e / (V(2) + e), square = s * s;
+      V series;
+      if constexpr (kWide) series = log1p_series(square);
+      else series = polynomial(square, fit);
+      const V by_series = t * (s * P::fnma(square, series, e));
+      const V rest = P::fma(V(0.5f), P::log(n), stirling_rest(inverse) + V(0.918938533204672741780329736406));
+      const V of_large = P::select(P::less(P::abs(e), V(0.5f)), by_series, P::fnma(t, log_ratio, d)) + rest;
+      value = P::select(large, of_large, value);
+    }
+    // Of an infinite rate, the limits.
+    const auto infinite = P::less(V(largest), m);
+    slope[0] = P::select(P::either(is_zero, infinite), V(1), d / m);
+    return P::select(infinite, m, value);
   }
 };
 

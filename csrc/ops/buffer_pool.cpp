@@ -91,12 +91,12 @@ Pool& pool() {
 
 }  // namespace
 
-at::Tensor pooled_empty(at::IntArrayRef sizes, const at::Tensor& like, at::MemoryFormat order) {
-  const auto bytes = c10::multiply_integers(sizes) * static_cast<int64_t>(like.element_size());
-  if (bytes < kSmallest || !like.is_cpu()) return at::empty(sizes, like.options(), order);
+at::Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat order) {
+  const auto bytes = c10::multiply_integers(sizes) * static_cast<int64_t>(options.dtype().itemsize());
+  if (bytes < kSmallest || !options.device().is_cpu()) return at::empty(sizes, options, order);
   const auto buffer = std::make_shared<Buffer>(pool().take(bytes));
   const auto give_back = [buffer](void*) { pool().give(std::move(*buffer)); };
-  return at::from_blob(buffer->memory.get(), sizes, strides_in(sizes, order), give_back, like.options());
+  return at::from_blob(buffer->memory.get(), sizes, strides_in(sizes, order), give_back, options);
 }
 
 int64_t empty_buffer_pool() { return pool().clear(); }

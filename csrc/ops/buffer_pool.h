@@ -5,8 +5,11 @@
 
 namespace fastvae {
 
-// An uninitialised tensor of `like`'s dtype and device: from the pool where it is large and on the CPU, else at::empty.
-at::Tensor pooled_empty(at::IntArrayRef sizes, const at::Tensor& like, at::MemoryFormat order = at::MemoryFormat::Contiguous);
+// An uninitialised tensor of those options, or `like`'s dtype and device: from the pool where it is large and on the CPU, else at::empty.
+at::Tensor pooled_empty(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat order = at::MemoryFormat::Contiguous);
+inline at::Tensor pooled_empty(at::IntArrayRef sizes, const at::Tensor& like, at::MemoryFormat order = at::MemoryFormat::Contiguous) {
+  return pooled_empty(sizes, like.options(), order);
+}
 
 // Gives the unused buffers back to the system; returns how many bytes.
 int64_t empty_buffer_pool();

@@ -37,13 +37,49 @@ void check_positions(const int64_t* starts, const int64_t* columns, int64_t rows
   TORCH_CHECK_INDEX(good, "fastvae::nll: the col_indices of `target` must lie between 0 and ", genes - 1);
 }
 
+// What the kernel reads; `kept` holds what the views point into.
+void fill_inputs(cpu::CountArgs& args, const LikelihoodRow& row, at::TensorList params, const Tensor& target,
+                 at::ArrayRef<double> constants, Tensors& kept) {
+  constexpr auto order = at::MemoryFormat::Contiguous;
+  const auto& form = form_of(row);
+  const Tensor& lead = params[0];
+  const int64_t rows = lead.size(0), genes = lead.size(1);
+  const auto keep = [&](const Tensor& t) -> const Tensor& { return kept.emplace_back(t); };
+  kept.reserve(8);
+
+  args.in_double = lead.scalar_type() == at::kDouble;
+  args.raw = form.raw;
+  args.inflated = form.zero_logits >= 0;
+  args.rows = rows;
+  args.genes = genes;
+  args.mean = operand(keep(dense_rows(lead, order)));
+  args.shared_dispersion = params[1].dim() == 1;
+  const Tensor& dispersion = keep(args.shared_dispersion ? params[1].contiguous() : dense_rows(params[1], order));
+  args.dispersion = {dispersion.const_data_ptr(), dtype_of(dispersion), args.shared_dispersion ? 0 : dispersion.stride(0), genes, 0};
+  if (args.inflated) args.zero_logits = operand(keep(dense_rows(params[form.zero_logits], order)));
+  args.eps = constants.empty() ? 0 : constants[0];
+
+  if (is_sparse(row, params)) {
+    const Tensor &values = keep(target.contiguous()), &starts = keep(params[row.tensors].contiguous()),
+                 &columns = keep(params[row.tensors + 1].contiguous());
+    args.starts = starts.const_data_ptr<int64_t>();
+    args.columns = columns.const_data_ptr<int64_t>();
+    check_positions(args.starts, args.columns, rows, genes, values.size(0));
+    args.target_values = count_operand(values);
+  } else {
+    args.target = count_operand(keep(dense_rows(target, order)));
+  }
+}
+
 }  // namespace
 
-void check_counts(const LikelihoodRow& row, at::TensorList params, const Tensor& target) {
+void check_counts(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants) {
   const std::string name(row.name);
   const auto& form = form_of(row);
   TORCH_CHECK_VALUE(int64_t(params.size()) == row.tensors || is_sparse(row, params), "fastvae::nll: ", name, " takes ", row.tensors,
                     " params, and two more for the positions of a sparse target, got ", params.size());
+  TORCH_CHECK_VALUE(int64_t(constants.size()) == row.constants, "fastvae::nll: ", name, " takes ", row.constants, " constants, got ",
+                    constants.size());
   const Tensor& lead = params[0];
   TORCH_CHECK_VALUE(lead.dim() == 2, "fastvae::nll: the `params` of ", name, " must be (B, G), got ", lead.sizes());
   TORCH_CHECK_TYPE(c10::isFloatingType(lead.scalar_type()), "fastvae::nll: `params` must be floating point, got ",
@@ -73,42 +109,18 @@ void check_counts(const LikelihoodRow& row, at::TensorList params, const Tensor&
                     "fastvae::nll: a sparse target of ", rows, " rows must have ", rows + 1, " crow_indices and as many col_indices as values");
 }
 
-void evaluate_counts(const LikelihoodRow& row, at::TensorList params, const Tensor& target, int64_t needs, const double* weights,
-                     int64_t weight_stride, std::vector<double>& nll, Tensors& gradients) {
-  constexpr auto order = at::MemoryFormat::Contiguous;
+void evaluate_counts(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants, int64_t needs,
+                     const double* weights, int64_t weight_stride, std::vector<double>& nll, Tensors& gradients) {
   const auto& form = form_of(row);
   const Tensor& lead = params[0];
   const int64_t rows = lead.size(0), genes = lead.size(1);
-  Tensors kept;  // what the views point into
-  const auto keep = [&](const Tensor& t) -> const Tensor& { return kept.emplace_back(t); };
-  kept.reserve(8);
-
-  nll.resize(rows);
+  Tensors kept;
   cpu::CountArgs args{};
-  args.in_double = lead.scalar_type() == at::kDouble;
-  args.raw = form.raw;
-  args.inflated = form.zero_logits >= 0;
-  args.rows = rows;
-  args.genes = genes;
-  args.mean = operand(keep(dense_rows(lead, order)));
-  args.shared_dispersion = params[1].dim() == 1;
-  const Tensor& dispersion = keep(args.shared_dispersion ? params[1].contiguous() : dense_rows(params[1], order));
-  args.dispersion = {dispersion.const_data_ptr(), dtype_of(dispersion), args.shared_dispersion ? 0 : dispersion.stride(0), genes, 0};
-  if (args.inflated) args.zero_logits = operand(keep(dense_rows(params[form.zero_logits], order)));
+  fill_inputs(args, row, params, target, constants, kept);
+  nll.resize(rows);
   std::vector<double> library;
   if (form.library >= 0) library = to_doubles(params[form.library]);
   args.library = library.data();
-
-  if (is_sparse(row, params)) {
-    const Tensor &values = keep(target.contiguous()), &starts = keep(params[row.tensors].contiguous()),
-                 &columns = keep(params[row.tensors + 1].contiguous());
-    args.starts = starts.const_data_ptr<int64_t>();
-    args.columns = columns.const_data_ptr<int64_t>();
-    check_positions(args.starts, args.columns, rows, genes, values.size(0));
-    args.target_values = count_operand(values);
-  } else {
-    args.target = count_operand(keep(dense_rows(target, order)));
-  }
 
   std::vector<double> of_genes, of_rows;
   for (int i = 0; i < row.tensors; ++i) {
@@ -122,7 +134,7 @@ void evaluate_counts(const LikelihoodRow& row, at::TensorList params, const Tens
       args.d_library = of_rows.data();
       gradients.emplace_back();
     } else {
-      gradients.push_back(pooled_empty(lead.sizes(), lead, order));
+      gradients.push_back(pooled_empty(lead.sizes(), lead));
       (i == 0 ? args.d_mean : i == 1 ? args.d_dispersion : args.d_zero_logits) = result(gradients.back());
     }
   }
@@ -138,6 +150,22 @@ void evaluate_counts(const LikelihoodRow& row, at::TensorList params, const Tens
     else if (i == form.library) *gradient = from_doubles(of_rows, {rows}, params[i].scalar_type());
     ++gradient;
   }
+}
+
+void evaluate_count_elements(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
+                             double weight, int64_t needs, const Tensor& values, const Tensors& derivatives) {
+  Tensors kept;
+  cpu::CountArgs args{};
+  fill_inputs(args, row, params, target, constants, kept);
+  cpu::Result* const by_param[] = {&args.d_mean, &args.d_dispersion, &args.d_zero_logits};
+  auto derivative = derivatives.begin();
+  for (int i = 0; i < row.tensors; ++i)
+    if (needs >> i & 1) *by_param[i] = result(*derivative++);
+  args.values = result(values);
+  args.weight = &weight;
+  std::vector<double> nll(args.rows);
+  args.row_nll = nll.data();
+  cpu::kernels().count_nll(args);
 }
 
 }  // namespace fastvae

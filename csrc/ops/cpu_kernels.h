@@ -13,6 +13,7 @@ struct Kernels {
   void (*sample)(const SampleArgs&);
   void (*sample_grad)(const SampleGradArgs&);
   void (*scale_rows)(const ScaleArgs&);
+  void (*scale_elements)(const ScaleElementsArgs&);
 };
 
 // Chosen once, by what torch itself uses: ATEN_CPU_CAPABILITY=avx2 or =default holds for both.

@@ -1,5 +1,5 @@
-// The schemas of fastvae::*. What a user's call runs: the op without a suffix records the graph (nll.cpp, latents.cpp), its
-// _forward and _backward do the work on each device (nll_cpu.cpp, latents_cpu.cpp).
+// The schemas of fastvae::*. What a user's call runs: the op without a suffix records the graph (nll.cpp, nll_elements.cpp, latents.cpp), its
+// _forward and _backward do the work on each device (nll_cpu.cpp, nll_elements_cpu.cpp, latents_cpu.cpp).
 #include <torch/library.h>
 
 TORCH_LIBRARY(fastvae, m) {
@@ -45,4 +45,11 @@ TORCH_LIBRARY(fastvae, m) {
       "nll_backward_(Tensor? grad_loss, Tensor? grad_nll, Tensor(a!)[] gradients, Tensor? scalar_rows, Tensor? kl, "
       "Tensor? beta, SymInt rows, int reduction, bool need_kl, bool need_beta) -> Tensor[]",
       tags);
+  m.def("nll_elements(str likelihood, Tensor[] params, Tensor target, float[] constants, float weight) -> Tensor", tags);
+  m.def(
+      "nll_elements_forward(str likelihood, Tensor[] params, Tensor target, float[] constants, float weight, int needs) "
+      "-> (Tensor values, Tensor[] derivatives)",
+      tags);
+  m.def("nll_elements_backward(Tensor grad, Tensor[] derivatives, int shared, ScalarType dtype) -> Tensor[]", tags);
+  m.def("nll_elements_backward_(Tensor grad, Tensor(a!)[] derivatives, int shared) -> Tensor[]", tags);
 }

@@ -109,6 +109,7 @@ inline Normaliser normaliser(const LikelihoodRow& row, c10::ArrayRef<double> con
   const auto log_scale = [&](size_t i) { return row.has_scalar ? scalar : i < constants.size() ? std::log(constants[i]) : 0; };
   switch (row.element) {
     case cpu::Element::bernoulli: case cpu::Element::continuous_bernoulli: case cpu::Element::poisson: return {0, {}};
+    case cpu::Element::poisson_rate: return {0, {constants[0]}};
     case cpu::Element::gamma: return {std::lgamma(constants[0]), {constants[0], constants[0] - 1}};
     case cpu::Element::gaussian_per_element: return {kHalfLog2Pi, {}};
     case cpu::Element::gaussian_bounded: {

@@ -250,7 +250,7 @@ void check_nll(const LikelihoodRow& row, at::TensorList params, const Tensor& ta
     check_elements(row, params, target, constants);
   } else {
     switch (row.family) {
-      case Family::counts: check_counts(row, params, target); break;
+      case Family::counts: check_counts(row, params, target, constants); break;
       case Family::categorical: check_categorical(params[0], target, constants); break;
       case Family::discretized: check_discretized(row, params[0], target, constants); break;
       case Family::continuous: break;  // all of them are elementwise

@@ -45,7 +45,7 @@ Evaluation evaluate(const LikelihoodRow& row, at::TensorList params, const Tenso
   if (row.elementwise()) return evaluate_elements(row, params, target, constants, needs, weights, weight_stride);
   Evaluation out{};
   switch (row.family) {
-    case Family::counts: evaluate_counts(row, params, target, needs, weights, weight_stride, out.nll, out.gradients); break;
+    case Family::counts: evaluate_counts(row, params, target, constants, needs, weights, weight_stride, out.nll, out.gradients); break;
     case Family::categorical:
       evaluate_categorical(params[0], target, constants, needs & 1, weights, weight_stride, out.nll, out.gradients);
       break;

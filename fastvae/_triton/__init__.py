@@ -8,6 +8,7 @@ here into the reason that users see.
                               the elements, or the kernels, of each family
     elementwise.py            the kernel that all elements share
     loss.py                   what is done with a likelihood's rows, and the ops of the loss
+    elements.py               the ops of the value of each element
     elementary.py, noise.py   functions of a number, and the random numbers
     tiles.py, launch.py, tuning.py
                               how work is cut up and launched

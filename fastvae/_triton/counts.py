@@ -217,11 +217,13 @@ def count_kernel(
     d_zero_logits,
     d_library,  # out, or None: (rows,)
     row_sums,  # out: (rows,) in C
+    element_values,  # out, or None: (rows, genes) in C, dense, times the factor of the derivatives; not with RAW
     log_slopes,  # with RAW, room for (rows, genes) in C
     places,  # room for (rows, COLUMNS) int16
     grad_loss,  # see row_factor in tiles.py
     grad_nll,
     weight: tl.float64,
+    eps: tl.float64,  # added to the mean; not with RAW
     genes: "number",  # this and the strides of rows in units of UNIT elements
     mean_stride: "number",
     dispersion_stride: "number",
@@ -284,6 +286,8 @@ def count_kernel(
         if RAW:
             mu = exp(mu - top) * scale
             theta = exp(bounded(theta, -LOG_BOUND, LOG_BOUND))
+        else:
+            mu += tl.full((), eps, C)
         value, d_mu, d_theta = zero_term(mu, theta)
         if zero_logits is not None:
             pi = tl.load(zero_logits + columns, inside, 0.0).to(C)
@@ -296,6 +300,8 @@ def count_kernel(
                     (d_pi * factor).to(d_zero_logits.dtype.element_ty),
                     inside,
                 )
+        if element_values is not None:
+            tl.store(element_values + dense + columns, value * factor, inside)
         is_zero = inside & (t == 0.0)
         values += tl.where(is_zero, value, 0.0)
         if RAW:
@@ -331,6 +337,7 @@ def count_kernel(
                 other_mu = tl.exp(log_mu)
                 other_theta = tl.exp(bounded(other_theta, -LOG_BOUND, LOG_BOUND))
             else:
+                other_mu += tl.full((), eps, tl.float64)
                 log_mu = tl.log(other_mu)
             other_value, d_log_mu, other_d_theta = positive_term(other_t, other_mu, log_mu, other_theta)
             if RAW:
@@ -349,6 +356,8 @@ def count_kernel(
                         (other_d_pi * factor).to(C).to(d_zero_logits.dtype.element_ty),
                         there,
                     )
+            if element_values is not None:
+                tl.store(element_values + dense + place, (other_value * factor).to(C), there)
             other_values += tl.where(there, other_value, 0.0)
             if RAW:
                 other_slopes += tl.where(there, d_log_mu, 0.0)
@@ -427,6 +436,7 @@ def evaluate(
     grad_loss: Tensor | None = None,
     grad_nll: Tensor | None = None,
     values: bool = True,
+    element_values: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """What elementwise.evaluate is to elements: runs count_kernel, which makes the values in any case."""
     form, lead = FORMS[likelihood], params[0]
@@ -440,12 +450,14 @@ def evaluate(
     zero_logits = dense_rows(params[form.zero_logits]) if form.zero_logits is not None else None
     library = params[form.library] if form.library is not None else None
 
-    def room(wanted: bool, dtype: torch.dtype = lead.dtype) -> Tensor | None:
+    of_element = lead.dtype if element_values is None else dtype
+
+    def room(wanted: bool, dtype: torch.dtype = of_element) -> Tensor | None:
         return lead.new_empty((rows, genes), dtype=dtype) if wanted else None
 
     d_mean = room(bool(needs & 1))
     # That of all rows is added up afterwards, in one order whatever the launch.
-    d_dispersion = room(bool(needs & 2), dtype if shared else lead.dtype)
+    d_dispersion = room(bool(needs & 2), dtype if shared else of_element)
     d_zero_logits = room(form.zero_logits is not None and bool(needs >> form.zero_logits & 1))
     d_library = (
         torch.empty_like(library) if library is not None and needs >> (form.library or 0) & 1 else None
@@ -475,11 +487,13 @@ def evaluate(
         d_zero_logits,
         d_library,
         row_sums,
+        element_values,
         log_slopes,
         torch.empty((rows, columns), dtype=torch.int16, device=lead.device),
         grad_loss,
         grad_nll,
         weight,
+        0.0 if form.raw else constants[0],
         genes // unit,
         strides[0] // unit,
         strides[1] // unit,
@@ -495,7 +509,7 @@ def evaluate(
         C=COMPUTE[dtype],
         num_warps=max(1, 4 * columns // widest),
     )
-    if shared and d_dispersion is not None:
+    if shared and d_dispersion is not None and element_values is None:
         d_dispersion = d_dispersion.sum(0).to(params[1].dtype)
     by_param = {0: d_mean, 1: d_dispersion, form.zero_logits: d_zero_logits, form.library: d_library}
     gradients = [by_param[i] for i in range(form.tensors) if needs >> i & 1]

@@ -50,6 +50,7 @@ def nll_kernel(
     second_slope,
     row_sums,  # out, or None: (rows, splits) in C
     scalar_sums,  # out, or None: the same of the derivative by `scalar`
+    element_values,  # out, or None: (rows, size) in C, dense, multiplied as the slopes are
     grad_loss,  # see row_factor; with neither of the two, slopes are multiplied by `weight`
     grad_nll,
     weight: tl.float64,
@@ -131,6 +132,10 @@ def nll_kernel(
             tl.store(first_slope + places, (slope_a * factor).to(first_slope.dtype.element_ty), inside)
         if second_slope is not None:
             tl.store(second_slope + places, (slope_b * factor).to(second_slope.dtype.element_ty), inside)
+        if element_values is not None:
+            whole = value + log1p(e) if LOG_TERM else value
+            place = rows[:, None] * size + columns
+            tl.store(element_values + place, whole * factor, inside)
         if row_sums is not None:
             sums += fold_sum(tl.where(inside, value, 0.0), ROWS, COLUMNS, FOLD)
         if scalar_sums is not None:
@@ -161,20 +166,25 @@ def evaluate(
     grad_loss: Tensor | None = None,
     grad_nll: Tensor | None = None,
     values: bool = True,
+    element_values: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """Runs nll_kernel: (gradients that `needs` asks for, sums (rows, splits) of rows, the same of scalar slopes).
 
-    Without `values`, only the gradients are made.
+    Without `values`, only the gradients are made. `element_values` is where the value of each element is to go, and
+    then gradients have its type and order.
     """
     row, element, lead = ROWS[likelihood], ELEMENTS[likelihood], params[0]
     order, dtype = memory_order(lead), row_dtype(lead)
+    like = lead
+    if element_values is not None:
+        order, like = torch.contiguous_format, element_values
     rows, size = lead.shape[0], event_size(target)
     first, data = dense_rows(lead, order), dense_rows(target, order)
     scalar = params[-1] if row.has_scalar else None
     second = dense_rows(params[1], order) if len(params) - row.has_scalar > 1 else None
 
     slopes: list[Tensor | None] = [
-        torch.empty_like(lead, memory_format=order) if needs >> i & 1 else None for i in (0, 1)
+        torch.empty_like(like, memory_format=order) if needs >> i & 1 else None for i in (0, 1)
     ]
     if row.has_scalar:
         slopes[1] = None
@@ -212,6 +222,7 @@ def evaluate(
         *slopes,
         row_sums,
         scalar_sums,
+        element_values,
         grad_loss,
         grad_nll,
         weight,

@@ -98,6 +98,35 @@ def nll_backward(
     return scaled + nll_backward_(grad_loss, grad_nll, gradients, *rest)
 
 
+def nll_elements_forward(
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float],
+    weight: float,
+    needs: int,
+) -> tuple[Tensor, list[Tensor]]:
+    lead = params[0]
+
+    def empty() -> Tensor:
+        return lead.new_empty(lead.shape, dtype=row_dtype(lead))
+
+    return empty(), [empty() for i in range(len(params)) if needs >> i & 1]
+
+
+def nll_elements_backward_(grad: Tensor, derivatives: Sequence[Tensor], shared: int) -> list[Tensor]:
+    return [derivatives[shared].new_empty(derivatives[shared].shape[1:])] if shared >= 0 else []
+
+
+def nll_elements_backward(
+    grad: Tensor, derivatives: Sequence[Tensor], shared: int, dtype: torch.dtype
+) -> list[Tensor]:
+    gradients = [torch.empty_like(derivative, dtype=dtype) for derivative in derivatives]
+    if shared >= 0:
+        gradients[shared : shared + 1] = nll_elements_backward_(grad, derivatives, shared)
+    return gradients
+
+
 def reparameterize_kl_forward(
     mu: Tensor,
     logvar: Tensor,

@@ -1,7 +1,7 @@
 """The ops `fastvae_triton::*`: schemas and autograd; the same as those of csrc/ops, in Python.
 
 What a user's call runs is the op without a suffix, which records the graph; its _forward and _backward do the work on
-the device (loss.py, latents.py), or tell its shapes where there is none (fakes.py). They are ops of a plain
+the device (loss.py, elements.py, latents.py), or tell its shapes where there is none (fakes.py). They are ops of a plain
 torch.library.Library, because every layer on top costs host time in each call: an autograd.Function over such ops comes
 closest to C++, `torch.library.custom_op` takes half as long again, and `triton_op`, which would show the kernels to
 Inductor, is built on that. There is little for Inductor to fuse them with: they stand between a decoder's last layer
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .._spec import ROWS
-from . import fakes, latents, loss
+from . import elements, fakes, latents, loss
 from .counts import shared_bit
+from .launch import row_dtype
 from .loss import NONE
 from .runtime import INTERPRETED
 
@@ -45,6 +46,10 @@ for _schema in (
     f"nll_gradient({_DATA}, Tensor? grad_loss, Tensor? grad_nll, int reduction, int needs) -> Tensor[]",
     f"nll_backward(Tensor? grad_loss, Tensor? grad_nll, Tensor[] gradients, {_EXTRAS}) -> Tensor[]",
     f"nll_backward_(Tensor? grad_loss, Tensor? grad_nll, Tensor(a!)[] gradients, {_EXTRAS}) -> Tensor[]",
+    f"nll_elements({_DATA}, float weight) -> Tensor",
+    f"nll_elements_forward({_DATA}, float weight, int needs) -> (Tensor values, Tensor[] derivatives)",
+    "nll_elements_backward(Tensor grad, Tensor[] derivatives, int shared, ScalarType dtype) -> Tensor[]",
+    "nll_elements_backward_(Tensor grad, Tensor(a!)[] derivatives, int shared) -> Tensor[]",
 ):
     _random = _schema.partition("(")[0] in _RANDOM
     _library.define(
@@ -235,6 +240,73 @@ def _nll_without_graph(*args: Any) -> tuple[Tensor, Tensor]:
     return loss, rows
 
 
+class _NllElements(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        likelihood: str,
+        constants: Sequence[float],
+        weight: float,
+        target: Tensor,
+        *params: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        needs = _bits(*params)
+        with _below_autograd():
+            values, derivatives = _ops.nll_elements_forward.default(
+                likelihood, params, target, constants, weight, needs
+            )
+        shared = len(params) > 1 and params[1].dim() == 1 and needs & 2
+        ctx.set_materialize_grads(False)
+        ctx.needs, ctx.tensors, ctx.dtype = needs, len(params), params[0].dtype
+        ctx.shared = (needs & 1) if shared else -1  # its place among the derivatives
+        ctx.shared_dtype = params[1].dtype if shared else None
+        # An output that nobody sees but this node: unpacked in the backward, it leads back here.
+        anchor = values.new_empty(0)
+        ctx.save_for_backward(anchor, *derivatives)
+        return values, anchor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * (4 + ctx.tensors)
+        anchor, *derivatives = ctx.saved_tensors
+        with _below_autograd(), torch.no_grad():
+            gradients: list[Tensor]
+            # fp16 and bf16 have derivatives in float32.
+            if ctx.dtype != row_dtype(grad) or _traced(grad) or _keeps_graph():
+                gradients = _ops.nll_elements_backward.default(grad, derivatives, ctx.shared, ctx.dtype)
+            else:
+                # Once the graph is freed nobody else can read what was saved: it becomes the result.
+                gradients = derivatives
+                sums = _ops.nll_elements_backward_.default(grad, gradients, ctx.shared)
+                if sums:
+                    gradients[ctx.shared] = sums[0]
+            if ctx.shared >= 0:
+                gradients[ctx.shared] = gradients[ctx.shared].to(ctx.shared_dtype)
+        made = iter(gradients)
+        placed = [next(made) if ctx.needs >> i & 1 else None for i in range(ctx.tensors)]
+        return _once_differentiable([None] * 4 + placed, anchor)
+
+
+def _nll_elements(
+    likelihood: str, params: Sequence[Tensor], target: Tensor, constants: Sequence[float], weight: float
+) -> Tensor:
+    if not torch.is_grad_enabled() or not _requires_grad(target, *params):
+        with _below_autograd():
+            return _elements_without_graph(likelihood, params, target, constants, weight)
+    if target.requires_grad:
+        raise ValueError(
+            f"fastvae::nll_elements: the `target` of {likelihood} has no gradient here; pass target.detach()"
+        )
+    values: Tensor = _NllElements.apply(likelihood, constants, weight, target, *params)[0]
+    return values
+
+
+def _elements_without_graph(*args: Any) -> Tensor:
+    values, _ = _ops.nll_elements_forward.default(*args, 0)
+    return values
+
+
 class _Sample(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -350,6 +422,7 @@ def _kl_without_graph(*args: Any) -> Tensor:
 
 for _name, _autograd, _composite in (
     ("nll", _nll, _nll_without_graph),
+    ("nll_elements", _nll_elements, _elements_without_graph),
     ("reparameterize_kl", _reparameterize_kl, _sample_without_graph),
     ("gaussian_kl", _gaussian_kl, _kl_without_graph),
 ):
@@ -361,6 +434,9 @@ for _function in (
     loss.nll_gradient,
     loss.nll_backward,
     loss.nll_backward_,
+    elements.nll_elements_forward,
+    elements.nll_elements_backward,
+    elements.nll_elements_backward_,
     latents.reparameterize_kl_forward,
     latents.reparameterize_kl_backward,
     latents.gaussian_kl_forward,

@@ -26,7 +26,7 @@ def load(name: str) -> Backend | None:
 def has_kernels(name: str, device_type: str) -> bool:
     """Whether a loaded backend of ops has every kernel for a device type, but those that it is known to lack."""
     has_kernel, prefix = torch._C._dispatch_has_kernel_for_dispatch_key, NAMESPACES[name]
-    ops = [op for op in OPS[:3] if (name, device_type) not in LACKING.get(op, ())]
+    ops = [op for op in OPS if (name, device_type) not in LACKING.get(op, ())]
     return all(has_kernel(f"{prefix}::{op}_forward", DEVICES[device_type]) for op in ops)
 
 

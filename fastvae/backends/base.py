@@ -38,6 +38,4 @@ class Missing(Exception):
 def from_ops(name: str, namespace: str) -> Backend:
     ops = getattr(torch.ops, namespace)
     # The overload itself: one step less per call than asking the overload packet to pick it.
-    from .reference import REFERENCE
-
-    return Backend(name, *(getattr(ops, op).default for op in OPS[:3]), REFERENCE.nll_elements)
+    return Backend(name, *(getattr(ops, op).default for op in OPS))

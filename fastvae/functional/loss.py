@@ -32,7 +32,7 @@ def nll(
     `x`, in place of the likelihood's function and its.
     """
     row = ROWS[likelihood]
-    if choose.plain is not None and not torch.compiler.is_compiling() and likelihood != "poisson_rate":
+    if choose.plain is not None and not torch.compiler.is_compiling():
         result = choose.plain.nll(likelihood, params, target, constants, kl, beta, reduction)
         if result is not None:
             return result
@@ -52,8 +52,6 @@ def nll(
         if beta is not None and (beta.device != first.device or beta.dtype != torch.float32):
             beta = beta.to(first.device, torch.float32)
     chosen = choose.for_tensor(first, likelihood)
-    if "eps" in [constant.name for constant in row.constants]:
-        chosen = choose.REFERENCE  # until the kernels know it
     if target.layout == torch.sparse_csr and chosen.name != "reference":
         # Ops take no sparse tensors: its positions travel behind the parameters.
         positions = (target.crow_indices().long(), target.col_indices().long())
@@ -74,9 +72,8 @@ def nll_elements(
     """
     row = ROWS[likelihood]
     if isinstance(target, Tensor) and not is_dense(target):
-        raise TypeError(
-            f'{layout_message(row.function, "target", target)} Sparse targets go with reduction="event".'
-        )
+        message = layout_message(row.function, "target", target)
+        raise TypeError(f"{message} (sparse targets go with reduction='event')")
     check = check_elements if row.element else CHECKS[row.family]
     params = check(row.function, row.tensors, row, params, target, "target", constants)
     chosen = choose.for_tensor(params[0], likelihood, "nll_elements")

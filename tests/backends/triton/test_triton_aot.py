@@ -150,6 +150,7 @@ CONSTANTS: dict[str, list[float]] = {
     "bits": [8],
     "log_scale_floor": [-7.0],
     "small_mass": [1e-5],
+    "eps": [1e-8],
 }
 
 
