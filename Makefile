@@ -50,6 +50,11 @@ test test-rest test-all: $(VENV)/.deps-test $(VENV)/.built
 	@cores=$$(env -u OMP_NUM_THREADS nproc); [ $$cores -le 8 ] || cores=8; \
 	if $(RUN) -c "import xdist" 2>/dev/null; then workers="-n $$cores --dist worksteal"; else workers=; fi; \
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(if $(findstring tests/,$(ARGS)),,tests) $(WHICH) $$workers --durations=10 $(ARGS)
+	@if [ $@ != test ] && [ -z "$(ARGS)" ]; then $(MAKE) --no-print-directory test-scvi; fi
+
+# scvi-tools' own tests, which come with its source distribution: fetched into build/scvi-tools by pip.
+test-scvi: $(VENV)/.deps-test $(VENV)/.built
+	@$(RUN) tests/integrations/scvi_suite.py
 
 lint: $(VENV)/.deps-dev
 	@echo "== ruff"

@@ -67,7 +67,15 @@ def run(folder: Path, accelerated: bool, *tests: str) -> dict[str, bool]:
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(Path(__file__).parent))),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "scvi_suite", "-p", "no:cacheprovider"]
-    command += ["--tb=no", "-W", "ignore", "--continue-on-collection-errors", f"--junitxml={report}", "-o", "junit_family=xunit1"]
+    command += [
+        "--tb=no",
+        "-W",
+        "ignore",
+        "--continue-on-collection-errors",
+        f"--junitxml={report}",
+        "-o",
+        "junit_family=xunit1",
+    ]
     try:
         import xdist  # noqa: F401
     except ImportError:
@@ -98,7 +106,11 @@ def told(accelerated: bool, outcomes: dict[str, bool]) -> None:
 
 
 def main() -> int:
-    version = metadata.version("scvi-tools")
+    try:
+        version = metadata.version("scvi-tools")
+    except metadata.PackageNotFoundError:
+        print("== scvi-tools is not installed (its Python begins with 3.11): none of its tests are run")
+        return 0
     folder = fetched(version)
     served = folder.parent / "served"
     for old in served.glob("*.txt"):
