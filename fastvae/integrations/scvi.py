@@ -353,7 +353,8 @@ def _obstacle(value: Any, mean: Tensor, *others: Tensor) -> str:
     if mean.numel() == 0:
         return "nothing to compute"
     device = mean.device.type
-    if not _has_kernels(device):
+    # The reference serves only who has chosen it: it is no faster than scvi-tools.
+    if choose.with_kernel("nll_elements", device) is None:
         return f"no kernels for {device} tensors; fastvae doctor says why"
     if value.device != mean.device:
         return "values on another device than the distribution's"
@@ -368,17 +369,6 @@ def _obstacle(value: Any, mean: Tensor, *others: Tensor) -> str:
     if not torch.compiler.is_compiling() and choose.transform_level() is not None:
         return "a transform of torch.func"
     return ""
-
-
-def _has_kernels(device_type: str) -> bool:
-    """Whether fastvae has kernels of the op there. The reference serves only who has chosen it: it is no faster than
-    scvi-tools."""
-    backend = choose.serving.get(device_type)
-    if backend is None:
-        return False
-    if (backend.name, device_type) == ("native", "cuda"):
-        return choose.setting == "auto" and choose.serve("triton", device_type) is not None
-    return True
 
 
 def _left(distribution: Any, obstacle: str, theirs: LogProb, value: Any) -> Tensor:
