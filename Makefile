@@ -18,7 +18,7 @@ HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.'
 NATIVE := $(if $(and $(filter Linux,$(shell uname)),$(shell command -v c++ || command -v $(CXX))),1,auto)
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.def')
 
-.PHONY: help demo test test-rest test-all lint bench gpu cuda-link wheel clean
+.PHONY: help demo test test-rest test-all test-scvi lint bench gpu cuda-link wheel clean
 .NOTPARALLEL:
 # The stamps of finished steps are kept.
 .SECONDARY:
@@ -27,6 +27,7 @@ help:
 	@echo "make demo    train a VAE on scikit-learn's digits, fused and by hand; leaves two pictures"
 	@echo "make test    build the extension and run the tests: six minutes on two cores"
 	@echo "make test-all   all of them: whole grids, sanitizers, machine code of every GPU, long trainings, several processes"
+	@echo "make test-scvi  scvi-tools' own tests, without fastvae and with it: four minutes, part of test-rest"
 	@echo "make lint    ruff, mypy and import-linter"
 	@echo "make bench   time the kernels here, and draw the table and the picture"
 	@echo "make gpu     on a GPU, without a network: build, test, time and tune; 8 minutes at most (ARGS=--out=FOLDER)"
@@ -49,6 +50,11 @@ test test-rest test-all: $(VENV)/.deps-test $(VENV)/.built
 	@cores=$$(env -u OMP_NUM_THREADS nproc); [ $$cores -le 8 ] || cores=8; \
 	if $(RUN) -c "import xdist" 2>/dev/null; then workers="-n $$cores --dist worksteal"; else workers=; fi; \
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(if $(findstring tests/,$(ARGS)),,tests) $(WHICH) $$workers --durations=10 $(ARGS)
+	@if [ $@ != test ] && [ -z "$(ARGS)" ]; then $(MAKE) --no-print-directory test-scvi; fi
+
+# scvi-tools' own tests, which come with its source distribution: fetched into build/scvi-tools by pip.
+test-scvi: $(VENV)/.deps-test $(VENV)/.built
+	@$(RUN) tests/integrations/scvi_suite.py
 
 lint: $(VENV)/.deps-dev
 	@echo "== ruff"

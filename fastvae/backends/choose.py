@@ -125,6 +125,15 @@ def empty_cache() -> int:
     return int(importlib.import_module("fastvae._C").empty_buffer_pool())
 
 
+def with_kernel(op: str, device_type: str) -> Backend | None:
+    """The backend that serves an op on a type of device under the current setting; None where only the reference would,
+    unasked, or nothing."""
+    backend = serving.get(device_type)
+    if backend is None or (backend.name, device_type) not in LACKING.get(op, ()):
+        return backend
+    return serve("triton", device_type) if setting == "auto" and device_type == "cuda" else None
+
+
 def for_tensor(tensor: Tensor, likelihood: str = "", op: str = "nll") -> Backend:
     """The backend that serves tensors on this tensor's device, of those that have a kernel for the likelihood, and that
     op of it."""

@@ -7,7 +7,7 @@ import torch
 
 from .._version import __version__
 from . import available, choose, native
-from .base import DEVICES, LACKING, OPS
+from .base import DEVICES, OPS
 
 
 def _version(distribution: str) -> str:
@@ -20,13 +20,10 @@ def _version(distribution: str) -> str:
 
 def _server(op: str, device_type: str) -> str:
     """The backend that serves an op on a type of device."""
-    backend = choose.serving.get(device_type)
-    if backend is not None and (backend.name, device_type) not in LACKING.get(op, ()):
+    backend = choose.with_kernel(op, device_type)
+    if backend is not None:
         return backend.name
-    if choose.setting != "auto":
-        return "(none)"
-    other = choose.serve("triton", device_type) if backend is not None and device_type == "cuda" else None
-    return "reference" if other is None else other.name
+    return "reference" if choose.setting == "auto" else "(none)"
 
 
 def show_config() -> str:

@@ -1,0 +1,140 @@
+"""scvi-tools' own tests, without fastvae and with it: `make test-scvi`, or python tests/integrations/scvi_suite.py.
+
+They come with the source distribution of the version that is installed, which pip fetches into build/scvi-tools once.
+Run are those of distributions, modules and models, external ones included. A few fail by themselves, by what is not
+installed or by the versions of other packages: what counts is a test that fails only with fastvae. Whatever looks so is
+run again, both ways, because some of them draw lots.
+
+This file is also the plugin of those runs (`-p scvi_suite`).
+"""
+
+import os
+import subprocess
+import sys
+import tarfile
+import xml.etree.ElementTree as ElementTree
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+SWITCH = "FASTVAE_IN_SCVI"
+FOLDERS = ("tests/distributions", "tests/module", "tests/model", "tests/external")
+
+
+def pytest_configure(config: Any) -> None:
+    import rich.pretty  # noqa: F401  what their tests take for imported
+
+    if os.environ.get(SWITCH) == "1":
+        from fastvae.integrations.scvi import accelerate
+
+        accelerate()
+
+
+def pytest_unconfigure(config: Any) -> None:
+    if os.environ.get(SWITCH) == "1":
+        from fastvae.integrations.scvi import status
+
+        found, served = status(), ROOT / "build" / "scvi-tools" / "served"
+        assert found.active
+        served.mkdir(exist_ok=True)
+        (served / f"{os.getpid()}.txt").write_text(str(sum(found.served.values())))
+
+
+def fetched(version: str) -> Path:
+    """The folder of scvi-tools' source distribution."""
+    build = ROOT / "build" / "scvi-tools"
+    folder = build / f"scvi_tools-{version}"
+    if not (folder / "tests").is_dir():
+        print(f"== fetching the source distribution of scvi-tools {version}", flush=True)
+        build.mkdir(parents=True, exist_ok=True)
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q", "-d", str(build)]
+        subprocess.run([*pip, "--no-deps", "--no-binary", "scvi-tools", f"scvi-tools=={version}"], check=True)
+        (archive,) = build.glob(f"scvi_tools-{version}.tar.gz")
+        with tarfile.open(archive) as tar:
+            tar.extractall(build, filter="data")
+    return folder
+
+
+def run(folder: Path, accelerated: bool, *tests: str) -> dict[str, bool]:
+    """name -> whether it passed, of every test that was not skipped."""
+    report = folder.parent / f"{'with' if accelerated else 'without'}.xml"
+    report.unlink(missing_ok=True)
+    environment = {
+        **os.environ,
+        SWITCH: str(int(accelerated)),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(Path(__file__).parent))),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "scvi_suite", "-p", "no:cacheprovider"]
+    command += [
+        "--tb=no",
+        "-W",
+        "ignore",
+        "--continue-on-collection-errors",
+        f"--junitxml={report}",
+        "-o",
+        "junit_family=xunit1",
+    ]
+    try:
+        import xdist  # noqa: F401
+    except ImportError:
+        pass
+    else:
+        command += ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal"]
+    subprocess.run([*command, *tests], cwd=folder, env=environment, stdout=subprocess.DEVNULL, check=False)
+    if not report.exists():
+        sys.exit(f"scvi-tools' tests did not run: {' '.join(command)}, in {folder}")
+    outcomes: dict[str, bool] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        kinds = {child.tag for child in case}
+        if "skipped" not in kinds:
+            file, classname = case.get("file", ""), case.get("classname", "")
+            inside = classname.removeprefix(file.removesuffix(".py").replace("/", ".")).strip(".")
+            name = "::".join(filter(None, (file, *inside.split("."), case.get("name"))))
+            # An error of its own, as in taking down, comes as a second entry.
+            outcomes[name] = outcomes.get(name, True) and not kinds & {"failure", "error"}
+    return outcomes
+
+
+def told(accelerated: bool, outcomes: dict[str, bool]) -> None:
+    failed = sum(not passed for passed in outcomes.values())
+    print(
+        f"   {'with fastvae' if accelerated else 'as it is'}: {len(outcomes)} run, {failed} failed",
+        flush=True,
+    )
+
+
+def main() -> int:
+    try:
+        version = metadata.version("scvi-tools")
+    except metadata.PackageNotFoundError:
+        print("== scvi-tools is not installed (its Python begins with 3.11): none of its tests are run")
+        return 0
+    folder = fetched(version)
+    served = folder.parent / "served"
+    for old in served.glob("*.txt"):
+        old.unlink()
+    print(f"== scvi-tools' own tests, {version}", flush=True)
+    outcomes = {}
+    for accelerated in (False, True):
+        outcomes[accelerated] = run(folder, accelerated, *FOLDERS)
+        told(accelerated, outcomes[accelerated])
+    calls = sum(int(file.read_text()) for file in served.glob("*.txt"))
+    print(f"   {calls} calls were served")
+    if len(outcomes[False]) < 100 or calls == 0:
+        print("   too few: something is wrong with the run itself")
+        return 1
+    without, with_it = outcomes[False], outcomes[True]
+    suspects = sorted(name for name, passed in without.items() if passed and not with_it.get(name, False))
+    if suspects:
+        print(f"== once more, {len(suspects)} that failed only with fastvae", flush=True)
+        again = {accelerated: run(folder, accelerated, *suspects) for accelerated in (False, True)}
+        suspects = [name for name in suspects if again[False].get(name) and not again[True].get(name)]
+    for name in suspects:
+        print(f"   fails only with fastvae: {name}")
+    return 1 if suspects else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
