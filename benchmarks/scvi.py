@@ -33,7 +33,7 @@ from fastvae.integrations.scvi import accelerate
 
 from . import machine
 from .report import RESULTS, ROOT, _aligned
-from .timing import _peak_bytes
+from .timing import peak_bytes
 
 CELLS, BATCH = 1280, 128
 DOCS = ROOT / "docs" / "scvi-tools.md"
@@ -168,7 +168,7 @@ def peak(row: Row, accelerated: bool) -> int:
 
     with accelerate(strict=True) if accelerated else nullcontext():
         step()
-        return _peak_bytes(step, torch.device("cpu"))
+        return peak_bytes(step, torch.device("cpu"))
 
 
 def _peak_elsewhere(name: str, accelerated: bool) -> int:
