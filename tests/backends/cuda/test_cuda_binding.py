@@ -22,11 +22,11 @@ PARTS = {
     "elements": {
         "backends/cuda/cuda_binding/launches.py": "",
         "core/test_autograd.py": "native and not ddp and not large_buffers",
-        "core/test_layouts.py": "native",
+        "core/test_layouts.py": "native and not poisson_rate_per_element",
         "core/test_noise.py": "native",
     },
     "families": {
-        "backends/test_compile.py": "opcheck or one_graph and native",
+        "backends/test_compile.py": "(opcheck or one_graph and native) and not nll_elements",
         "core/test_categorical.py": "not thread and not instruction and not reference and not trusts",
         "core/test_discretized.py": "native or eager or compiles",
     },
