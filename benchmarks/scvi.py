@@ -32,7 +32,7 @@ from torch import Tensor
 from fastvae.integrations.scvi import accelerate
 
 from . import machine
-from .report import RESULTS, ROOT, _aligned
+from .report import RESULTS, ROOT, _aligned, slug
 from .timing import peak_bytes
 
 CELLS, BATCH = 1280, 128
@@ -354,7 +354,7 @@ def main() -> None:
     run |= {"dense": options.dense, "cores_used_by_others": neighbours.cores(), "results": results}
     print("\n" + caption(run))
     if options.docs:
-        path: Path = RESULTS / f"{machine.slug(run['machine'])}-scvi.json"
+        path: Path = RESULTS / f"{slug(run['machine'])}-scvi.json"
         path.write_text(json.dumps(run, indent=1) + "\n")
         print(f"wrote {path.relative_to(ROOT)}")
         _into_docs("bench", "\n".join([*table(results), "", caption(run)]))

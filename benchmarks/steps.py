@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import fastvae
 
 from . import cases, machine
-from .report import PAGE, RESULTS, ROOT, put_between
+from .report import PAGE, RESULTS, ROOT, put_between, slug
 from .timing import peak_bytes
 
 SIDES = ("eager", "compiled", "fused", "compiled + fused")
@@ -396,7 +396,7 @@ def main() -> None:
     print("\n" + "\n".join(table(results)) + "\n\n" + title)
     print(f"others kept {about['cores_used_by_others']} cores busy")
     if options.save:
-        path = RESULTS / f"steps-{machine.slug(about['machine'])}.json"
+        path = RESULTS / f"steps-{slug(about['machine'])}.json"
         steps = [vars(result) for result in results]
         path.write_text(json.dumps(about | {"steps": steps}, indent=1) + "\n")
         draw(results, title)
