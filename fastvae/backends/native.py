@@ -62,7 +62,12 @@ def load() -> Backend:
     except (ImportError, OSError) as error:
         first_line = str(error).partition("\n")[0]
         raise Missing(f"importing the extension failed ({first_line}); rebuild it with: {BUILD}") from error
-    return from_ops("native", "fastvae")
+    try:
+        return from_ops("native", "fastvae")
+    except AttributeError as error:  # an op that is newer than the extension
+        raise Missing(
+            f"the extension was built from another version of fastvae; rebuild it with: {BUILD}"
+        ) from error
 
 
 def built_for(capability: tuple[int, int]) -> bool:

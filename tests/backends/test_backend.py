@@ -460,6 +460,15 @@ def test_a_gpu_is_met_when_torch_initialises_it(before: str) -> None:
     assert done.stdout.splitlines() == [f"1 {triton}" if before else "0 native", f"1 {triton}"]
 
 
+def test_an_extension_older_than_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks_an_op(name: str, namespace: str) -> None:
+        raise AttributeError("'_OpNamespace' 'fastvae' object has no attribute 'newer'")
+
+    monkeypatch.setattr(native, "from_ops", lacks_an_op)
+    with pytest.raises(Missing, match=r"built from another version of fastvae; rebuild it with: pip install"):
+        native.load()
+
+
 def test_a_patch_release_of_torch_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     real = native.build_info()
     patched = ".".join(torch.__version__.split(".")[:2]) + ".99+other"
