@@ -232,8 +232,8 @@ class ELBO(nn.Module):
 def _move(beta: Tensor, kl: Tensor) -> None:
     """Moves a beta on the CPU, once, to the GPU of the loss.
 
-    A copy in every call would make Python wait for the GPU, and no graph can capture one. It stays the tensor that others
-    hold, and goes back only with `elbo.to()`, because a captured graph reads it where it is.
+    A copy in every call would make Python wait for the GPU, and no graph can capture one. It stays the tensor that
+    others hold, and goes back only with `elbo.to()`, because a captured graph reads it where it is.
     """
     if _has_values(kl) and _has_values(beta):
         # A tensor made in inference mode could not be written to afterwards.

@@ -86,7 +86,8 @@ def _left_to_test_all(items: list[pytest.Item], *, pairs: bool) -> set[pytest.It
 
 
 def _which_tests(config: pytest.Config) -> str:
-    by_name = any("::" in argument for argument in config.args) or config.option.keyword or config.option.lf
+    last_failed = getattr(config.option, "lf", False)  # there is none with -p no:cacheprovider
+    by_name = any("::" in argument for argument in config.args) or config.option.keyword or last_failed
     return config.getoption("--tests") or ("all" if by_name else "most")
 
 

@@ -19,7 +19,12 @@ from .plan import ROOT, SHARES, Stage
 from .stage import merge
 
 # Becomes the command, which ends with this process also when that is killed, and can end nobody: PR_SET_PDEATHSIG is 1.
-_ENDS_WITH_PARENT = "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGKILL); os.execvp(sys.argv[1], sys.argv[1:])"
+_ENDS_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
 GRACE = 6.0  # seconds in which a stage that was interrupted says what it had, before its processes are ended
 TOTAL = 480.0
 

@@ -18,7 +18,7 @@ from .stage import Item, Results
 
 Batch = tuple[Tensor, ...]
 Loss = Callable[..., Tensor]
-STEPS, BLOCKS = (2, 2) if REHEARSAL else (30, 12)  # steps at a time, and how often at most
+STEPS, BLOCKS = (1, 1) if REHEARSAL else (30, 12)  # steps at a time, and how often at most
 LONGEST = 6.0  # seconds for a model, beside what compiling it takes
 
 

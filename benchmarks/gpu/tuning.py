@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from . import clock
 from .clock import Call, seconds
-from .plan import REHEARSAL
 from .passes import passes_of, served_by
+from .plan import REHEARSAL
 from .stage import Item, Results
 
 # (tile, warps): 8 to 32 elements for each thread.

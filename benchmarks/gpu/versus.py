@@ -9,8 +9,8 @@ import torch
 
 from . import clock
 from .clock import Call, seconds
-from .plan import REHEARSAL
 from .passes import served_by
+from .plan import REHEARSAL
 from .stage import Item, Results
 
 BUDGET = 0.02 if REHEARSAL else 0.6  # seconds for a case, beside what compiling it takes

@@ -127,8 +127,10 @@ def _columns(size: int, tile: int, narrowest: int) -> int:
 
 
 def splits_at_a_time(splits: int) -> int:
-    """How many of a row's partial sums are added up at a time. Few values, because a kernel is compiled for each of them,
-    and the number of splits differs from batch to batch."""
+    """How many of a row's partial sums are added up at a time.
+
+    Few values, because a kernel is compiled for each, and the number of splits differs from batch to batch.
+    """
     return 1 if splits == 1 else 16 if splits <= 16 else 256
 
 

@@ -8,7 +8,6 @@ gradient and partial sums of rows; `finish_kernel` adds those up to the rows' nl
 from collections.abc import Callable, Sequence
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 

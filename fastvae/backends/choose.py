@@ -32,8 +32,8 @@ setting = "auto"
 _told: set[str] = set()  # what fell back to the reference, and was warned of
 _gpu: tuple[int, int] | None = None  # its compute capability; see `_meet_gpu`
 serving: dict[str, Backend] = {}  # device type -> backend under the current setting, where one was found
-# Where the native backend serves CPU tensors: the ops for calls as a training loop makes them, checks included, for CUDA
-# tensors where it serves them, too. They return None for whatever is not plain and fitting, and are not for
+# Where the native backend serves CPU tensors: the ops for calls as a training loop makes them, checks included, also of
+# CUDA tensors where it serves those. They return None for whatever is not plain and fitting, and are not for
 # torch.compile to trace.
 plain: Any = None
 _warned = False

@@ -13,8 +13,8 @@ _WORD = 0xFFFFFFFF  # the low 32 bits
 def draw_seed(device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> Tensor:
     """A fresh (seed, offset), int64 (2,), from torch's generator: `torch.manual_seed` works as for `torch.randn`.
 
-    The native kernels draw the same on the CPU. On a GPU this is a launch of its own, and they take the generator's seed
-    and offset themselves: after one `torch.manual_seed` their noise is another than that of a seed from here.
+    The native kernels draw the same on the CPU. On a GPU this is a launch of its own, and they take the generator's
+    seed and offset themselves: after one `torch.manual_seed` their noise is another than that of a seed from here.
     """
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
 

@@ -49,6 +49,7 @@ NEED_VALUES = {
     "test_no_host_sync": "a GPU that could be waited for",
     "test_no_launch_but_ours_without_a_gradient": "a profile of the GPU",
     "test_peak_memory": "the GPU's memory",
+    "test_plain_tensors_take_the_short_cut": "the CUDA kernels",
     "test_replays_are_the_steps_of_eager": "a CUDA graph",
     "test_seeds": "a generator of CUDA",
 }

@@ -979,3 +979,21 @@ def test_the_ops_check_too() -> None:
     ):
         with pytest.raises(ValueError, match="fastvae"):
             wrong()
+
+
+def test_a_generator_of_another_gpu() -> None:
+    """Where there is none: what torch says of the two devices is played."""
+    from types import SimpleNamespace
+
+    from fastvae.functional.latents import _check_generator
+
+    class Played(torch.Generator):
+        device = torch.device("cuda:0")
+
+    mu = SimpleNamespace(device=torch.device("cuda:1"))
+    with pytest.raises(
+        ValueError, match=r"must be on the device of `mu`, cuda:1, got cuda:0; .*Generator\(mu\.device\)"
+    ):
+        _check_generator("reparameterize_kl", Played(), mu)
+    _check_generator("reparameterize_kl", Played(), SimpleNamespace(device=torch.device("cuda:0")))
+    _check_generator("reparameterize_kl", torch.Generator(), SimpleNamespace(device=torch.device("cpu")))

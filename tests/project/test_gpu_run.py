@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # last: the fastvae under test is the one that is installed
 
-from benchmarks.gpu import build, plan, run, stage, table
-from benchmarks.gpu.plan import Stage
+from benchmarks.gpu import build, plan, run, stage, table  # noqa: E402
+from benchmarks.gpu.plan import Stage  # noqa: E402
 
 NAMES = list(plan.SHARES)
 MACHINE = {"machine": "NVIDIA H200", "instruction_set": "cuda", "backend": "native", "copy_gb_per_s": 4300}
@@ -171,8 +171,8 @@ def test_the_sources_are_what_setup_has_recorded() -> None:
 
 
 def test_tests_that_run_on_a_gpu_are_there() -> None:
-    for stage in plan.stages():
-        for word in (word for command in stage.commands for word in command):
+    for one in plan.stages():
+        for word in (word for command in one.commands for word in command):
             if word.endswith(".py"):
                 assert (ROOT / word).exists(), word
     source = "".join((ROOT / file).read_text() for file in (plan.CUDA, plan.TRITON))
@@ -211,7 +211,7 @@ def test_the_rehearsal(tmp_path: Path) -> None:
     for item in kept["steps"]:
         assert item["us"].keys() == {"fused", "eager", "compile", "graph_step(fused)", "graph_step(eager)"}
     assert kept["tuned"].keys() == {"nll", "sample", "sample_gradient", "scale"}
-    assert printed.count("5 passed") == 3
+    assert printed.count("4 passed") == 3
     assert "\n".join(table.lines(kept)) in printed
 
 

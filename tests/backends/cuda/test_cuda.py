@@ -60,7 +60,7 @@ from torch import Tensor
 
 import fastvae
 from fastvae import functional
-from fastvae.backends import available, for_tensor
+from fastvae.backends import available, choose, for_tensor
 
 
 def why_not() -> str | None:
@@ -231,6 +231,38 @@ def test_an_elbo_that_nobody_moved(device: torch.device, likelihood: str) -> Non
     if likelihood != "mine":
         fresh(*(leaf.detach().cpu() for leaf in (leaves[0], x, leaves[1], leaves[2])))
     assert fresh.beta.is_cuda
+
+
+def test_plain_tensors_take_the_short_cut(device: torch.device) -> None:
+    """And what does not fit is left to the checks, which have words for it."""
+    _, (recon, mu, logvar), x = step_inputs()
+    assert choose.plain.reparameterize_kl(mu, logvar) is not None
+    assert choose.plain.nll("bernoulli", [recon], x, [], None, None, 0) is not None
+    assert choose.plain.nll("bernoulli", [recon], x.cpu(), [], None, None, 0) is None
+    assert (
+        choose.plain.nll("bernoulli", [recon], x, [], torch.ones(128, device=device), torch.ones(()), 2)
+        is None
+    )
+    with pytest.raises(ValueError, match="`target` must be on the device of `logits`, cuda:0, got cpu"):
+        functional.bernoulli_nll(recon, x.cpu())
+    with fastvae.use_backend("reference"):
+        assert choose.plain is None
+
+
+def test_the_seed_that_a_call_draws_for_itself(device: torch.device) -> None:
+    """Triton and the reference draw it alike; each backend repeats itself."""
+    zeros, drawn = torch.zeros(4, 9, device=device), {}
+    for name in ("native", "triton", "reference"):
+        if available.load(name) is None:
+            continue
+        with fastvae.use_backend(name):
+            for again in (False, True):
+                torch.manual_seed(5)
+                z = functional.reparameterize_kl(zeros, zeros)[0]
+                assert not again or torch.equal(z, drawn[name])
+                drawn[name] = z
+    if "triton" in drawn:
+        torch.testing.assert_close(drawn["triton"], drawn["reference"], rtol=1e-5, atol=1e-5)
 
 
 @contextmanager
