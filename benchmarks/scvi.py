@@ -134,11 +134,9 @@ def train(model: Any, epochs: int) -> list[float]:
             seconds.append(time.perf_counter() - self.start)
 
     # TOTALVI would look at a validation set otherwise, of which there is none.
-    quiet = (
-        {"early_stopping": False, "reduce_lr_on_plateau": False}
-        if hasattr(model, "protein_state_registry")
-        else {}
-    )
+    quiet: dict[str, Any] = {}
+    if type(model).__name__ == "TOTALVI":
+        quiet = {"early_stopping": False, "reduce_lr_on_plateau": False}
     model.train(
         max_epochs=epochs,
         batch_size=BATCH,
