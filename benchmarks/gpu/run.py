@@ -22,6 +22,7 @@ from .stage import merge
 _ENDS_WITH_PARENT = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and their children would, too
 os.execvp(sys.argv[1], sys.argv[1:])
 """
 

@@ -2,8 +2,8 @@
 
 They come with the source distribution of the version that is installed, which pip fetches into build/scvi-tools once.
 Run are those of distributions, modules and models, external ones included. A few fail by themselves, by what is not
-installed or by the versions of other packages, and some of them draw lots: what fails with fastvae is run without it, too,
-and what passes there, with it once more. A test that fails only with fastvae, twice, is an error.
+installed or by the versions of other packages, and some of them draw lots: what fails with fastvae is run without it,
+too, and what passes there, with it once more. A test that fails only with fastvae, twice, is an error.
 
 This file is also the plugin of those runs (`-p scvi_suite`).
 """
@@ -111,7 +111,9 @@ def main() -> int:
     outcomes = run(folder, True, *FOLDERS)
     calls = sum(int(file.read_text()) for file in served.glob("*.txt"))
     failed = sorted(name for name, passed in outcomes.items() if not passed)
-    print(f"   with fastvae: {len(outcomes)} run, {len(failed)} failed; {calls} calls were served", flush=True)
+    print(
+        f"   with fastvae: {len(outcomes)} run, {len(failed)} failed; {calls} calls were served", flush=True
+    )
     if len(outcomes) < 100 or calls == 0:
         print("   too few: something is wrong with the run itself")
         return 1
