@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import rich
 from run_files import in_a_process, one_line
 
 from fastvae import cli
@@ -23,6 +24,8 @@ def test_a_reader_that_has_gone(
             patched.setattr(sys, "stdout", pipe)
             assert cli.main(arguments) == 2
         assert one_line(capsys) == "fastvae: standard output: cannot be written: broken pipe\n"
+        rich.print("What this process prints afterwards is shown.")
+        assert capsys.readouterr().out == "What this process prints afterwards is shown.\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
