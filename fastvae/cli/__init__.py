@@ -49,13 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return fail(f"standard output: cannot be written: {why}")
     except SystemExit as end:
-        # What rich makes of a reader that has gone; it has put the null device in the place of standard output, and
-        # its console, which belongs to the whole process, prints nothing more.
+        # What rich makes of a reader that has gone; it has put the null device in the place of standard output. Its
+        # console, which belongs to the whole process, would print nothing more.
         if not isinstance(end.__context__, BrokenPipeError):
             raise
         import rich
 
-        rich.get_console().quiet = False
+        rich.reconfigure()
         return fail("standard output: cannot be written: broken pipe")
 
 

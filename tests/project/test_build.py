@@ -99,8 +99,8 @@ def test_the_build_record_tells_of_this_build() -> None:
 # These are of a build for x86-64 without CUDA, by GCC 12: the extension's bytes, and the compilers' CPU time as a
 # multiple of what one of torch's headers takes on the same machine, as busy as it was. Where a quarter more
 # is worth it, write the new numbers here.
-SIZE = 5_750_000
-COMPILATION = 52
+SIZE = 5_960_000
+COMPILATION = 60
 
 
 @pytest.fixture
