@@ -26,6 +26,30 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> forward_op(std::string_view likeliho
   return handle.call(likelihood, params, target, constants, kl, beta, reduction, needs);
 }
 
+// The saved gradients times the factors that the backward brings, in torch's own ops: a compiler fuses them with what reads the
+// gradients next, for which a kernel of ours would write them once more.
+Tensors scaled_in_torch(at::TensorList gradients, const Tensor& grad_loss, const Tensor& grad_nll, const c10::SymInt& rows,
+                        int64_t reduction) {
+  const bool of_each_row = reduction == kNone || grad_nll.defined();
+  Tensor factor = grad_loss;
+  if (grad_nll.defined()) {
+    // The forward has multiplied the weight in, which nll itself does not have.
+    Tensor own = reduction == kMean ? grad_nll * rows : grad_nll;
+    factor = grad_loss.defined() ? grad_loss + own : own;
+  }
+  Tensors results;
+  for (const auto& gradient : gradients) {
+    Tensor there = factor;
+    if (of_each_row) {
+      std::vector<c10::SymInt> sizes(gradient.dim(), 1);
+      sizes[0] = rows;
+      there = factor.view_symint(sizes);
+    }
+    results.push_back((gradient * there).to(gradient.scalar_type()));
+  }
+  return results;
+}
+
 struct NllFunction : torch::autograd::Function<NllFunction> {
   static variable_list forward(AutogradContext* ctx, const std::string& likelihood, at::TensorList params, const Tensor& target,
                                at::ArrayRef<double> constants, const OptionalTensor& kl, const OptionalTensor& beta,
@@ -99,7 +123,10 @@ struct NllFunction : torch::autograd::Function<NllFunction> {
                                     ctx->saved_data["constants"].toDoubleVector(), optional(grads[0]), optional(grads[1]), reduction,
                                     elementwise);
         extras = scaled(new_tensors, {});
-      } else if (traced(any) || torch::autograd::get_current_graph_task_keep_graph()) {
+      } else if (traced(any)) {
+        gradients = scaled_in_torch(ready, grads[0], grads[1], ctx->saved_data["rows"].toSymInt(), reduction);
+        if (need_scalar || need_kl || need_beta) extras = scaled(new_tensors, {});
+      } else if (torch::autograd::get_current_graph_task_keep_graph()) {
         gradients = scaled(new_tensors, ready);
         extras.assign(gradients.begin() + ready.size(), gradients.end());
         gradients.resize(ready.size());

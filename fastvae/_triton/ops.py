@@ -18,7 +18,7 @@ from .._spec import ROWS
 from . import elements, fakes, latents, loss
 from .counts import shared_bit
 from .launch import memory_order, row_dtype
-from .loss import NONE
+from .loss import MEAN, NONE
 from .runtime import INTERPRETED
 
 _library = torch.library.Library("fastvae_triton", "DEF")
@@ -99,6 +99,32 @@ def _once_differentiable(gradients: list[Tensor | None], *anchors: Tensor) -> tu
 def _traced(tensor: Tensor | None) -> bool:
     """Under torch.compile and other tracers, where ops must not write to their inputs."""
     return type(tensor) is not Tensor
+
+
+def _scaled_in_torch(
+    gradients: Sequence[Tensor],
+    grad_loss: Tensor | None,
+    grad_nll: Tensor | None,
+    rows: int,
+    reduction: int,
+) -> list[Tensor]:
+    """The saved gradients times the factors that the backward brings, in torch's own ops.
+
+    A compiler fuses them with what reads the gradients next, for which a kernel of ours would write them once more.
+    """
+    factor = grad_loss
+    if grad_nll is not None:
+        # The forward has multiplied the weight in, which nll itself does not have.
+        own = grad_nll * rows if reduction == MEAN else grad_nll
+        factor = own if grad_loss is None else grad_loss + own
+    assert factor is not None
+    of_each_row = reduction == NONE or grad_nll is not None
+    return [
+        (gradient * (factor.view(-1, *[1] * (gradient.dim() - 1)) if of_each_row else factor)).to(
+            gradient.dtype
+        )
+        for gradient in gradients
+    ]
 
 
 class _Nll(torch.autograd.Function):
@@ -189,7 +215,11 @@ class _Nll(torch.autograd.Function):
                         ctx.elementwise,
                     )
                 extras = _ops.nll_backward.default(grad_loss, grad_nll, [], *rest)
-            elif _traced(grad_loss if grad_loss is not None else grad_nll) or _keeps_graph():
+            elif _traced(grad_loss if grad_loss is not None else grad_nll):
+                gradients = _scaled_in_torch(saved, grad_loss, grad_nll, ctx.rows, reduction)
+                wanted = ctx.need_scalar or ctx.need_kl or ctx.need_beta
+                extras = _ops.nll_backward.default(grad_loss, grad_nll, [], *rest) if wanted else []
+            elif _keeps_graph():
                 both = _ops.nll_backward.default(grad_loss, grad_nll, saved, *rest)
                 gradients, extras = both[: len(saved)], both[len(saved) :]
             else:

