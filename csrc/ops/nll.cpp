@@ -34,8 +34,8 @@ Tensors scaled_in_torch(at::TensorList gradients, const Tensor& grad_loss, const
   Tensor factor = grad_loss;
   if (grad_nll.defined()) {
     // The forward has multiplied the weight in, which nll itself does not have.
-    Tensor own = reduction == kMean ? grad_nll * rows : grad_nll;
-    factor = grad_loss.defined() ? grad_loss + own : own;
+    Tensor own = reduction == kMean ? grad_nll.mul(c10::Scalar(rows)) : grad_nll;
+    factor = grad_loss.defined() ? grad_loss.add(own) : own;
   }
   Tensors results;
   for (const auto& gradient : gradients) {
@@ -45,7 +45,7 @@ Tensors scaled_in_torch(at::TensorList gradients, const Tensor& grad_loss, const
       sizes[0] = rows;
       there = factor.view_symint(sizes);
     }
-    results.push_back((gradient * there).to(gradient.scalar_type()));
+    results.push_back(gradient.mul(there).to(gradient.scalar_type()));
   }
   return results;
 }
