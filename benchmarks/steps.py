@@ -439,9 +439,7 @@ def short_table(results: list[Result]) -> list[str]:
     lines = ["| training step | loss's share of the step | × eager | × compiled |", "|---|--:|--:|--:|"]
     for result in results:
         eager, compiled = result.faster("fused", "eager"), result.faster("compiled + fused", "compiled")
-        lines.append(
-            f"| {result.name} | {result.loss_share:.0%} | {_times(eager)} | {_times(compiled)} |"
-        )
+        lines.append(f"| {result.name} | {result.loss_share:.0%} | {_times(eager)} | {_times(compiled)} |")
     return lines
 
 

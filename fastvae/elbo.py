@@ -97,7 +97,7 @@ class ELBO(nn.Module):
         self.register_buffer(
             "beta", torch.tensor(self._beta, dtype=torch.float32, device=device), persistent=False
         )
-        self._looked = False
+        self._first_batch_checked = False
 
     def reset_parameters(self) -> None:
         """Writes `beta` anew, the last that was given as a number: a module made on the meta device has none after
@@ -213,14 +213,18 @@ class ELBO(nn.Module):
         likelihood: Any = self._modules["likelihood"]
         beta: Any = self._buffers["beta"]
         if not torch.compiler.is_compiling() and beta.is_cpu and isinstance(kl, Tensor) and not kl.is_cpu:
-            _move(beta, kl)
+            _move_beta(beta, kl)
         if not isinstance(likelihood, Likelihood) or type(likelihood).nll is not Likelihood.nll:
             composed = _compose(likelihood.nll(recon, x), kl, beta, self._reduction)
             return composed._replace(kl=true_kl)
-        name, params, constants = likelihood.row(recon)
+        name, params, constants = likelihood.kernel_call(recon)
         loss, nll = loss_and_nll(name, params, x, constants, kl, beta, self._reduction, caller="ELBO")
-        if isinstance(likelihood, Bernoulli) and not torch.compiler.is_compiling() and not self._looked:
-            self._looked = _look(likelihood, recon, x)
+        if (
+            isinstance(likelihood, Bernoulli)
+            and not torch.compiler.is_compiling()
+            and not self._first_batch_checked
+        ):
+            self._first_batch_checked = _warn_of_likely_mistakes(likelihood, recon, x)
         return ELBOOutput(loss, nll, true_kl)
 
     def extra_repr(self) -> str:
@@ -229,7 +233,7 @@ class ELBO(nn.Module):
         return f"beta={beta}, reduction={self.reduction!r}{free}"
 
 
-def _move(beta: Tensor, kl: Tensor) -> None:
+def _move_beta(beta: Tensor, kl: Tensor) -> None:
     """Moves a beta on the CPU, once, to the GPU of the loss.
 
     A copy in every call would make Python wait for the GPU, and no graph can capture one. It stays the tensor that
@@ -304,7 +308,7 @@ def _compose(nll: Tensor, kl: Tensor, beta: Tensor, reduction: int) -> ELBOOutpu
 _warned: set[str] = set()
 
 
-def _look(likelihood: Bernoulli, recon: Tensor, x: Tensor) -> bool:
+def _warn_of_likely_mistakes(likelihood: Bernoulli, recon: Tensor, x: Tensor) -> bool:
     """Warn of probabilities in place of logits (or the reverse) and of data outside [0, 1].
 
     One pass over the first batch of each ELBO. Returns whether it could look.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .._spec import ROWS
+from .._spec import VARIANTS
 from ..backends import choose
 from ..reference import REDUCTIONS
 from .checks import check_elements, check_kl, is_dense, layout_message
@@ -31,17 +31,17 @@ def nll(
     `reduction` is a value of `REDUCTIONS`. With a `caller` ("ELBO"), messages name it and its arguments, `recon` and
     `x`, in place of the likelihood's function and its.
     """
-    row = ROWS[likelihood]
-    if choose.plain is not None and not torch.compiler.is_compiling():
-        result = choose.plain.nll(likelihood, params, target, constants, kl, beta, reduction)
+    variant = VARIANTS[likelihood]
+    if choose.fast_path is not None and not torch.compiler.is_compiling():
+        result = choose.fast_path.nll(likelihood, params, target, constants, kl, beta, reduction)
         if result is not None:
             return result
     if caller is None:
-        where, names, name = row.function, row.tensors, "target"
+        where, names, name = variant.function, variant.tensors, "target"
     else:
-        where, names, name = caller, ("recon", *row.tensors[1:]), "x"
-    check = check_elements if row.element else CHECKS[row.family]
-    params = check(where, names, row, params, target, name, constants)
+        where, names, name = caller, ("recon", *variant.tensors[1:]), "x"
+    check = check_elements if variant.element else CHECKS[variant.family]
+    params = check(where, names, variant, params, target, name, constants)
     first = params[0]
     if kl is not None:
         check_kl(where, kl, names[0], first)
@@ -71,11 +71,11 @@ def nll_elements(
 
     It is multiplied by `weight`, as are its gradients, at no cost: -1 makes log-probabilities.
     """
-    row = ROWS[likelihood]
+    variant = VARIANTS[likelihood]
     if isinstance(target, Tensor) and not is_dense(target):
-        message = layout_message(row.function, "target", target)
+        message = layout_message(variant.function, "target", target)
         raise TypeError(f"{message} (sparse targets go with reduction='event')")
-    check = check_elements if row.element else CHECKS[row.family]
-    params = check(row.function, row.tensors, row, params, target, "target", constants)
+    check = check_elements if variant.element else CHECKS[variant.family]
+    params = check(variant.function, variant.tensors, variant, params, target, "target", constants)
     chosen = choose.for_tensor(params[0], likelihood, "nll_elements")
     return chosen.nll_elements(likelihood, params, target, constants, weight)

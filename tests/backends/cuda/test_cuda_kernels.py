@@ -893,7 +893,7 @@ class Kernel(NamedTuple):
         return re.findall(rf"\b{operation}\.E\S*", self.code)
 
     @property
-    def whole(self) -> bool:
+    def checked_int(self) -> bool:
         """Whether it is the variant that reads and writes 128 bits at a time."""
         return not re.search(r"Any|, 1>$|, 4, false|mixture", self.name)
 
