@@ -105,8 +105,9 @@ def why_not_native():
         from torch.utils.cpp_extension import get_cxx_compiler
     except ImportError as error:
         return (
-            f"torch cannot be imported in the build environment ({error}); the extension fits only the torch it was "
-            "built with, so install torch first, and then: pip install --no-build-isolation ."
+            f"torch cannot be imported in the build environment ({error}), which pip makes anew for every build; the "
+            "extension fits only the torch it was built with, so install torch, ninja and pybind11 into your own "
+            "environment and build there, with --no-build-isolation"
         )
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
         return f"torch 2.11 or newer is needed, this is {torch.__version__}"
@@ -336,9 +337,12 @@ def native():
             at_once = min(jobs, 1 + len(INSTRUCTION_SETS)) if self.use_ninja else 1
             gpus = f" and CUDA {arches}" if cuda else ""
             files = len(INSTRUCTION_SETS) * len(list(Path("csrc/cpu").glob("*.cpp"))) + len(ext.sources)
+            how = f"with up to {jobs} compilers at a time"
+            if not self.use_ninja:
+                how = "one after the other, because ninja is not installed (pip install ninja)"
             tell(
-                f"compiling {files} files for {', '.join(INSTRUCTION_SETS)}{gpus} with up to {jobs} compilers at a "
-                "time; from nothing, the CPU kernels take two to four minutes on two cores"
+                f"compiling {files} files for {', '.join(INSTRUCTION_SETS)}{gpus}, {how}; from nothing, the CPU "
+                "kernels take two to four minutes on two cores"
             )
             os.environ["MAX_JOBS"] = str(jobs // at_once)
             from_nothing = not any(Path(self.build_temp).rglob("*.o"))
