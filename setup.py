@@ -337,15 +337,15 @@ def native():
             at_once = min(jobs, 1 + len(INSTRUCTION_SETS)) if self.use_ninja else 1
             gpus = f" and CUDA {arches}" if cuda else ""
             files = len(INSTRUCTION_SETS) * len(list(Path("csrc/cpu").glob("*.cpp"))) + len(ext.sources)
+            from_nothing = not any(Path(self.build_temp).rglob("*.o"))
+            what, minutes = "what has changed", ""
+            if from_nothing:
+                what, minutes = f"{files} files", "; the CPU kernels take two to four minutes on two cores"
             how = f"with up to {jobs} compilers at a time"
             if not self.use_ninja:
                 how = "one after the other, because ninja is not installed (pip install ninja)"
-            tell(
-                f"compiling {files} files for {', '.join(INSTRUCTION_SETS)}{gpus}, {how}; from nothing, the CPU "
-                "kernels take two to four minutes on two cores"
-            )
+            tell(f"compiling {what} for {', '.join(INSTRUCTION_SETS)}{gpus}, {how}{minutes}")
             os.environ["MAX_JOBS"] = str(jobs // at_once)
-            from_nothing = not any(Path(self.build_temp).rglob("*.o"))
             watch = progress(self.build_temp, files) if from_nothing else nullcontext()
             with watch, ThreadPoolExecutor(at_once) as pool:
                 by_set = [pool.submit(self.compile_kernels, ext, *item) for item in INSTRUCTION_SETS.items()]
