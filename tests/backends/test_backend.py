@@ -325,13 +325,24 @@ def test_importing_builds_nothing_and_brings_no_trainer() -> None:
             f"the extension was built for torch 2.9.1+cu128 and this is torch {torch.__version__}; rebuild it with: "
             "pip install --no-build-isolation -e .",
         ),
+        (
+            {"TORCH_VERSION": "2.9.1+cu128", "WHEELS": "https://example.org"},
+            f"the extension was built for torch 2.9.1+cu128 and this is torch {torch.__version__}; install the "
+            "wheel for this torch with: pip install --find-links https://example.org "
+            f'"fastvae-elbo=={fastvae.__version__}+torch{".".join(torch.__version__.split(".")[:2])}"',
+        ),
+        (
+            {"WHY_PURE": "it is the pure wheel", "WHEELS": "https://example.org"},
+            "fastvae was installed without its compiled extension: it is the pure wheel; install the wheel for "
+            "this torch with: pip install --find-links https://example.org",
+        ),
         ({"PYTHON_VERSION": "3.9.2"}, "the extension was built for Python 3.9.2 and this is Python 3."),
         (
             {"CUDA_VERSION": "9.2"},
             f"the extension was built for CUDA 9.2 and this torch ({torch.__version__}) is for",
         ),
     ],
-    ids=["torch", "python", "cuda"],
+    ids=["torch", "wheel", "pure wheel", "python", "cuda"],
 )
 def test_an_extension_built_for_another_version(
     monkeypatch: pytest.MonkeyPatch, record: dict[str, str], message: str
