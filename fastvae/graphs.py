@@ -138,8 +138,8 @@ class _Step(Generic[Batch, Result]):
                 )
             raise ValueError(
                 f"fastvae.graph_step: {_name_of_leaf(batch, number)} must be as in `example_batch`, {wanted}, "
-                f"got {found}; a last batch of another size is left out by DataLoader(drop_last=True), or taken by calling "
-                "`step_fn` itself"
+                f"got {found}; a last batch of another size is left out by DataLoader(drop_last=True), or taken by "
+                "calling `step_fn` itself"
             )
 
     def _static(self) -> Any:

@@ -1,4 +1,4 @@
-"""release/wheels.py: the page that pip reads, and what it says of what cannot be had. It builds nothing here."""
+""".ci/wheels.py: the page that pip reads, and what it says of what cannot be had. It builds nothing here."""
 
 import hashlib
 import importlib.util
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def wheels() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("release_wheels", ROOT / "release" / "wheels.py")
+    spec = importlib.util.spec_from_file_location("wheels", ROOT / ".ci" / "wheels.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
