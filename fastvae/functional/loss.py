@@ -1,6 +1,7 @@
 """The call that every likelihood ends in: its checks, and the backend that serves it."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from .._spec import VARIANTS
 from ..backends import choose
 from ..reference import REDUCTIONS
+from . import ranges
 from .checks import check_elements, check_kl, is_dense, layout_message
 
 # By family, what checks a call of a likelihood that is not elementwise, with the arguments and the result of
@@ -25,13 +27,16 @@ def nll(
     reduction: int = REDUCTIONS["none"],
     *,
     caller: str | None = None,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, nll): nll (B,) of a likelihood's row, loss = reduce(nll + beta kl); one call of the backend for all of it.
 
     `reduction` is a value of `REDUCTIONS`. With a `caller` ("ELBO"), messages name it and its arguments, `recon` and
-    `x`, in place of the likelihood's function and its.
+    `x`, in place of the likelihood's function and its. `given`: the probabilities that logits were made from.
     """
     variant = VARIANTS[likelihood]
+    if caller is None and not torch.compiler.is_compiling() and likelihood in ranges.unseen:
+        return _first_nll(likelihood, params, target, constants, kl, beta, reduction, given)
     if choose.fast_path is not None and not torch.compiler.is_compiling():
         result = choose.fast_path.nll(likelihood, params, target, constants, kl, beta, reduction)
         if result is not None:
@@ -58,6 +63,24 @@ def nll(
         positions = (target.crow_indices().long(), target.col_indices().long())
         params, target = (*params, *positions), target.values()
     return chosen.nll(likelihood, params, target, constants, kl, beta, reduction)
+
+
+def _first_nll(
+    likelihood: str, params: Sequence[Tensor], target: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """`nll`, and a look at the values; where there were none to look at, the next call is the first."""
+    variant = VARIANTS[likelihood]
+    *others, given = rest
+    ranges.unseen.discard(likelihood)
+    looked = False
+    try:
+        result = nll(likelihood, params, target, *others)
+        names = variant.tensors[0], "target"
+        looked = ranges.look(variant.function, names, likelihood, params, target, others[0], given)
+    finally:
+        if not looked:
+            ranges.unseen.add(likelihood)
+    return result
 
 
 def nll_elements(

@@ -26,7 +26,8 @@ class Likelihood(nn.Module):
     def nll(self, params: Any, target: Tensor) -> Tensor:
         """-log p(target | params) of every row, (B,), in nats."""
         name, tensors, constants = self.kernel_call(params)
-        return loss.nll(name, tensors, target, constants)[0]
+        given = params if getattr(self, "from_probs", False) else None
+        return loss.nll(name, tensors, target, constants, given=given)[0]
 
     def mean(self, params: Any) -> Tensor:
         """The expected data, differentiable: what to show as a reconstruction."""
