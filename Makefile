@@ -1,51 +1,51 @@
-# Each target does all of its own set-up: a virtual environment in .venv, torch, the build tools, the extension.
+# Each target does its own set-up: a virtual environment in .venv, torch, the build tools and the extension.
 #
-#   make test PYTHON=python3.12   makes .venv from that Python; what it can import already (torch, above all) is used
-#   make test TORCH=torch==2.12.0 installs that torch where PYTHON has none
+#   make test PYTHON=python3.12   creates .venv with that Python; packages it can already import, such as torch, are used
+#   make test TORCH=torch==2.12.0 installs that torch if PYTHON has none
 #   make test ARGS="-k bernoulli" passes arguments to pytest (or to fastvae demo)
 #
-# A .venv that is there is kept: `rm -rf .venv` starts afresh.
+# An existing .venv is kept; run `rm -rf .venv` to start afresh.
 
 PYTHON ?= python3
-# 2.11.0 is the CUDA build that goes with the Triton that the tests pin.
+# 2.11.0 is the CUDA build that matches the Triton version pinned by the tests.
 TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),torch==2.11.0,torch==2.13.0)
 
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11)" 2>/dev/null
-# Where the extension can be built, failing to is an error; elsewhere `make demo` runs without it.
+# Where the extension can be built, a failing build is an error; elsewhere `make demo` runs without it.
 NATIVE := $(if $(and $(filter Linux,$(shell uname)),$(shell command -v c++ || command -v $(CXX))),1,auto)
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.def')
 
 .PHONY: help demo test test-rest test-all test-scvi lint bench gpu cuda-link wheel wheels clean
 .NOTPARALLEL:
-# The stamps of finished steps are kept.
+# Keep the stamps of finished steps.
 .SECONDARY:
 
 help:
-	@echo "make demo    train a VAE on scikit-learn's digits, fused and by hand; leaves two pictures"
-	@echo "make test    build the extension and run the tests: six minutes on two cores"
-	@echo "make test-all   all of them: whole grids, sanitizers, machine code of every GPU, long trainings, several processes"
-	@echo "make test-scvi  scvi-tools' own tests, without fastvae and with it: four minutes, part of test-rest"
-	@echo "make lint    ruff, mypy and import-linter"
-	@echo "make bench   time the kernels here, and draw the table and the picture"
-	@echo "make gpu     on a GPU, without a network: build, test, time and tune; 8 minutes at most (ARGS=--out=FOLDER)"
-	@echo "make cuda-link  build the CUDA kernels against a CUDA torch, import and check them: nvcc, 5 GB, no GPU"
-	@echo "make wheel   a binary wheel for this Python and this torch, in dist/"
-	@echo "make wheels  those of a release: every PYTHONS x TORCHES that can be had, the pure wheel and the sdist, in dist/"
+	@echo "make demo    train a VAE on scikit-learn's digits, with fastvae and by hand, and save two pictures"
+	@echo "make test    build the extension and run the tests (six minutes on two cores)"
+	@echo "make test-all   run all tests: whole grids, sanitizers, machine code of every GPU, long trainings, several processes"
+	@echo "make test-scvi  run scvi-tools' own tests, without and with fastvae (four minutes; part of test-rest)"
+	@echo "make lint    run ruff, mypy and import-linter"
+	@echo "make bench   time the kernels on this machine, and write the table and the picture"
+	@echo "make gpu     on a GPU, without a network: build, test, time and tune (at most 8 minutes; ARGS=--out=FOLDER)"
+	@echo "make cuda-link  build the CUDA kernels against a CUDA torch, import and check them (needs nvcc and 5 GB, no GPU)"
+	@echo "make wheel   build a binary wheel for this Python and this torch in dist/"
+	@echo "make wheels  build a release in dist/: wheels for PYTHONS x TORCHES where available, the pure wheel and the sdist"
 	@echo "make clean   remove what was built (not .venv)"
 
 demo: $(VENV)/.deps-train $(VENV)/.built
 	@$(VENV)/bin/fastvae demo $(ARGS)
 
-# What `make test` leaves out is run by test-rest alone; test-all runs both. A process for each core, eight at most, and one
-# thread each; without pytest-xdist, which may be missing where there is no network, one process.
+# test-rest runs what `make test` leaves out, and test-all runs both. There is one process for each core, at most eight, with
+# one thread each; or a single process without pytest-xdist, which may be missing if there is no network.
 test: WHICH :=
 test-rest: WHICH := --tests rest
 test-all: WHICH := --tests all
 test test-rest test-all: $(VENV)/.deps-test $(VENV)/.built
-	@# Here, native kernels that are missing are a failure, not a reason for the reference.
+	@# Missing native kernels are a failure here, not a reason to fall back to the reference.
 	@$(RUN) -c "import fastvae; fastvae.set_backend('native')"
 	@echo "== tests $(WHICH)"
 	@cores=$$(env -u OMP_NUM_THREADS nproc); [ $$cores -le 8 ] || cores=8; \
@@ -53,7 +53,7 @@ test test-rest test-all: $(VENV)/.deps-test $(VENV)/.built
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(if $(findstring tests/,$(ARGS)),,tests) $(WHICH) $$workers --durations=10 $(ARGS)
 	@if [ $@ != test ] && [ -z "$(ARGS)" ]; then $(MAKE) --no-print-directory test-scvi; fi
 
-# scvi-tools' own tests, which come with its source distribution: fetched into build/scvi-tools by pip.
+# scvi-tools' own tests are part of its source distribution, which pip downloads into build/scvi-tools.
 test-scvi: $(VENV)/.deps-test $(VENV)/.built
 	@$(RUN) tests/integrations/scvi_suite.py
 
@@ -61,7 +61,7 @@ lint: $(VENV)/.deps-dev
 	@echo "== ruff"
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
-	@# Names that belong to another module; the rule is in preview, which would change others.
+	@# Uses of other modules' private names. The rule is in preview, and enabling preview for all would change other rules.
 	@$(RUN) -m ruff check --preview --select PLC2701 fastvae
 	@echo "== mypy"
 	@$(RUN) -m mypy
@@ -73,26 +73,26 @@ bench: $(VENV)/.deps-bench $(VENV)/.built
 	@$(RUN) -m pytest -q benchmarks $(ARGS)
 	@$(RUN) -m benchmarks.report
 
-# No virtual environment, nothing installed: PYTHON has torch, triton, pytest and numpy.
+# This uses no virtual environment and installs nothing: PYTHON must have torch, triton, pytest and numpy.
 gpu:
 	@$(PYTHON) -m benchmarks.gpu $(ARGS)
 
-# An environment of its own, because the CUDA build of torch and the one for CPUs are the same package. Kept for the next
-# time; `rm -rf build/cuda-link` gives its 5 GB back.
+# This needs its own environment, because the CUDA and the CPU builds of torch are the same package. It is kept for later
+# runs; `rm -rf build/cuda-link` frees its 5 GB.
 LINK := build/cuda-link
 cuda-link:
 	@test -e $(LINK)/.torch || { echo "== a CUDA torch in $(LINK)" && $(PYTHON) -m venv --clear $(LINK)/venv \
 	    && $(LINK)/venv/bin/python -m pip --disable-pip-version-check install -qq torch==2.11.0 numpy "setuptools>=77" ninja \
 	    pybind11 && touch $(LINK)/.torch; }
-	@echo "== the extension, with its CUDA kernels"
-	@# What changed is copied and is newer then than any object, also than one whose build ran while it changed.
+	@echo "== the extension with its CUDA kernels"
+	@# Changed files are copied with a new timestamp, so they are newer than any object, even one built during the change.
 	@mkdir -p $(LINK)/tree $(LINK)/objects && ln -sfn ../objects $(LINK)/tree/build
 	@cd $(LINK)/tree && find csrc fastvae -type f 2>/dev/null | while read -r f; do [ -e "$(CURDIR)/$$f" ] || rm "$$f"; done
 	@cp -ru csrc fastvae setup.py pyproject.toml README.md LICENSE $(LINK)/tree
 	@rm -f $(LINK)/tree/fastvae/_C*.so $(LINK)/tree/fastvae/_build_info.py
 	@cd $(LINK)/tree && FASTVAE_NATIVE=1 FASTVAE_CUDA=1 ../venv/bin/python setup.py -q build_ext --inplace \
 	    > ../build.log 2>&1 || { tail -n 50 ../build.log; exit 1; }
-	@echo "== what it holds"
+	@echo "== its contents"
 	@cd $(LINK)/tree && PYTHONPATH=. ../venv/bin/python $(CURDIR)/tests/backends/cuda/cuda_link.py
 
 wheel: $(VENV)/.torch
@@ -101,8 +101,8 @@ wheel: $(VENV)/.torch
 	@FASTVAE_NATIVE=$${FASTVAE_NATIVE:-1} $(PIP) wheel -qq --no-build-isolation --no-deps -w dist .
 	@ls dist/*.whl
 
-# Each pair takes three minutes on two cores and, while it is built, a virtual environment of up to 6 GB. URL is where
-# users will find the index page, ASSETS what its links begin with.
+# Each pair takes three minutes on two cores and, during its build, a virtual environment of up to 6 GB. URL is the address
+# of the index page for users, and ASSETS the prefix of its links.
 PYTHONS := python3.10 python3.11 python3.12 python3.13 python3.14
 TORCHES := 2.11 2.12 2.13 2.14
 TOOLS := build/wheels/tools
@@ -117,13 +117,13 @@ clean:
 	@rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-# The virtual environment. If PYTHON has torch, a .pth file lets the new one see all that PYTHON sees, which
-# --system-site-packages would not do where PYTHON belongs to a virtual environment itself. What stands in its place and
-# was not begun here may be somebody's own, and is left alone.
+# The virtual environment. If PYTHON has torch, a .pth file makes all its packages visible to the new environment, which
+# --system-site-packages would not do if PYTHON belongs to a virtual environment itself. An existing folder that this
+# Makefile did not create is left alone.
 $(VENV)/.made:
 	@echo "== virtual environment $(VENV), from $$($(PYTHON) --version)"
 	@if [ -e $(VENV) ] && [ ! -e $(VENV)/.begun ]; then \
-	    echo "make: $(VENV) is there already and not of this Makefile's making: remove it, or give another VENV=" >&2; exit 2; fi
+	    echo "make: $(VENV) exists already but was not created by this Makefile: remove it, or set another VENV=" >&2; exit 2; fi
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $(VENV)/.begun
 	@if $(PYTHON) $(HAS_TORCH); then \
@@ -136,18 +136,18 @@ $(VENV)/.made:
 
 $(VENV)/.torch: $(VENV)/.made
 	@if $(RUN) $(HAS_TORCH); then torch=; else torch="$(TORCH)"; fi; \
-	echo "== $${torch:-the torch that is there} and the build tools"; \
+	echo "== $${torch:-the existing torch} and the build tools"; \
 	$(PIP) install -qq $$torch "setuptools>=77" wheel ninja pybind11
 	@touch $@
 
-# The packages of an extra. Where torch was there already there may be no network: then what is there must do.
+# The packages of an extra. If torch was inherited, there may be no network, and the existing packages must suffice.
 $(VENV)/.deps-%: pyproject.toml | $(VENV)/.torch
 	@echo "== packages for: $*"
 	@FASTVAE_NATIVE=0 $(PIP) install -qq --no-build-isolation -e '.[$*]' || { test -e $(VENV)/.inherited \
-	    && echo "== not all of them could be installed; going on with what is there"; }
+	    && echo "== not all of them could be installed; continuing with the existing packages"; }
 	@touch $@
 
 $(VENV)/.built: $(CSRC) setup.py | $(VENV)/.torch
-	@echo "== the extension: from nothing, two to four minutes on two cores (CUDA kernels take longer)"
+	@echo "== the extension: two to four minutes on two cores for a full build (CUDA kernels take longer)"
 	@FASTVAE_NATIVE=$(NATIVE) $(PIP) install -qq --no-build-isolation --no-deps -e .
 	@touch $@

@@ -32,10 +32,10 @@ __all__ = [
     "use_backend",
 ]
 
-# Loaded when they are first asked for, because they import torch: `fastvae --help` need not wait for it, and
-# `fastvae doctor` can say that it is missing.
+# These names are imported on first access because they need torch: `fastvae --help` then does not wait for it, and
+# `fastvae doctor` can report that it is missing.
 _MODULES = ("backends", "elbo", "functional", "graphs", "likelihoods", "reference")
-_HOMES = {
+_MODULE_OF_NAME = {
     "ELBO": "elbo",
     "ELBOOutput": "elbo",
     "empty_cache": "backends",
@@ -50,9 +50,9 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
-    if name not in _HOMES:
+    if name not in _MODULE_OF_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULE_OF_NAME[name]}"), name)
     return value
 
 

@@ -1,18 +1,18 @@
-"""The one table of likelihoods: what the checks, the backends and the tests know of each.
+"""The table of likelihoods, from which the checks, the backends and the tests take what they know about each.
 
-A likelihood is a density and the form in which its parameters come: a Gaussian's scale may be one number of the call,
-one trained number, a tensor beside the mean, or the second half of a packed head. `SPECS` has an entry for each
-density. An entry and one of its forms make a variant, which is what a backend serves; `VARIANTS` has them all, by name.
+A likelihood is a density together with a form of its parameters. For example, the scale of a Gaussian may be a constant
+of the call, one trained number, a tensor beside the mean, or the second half of a packed head. `SPECS` has an entry for
+each density. An entry and one of its forms make a variant, which is what a backend serves; `VARIANTS` has all variants
+by name.
 
-To add a likelihood, add its entry here. The functions that belong to it are found by their names, in the files that are
-called after its family:
+To add a likelihood, add its entry here. Its functions are found by name, in the modules named after its family:
 
     fastvae/functional/<family>.py    <density>_nll, and <density>_head_nll where its parameters may come packed
-    fastvae/reference/<family>.py     the same
-    fastvae/likelihoods/<family>.py   the module, named as the density in capitals: StudentT for student_t
-    fastvae/_triton/<family>.py       the element, in `ELEMENTS`
+    fastvae/reference/<family>.py     the same functions
+    fastvae/likelihoods/<family>.py   the module, named after the density in camel case: StudentT for student_t
+    fastvae/_triton/<family>.py       the function of one element, in `ELEMENTS`
 
-csrc has a list of its own with the same variants (csrc/likelihoods.def).
+The C++ code has its own list of the same variants (csrc/likelihoods.def).
 """
 
 from typing import NamedTuple
@@ -21,11 +21,11 @@ import torch
 
 
 class Constant(NamedTuple):
-    """A number of the call, the same for every element."""
+    """A number passed in the call, the same for every element."""
 
-    name: str  # of the reference's keyword argument
-    whole: bool = False  # an int; backends are handed floats
-    length: int = 1  # how many numbers it is
+    name: str  # the name of the reference's keyword argument
+    whole: bool = False  # whether it is an int; backends receive floats
+    length: int = 1  # the number of floats
 
 
 SCALE = Constant("scale")
@@ -37,62 +37,62 @@ LEVELS = (Constant("bits", whole=True), Constant("log_scale_floor"), Constant("m
 
 
 class Form(NamedTuple):
-    """How the parameters of a density come."""
+    """One way to pass the parameters of a density."""
 
     variant: str = ""  # the variant is called <density>_<variant>
     function: str = ""  # the function is called <density>_<function>_nll
     element: str = ""  # the function of an element is called <density>_<element>
-    constants: tuple[Constant, ...] = ()  # besides the density's own
-    has_tensor: bool = False  # the scale is a tensor, the second
+    constants: tuple[Constant, ...] = ()  # in addition to the density's own
+    has_tensor: bool = False  # the scale is a tensor, the second one
     has_scalar: bool = False  # that tensor is 0-dimensional, one number for all elements
-    packed: bool = False  # one tensor (B, 2C, ...) has both parameters of (B, C, ...) data
-    raw: bool = False  # the tensors are the entry's `raw`
-    elements: bool = False  # its function gives the value of each element too, with reduction="none"
+    packed: bool = False  # one tensor (B, 2C, ...) holds both parameters of (B, C, ...) data
+    raw: bool = False  # the tensors are those in the `raw` field of the entry
+    elements: bool = False  # the function supports reduction="none", which gives the value of each element
 
 
-PLAIN = Form()  # as the entry says: of a density that has no scale
+PLAIN = Form()  # for a density without a scale
 FIXED = Form(constants=(SCALE,))
 LEARNED = Form("learned", has_tensor=True, has_scalar=True)
 PER_ELEMENT = Form("per_element", element="per_element", has_tensor=True)
 HEAD = Form("head", "head", element="per_element", packed=True)
 BOUNDED_PER_ELEMENT = Form("bounded_per_element", element="bounded", constants=(BOUNDS,), has_tensor=True)
 BOUNDED_HEAD = Form("bounded_head", "head", element="bounded", constants=(BOUNDS,), packed=True)
-PACKED = Form(packed=True)  # there is no other
-RAW = Form("logits", "logits", raw=True)  # what the decoder returns, before softmax and exponential
+PACKED = Form(packed=True)  # for a density that only comes packed
+RAW = Form("logits", "logits", raw=True)  # the decoder's raw output, before softmax and exponential
 MEAN = Form(constants=(EPS,), elements=True)  # the mean itself, to which `eps` is added
 RATE = Form("rate", "rate", element="rate", constants=(EPS,), raw=True, elements=True)
 
 SCALED = (FIXED, LEARNED, PER_ELEMENT, HEAD)
 
 PIXELS = (torch.uint8,)  # read as x / 255
-COUNTS = (torch.uint8, torch.uint16, torch.int32, torch.int64)  # each as it is
+COUNTS = (torch.uint8, torch.uint16, torch.int32, torch.int64)  # not scaled
 
 
 class Spec(NamedTuple):
-    """One density."""
+    """The entry of one density."""
 
     name: str
-    family: str  # continuous, counts, categorical or discretized: the word that its files are called
-    tensors: tuple[str, ...]  # as the functions name them; the first has the type of all
-    integers: tuple[torch.dtype, ...]  # that the target may be, beside the parameters' type and float32
-    scale: str = ""  # the tensor that its scale may come in
-    halves: str = ""  # what a packed head holds, in words for messages
+    family: str  # continuous, counts, categorical or discretized; its files have the same name
+    tensors: tuple[str, ...]  # the names of the functions' tensors; the first determines the dtype of all
+    integers: tuple[torch.dtype, ...]  # the target's dtypes besides the parameters' dtype and float32
+    scale: str = ""  # the name of the scale, if it may be a tensor
+    halves: str = ""  # what a packed head holds, for messages
     raw: tuple[str, ...] = ()  # the tensors of the forms RAW and RATE
     constants: tuple[Constant, ...] = ()
     forms: tuple[Form, ...] = (PLAIN,)
-    # A density of (target - first parameter), whose derivative by the target is the first's, negated. Of others no
-    # backend but the reference gives the target's derivative.
+    # The density depends on (target - first parameter), so the target's gradient is that of the first, negated. For
+    # other densities only the reference provides the target's gradient.
     is_location: bool = False
-    # Every element is for itself: the kernels of all such densities are the same but for a function of the element.
-    # Others have a kernel, and checks, of their own.
+    # Every element is independent: all such densities share one kernel, which applies a function of one element. Others
+    # have their own kernel and checks.
     elementwise: bool = True
-    by_name: bool = False  # fastvae.ELBO takes the name for the module, which needs no arguments
-    # (backend, type of device) that have no kernel for it. "auto" takes the next backend that has.
+    by_name: bool = False  # fastvae.ELBO accepts the name, because the module needs no arguments
+    # The (backend, device type) pairs without a kernel for it. "auto" then uses the next backend that has one.
     lacks: tuple[tuple[str, str], ...] = ()
 
     @property
     def module(self) -> str:
-        """The class in fastvae.likelihoods."""
+        """The name of the class in fastvae.likelihoods."""
         return "".join(map(str.capitalize, self.name.split("_")))
 
 
@@ -211,7 +211,7 @@ SPECS = (
 
 
 class Variant(NamedTuple):
-    """One form of one density: what a backend serves under one name. All of it follows from the `Spec`."""
+    """One form of one density, which a backend serves under one name. It follows from the `Spec`."""
 
     name: str
     density: str
@@ -225,17 +225,17 @@ class Variant(NamedTuple):
     has_scalar: bool  # the last tensor is 0-dimensional; the others have the shape of the first
     packed: bool
     halves: str
-    elements: bool  # the op nll_elements serves it
-    counts: bool  # the target counts something: uint8 is a number like the wider integers, and no pixel
+    elements: bool  # whether the op nll_elements serves it
+    counts: bool  # the target holds counts, so uint8 is not read as x / 255
     lacks: tuple[tuple[str, str], ...]
 
     @property
     def numbers(self) -> int:
-        """How many constants a backend is handed."""
+        """The number of constants that a backend receives."""
         return sum(constant.length for constant in self.constants)
 
 
-def _joined(*parts: str) -> str:
+def _join_words(*parts: str) -> str:
     return "_".join(filter(None, parts))
 
 
@@ -244,11 +244,11 @@ def _variant(spec: Spec, form: Form) -> Variant:
     if form.has_tensor:
         tensors = (*tensors, spec.scale)
     return Variant(
-        name=_joined(spec.name, form.variant),
+        name=_join_words(spec.name, form.variant),
         density=spec.name,
         family=spec.family,
-        function=_joined(spec.name, form.function, "nll"),
-        element=_joined(spec.name, form.element) if spec.elementwise else "",
+        function=_join_words(spec.name, form.function, "nll"),
+        element=_join_words(spec.name, form.element) if spec.elementwise else "",
         tensors=("params",) if form.packed else tensors,
         constants=(*spec.constants, *form.constants),
         integers=spec.integers,
@@ -268,9 +268,9 @@ VARIANTS: dict[str, Variant] = {
 
 
 def table() -> list[tuple[str, str, str, int, int, bool, bool, bool, tuple[torch.dtype, ...]]]:
-    """What csrc's table says too, variant by variant, in its order: `fastvae._C.likelihoods()` is to be the same.
+    """The table in the format of `fastvae._C.likelihoods()`, with which it must agree, including the order.
 
-    (name, family, element, tensors, constants, packed, has_scalar, is_location, integers) of each.
+    Each entry is (name, family, element, tensors, constants, packed, has_scalar, is_location, integers).
     """
     return [
         (

@@ -5,7 +5,7 @@ import warnings
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """`warnings.warn` at the line of the user's that called, however many frames of ours and torch's lie between."""
+    """Call `warnings.warn` so that it points at the user's line, past any frames of fastvae and torch in between."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
         "fastvae",

@@ -1,4 +1,4 @@
-"""The objective a user calls: `ELBO`."""
+"""`ELBO`, the training objective of a VAE."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import functional, likelihoods
 from .functional.checks import check_choice, check_kl, is_dense, layout_message
 from .functional.loss import nll as loss_and_nll
-from .functional.ranges import has_values, look
+from .functional.ranges import has_values, warn_of_impossible_values
 from .likelihoods import Bernoulli, Likelihood
 from .reference import REDUCTIONS, free_bits
 
@@ -20,18 +20,19 @@ _ALIASES = {"batchmean": "mean"}
 
 
 class ELBOOutput(NamedTuple):
-    """What `ELBO` returns, all of it differentiable: train on `loss`, log the rest."""
+    """The result of an `ELBO` call. Every field is differentiable: train on `loss` and log the others."""
 
     loss: Tensor
-    """nll + beta * kl, reduced: a scalar, or (B,) with reduction "none". With free bits, the KL in it is theirs."""
+    """nll + beta * kl, reduced: a scalar, or (B,) with reduction "none". With free bits, this uses the KL after
+    them."""
     nll: Tensor
     """-log p(x | z) of every row, (B,), in nats."""
     kl: Tensor
-    """KL( q(z | x) || p(z) ) of every row, (B,), in nats; the true one, with free bits too."""
+    """KL( q(z | x) || p(z) ) of every row, (B,), in nats. With free bits, this is still the true KL."""
 
     @property
     def elbo(self) -> Tensor:
-        """The evidence lower bound of every row, (B,): -(nll + kl), whatever beta is."""
+        """The evidence lower bound of every row, (B,): -(nll + kl), without beta."""
         return -(self.nll + self.kl)
 
 
@@ -51,32 +52,32 @@ class ELBO(nn.Module):
             out.loss.backward()
             optimizer.step()
 
-    A model that samples z itself passes the posterior instead: `elbo(recon, x, mu, logvar).loss`.
+    A model that samples z itself can pass the posterior instead: `elbo(recon, x, mu, logvar).loss`.
 
     Args:
         likelihood: `"bernoulli"`, `"continuous_bernoulli"`, `"gaussian"`, `"laplace"`, `"poisson"`, `"categorical"`, a
             module of `fastvae.likelihoods`, or any `nn.Module` with a method `nll(params, target) -> (B,)`. It may have
             parameters (a learned scale): pass `elbo.parameters()` to the optimiser, and under DDP put the ELBO inside
             the module that is wrapped.
-        beta: the weight of the KL, a float or a 0-dim tensor, at least 0. Kept as a buffer (not in the state dict: it
-            is a setting), so that a schedule may write `elbo.beta = 0.5` between steps, under torch.compile too. It
-            stays float32 when a model is cast. No gradient flows to it. Of an ELBO that was not moved to the GPU, the
-            first call moves it there, and there it stays.
-        reduction: `"mean"` (or `"batchmean"`): summed over each datum, mean over the batch: nats per datum.
-            `"sum"`: over all. `"none"`: one loss per row.
-        free_bits: nats of KL that each latent dimension may have at no cost: in the loss, a dimension with less counts
-            as having that much, and so nothing pushes it to collapse (Kingma et al. 2016, appendix C.8). 0: none.
-            `reparameterize` then returns the KL of every dimension, of the shape of `mu`, which is what a call takes;
-            `out.kl` stays the true KL of every row.
-        free_bits_mean: whether a dimension is judged by its mean over the batch (of this process), as in the paper, or,
-            if False, in each datum by itself.
+        beta: the weight of the KL, a float or a 0-dim tensor, at least 0. It is stored as a buffer, but not in the
+            state dict, because it is a setting. A schedule may assign `elbo.beta = 0.5` between steps, also under
+            torch.compile. It stays float32 when the model is cast, and no gradient flows to it. If the ELBO was not
+            moved to the GPU, its first call with GPU tensors moves beta there permanently.
+        reduction: `"mean"` (or `"batchmean"`) sums over each datum and averages over the batch, which gives nats per
+            datum. `"sum"` sums over everything. `"none"` gives one loss per row.
+        free_bits: the nats of KL that each latent dimension may have at no cost. In the loss, a dimension with less KL
+            counts as having this much, so nothing pushes it to collapse (Kingma et al. 2016, appendix C.8). 0 disables
+            them. With free bits, `reparameterize` returns the KL of every dimension, in the shape of `mu`, and `kl=`
+            expects the same; `out.kl` is still the true KL of every row.
+        free_bits_mean: if True, as in the paper, the threshold applies to the mean KL of a dimension over the batch (of
+            this process); if False, it applies to each datum separately.
 
-    Called as `elbo(recon, x, kl=kl)` or `elbo(recon, x, mu, logvar)`; see `forward`.
+    Call it as `elbo(recon, x, kl=kl)` or `elbo(recon, x, mu, logvar)`; see `forward`.
     """
 
     beta: Tensor
 
-    # TorchScript compiles a model that holds an ELBO, as long as what it compiles does not call it.
+    # TorchScript can compile a model that contains an ELBO, provided the compiled code does not call it.
     __jit_unused_properties__ = ("free_bits",)
 
     def __init__(
@@ -91,10 +92,11 @@ class ELBO(nn.Module):
         super().__init__()
         self.likelihood = likelihoods.get(likelihood)
         self.reduction = reduction
-        # None, not 0: torch.compile makes a float a variable of the graph, on which no branch is taken once for all.
+        # None rather than 0: torch.compile turns a float into a graph input, and a branch on it cannot be resolved
+        # at compile time.
         self._free_bits = _checked("free_bits", "float", free_bits) or None
         self.free_bits_mean = free_bits_mean
-        # Without a device of its own a number follows torch's default device, like every other parameter.
+        # A plain number has no device, so beta is created on torch's default device, like every other parameter.
         device = beta.device if isinstance(beta, Tensor) else None
         self._beta = _checked_beta(beta)
         self.register_buffer(
@@ -103,22 +105,22 @@ class ELBO(nn.Module):
         self._first_batch_checked = False
 
     def reset_parameters(self) -> None:
-        """Writes `beta` anew, the last that was given as a number: a module made on the meta device has none after
-        `to_empty`, and no checkpoint brings it."""
+        """Write the last numeric `beta` into the buffer again. A module created on the meta device has no value for it
+        after `to_empty`, and checkpoints do not contain it."""
         self.beta.fill_(self._beta)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
-        # `load_state_dict(assign=True)` fills a model made on the meta device, and no checkpoint holds beta.
+        # `load_state_dict(assign=True)` fills a model created on the meta device, but checkpoints do not contain beta.
         if self.beta.is_meta and local_metadata.get("assign_to_params_buffers", False):
             self._buffers["beta"] = torch.tensor(self._beta, dtype=torch.float32, device="cpu")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ELBO":
         before = self.beta
         super()._apply(fn, recurse)
-        # `model.half()` would round it for good: it follows to another device and to no other dtype.
+        # `model.half()` would round beta permanently, so it follows a change of device but not of dtype.
         if before.dtype == torch.float32 and self.beta.dtype != torch.float32:
             self._buffers["beta"] = before.to(self.beta.device)
         return self
@@ -129,7 +131,7 @@ class ELBO(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "beta" and "beta" in self.__dict__.get("_buffers", ()):
-            # In place: compiled code and CUDA graphs hold on to this very tensor.
+            # Written in place because compiled code and CUDA graphs hold a reference to this tensor.
             with torch.no_grad():
                 if isinstance(value, Tensor) and value.dim() == 0:
                     self.beta.copy_(value)
@@ -155,14 +157,14 @@ class ELBO(nn.Module):
         row_offset: int = 0,
         eps: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`fastvae.functional.reparameterize_kl`: z ~ N(mu, e^logvar), and the row's KL, (B,).
+        """Draw z ~ N(mu, e^logvar) and compute the KL of every row, (B,). See `fastvae.functional.reparameterize_kl`.
 
-        With free bits, the KL of every dimension, of the shape of `mu`: hand it on as `kl=`, sum it to look at it.
-        Draws in training and in evaluation alike; use `mu` itself for a z without noise.
+        With free bits, the KL is that of every dimension, in the shape of `mu`: pass it on as `kl=`, or sum it to log
+        it. This draws noise in evaluation mode too; for a z without noise, use `mu` itself.
 
-        With `samples=K`, z is (K, B, ...), and the loss averages over the samples where each is a row of its own:
-        `elbo(decoder(z.flatten(0, 1)), x.repeat(K, *[1] * (x.dim() - 1)), kl=kl.repeat(K))`, of flat data
-        `x.repeat(K, 1)`; with free bits the KL of every dimension repeats as x does.
+        With `samples=K`, z is (K, B, ...). To average the loss over the samples, make each a row of its own:
+        `elbo(decoder(z.flatten(0, 1)), x.repeat(K, *[1] * (x.dim() - 1)), kl=kl.repeat(K))`; for flat data,
+        `x.repeat(K, 1)` is enough. With free bits, repeat the KL in the same way as x.
         """
         z, kl = functional.reparameterize_kl(
             mu,
@@ -189,22 +191,25 @@ class ELBO(nn.Module):
         *,
         kl: Tensor | None = None,
     ) -> ELBOOutput:
-        """The loss of a batch.
+        """Compute the loss of a batch.
 
         Args:
-            recon: what the decoder returned, (B, ...): the parameters of the likelihood.
-            x: the data, (B, ...), of the shape that the likelihood expects for `recon`.
-            mu, logvar: the posterior, (B, ...), for a KL from N(0, 1);
-            kl: or else the KL of every row, (B,), as `reparameterize` returns it; with free bits, of every dimension,
-                (B, ...).
+            recon: the output of the decoder, (B, ...), which holds the parameters of the likelihood.
+            x: the data, (B, ...), in the shape that the likelihood expects for `recon`.
+            mu, logvar: the posterior, (B, ...). Its KL from N(0, 1) is computed here.
+            kl: the KL of every row, (B,), as `reparameterize` returns it; with free bits, the KL of every dimension,
+                (B, ...). Pass either `kl` or the posterior.
 
         Raises:
-            TypeError: neither posterior nor `kl`, or both; a dtype or kind that does not fit.
-            ValueError: a shape or device that does not fit; an x that requires a gradient that the likelihood lacks.
+            TypeError: If neither or both of the posterior and `kl` are passed, or an argument has a wrong type or
+                dtype.
+            ValueError: If a shape or device is wrong, or `x` requires a gradient that the likelihood does not provide.
         """
         if kl is None:
             if mu is None or logvar is None:
-                raise TypeError(_call_forms("neither" if mu is logvar else "only one of `mu` and `logvar`"))
+                raise TypeError(
+                    _kl_or_posterior_message("neither" if mu is logvar else "only one of `mu` and `logvar`")
+                )
             tensors = isinstance(mu, Tensor) and isinstance(x, Tensor)
             if tensors and not mu.is_nested and not x.is_nested and mu.shape[:1] != x.shape[:1]:
                 raise ValueError(
@@ -212,49 +217,52 @@ class ELBO(nn.Module):
                 )
             kl = functional.gaussian_kl(mu, logvar, reduction="event" if self._free_bits is None else "none")
         elif mu is not None or logvar is not None:
-            raise TypeError(_call_forms("both"))
+            raise TypeError(_kl_or_posterior_message("both"))
         true_kl = kl
         if self._free_bits is not None:
-            _check_dimensions(kl)
-            # Half would not hold their sum.
+            _check_kl_per_dimension(kl)
+            # Half precision could overflow in the sum.
             kl = kl if kl.dtype == torch.float64 else kl.float()
             true_kl = kl.flatten(1).sum(1)
             kl = free_bits(kl, self._free_bits, batch_mean=self.free_bits_mean)
 
-        # Not self.likelihood and self.beta, which nn.Module looks up in Python: with a small batch it shows.
+        # Attribute access such as self.likelihood goes through nn.Module.__getattr__, which is noticeably slow for
+        # small batches.
         likelihood: Any = self._modules["likelihood"]
         beta: Any = self._buffers["beta"]
         if not torch.compiler.is_compiling() and beta.is_cpu and isinstance(kl, Tensor) and not kl.is_cpu:
             _move_beta(beta, kl)
         if not isinstance(likelihood, Likelihood) or type(likelihood).nll is not Likelihood.nll:
-            composed = _compose(likelihood.nll(recon, x), kl, beta, self._reduction)
-            return composed._replace(kl=true_kl)
+            output = _output_from_nll(likelihood.nll(recon, x), kl, beta, self._reduction)
+            return output._replace(kl=true_kl)
         name, params, constants = likelihood.kernel_call(recon)
         loss, nll = loss_and_nll(name, params, x, constants, kl, beta, self._reduction, caller="ELBO")
         if not self._first_batch_checked and not torch.compiler.is_compiling():
-            given = recon if isinstance(likelihood, Bernoulli) and likelihood.from_probs else None
-            self._first_batch_checked = look("ELBO", ("recon", "x"), name, params, x, constants, given)
+            probs = recon if isinstance(likelihood, Bernoulli) and likelihood.from_probs else None
+            self._first_batch_checked = warn_of_impossible_values(
+                "ELBO", ("recon", "x"), name, params, x, constants, probs
+            )
         return ELBOOutput(loss, nll, true_kl)
 
     def extra_repr(self) -> str:
         beta = "?" if self.beta.is_meta else f"{self.beta.item():g}"
-        free = f", free_bits={self.free_bits:g}" if self.free_bits else ""
-        return f"beta={beta}, reduction={self.reduction!r}{free}"
+        free_bits = f", free_bits={self.free_bits:g}" if self.free_bits else ""
+        return f"beta={beta}, reduction={self.reduction!r}{free_bits}"
 
 
 def _move_beta(beta: Tensor, kl: Tensor) -> None:
-    """Moves a beta on the CPU, once, to the GPU of the loss.
+    """Move a beta that is on the CPU to the GPU of the loss, once.
 
-    A copy in every call would make Python wait for the GPU, and no graph can capture one. It stays the tensor that
-    others hold, and goes back only with `elbo.to()`, because a captured graph reads it where it is.
+    Copying it in every call would make Python wait for the GPU and could not be captured in a CUDA graph. The tensor
+    object stays the same, and only `elbo.to()` moves it back, because a captured graph reads it at its address.
     """
     if has_values(kl) and has_values(beta):
-        # A tensor made in inference mode could not be written to afterwards.
+        # A tensor created in inference mode could not be written to afterwards.
         with torch.inference_mode(False), torch.no_grad():
             beta.data = beta.to(kl.device)
 
 
-def _check_dimensions(kl: Any) -> None:
+def _check_kl_per_dimension(kl: Any) -> None:
     if not isinstance(kl, Tensor):
         raise TypeError(f"fastvae.ELBO: `kl` must be a Tensor, got {type(kl).__name__}")
     if not is_dense(kl):
@@ -263,8 +271,9 @@ def _check_dimensions(kl: Any) -> None:
         raise TypeError(f"fastvae.ELBO: `kl` must be floating point, got {kl.dtype}")
     if kl.dim() < 2:
         raise ValueError(
-            "fastvae.ELBO: with `free_bits`, `kl` must be that of every dimension, (B, ...), as elbo.reparameterize "
-            f'and functional.gaussian_kl(..., reduction="none") give it, got shape {tuple(kl.shape)}'
+            "fastvae.ELBO: with `free_bits`, `kl` must be the KL of every dimension, (B, ...), as returned by "
+            'elbo.reparameterize and functional.gaussian_kl(..., reduction="none"), '
+            f"got shape {tuple(kl.shape)}"
         )
 
 
@@ -286,16 +295,19 @@ def _checked(name: str, kind: str, number: Any) -> float:
     return value
 
 
-def _call_forms(found: str) -> str:
-    return f"fastvae.ELBO: call elbo(recon, x, kl=kl) or elbo(recon, x, mu, logvar): `kl` or the posterior, got {found}"
+def _kl_or_posterior_message(found: str) -> str:
+    return (
+        "fastvae.ELBO: expected either `kl` or the posterior, as in elbo(recon, x, kl=kl) or "
+        f"elbo(recon, x, mu, logvar), got {found}"
+    )
 
 
-def _compose(nll: Tensor, kl: Tensor, beta: Tensor, reduction: int) -> ELBOOutput:
-    """The loss around a likelihood that no kernel serves."""
+def _output_from_nll(nll: Tensor, kl: Tensor, beta: Tensor, reduction: int) -> ELBOOutput:
+    """Combine the nll of a likelihood that has no kernel with the KL."""
     if not isinstance(nll, Tensor) or nll.dim() != 1:
         found = tuple(nll.shape) if isinstance(nll, Tensor) else type(nll).__name__
         raise ValueError(
-            f"fastvae.ELBO: the likelihood's `nll` must return one value per row, shape (B,), got {found}"
+            f"fastvae.ELBO: `nll` of the likelihood must return one value per row, shape (B,), got {found}"
         )
     check_kl("ELBO", kl, "nll", nll)
     loss = nll + beta * (kl if kl.dtype == torch.float64 else kl.float())

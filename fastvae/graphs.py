@@ -24,9 +24,9 @@ def graph_step(
     warmup: int = 3,
     generators: Sequence[torch.Generator] = (),
 ) -> Callable[[Batch], Result]:
-    """A function that does what `step_fn` does, as the replay of one CUDA graph.
+    """Return a function that does what `step_fn` does by replaying one CUDA graph.
 
-    A small model spends its time in launching kernels, not in running them; a graph launches them all at once::
+    A small model spends its time launching kernels rather than running them. A graph launches them all at once::
 
         def train_step(x):
             optimizer.zero_grad()
@@ -41,31 +41,32 @@ def graph_step(
         for x in loader:
             loss = step(x)
 
-    Every call is one step. The first `warmup` calls run `step_fn`, on a stream of their own; the next one captures it,
-    and from then on calls copy the batch to where the graph reads it, and replay. Each replay draws fresh noise, the
-    noise that a call of `step_fn` would have drawn in its place, and follows `elbo.beta = ...`.
+    Every call is one step. The first `warmup` calls run `step_fn` on a separate stream. The next call captures it, and
+    later calls copy the batch into the graph's input tensors and replay it. Each replay draws fresh noise, the same
+    noise that a call of `step_fn` would have drawn in its place, and respects `elbo.beta = ...`.
 
-    In a captured step nothing may wait for the GPU (`.item()`, printing a tensor), and what Python does there happens
-    once. Optimisers count their steps on the GPU (`capturable=True`); a learning rate that a schedule changes has to be
-    a tensor, `lr=torch.tensor(1e-3)`. Where `step_fn` passes `generator=`, list that generator in `generators`.
+    A captured step must not wait for the GPU (`.item()`, printing a tensor), and its Python code runs only once, during
+    the capture. Optimisers must count their steps on the GPU (`capturable=True`), and a learning rate that a schedule
+    changes must be a tensor, `lr=torch.tensor(1e-3)`. If `step_fn` passes `generator=`, list that generator in
+    `generators`.
 
-    Without a GPU, or with an example on the CPU, calls run `step_fn` as it is, and the first says so.
+    Without a GPU, or with an example on the CPU, calls run `step_fn` directly, and the first call warns about it.
 
     Args:
         step_fn: the step, a function of a batch. It returns tensors, in any nesting of tuples, lists and dicts.
-        example_batch: a tensor on the GPU, or any nesting of such tensors. Only shapes, types and devices count.
-        warmup: how many calls come before the capture, at least 1: libraries and optimisers set themselves up in them.
-        generators: generators beside torch's default one that the step draws from.
+        example_batch: a tensor on the GPU, or any nesting of such tensors. Only its shapes, dtypes and devices are
+            used.
+        warmup: the number of calls before the capture, at least 1, in which libraries and optimisers initialise.
+        generators: generators that the step draws from, other than torch's default one.
 
     Returns:
-        A function of a batch like `example_batch`, on any device (from pinned memory the copy does not make Python
-        wait). It gives what `step_fn` returned, detached; the next call overwrites these tensors: `.clone()` what is
-        kept.
+        A function of a batch like `example_batch`, on any device (copying from pinned memory does not block Python). It
+        returns the detached result of `step_fn`. The next call overwrites these tensors, so `.clone()` what you keep.
 
     Raises:
-        ValueError: a batch that differs from `example_batch` in shape, type or nesting.
-        TypeError: an `example_batch` without tensors, or a `step_fn` that cannot be called.
-        RuntimeError: an optimiser that is not capturable, or a step that cannot be captured.
+        ValueError: If a batch differs from `example_batch` in shape, dtype or nesting.
+        TypeError: If `example_batch` contains no tensors, or `step_fn` is not callable.
+        RuntimeError: If an optimiser is not capturable, or the step cannot be captured.
     """
     if not callable(step_fn):
         raise TypeError(
@@ -87,7 +88,7 @@ class _Step(Generic[Batch, Result]):
         self._step_fn = step_fn
         leaves, self._structure = pytree.tree_flatten(example)
         self._device = _device_of(leaves)
-        # What the graph reads. What is no tensor is written into the graph as it is.
+        # The tensors that the graph reads. Values that are not tensors become constants of the graph.
         self._slots = [_slot(leaf, self._device) for leaf in leaves]
         self._warmups_left = warmup
         self._generators = tuple(generators)
@@ -100,19 +101,19 @@ class _Step(Generic[Batch, Result]):
         leaves, structure = pytree.tree_flatten(batch)
         self._check(batch, leaves, structure)
         if self._device is None:
-            _warn_that_it_runs_eagerly()
+            _warn_of_eager_step()
             return _detach(self._step_fn(batch))
         with torch.no_grad():
             for slot, leaf in zip(self._slots, leaves, strict=True):
                 if isinstance(slot, Tensor):
                     slot.copy_(leaf, non_blocking=True)
         if self._graph is None:
-            # An autocast around the calls keeps the weights that it has cast for as long as it lasts: steps would go on
-            # with those of the first one, and replays for ever.
+            # An autocast context around the calls caches the weights it has cast for as long as it lasts, so later
+            # steps and all replays would use the weights of the first step.
             torch.clear_autocast_cache()
             try:
                 if self._warmups_left:
-                    return self._warm_up()
+                    return self._run_on_side_stream()
                 self._graph = self._capture()
             finally:
                 torch.clear_autocast_cache()
@@ -129,28 +130,28 @@ class _Step(Generic[Batch, Result]):
             if isinstance(slot, Tensor) and isinstance(leaf, Tensor):
                 if leaf.shape == slot.shape and leaf.dtype == slot.dtype:
                     continue
-                wanted, found = (f"{tuple(t.shape)}, {str(t.dtype)[6:]}" for t in (slot, leaf))
+                expected, found = (f"{tuple(t.shape)}, {str(t.dtype)[6:]}" for t in (slot, leaf))
             elif not isinstance(slot, Tensor) and not isinstance(leaf, Tensor) and leaf == slot:
                 continue
             else:
-                wanted, found = (
+                expected, found = (
                     "a tensor" if isinstance(value, Tensor) else repr(value) for value in (slot, leaf)
                 )
             raise ValueError(
-                f"fastvae.graph_step: {_name_of_leaf(batch, number)} must be as in `example_batch`, {wanted}, "
-                f"got {found}; a last batch of another size is left out by DataLoader(drop_last=True), or taken by "
-                "calling `step_fn` itself"
+                f"fastvae.graph_step: {_name_of_leaf(batch, number)} must be as in `example_batch`, {expected}, "
+                f"got {found}; for a last batch of another size, use DataLoader(drop_last=True) or call `step_fn` "
+                "directly"
             )
 
-    def _static(self) -> Any:
+    def _static_batch(self) -> Any:
         return pytree.tree_unflatten(self._slots, self._structure)
 
-    def _warm_up(self) -> Result:
+    def _run_on_side_stream(self) -> Result:
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream), _capturable_optimizers_only():
-                result = _detach(self._step_fn(self._static()))
+                result = _detach(self._step_fn(self._static_batch()))
             current.wait_stream(self._stream)
         self._warmups_left -= 1
         return result
@@ -162,24 +163,24 @@ class _Step(Generic[Batch, Result]):
         current = torch.cuda.current_stream(self._device)
         cause: RuntimeError | None = None
         try:
-            # Not "global": a DataLoader's thread may pin memory meanwhile.
+            # "thread_local" rather than "global", because a DataLoader's thread may pin memory at the same time.
             with (
                 torch.cuda.device(self._device),
                 torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
             ):
                 try:
-                    self._result = _detach(self._step_fn(self._static()))
+                    self._result = _detach(self._step_fn(self._static_batch()))
                 except RuntimeError as error:
                     cause = error
                     raise
         except RuntimeError as error:
-            # To end a broken capture is one more error, which says less; and torch stays on the stream of the capture.
+            # Ending a broken capture raises a second, less helpful error and leaves torch on the capture stream.
             torch.cuda.set_stream(current)
             cause = cause or error
             first_line = str(cause).partition("\n")[0]
             raise RuntimeError(
-                f"fastvae.graph_step: the step cannot be captured as a CUDA graph: {first_line}; nothing in it may "
-                "wait for the GPU (.item(), .cpu(), printing a tensor) or copy from memory that is not pinned"
+                f"fastvae.graph_step: the step cannot be captured as a CUDA graph: {first_line}; it must not wait for "
+                "the GPU (.item(), .cpu(), printing a tensor) or copy from memory that is not pinned"
             ) from cause
         return graph
 
@@ -190,7 +191,7 @@ class _Step(Generic[Batch, Result]):
 
 
 def _device_of(leaves: list[Any]) -> torch.device | None:
-    """The GPU of an example's tensors; None where it has none."""
+    """The GPU that holds the example's tensors, or None if they are not on a GPU."""
     devices = list(dict.fromkeys(leaf.device for leaf in leaves if isinstance(leaf, Tensor)))
     if not devices:
         raise TypeError("fastvae.graph_step: `example_batch` must hold at least one tensor, got none")
@@ -218,40 +219,42 @@ def _name_of_leaf(batch: Any, number: int) -> str:
 
 
 def _detach(result: Any) -> Any:
-    """Nobody is to go backward through a step that is done; and its graph would hold on to memory."""
+    """Detach the result: nobody differentiates through a finished step, and its autograd graph would keep memory."""
     return pytree.tree_map_only(Tensor, Tensor.detach, result)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What users get wrong
+# Warnings and errors for common mistakes
 # ---------------------------------------------------------------------------------------------------------------------
 
 _eager_warned = False
 
 
-def _warn_that_it_runs_eagerly() -> None:
+def _warn_of_eager_step() -> None:
     global _eager_warned
     if not _eager_warned:
         _eager_warned = True
         reason = "`example_batch` is on the CPU" if torch.cuda.is_available() else "torch sees no GPU"
-        warn(f"fastvae.graph_step: no CUDA graph, the step runs as it is: {reason}", UserWarning)
+        warn(
+            f"fastvae.graph_step: the step runs eagerly, without a CUDA graph, because {reason}", UserWarning
+        )
 
 
 @contextmanager
 def _capturable_optimizers_only() -> Iterator[None]:
-    """Refuses, before its first step, an optimiser that a capture would stop at some steps later."""
+    """Refuse an optimiser that cannot be captured before its first step, not only when the capture fails."""
 
-    def look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def check_capturable(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for group in optimizer.param_groups:
             if group.get("capturable") is False:
                 name = type(optimizer).__name__
                 raise RuntimeError(
-                    f"fastvae.graph_step: {name} must have `capturable` True to be part of a CUDA graph, got False; "
-                    f"make it with {name}(..., capturable=True) (which needs a GPU; on both: "
-                    "capturable=torch.cuda.is_available())"
+                    f"fastvae.graph_step: `capturable` of {name} must be True in a CUDA graph, got False; create the "
+                    f"optimiser as {name}(..., capturable=True), or, if it must also run on a CPU, with "
+                    "capturable=torch.cuda.is_available()"
                 )
 
-    handle = register_optimizer_step_pre_hook(look)
+    handle = register_optimizer_step_pre_hook(check_capturable)
     try:
         yield
     finally:

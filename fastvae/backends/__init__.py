@@ -1,13 +1,13 @@
-"""The backends: who serves a tensor, and why another does not.
+"""The backends: which of them serves a tensor, and why the others do not.
 
-A backend is four functions of fixed positional signatures (`Backend`). There are three:
+A backend is a set of functions with fixed positional signatures (`Backend`). There are three:
 
-- "reference": `fastvae.reference`, plain PyTorch, always there, any device;
-- "native": the compiled extension `fastvae._C`, whose ops live in `torch.ops.fastvae`;
-- "triton": `fastvae._triton`, whose ops live in `torch.ops.fastvae_triton`.
+- "reference": `fastvae.reference`, plain PyTorch, which is always available on any device;
+- "native": the compiled extension `fastvae._C`, whose ops are in `torch.ops.fastvae`;
+- "triton": `fastvae._triton`, whose ops are in `torch.ops.fastvae_triton`.
 
-`choose.py` has the setting and makes the choice, `native.py` and `triton.py` load what it may choose from,
-`available.py` keeps what was loaded and the reasons of what was not, `doctor.py` prints all of that.
+`choose.py` holds the setting and makes the choice. `native.py` and `triton.py` load the backends. `available.py` keeps
+the loaded ones, and the reasons why others could not be loaded. `doctor.py` reports all of this.
 """
 
 from .available import reason, serves

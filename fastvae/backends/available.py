@@ -1,4 +1,4 @@
-"""Which backends are there, and why the others are not."""
+"""Which backends are available, and why the others are not."""
 
 import torch
 
@@ -10,28 +10,28 @@ LOADERS = {"native": native.load, "triton": triton.load}
 NAMESPACES = {"native": "fastvae", "triton": "fastvae_triton"}
 
 loaded: dict[str, Backend] = {"reference": REFERENCE}
-missing: dict[str, str] = {}  # backend name -> the reason
+missing: dict[str, str] = {}  # backend name -> why it could not be loaded
 
 
 def load(name: str) -> Backend | None:
-    """The named backend, loaded at the first request; None leaves its reason in `missing`."""
+    """Load the backend at the first request. If this fails, return None and keep the reason in `missing`."""
     if name not in loaded and name not in missing:
         try:
             loaded[name] = LOADERS[name]()
-        except Missing as why:
-            missing[name] = str(why)
+        except Missing as error:
+            missing[name] = str(error)
     return loaded.get(name)
 
 
 def has_kernels(name: str, device_type: str) -> bool:
-    """Whether a loaded backend of ops has every kernel for a device type, but those that it is known to lack."""
+    """Whether a backend has all kernels for a device type, except those that it is known to lack."""
     has_kernel, prefix = torch._C._dispatch_has_kernel_for_dispatch_key, NAMESPACES[name]
     ops = [op for op in OPS if (name, device_type) not in OPS_LACKING.get(op, ())]
     return all(has_kernel(f"{prefix}::{op}_forward", DEVICES[device_type]) for op in ops)
 
 
 def serves(name: str, device_type: str) -> bool:
-    """What `has_kernels` tells, and whether this machine's GPU can run them."""
+    """Whether a backend has the kernels for a device type, and this machine's GPU can run them."""
     if not has_kernels(name, device_type):
         return False
     if device_type != "cuda":
@@ -42,27 +42,27 @@ def serves(name: str, device_type: str) -> bool:
 
 
 def reason(name: str, device_type: str) -> str:
-    """Why a backend does not serve a device type, and the command that mends it."""
+    """Why a backend does not serve a device type, with the command that fixes it."""
     if load(name) is None:
         return missing[name]
     if device_type == "cuda" and torch.version.cuda is None and torch.version.hip is None:
-        return "this torch was built without CUDA; get one that has it from: https://pytorch.org/get-started"
+        return "this torch was built without CUDA; install one with CUDA from https://pytorch.org/get-started"
     if device_type == "cuda" and not torch.cuda.is_available():
-        return "torch sees no GPU; see what it says to: https://pytorch.org/get-started"
+        return "torch sees no GPU; see https://pytorch.org/get-started for what it needs"
     if name == "native" and device_type == "cuda":
         if torch.version.cuda is None:
-            return "its GPU kernels are for NVIDIA's; Triton's serve AMD's as well"
+            return "its GPU kernels are for NVIDIA GPUs; Triton's kernels serve AMD GPUs as well"
         if not has_kernels(name, device_type):
             return f"the extension was built without CUDA kernels; build them with: FASTVAE_CUDA=1 {native.BUILD}"
         built, capability = native.build_info(), torch.cuda.get_device_capability()
         if capability < (8, 0):
             return (
-                f"its CUDA kernels need compute capability 8.0 and this GPU has {capability[0]}.{capability[1]}; "
-                "Triton's serve it"
+                f"its CUDA kernels need compute capability 8.0 but this GPU has {capability[0]}.{capability[1]}; "
+                "Triton's kernels serve it"
             )
         return (
-            f"it was built for compute capability {', '.join(built.CUDA_ARCHES)} and this GPU has "
-            f"{capability[0]}.{capability[1]}; build for it with: TORCH_CUDA_ARCH_LIST="
+            f"it was built for compute capability {', '.join(built.CUDA_ARCHES)} but this GPU has "
+            f"{capability[0]}.{capability[1]}; build it for this GPU with: TORCH_CUDA_ARCH_LIST="
             f"{capability[0]}.{capability[1]} {native.BUILD}"
         )
     return (

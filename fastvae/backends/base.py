@@ -1,4 +1,4 @@
-"""What every backend is: four functions of fixed positional signatures."""
+"""The interface of every backend: functions with fixed positional signatures."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,10 +8,10 @@ import torch
 NAMES = ("auto", "reference", "native", "triton")
 OPS = ("reparameterize_kl", "gaussian_kl", "nll", "nll_elements")
 
-# op -> the (backend, type of device) that have no kernel for it. "auto" takes the next backend that has.
+# op -> the (backend, device type) pairs that have no kernel for it. "auto" then uses the next backend that has one.
 OPS_LACKING: dict[str, tuple[tuple[str, str], ...]] = {"nll_elements": (("native", "cuda"),)}
 
-# Tensors of every other device type go to the reference, whatever the setting.
+# Tensors on any other device type are served by the reference, under every setting.
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
 
 
@@ -32,10 +32,10 @@ class Backend(NamedTuple):
 
 
 class Missing(Exception):
-    """Why a backend cannot be loaded: one sentence, with the command that mends it."""
+    """A backend cannot be loaded. The message is one sentence with the reason and the command that fixes it."""
 
 
 def from_ops(name: str, namespace: str) -> Backend:
     ops = getattr(torch.ops, namespace)
-    # The overload itself: one step less per call than asking the overload packet to pick it.
+    # Calling the overload itself skips the choice that the overload packet makes in every call.
     return Backend(name, *(getattr(ops, op).default for op in OPS))

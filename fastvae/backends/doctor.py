@@ -1,4 +1,4 @@
-"""Say what runs here, and what is missing: `fastvae doctor`."""
+"""Report which backends run here and what is missing, for `fastvae doctor`."""
 
 import importlib.metadata
 import platform
@@ -11,15 +11,15 @@ from .base import DEVICES, OPS
 
 
 def _version(distribution: str) -> str:
-    # From the metadata: importing triton takes long, and its interpreter must be asked for before its first import.
+    # Read from the metadata: importing triton is slow, and its interpreter must be enabled before the first import.
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 
 
-def _server(op: str, device_type: str) -> str:
-    """The backend that serves an op on a type of device."""
+def _serving_backend(op: str, device_type: str) -> str:
+    """The name of the backend that serves an op on a device type."""
     backend = choose.with_kernel(op, device_type)
     if backend is not None:
         return backend.name
@@ -27,9 +27,10 @@ def _server(op: str, device_type: str) -> str:
 
 
 def show_config() -> str:
-    """What runs here, as text to print: versions, which backend serves which op on which device, and what is missing.
+    """Describe the installation: versions, which backend serves which op on which device, and what is missing.
 
-    Like `torch.__config__.show()`, it returns the text: `print(fastvae.show_config())`, or `fastvae doctor`.
+    Like `torch.__config__.show()`, this returns the text. Print it with `print(fastvae.show_config())`, or run
+    `fastvae doctor`.
     """
     built = native.build_info()
     loaded = available.load("native") is not None
@@ -62,24 +63,24 @@ def show_config() -> str:
         f"  {'':20}" + "".join(f"{d:14}" for d in (*DEVICES, "other")),
     ]
     for op in OPS:
-        served = [*(_server(op, device_type) for device_type in DEVICES), "reference"]
+        served = [*(_serving_backend(op, device_type) for device_type in DEVICES), "reference"]
         lines.append(f"  {op:20}" + "".join(f"{name:14}" for name in served))
 
-    absent = []
+    missing = []
     for name in ("native", "triton"):
         if available.load(name) is None:
-            absent.append(f"  {name}: {available.missing[name]}")
+            missing.append(f"  {name}: {available.missing[name]}")
         else:
-            absent += [
+            missing += [
                 f"  {name} on {device_type}: {available.reason(name, device_type)}"
                 for device_type in DEVICES
                 if not available.serves(name, device_type)
             ]
-    absent += [
+    missing += [
         f"  {name} on {device_type}: no kernel yet for {', '.join(names)}"
         for (name, device_type), names in choose.LIKELIHOODS_LACKING.items()
         if available.load(name) is not None and available.serves(name, device_type)
     ]
-    if absent:
-        lines += ["", "missing", *absent]
+    if missing:
+        lines += ["", "missing", *missing]
     return "\n".join(line.rstrip() for line in lines)

@@ -1,4 +1,4 @@
-"""The backend "reference": `fastvae.reference`, plain PyTorch, always there, any device."""
+"""The backend "reference": `fastvae.reference`, plain PyTorch, which is always available on any device."""
 
 import torch
 from torch import Tensor

@@ -1,25 +1,25 @@
-"""One function per operation: what it computes, what it accepts, and the call of the backend that serves it.
+"""One function per operation: it documents what is computed and accepted, and calls the backend.
 
-Every function checks its inputs before any work and then hands them to the backend that serves the tensor's device: a
-compiled kernel or `fastvae.reference`, where each formula is written out with its source. Dimension 0 is the batch,
-every further dimension belongs to the event and is summed; results are in nats, float32 per row (float64 for float64
+Every function checks its inputs before any work and then passes them to the backend that serves the tensors' device: a
+compiled kernel, or `fastvae.reference`, where each formula is written out with its source. Dimension 0 is the batch;
+all other dimensions belong to the event and are summed. Results are in nats, float32 per row (float64 for float64
 inputs).
 
-Accepted dtypes, the same on every backend:
+The accepted dtypes are the same on every backend:
 
 | argument                                 | dtypes                                                                    |
 |------------------------------------------|---------------------------------------------------------------------------|
 | logits, mean, params, mu                 | float16, bfloat16, float32, float64                                       |
-| logvar, prior_mu, prior_logvar, eps      | that of the line above (a 0-dim logvar of a half mean also: float32)      |
-| target                                   | that of the parameters, float32, or uint8, which is read as x / 255       |
-| target of a Bernoulli                    | bool too                                                                  |
-| target of a categorical                  | int64 and nothing else                                                    |
-| target of counts                         | that of the parameters, float32, uint8 (as it is), uint16, int32, int64   |
-| (G,) dispersion, library                 | that of the parameters; beside half types float32 too                     |
-| target of a discretised logistic         | uint8 alone, which is the level itself                                    |
+| logvar, prior_mu, prior_logvar, eps      | the dtype of the line above; a 0-dim logvar may be float32 beside half    |
+| target                                   | the parameters' dtype, float32, or uint8, which is read as x / 255        |
+| target of a Bernoulli                    | also bool                                                                 |
+| target of a categorical                  | only int64                                                                |
+| target of counts                         | the parameters' dtype, float32, uint8 (not scaled), uint16, int32, int64  |
+| (G,) dispersion, library                 | the parameters' dtype; beside half precision also float32                 |
+| target of a discretised logistic         | only uint8, which is the level itself                                     |
 | seed                                     | int64                                                                     |
 
-A value or shape that does not fit is a ValueError, as is a wrong device; a wrong dtype or kind is a TypeError.
+A wrong value, shape or device raises ValueError; a wrong type or dtype raises TypeError.
 """
 
 from . import categorical, continuous, counts, discretized, latents

@@ -15,23 +15,24 @@ __all__ = ["categorical_nll"]
 
 
 def categorical_nll(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """-log Categorical(target | softmax(logits)) of every row, in nats, summed over its positions.
+    """Compute -log Categorical(target | softmax(logits)) of every row, in nats, summed over its positions.
 
-    Per position log sum_v e^a_v - a_t for logits a and the class t (Bishop 2006, equations 4.104 and 4.108): what
-    `F.cross_entropy(..., reduction="sum")` gives, for each row. The classes come last, as a decoder's linear layer
-    leaves them: sentences of T tokens are logits (B, T, V) and a target (B, T), one label each is (B, V) and (B,).
+    Per position, log sum_v e^a_v - a_t for logits a and class t (Bishop 2006, equations 4.104 and 4.108), which is what
+    `F.cross_entropy(..., reduction="sum")` computes, but for each row. The classes are in the last dimension, as a
+    decoder's linear layer returns them: sentences of T tokens have logits (B, T, V) and a target (B, T); single labels
+    have (B, V) and (B,).
 
     Args:
         logits: (B, ..., V).
         target: (B, ...), int64: the class of each position, 0 to V - 1, or `ignore_index`.
-        ignore_index: positions of this target (padding) add nothing and pass no gradient.
+        ignore_index: positions with this target (padding) add nothing to the loss and get no gradient.
 
     Returns:
         (B,), float32 (float64 for float64 logits).
 
     Raises:
-        TypeError: a dtype or kind that does not fit.
-        ValueError: a shape or device that does not fit, or (of tensors on the CPU) a class that there is not.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape or device is wrong, or a class does not exist (checked for tensors on the CPU only).
     """
     return loss.nll("categorical", [logits], target, [checked_index("categorical_nll", ignore_index)])[0]
 
@@ -39,7 +40,7 @@ def categorical_nll(logits: Tensor, target: Tensor, *, ignore_index: int = -100)
 def checked_index(where: str, index: Any) -> float:
     if not isinstance(index, int) or isinstance(index, bool):
         raise TypeError(f"fastvae.{where}: `ignore_index` must be an int, got {index!r}")
-    if abs(index) >= 2**53:  # constants travel as floats
+    if abs(index) >= 2**53:  # constants are passed as floats
         raise ValueError(f"fastvae.{where}: `ignore_index` must be within ±2^53, got {index}")
     return float(index)
 
@@ -70,7 +71,7 @@ def _check_classes(where: str, name: str, logits: Tensor, target_name: str, targ
         raise TypeError(f"fastvae.{where}: `{target_name}` must be a Tensor, got {type(target).__name__}")
     if target.dtype != torch.int64:
         raise TypeError(
-            f"fastvae.{where}: `{target_name}` must be int64, the classes' numbers, got {dtype_name(target.dtype)}; "
+            f"fastvae.{where}: `{target_name}` must be int64 class indices, got {dtype_name(target.dtype)}; "
             f"did you mean {target_name}.long()?"
         )
     if target.device != logits.device:
@@ -78,19 +79,19 @@ def _check_classes(where: str, name: str, logits: Tensor, target_name: str, targ
     shape, found = tuple(logits.shape), tuple(target.shape)
     if len(shape) < 2 or shape[-1] < 1:
         raise ValueError(
-            f"fastvae.{where}: `{name}` must have shape (B, ..., V), one logit for each of V classes last, got {shape}"
+            f"fastvae.{where}: `{name}` must have shape (B, ..., V), with the V classes last, got {shape}"
         )
     if found != shape[:-1]:
         hint = ""
         if len(shape) > 2 and found == (shape[0], *shape[2:]):
-            hint = f"; the classes come last here: did you mean {name}.movedim(1, -1)?"
+            hint = f"; the classes must be in the last dimension: did you mean {name}.movedim(1, -1)?"
         raise ValueError(
             f"fastvae.{where}: `{target_name}` must have the shape {shape[:-1]} for `{name}` {shape}, got {found}{hint}"
         )
 
 
 def _check_class_numbers(where: str, name: str, target: Tensor, classes: int, ignore_index: int) -> None:
-    """That every class exists. Only where looking waits for nothing: on a GPU it is left to the kernel."""
+    """Check that every class exists. GPU tensors are left to the kernel, because reading them would block."""
     if type(target) is not Tensor or target.device.type != "cpu" or target.numel() == 0 or not _has_values():
         return
     low, high = torch.aminmax(target)
@@ -105,7 +106,7 @@ def _check_class_numbers(where: str, name: str, target: Tensor, classes: int, ig
 
 
 def _has_values() -> bool:
-    """Not in a trace or a transform, where tensors cannot be looked at."""
+    """Whether values can be read, which is not the case in a trace or a transform."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0

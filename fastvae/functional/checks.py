@@ -1,6 +1,7 @@
-"""What is checked before any work, and the words for what does not fit.
+"""Argument checks, which run before any work, and the wording of their messages.
 
-They run in every call that `choose.fast_path` leaves to them: comparisons, and no work for the message until one fails.
+They run in every call that `choose.fast_path` does not handle. They are cheap comparisons; a message is built only when
+one of them fails.
 """
 
 import math
@@ -45,7 +46,7 @@ def shape_message(
     where: str, name: str, value: Tensor, like_name: str, like: Tensor, expected: tuple[int, ...]
 ) -> str:
     shape = tuple(value.shape)
-    # The same elements in another arrangement: say how to arrange them.
+    # The elements are the same in another arrangement, so the hint says how to rearrange them.
     hint = ""
     if shape[:1] == expected[:1] and math.prod(shape) == math.prod(expected):
         if len(expected) == 2 < len(shape):
@@ -54,10 +55,10 @@ def shape_message(
             hint = f"; did you mean {like_name}.flatten(1)?"
         else:
             hint = f"; did you mean {name}.reshape({expected})?"
-    what = f"the shape of `{like_name}` {expected}"
+    required = f"the shape of `{like_name}` {expected}"
     if expected != tuple(like.shape):
-        what = f"the shape {expected} for `{like_name}` {tuple(like.shape)}"
-    return f"fastvae.{where}: `{name}` must have {what}, got {shape}{hint}"
+        required = f"the shape {expected} for `{like_name}` {tuple(like.shape)}"
+    return f"fastvae.{where}: `{name}` must have {required}, got {shape}{hint}"
 
 
 def check_choice(where: str, name: str, value: Any, choices: Sequence[str]) -> None:
@@ -83,7 +84,7 @@ def checked_not_negative(where: str, name: str, number: Any) -> float:
     except (TypeError, ValueError) as error:
         raise TypeError(f"fastvae.{where}: `{name}` must be a float, got {number!r}") from error
     if not 0.0 <= value < math.inf:
-        raise ValueError(f"fastvae.{where}: `{name}` must be 0 or more, and finite, got {value}")
+        raise ValueError(f"fastvae.{where}: `{name}` must be finite and at least 0, got {value}")
     return value
 
 
@@ -91,18 +92,18 @@ def checked_scale(where: str, scale: Any) -> float:
     return checked_positive(where, "scale", scale)
 
 
-def checked_int(where: str, name: str, value: Any, least: int, most: int | None) -> int:
-    """`value`, an int between the two."""
+def checked_int(where: str, name: str, value: Any, minimum: int, maximum: int | None) -> int:
+    """Return `value` if it is an int between the two bounds."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"fastvae.{where}: `{name}` must be an int, got {value!r}")
-    if value < least or (most is not None and value > most):
-        bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+    if value < minimum or (maximum is not None and value > maximum):
+        bounds = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
         raise ValueError(f"fastvae.{where}: `{name}` must be {bounds}, got {value}")
     return value
 
 
 def check_floating(where: str, name: str, value: Any) -> None:
-    """`value` is a dense floating tensor with a batch dimension."""
+    """Check that `value` is a dense floating-point tensor with a batch dimension."""
     if not isinstance(value, Tensor):
         raise TypeError(f"fastvae.{where}: `{name}` must be a Tensor, got {type(value).__name__}")
     if not is_dense(value):
@@ -119,25 +120,25 @@ def check_floating(where: str, name: str, value: Any) -> None:
 
 
 def _is_float32_beside_half(value: Tensor, like: Tensor) -> bool:
-    """Whether `value` is float32 beside a half `like`, as autocast makes of a model with a float32 layer."""
+    """Whether `value` is float32 and `like` half precision, as under autocast in a model with a float32 layer."""
     return value.dtype == torch.float32 and like.dtype in (torch.float16, torch.bfloat16)
 
 
 def check_like(where: str, name: str, value: Any, like_name: str, like: Tensor) -> None:
-    """`value` is a dense tensor of the dtype, device and shape of `like`."""
+    """Check that `value` is a dense tensor with the dtype, device and shape of `like`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"fastvae.{where}: `{name}` must be a Tensor, got {type(value).__name__}")
     if not is_dense(value):
         raise TypeError(layout_message(where, name, value))
     if value.dtype != like.dtype:
-        # The digits are kept by widening the other. Noise has none to keep.
+        # Widening the other tensor keeps the precision of this one. Noise has none to keep.
         hint = (
             f"{like_name}.float()"
             if _is_float32_beside_half(value, like) and name != "eps"
             else f"{name}.to({like_name}.dtype)"
         )
         raise TypeError(
-            f"fastvae.{where}: `{name}` must be {dtype_name(like.dtype)} as `{like_name}`, got "
+            f"fastvae.{where}: `{name}` must be {dtype_name(like.dtype)}, like `{like_name}`, got "
             f"{dtype_name(value.dtype)}; did you mean {hint}?"
         )
     if value.device != like.device:
@@ -150,21 +151,21 @@ def check_like(where: str, name: str, value: Any, like_name: str, like: Tensor) 
 
 
 def _broadcasts(value: Tensor, like: Tensor) -> bool:
-    """Whether `expand_as` gives `value` the shape of `like`."""
+    """Whether `value.expand_as(like)` is possible."""
     sizes = zip(reversed(value.shape), reversed(like.shape), strict=False)
     return value.dim() <= like.dim() and all(size in (1, wanted) for size, wanted in sizes)
 
 
 def check_beside(where: str, name: str, value: Any, like_name: str, like: Tensor) -> None:
-    """`value` is a dense tensor of the dtype and device of `like`; beside half tensors it may be float32, which is
-    what autocast makes of a model."""
+    """Check that `value` is a dense tensor with the dtype and device of `like`. If `like` is half precision, float32 is
+    accepted too, because autocast produces such pairs."""
     if not isinstance(value, Tensor):
         raise TypeError(f"fastvae.{where}: `{name}` must be a Tensor, got {type(value).__name__}")
     if not is_dense(value):
         raise TypeError(layout_message(where, name, value))
     if value.dtype != like.dtype and not _is_float32_beside_half(value, like):
         raise TypeError(
-            f"fastvae.{where}: `{name}` must be {dtype_name(like.dtype)} as `{like_name}`, got "
+            f"fastvae.{where}: `{name}` must be {dtype_name(like.dtype)}, like `{like_name}`, got "
             f"{dtype_name(value.dtype)}; did you mean {name}.to({like_name}.dtype)?"
         )
     if value.device != like.device:
@@ -172,7 +173,7 @@ def check_beside(where: str, name: str, value: Any, like_name: str, like: Tensor
 
 
 def check_learned(where: str, name: str, value: Any, like_name: str, like: Tensor) -> None:
-    """`value` is a 0-dim parameter."""
+    """Check that `value` is a 0-dimensional tensor that fits `like`."""
     check_beside(where, name, value, like_name, like)
     if value.dim() != 0:
         hint = f"; did you mean {name}.expand_as({like_name})?" if _broadcasts(value, like) else ""
@@ -191,9 +192,9 @@ def check_elements(
     name: str,
     constants: Sequence[float],
 ) -> Sequence[Tensor]:
-    """The arguments of a likelihood whose elements are each for themselves. Returns `params`.
+    """Check the arguments of an elementwise likelihood and return `params`.
 
-    `names` are those of `params`, `name` that of `target`, as the user knows them.
+    `names` are the names of `params`, and `name` that of `target`, as the user knows them.
     """
     first = params[0]
     check_floating(where, names[0], first)
@@ -226,7 +227,7 @@ def check_target(
         raise ValueError(device_message(where, name, target, names[0], first))
     if target.requires_grad and not variant.is_location and torch.is_grad_enabled():
         raise ValueError(
-            f"fastvae.{where}: `{name}` requires a gradient, which this likelihood does not give; "
+            f"fastvae.{where}: `{name}` requires a gradient, which this likelihood does not provide; "
             f"pass {name}.detach(), or differentiate fastvae.reference.{variant.function}"
         )
 

@@ -1,4 +1,4 @@
-"""Densities of numbers, element by element, and the Bernoulli, which is computed as they are."""
+"""Continuous densities, element by element, and the Bernoulli, whose kernel is of the same kind."""
 
 import math
 from collections.abc import Sequence
@@ -25,10 +25,11 @@ __all__ = [
 
 
 def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
-    """-log Bernoulli(target | sigmoid(logits)) of every row, in nats.
+    """Compute -log Bernoulli(target | sigmoid(logits)) of every row, in nats.
 
-    Per element max(a, 0) - a t + log(1 + e^-|a|) for logit a and target t (Kingma and Welling 2014, appendix C.1).
-    Grey targets, strictly between 0 and 1, give the cross-entropy, which is not normalised: no bits per dimension.
+    Per element, max(a, 0) - a t + log(1 + e^-|a|) for logit a and target t (Kingma and Welling 2014, appendix C.1).
+    Grey targets, strictly between 0 and 1, give the cross-entropy. It is not normalised, so bits per dimension cannot
+    be computed from it.
 
     Args:
         logits: (B, ...), before the sigmoid.
@@ -39,8 +40,8 @@ def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
         (B,), float32 (float64 for float64 logits).
 
     Raises:
-        TypeError: a dtype or kind that does not fit.
-        ValueError: a shape or device that does not fit, or a target that requires a gradient.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape or device is wrong, or the target requires a gradient.
     """
     return loss.nll("bernoulli", [logits], target, [])[0]
 
@@ -53,27 +54,27 @@ def gaussian_nll(
     scale: float = 1.0,
     logvar_bounds: tuple[float, float] | None = None,
 ) -> Tensor:
-    """-log N(target | mean, variance) of every row, in nats, with the constant 1/2 log 2 pi of each element.
+    """Compute -log N(target | mean, variance) of every row, in nats, with the constant 1/2 log 2 pi of each element.
 
-    Per element 1/2 [ log 2 pi + log s^2 + (x - m)^2 / s^2 ] (Kingma and Welling 2014, appendix C.2).
+    Per element, 1/2 [ log 2 pi + log s^2 + (x - m)^2 / s^2 ] (Kingma and Welling 2014, appendix C.2).
 
     Args:
         mean: (B, ...).
-        target: the shape of `mean`: floating, or uint8 read as x / 255. Its gradient is given where it requires one.
+        target: the shape of `mean`: floating, or uint8 read as x / 255. It gets a gradient if it requires one.
         logvar: the log-variance log s^2: the shape of `mean` (per element), or 0-dimensional (one learned variance).
-        scale: the standard deviation s where there is no `logvar`; a positive number.
-        logvar_bounds: (lo, hi): log s^2 is not `logvar` v but mid + half tanh((v - mid) / half), mid = (lo + hi) / 2,
-            half = (hi - lo) / 2. Where a model fits some data exactly, flat parts of an image, the best variance is
-            0 and the loss has no lower end; this smooth clamp gives it one. In the middle it is v, and it has a
-            gradient outside of the bounds too.
+        scale: the standard deviation s if there is no `logvar`; a positive number.
+        logvar_bounds: (lo, hi), a smooth clamp of `logvar`: log s^2 is mid + half tanh((logvar - mid) / half) with
+            mid = (lo + hi) / 2 and half = (hi - lo) / 2. If a model fits some data exactly, such as flat parts of an
+            image, the best variance is 0 and the loss has no lower bound; the clamp gives it one. It is close to the
+            identity in the middle, and has a gradient outside the bounds too.
 
     Returns:
         (B,), float32 (float64 for a float64 mean).
 
     Raises:
-        TypeError: a dtype or kind that does not fit (a learned scale is a `logvar`).
-        ValueError: a shape, device, scale or bounds that do not fit, both `logvar` and `scale`, or `logvar_bounds`
-            without `logvar`.
+        TypeError: If an argument has the wrong type or dtype (pass a learned scale as `logvar`).
+        ValueError: If a shape, device, `scale` or the bounds are wrong, `logvar` and `scale` are both passed, or
+            `logvar_bounds` is passed without `logvar`.
     """
     if isinstance(scale, Tensor):
         raise TypeError(
@@ -84,7 +85,7 @@ def gaussian_nll(
     if logvar is None:
         if logvar_bounds is not None:
             raise ValueError(
-                f"fastvae.gaussian_nll: `logvar_bounds` bound a `logvar`, which is missing, got {logvar_bounds!r}"
+                f"fastvae.gaussian_nll: `logvar_bounds` requires `logvar`, got `logvar_bounds` {logvar_bounds!r} alone"
             )
         return loss.nll("gaussian", [mean], target, [scale])[0]
     if scale != 1.0:
@@ -107,20 +108,19 @@ def gaussian_nll(
 def gaussian_head_nll(
     params: Tensor, target: Tensor, *, logvar_bounds: tuple[float, float] | None = None
 ) -> Tensor:
-    """`gaussian_nll` with mean and log-variance packed in one tensor, whose gradient comes packed too.
+    """Compute `gaussian_nll` from mean and log-variance packed in one tensor, whose gradient is packed in the same way.
 
     Args:
         params: (B, 2C, ...): the C channels of the mean, then the C channels of the log-variance.
-        target: (B, C, ...): floating, or uint8 read as x / 255. Its gradient is given where it requires one.
-        logvar_bounds: (lo, hi): a smooth clamp of the log-variance, mid + half tanh((v - mid) / half), as for
-            `gaussian_nll`; it takes no memory.
+        target: (B, C, ...): floating, or uint8 read as x / 255. It gets a gradient if it requires one.
+        logvar_bounds: (lo, hi), a smooth clamp of the log-variance, as in `gaussian_nll`; it needs no extra memory.
 
     Returns:
         (B,) in nats, float32 (float64 for float64 params).
 
     Raises:
-        TypeError: a dtype or kind that does not fit.
-        ValueError: a shape, device or bounds that do not fit.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape, a device or the bounds are wrong.
     """
     if logvar_bounds is None:
         return loss.nll("gaussian_head", [params], target, [])[0]
@@ -129,7 +129,7 @@ def gaussian_head_nll(
 
 
 def smooth_clamp(logvar: Tensor, bounds: Sequence[float]) -> Tensor:
-    """`bounded_logvar` of a tensor that may be half, in float32."""
+    """Apply `bounded_logvar` in float32 (float64 for float64)."""
     return bounded_logvar(logvar if logvar.dtype == torch.float64 else logvar.float(), bounds)
 
 
@@ -144,47 +144,47 @@ def checked_bounds(where: str, bounds: Any, name: str = "logvar_bounds") -> tupl
             f"fastvae.{where}: `{name}` must be a pair of floats (lo, hi), got {bounds!r}"
         ) from error
     if not -math.inf < lo < hi < math.inf:
-        raise ValueError(f"fastvae.{where}: `{name}` must be finite, lo < hi, got {(lo, hi)}")
+        raise ValueError(f"fastvae.{where}: `{name}` must be finite with lo < hi, got {(lo, hi)}")
     return lo, hi
 
 
 def laplace_nll(
     loc: Tensor, target: Tensor, log_scale: Tensor | None = None, *, scale: float = 1.0
 ) -> Tensor:
-    """-log Laplace(target | loc, scale) of every row, in nats: the normalised form of an L1 loss.
+    """Compute -log Laplace(target | loc, scale) of every row, in nats: the normalised form of an L1 loss.
 
-    Per element log 2b + |x - m| / b for a scale b. Where x = m the gradient is 0.
+    Per element, log 2b + |x - m| / b for a scale b. The gradient at x = m is 0.
 
     Args:
         loc: (B, ...), the median and mean m.
-        target: the shape of `loc`: floating, or uint8 read as x / 255. Its gradient is given where it requires one.
+        target: the shape of `loc`: floating, or uint8 read as x / 255. It gets a gradient if it requires one.
         log_scale: log b: the shape of `loc` (per element), or 0-dimensional (one learned scale).
-        scale: b where there is no `log_scale`; a positive number.
+        scale: b if there is no `log_scale`; a positive number.
 
     Returns:
         (B,), float32 (float64 for a float64 loc).
 
     Raises:
-        TypeError: a dtype or kind that does not fit (a learned scale is a `log_scale`).
-        ValueError: a shape, device or scale that does not fit, or both `log_scale` and `scale`.
+        TypeError: If an argument has the wrong type or dtype (pass a learned scale as `log_scale`).
+        ValueError: If a shape, device or `scale` is wrong, or `log_scale` and `scale` are both passed.
     """
-    name, params, fixed = _scale_row("laplace", loc, log_scale, scale)
-    return loss.nll(name, params, target, fixed)[0]
+    name, params, constants = _scale_variant("laplace", loc, log_scale, scale)
+    return loss.nll(name, params, target, constants)[0]
 
 
 def laplace_head_nll(params: Tensor, target: Tensor) -> Tensor:
-    """`laplace_nll` with location and log-scale packed in one tensor, whose gradient comes packed too.
+    """Compute `laplace_nll` from location and log-scale packed in one tensor, whose gradient is packed in the same way.
 
     Args:
         params: (B, 2C, ...): the C channels of the location, then the C channels of the log-scale.
-        target: (B, C, ...): floating, or uint8 read as x / 255. Its gradient is given where it requires one.
+        target: (B, C, ...): floating, or uint8 read as x / 255. It gets a gradient if it requires one.
 
     Returns:
         (B,) in nats, float32 (float64 for float64 params).
 
     Raises:
-        TypeError: a dtype or kind that does not fit.
-        ValueError: a shape or device that does not fit.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape or device is wrong.
     """
     return loss.nll("laplace_head", [params], target)[0]
 
@@ -192,51 +192,55 @@ def laplace_head_nll(params: Tensor, target: Tensor) -> Tensor:
 def student_t_nll(
     loc: Tensor, target: Tensor, log_scale: Tensor | None = None, *, df: float, scale: float = 1.0
 ) -> Tensor:
-    """-log of Student's t with `df` degrees of freedom, of every row, in nats: robust where a Gaussian is not.
+    """Compute -log of Student's t density with `df` degrees of freedom, of every row, in nats.
 
-    Per element, for z = (x - m) / s and v degrees of freedom: (v + 1)/2 log(1 + z^2 / v) + log s + log B(v/2, 1/2) +
-    1/2 log v (Lange, Little and Taylor 1989). An outlier's gradient falls off as 1 / z.
+    Unlike a Gaussian, it is robust: the gradient of an outlier falls off as 1 / z. Per element, for z = (x - m) / s and
+    v degrees of freedom: (v + 1)/2 log(1 + z^2 / v) + log s + log B(v/2, 1/2) + 1/2 log v (Lange, Little and Taylor
+    1989).
 
     Args:
         loc: (B, ...), the centre m.
-        target: the shape of `loc`: floating, or uint8 read as x / 255. Its gradient is given where it requires one.
+        target: the shape of `loc`: floating, or uint8 read as x / 255. It gets a gradient if it requires one.
         log_scale: log s: the shape of `loc` (per element), or 0-dimensional (one learned scale).
-        df: the degrees of freedom v, a positive number: 1 is the Cauchy, and towards infinity it is the Gaussian.
-        scale: s where there is no `log_scale`; a positive number.
+        df: the degrees of freedom v, a positive number. 1 gives the Cauchy; towards infinity, it approaches the
+            Gaussian.
+        scale: s if there is no `log_scale`; a positive number.
 
     Returns:
         (B,), float32 (float64 for a float64 loc).
 
     Raises:
-        TypeError: a dtype or kind that does not fit (a learned scale is a `log_scale`).
-        ValueError: a shape, device, df or scale that does not fit, or both `log_scale` and `scale`.
+        TypeError: If an argument has the wrong type or dtype (pass a learned scale as `log_scale`).
+        ValueError: If a shape, device, `df` or `scale` is wrong, or `log_scale` and `scale` are both passed.
     """
     df = checked_positive("student_t_nll", "df", df)
-    name, params, fixed = _scale_row("student_t", loc, log_scale, scale)
-    return loss.nll(name, params, target, [df, *fixed])[0]
+    name, params, constants = _scale_variant("student_t", loc, log_scale, scale)
+    return loss.nll(name, params, target, [df, *constants])[0]
 
 
 def student_t_head_nll(params: Tensor, target: Tensor, *, df: float) -> Tensor:
-    """`student_t_nll` with location and log-scale packed in one tensor, whose gradient comes packed too.
+    """Compute `student_t_nll` from location and log-scale packed in one tensor, whose gradient is packed likewise.
 
     Args:
         params: (B, 2C, ...): the C channels of the location, then the C channels of the log-scale.
-        target: (B, C, ...): floating, or uint8 read as x / 255. Its gradient is given where it requires one.
+        target: (B, C, ...): floating, or uint8 read as x / 255. It gets a gradient if it requires one.
         df: the degrees of freedom, a positive number.
 
     Returns:
         (B,) in nats, float32 (float64 for float64 params).
 
     Raises:
-        TypeError: a dtype or kind that does not fit.
-        ValueError: a shape, device or df that does not fit.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape, device or `df` is wrong.
     """
     return loss.nll("student_t_head", [params], target, [checked_positive("student_t_head_nll", "df", df)])[0]
 
 
-def _scale_row(family: str, loc: Any, log_scale: Any, scale: Any) -> tuple[str, list[Tensor], list[float]]:
-    """Which row of a family serves a scale that is fixed, learned or given per element: (name, params, constants)."""
-    where = f"{family}_nll"
+def _scale_variant(
+    density: str, loc: Any, log_scale: Any, scale: Any
+) -> tuple[str, list[Tensor], list[float]]:
+    """The variant for a scale that is fixed, learned or per element, as (name, params, constants)."""
+    where = f"{density}_nll"
     if isinstance(scale, Tensor):
         raise TypeError(
             f"fastvae.{where}: `scale` must be a float, got Tensor; pass a scale that is a tensor as "
@@ -244,56 +248,57 @@ def _scale_row(family: str, loc: Any, log_scale: Any, scale: Any) -> tuple[str, 
         )
     scale = checked_scale(where, scale)
     if log_scale is None:
-        return family, [loc], [scale]
+        return density, [loc], [scale]
     if scale != 1.0:
         raise ValueError(f"fastvae.{where}: `log_scale` and `scale` exclude each other, got `scale` {scale}")
     learned = isinstance(log_scale, Tensor) and isinstance(loc, Tensor) and log_scale.shape != loc.shape
-    return f"{family}_learned" if learned else f"{family}_per_element", [loc, log_scale], []
+    return f"{density}_learned" if learned else f"{density}_per_element", [loc, log_scale], []
 
 
 def continuous_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
-    """-log of the continuous Bernoulli of every row, in nats: a density of grey values, which `bernoulli_nll` is not.
+    """Compute -log of the continuous Bernoulli of every row, in nats: unlike `bernoulli_nll`, a density of grey values.
 
-    Per element log((e^a - 1) / a) - a t for logit a and target t in [0, 1] (Loaiza-Ganem and Cunningham 2019), which
-    is `bernoulli_nll` less the log of its missing normaliser. Exact near a = 0, too. It is a density, and so may be
-    negative.
+    Per element, log((e^a - 1) / a) - a t for logit a and target t in [0, 1] (Loaiza-Ganem and Cunningham 2019), which
+    is `bernoulli_nll` minus the log of its missing normaliser. It is accurate near a = 0 too. Because it is a density,
+    the result may be negative.
 
     Args:
-        logits: (B, ...), before the sigmoid. The mean is not their sigmoid: see likelihoods.ContinuousBernoulli.
+        logits: (B, ...), before the sigmoid, which is not the mean here: see likelihoods.ContinuousBernoulli.
         target: the shape of `logits`, in [0, 1]: floating, or uint8 read as x / 255. It must not require a gradient.
 
     Returns:
         (B,), float32 (float64 for float64 logits).
 
     Raises:
-        TypeError: a dtype or kind that does not fit.
-        ValueError: a shape or device that does not fit, or a target that requires a gradient.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape or device is wrong, or the target requires a gradient.
     """
     return loss.nll("continuous_bernoulli", [logits], target)[0]
 
 
 def gamma_nll(log_scale: Tensor, target: Tensor, *, shape: float) -> Tensor:
-    """-log Gamma(target | shape, e^log_scale) of every row, in nats: positive data whose spread grows with its mean.
+    """Compute -log Gamma(target | shape, e^log_scale) of every row, in nats, for positive data.
 
-    Per element, for shape k and log-scale s: log Gamma(k) + k s - (k - 1) log x + x e^-s. The mean is k e^s.
+    The spread of such data grows with their mean, k e^s. Per element, for shape k and log-scale s:
+    log Gamma(k) + k s - (k - 1) log x + x e^-s.
 
-    With `shape` 1 it is the exponential, s + x e^-s: the likelihood of a power spectrum whose mean is e^s. Less the
-    log x + 1 of the data, which no parameter sees, it is the Itakura-Saito loss x / e^s - log(x / e^s) - 1 (Fevotte,
-    Bertin and Durrieu 2009, section 2: maximum likelihood of a complex Gaussian of that variance).
+    With `shape` 1, this is the exponential, s + x e^-s: the likelihood of a power spectrum with mean e^s. Up to the
+    term log x + 1, which depends on the data only, it is the Itakura-Saito loss x / e^s - log(x / e^s) - 1 (Fevotte,
+    Bertin and Durrieu 2009, section 2: the maximum likelihood of a complex Gaussian with that variance).
 
     Args:
         log_scale: (B, ...), log of the scale.
-        target: the shape of `log_scale`, positive: of its dtype or float32. (Pixels have zeros: uint8 is refused.) A
-            zero is data like any other for `shape` 1. Elsewhere its value is the limit, +inf for a larger shape and
-            -inf for a smaller, and its gradient is finite. It must not require a gradient.
+        target: the shape of `log_scale`, positive, of its dtype or float32. uint8 is refused because pixels may be 0. A
+            target of 0 is valid for `shape` 1. Otherwise its value is the limit, +inf for a larger shape and -inf for a
+            smaller one, and its gradient is finite. It must not require a gradient.
         shape: k, a positive number.
 
     Returns:
         (B,), float32 (float64 for a float64 log_scale).
 
     Raises:
-        TypeError: a dtype or kind that does not fit.
-        ValueError: a shape or device that does not fit, a `shape` that is not positive, or a target that requires a
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape or device is wrong, the argument `shape` is not positive, or the target requires a
             gradient.
     """
     return loss.nll("gamma", [log_scale], target, [checked_positive("gamma_nll", "shape", shape)])[0]

@@ -1,4 +1,4 @@
-"""Counts: of anything, element by element, and of genes in cells."""
+"""Counts in general, and counts of genes in cells."""
 
 import math
 from collections.abc import Sequence
@@ -32,25 +32,24 @@ __all__ = [
 
 
 def poisson_nll(log_rate: Tensor, target: Tensor, *, validate: bool = False) -> Tensor:
-    """-log Poisson(target | e^log_rate) of every row, in nats, with its term log t!.
+    """Compute -log Poisson(target | e^log_rate) of every row, in nats, including the term log t!.
 
-    Per element e^a - t a + log t! for log-rate a and count t. The three terms of a large count, which cancel, are not
-    made: the result is as exact for t = 1e6 as for t = 1.
+    Per element, e^a - t a + log t! for log-rate a and count t. For large counts these terms cancel, so they are not
+    computed separately: the result is as accurate for t = 1e6 as for t = 1.
 
     Args:
         log_rate: (B, ...), the logarithm of the expected counts.
-        target: the shape of `log_rate`: counts, floating or uint8, uint16, int32 or int64, each as it is. It must not
-            require a gradient.
-        validate: look for counts that are negative, fractional or not finite, which otherwise give meaningless numbers.
-            This reads the values, which on a GPU waits for them.
+        target: the shape of `log_rate`: counts, floating or uint8, uint16, int32 or int64, none of them scaled. It must
+            not require a gradient.
+        validate: check for counts that are negative, fractional or not finite, which otherwise give meaningless
+            results. Reading the values waits for the GPU.
 
     Returns:
         (B,), float32 (float64 for a float64 log_rate).
 
     Raises:
-        TypeError: a dtype or kind that does not fit.
-        ValueError: a shape or device that does not fit, a target that requires a gradient, or with `validate` a count
-            that is none.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape or device is wrong, the target requires a gradient, or `validate` finds an invalid count.
     """
     if validate:
         check_elements("poisson_nll", ("log_rate",), VARIANTS["poisson"], [log_rate], target, "target", ())
@@ -61,28 +60,28 @@ def poisson_nll(log_rate: Tensor, target: Tensor, *, validate: bool = False) -> 
 def poisson_rate_nll(
     rate: Tensor, target: Tensor, *, eps: float = 0.0, reduction: str = "event", validate: bool = False
 ) -> Tensor:
-    """-log Poisson(target | rate + eps) in nats, with its term log t!: `poisson_nll` by the rate itself.
+    """Compute -log Poisson(target | rate + eps) in nats, including the term log t!: `poisson_nll` of the rate itself.
 
-    Per element m - t log m + log t! at m = rate + eps for count t; a fractional t is allowed, t! = Gamma(t + 1). The
-    three terms of a large count, which cancel, are not made. A rate of 0 is certain of a count of 0, whose value is 0;
-    with `eps=0` that of any other count is infinite.
+    Per element, m - t log m + log t! at m = rate + eps for count t; t may be fractional, with t! = Gamma(t + 1). For
+    large counts the three terms cancel, so they are not computed separately. At a rate of 0 with `eps=0`, a count of 0
+    has the value 0, and the value of any other count is infinite.
 
     Args:
-        rate: (B, ...), the expected counts, 0 or more.
-        target: the shape of `rate`: counts, floating or uint8, uint16, int32 or int64, each as it is. It must not
+        rate: (B, ...), the expected counts, at least 0.
+        target: the shape of `rate`: counts, floating or uint8, uint16, int32 or int64, none of them scaled. It must not
             require a gradient.
-        eps: 0 or more, added to `rate`: value and gradient are those at rate + eps.
+        eps: at least 0, added to `rate`; value and gradient are those at rate + eps.
         reduction: `"event"` sums every row to (B,); `"none"` keeps the elements.
-        validate: look for rates below 0 and counts that are negative, fractional or not finite. This reads the values,
-            which on a GPU waits for them. Without it fractional counts are evaluated as they are.
+        validate: check for rates below 0 and for counts that are negative, fractional or not finite. Reading the values
+            waits for the GPU. Without it, fractional counts are evaluated as they are.
 
     Returns:
         (B,), or the shape of `rate`; float32 (float64 for a float64 rate).
 
     Raises:
-        TypeError: a dtype or kind that does not fit.
-        ValueError: a shape or device that does not fit, an unknown reduction, an eps below 0, a target that requires a
-            gradient, or with `validate` a value that is out of its domain.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape or device is wrong, `reduction` is unknown, `eps` is below 0, the target requires a
+            gradient, or `validate` finds an invalid value.
     """
     eps = checked_not_negative("poisson_rate_nll", "eps", eps)
     check_choice("poisson_rate_nll", "reduction", reduction, ("event", "none"))
@@ -91,7 +90,11 @@ def poisson_rate_nll(
         check_elements(variant.function, variant.tensors, variant, [rate], target, "target", (eps,))
         _check_counts(variant.function, "target", target)
         _check_values(
-            variant.function, "rate", rate, (rate >= 0) & (rate < math.inf), "finite numbers, 0 or more"
+            variant.function,
+            "rate",
+            rate,
+            (rate >= 0) & (rate < math.inf),
+            "finite numbers that are at least 0",
         )
     if reduction == "none":
         return loss.nll_elements("poisson_rate", [rate], target, (eps,))
@@ -107,31 +110,30 @@ def negative_binomial_nll(
     reduction: str = "event",
     validate: bool = False,
 ) -> Tensor:
-    """-log NB(target | mean + eps, inverse dispersion) in nats, as scvi-tools parametrises it.
+    """Compute -log NB(target | mean + eps, inverse dispersion) in nats, as scvi-tools parametrises it.
 
     Per element, with m = mean + eps, inverse dispersion r and count t: lgamma(r) + lgamma(t + 1) - lgamma(t + r)
-    - r log(r / (r + m)) - t log(m / (r + m)) (Lopez et al. 2018). The variance is m + m^2 / r. Computed so that r from
-    1e-4 to 1e8 and counts to 1e6 keep their digits, fractional counts too (t! is Gamma(t + 1)); zeros cost one
-    logarithm.
+    - r log(r / (r + m)) - t log(m / (r + m)) (Lopez et al. 2018). The variance is m + m^2 / r. The result is accurate
+    for r from 1e-4 to 1e8 and counts up to 1e6, also fractional ones (t! is Gamma(t + 1)); a zero costs one logarithm.
 
     Args:
         mean: (B, G); mean + eps must be above 0.
         target: counts (B, G): floating, uint8, uint16, int32 or int64, dense or (with `reduction="event"`)
-            torch.sparse_csr, which is read as it is. It must not require a gradient.
-        inverse_dispersion: above 0: (G,), one for every gene, or (B, G). One of (G,) is read in place, and its gradient
-            is the sum over rows.
-        eps: 0 or more, added to `mean`: value and gradients are those at mean + eps. 1e-8 is what scvi-tools adds
-            inside of its logarithms.
+            torch.sparse_csr, which is not made dense. It must not require a gradient.
+        inverse_dispersion: above 0, (G,), one for every gene, or (B, G). (G,) is read in place, and its gradient is the
+            sum over the batch.
+        eps: at least 0, added to `mean`; value and gradients are those at mean + eps. scvi-tools adds 1e-8 inside its
+            logarithms.
         reduction: `"event"` sums every row to (B,); `"none"` keeps the elements.
-        validate: look at every value first, and name the first that is no count (a whole number, 0 or more) or leaves
-            its domain. Without it fractional counts are evaluated as they are.
+        validate: check every value first, and report the first that is not a count (a whole number, at least 0) or is
+            out of its domain. Without it, fractional counts are evaluated as they are.
 
     Returns:
         (B,), or with `reduction="none"` (B, G); float32 (float64 for a float64 mean).
 
     Raises:
-        TypeError: a dtype or kind that does not fit, or a sparse target with `reduction="none"`.
-        ValueError: a shape, device or value that does not fit, an unknown reduction, an eps below 0, or a target that
+        TypeError: If an argument has the wrong type or dtype, or a sparse target is passed with `reduction="none"`.
+        ValueError: If a shape, device or value is wrong, `reduction` is unknown, `eps` is below 0, or the target
             requires a gradient.
     """
     return _mean_nll("negative_binomial", (mean, inverse_dispersion), target, eps, reduction, validate)
@@ -147,15 +149,15 @@ def zero_inflated_negative_binomial_nll(
     reduction: str = "event",
     validate: bool = False,
 ) -> Tensor:
-    """`negative_binomial_nll` of counts that are 0 with probability sigmoid(zi_logits) besides.
+    """Compute `negative_binomial_nll` of counts with additional zeros, which have the probability sigmoid(zi_logits).
 
-    Per element -log( p [t = 0] + (1 - p) NB(t) ), p = sigmoid(zi_logits) (Risso et al. 2018; Lopez et al. 2018).
+    Per element, -log( p [t = 0] + (1 - p) NB(t) ) with p = sigmoid(zi_logits) (Risso et al. 2018; Lopez et al. 2018).
 
     Args:
         mean, target, inverse_dispersion, eps, reduction, validate: as for `negative_binomial_nll`.
         zi_logits: (B, G), logits of the additional zeros.
 
-    Returns and raises as `negative_binomial_nll` does.
+    Returns and Raises are those of `negative_binomial_nll`.
     """
     params = (mean, inverse_dispersion, zi_logits)
     return _mean_nll("zero_inflated_negative_binomial", params, target, eps, reduction, validate)
@@ -164,19 +166,19 @@ def zero_inflated_negative_binomial_nll(
 def negative_binomial_logits_nll(
     logits: Tensor, target: Tensor, log_dispersion: Tensor, library: Tensor, *, validate: bool = False
 ) -> Tensor:
-    """`negative_binomial_nll` from a decoder's raw outputs, softmax and exponential in the same pass.
+    """Compute `negative_binomial_nll` from a decoder's raw outputs, with softmax and exponential in the same pass.
 
-    mean = library * softmax(logits) over the genes of a cell, inverse dispersion = e^log_dispersion.
+    mean = library * softmax(logits) over the genes of a cell, and inverse dispersion = e^log_dispersion.
 
     Args:
         logits: (B, G).
         target, validate: as for `negative_binomial_nll`.
         log_dispersion: (G,) or (B, G).
-        library: (B,) or (B, 1), above 0: the expected total of a cell. Its gradient is given where it requires one.
+        library: (B,) or (B, 1), above 0: the expected total of a cell. It gets a gradient if it requires one.
 
-    Returns and raises as `negative_binomial_nll` does.
+    Returns and Raises are those of `negative_binomial_nll`.
     """
-    return _dispersed_nll("negative_binomial_logits", (logits, log_dispersion, library), target, validate)
+    return _logits_nll("negative_binomial_logits", (logits, log_dispersion, library), target, validate)
 
 
 def zero_inflated_negative_binomial_logits_nll(
@@ -188,16 +190,16 @@ def zero_inflated_negative_binomial_logits_nll(
     *,
     validate: bool = False,
 ) -> Tensor:
-    """`negative_binomial_logits_nll` of counts that are 0 with probability sigmoid(zi_logits) besides.
+    """Compute `negative_binomial_logits_nll` of counts with additional zeros of the probability sigmoid(zi_logits).
 
     Args:
         logits, target, log_dispersion, library, validate: as for `negative_binomial_logits_nll`.
         zi_logits: (B, G), logits of the additional zeros.
 
-    Returns and raises as `negative_binomial_nll` does.
+    Returns and Raises are those of `negative_binomial_nll`.
     """
     params = (logits, log_dispersion, zi_logits, library)
-    return _dispersed_nll("zero_inflated_negative_binomial_logits", params, target, validate)
+    return _logits_nll("zero_inflated_negative_binomial_logits", params, target, validate)
 
 
 def _mean_nll(
@@ -213,7 +215,7 @@ def _mean_nll(
     return loss.nll(likelihood, params, target, (eps,))[0]
 
 
-def _dispersed_nll(likelihood: str, params: Sequence[Tensor], target: Tensor, validate: bool) -> Tensor:
+def _logits_nll(likelihood: str, params: Sequence[Tensor], target: Tensor, validate: bool) -> Tensor:
     if validate:
         _check_all_values(VARIANTS[likelihood], params, target)
     return loss.nll(likelihood, params, target)[0]
@@ -223,12 +225,12 @@ def _check_all_values(variant: Variant, params: Sequence[Tensor], target: Tensor
     _check_counts_call(variant.function, variant.tensors, variant, params, target, "target")
     _check_counts(variant.function, "target", target)
     for name, value in zip(variant.tensors, params, strict=True):
-        good, what = value.isfinite(), "finite numbers"
+        valid, required = value.isfinite(), "finite numbers"
         if name == "mean" and eps > 0:
-            good, what = good & (value >= 0), "finite numbers, 0 or more"
+            valid, required = valid & (value >= 0), "finite numbers that are at least 0"
         elif name in ("mean", "inverse_dispersion", "library"):
-            good, what = good & (value > 0), "positive, finite numbers"
-        _check_values(variant.function, name, value, good, what)
+            valid, required = valid & (value > 0), "positive, finite numbers"
+        _check_values(variant.function, name, value, valid, required)
 
 
 def _check_counts_call(
@@ -240,13 +242,13 @@ def _check_counts_call(
     name: str,
     constants: Sequence[float] = (),
 ) -> tuple[Tensor, ...]:
-    """Parameters of (B, G) counts. The dispersion may be (G,), one for every gene; `library` is (B,) or (B, 1), and
-    (B,) where it is returned."""
+    """Check the parameters of (B, G) counts. The dispersion may be (G,), one for every gene. `library` is (B,) or
+    (B, 1), and is returned as (B,)."""
     first = params[0]
     check_floating(where, names[0], first)
     if first.dim() != 2:
         raise ValueError(
-            f"fastvae.{where}: `{names[0]}` must have shape (B, G), rows and features, got {tuple(first.shape)}"
+            f"fastvae.{where}: `{names[0]}` must have shape (B, G), batch and features, got {tuple(first.shape)}"
         )
     rows, features = first.shape
     checked = [first]
@@ -286,25 +288,27 @@ loss.CHECKS["counts"] = _check_counts_call
 
 
 def _check_counts(where: str, name: str, counts: Tensor) -> None:
-    """Every value of `counts`, dense or sparse CSR, is a whole number, 0 or more."""
-    what = "counts: whole numbers, 0 or more"
+    """Check that all values of `counts`, dense or sparse CSR, are whole numbers of at least 0."""
+    required = "counts, whole numbers that are at least 0"
     stored = counts.values() if counts.layout == torch.sparse_csr else counts
     if stored.is_floating_point():
-        good = (stored >= 0) & (stored.floor() == stored) & (stored < math.inf)
+        valid = (stored >= 0) & (stored.floor() == stored) & (stored < math.inf)
     else:
-        good = stored.to(torch.int64) >= 0
-    if counts.layout == torch.sparse_csr and not good.all():
-        i = int((~good).nonzero()[0])
+        valid = stored.to(torch.int64) >= 0
+    if counts.layout == torch.sparse_csr and not valid.all():
+        i = int((~valid).nonzero()[0])
         row = int((counts.crow_indices() > i).nonzero()[0]) - 1
         position = (row, int(counts.col_indices()[i]))
-        raise ValueError(f"fastvae.{where}: `{name}` must hold {what}, got {stored[i].item()} at {position}")
-    _check_values(where, name, stored, good, what)
-
-
-def _check_values(where: str, name: str, values: Tensor, good: Tensor, what: str) -> None:
-    """`good` holds everywhere, else the first position where it does not is named."""
-    if not good.all():
-        position = tuple((~good).nonzero()[0].tolist())
         raise ValueError(
-            f"fastvae.{where}: `{name}` must hold {what}, got {values[position].item()} at {position}"
+            f"fastvae.{where}: `{name}` must hold {required}, got {stored[i].item()} at {position}"
+        )
+    _check_values(where, name, stored, valid, required)
+
+
+def _check_values(where: str, name: str, values: Tensor, valid: Tensor, required: str) -> None:
+    """Check that `valid` holds everywhere, or report the first position where it does not."""
+    if not valid.all():
+        position = tuple((~valid).nonzero()[0].tolist())
+        raise ValueError(
+            f"fastvae.{where}: `{name}` must hold {required}, got {values[position].item()} at {position}"
         )

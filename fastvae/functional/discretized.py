@@ -1,4 +1,4 @@
-"""Data of a few levels, bytes for the most part, under a density that is cut into bins."""
+"""Data with few levels, usually bytes, under a density that is integrated over bins."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,28 +22,29 @@ def discretized_logistic_nll(
     min_mass: float = 1e-5,
     validate: bool = False,
 ) -> Tensor:
-    """-log P(target | params) of every row under discretised logistics, in nats: a true likelihood of bytes.
+    """Compute -log P(target | params) of every row under discretised logistics, in nats: a true likelihood of bytes.
 
-    Data of 2^`bits` levels are scaled to x in [-1, 1]; a level has the mass that a logistic puts into its bin, which
-    reaches half way to its neighbours and, at both ends, to infinity (Salimans et al. 2017, equation 2; Kingma et al.
-    2016). As in the code of PixelCNN++, a mass below `min_mass` is that of the density in the middle of the bin, so
-    that its logarithm and gradient stay finite.
+    Data with 2^`bits` levels are scaled to x in [-1, 1]. The probability of a level is the mass of a logistic in its
+    bin, which reaches half way to the neighbouring levels and, at both ends, to infinity (Salimans et al. 2017,
+    equation 2; Kingma et al. 2016). As in the code of PixelCNN++, a mass below `min_mass` is replaced by the density in
+    the middle of the bin times its width, so that its logarithm and gradient stay finite.
 
     Args:
         params: (B, 2C, ...): the C channels of the mean, in units of x, then the C channels of the log-scale.
-        target: uint8 (B, C, ...), the levels 0, ..., 2^bits - 1 as they are. Higher ones count as the highest.
+        target: uint8 (B, C, ...), the levels 0, ..., 2^bits - 1, not scaled. Higher values count as the highest level.
         bits: 1 to 8.
-        log_scale_floor: log-scales below it count as it, and get no gradient; between -60 and 60.
-        min_mass: at least 0 and below 1; with 0 every mass is that of its bin, and the masses of all levels sum to
-            1 exactly.
-        validate: look for levels above the highest, and raise. It reads the target once more, and waits for a GPU.
+        log_scale_floor: between -60 and 60. Log-scales below it count as equal to it, and get no gradient.
+        min_mass: at least 0 and below 1. With 0, every probability is the mass of its bin, and the probabilities of all
+            levels sum to exactly 1.
+        validate: raise an error for values above the highest level. This reads the target once more, and waits for the
+            GPU.
 
     Returns:
         (B,), float32 (float64 for float64 params).
 
     Raises:
-        TypeError: a dtype or kind that does not fit.
-        ValueError: a shape, device or number that does not fit; with `validate`, a level out of range.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape, device or number is wrong, or `validate` finds a level out of range.
     """
     where = "discretized_logistic_nll"
     constants = logistic_constants(where, bits, log_scale_floor, min_mass)
@@ -62,26 +63,26 @@ def discretized_logistic_mixture_nll(
     min_mass: float = 1e-5,
     validate: bool = False,
 ) -> Tensor:
-    """-log P(target | params) of every row under mixtures of discretised logistics, in nats: PixelCNN++'s likelihood.
+    """Compute -log P(target | params) of every row under mixtures of discretised logistics, in nats, as in PixelCNN++.
 
-    A pixel has one component for all its channels, -log sum_k pi_k prod_c P(channel c | k), with the masses of
-    `discretized_logistic_nll`. Of three channels, red green blue, the mean of green is m_g + a r and that of blue
-    m_b + b r + c g, r and g being the pixel's own (Salimans et al. 2017, equation 3).
+    All channels of a pixel share one component: -log sum_k pi_k prod_c P(channel c | k), with the masses of
+    `discretized_logistic_nll`. If the channels are red, green and blue, the mean of green is m_g + a r and that of blue
+    is m_b + b r + c g, where r and g are the values of the pixel (Salimans et al. 2017, equation 3).
 
     Args:
         params: (B, 10K, ...) for three channels, in the order of PixelCNN++'s code (and NVAE's and VDVAE's): K logits;
-            for each channel in turn K means, K log-scales, and K numbers whose tanh are a (in red's place), b (in
-            green's) and c (in blue's). (B, 3K, ...) for one channel: K logits, K means, K log-scales.
-        target: uint8 (B, 3, ...) or (B, 1, ...), as there.
+            then, for each channel, K means, K log-scales and K numbers whose tanh are a (in the place of red), b (of
+            green) and c (of blue). (B, 3K, ...) for one channel: K logits, K means, K log-scales.
+        target: uint8 (B, 3, ...) or (B, 1, ...), as for `discretized_logistic_nll`.
         components: K, at least 1.
-        bits, log_scale_floor, min_mass, validate: as there.
+        bits, log_scale_floor, min_mass, validate: as for `discretized_logistic_nll`.
 
     Returns:
         (B,), float32 (float64 for float64 params).
 
     Raises:
-        TypeError: a dtype or kind that does not fit.
-        ValueError: a shape, device or number that does not fit; with `validate`, a level out of range.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape, device or number is wrong, or `validate` finds a level out of range.
     """
     where = "discretized_logistic_mixture_nll"
     constants = [
@@ -104,12 +105,12 @@ def logistic_constants(where: str, bits: Any, log_scale_floor: Any, min_mass: An
         )
     if not 0 <= min_mass < 1:
         raise ValueError(f"fastvae.{where}: `min_mass` must be at least 0 and below 1, got {min_mass}")
-    # Whole numbers stay int: torch.compile takes a module's ints for constants, and its floats for inputs.
+    # Integers stay int because torch.compile treats a module's ints as constants, but its floats as inputs.
     return [bits, float(log_scale_floor), float(min_mass)]
 
 
 def mixture_planes(components: int, channels: int) -> int:
-    """Of a mixture's decoder: logits, means and log-scales, and of three channels as many coefficients."""
+    """The channels of a mixture's decoder: logits, means and log-scales, and coefficients for three channels."""
     return components * (10 if channels == 3 else 3)
 
 
@@ -135,7 +136,7 @@ loss.CHECKS["discretized"] = _check
 def _check_levels(
     where: str, name: str, params: Tensor, target_name: str, target: Any, constants: Sequence[float]
 ) -> None:
-    """The target of a discretised likelihood and the channels that the decoder must have for it."""
+    """Check the target of a discretised likelihood, and that the decoder has the channels it needs."""
     if not isinstance(target, Tensor):
         raise TypeError(f"fastvae.{where}: `{target_name}` must be a Tensor, got {type(target).__name__}")
     if target.dtype != torch.uint8:
@@ -143,34 +144,33 @@ def _check_levels(
         hint = f"did you mean {target_name}.to(torch.uint8)?"
         if target.is_floating_point():
             hint = (
-                f"of data in [0, 1] these are ({target_name} * {top}).round().to(torch.uint8), of data in [-1, 1] "
+                f"for data in [0, 1], pass ({target_name} * {top}).round().to(torch.uint8); for data in [-1, 1], pass "
                 f"(({target_name} + 1) * {top / 2:g}).round().to(torch.uint8)"
             )
         raise TypeError(
-            f"fastvae.{where}: `{target_name}` must be uint8, the levels of the data as they are, got "
-            f"{dtype_name(target.dtype)}; {hint}"
+            f"fastvae.{where}: `{target_name}` must be uint8 levels, got {dtype_name(target.dtype)}; {hint}"
         )
     if target.device != params.device:
         raise ValueError(device_message(where, target_name, target, name, params))
     components = int(constants[0]) if len(constants) == 4 else None
     if target.dim() < 2 or (components is not None and target.shape[1] not in (1, 3)):
-        wanted = "(B, C, ...)" if components is None else "(B, 3, ...) or (B, 1, ...)"
+        required = "(B, C, ...)" if components is None else "(B, 3, ...) or (B, 1, ...)"
         raise ValueError(
-            f"fastvae.{where}: `{target_name}` must have shape {wanted}, got {tuple(target.shape)}"
+            f"fastvae.{where}: `{target_name}` must have shape {required}, got {tuple(target.shape)}"
         )
     channels = target.shape[1]
     planes = 2 * channels if components is None else mixture_planes(components, channels)
     expected = (target.shape[0], planes, *target.shape[2:])
     if params.shape != expected:
-        what = "mean and log-scale" if components is None else f"{components} components"
+        contents = "mean and log-scale" if components is None else f"{components} components"
         raise ValueError(
-            f"fastvae.{where}: `{name}` must have shape {tuple(expected)}, {what} for `{target_name}` "
+            f"fastvae.{where}: `{name}` must have shape {tuple(expected)}, {contents} for `{target_name}` "
             f"{tuple(target.shape)}, got {tuple(params.shape)}"
         )
 
 
 def _check_range(where: str, name: str, target: Any, bits: int) -> None:
-    # The checks of the loss have the words for what is none.
+    # A target of another type is left to the checks of the loss, which have the message for it.
     levels = isinstance(target, Tensor) and target.dtype == torch.uint8 and is_dense(target)
     if levels and target.numel() > 0:
         highest = int(target.max())

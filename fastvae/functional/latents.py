@@ -1,4 +1,4 @@
-"""z and its KL."""
+"""The latent variable z and its KL."""
 
 from typing import Any
 
@@ -32,34 +32,35 @@ def reparameterize_kl(
     row_offset: int = 0,
     eps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw z from the posterior N(mu, e^logvar) and give its KL from the prior, in one pass.
+    """Draw z from the posterior N(mu, e^logvar) and compute its KL from the prior, in one pass.
 
-    z = mu + e^(logvar / 2) eps (Kingma and Welling 2014, section 2.4); the KL is that of `gaussian_kl`. The noise is
-    never stored: the backward pass makes it again.
+    z = mu + e^(logvar / 2) eps (Kingma and Welling 2014, section 2.4), and the KL is that of `gaussian_kl`. The noise
+    is never stored; the backward pass generates it again.
 
     Args:
-        mu, logvar: (B, ...), one floating dtype. Both halves of a `chunk(2, dim=1)` are read in place.
-        prior_mu, prior_logvar: like `mu`, together; without them the prior is N(0, 1).
-        samples: None gives z the shape of `mu`; K gives (K, B, ...), K independent draws. There is one KL either way.
-        generator: draws the seed from this torch.Generator (on mu's device) and not from torch's default one. It cannot
-            be traced by torch.compile.
-        seed: (seed, offset), int64 (2,), on mu's device: the same integers of noise on every device and backend.
-            Without it, what a generator's state makes of a GPU's noise is the backend's, and differs in compiled code.
-            Excludes `generator`.
-        row_offset: the place of row 0 in the noise, so that a piece of a batch gets its rows of the batch's noise.
-        eps: noise to use, of mu's dtype and z's shape. Excludes `seed` and `generator`.
+        mu, logvar: (B, ...), of one floating dtype. The two halves of a `chunk(2, dim=1)` are read in place.
+        prior_mu, prior_logvar: like `mu`, both or neither; without them the prior is N(0, 1).
+        samples: None gives z the shape of `mu`. K gives z of shape (K, B, ...), K independent draws. In both cases
+            there is one KL per row.
+        generator: a torch.Generator on mu's device that draws the seed in place of torch's default one. It cannot be
+            traced by torch.compile.
+        seed: (seed, offset), int64 (2,), on mu's device. It gives the same random integers on every device and backend.
+            Without it, the noise that a generator's state gives on a GPU depends on the backend, and is different in
+            compiled code. It excludes `generator`.
+        row_offset: the position of row 0 in the noise. A part of a batch thus gets its own rows of the batch's noise.
+        eps: the noise to use, of mu's dtype and z's shape. It excludes `seed` and `generator`.
 
     Returns:
-        (z, kl): z of mu's dtype; kl (B,) in nats, float32 (float64 for float64).
+        (z, kl): z has mu's dtype; kl is (B,) in nats, float32 (float64 for float64).
 
     Raises:
-        TypeError: a dtype or kind that does not fit, or half a prior.
-        ValueError: a shape, device or value that does not fit, or two sources of noise.
+        TypeError: If an argument has the wrong type or dtype, or only one of the prior's tensors is passed.
+        ValueError: If a shape, device or value is wrong, or there are two sources of noise.
     """
     if choose.fast_path is not None and not torch.compiler.is_compiling():
-        usual = prior_mu is None and prior_logvar is None and samples is None
-        usual = usual and generator is None and seed is None and eps is None
-        if usual and type(row_offset) is int and row_offset == 0:
+        default = prior_mu is None and prior_logvar is None and samples is None
+        default = default and generator is None and seed is None and eps is None
+        if default and type(row_offset) is int and row_offset == 0:
             result = choose.fast_path.reparameterize_kl(mu, logvar)
             if result is not None:
                 return result
@@ -79,7 +80,7 @@ def reparameterize_kl(
     if eps is not None:
         if seed is not None or generator is not None:
             raise ValueError(
-                f"fastvae.{where}: `eps` is the noise itself; it excludes `{'generator' if seed is None else 'seed'}`"
+                f"fastvae.{where}: `eps` and `{'generator' if seed is None else 'seed'}` exclude each other, got both"
             )
         _check_eps(where, eps, mu, samples)
     elif seed is not None:
@@ -94,8 +95,8 @@ def reparameterize_kl(
             raise RuntimeError(
                 f"fastvae.{where}: `generator` cannot be traced by torch.compile; pass `seed`, or use torch.manual_seed"
             )
-        # Two draws inside the ops would look identical to the compiler, and it would merge them. randint it knows to
-        # be random.
+        # The compiler would merge two draws inside the ops, because they look identical to it. It knows that randint is
+        # random.
         seed = draw_seed(mu.device)
     return choose.for_tensor(mu).reparameterize_kl(
         mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, generator
@@ -112,24 +113,25 @@ def gaussian_kl(
 ) -> Tensor:
     """KL divergence of the diagonal Gaussian N(mu, e^logvar) from the prior, in nats.
 
-    Per element 1/2 [ (mu - prior_mu)^2 e^-prior_logvar + e^v - 1 - v ] with v = logvar - prior_logvar (Kingma and
+    Per element, 1/2 [ (mu - prior_mu)^2 e^-prior_logvar + e^v - 1 - v ] with v = logvar - prior_logvar (Kingma and
     Welling 2014, appendix B, for the standard normal prior; Rasmussen and Williams 2006, equation A.23, for any).
-    Computed so that a posterior close to its prior keeps its digits.
+    It is computed without cancellation for a posterior close to its prior.
 
     Args:
-        mu, logvar: (B, ...), one floating dtype.
-        prior_mu, prior_logvar: like `mu`, together; without them the prior is N(0, 1).
-        reduction: `"event"` sums every row to (B,); `"none"` keeps the elements, for free bits or the KL per dimension.
+        mu, logvar: (B, ...), of one floating dtype.
+        prior_mu, prior_logvar: like `mu`, both or neither; without them the prior is N(0, 1).
+        reduction: `"event"` sums every row to (B,); `"none"` keeps the elements, as for free bits or a KL per
+            dimension.
 
     Returns:
         (B,), or the shape of `mu`; float32 (float64 for float64).
 
     Raises:
-        TypeError: a dtype or kind that does not fit, or half a prior.
-        ValueError: a shape or device that does not fit, or an unknown reduction.
+        TypeError: If an argument has the wrong type or dtype, or only one of the prior's tensors is passed.
+        ValueError: If a shape or device is wrong, or `reduction` is unknown.
     """
-    usual = prior_mu is None and prior_logvar is None and reduction in ("event", "none")
-    if usual and choose.fast_path is not None and not torch.compiler.is_compiling():
+    default = prior_mu is None and prior_logvar is None and reduction in ("event", "none")
+    if default and choose.fast_path is not None and not torch.compiler.is_compiling():
         result = choose.fast_path.gaussian_kl(mu, logvar, reduction == "none")
         if result is not None:
             return result
@@ -143,9 +145,9 @@ def _check_posterior(where: str, mu: Any, logvar: Any, prior_mu: Any, prior_logv
     check_like(where, "logvar", logvar, "mu", mu)
     if prior_mu is not None or prior_logvar is not None:
         if prior_mu is None or prior_logvar is None:
-            absent = "prior_mu" if prior_mu is None else "prior_logvar"
+            missing = "prior_mu" if prior_mu is None else "prior_logvar"
             raise TypeError(
-                f"fastvae.{where}: `prior_mu` and `prior_logvar` go together, `{absent}` is missing"
+                f"fastvae.{where}: `prior_mu` and `prior_logvar` must be passed together, but `{missing}` is missing"
             )
         check_like(where, "prior_mu", prior_mu, "mu", mu)
         check_like(where, "prior_logvar", prior_logvar, "mu", mu)
@@ -175,7 +177,7 @@ def _check_generator(where: str, generator: Any, mu: Tensor) -> None:
             f"fastvae.{where}: `generator` must be a torch.Generator, got {type(generator).__name__}; "
             f"did you mean torch.Generator().manual_seed(...)?"
         )
-    # Of tensors without a device of their own (meta), every index will do.
+    # Meta tensors have no real device, so any index is accepted for them.
     known = generator.device.index is not None and mu.device.index is not None
     if generator.device.type != mu.device.type or (known and generator.device.index != mu.device.index):
         raise ValueError(

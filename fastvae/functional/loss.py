@@ -1,4 +1,4 @@
-"""The call that every likelihood ends in: its checks, and the backend that serves it."""
+"""The call in which every likelihood ends: it checks the arguments and passes them to the backend."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,8 +12,8 @@ from ..reference import REDUCTIONS
 from . import ranges
 from .checks import check_elements, check_kl, is_dense, layout_message
 
-# By family, what checks a call of a likelihood that is not elementwise, with the arguments and the result of
-# `check_elements`. The files of the families add theirs.
+# For each family, the function that checks the arguments of a likelihood that is not elementwise. It has the signature
+# of `check_elements` and returns the same. The modules of the families register theirs here.
 CHECKS: dict[str, Callable[..., Sequence[Tensor]]] = {}
 
 
@@ -27,16 +27,17 @@ def nll(
     reduction: int = REDUCTIONS["none"],
     *,
     caller: str | None = None,
-    given: Tensor | None = None,
+    probs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, nll): nll (B,) of a likelihood's row, loss = reduce(nll + beta kl); one call of the backend for all of it.
+    """Compute (loss, nll) in one call of the backend: nll (B,) of a variant, and loss = reduce(nll + beta kl).
 
-    `reduction` is a value of `REDUCTIONS`. With a `caller` ("ELBO"), messages name it and its arguments, `recon` and
-    `x`, in place of the likelihood's function and its. `given`: the probabilities that logits were made from.
+    `reduction` is a value of `REDUCTIONS`. If there is a `caller` ("ELBO"), messages name it and its arguments `recon`
+    and `x` instead of the likelihood's function and arguments. `probs` holds the probabilities from which logits were
+    computed.
     """
     variant = VARIANTS[likelihood]
-    if caller is None and not torch.compiler.is_compiling() and likelihood in ranges.unseen:
-        return _first_nll(likelihood, params, target, constants, kl, beta, reduction, given)
+    if caller is None and not torch.compiler.is_compiling() and likelihood in ranges.unchecked:
+        return _first_nll(likelihood, params, target, constants, kl, beta, reduction, probs)
     if choose.fast_path is not None and not torch.compiler.is_compiling():
         result = choose.fast_path.nll(likelihood, params, target, constants, kl, beta, reduction)
         if result is not None:
@@ -50,16 +51,16 @@ def nll(
     first = params[0]
     if kl is not None:
         check_kl(where, kl, names[0], first)
-        # A KL of the user's own may be half; sums are never kept in half.
+        # A KL that the user computed may be half precision; sums are never accumulated in half.
         if kl.dtype not in (torch.float32, torch.float64):
             kl = kl.float()
-        # As torch does with 0-dim operands: a beta left on the CPU, or cast along with a model, still serves.
+        # As with torch's 0-dim operands, a beta that was left on the CPU or cast with the model is accepted.
         if beta is not None and (beta.device != first.device or beta.dtype != torch.float32):
-            # To a GPU nobody waits for so few bytes, which the driver has taken when the call returns.
+            # A copy to the GPU of so few bytes has left host memory when the call returns, so it need not block.
             beta = beta.to(first.device, torch.float32, non_blocking=beta.is_cpu)
     chosen = choose.for_tensor(first, likelihood)
     if target.layout == torch.sparse_csr and chosen.name != "reference":
-        # Ops take no sparse tensors: its positions travel behind the parameters.
+        # Ops take no sparse tensors, so the positions are passed after the parameters.
         positions = (target.crow_indices().long(), target.col_indices().long())
         params, target = (*params, *positions), target.values()
     return chosen.nll(likelihood, params, target, constants, kl, beta, reduction)
@@ -68,18 +69,20 @@ def nll(
 def _first_nll(
     likelihood: str, params: Sequence[Tensor], target: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    """`nll`, and a look at the values; where there were none to look at, the next call is the first."""
+    """Compute `nll` and check the values. If they cannot be read, the next call is checked instead."""
     variant = VARIANTS[likelihood]
-    *others, given = rest
-    ranges.unseen.discard(likelihood)
-    looked = False
+    *arguments, probs = rest
+    ranges.unchecked.discard(likelihood)
+    checked = False
     try:
-        result = nll(likelihood, params, target, *others)
+        result = nll(likelihood, params, target, *arguments)
         names = variant.tensors[0], "target"
-        looked = ranges.look(variant.function, names, likelihood, params, target, others[0], given)
+        checked = ranges.warn_of_impossible_values(
+            variant.function, names, likelihood, params, target, arguments[0], probs
+        )
     finally:
-        if not looked:
-            ranges.unseen.add(likelihood)
+        if not checked:
+            ranges.unchecked.add(likelihood)
     return result
 
 
@@ -90,14 +93,14 @@ def nll_elements(
     constants: Sequence[float] = (),
     weight: float = 1.0,
 ) -> Tensor:
-    """The nll of each element, of a likelihood's row that has `elements`: the target's shape.
+    """Compute the nll of each element, in the target's shape, for a variant that has `elements`.
 
-    It is multiplied by `weight`, as are its gradients, at no cost: -1 makes log-probabilities.
+    The values and their gradients are multiplied by `weight` at no extra cost: -1 gives log-probabilities.
     """
     variant = VARIANTS[likelihood]
     if isinstance(target, Tensor) and not is_dense(target):
         message = layout_message(variant.function, "target", target)
-        raise TypeError(f"{message} (sparse targets go with reduction='event')")
+        raise TypeError(f"{message} (sparse targets need reduction='event')")
     check = check_elements if variant.element else CHECKS[variant.family]
     params = check(variant.function, variant.tensors, variant, params, target, "target", constants)
     chosen = choose.for_tensor(params[0], likelihood, "nll_elements")

@@ -1,7 +1,7 @@
-"""A look at the values of a first call: warnings where they cannot be what the likelihood means.
+"""Warnings about values that a likelihood cannot have, on its first call.
 
-It takes a pass over the first call of each likelihood in `functional`, and over the first batch of each ELBO. Each kind
-of mistake is warned of once in a process. `set_range_warnings(False)` turns the look off.
+The check takes a pass over the arguments of the first call of each likelihood in `functional`, and over the first batch
+of each ELBO. Each kind of mistake is reported once per process. `set_range_warnings(False)` turns the check off.
 """
 
 from collections.abc import Sequence
@@ -12,51 +12,52 @@ from torch import Tensor
 from .._spec import VARIANTS
 from .._warn import warn
 
-# The variants of `functional` whose first call is still to come.
-unseen: set[str] = set(VARIANTS)
-# The kinds of warning that were given.
+# The variants whose first call through `functional` has not been checked yet.
+unchecked: set[str] = set(VARIANTS)
+# The (density, kind of mistake) pairs that have been reported.
 _warned: set[tuple[str, str]] = set()
 _enabled = True
 
-# Rounding takes data this far out of its range, and no mistake so little.
-_SLACK = 1e-4
-# So few values may lie in [0, 1] by chance.
-_FEW = 64
+# Rounding may take data this far out of their range; real mistakes go further.
+_TOLERANCE = 1e-4
+# Fewer values than this may all lie in [0, 1] by chance.
+_MIN_VALUES = 64
 
 
 def set_range_warnings(enabled: bool) -> None:
-    """Turn on or off, for this process, the look at the values of first calls.
+    """Turn the check of values in first calls on or off, for this process.
 
-    It is on at first: fastvae takes a pass over the first batch of each `ELBO`, and over the first call of each
-    likelihood in `fastvae.functional`, and warns of values that the likelihood cannot mean: data outside [0, 1] for a
-    Bernoulli, negative counts, levels that the number of bits does not have, probabilities where logits are expected.
-    On a GPU that call waits for the kernel. Turning it on again makes first calls of the next ones.
+    It is on by default: fastvae takes a pass over the first batch of each `ELBO`, and over the first call of each
+    likelihood in `fastvae.functional`, and warns of values that the likelihood cannot have: data outside [0, 1] for a
+    Bernoulli, negative counts, levels beyond the number of bits, probabilities where logits are expected. On a GPU,
+    that call waits for the kernel. After the check is turned on again, the next call of each likelihood counts as its
+    first.
     """
     global _enabled
     _enabled = bool(enabled)
-    unseen.clear()
+    unchecked.clear()
     if _enabled:
-        unseen.update(VARIANTS)
+        unchecked.update(VARIANTS)
 
 
-def look(
+def warn_of_impossible_values(
     caller: str,
     names: Sequence[str],
     likelihood: str,
     params: Sequence[Tensor],
     target: Tensor,
     constants: Sequence[float],
-    given: Tensor | None = None,
+    probs: Tensor | None = None,
 ) -> bool:
-    """Warn of probabilities in place of logits (or the reverse) and of data that the likelihood cannot mean.
+    """Warn of probabilities in place of logits (or the reverse), and of data that the likelihood cannot have.
 
-    `names` are those of the first parameter and of the data, as the user knows them. `given`: the probabilities from
-    which a Bernoulli's logits were made. Returns whether there were values to look at.
+    `names` are the user's names of the first parameter and of the data. `probs` holds the probabilities from which the
+    logits of a Bernoulli were computed. Returns whether the values could be read.
     """
     if not _enabled:
         return True
     values = target.values() if target.layout == torch.sparse_csr else target
-    # No values to look at: fake and meta tensors, traces, transforms, a CUDA graph being captured, nothing at all.
+    # Fake and meta tensors, traces, transforms, CUDA graphs under capture and empty tensors have no values to read.
     if not has_values(params[0]) or not has_values(values) or values.numel() == 0:
         return False
     if values.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -64,75 +65,80 @@ def look(
     variant = VARIANTS[likelihood]
     density, where, (first, data) = variant.density, f"fastvae.{caller}", names
     if density in ("bernoulli", "continuous_bernoulli"):
-        _look_at_logits(where, first, density, params[0], given)
+        _warn_of_wrong_logits(where, first, density, params[0], probs)
     low, high = _bounds(values)
-    spans = f"(it spans {low:.4g} to {high:.4g})"
+    extent = f"(from {low:.4g} to {high:.4g})"
     if density in ("bernoulli", "continuous_bernoulli"):
-        if values.is_floating_point() and (low < -_SLACK or high > 1 + _SLACK):
+        if values.is_floating_point() and (low < -_TOLERANCE or high > 1 + _TOLERANCE):
             _warn(
                 density,
                 "target",
-                f"{where}: `{data}` leaves [0, 1] {spans}, where the Bernoulli likelihood means nothing; rescale the "
-                "data, or use fastvae.ELBO('gaussian')",
+                f"{where}: `{data}` has values outside [0, 1] {extent}, for which the Bernoulli likelihood is not "
+                "defined; rescale the data, or use fastvae.ELBO('gaussian')",
             )
         elif values.dtype == torch.uint8 and high == 1:
             _warn(
                 density,
                 "binary",
-                f"{where}: `{data}` is uint8 with no value above 1, and uint8 is read as x / 255; for binary data pass "
-                f"{data}.bool()",
+                f"{where}: `{data}` is uint8 with no value above 1, and uint8 is read as x / 255; for binary data, "
+                f"pass {data}.bool()",
             )
     elif variant.counts and low < 0:
-        _warn(density, "target", f"{where}: `{data}` has values below 0 {spans}, and counts have none")
+        _warn(
+            density, "target", f"{where}: `{data}` must not be negative, but it has values below 0 {extent}"
+        )
     elif density == "gamma" and low <= 0:
         _warn(
-            density, "target", f"{where}: `{data}` has values that are not positive {spans}, as a gamma's are"
+            density,
+            "target",
+            f"{where}: `{data}` must be positive for a gamma likelihood, but it has values of 0 or less {extent}",
         )
     elif variant.family == "discretized":
-        at = [constant.name for constant in variant.constants].index("bits")
-        highest = 2 ** int(constants[at]) - 1
+        position = [constant.name for constant in variant.constants].index("bits")
+        bits = int(constants[position])
+        highest = 2**bits - 1
         if high > highest:
             _warn(
                 density,
                 "target",
-                f"{where}: `{data}` has levels above {highest}, the highest of {int(constants[at])} bits "
-                f"{spans}, which count as that one; shift the data right, or give more `bits`",
+                f"{where}: `{data}` has levels above {highest}, the highest one of {bits} bits {extent}, and they "
+                "count as the highest; shift the data right, or increase `bits`",
             )
     return True
 
 
-def _look_at_logits(where: str, name: str, density: str, logits: Tensor, given: Tensor | None) -> None:
-    low, high = _bounds(logits if given is None else given)
-    # A decoder that starts at zero gives exact zeros, and they are logits.
-    if given is None and low >= 0 and 0 < high <= 1 and logits.numel() >= _FEW:
-        cure = "drop the decoder's sigmoid"
+def _warn_of_wrong_logits(where: str, name: str, density: str, logits: Tensor, probs: Tensor | None) -> None:
+    low, high = _bounds(logits if probs is None else probs)
+    # A decoder that starts at zero returns exact zeros, which are valid logits.
+    if probs is None and low >= 0 and 0 < high <= 1 and logits.numel() >= _MIN_VALUES:
+        advice = "remove the decoder's sigmoid"
         if density == "bernoulli":
-            cure += ", or use fastvae.ELBO(fastvae.likelihoods.Bernoulli(from_probs=True))"
+            advice += ", or use fastvae.ELBO(fastvae.likelihoods.Bernoulli(from_probs=True))"
         _warn(
             density,
             "probabilities",
-            f"{where}: every value of `{name}` lies in [0, 1], which looks like probabilities where logits are meant; "
-            f"{cure}",
+            f"{where}: all values of `{name}` lie in [0, 1], so they look like probabilities, but logits are "
+            f"expected; {advice}",
         )
-    if given is not None and (low < -_SLACK or high > 1 + _SLACK):
+    if probs is not None and (low < -_TOLERANCE or high > 1 + _TOLERANCE):
         _warn(
             density,
             "logits",
-            f"{where}: `{name}` leaves [0, 1], which looks like logits where Bernoulli(from_probs=True) means "
-            "probabilities; use fastvae.ELBO('bernoulli')",
+            f"{where}: `{name}` has values outside [0, 1], so they look like logits, but Bernoulli(from_probs=True) "
+            "expects probabilities; use fastvae.ELBO('bernoulli')",
         )
 
 
 def _bounds(values: Tensor) -> tuple[float, float]:
     values = values.detach()
-    if values.dtype in (torch.bool, torch.uint16):  # which torch cannot compare on every device
+    if values.dtype in (torch.bool, torch.uint16):  # torch cannot compare these on every device
         values = values.int()
     low, high = (bound.item() for bound in torch.aminmax(values))
     return low, high
 
 
 def has_values(t: Tensor) -> bool:
-    """Not of fake and meta tensors, and of those that stand for others in traces and transforms."""
+    """Whether the values of a tensor can be read, unlike those of fake and meta tensors, traces and transforms."""
     if torch._C._len_torch_dispatch_stack() > 0 or t.is_meta:
         return False
     return type(t) in _PLAIN and not torch._C._functorch.is_functorch_wrapped_tensor(t)

@@ -1,4 +1,4 @@
-"""Into the programs that people already run: a module for each, named after the package that it serves.
+"""Integrations with packages that people already use. Each module is named after its package.
 
-Importing one of them does not import that package; only what it offers does, when it is called.
+Importing a module does not import its package; only calling its functions does.
 """

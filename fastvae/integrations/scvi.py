@@ -1,15 +1,15 @@
-"""scvi-tools' own training with fastvae's loss in it.
+"""Speed up scvi-tools' training with fastvae's loss.
 
     from fastvae.integrations.scvi import accelerate
 
-    accelerate()           # or, for a while: with accelerate(): ...
+    accelerate()           # or for one block: with accelerate(): ...
     model.train()
 
-scvi-tools' modules build a distribution and ask it for `log_prob`, one value for each cell and gene, which their eager
-formulas make in some thirty passes over memory, forward and backward. Here one op takes their place, value and
-gradients in a single pass, behind the `log_prob` of scvi-tools' NegativeBinomial, ZeroInflatedNegativeBinomial and
-Poisson: every model whose loss asks them is served, a user's own included. What the op does not serve, such as
-several samples at a time, stays with scvi-tools' formula; `status()` tells how often, and why.
+scvi-tools' modules build a distribution and call its `log_prob`, which returns one value for each cell and gene. Its
+eager formulas take about thirty passes over memory, forward and backward. This module replaces `log_prob` of
+scvi-tools' NegativeBinomial, ZeroInflatedNegativeBinomial and Poisson with one op that computes values and gradients in
+a single pass. It thus serves every model whose loss calls them, including your own. Calls that the op does not serve,
+such as those with several samples at a time, still use scvi-tools' formula; `status()` reports how many, and why.
 """
 
 import functools
@@ -35,22 +35,24 @@ from ..functional.loss import nll_elements
 __all__ = ["VERSIONS", "Acceleration", "Status", "accelerate", "status", "undo"]
 
 VERSIONS = ("1.4.2", "1.5.1")
-"""The versions of scvi-tools that this module has been tested with, and accepts."""
+"""The versions of scvi-tools that this module accepts and has been tested with."""
 
 LogProb = Callable[[Any, Tensor], Tensor]
 
-ZINB_EPS = 1e-8  # of scvi-tools' ZeroInflatedNegativeBinomial.log_prob; a NegativeBinomial knows its own
+ZINB_EPS = (
+    1e-8  # as in scvi-tools' ZeroInflatedNegativeBinomial.log_prob; NegativeBinomial has its own `_eps`
+)
 
 
 class Acceleration:
-    """What `accelerate` returns: ends with `undo()`, or with the `with` block that it opened."""
+    """The handle that `accelerate` returns. The acceleration ends with `undo()`, or with its `with` block."""
 
     def __init__(self, strict: bool, fused_adam: bool) -> None:
         self.strict = strict
         self.fused_adam = fused_adam
 
     def undo(self) -> None:
-        """End this acceleration. scvi-tools is as it was once no other is left; a second call does nothing."""
+        """End this acceleration. Once no other one is active, scvi-tools is restored. A second call does nothing."""
         if self in _active:
             _active.remove(self)
         if not _active:
@@ -67,17 +69,17 @@ class Acceleration:
 
 @dataclass(frozen=True, repr=False)
 class Status:
-    """What `status` returns; `print` it, or read its fields."""
+    """The result of `status`. You can `print` it, or read its fields."""
 
     active: bool
     version: str | None
-    """Of scvi-tools; None where `accelerate` has not been called."""
+    """The version of scvi-tools, or None if `accelerate` has not been called."""
     strict: bool
     fused_adam: bool
     served: dict[str, int]
-    """Calls that the op took, by what was called. Calls in compiled code are not counted."""
+    """The number of calls that the op served, by what was called. Calls in compiled code are not counted."""
     fell_back: dict[str, dict[str, int]]
-    """Calls that scvi-tools' own code took, by what was called and by reason."""
+    """The number of calls that scvi-tools' own code served, by what was called and by reason."""
 
     def __str__(self) -> str:
         if not self.version:
@@ -89,7 +91,7 @@ class Status:
         for name in sorted({*self.served, *self.fell_back}):
             lines.append(f"  {name}: {self.served.get(name, 0)} served")
             for reason, count in self.fell_back.get(name, {}).items():
-                lines.append(f"    {count} by scvi-tools: {reason}")
+                lines.append(f"    {count} by scvi-tools' own code: {reason}")
         if len(lines) == 1:
             lines.append("  no calls yet")
         return "\n".join(lines)
@@ -98,47 +100,48 @@ class Status:
 
 
 def accelerate(*, strict: bool = False, fused_adam: bool = False) -> Acceleration:
-    """Put fastvae's op behind `log_prob` of scvi-tools' count distributions, for every model of this process.
+    """Replace `log_prob` of scvi-tools' count distributions with fastvae's op, for every model of this process.
 
-    A plain call lasts until `undo()` of what it returns (or of this module); as a context manager, until its block is
-    left. Calls may be nested and repeated: scvi-tools is as it was once the last of them has ended, and the options
-    are those of the latest that is still active. Models carry nothing of it: they save, load and train without fastvae.
+    A plain call is in effect until `undo()` of the returned object (or of this module); as a context manager, it is in
+    effect until its block ends. Calls may be nested and repeated: scvi-tools is restored when the last one ends, and
+    the options are those of the latest call that is still active. Models are not changed: they save, load and train
+    without fastvae.
 
-    Served are matrices (cells, genes) of float32 or float64 on a device that fastvae has kernels for; everything else
-    goes to scvi-tools' own formula, silently.
+    The op serves matrices (cells, genes) of float32 or float64 on a device for which fastvae has kernels. Everything
+    else silently uses scvi-tools' own formula.
 
     Args:
-        strict: a call that goes to scvi-tools' own formula is an error, which says why.
-        fused_adam: scvi-tools' optimiser, Adam or AdamW, is made with `fused=True` where every parameter is a plain
-            floating-point tensor on a CPU or a CUDA device: the same formula in one pass. From 1.5 on scvi-tools does
-            that by itself.
+        strict: raise an error, with the reason, when a call would use scvi-tools' own formula.
+        fused_adam: create scvi-tools' optimiser, Adam or AdamW, with `fused=True` if every parameter is a plain
+            floating-point tensor on a CPU or CUDA device: the same formula in one pass. From version 1.5, scvi-tools
+            does this by itself.
 
     Raises:
-        ImportError: scvi-tools is missing, or of a version that is not in `VERSIONS`. Nothing has been changed then.
+        ImportError: If scvi-tools is missing, or its version is not in `VERSIONS`. Nothing is changed then.
     """
     global _version
     version = _checked_version()
     acceleration = Acceleration(bool(strict), bool(fused_adam))
     if not _active:
-        patches = _patches()  # what may fail comes first
+        patches = _patches()  # this may fail, so it runs before anything is changed
         _served.clear()
         _fell_back.clear()
         _version = version
         for patch in patches:
-            patch.put()
+            patch.apply()
         _installed.extend(patches)
     _active.append(acceleration)
     return acceleration
 
 
 def undo() -> None:
-    """End every acceleration that is active: scvi-tools is as it was."""
+    """End all active accelerations and restore scvi-tools."""
     for acceleration in list(_active):
         acceleration.undo()
 
 
 def status() -> Status:
-    """What has been served since `accelerate` was called, what fell back on scvi-tools' own code, and why."""
+    """Report the calls served since `accelerate` was called, and those that used scvi-tools' own code, with reasons."""
     latest = _active[-1] if _active else None
     return Status(
         active=latest is not None,
@@ -151,24 +154,25 @@ def status() -> Status:
 
 
 class _Patch:
-    """An attribute of a class or module of scvi-tools, and what takes its place."""
+    """An attribute of a class or module of scvi-tools, and its replacement."""
 
-    def __init__(self, owner: Any, name: str, ours: Any) -> None:
-        self.owner, self.name, self.ours = owner, name, ours
+    def __init__(self, owner: Any, name: str, replacement: Any) -> None:
+        self.owner, self.name, self.replacement = owner, name, replacement
         self.inherited = name not in vars(owner)
-        self.theirs = None if self.inherited else vars(owner)[name]
+        self.original = None if self.inherited else vars(owner)[name]
 
-    def put(self) -> None:
-        setattr(self.owner, self.name, self.ours)
+    def apply(self) -> None:
+        setattr(self.owner, self.name, self.replacement)
 
-    def take_back(self) -> None:
-        # Whoever has put something of their own over it since keeps that; what it calls of ours is inert then.
-        if vars(self.owner).get(self.name) is not self.ours:
+    def revert(self) -> None:
+        # If someone else has patched the attribute since, their patch stays. It may call our replacement, which then
+        # only calls the original.
+        if vars(self.owner).get(self.name) is not self.replacement:
             return
         if self.inherited:
             delattr(self.owner, self.name)
         else:
-            setattr(self.owner, self.name, self.theirs)
+            setattr(self.owner, self.name, self.original)
 
 
 _active: list[Acceleration] = []
@@ -179,11 +183,11 @@ _fell_back: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaul
 
 
 def _checked_version() -> str:
-    """The version of scvi-tools, read without importing it."""
-    wanted = VERSIONS[0] if sys.version_info < (3, 12) else VERSIONS[-1]
-    advice = f'pip install "scvi-tools=={wanted}"'
+    """Return the version of scvi-tools without importing it, or raise an ImportError with advice."""
+    recommended = VERSIONS[0] if sys.version_info < (3, 12) else VERSIONS[-1]
+    advice = f'pip install "scvi-tools=={recommended}"'
     if sys.version_info < (3, 11):
-        advice = f"Python 3.11 or newer, and there {advice}"
+        advice = f"use Python 3.11 or newer, and {advice}"
     try:
         found = metadata.version("scvi-tools")
     except metadata.PackageNotFoundError:
@@ -192,7 +196,7 @@ def _checked_version() -> str:
         ) from None
     if found not in VERSIONS:
         raise ImportError(
-            f"fastvae.integrations.scvi serves scvi-tools {' and '.join(VERSIONS)}, found {found}: {advice}"
+            f"fastvae.integrations.scvi supports scvi-tools {' and '.join(VERSIONS)}, found {found}: {advice}"
         )
     return found
 
@@ -202,88 +206,88 @@ def _patches() -> list[_Patch]:
     autozi = importlib.import_module("scvi.module").AutoZIVAE
     plan = importlib.import_module("scvi.train").TrainingPlan
     negative_binomial = distributions.NegativeBinomial
-    inflated = distributions.ZeroInflatedNegativeBinomial
+    zero_inflated = distributions.ZeroInflatedNegativeBinomial
     poisson = distributions.Poisson
     patches = [
-        _Patch(negative_binomial, "log_prob", _negative_binomial(negative_binomial.log_prob)),
-        _Patch(inflated, "log_prob", _zero_inflated(inflated.log_prob)),
-        _Patch(poisson, "log_prob", _poisson(poisson.log_prob)),
+        _Patch(negative_binomial, "log_prob", _negative_binomial_log_prob(negative_binomial.log_prob)),
+        _Patch(zero_inflated, "log_prob", _zero_inflated_log_prob(zero_inflated.log_prob)),
+        _Patch(poisson, "log_prob", _poisson_log_prob(poisson.log_prob)),
         _Patch(
             autozi,
             "get_reconstruction_loss",
-            _autozi(autozi.get_reconstruction_loss, inflated),
+            _autozi_loss(autozi.get_reconstruction_loss, zero_inflated),
         ),
     ]
-    # These two take torch's Poisson, which is not for us to change: they get scvi-tools', which is a subclass of it.
+    # These two modules use torch's Poisson, which we must not patch. They get scvi-tools' subclass of it instead.
     for name in ("scvi.module._multivae", "scvi.external.gimvi._module"):
         patches.append(_Patch(importlib.import_module(name), "Poisson", poisson))
     if "fused_optimizer" not in inspect.signature(plan.__init__).parameters:
         patches.append(
-            _Patch(plan, "_optimizer_creator_fn", _fused_optimizer(plan._optimizer_creator_fn))  # noqa: SLF001
+            _Patch(plan, "_optimizer_creator_fn", _fused_optimizer_creator(plan._optimizer_creator_fn))  # noqa: SLF001
         )
     return patches
 
 
 def _remove_patches() -> None:
     for patch in reversed(_installed):
-        patch.take_back()
+        patch.revert()
     _installed.clear()
 
 
-def _negative_binomial(theirs: LogProb) -> LogProb:
-    @functools.wraps(theirs)
+def _negative_binomial_log_prob(original: LogProb) -> LogProb:
+    @functools.wraps(original)
     def log_prob(self: Any, value: Tensor) -> Tensor:
         if not _active:
-            return theirs(self, value)
-        obstacle = _obstacle(value, self.mu, self.theta)
-        # A distribution that asks for its arguments to be checked warns; scvi-tools' models do not ask.
-        if not obstacle and self._validate_args and not _warned_of(value):
-            obstacle = _NEGATIVE
-        if obstacle:
-            return _left(self, obstacle, theirs, value)
-        _count(type(self).__name__)
-        return _elements("negative_binomial", (self.mu, _per_gene(self.theta)), value, self._eps)
+            return original(self, value)
+        reason = _fallback_reason(value, self.mu, self.theta)
+        # Only distributions with argument validation warn, and scvi-tools' models do not enable it.
+        if not reason and self._validate_args and not _validate_counts(value):
+            reason = _NEGATIVE
+        if reason:
+            return _fall_back(self, reason, original, value)
+        _count_call(type(self).__name__)
+        return _log_prob("negative_binomial", (self.mu, _per_gene(self.theta)), value, self._eps)
 
     return log_prob
 
 
-def _zero_inflated(theirs: LogProb) -> LogProb:
-    @functools.wraps(theirs)
+def _zero_inflated_log_prob(original: LogProb) -> LogProb:
+    @functools.wraps(original)
     def log_prob(self: Any, value: Tensor) -> Tensor:
         if not _active:
-            return theirs(self, value)
-        obstacle = _obstacle(value, self.mu, self.theta, self.zi_logits)
-        # A negative value counts as a zero in scvi-tools' formula.
-        if not obstacle and not _warned_of(value):
-            obstacle = _NEGATIVE
-        if obstacle:
-            return _left(self, obstacle, theirs, value)
-        _count(type(self).__name__)
+            return original(self, value)
+        reason = _fallback_reason(value, self.mu, self.theta, self.zi_logits)
+        # scvi-tools' formula treats a negative value as a zero.
+        if not reason and not _validate_counts(value):
+            reason = _NEGATIVE
+        if reason:
+            return _fall_back(self, reason, original, value)
+        _count_call(type(self).__name__)
         params = (self.mu, _per_gene(self.theta), self.zi_logits)
-        return _elements("zero_inflated_negative_binomial", params, value, ZINB_EPS)
+        return _log_prob("zero_inflated_negative_binomial", params, value, ZINB_EPS)
 
     return log_prob
 
 
-def _poisson(theirs: LogProb) -> LogProb:
-    @functools.wraps(theirs)
+def _poisson_log_prob(original: LogProb) -> LogProb:
+    @functools.wraps(original)
     def log_prob(self: Any, value: Tensor) -> Tensor:
         if not _active:
-            return theirs(self, value)
-        obstacle = _obstacle(value, self.rate)
-        # torch's Poisson refuses what is no count, unless it was made with validate_args=False.
-        if not obstacle and self._validate_args and not _are_counts(value):
-            obstacle = "values that are no counts"
-        if obstacle:
-            return _left(self, obstacle, theirs, value)
-        _count(type(self).__name__)
-        return _elements("poisson_rate", (self.rate,), value, 0.0)
+            return original(self, value)
+        reason = _fallback_reason(value, self.rate)
+        # torch's Poisson refuses values that are not counts, unless it was created with validate_args=False.
+        if not reason and self._validate_args and not _are_counts(value):
+            reason = "values that are not counts"
+        if reason:
+            return _fall_back(self, reason, original, value)
+        _count_call(type(self).__name__)
+        return _log_prob("poisson_rate", (self.rate,), value, 0.0)
 
     return log_prob
 
 
-def _autozi(theirs: Callable[..., Tensor], distribution: Any) -> Callable[..., Tensor]:
-    @functools.wraps(theirs)
+def _autozi_loss(original: Callable[..., Tensor], distribution: Any) -> Callable[..., Tensor]:
+    @functools.wraps(original)
     def get_reconstruction_loss(
         self: Any,
         x: Tensor,
@@ -294,15 +298,15 @@ def _autozi(theirs: Callable[..., Tensor], distribution: Any) -> Callable[..., T
         eps_log: float = 1e-8,
         **kwargs: Any,
     ) -> Tensor:
-        """AutoZI (Clivio et al. 2019) mixes a ZINB and an NB of one mean and dispersion, which is again a ZINB.
+        """AutoZI (Clivio et al. 2019) mixes a ZINB and an NB with the same mean and dispersion, which is again a ZINB.
 
-        With d the weight of the NB and a the logit of the additional zeros, sigmoid(-a) of the ZINB is NB, too: the
-        weights of a certain zero and of the NB are (1 - d) sigmoid(a) and d + (1 - d) sigmoid(-a). The logarithm of
-        their ratio is a + log(1 - d) - log(1 + d e^a). scvi-tools adds `eps_log` to d and to 1 - d.
+        Let d be the weight of the NB and a the logit of the additional zeros. The fraction sigmoid(-a) of the ZINB is
+        an NB too, so the weights of a certain zero and of the NB are (1 - d) sigmoid(a) and d + (1 - d) sigmoid(-a).
+        The logarithm of their ratio is a + log(1 - d) - log(1 + d e^a). scvi-tools adds `eps_log` to d and to 1 - d.
         """
-        if not _active or _obstacle(x, px_rate, px_r, px_dropout) or bernoulli_params.dim() > 2:
-            # Its distributions say why.
-            return theirs(self, x, px_rate, px_r, px_dropout, bernoulli_params, eps_log, **kwargs)
+        if not _active or _fallback_reason(x, px_rate, px_r, px_dropout) or bernoulli_params.dim() > 2:
+            # The log_prob of its distributions records the reason.
+            return original(self, x, px_rate, px_r, px_dropout, bernoulli_params, eps_log, **kwargs)
         log_keep = torch.log(1.0 - bernoulli_params + eps_log)
         log_d = torch.log(bernoulli_params + eps_log)
         zi_logits = px_dropout + log_keep - F.softplus(px_dropout + log_d)
@@ -311,15 +315,15 @@ def _autozi(theirs: Callable[..., Tensor], distribution: Any) -> Callable[..., T
     return get_reconstruction_loss
 
 
-def _fused_optimizer(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(theirs)
-    def creator(self: Any, optimizer_cls: Any) -> Callable[..., torch.optim.Optimizer]:
+def _fused_optimizer_creator(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create_optimizer_fn(self: Any, optimizer_cls: Any) -> Callable[..., torch.optim.Optimizer]:
         if not (
             _active and _active[-1].fused_adam and optimizer_cls in (torch.optim.Adam, torch.optim.AdamW)
         ):
-            return theirs(self, optimizer_cls)
+            return original(self, optimizer_cls)
 
-        def create(params: Any) -> torch.optim.Optimizer:
+        def create_optimizer(params: Any) -> torch.optim.Optimizer:
             params = list(params)
             plain = all(
                 type(p) in (torch.nn.Parameter, Tensor)
@@ -328,32 +332,32 @@ def _fused_optimizer(theirs: Callable[..., Any]) -> Callable[..., Any]:
                 and p.device.type in ("cpu", "cuda")
                 for p in params
             )
-            _count(
-                "fused Adam", "" if plain else "parameters other than plain floats on a CPU or a CUDA device"
+            _count_call(
+                "fused Adam", "" if plain else "parameters that are not plain floats on a CPU or CUDA device"
             )
-            return theirs(self, functools.partial(optimizer_cls, fused=True) if plain else optimizer_cls)(
+            return original(self, functools.partial(optimizer_cls, fused=True) if plain else optimizer_cls)(
                 params
             )
 
-        return create
+        return create_optimizer
 
-    return creator
+    return create_optimizer_fn
 
 
 _NEGATIVE = "negative values"
-_SHAPES = "shapes other than one (cells, genes) of all, as for several samples at a time"
+_SHAPES = "shapes that are not all the same (cells, genes), as with several samples at a time"
 
 
-def _obstacle(value: Any, mean: Tensor, *others: Tensor) -> str:
-    """Why the op does not serve a call, in words; empty where it does."""
+def _fallback_reason(value: Any, mean: Tensor, *others: Tensor) -> str:
+    """Why the op cannot serve a call, or an empty string if it can."""
     if not isinstance(value, Tensor) or value.layout != torch.strided:
-        return "values that are no dense tensor"
+        return "values that are not a dense tensor"
     if mean.dim() != 2 or value.shape != mean.shape or any(other.shape != mean.shape for other in others):
         return _SHAPES
     if mean.numel() == 0:
-        return "nothing to compute"
+        return "an empty batch"
     device = mean.device.type
-    # The reference serves only who has chosen it: it is no faster than scvi-tools.
+    # The reference is no faster than scvi-tools, so it serves only if the user has chosen it.
     if choose.with_kernel("nll_elements", device) is None:
         return f"no kernels for {device} tensors; fastvae doctor says why"
     if value.device != mean.device:
@@ -371,8 +375,8 @@ def _obstacle(value: Any, mean: Tensor, *others: Tensor) -> str:
     return ""
 
 
-def _left(distribution: Any, obstacle: str, theirs: LogProb, value: Any) -> Tensor:
-    """The call by scvi-tools' own code, or with `strict` an error."""
+def _fall_back(distribution: Any, reason: str, original: LogProb, value: Any) -> Tensor:
+    """Call scvi-tools' own code, or raise an error if `strict` is set."""
     name = type(distribution).__name__
     if _active[-1].strict:
         found = ""
@@ -383,34 +387,34 @@ def _left(distribution: Any, obstacle: str, theirs: LogProb, value: Any) -> Tens
                 f"on {mean.device})"
             )
         raise RuntimeError(
-            f"fastvae.integrations.scvi: {name}.log_prob cannot be served: {obstacle}{found}; without strict=True "
-            "scvi-tools' own formula takes such calls"
+            f"fastvae.integrations.scvi: {name}.log_prob cannot be served: {reason}{found}; without strict=True, "
+            "scvi-tools' own formula serves such calls"
         )
-    _count(name, obstacle)
-    return theirs(distribution, value)
+    _count_call(name, reason)
+    return original(distribution, value)
 
 
-def _count(name: str, obstacle: str = "") -> None:
+def _count_call(name: str, fallback_reason: str = "") -> None:
     if torch.compiler.is_compiling():
         return
-    if obstacle:
-        _fell_back[name][obstacle] += 1
+    if fallback_reason:
+        _fell_back[name][fallback_reason] += 1
     else:
         _served[name] += 1
 
 
-def _elements(row: str, params: tuple[Tensor, ...], value: Tensor, eps: float) -> Tensor:
-    """log p of each element. Parameters that autocast left in half precision are taken as the numbers they are."""
+def _log_prob(variant: str, params: tuple[Tensor, ...], value: Tensor, eps: float) -> Tensor:
+    """Compute log p of each element. Parameters that autocast left in half precision are converted."""
     params = tuple(param.to(params[0].dtype) for param in params)
-    return nll_elements(row, params, value, (eps,), -1.0)
+    return nll_elements(variant, params, value, (eps,), -1.0)
 
 
 def _per_gene(theta: Tensor) -> Tensor:
-    """(G,) where theta (B, G) is one row for all cells, which is how scvi-tools' constructors broadcast it."""
+    """Return theta as (G,) if scvi-tools' constructor has broadcast it to (B, G), or else unchanged."""
     if theta.stride(0) != 0:
         return theta
     if not torch.compiler.is_compiling():
-        # What was broadcast, so that autograd does not go through a gradient of every cell.
+        # The tensor that was broadcast, so that autograd does not need a gradient for every cell.
         base = theta._base
         if (
             base is not None
@@ -425,19 +429,19 @@ def _per_gene(theta: Tensor) -> Tensor:
 
 
 def _are_counts(value: Tensor) -> bool:
-    """Whether every value is a whole number, 0 or more: what their `support` asks, in a tenth of the time."""
+    """Whether all values are whole numbers of at least 0. This checks `support` in a tenth of the time."""
     if not value.is_floating_point():
         return bool(value.min() >= 0)
-    # The sum is 0 if and only if every fraction is: none is negative, and a NaN stays one.
+    # The sum of the absolute fractions is 0 only if all of them are, and a NaN makes it NaN.
     return bool((value.frac().abs_().sum() == 0) & (value.min() >= 0))
 
 
-def _warned_of(value: Tensor) -> bool:
-    """Whether no value is negative. Warns, as scvi-tools does, of values that are no counts."""
+def _validate_counts(value: Tensor) -> bool:
+    """Whether no value is negative. As scvi-tools does, this warns of values that are not counts."""
     if _are_counts(value):
         return True
     if bool(value.min() < 0):
-        return False  # scvi-tools' own log_prob will warn
+        return False  # scvi-tools' own log_prob warns of it
     settings = importlib.import_module("scvi").settings
     warnings.warn(
         "The value argument must be within the support of the distribution",

@@ -1,7 +1,7 @@
-"""Likelihoods: what the decoder's output means. Each is a small module that an `ELBO` takes by name or by object.
+"""Likelihoods define what the decoder's output means. An `ELBO` takes them as modules, or some by name.
 
-Your own: any `nn.Module` with `nll(params, target) -> (B,)` works in `fastvae.ELBO`. Subclass `Likelihood` and give
-`kernel_call` instead of `nll` to have a fused kernel serve it.
+You can write your own: `fastvae.ELBO` accepts any `nn.Module` with `nll(params, target) -> (B,)`. To use a fused
+kernel, subclass `Likelihood` and define `kernel_call` instead of `nll`.
 """
 
 from . import base, categorical, continuous, counts, discretized, product

@@ -1,4 +1,4 @@
-"""What all likelihood modules are."""
+"""The base class of the likelihood modules."""
 
 from typing import Any
 
@@ -9,41 +9,41 @@ from ..functional import loss
 
 __all__ = ["Likelihood"]
 
-# A backend's row: the likelihood's name there, its tensors and its constants.
+# (name of the variant, its tensors, its constants): what a backend needs to evaluate the likelihood.
 KernelCall = tuple[str, list[Tensor], list[float]]
 
 
 class Likelihood(nn.Module):
-    """p(data | params): the base of the likelihood modules. `params` is what the decoder returns.
+    """The base class of likelihoods p(data | params), where `params` is the output of the decoder.
 
-    A subclass gives `kernel_call`, `mean` and `sample`, or replaces `nll` altogether.
+    A subclass defines `kernel_call`, `mean` and `sample`, or overrides `nll` instead of `kernel_call`.
     """
 
     def kernel_call(self, params: Any) -> KernelCall:
-        """The kernel that serves this likelihood: (name, tensors, constants) for the backend."""
+        """Return the arguments (name, tensors, constants) with which a backend evaluates this likelihood."""
         raise NotImplementedError(f"{type(self).__name__} must define `kernel_call` or `nll`")
 
     def nll(self, params: Any, target: Tensor) -> Tensor:
-        """-log p(target | params) of every row, (B,), in nats."""
+        """Compute -log p(target | params) of every row, (B,), in nats."""
         name, tensors, constants = self.kernel_call(params)
-        given = params if getattr(self, "from_probs", False) else None
-        return loss.nll(name, tensors, target, constants, given=given)[0]
+        probs = params if getattr(self, "from_probs", False) else None
+        return loss.nll(name, tensors, target, constants, probs=probs)[0]
 
     def mean(self, params: Any) -> Tensor:
-        """The expected data, differentiable: what to show as a reconstruction."""
+        """The expected data, differentiable, for instance to show as a reconstruction."""
         raise NotImplementedError(f"{type(self).__name__} must define `mean`")
 
     def sample(self, params: Any, generator: torch.Generator | None = None) -> Tensor:
-        """A draw of data, without a gradient."""
+        """Draw data, without a gradient."""
         raise NotImplementedError(f"{type(self).__name__} must define `sample`")
 
     def channels(self, c: int) -> int:
-        """How many channels the decoder must give for `c` channels of data."""
+        """The number of channels that the decoder must return for `c` channels of data."""
         return c
 
 
-def widest(like: Tensor) -> torch.dtype:
-    """The most exact type to draw in: float64, which MPS devices do not have."""
+def sampling_dtype(like: Tensor) -> torch.dtype:
+    """The most precise dtype for draws: float64, or float32 on MPS devices, which have no float64."""
     return torch.float32 if like.device.type == "mps" else torch.float64
 
 

@@ -10,10 +10,10 @@ __all__ = ["Categorical"]
 
 
 class Categorical(Likelihood):
-    """One of V classes at every position: the tokens of a text, or a label. `params` are logits (B, ..., V), classes
-    last; the data are the classes' numbers, int64 (B, ...).
+    """One of V classes at every position, such as the tokens of a text, or a label.
 
-    `ignore_index`: data of this number (padding) count for nothing.
+    `params` are logits (B, ..., V), with the classes in the last dimension. The data are class indices, int64 (B, ...).
+    Positions whose target is `ignore_index` (padding) add nothing to the loss.
     """
 
     def __init__(self, ignore_index: int = -100) -> None:
@@ -25,18 +25,18 @@ class Categorical(Likelihood):
         return "categorical", [params], [float(self.ignore_index)]
 
     def mean(self, params: Tensor) -> Tensor:
-        """The classes' probabilities, (B, ..., V)."""
+        """The probabilities of the classes, (B, ..., V)."""
         return torch.softmax(params, -1)
 
     @torch.no_grad()
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Classes drawn, int64 (B, ...)."""
+        """Draw classes, int64 (B, ...)."""
         dtype = torch.float64 if params.dtype == torch.float64 else torch.float32
         probs = torch.softmax(params, -1, dtype=dtype).flatten(0, -2)
         return torch.multinomial(probs, 1, generator=generator).view(params.shape[:-1])
 
     def channels(self, c: int) -> int:
-        """For c classes: a logit for each."""
+        """One logit for each of `c` classes."""
         return c
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Densities of numbers, and the Bernoulli."""
+"""Continuous densities, and the Bernoulli."""
 
 import math
 from typing import Any
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from ..functional.checks import checked_positive, checked_scale, is_dense
 from ..functional.continuous import checked_bounds, smooth_clamp
 from ..reference.continuous import BERNOULLI_NUMBERS
-from .base import KernelCall, Likelihood, is_pair, widest
+from .base import KernelCall, Likelihood, is_pair, sampling_dtype
 
 __all__ = ["Bernoulli", "ContinuousBernoulli", "Gamma", "Gaussian", "Laplace", "StudentT"]
 
 
 class Bernoulli(Likelihood):
-    """Independent binary data. `params` are logits: the decoder ends without a sigmoid.
+    """Independent binary data. `params` are logits: the decoder must not end with a sigmoid.
 
-    `from_probs=True` is for a decoder that does end with one: `params` are probabilities. The loss is then the same
-    number as `F.binary_cross_entropy` gives, its limits included: an exact 0 or 1 counts as a logit of -100 or 100, and
-    passes no gradient. Logits are the better choice: they are exact there, faster, and learn from sure mistakes.
+    For a decoder that does end with a sigmoid, `from_probs=True` takes probabilities as `params`. The loss is then the
+    same as that of `F.binary_cross_entropy`, including its limits: an exact 0 or 1 counts as a logit of -100 or 100,
+    and gets no gradient. Logits are the better choice: they are exact there, faster, and learn from confident mistakes.
     """
 
     def __init__(self, from_probs: bool = False) -> None:
@@ -41,30 +41,30 @@ class Bernoulli(Likelihood):
 
 
 def _logit(probs: Tensor) -> Tensor:
-    """log(p / (1 - p)), finite on all of [0, 1], in the dtype of `probs`."""
+    """Compute log(p / (1 - p)), finite on all of [0, 1], in the dtype of `probs`."""
     if not isinstance(probs, Tensor) or not probs.is_floating_point() or not is_dense(probs):
-        return probs  # the checks of the loss have the words for it
+        return probs  # the checks of the loss report it
     p = probs if probs.dtype == torch.float64 else probs.float()
     limits = torch.finfo(p.dtype)
-    # Clamped before the logarithm: clamping after it would leave a gradient of 0 * inf at the ends.
+    # Clamping after the logarithm instead would make the gradient 0 * inf at the ends.
     inside = torch.logit(p.clamp(limits.tiny, 1 - limits.eps / 2))
     ends = torch.where(p >= 1, 100.0, torch.where(p <= 0, -100.0, inside))
     return ends.to(probs.dtype)
 
 
 class Gaussian(Likelihood):
-    """Independent normal data; `params` is the mean, or mean and log-variance. Where the variance comes from:
+    """Independent normal data. `params` is the mean, or the mean and the log-variance, depending on `scale`:
 
-    - `scale=s`, a positive float: the standard deviation, the same everywhere.
-    - `scale="learned"`: one variance for all elements, trained: `logvar`, a parameter of this module that starts at 0.
-      Give it to the optimiser with `elbo.parameters()`.
-    - `scale="per_element"`: from the decoder, which returns mean and log-variance packed along dimension 1,
-      (B, 2C, ...) for data (B, C, ...), or as a pair.
+    - `scale=s`, a positive float: s is the standard deviation everywhere.
+    - `scale="learned"`: all elements share one trained variance, `logvar`, a parameter of this module that starts at 0.
+      Pass it to the optimiser with `elbo.parameters()`.
+    - `scale="per_element"`: the decoder returns mean and log-variance, packed along dimension 1 as (B, 2C, ...) for
+      data (B, C, ...), or as a pair.
 
-    `logvar_bounds=(lo, hi)` keeps a log-variance v that is learned or given per element between bounds: in its place
-    stands mid + half tanh((v - mid) / half), mid = (lo + hi) / 2 and half = (hi - lo) / 2, which is v in the middle and
-    has a gradient beyond them. Without it a decoder that meets some data exactly, flat parts of an image, drives its
-    variance to 0 there and the loss to minus infinity.
+    `logvar_bounds=(lo, hi)` keeps a log-variance v that is learned or per element between bounds, with the smooth clamp
+    mid + half tanh((v - mid) / half), mid = (lo + hi) / 2 and half = (hi - lo) / 2. It is close to v in the middle and
+    has a gradient beyond the bounds. Without it, a decoder that fits some data exactly, such as flat parts of an image,
+    drives its variance to 0 there and the loss to minus infinity.
     """
 
     def __init__(self, scale: float | str = 1.0, *, logvar_bounds: tuple[float, float] | None = None) -> None:
@@ -92,7 +92,7 @@ class Gaussian(Likelihood):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Give a learned log-variance its start, 0: after `to_empty`, say."""
+        """Reset a learned log-variance to its initial value, 0, for instance after `to_empty`."""
         if self.scale == "learned":
             nn.init.zeros_(self.logvar)
 
@@ -102,22 +102,22 @@ class Gaussian(Likelihood):
             logvar = self.logvar if bounds is None else smooth_clamp(self.logvar, bounds)
             return "gaussian_learned", [params, logvar], []
         if self.scale == "per_element":
-            family, constants = ("gaussian", []) if bounds is None else ("gaussian_bounded", list(bounds))
+            density, constants = ("gaussian", []) if bounds is None else ("gaussian_bounded", list(bounds))
             if is_pair(params):
-                return f"{family}_per_element", list(params), constants
-            return f"{family}_head", [params], constants
+                return f"{density}_per_element", list(params), constants
+            return f"{density}_head", [params], constants
         return "gaussian", [params], [float(self.scale)]
 
     def mean(self, params: Any) -> Tensor:
-        return self._moments(params)[0]
+        return self._mean_and_std(params)[0]
 
     @torch.no_grad()
     def sample(self, params: Any, generator: torch.Generator | None = None) -> Tensor:
-        mean, std = self._moments(params)
+        mean, std = self._mean_and_std(params)
         noise = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
         return mean + std * noise
 
-    def _moments(self, params: Any) -> tuple[Tensor, Tensor | float]:
+    def _mean_and_std(self, params: Any) -> tuple[Tensor, Tensor | float]:
         if self.scale == "per_element":
             mean, logvar = params if is_pair(params) else params.chunk(2, dim=1)
             return mean, self._std(logvar)
@@ -139,9 +139,9 @@ class Gaussian(Likelihood):
 
 
 class _ScaleFamily(Likelihood):
-    """A location and a scale, which come in the ways that `Laplace` describes."""
+    """A location and a scale, which can be fixed, learned or per element as documented in `Laplace`."""
 
-    family: str
+    density: str
 
     def __init__(
         self, scale: float | str = 1.0, *, log_scale_bounds: tuple[float, float] | None = None
@@ -170,21 +170,21 @@ class _ScaleFamily(Likelihood):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Give a learned log-scale its start, 0: after `to_empty`, say."""
+        """Reset a learned log-scale to its initial value, 0, for instance after `to_empty`."""
         if self.scale == "learned":
             nn.init.zeros_(self.log_scale)
 
     def kernel_call(self, params: Any) -> KernelCall:
         if self.scale == "learned":
-            return f"{self.family}_learned", [params, self._bounded(self.log_scale)], []
+            return f"{self.density}_learned", [params, self._clamp(self.log_scale)], []
         if self.scale == "per_element":
             if is_pair(params) or (self.log_scale_bounds is not None and _is_head(params)):
                 loc, log_scale = params if is_pair(params) else params.chunk(2, dim=1)
-                return f"{self.family}_per_element", [loc, self._bounded(log_scale)], []
-            return f"{self.family}_head", [params], []
-        return self.family, [params], [float(self.scale)]
+                return f"{self.density}_per_element", [loc, self._clamp(log_scale)], []
+            return f"{self.density}_head", [params], []
+        return self.density, [params], [float(self.scale)]
 
-    def _bounded(self, log_scale: Any) -> Any:
+    def _clamp(self, log_scale: Any) -> Any:
         if self.log_scale_bounds is None or not isinstance(log_scale, Tensor):
             return log_scale
         return smooth_clamp(log_scale, self.log_scale_bounds).to(log_scale.dtype)
@@ -195,18 +195,18 @@ class _ScaleFamily(Likelihood):
     @torch.no_grad()
     def sample(self, params: Any, generator: torch.Generator | None = None) -> Tensor:
         loc, scale = self._location_and_scale(params)
-        return loc + scale * self._standard(loc, generator)
+        return loc + scale * self._standard_sample(loc, generator)
 
-    def _standard(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
-        """A draw with location 0 and scale 1, in the shape and type of `like`."""
+    def _standard_sample(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Draw with location 0 and scale 1, in the shape and dtype of `like`."""
         raise NotImplementedError
 
     def _location_and_scale(self, params: Any) -> tuple[Tensor, Tensor | float]:
         if self.scale == "per_element":
             loc, log_scale = params if is_pair(params) else params.chunk(2, dim=1)
-            return loc, torch.exp(self._bounded(log_scale))
+            return loc, torch.exp(self._clamp(log_scale))
         if self.scale == "learned":
-            return params, torch.exp(self._bounded(self.log_scale))
+            return params, torch.exp(self._clamp(self.log_scale))
         return params, float(self.scale)
 
     def channels(self, c: int) -> int:
@@ -218,41 +218,41 @@ class _ScaleFamily(Likelihood):
 
 
 def _is_head(params: Any) -> bool:
-    """Whether `params` can be cut in two along dimension 1; what cannot, the checks of the loss have words for."""
+    """Whether `params` can be split in two along dimension 1. If not, the checks of the loss report it."""
     return isinstance(params, Tensor) and is_dense(params) and params.dim() > 1 and params.shape[1] % 2 == 0
 
 
 class Laplace(_ScaleFamily):
-    """Independent data with the Laplace density e^(-|x - m| / b) / 2b: an L1 loss, normalised.
+    """Independent data with the Laplace density e^(-|x - m| / b) / 2b: the normalised form of an L1 loss.
 
-    `params` is the location m, or location and log-scale. Where the scale b comes from:
+    `params` is the location m, or the location and the log-scale, depending on `scale`:
 
-    - `scale=b`, a positive float: the same everywhere.
-    - `scale="learned"`: one scale for all elements, trained: `log_scale`, a parameter of this module that starts at 0.
-      Give it to the optimiser with `elbo.parameters()`.
-    - `scale="per_element"`: from the decoder, which returns location and log-scale packed along dimension 1,
-      (B, 2C, ...) for data (B, C, ...), or as a pair.
+    - `scale=b`, a positive float: b is the scale everywhere.
+    - `scale="learned"`: all elements share one trained scale; `log_scale` is a parameter of this module that starts at
+      0. Pass it to the optimiser with `elbo.parameters()`.
+    - `scale="per_element"`: the decoder returns location and log-scale, packed along dimension 1 as (B, 2C, ...) for
+      data (B, C, ...), or as a pair.
 
-    `log_scale_bounds=(lo, hi)` keeps a log-scale that is learned or given per element between bounds, by the smooth
-    clamp of `Gaussian`: without it a decoder that meets some data exactly drives its scale to 0 there.
+    `log_scale_bounds=(lo, hi)` keeps a log-scale that is learned or per element between bounds, with the smooth clamp
+    of `Gaussian`. Without it, a decoder that fits some data exactly drives its scale to 0 there.
     """
 
-    family = "laplace"
+    density = "laplace"
 
-    def _standard(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
-        signs = torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=generator) < 0.5
-        size = torch.empty_like(like).exponential_(generator=generator)
-        return torch.where(signs, -size, size)
+    def _standard_sample(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        negative = torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=generator) < 0.5
+        magnitude = torch.empty_like(like).exponential_(generator=generator)
+        return torch.where(negative, -magnitude, magnitude)
 
 
 class StudentT(_ScaleFamily):
-    """Independent data with Student's t of `df` degrees of freedom: a Gaussian that outliers do not drag along.
+    """Independent data with Student's t density of `df` degrees of freedom, which is robust to outliers.
 
-    `params` is the centre, or centre and log-scale. `scale` and `log_scale_bounds` as for `Laplace`. The mean exists
-    for df > 1; `mean` gives the centre for any.
+    `params` is the centre, or the centre and the log-scale. `scale` and `log_scale_bounds` are as for `Laplace`. The
+    mean exists only for df > 1; `mean` always returns the centre.
     """
 
-    family = "student_t"
+    density = "student_t"
 
     def __init__(
         self, df: float, scale: float | str = 1.0, *, log_scale_bounds: tuple[float, float] | None = None
@@ -264,23 +264,23 @@ class StudentT(_ScaleFamily):
         name, tensors, constants = super().kernel_call(params)
         return name, tensors, [self.df, *constants]
 
-    def _standard(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _standard_sample(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
         normal = torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
-        wide = widest(like)
-        shape = torch.full_like(normal, self.df / 2, dtype=wide)
-        # Small df: a gamma that underflows would make an infinite draw.
-        gamma = torch._standard_gamma(shape, generator=generator).clamp(min=torch.finfo(wide).tiny)
-        return (normal.to(wide) * torch.rsqrt(gamma / shape)).to(like.dtype)
+        dtype = sampling_dtype(like)
+        shape = torch.full_like(normal, self.df / 2, dtype=dtype)
+        # For a small df, a gamma that underflows would make the draw infinite.
+        gamma = torch._standard_gamma(shape, generator=generator).clamp(min=torch.finfo(dtype).tiny)
+        return (normal.to(dtype) * torch.rsqrt(gamma / shape)).to(like.dtype)
 
     def extra_repr(self) -> str:
         return f"df={self.df:g}, {super().extra_repr()}"
 
 
 class ContinuousBernoulli(Likelihood):
-    """Independent data in [0, 1], grey values: the Bernoulli's formula made a density. `params` are logits.
+    """Independent grey values in [0, 1], with the Bernoulli's formula normalised to a density. `params` are logits.
 
-    Loaiza-Ganem and Cunningham 2019. The expected value is not the sigmoid of the logits, as for `Bernoulli`, but
-    1 / (1 - e^-a) - 1 / a for a logit a: `mean` gives it.
+    See Loaiza-Ganem and Cunningham (2019). Unlike for `Bernoulli`, the expected value is not the sigmoid of the logits,
+    but 1 / (1 - e^-a) - 1 / a for a logit a, which `mean` returns.
     """
 
     def kernel_call(self, params: Tensor) -> KernelCall:
@@ -289,7 +289,7 @@ class ContinuousBernoulli(Likelihood):
     def mean(self, params: Tensor) -> Tensor:
         a = params if params.dtype == torch.float64 else params.float()
         near = a.abs() < 0.5
-        # Near 0 by its series; both branches are kept finite outside of their range.
+        # A series is used near 0. Both branches are kept finite outside their range.
         small, large = torch.where(near, a, 0.0), torch.where(near, 1.0, a)
         series = torch.zeros_like(a)
         for n, number in reversed(list(enumerate(BERNOULLI_NUMBERS, 1))):
@@ -299,9 +299,9 @@ class ContinuousBernoulli(Likelihood):
 
     @torch.no_grad()
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        a = params.to(widest(params))
+        a = params.to(sampling_dtype(params))
         u = torch.rand(a.shape, dtype=a.dtype, device=a.device, generator=generator)
-        # The inverse of the distribution function, for a negative logit: of a positive one it is the mirror image.
+        # The inverse of the distribution function for a negative logit. A positive logit is its mirror image.
         size = a.abs()
         tilted = -torch.log1p(u * torch.expm1(-size)) / size
         draw = torch.where(size == 0, u, tilted)
@@ -309,10 +309,10 @@ class ContinuousBernoulli(Likelihood):
 
 
 class Gamma(Likelihood):
-    """Independent positive data, with a gamma density of the given `shape`; `params` are log-scales.
+    """Independent positive data with a gamma density of the given `shape`. `params` are log-scales.
 
-    The mean is shape e^s for a log-scale s. `Gamma(1)` is the exponential: the likelihood of power spectra that the
-    Itakura-Saito loss stands for (see `functional.gamma_nll`). Data of 0 are for `Gamma(1)` alone.
+    The mean is shape e^s for a log-scale s. `Gamma(1)` is the exponential, the likelihood of power spectra behind the
+    Itakura-Saito loss (see `functional.gamma_nll`). Only `Gamma(1)` accepts data of 0.
     """
 
     def __init__(self, shape: float) -> None:
@@ -327,9 +327,9 @@ class Gamma(Likelihood):
 
     @torch.no_grad()
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        wide = widest(params)
-        shape = torch.full_like(params, self.shape, dtype=wide)
-        draw = torch._standard_gamma(shape, generator=generator) * torch.exp(params.to(wide))
+        dtype = sampling_dtype(params)
+        shape = torch.full_like(params, self.shape, dtype=dtype)
+        draw = torch._standard_gamma(shape, generator=generator) * torch.exp(params.to(dtype))
         return draw.to(params.dtype)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Counts: of anything, and of genes in cells."""
+"""Counts in general, and counts of genes in cells."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ __all__ = ["NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
 
 
 class Poisson(Likelihood):
-    """Independent counts. `params` are log-rates: the decoder ends without an exponential.
+    """Independent counts. `params` are log-rates: the decoder must not end with an exponential.
 
-    The data are whole numbers in any type, integers read as they are; `functional.poisson_nll(..., validate=True)`
-    looks whether they are.
+    The data are whole numbers of any dtype, and integers are not scaled. `functional.poisson_nll(..., validate=True)`
+    checks that they are counts.
     """
 
     def kernel_call(self, params: Tensor) -> KernelCall:
@@ -26,24 +26,25 @@ class Poisson(Likelihood):
 
     @torch.no_grad()
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Counts as numbers of the type of `params`. Raises ValueError for a rate that this type cannot hold."""
+        """Draw counts in the dtype of `params`. Raises ValueError if a rate is out of the range of this dtype."""
         return _poisson("Poisson", torch.exp(params), generator)
 
 
-# torch.poisson counts in int64. From here on a count is a normal draw, which differs by less than float64 rounds off.
-_MOST = 1e16
+# torch.poisson computes in int64. Larger counts are drawn from a normal distribution, which is within float64's
+# rounding.
+_MAX_POISSON_RATE = 1e16
 
 
 def _poisson(name: str, rate: Tensor, generator: torch.Generator | None) -> Tensor:
-    most = min(_MOST, torch.finfo(rate.dtype).max)
-    large = rate > most
-    counts = torch.poisson(rate.clamp(max=most), generator=generator)
+    limit = min(_MAX_POISSON_RATE, torch.finfo(rate.dtype).max)
+    large = rate > limit
+    counts = torch.poisson(rate.clamp(max=limit), generator=generator)
     if not large.any():
         return counts
     if not rate.isfinite().all():
         raise ValueError(
-            f"fastvae.likelihoods.{name}.sample: `params` must give rates that "
-            f"{str(rate.dtype).removeprefix('torch.')} can hold, at most {torch.finfo(rate.dtype).max:.2g}, got "
+            f"fastvae.likelihoods.{name}.sample: `params` must give rates within the range of "
+            f"{str(rate.dtype).removeprefix('torch.')}, at most {torch.finfo(rate.dtype).max:.2g}, got "
             f"{rate.max().item()}"
         )
     noise = torch.randn(rate.shape, dtype=rate.dtype, device=rate.device, generator=generator)
@@ -51,18 +52,18 @@ def _poisson(name: str, rate: Tensor, generator: torch.Generator | None) -> Tens
 
 
 class NegativeBinomial(Likelihood):
-    """Counts of genes in cells, with the variance mean + mean^2 / theta (Lopez et al. 2018, scvi-tools).
+    """Counts of genes in cells, with variance mean + mean^2 / theta (Lopez et al. 2018, scvi-tools).
 
-    `params` is a tuple of the decoder's raw outputs: `(logits, library)`, with `dispersion="gene-cell"` also
-    `log_dispersion` (B, features): mean = library * softmax(logits) over the genes, theta = e^log_dispersion. `logits`
-    (B, features); `library` (B,) or (B, 1), usually the cell's total count. The data are counts, integer or floating,
-    dense or torch.sparse_csr.
+    `params` is a tuple of the decoder's raw outputs, `(logits, library)`; with `dispersion="gene-cell"`, it is
+    `(logits, library, log_dispersion)`. The mean is library * softmax(logits) over the genes, and theta is
+    e^log_dispersion. `logits` and `log_dispersion` are (B, features); `library` is (B,) or (B, 1), usually the total
+    count of the cell. The data are counts, integer or floating, dense or torch.sparse_csr.
 
-    `dispersion="gene"`: one theta for every gene, trained: `log_dispersion`, a parameter of this module that starts at
-    0. Give it to the optimiser with `elbo.parameters()`.
+    With `dispersion="gene"`, every gene has one trained theta: `log_dispersion` is a parameter of this module that
+    starts at 0. Pass it to the optimiser with `elbo.parameters()`.
     """
 
-    _inflated = False
+    _zero_inflated = False
 
     def __init__(self, features: int, dispersion: str = "gene") -> None:
         super().__init__()
@@ -78,29 +79,29 @@ class NegativeBinomial(Likelihood):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Give the log-dispersion of every gene its start, 0: after `to_empty`, say."""
+        """Reset the log-dispersion of every gene to its initial value, 0, for instance after `to_empty`."""
         if self.dispersion == "gene":
             nn.init.zeros_(self.log_dispersion)
 
     def kernel_call(self, params: Any) -> KernelCall:
-        logits, library, log_dispersion, zi_logits = self._parts(params)
+        logits, library, log_dispersion, zi_logits = self._split(params)
         if zi_logits is None:
             return "negative_binomial_logits", [logits, log_dispersion, library], []
         return "zero_inflated_negative_binomial_logits", [logits, log_dispersion, zi_logits, library], []
 
     def mean(self, params: Any) -> Tensor:
-        logits, library, _, zi_logits = self._parts(params)
+        logits, library, _, zi_logits = self._split(params)
         rate = library.reshape(-1, 1) * torch.softmax(logits, dim=1)
         return rate if zi_logits is None else rate * torch.sigmoid(-zi_logits)
 
     @torch.no_grad()
     def sample(self, params: Any, generator: torch.Generator | None = None) -> Tensor:
-        """Counts as numbers of the type of the logits (float32 for half types), from a Poisson with a Gamma rate."""
+        """Draw counts in the dtype of the logits (float32 for half types), from a Poisson with a Gamma rate."""
         logits, library, log_dispersion, zi_logits = (
-            p if p is None or p.dtype == torch.float64 else p.float() for p in self._parts(params)
+            p if p is None or p.dtype == torch.float64 else p.float() for p in self._split(params)
         )
         rate = library.reshape(-1, 1) * torch.softmax(logits, dim=1)
-        # Beyond these the counts are Poisson, or 0 but for one cell in e^60, and theta would over- or underflow.
+        # Beyond these limits the counts are Poisson, or 0 but for one cell in e^60, and theta would over- or underflow.
         theta = torch.exp(log_dispersion.clamp(-60.0, 60.0)).expand_as(rate)
         rate = torch._standard_gamma(theta.contiguous(), generator=generator) * (rate / theta)
         counts = _poisson(type(self).__name__, rate, generator)
@@ -108,13 +109,15 @@ class NegativeBinomial(Likelihood):
             counts = counts * torch.bernoulli(torch.sigmoid(-zi_logits), generator=generator)
         return counts
 
-    def _parts(self, params: Any) -> tuple[Any, Any, Any, Any]:
-        """(logits, library, log_dispersion, zi_logits); without additional zeros the last is None."""
+    def _split(self, params: Any) -> tuple[Any, Any, Any, Any]:
+        """Return (logits, library, log_dispersion, zi_logits); zi_logits is None without zero inflation."""
         expected = ["logits", "library"]
-        expected += ["log_dispersion"] * (self.dispersion == "gene-cell") + ["zi_logits"] * self._inflated
+        expected += ["log_dispersion"] * (self.dispersion == "gene-cell") + [
+            "zi_logits"
+        ] * self._zero_inflated
         if not isinstance(params, (tuple, list)) or len(params) != len(expected):
-            many = isinstance(params, (tuple, list))
-            found = f"{len(params)} values" if many else type(params).__name__
+            is_sequence = isinstance(params, (tuple, list))
+            found = f"{len(params)} values" if is_sequence else type(params).__name__
             raise TypeError(
                 f"fastvae.likelihoods.{type(self).__name__}: `params` must be the tuple ({', '.join(expected)}), "
                 f"got {found}"
@@ -124,18 +127,18 @@ class NegativeBinomial(Likelihood):
         return parts["logits"], parts["library"], log_dispersion, parts.get("zi_logits")
 
     def channels(self, c: int) -> int:
-        """Decoder outputs for `c` genes, the library not among them."""
-        return c * (1 + (self.dispersion == "gene-cell") + self._inflated)
+        """The number of decoder outputs for `c` genes, without the library."""
+        return c * (1 + (self.dispersion == "gene-cell") + self._zero_inflated)
 
     def extra_repr(self) -> str:
         return f"{self.features}, dispersion={self.dispersion!r}"
 
 
 class ZeroInflatedNegativeBinomial(NegativeBinomial):
-    """`NegativeBinomial` where a count is 0 with probability sigmoid(zi_logits) besides (Risso et al. 2018).
+    """`NegativeBinomial` with additional zeros, which have the probability sigmoid(zi_logits) (Risso et al. 2018).
 
-    `params` ends with `zi_logits` (B, features): `(logits, library, zi_logits)`, with `dispersion="gene-cell"`
+    `params` ends with `zi_logits` (B, features): it is `(logits, library, zi_logits)`, or with `dispersion="gene-cell"`
     `(logits, library, log_dispersion, zi_logits)`.
     """
 
-    _inflated = True
+    _zero_inflated = True

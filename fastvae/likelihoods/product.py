@@ -1,4 +1,4 @@
-"""Several likelihoods for several parts of the data."""
+"""A product of likelihoods for data of several parts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,16 +13,17 @@ __all__ = ["Product"]
 
 
 class Product(Likelihood):
-    """Several heads for several parts of the data, independent given z: their negative log-likelihoods add up.
+    """A product of likelihoods for several parts of the data, which are independent given z: their nlls add up.
 
-    `parts` names a likelihood, or an `nn.Module` with `nll`, for each; decoder and data come as dicts with these keys::
+    `parts` maps a name for each part to a likelihood: its name, or an `nn.Module` with `nll`. The decoder's output and
+    the data are dicts with the same keys::
 
         likelihood = Product({"image": DiscretizedLogisticMixture(10), "label": "bernoulli"})
         elbo = fastvae.ELBO(likelihood)
         out = elbo({"image": a, "label": b}, {"image": x, "label": y}, kl=kl)
 
-    `mean`, `sample` and `channels` take and give such dicts too. In `self.parts`, and in the state_dict, a name that
-    `nn.ModuleDict` needs for itself, such as "type" or "values", ends with "_".
+    `mean`, `sample` and `channels` also take and return such dicts. In `self.parts` and in the state_dict, an
+    underscore is appended to a name that is an attribute of `nn.ModuleDict`, such as "type" or "values".
     """
 
     def __init__(self, parts: Mapping[str, str | nn.Module]) -> None:
@@ -36,7 +37,7 @@ class Product(Likelihood):
                 "fastvae.likelihoods.Product: `parts` must name at least one likelihood, got none"
             )
         self.parts = nn.ModuleDict()
-        self._keys: dict[str, str] = {}  # of the parts in `self.parts`, by their names
+        self._keys: dict[str, str] = {}  # part name -> its key in `self.parts`
         for name, part in parts.items():
             if not isinstance(name, str):
                 raise TypeError(
@@ -44,7 +45,7 @@ class Product(Likelihood):
                 )
             if not name or "." in name:
                 raise ValueError(
-                    f"fastvae.likelihoods.Product: `parts` must have keys that are not empty and without dots, got "
+                    "fastvae.likelihoods.Product: the keys of `parts` must not be empty or contain dots, got "
                     f"{name!r}"
                 )
             key = name
@@ -57,47 +58,47 @@ class Product(Likelihood):
         return torch.stack(list(self.nll_of_parts(params, target).values())).sum(0)
 
     def nll_of_parts(self, params: Mapping[str, Any], target: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What each part contributes to `nll`, (B,) each."""
+        """Compute the nll of each part, (B,) each."""
         self._check("params", params)
         self._check("target", target)
-        nlls = self._each("nll", (params, target))
+        nlls = self._call_parts("nll", (params, target))
         first = next(iter(nlls))
         for name, nll in nlls.items():
             if nll.shape != nlls[first].shape:
                 raise ValueError(
-                    f"fastvae.likelihoods.Product: every part must have the same rows, got "
+                    f"fastvae.likelihoods.Product: every part must have the same number of rows, got "
                     f"{tuple(nlls[first].shape)} of {first!r} and {tuple(nll.shape)} of {name!r}"
                 )
         return nlls
 
     def mean(self, params: Any) -> Any:
         self._check("params", params)
-        return self._each("mean", (params,))
+        return self._call_parts("mean", (params,))
 
     def sample(self, params: Any, generator: torch.Generator | None = None) -> Any:
         self._check("params", params)
-        return self._each("sample", (params,), generator)
+        return self._call_parts("sample", (params,), generator)
 
     def channels(self, c: Any) -> Any:
         self._check("c", c)
-        return self._each("channels", (c,))
+        return self._call_parts("channels", (c,))
 
-    def _each(self, method: str, values: Sequence[Mapping[str, Any]], *rest: Any) -> dict[str, Any]:
-        """What a method of every part returns for its `values`; an error says in which part it was."""
-        found = {}
+    def _call_parts(self, method: str, values: Sequence[Mapping[str, Any]], *rest: Any) -> dict[str, Any]:
+        """Call a method of every part with its entries of `values`. An error names the part in which it occurred."""
+        results = {}
         for name, key in self._keys.items():
             call = getattr(self.parts[key], method)
             arguments = [*(value[name] for value in values), *rest]
-            if torch.compiler.is_compiling():  # a trace, in which not every version of torch takes a try
-                found[name] = call(*arguments)
+            if torch.compiler.is_compiling():  # not every version of torch can trace a try block
+                results[name] = call(*arguments)
                 continue
             try:
-                found[name] = call(*arguments)
+                results[name] = call(*arguments)
             except (TypeError, ValueError) as error:
-                # The same exception, whatever its class; add_note() came with Python 3.11.
+                # This keeps the exception and its class; add_note() needs Python 3.11.
                 error.args = (f"fastvae.likelihoods.Product: in part {name!r}: {error}",)
                 raise
-        return found
+        return results
 
     def _check(self, name: str, value: Any) -> None:
         if not isinstance(value, Mapping):
@@ -108,12 +109,12 @@ class Product(Likelihood):
         if value.keys() != self._keys.keys():
             missing = [key for key in self._keys if key not in value]
             unknown = [key for key in value if key not in self._keys]
-            found = [
-                f"{what} {', '.join(map(repr, keys))}"
-                for what, keys in (("missing", missing), ("unknown", unknown))
+            differences = [
+                f"{problem} {', '.join(map(repr, keys))}"
+                for problem, keys in (("missing", missing), ("unknown", unknown))
                 if keys
             ]
             raise ValueError(
                 f"fastvae.likelihoods.Product: `{name}` must have the keys {', '.join(map(repr, self._keys))}, "
-                f"got {list(value)}: {'; '.join(found)}"
+                f"got {list(value)}: {'; '.join(differences)}"
             )

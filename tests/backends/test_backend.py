@@ -239,9 +239,9 @@ def test_without_the_extension_the_reference_runs_and_warns_once() -> None:
     warning, error, *config = done.stdout.splitlines()
     build = "pip install --no-build-isolation -e ."
     assert warning.startswith(
-        "RuntimeWarning <string> fastvae runs cpu tensors on its pure-PyTorch reference"
+        "RuntimeWarning <string> fastvae uses its pure-PyTorch reference for cpu tensors"
     )
-    assert "fastvae.set_backend('reference') accepts that silently" in warning
+    assert "fastvae.set_backend('reference') silences this warning" in warning
     assert build in warning
     assert error.startswith("fastvae.set_backend: backend 'native' is not available: ")
     assert build in error
@@ -254,7 +254,7 @@ def test_without_the_extension_the_reference_runs_and_warns_once() -> None:
 TRITON = """
 import sys, types, fastvae
 {change}
-a = fastvae.functional.bernoulli_nll(*[__import__("torch").zeros(2, 3)] * 2)  # "auto" takes what there is
+a = fastvae.functional.bernoulli_nll(*[__import__("torch").zeros(2, 3)] * 2)  # "auto" uses what is available
 try:
     fastvae.set_backend("triton")
 except RuntimeError as error:
@@ -322,12 +322,12 @@ def test_importing_builds_nothing_and_brings_no_trainer() -> None:
     [
         (
             {"TORCH_VERSION": "2.9.1+cu128"},
-            f"the extension was built for torch 2.9.1+cu128 and this is torch {torch.__version__}; rebuild it with: "
+            f"the extension was built for torch 2.9.1+cu128 but this is torch {torch.__version__}; rebuild it with: "
             "pip install --no-build-isolation -e .",
         ),
         (
             {"TORCH_VERSION": "2.9.1+cu128", "WHEELS": "https://example.org"},
-            f"the extension was built for torch 2.9.1+cu128 and this is torch {torch.__version__}; install the "
+            f"the extension was built for torch 2.9.1+cu128 but this is torch {torch.__version__}; install the "
             "wheel for this torch with: pip install --find-links https://example.org "
             f'"fastvae-elbo=={fastvae.__version__}+torch{".".join(torch.__version__.split(".")[:2])}"',
         ),
@@ -336,10 +336,10 @@ def test_importing_builds_nothing_and_brings_no_trainer() -> None:
             "fastvae was installed without its compiled extension: it is the pure wheel; install the wheel for "
             "this torch with: pip install --find-links https://example.org",
         ),
-        ({"PYTHON_VERSION": "3.9.2"}, "the extension was built for Python 3.9.2 and this is Python 3."),
+        ({"PYTHON_VERSION": "3.9.2"}, "the extension was built for Python 3.9.2 but this is Python 3."),
         (
             {"CUDA_VERSION": "9.2"},
-            f"the extension was built for CUDA 9.2 and this torch ({torch.__version__}) is for",
+            f"the extension was built for CUDA 9.2 but this torch ({torch.__version__}) was built for",
         ),
     ],
     ids=["torch", "wheel", "pure wheel", "python", "cuda"],
@@ -385,8 +385,12 @@ def test_the_reasons_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "build_info", lambda: built)
     for has, capability, reason in (
         (False, (9, 0), "built without CUDA kernels; build them with: FASTVAE_CUDA=1 pip install"),
-        (True, (7, 5), "need compute capability 8.0 and this GPU has 7.5; Triton's serve it"),
-        (True, (10, 0), "8.0, 9.0 and this GPU has 10.0; build for it with: TORCH_CUDA_ARCH_LIST=10.0 pip"),
+        (True, (7, 5), "need compute capability 8.0 but this GPU has 7.5; Triton's kernels serve it"),
+        (
+            True,
+            (10, 0),
+            "8.0, 9.0 but this GPU has 10.0; build it for this GPU with: TORCH_CUDA_ARCH_LIST=10.0 pip",
+        ),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
         monkeypatch.setattr(available, "has_kernels", lambda name, device_type, has=has: has)
@@ -410,7 +414,7 @@ def test_a_gpu_that_the_extension_was_not_built_for(
     if triton:
         monkeypatch.setitem(available.loaded, "triton", named["triton"])
     monkeypatch.setattr(available, "missing", {} if triton else {"triton": "it is not installed"})
-    for name in ("setting", "fast_path", "_gpu_capability", "_unserved_warned"):
+    for name in ("setting", "fast_path", "_gpu_capability", "_no_backend_warned"):
         monkeypatch.setattr(choose, name, getattr(choose, name))
     monkeypatch.setattr(choose, "serving", dict(choose.serving))
     monkeypatch.setattr(available, "has_kernels", lambda name, device: device == "cuda" or name == "native")
@@ -432,7 +436,7 @@ def test_a_gpu_that_the_extension_was_not_built_for(
                 choose.for_tensor(CUDA)
     expected = "native" if covered else "triton" if triton else "reference"
     if expected == "reference":
-        monkeypatch.setattr(choose, "_unserved_warned", False)
+        monkeypatch.setattr(choose, "_no_backend_warned", False)
         major, minor = capability
         with pytest.warns(RuntimeWarning, match=rf"GPU has {major}\.{minor}.*Triton: it is not installed"):
             choose.for_tensor(CUDA)

@@ -535,7 +535,7 @@ def test_the_reference_serves_where_there_is_no_kernel(monkeypatch: pytest.Monke
     logits, target = data((3, 4, 7), torch.float32)
     monkeypatch.setattr(choose, "_fallbacks_warned", set())
     monkeypatch.setitem(choose.LIKELIHOODS_LACKING, ("triton", "cpu"), ("categorical",))
-    with pytest.warns(RuntimeWarning, match="'categorical' on its pure-PyTorch reference"):
+    with pytest.warns(RuntimeWarning, match="pure-PyTorch reference for the likelihood 'categorical'"):
         nll = functional.categorical_nll(logits, target)
     assert torch.equal(nll, reference.categorical_nll(logits, target))
     with pytest.raises(AssertionError, match="no such kernel"):

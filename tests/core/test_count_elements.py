@@ -572,7 +572,8 @@ def test_a_backend_without_the_op_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     inputs = make(NB)
     with fastvae.use_backend("auto"):
         with pytest.warns(
-            RuntimeWarning, match="the elements of the likelihood 'negative_binomial' on its pure-PyTorch"
+            RuntimeWarning,
+            match="pure-PyTorch reference for the elements of the likelihood 'negative_binomial'",
         ):
             values = call(NB, **inputs)
         assert torch.equal(values, call(NB, fastvae.reference, **inputs))

@@ -410,7 +410,7 @@ ERRORS: list[tuple[str, Callable[[Inputs], Inputs], type[Exception], str]] = [
         NB,
         lambda p: {"inverse_dispersion": torch.ones(37, dtype=torch.float64)},
         TypeError,
-        "`inverse_dispersion` must be float32 as `mean`, got float64",
+        "`inverse_dispersion` must be float32, like `mean`, got float64",
     ),
     (
         NB,
@@ -745,7 +745,9 @@ def test_a_backend_without_the_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(fastvae.backends.choose, "_fallbacks_warned", set())
     inputs = make(NB)
     with fastvae.use_backend("auto"):
-        with pytest.warns(RuntimeWarning, match="'negative_binomial' on its pure-PyTorch reference"):
+        with pytest.warns(
+            RuntimeWarning, match="pure-PyTorch reference for the likelihood 'negative_binomial'"
+        ):
             value = call(NB, **inputs)
         assert torch.equal(value, call(NB, fastvae.reference, **inputs))
     with fastvae.use_backend("native"), pytest.raises(RuntimeError, match="no kernel for the likelihood"):

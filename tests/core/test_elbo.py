@@ -371,9 +371,14 @@ def test_pixels(backend: str, data: dict[str, Tensor]) -> None:
 PROBS, LOGITS, UNIT = torch.rand(B, D), torch.linspace(-3, 3, B * D).view(B, D), torch.rand(B, D)
 BITS = torch.arange(B * D, dtype=torch.uint8).view(B, D) % 2
 SUSPECT = {
-    "probabilities": ("bernoulli", PROBS, UNIT, r"every value of `recon` lies in \[0, 1\]"),
-    "logits": (Bernoulli(from_probs=True), LOGITS, UNIT, r"`recon` leaves \[0, 1\], which looks like logits"),
-    "target": ("bernoulli", LOGITS, LOGITS, r"`x` leaves \[0, 1\] \(it spans -3 to 3\)"),
+    "probabilities": ("bernoulli", PROBS, UNIT, r"all values of `recon` lie in \[0, 1\]"),
+    "logits": (
+        Bernoulli(from_probs=True),
+        LOGITS,
+        UNIT,
+        r"`recon` has values outside \[0, 1\], so they look like logits",
+    ),
+    "target": ("bernoulli", LOGITS, LOGITS, r"`x` has values outside \[0, 1\] \(from -3 to 3\)"),
     "binary": ("bernoulli", LOGITS, BITS, r"`x` is uint8 with no value above 1, .* pass x\.bool\(\)"),
 }
 
@@ -500,7 +505,7 @@ def test_free_bits_with_a_prior_and_latents_of_any_rank(backend: str) -> None:
         (
             lambda: fastvae.ELBO("bernoulli", free_bits=0.1)(torch.zeros(3, 2), torch.zeros(3, 2), kl=torch.zeros(3)),
             ValueError,
-            r"`kl` must be that of every dimension, \(B, \.\.\.\).*got shape \(3,\)",
+            r"`kl` must be the KL of every dimension, \(B, \.\.\.\).*got shape \(3,\)",
         ),
         (
             lambda: fastvae.ELBO("bernoulli", free_bits=0.1)(torch.zeros(3, 2), torch.zeros(3, 2), kl=2.0),

@@ -61,35 +61,34 @@ WRONG = {
     "float data as levels": Wrong(
         lambda: fv.discretized_logistic_nll(HEAD, IMAGE),
         TypeError,
-        "fastvae.discretized_logistic_nll: `target` must be uint8, the levels of the data as they are, got float32; "
-        "of data in [0, 1] these are (target * 255).round().to(torch.uint8), "
-        "of data in [-1, 1] ((target + 1) * 127.5).round().to(torch.uint8)",
+        "fastvae.discretized_logistic_nll: `target` must be uint8 levels, got float32; "
+        "for data in [0, 1], pass (target * 255).round().to(torch.uint8); "
+        "for data in [-1, 1], pass ((target + 1) * 127.5).round().to(torch.uint8)",
     ),
     "float x as levels": Wrong(
         lambda: elbo(MIXED, IMAGE, kl=ROWS, likelihood=DiscretizedLogisticMixture(5)),
         TypeError,
-        "fastvae.ELBO: `x` must be uint8, the levels of the data as they are, got float32; "
-        "of data in [0, 1] these are (x * 255).round().to(torch.uint8), "
-        "of data in [-1, 1] ((x + 1) * 127.5).round().to(torch.uint8)",
+        "fastvae.ELBO: `x` must be uint8 levels, got float32; "
+        "for data in [0, 1], pass (x * 255).round().to(torch.uint8); "
+        "for data in [-1, 1], pass ((x + 1) * 127.5).round().to(torch.uint8)",
     ),
     "float data as levels of 5 bits": Wrong(
         lambda: DiscretizedLogisticMixture(5, bits=5).nll(MIXED, IMAGE),
         TypeError,
-        "fastvae.discretized_logistic_mixture_nll: `target` must be uint8, the levels of the data as they are, got "
-        "float32; of data in [0, 1] these are (target * 31).round().to(torch.uint8), "
-        "of data in [-1, 1] ((target + 1) * 15.5).round().to(torch.uint8)",
+        "fastvae.discretized_logistic_mixture_nll: `target` must be uint8 levels, got "
+        "float32; for data in [0, 1], pass (target * 31).round().to(torch.uint8); "
+        "for data in [-1, 1], pass ((target + 1) * 15.5).round().to(torch.uint8)",
     ),
     "int64 levels": Wrong(
         lambda: fv.discretized_logistic_nll(HEAD, LEVELS.long()),
         TypeError,
-        "fastvae.discretized_logistic_nll: `target` must be uint8, the levels of the data as they are, got int64; "
+        "fastvae.discretized_logistic_nll: `target` must be uint8 levels, got int64; "
         "did you mean target.to(torch.uint8)?",
     ),
     "bool levels": Wrong(
         lambda: elbo(HEAD, LEVELS.bool(), kl=ROWS, likelihood=DiscretizedLogistic(1)),
         TypeError,
-        "fastvae.ELBO: `x` must be uint8, the levels of the data as they are, got bool; "
-        "did you mean x.to(torch.uint8)?",
+        "fastvae.ELBO: `x` must be uint8 levels, got bool; did you mean x.to(torch.uint8)?",
     ),
     "integer params of a mixture": Wrong(
         lambda: fv.discretized_logistic_mixture_nll(LEVELS, LEVELS, components=5),
@@ -210,7 +209,8 @@ WRONG = {
     "parts of different batches": Wrong(
         lambda: BOTH.nll({"image": MIXED, "label": FLAT[:2]}, {"image": LEVELS, "label": FLAT[:2]}),
         ValueError,
-        "fastvae.likelihoods.Product: every part must have the same rows, got (4,) of 'image' and (2,) of 'label'",
+        "fastvae.likelihoods.Product: every part must have the same number of rows, got "
+        "(4,) of 'image' and (2,) of 'label'",
     ),
     "no parts": Wrong(
         lambda: Product({}),
@@ -240,12 +240,12 @@ WRONG = {
     "a part without a name": Wrong(
         lambda: Product({"": "bernoulli"}),
         ValueError,
-        "fastvae.likelihoods.Product: `parts` must have keys that are not empty and without dots, got ''",
+        "fastvae.likelihoods.Product: the keys of `parts` must not be empty or contain dots, got ''",
     ),
     "a part's name with a dot": Wrong(
         lambda: Product({"a.b": "bernoulli"}),
         ValueError,
-        "fastvae.likelihoods.Product: `parts` must have keys that are not empty and without dots, got 'a.b'",
+        "fastvae.likelihoods.Product: the keys of `parts` must not be empty or contain dots, got 'a.b'",
     ),
     "a shape in a part": Wrong(
         lambda: elbo(
@@ -377,7 +377,7 @@ WRONG = {
     "positive data with a gradient": Wrong(
         lambda: fv.gamma_nll(FLAT, FLAT.abs().requires_grad_(), shape=2),
         ValueError,
-        "fastvae.gamma_nll: `target` requires a gradient, which this likelihood does not give; "
+        "fastvae.gamma_nll: `target` requires a gradient, which this likelihood does not provide; "
         "pass target.detach(), or differentiate fastvae.reference.gamma_nll",
     ),
     "bool counts": Wrong(
@@ -394,7 +394,7 @@ WRONG = {
     "counts with a gradient": Wrong(
         lambda: fv.poisson_nll(FLAT, FLAT.abs().requires_grad_()),
         ValueError,
-        "fastvae.poisson_nll: `target` requires a gradient, which this likelihood does not give; "
+        "fastvae.poisson_nll: `target` requires a gradient, which this likelihood does not provide; "
         "pass target.detach()",
     ),
     "unknown reduction of counts": Wrong(
@@ -405,7 +405,7 @@ WRONG = {
     "eps below 0": Wrong(
         lambda: fv.negative_binomial_nll(FLAT, FLAT, FLAT, eps=-1e-8),
         ValueError,
-        "fastvae.negative_binomial_nll: `eps` must be 0 or more, and finite, got -1e-08",
+        "fastvae.negative_binomial_nll: `eps` must be finite and at least 0, got -1e-08",
     ),
     "eps that is no number": Wrong(
         lambda: fv.zero_inflated_negative_binomial_nll(FLAT, FLAT, FLAT, FLAT, eps="small"),
@@ -416,12 +416,12 @@ WRONG = {
         lambda: fv.negative_binomial_nll(FLAT, CSR, FLAT, reduction="none"),
         TypeError,
         "fastvae.negative_binomial_nll: `target` must be dense, got torch.sparse_csr; did you mean target.to_dense()? "
-        "(sparse targets go with reduction='event')",
+        "(sparse targets need reduction='event')",
     ),
     "elements of counts with a gradient": Wrong(
         lambda: fv.poisson_rate_nll(FLAT, FLAT.abs().requires_grad_(), reduction="none"),
         ValueError,
-        "fastvae.poisson_rate_nll: `target` requires a gradient, which this likelihood does not give; "
+        "fastvae.poisson_rate_nll: `target` requires a gradient, which this likelihood does not provide; "
         "pass target.detach(), or differentiate fastvae.reference.poisson_rate_nll",
     ),
     "elements of counts of another shape": Wrong(
@@ -432,12 +432,12 @@ WRONG = {
     "a rate below 0": Wrong(
         lambda: fv.poisson_rate_nll(FLAT - 1, FLAT, validate=True),
         ValueError,
-        "fastvae.poisson_rate_nll: `rate` must hold finite numbers, 0 or more, got -1.0 at (0, 0)",
+        "fastvae.poisson_rate_nll: `rate` must hold finite numbers that are at least 0, got -1.0 at (0, 0)",
     ),
     "a mean below 0": Wrong(
         lambda: fv.negative_binomial_nll(FLAT - 1, FLAT, FLAT, eps=1e-8, validate=True),
         ValueError,
-        "fastvae.negative_binomial_nll: `mean` must hold finite numbers, 0 or more, got -1.0 at (0, 0)",
+        "fastvae.negative_binomial_nll: `mean` must hold finite numbers that are at least 0, got -1.0 at (0, 0)",
     ),
     "unknown scale of a module": Wrong(
         lambda: fastvae.likelihoods.StudentT(3.0, "fixed"),
@@ -459,27 +459,27 @@ WRONG = {
     "bounds of a log-scale, the upper one first": Wrong(
         lambda: fastvae.likelihoods.Laplace("learned", log_scale_bounds=(2, -6)),
         ValueError,
-        "fastvae.likelihoods.Laplace: `log_scale_bounds` must be finite, lo < hi, got (2.0, -6.0)",
+        "fastvae.likelihoods.Laplace: `log_scale_bounds` must be finite with lo < hi, got (2.0, -6.0)",
     ),
     "bounds in the wrong order": Wrong(
         lambda: Gaussian("learned", logvar_bounds=(2, -6)),
         ValueError,
-        "fastvae.likelihoods.Gaussian: `logvar_bounds` must be finite, lo < hi, got (2.0, -6.0)",
+        "fastvae.likelihoods.Gaussian: `logvar_bounds` must be finite with lo < hi, got (2.0, -6.0)",
     ),
     "bounds at one point": Wrong(
         lambda: fv.gaussian_head_nll(HEAD, IMAGE, logvar_bounds=(1.0, 1.0)),
         ValueError,
-        "fastvae.gaussian_head_nll: `logvar_bounds` must be finite, lo < hi, got (1.0, 1.0)",
+        "fastvae.gaussian_head_nll: `logvar_bounds` must be finite with lo < hi, got (1.0, 1.0)",
     ),
     "an infinite bound": Wrong(
         lambda: Gaussian("per_element", logvar_bounds=(-6.0, float("inf"))),
         ValueError,
-        "fastvae.likelihoods.Gaussian: `logvar_bounds` must be finite, lo < hi, got (-6.0, inf)",
+        "fastvae.likelihoods.Gaussian: `logvar_bounds` must be finite with lo < hi, got (-6.0, inf)",
     ),
     "a bound that is no number": Wrong(
         lambda: fv.gaussian_nll(FLAT, FLAT, FLAT, logvar_bounds=(float("nan"), 2.0)),
         ValueError,
-        "fastvae.gaussian_nll: `logvar_bounds` must be finite, lo < hi, got (nan, 2.0)",
+        "fastvae.gaussian_nll: `logvar_bounds` must be finite with lo < hi, got (nan, 2.0)",
     ),
     "three bounds": Wrong(
         lambda: fv.gaussian_nll(FLAT, FLAT, FLAT, logvar_bounds=(-6.0, 0.0, 2.0)),
@@ -499,7 +499,7 @@ WRONG = {
     "bounds of nothing": Wrong(
         lambda: fv.gaussian_nll(FLAT, FLAT, logvar_bounds=(-6.0, 2.0)),
         ValueError,
-        "fastvae.gaussian_nll: `logvar_bounds` bound a `logvar`, which is missing, got (-6.0, 2.0)",
+        "fastvae.gaussian_nll: `logvar_bounds` requires `logvar`, got `logvar_bounds` (-6.0, 2.0) alone",
     ),
     "bounded learned logvar": Wrong(
         lambda: fv.gaussian_nll(FLAT, FLAT, ROWS, logvar_bounds=(-6.0, 2.0)),
@@ -509,7 +509,7 @@ WRONG = {
     "bounded integer logvar": Wrong(
         lambda: fv.gaussian_nll(FLAT, FLAT, torch.tensor(1), logvar_bounds=(-6.0, 2.0)),
         TypeError,
-        "fastvae.gaussian_nll: `logvar` must be float32 as `mean`, got int64; did you mean logvar.to(mean.dtype)?",
+        "fastvae.gaussian_nll: `logvar` must be float32, like `mean`, got int64; did you mean logvar.to(mean.dtype)?",
     ),
     "learned logvar": Wrong(
         lambda: fv.gaussian_nll(FLAT, FLAT, ROWS),
@@ -540,7 +540,7 @@ WRONG = {
     "nll per element": Wrong(
         lambda: elbo(FLAT, FLAT, kl=ROWS, likelihood=Unsummed()),
         ValueError,
-        "fastvae.ELBO: the likelihood's `nll` must return one value per row, shape (B,), got (4, 12)",
+        "fastvae.ELBO: `nll` of the likelihood must return one value per row, shape (B,), got (4, 12)",
     ),
     "mu of another batch": Wrong(
         lambda: elbo(FLAT, FLAT, FLAT[:3], FLAT[:3]),
@@ -571,27 +571,27 @@ WRONG = {
     "mixed latents": Wrong(
         lambda: fv.gaussian_kl(FLAT, FLAT.half()),
         TypeError,
-        "fastvae.gaussian_kl: `logvar` must be float32 as `mu`, got float16; did you mean logvar.to(mu.dtype)?",
+        "fastvae.gaussian_kl: `logvar` must be float32, like `mu`, got float16; did you mean logvar.to(mu.dtype)?",
     ),
     "float32 logvar of a half mu": Wrong(
         lambda: elbo(FLAT, FLAT, FLAT.bfloat16(), FLAT),
         TypeError,
-        "fastvae.gaussian_kl: `logvar` must be bfloat16 as `mu`, got float32; did you mean mu.float()?",
+        "fastvae.gaussian_kl: `logvar` must be bfloat16, like `mu`, got float32; did you mean mu.float()?",
     ),
     "learned prior of a half posterior": Wrong(
         lambda: fv.reparameterize_kl(FLAT.half(), FLAT.half(), FLAT, FLAT),
         TypeError,
-        "fastvae.reparameterize_kl: `prior_mu` must be float16 as `mu`, got float32; did you mean mu.float()?",
+        "fastvae.reparameterize_kl: `prior_mu` must be float16, like `mu`, got float32; did you mean mu.float()?",
     ),
     "float32 logvar of a half mean": Wrong(
         lambda: fv.gaussian_nll(FLAT.half(), FLAT, FLAT),
         TypeError,
-        "fastvae.gaussian_nll: `logvar` must be float16 as `mean`, got float32; did you mean mean.float()?",
+        "fastvae.gaussian_nll: `logvar` must be float16, like `mean`, got float32; did you mean mean.float()?",
     ),
     "float32 noise of a half posterior": Wrong(
         lambda: fv.reparameterize_kl(FLAT.half(), FLAT.half(), eps=FLAT),
         TypeError,
-        "fastvae.reparameterize_kl: `eps` must be float16 as `mu`, got float32; did you mean eps.to(mu.dtype)?",
+        "fastvae.reparameterize_kl: `eps` must be float16, like `mu`, got float32; did you mean eps.to(mu.dtype)?",
     ),
     "float64 target": Wrong(
         lambda: elbo(FLAT, FLAT.double(), kl=ROWS),
@@ -658,7 +658,7 @@ WRONG = {
         lambda: fastvae.ELBO(Bernoulli),
         TypeError,
         "fastvae.ELBO: `likelihood` must be one of 'bernoulli', 'gaussian', 'laplace', 'continuous_bernoulli', "
-        "'poisson', 'categorical', or an nn.Module with a method `nll(params, target)`, got Bernoulli, a class",
+        "'poisson', 'categorical', or an nn.Module with a method `nll(params, target)`, got the class Bernoulli",
     ),
     "likelihood without nll": Wrong(
         lambda: fastvae.ELBO(nn.Identity()), TypeError, "`nll(params, target)`, got Identity"
@@ -666,23 +666,26 @@ WRONG = {
     "half a prior": Wrong(
         lambda: fv.gaussian_kl(FLAT, FLAT, FLAT),
         TypeError,
-        "fastvae.gaussian_kl: `prior_mu` and `prior_logvar` go together, `prior_logvar` is missing",
+        "fastvae.gaussian_kl: `prior_mu` and `prior_logvar` must be passed together, but `prior_logvar` is missing",
     ),
     "the other half": Wrong(
         lambda: fv.reparameterize_kl(FLAT, FLAT, prior_logvar=FLAT),
         TypeError,
-        "fastvae.reparameterize_kl: `prior_mu` and `prior_logvar` go together, `prior_mu` is missing",
+        "fastvae.reparameterize_kl: `prior_mu` and `prior_logvar` must be passed together, but `prior_mu` is missing",
     ),
     "neither kl nor posterior": Wrong(
         lambda: elbo(FLAT, FLAT),
         TypeError,
-        "fastvae.ELBO: call elbo(recon, x, kl=kl) or elbo(recon, x, mu, logvar): `kl` or the posterior, got neither",
+        "fastvae.ELBO: expected either `kl` or the posterior, as in elbo(recon, x, kl=kl) or "
+        "elbo(recon, x, mu, logvar), got neither",
     ),
     "half a posterior": Wrong(
-        lambda: elbo(FLAT, FLAT, FLAT), TypeError, "`kl` or the posterior, got only one of `mu` and `logvar`"
+        lambda: elbo(FLAT, FLAT, FLAT),
+        TypeError,
+        "elbo(recon, x, mu, logvar), got only one of `mu` and `logvar`",
     ),
     "kl and posterior": Wrong(
-        lambda: elbo(FLAT, FLAT, FLAT, FLAT, kl=ROWS), TypeError, "`kl` or the posterior, got both"
+        lambda: elbo(FLAT, FLAT, FLAT, FLAT, kl=ROWS), TypeError, "elbo(recon, x, mu, logvar), got both"
     ),
     # Layouts
     "sparse logits": Wrong(
@@ -894,13 +897,13 @@ WRONG = {
     "target with a gradient": Wrong(
         lambda: fv.bernoulli_nll(FLAT, FLAT.clone().requires_grad_()),
         ValueError,
-        "fastvae.bernoulli_nll: `target` requires a gradient, which this likelihood does not give; "
+        "fastvae.bernoulli_nll: `target` requires a gradient, which this likelihood does not provide; "
         "pass target.detach(), or differentiate fastvae.reference.bernoulli_nll",
     ),
     "x with a gradient": Wrong(
         lambda: elbo(FLAT, FLAT.clone().requires_grad_(), kl=ROWS),
         ValueError,
-        "fastvae.ELBO: `x` requires a gradient, which this likelihood does not give; pass x.detach()",
+        "fastvae.ELBO: `x` requires a gradient, which this likelihood does not provide; pass x.detach()",
     ),
     "seed and generator": Wrong(
         lambda: fv.reparameterize_kl(FLAT, FLAT, seed=SEED, generator=torch.Generator()),
@@ -910,12 +913,12 @@ WRONG = {
     "eps and seed": Wrong(
         lambda: fv.reparameterize_kl(FLAT, FLAT, eps=FLAT, seed=SEED),
         ValueError,
-        "fastvae.reparameterize_kl: `eps` is the noise itself; it excludes `seed`",
+        "fastvae.reparameterize_kl: `eps` and `seed` exclude each other, got both",
     ),
     "eps and generator": Wrong(
         lambda: fv.reparameterize_kl(FLAT, FLAT, eps=FLAT, generator=torch.Generator()),
         ValueError,
-        "fastvae.reparameterize_kl: `eps` is the noise itself; it excludes `generator`",
+        "fastvae.reparameterize_kl: `eps` and `generator` exclude each other, got both",
     ),
     "no samples": Wrong(
         lambda: fv.reparameterize_kl(FLAT, FLAT, samples=0),

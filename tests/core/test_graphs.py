@@ -75,7 +75,7 @@ def test_it_says_once_that_there_is_no_graph() -> None:
     assert done.returncode == 0, done.stderr
     reason = "`example_batch` is on the CPU" if torch.cuda.is_available() else "torch sees no GPU"
     assert done.stdout.splitlines() == [
-        f"UserWarning <string> fastvae.graph_step: no CUDA graph, the step runs as it is: {reason}"
+        f"UserWarning <string> fastvae.graph_step: the step runs eagerly, without a CUDA graph, because {reason}"
     ]
 
 
@@ -138,7 +138,7 @@ def test_optimisers_that_a_graph_cannot_hold() -> None:
         sgd.step()
         before = weight.detach().clone()
         with pytest.raises(
-            RuntimeError, match=r"Adam must have `capturable` True .*Adam\(\.\.\., capturable=True\)"
+            RuntimeError, match=r"`capturable` of Adam must be True .*Adam\(\.\.\., capturable=True\)"
         ):
             adam.step()
         assert torch.equal(weight, before)

@@ -244,7 +244,7 @@ def test_a_toolkit_of_another_version(toolkit: Path) -> None:
     ((code, errors),) = setup("13.0", {"FASTVAE_CUDA": "1", "CUDA_HOME": str(toolkit)})
     assert code != 0
     assert (
-        f"the CUDA toolkit in {toolkit} is version 12.4, and this torch was built with CUDA 13.0; install a toolkit "
+        f"the CUDA toolkit in {toolkit} is version 12.4, but this torch was built with CUDA 13.0; install a toolkit "
         "13.x and set CUDA_HOME to its folder" in errors
     )
 

@@ -479,7 +479,7 @@ def test_an_optimiser_that_counts_on_the_cpu(device: torch.device) -> None:
         adam.step()
         return loss
 
-    with pytest.raises(RuntimeError, match=r"graph_step: Adam must have `capturable` True"):
+    with pytest.raises(RuntimeError, match=r"graph_step: `capturable` of Adam must be True"):
         fastvae.graph_step(train_step, torch.ones(3, device=device))(torch.ones(3, device=device))
     assert torch.equal(weight.detach().cpu(), torch.ones(3))
 
