@@ -237,7 +237,7 @@ class ELBO(nn.Module):
             return output._replace(kl=true_kl)
         name, params, constants = likelihood.kernel_call(recon)
         loss, nll = loss_and_nll(name, params, x, constants, kl, beta, self._reduction, caller="ELBO")
-        if not self._first_batch_checked and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not self._first_batch_checked:
             probs = recon if isinstance(likelihood, Bernoulli) and likelihood.from_probs else None
             self._first_batch_checked = warn_of_impossible_values(
                 "ELBO", ("recon", "x"), name, params, x, constants, probs
