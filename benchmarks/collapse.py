@@ -1,10 +1,10 @@
-"""A picture of two runs of text beside each other: with what keeps a posterior from collapsing, and without.
+"""Plot two text runs beside each other: with and without the measures against posterior collapse.
 
     fastvae train text --data sentences.txt --out runs/text
     fastvae train text --data sentences.txt --out runs/collapsed --free-bits 0 --warmup none --word-dropout 0
     python -m benchmarks.collapse runs/text runs/collapsed --out collapse.png
 
-Reads the runs' metrics.csv: everything drawn was measured on held-out sentences, after each epoch.
+This reads the runs' metrics.csv, whose values were measured on held-out sentences after each epoch.
 """
 
 import argparse
@@ -20,7 +20,7 @@ PANELS = (
     ("held_out_kl", "KL, nats"),
     ("mutual_information", "mutual information of x and z, nats"),
     ("active_units", "active units"),
-    ("held_out_perplexity", "perplexity, a bound"),
+    ("held_out_perplexity", "perplexity (upper bound)"),
 )
 
 
@@ -30,10 +30,10 @@ def read(run: Path) -> dict[str, list[float]]:
     return {name: [float(row[name]) for row in rows] for name in ("epoch", *(name for name, _ in PANELS))}
 
 
-def draw(kept: dict[str, list[float]], collapsed: dict[str, list[float]], out: Path) -> None:
+def draw(protected: dict[str, list[float]], collapsed: dict[str, list[float]], out: Path) -> None:
     figure, axes = plt.subplots(1, len(PANELS), figsize=(3.2 * len(PANELS), 2.8), layout="constrained")
     for axis, (name, title) in zip(axes, PANELS, strict=True):
-        axis.plot(kept["epoch"], kept[name], marker=".", label="free bits, warm-up, word dropout")
+        axis.plot(protected["epoch"], protected[name], marker=".", label="free bits, warm-up, word dropout")
         axis.plot(collapsed["epoch"], collapsed[name], marker=".", label="none of them")
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("epoch")
@@ -46,12 +46,12 @@ def draw(kept: dict[str, list[float]], collapsed: dict[str, list[float]], out: P
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("kept", type=Path, help="the run with them")
-    parser.add_argument("collapsed", type=Path, help="the run without")
+    parser.add_argument("protected", type=Path, help="the run with these measures")
+    parser.add_argument("collapsed", type=Path, help="the run without them")
     parser.add_argument("--out", type=Path, default=Path("collapse.png"))
-    given = parser.parse_args()
-    draw(read(given.kept), read(given.collapsed), given.out)
-    print(given.out)
+    options = parser.parse_args()
+    draw(read(options.protected), read(options.collapsed), options.out)
+    print(options.out)
 
 
 if __name__ == "__main__":

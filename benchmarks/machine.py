@@ -1,4 +1,4 @@
-"""What a result depends on besides the code: set it, and write it down."""
+"""The conditions of a measurement besides the code: set them, and describe them."""
 
 import datetime
 import os
@@ -17,26 +17,26 @@ import fastvae
 
 from .timing import Measurement
 
-# Everything that GCC may use on its own account in code that torch.compile generates for this instruction set.
+# What GCC may use in code that torch.compile generates for this instruction set.
 _MARCH = {"AVX2": "x86-64-v3"}
 _BITS = {"AVX2": 256, "AVX512": 512}
 
 
-def settle(device: str, threads: int) -> torch.device:
-    """Sets threads and instruction set of all sides, and gives the device."""
+def configure(device: str, threads: int) -> torch.device:
+    """Set the threads and the instruction set of all sides, and return the device."""
     torch.set_num_threads(threads)
     capability = torch.backends.cpu.get_cpu_capability()
-    # torch.compile's vectors follow ATEN_CPU_CAPABILITY too, but its cache would give back code that was compiled for
-    # another one; and left to -march=native, GCC would use AVX-512 around AVX2 vectors.
+    # torch.compile's vectors follow ATEN_CPU_CAPABILITY too, but its cache could return code that was compiled for
+    # another instruction set. With its default, -march=native, GCC would use AVX-512 around AVX2 vectors.
     if capability in _BITS:
         inductor.cpp.simdlen = _BITS[capability]
     if capability in _MARCH and hasattr(inductor.cpp, "march"):
         inductor.cpp.march = _MARCH[capability]
-    # In this process, so that `Neighbours` counts its compilers as ours.
+    # Compile in this process, so that `LoadMonitor` counts the compilers as ours.
     inductor.compile_threads = 1
     if device == "auto":
-        served = torch.cuda.is_available() and fastvae.backends.serve("auto", "cuda") is not None
-        device = "cuda" if served else "cpu"
+        has_kernels = torch.cuda.is_available() and fastvae.backends.serve("auto", "cuda") is not None
+        device = "cuda" if has_kernels else "cpu"
     return torch.device(device)
 
 
@@ -61,14 +61,14 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
-class Neighbours:
-    """How much of the machine others used meanwhile. Beyond a tenth of a core, the figures are worth little."""
+class LoadMonitor:
+    """Measures how busy other processes keep the machine. Above a tenth of a core, the results are unreliable."""
 
     def __init__(self) -> None:
         self.start = self._clocks()
 
-    def cores(self) -> float | None:
-        """Cores kept busy by others since this object was made; None where the system does not say."""
+    def cores_used_by_others(self) -> float | None:
+        """The number of cores that others kept busy since this object was created; None if the system does not tell."""
         if self.start is None or (end := self._clocks()) is None:
             return None
         wall, busy, own = (after - before for before, after in zip(self.start, end, strict=True))
@@ -76,7 +76,7 @@ class Neighbours:
 
     @staticmethod
     def _clocks() -> tuple[float, float, float] | None:
-        """Seconds: of the clock, of all processors at work, of this process and its finished children."""
+        """Seconds of wall time, of work on all processors, and of work by this process and its finished children."""
         stat = Path("/proc/stat")
         if not stat.exists():
             return None
@@ -112,8 +112,8 @@ def _milliseconds(seconds: float) -> float:
 
 def _cpu() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return model[1].strip() if model else platform.processor() or platform.machine()
 
 
 def _fastvae_capability() -> str:

@@ -1,8 +1,8 @@
-"""One table and one picture of this machine's results: `python -m benchmarks.report`.
+"""Make a table and a picture of this machine's results: `python -m benchmarks.report`.
 
-Reads what the last `pytest benchmarks/` left in `.benchmarks/` (and runs it where it left nothing, or with `--run`),
-keeps it in `benchmarks/results/<machine>.json`, draws `<machine>.png`, prints the table. `--docs` puts the table into
-docs/benchmarks.md.
+This reads the results of the last `pytest benchmarks/` in `.benchmarks/` (and runs it first if there are none, or with
+`--run`), saves them in `benchmarks/results/<machine>.json`, draws `<machine>.png`, and prints the table. `--docs`
+writes the table into docs/benchmarks.md.
 """
 
 import argparse
@@ -21,7 +21,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 
 LABELS = {"avx2": "AVX2", "avx512": "AVX-512", "default": "no SIMD"}
 LABELS |= {"cuda": "GPU"}
-# The first that is there is the table; the others add columns to it.
+# The first one available becomes the table; the others add columns to it.
 ORDER = ("cuda", "avx2", "avx512", "default")
 
 Runs = dict[str, dict[str, Any]]
@@ -30,19 +30,19 @@ Runs = dict[str, dict[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "--run", action="store_true", help="time afresh, under AVX2 and, where there is one, AVX-512"
+        "--run", action="store_true", help="measure again, under AVX2 and, if available, AVX-512"
     )
-    parser.add_argument("--docs", action="store_true", help="put the table into docs/benchmarks.md")
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/benchmarks.md")
     options = parser.parse_args()
 
     if options.run or not any(LATEST.glob("latest-*.json")):
-        _time(("avx2", "avx512") if options.run and _has_avx512() else (None,))
+        _run_benchmarks(("avx2", "avx512") if options.run and _has_avx512() else (None,))
     for machine in dict.fromkeys(
-        _keep(json.loads(p.read_text())) for p in sorted(LATEST.glob("latest-*.json"))
+        _save(json.loads(p.read_text())) for p in sorted(LATEST.glob("latest-*.json"))
     ):
         runs = _load(machine)
         lines = table(runs)
-        print("\n".join(_aligned(lines)))
+        print("\n".join(align(lines)))
         print("\n" + caption(runs))
         draw(runs, machine.with_suffix(".png"))
         print(f"\nwrote {machine.relative_to(ROOT)} and {machine.with_suffix('.png').relative_to(ROOT)}")
@@ -55,17 +55,17 @@ def _has_avx512() -> bool:
     return cpuinfo.exists() and " avx512f " in cpuinfo.read_text()
 
 
-def _time(instruction_sets: tuple[str | None, ...]) -> None:
+def _run_benchmarks(instruction_sets: tuple[str | None, ...]) -> None:
     for name in instruction_sets:
-        # A process each: torch chooses its kernels once.
+        # One process each, because torch chooses its kernels only once.
         environment = os.environ | ({"ATEN_CPU_CAPABILITY": name} if name else {})
         command = [sys.executable, "-m", "pytest", "-q", "benchmarks"]
         if subprocess.run(command, cwd=ROOT, env=environment).returncode != 0:
             sys.exit(f"the benchmarks failed: {' '.join(command)}")
 
 
-def _keep(run: dict[str, Any]) -> Path:
-    """Puts a run into its machine's file, in place of the last one on the same instruction set."""
+def _save(run: dict[str, Any]) -> Path:
+    """Save a run in its machine's file, in place of the last run on the same instruction set."""
     path = RESULTS / f"{slug(run['machine'])}.json"
     runs = _load(path) if path.exists() else {}
     runs[run["instruction_set"]] = run
@@ -90,23 +90,23 @@ def _load(path: Path) -> Runs:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def faster(row: dict[str, Any], side: str, times: str = "median_ms") -> float:
+def speedup(row: dict[str, Any], side: str, times: str = "median_ms") -> float:
     return row[times][side] / row[times]["fused"]
 
 
-def _against(row: dict[str, Any], side: str) -> str:
-    ratio = faster(row, side)
+def _speedup_and_floor(row: dict[str, Any], side: str) -> str:
+    ratio = speedup(row, side)
     if not row["floors"]:
         return f"{ratio:.1f}"
     floor = row["floors"][side]
     return f"{ratio:.1f} ({floor:g} {'✓' if ratio >= floor else '✗'})"
 
 
-def _pair(row: dict[str, Any], times: str = "median_ms") -> str:
-    return ", ".join(f"{faster(row, side, times):.1f}" for side in ("eager", "compile"))
+def _speedups(row: dict[str, Any], times: str = "median_ms") -> str:
+    return ", ".join(f"{speedup(row, side, times):.1f}" for side in ("eager", "compile"))
 
 
-def _digits(milliseconds: float) -> str:
+def _format_ms(milliseconds: float) -> str:
     return f"{milliseconds:.3f}" if milliseconds < 1 else f"{milliseconds:.2f}"
 
 
@@ -115,9 +115,9 @@ def _mebibytes(row: dict[str, Any]) -> str:
 
 
 def table(runs: Runs) -> list[str]:
-    """Markdown, a line per case."""
+    """The results as a Markdown table, one line per case."""
     (_, first), *others = runs.items()
-    # On a GPU, Triton's kernels run beside the native ones.
+    # On a GPU, Triton's kernels are measured beside the native ones.
     rival = any("triton" in row["median_ms"] for row in first["cases"])
     head = ["case", "fused, ms", "eager, ms", "compiled, ms", "× eager", "× compiled", "GB/s (of mul)"]
     head += ["in cache: × eager, × compiled", "peak memory, MiB"]
@@ -127,24 +127,24 @@ def table(runs: Runs) -> list[str]:
     for row in first["cases"]:
         times = row["median_ms"]
         rate = row["bytes_to_move"] / times["fused"] / 1e6
-        cells = [row["case"], *(_digits(times[side]) for side in ("fused", "eager", "compile"))]
-        cells += [_against(row, "eager"), _against(row, "compile")]
+        cells = [row["case"], *(_format_ms(times[side]) for side in ("fused", "eager", "compile"))]
+        cells += [_speedup_and_floor(row, "eager"), _speedup_and_floor(row, "compile")]
         cells += [
             f"{rate:.1f} ({times['mul'] / times['fused']:.0%})",
-            _pair(row, "in_cache_median_ms"),
+            _speedups(row, "in_cache_median_ms"),
             _mebibytes(row),
         ]
         if rival:
-            cells.append(f"{faster(row, 'triton'):.2f}" if "triton" in times else "")
+            cells.append(f"{speedup(row, 'triton'):.2f}" if "triton" in times else "")
         for _, other in others:
-            found = [match for match in other["cases"] if match["case"] == row["case"]]
-            cells.append(_pair(found[0]) if found else "")
+            matches = [match for match in other["cases"] if match["case"] == row["case"]]
+            cells.append(_speedups(matches[0]) if matches else "")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def _aligned(lines: list[str]) -> list[str]:
-    """The same table for a terminal."""
+def align(lines: list[str]) -> list[str]:
+    """Format a Markdown table for a terminal."""
     rows = [
         line.removeprefix("| ").removesuffix(" |").split(" | ")
         for line in lines
@@ -163,25 +163,25 @@ def caption(runs: Runs) -> str:
     versions = run["versions"]
     where = "GPU" if name == "cuda" else f"{run['threads']} threads, {LABELS[name]} on all sides"
     others = run["cores_used_by_others"] or 0.0
-    busy = f" (not a quiet machine: others kept {others:.1f} cores busy)" if others > 0.1 else ""
+    busy = f" (other processes kept {others:.1f} cores busy)" if others > 0.1 else ""
     return (
         f"{run['machine']}; {where}; torch {versions['torch']}, fastvae {versions['fastvae']}; {run['date']}{busy}. "
-        "fp32 unless it says otherwise; in brackets the floor that a case was built to, and whether it is met. GB/s: "
-        "the fewest bytes a case must move over the fused time, and what share that is of the rate at which "
-        "`torch.mul(a, b, out=c)`, beside it, moves as many. In cache: called again on the same inputs, as a training "
-        "step finds the decoder's output; otherwise the inputs of cases that move 8 MiB and more come from memory. "
-        "Peak memory: what forward and backward hold at most above the inputs, gradients included, fused / eager / "
-        "compiled."
+        "All cases are fp32 unless stated otherwise. The numbers in brackets are the floors that were aimed "
+        "at, and whether they are met. GB/s: the minimum number of bytes that a case must move, divided by the fused "
+        "time, and its share of the rate at which `torch.mul(a, b, out=c)` moves as many bytes in the same run. In "
+        "cache: called again on the same inputs, like a loss that reads the decoder's output in training; otherwise the "
+        "inputs of cases that move 8 MiB or more come from memory. Peak memory: the maximum that forward and backward hold "
+        "above the inputs, including gradients, for fused / eager / compiled."
     )
 
 
 def put_between(page: Path, mark: str, text: str) -> None:
-    """Put a text between the comments `<!-- mark:begin -->` and `<!-- mark:end -->` of a page."""
+    """Replace the text between the comments `<!-- mark:begin -->` and `<!-- mark:end -->` of a page."""
     opening, closing = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
     before, begin, rest = page.read_text().partition(opening)
     _, end, after = rest.partition(closing)
     if not begin or not end:
-        sys.exit(f"{page} has no {opening} ... {closing} to put the table between")
+        sys.exit(f"{page} has no {opening} ... {closing} for the table")
     page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
     print(f"wrote {page}")
 
@@ -195,7 +195,7 @@ _NAMES = {"fused": "fused", "eager": "eager", "compile": "torch.compile"}
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Left: how many times faster than each baseline. Right: peak memory as a multiple of the gradients alone."""
+    """Left: the speedup over each baseline. Right: peak memory as a multiple of the fused side's."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -210,7 +210,7 @@ def draw(runs: Runs, path: Path) -> None:
     labels: list[tuple[float, float]] = []
     for offset, side in ((-0.2, "eager"), (0.2, "compile")):
         places = [i + offset for i in range(len(rows))]
-        ratios = [faster(row, side) for row in rows]
+        ratios = [speedup(row, side) for row in rows]
         speed.barh(places, ratios, 0.38, color=_COLOURS[side], label=f"than {_NAMES[side]}")
         labels += zip(ratios, places, strict=True)
         floors = [
@@ -221,9 +221,11 @@ def draw(runs: Runs, path: Path) -> None:
             *zip(*floors, strict=True), "|", color="black", markersize=11, markeredgewidth=2, label=label
         )
         for other, marker in zip((other for other, _ in others), "Dos", strict=False):
-            found = {row["case"]: faster(row, side) for row in runs[other]["cases"]}
+            speedups = {row["case"]: speedup(row, side) for row in runs[other]["cases"]}
             points = [
-                (found[row["case"]], y) for row, y in zip(rows, places, strict=True) if row["case"] in found
+                (speedups[row["case"]], y)
+                for row, y in zip(rows, places, strict=True)
+                if row["case"] in speedups
             ]
             label = LABELS[other] if side == "compile" else None
             edge = {"markerfacecolor": "white", "markeredgecolor": "black", "markersize": 4}
@@ -234,7 +236,7 @@ def draw(runs: Runs, path: Path) -> None:
     low, high = speed.get_xlim()
     low *= 0.75
     speed.set_xlim(low, high)
-    # At the foot of the bars: at their ends are the marks.
+    # The labels are at the foot of the bars, because the marks are at their ends.
     for ratio, place in labels:
         speed.text(low * 1.04, place, f"{ratio:.1f}", color="white", va="center", fontsize=8, weight="bold")
     ticks = [tick for tick in (0.5, 1, 2, 3, 5, 10, 20, 50, 100) if low <= tick <= high]
@@ -245,7 +247,7 @@ def draw(runs: Runs, path: Path) -> None:
     speed.legend(loc="lower right", fontsize=8)
 
     for offset, side in ((-0.27, "fused"), (0.0, "eager"), (0.27, "compile")):
-        shares = [_share(row, side) for row in rows]
+        shares = [_relative_memory(row, side) for row in rows]
         places = [i + offset for i in range(len(rows))]
         bars = memory.barh(places, shares, 0.25, color=_COLOURS[side], label=_NAMES[side])
         memory.bar_label(bars, [f"{share:.1f}" for share in shares], padding=2, fontsize=7)
@@ -264,7 +266,7 @@ def draw(runs: Runs, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _share(row: dict[str, Any], side: str) -> float:
+def _relative_memory(row: dict[str, Any], side: str) -> float:
     peak = row["peak_bytes_above_inputs"]
     return peak[side] / peak["fused"]
 

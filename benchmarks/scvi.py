@@ -1,15 +1,15 @@
-"""scvi-tools' own training, as it is and with fastvae.integrations.scvi, in turns.
+"""Time scvi-tools' own training, without and with fastvae.integrations.scvi, in turns.
 
-    python -m benchmarks.scvi [--rows zinb,nb] [--epochs 2] [--turns 3] [--threads 2] [--dense] [--docs]
+    python -m benchmarks.scvi [--cases zinb,nb] [--epochs 2] [--turns 3] [--threads 2] [--dense] [--docs]
     python -m benchmarks.scvi --accuracy [--docs]
 
-Each case is a model of scvi-tools that is trained by its own `train()` on 1,280 cells in batches of 128, about 95 % of
-whose counts are 0, a CSR matrix as AnnData usually has (`--dense`: an array, which their loader reads faster). The
-sides take turns of a few epochs each; what counts is the shortest epoch. The memory is what a step holds at most above
-what was there before it, in a process of its own each.
+Each case is a model of scvi-tools that its own `train()` trains on 1,280 cells in batches of 128. About 95 % of the
+counts are 0, in a CSR matrix as AnnData usually has (`--dense` uses an array, which scvi-tools' loader reads faster).
+The sides take turns of a few epochs each, and the fastest epoch counts. The memory is the maximum that a step holds
+above what was allocated before it, measured in a separate process for each side.
 
-`--accuracy` compares numbers instead: float32 against scvi-tools' formula in float64, with many values of theta.
-`--docs` puts what was found into docs/scvi-tools.md.
+`--accuracy` compares numbers instead: float32 with scvi-tools' formula in float64, for many values of theta.
+`--docs` writes the results into docs/scvi-tools.md.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from torch import Tensor
 from fastvae.integrations.scvi import accelerate
 
 from . import machine
-from .report import RESULTS, ROOT, _aligned, slug
+from .report import RESULTS, ROOT, align, put_between, slug
 from .timing import peak_bytes
 
 CELLS, BATCH = 1280, 128
@@ -40,38 +40,38 @@ DOCS = ROOT / "docs" / "scvi-tools.md"
 
 
 @dataclass(frozen=True)
-class Row:
+class Case:
     title: str
     floor: float | None
     genes: int = 20_000
     model: str = "SCVI"
-    fused_floor: float | None = None  # with fused Adam as well
-    memory_floor: float | None = None  # the share of scvi-tools' peak memory that is allowed
+    fused_floor: float | None = None  # with fused Adam in addition
+    memory_floor: float | None = None  # the permitted share of scvi-tools' peak memory
     options: dict[str, Any] = field(default_factory=dict)
 
 
-ROWS = {
-    "zinb": Row("SCVI, ZINB", 2.0, fused_floor=2.3, memory_floor=1 / 2),
-    "nb": Row("SCVI, NB", 2.0, memory_floor=2 / 3, options={"gene_likelihood": "nb"}),
-    "scanvi": Row("SCANVI", 1.7, model="SCANVI"),
-    "autozi": Row("AUTOZI", 2.0, model="AUTOZI"),
-    "totalvi": Row("TOTALVI, 20 proteins", 1.4, model="TOTALVI"),
-    "zinb-2000": Row("SCVI, ZINB", 1.4, genes=2_000),
-    "nb-2000": Row("SCVI, NB", None, genes=2_000, options={"gene_likelihood": "nb"}),
-    "poisson": Row("SCVI, Poisson", None, options={"gene_likelihood": "poisson"}),
+CASES = {
+    "zinb": Case("SCVI, ZINB", 2.0, fused_floor=2.3, memory_floor=1 / 2),
+    "nb": Case("SCVI, NB", 2.0, memory_floor=2 / 3, options={"gene_likelihood": "nb"}),
+    "scanvi": Case("SCANVI", 1.7, model="SCANVI"),
+    "autozi": Case("AUTOZI", 2.0, model="AUTOZI"),
+    "totalvi": Case("TOTALVI, 20 proteins", 1.4, model="TOTALVI"),
+    "zinb-2000": Case("SCVI, ZINB", 1.4, genes=2_000),
+    "nb-2000": Case("SCVI, NB", None, genes=2_000, options={"gene_likelihood": "nb"}),
+    "poisson": Case("SCVI, Poisson", None, options={"gene_likelihood": "poisson"}),
 }
 
 
-def sides(row: Row) -> dict[str, AbstractContextManager[Any]]:
-    """Contexts by the names of the sides: scvi-tools as it is comes first."""
-    found: dict[str, AbstractContextManager[Any]] = {"scvi": nullcontext(), "fastvae": _Accelerated(False)}
-    if row.fused_floor:
-        found["fused Adam"] = _Accelerated(True)
-    return found
+def sides(case: Case) -> dict[str, AbstractContextManager[Any]]:
+    """The context of each side; the first is scvi-tools without fastvae."""
+    contexts: dict[str, AbstractContextManager[Any]] = {"scvi": nullcontext(), "fastvae": _Accelerated(False)}
+    if case.fused_floor:
+        contexts["fused Adam"] = _Accelerated(True)
+    return contexts
 
 
 class _Accelerated(AbstractContextManager[None]):
-    """`accelerate`, strict, and to be entered more than once."""
+    """`accelerate` in strict mode, as a context that can be entered repeatedly."""
 
     def __init__(self, fused_adam: bool) -> None:
         self.fused_adam = fused_adam
@@ -85,7 +85,7 @@ class _Accelerated(AbstractContextManager[None]):
 
 @cache
 def cells(genes: int, dense: bool = False) -> Any:
-    """Counts of two kinds of cells in two batches, of which some 95 % are 0."""
+    """Counts of two kinds of cells in two batches, about 95 % of which are 0."""
     import anndata
     import numpy as np
     import scipy.sparse
@@ -105,23 +105,23 @@ def cells(genes: int, dense: bool = False) -> Any:
     return data
 
 
-def made(row: Row, dense: bool = False) -> Any:
+def create_model(case: Case, dense: bool = False) -> Any:
     import scvi
 
     scvi.settings.seed = 0
-    data = cells(row.genes, dense).copy()
-    cls = getattr(scvi.model, row.model)
-    more: dict[str, Any] = {}
-    if row.model == "SCANVI":
-        more = {"labels_key": "kind", "unlabeled_category": "unknown"}
-    elif row.model == "TOTALVI":
-        more = {"protein_expression_obsm_key": "proteins"}
-    cls.setup_anndata(data, batch_key="batch", **more)
-    return cls(data, **row.options)
+    data = cells(case.genes, dense).copy()
+    cls = getattr(scvi.model, case.model)
+    keys: dict[str, Any] = {}
+    if case.model == "SCANVI":
+        keys = {"labels_key": "kind", "unlabeled_category": "unknown"}
+    elif case.model == "TOTALVI":
+        keys = {"protein_expression_obsm_key": "proteins"}
+    cls.setup_anndata(data, batch_key="batch", **keys)
+    return cls(data, **case.options)
 
 
 def train(model: Any, epochs: int) -> list[float]:
-    """scvi-tools' own training; the seconds of every epoch."""
+    """Run scvi-tools' own training, and return the seconds of every epoch."""
     from lightning.pytorch.callbacks import Callback
 
     seconds: list[float] = []
@@ -133,10 +133,10 @@ def train(model: Any, epochs: int) -> list[float]:
         def on_train_epoch_end(self, *_: Any) -> None:
             seconds.append(time.perf_counter() - self.start)
 
-    # TOTALVI would look at a validation set otherwise, of which there is none.
-    quiet: dict[str, Any] = {}
+    # TOTALVI would otherwise evaluate on a validation set, but there is none.
+    no_validation: dict[str, Any] = {}
     if type(model).__name__ == "TOTALVI":
-        quiet = {"early_stopping": False, "reduce_lr_on_plateau": False}
+        no_validation = {"early_stopping": False, "reduce_lr_on_plateau": False}
     model.train(
         max_epochs=epochs,
         batch_size=BATCH,
@@ -144,14 +144,14 @@ def train(model: Any, epochs: int) -> list[float]:
         accelerator="cpu",
         enable_progress_bar=False,
         callbacks=[Clock()],
-        **quiet,
+        **no_validation,
     )
     return seconds
 
 
-def peak(row: Row, accelerated: bool) -> int:
-    """Bytes that a training step holds at most above what was there before it."""
-    model = made(row)
+def peak(case: Case, accelerated: bool) -> int:
+    """The maximum number of bytes that a training step holds above what was allocated before it."""
+    model = create_model(case)
     loader = model._make_data_loader(adata=model.adata, batch_size=BATCH, shuffle=False)
     tensors = next(iter(loader))
     optimizer = torch.optim.Adam(model.module.parameters())
@@ -159,7 +159,7 @@ def peak(row: Row, accelerated: bool) -> int:
 
     def step() -> None:
         optimizer.zero_grad()
-        # Of all that the module returns, as in a step of scvi-tools' training plan, only this lives on.
+        # As in a step of scvi-tools' training plan, only the loss survives of all that the module returns.
         loss = model.module(tensors)[2].loss
         loss.backward()
         optimizer.step()
@@ -169,62 +169,62 @@ def peak(row: Row, accelerated: bool) -> int:
         return peak_bytes(step, torch.device("cpu"))
 
 
-def _peak_elsewhere(name: str, accelerated: bool) -> int:
+def _peak_in_subprocess(name: str, accelerated: bool) -> int:
     command = [
         sys.executable,
         "-m",
         "benchmarks.scvi",
-        "--rows",
+        "--cases",
         name,
         "--threads",
         str(torch.get_num_threads()),
     ]
     command += ["--peak", "fastvae" if accelerated else "scvi"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(done.stderr)
-    return int(done.stdout.split()[-1])
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if process.returncode != 0:
+        sys.exit(process.stderr)
+    return int(process.stdout.split()[-1])
 
 
-def measured(name: str, epochs: int, turns: int, dense: bool) -> dict[str, Any]:
-    row = ROWS[name]
-    contexts = sides(row)
-    models = {side: made(row, dense) for side in contexts}
+def measure(name: str, epochs: int, turns: int, dense: bool) -> dict[str, Any]:
+    case = CASES[name]
+    contexts = sides(case)
+    models = {side: create_model(case, dense) for side in contexts}
     seconds: dict[str, list[float]] = {side: [] for side in contexts}
     order = list(contexts)
     for turn in range(turns):
         for side in order[turn % len(order) :] + order[: turn % len(order)]:
             with contexts[side]:
                 seconds[side] += train(models[side], epochs)
-    result: dict[str, Any] = {"row": name, "fastest_epoch_s": {side: min(s) for side, s in seconds.items()}}
+    result: dict[str, Any] = {"case": name, "fastest_epoch_s": {side: min(s) for side, s in seconds.items()}}
     result["epochs_s"] = seconds
-    if row.memory_floor:
+    if case.memory_floor:
         result["peak_bytes"] = {
-            side: _peak_elsewhere(name, side == "fastvae") for side in ("scvi", "fastvae")
+            side: _peak_in_subprocess(name, side == "fastvae") for side in ("scvi", "fastvae")
         }
     return result
 
 
 def table(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Markdown, a line for each side of a case; floors in brackets."""
+    """The results as a Markdown table, one line for each side of a case, with floors in brackets."""
     lines = [
         "| model | genes | scvi-tools, ms a step | with fastvae | × | peak memory of a step, MiB |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for result in results:
-        row, times = ROWS[result["row"]], result["fastest_epoch_s"]
+        case, times = CASES[result["case"]], result["fastest_epoch_s"]
         steps = CELLS / BATCH
-        for side, floor in (("fastvae", row.floor), ("fused Adam", row.fused_floor)):
+        for side, floor in (("fastvae", case.floor), ("fused Adam", case.fused_floor)):
             if side not in times:
                 continue
             ratio = times["scvi"] / times[side]
             memory = ""
-            if side == "fastvae" and "peak_bytes" in result and row.memory_floor:
+            if side == "fastvae" and "peak_bytes" in result and case.memory_floor:
                 before, after = (result["peak_bytes"][each] / 2**20 for each in ("scvi", "fastvae"))
                 share = after / before
-                verdict = "✓" if share <= row.memory_floor else "✗"
-                memory = f"{before:.0f} → {after:.0f}: × {share:.2f} ({row.memory_floor:.2f} {verdict})"
-            cells_ = [row.title + (" and fused Adam" if side == "fused Adam" else ""), f"{row.genes:,}"]
+                verdict = "✓" if share <= case.memory_floor else "✗"
+                memory = f"{before:.0f} → {after:.0f}: × {share:.2f} ({case.memory_floor:.2f} {verdict})"
+            cells_ = [case.title + (" and fused Adam" if side == "fused Adam" else ""), f"{case.genes:,}"]
             cells_ += [f"{1e3 * times['scvi'] / steps:.1f}", f"{1e3 * times[side] / steps:.1f}"]
             cells_ += [
                 f"{ratio:.2f}" + (f" ({floor:g} {'✓' if ratio >= floor else '✗'})" if floor else ""),
@@ -236,17 +236,18 @@ def table(results: Sequence[dict[str, Any]]) -> list[str]:
 
 def caption(run: dict[str, Any]) -> str:
     others = run["cores_used_by_others"] or 0.0
-    busy = f" (not a quiet machine: others kept {others:.1f} cores busy)" if others > 0.1 else ""
+    busy = f" (other processes kept {others:.1f} cores busy)" if others > 0.1 else ""
     return (
         f"{run['machine']}; {run['threads']} threads; scvi-tools {run['scvi']}, torch {run['versions']['torch']}, "
         f"fastvae {run['versions']['fastvae']}; {run['date']}{busy}. scvi-tools' own `train()`, {CELLS:,} cells "
-        f"({'an array' if run['dense'] else 'CSR'}) in batches of {BATCH}, in turns, the shortest of {run['epochs']} "
-        "epochs a side. In brackets the floor that a case was built to, and whether it is met."
+        f"({'an array' if run['dense'] else 'CSR'}) in batches of {BATCH}; the sides take turns, and the table shows "
+        f"the fastest of {run['epochs']} epochs per side. The numbers in brackets are the floors that were aimed at, and "
+        "whether they are met."
     )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Numbers
+# Accuracy
 # ---------------------------------------------------------------------------------------------------------------------
 
 THETAS = (
@@ -256,11 +257,11 @@ THETAS = (
     1e3,
     1e4,
     1e5,
-)  # from 1e6 on, float64 has lost too many digits of the gradient itself
+)  # from 1e6 on, the gradient in float64 has itself lost too many digits
 
 
 def accuracy() -> list[str]:
-    """Markdown: how far float32 is off scvi-tools' formula in float64, a line for each theta."""
+    """The error of float32 against scvi-tools' formula in float64, as a Markdown table with one line for each theta."""
     from scvi.distributions import NegativeBinomial
 
     lines = [
@@ -275,87 +276,85 @@ def accuracy() -> list[str]:
         rate = mean * torch._standard_gamma(shape, generator=generator) / value
         x = torch.poisson(rate, generator=generator)
 
-        def rows(dtype: torch.dtype, theta: Tensor = theta, x: Tensor = x) -> tuple[Tensor, Tensor]:
+        def evaluate(dtype: torch.dtype, theta: Tensor = theta, x: Tensor = x) -> tuple[Tensor, Tensor]:
             leaf = theta.to(dtype).requires_grad_()
             log_p = NegativeBinomial(mu=mean.to(dtype), theta=leaf).log_prob(x.to(dtype)).sum(-1)
             return log_p.detach().double(), torch.autograd.grad(log_p.sum(), leaf)[0].double()
 
-        truth, slope = rows(torch.float64)
-        off = []
+        exact, exact_gradient = evaluate(torch.float64)
+        errors = []
         for accelerated in (False, True):
             with accelerate(strict=True) if accelerated else nullcontext():
-                found, gradient = rows(torch.float32)
-            off.append(((found - truth) / truth).abs().max().item())
-            off.append(((gradient - slope).norm() / slope.norm()).item())
-        lines.append(f"| {value:g} | {off[0]:.0e} | {off[2]:.0e} | {_share(off[1])} | {_share(off[3])} |")
+                log_p, gradient = evaluate(torch.float32)
+            errors.append(((log_p - exact) / exact).abs().max().item())
+            errors.append(((gradient - exact_gradient).norm() / exact_gradient.norm()).item())
+        cells_ = [f"{errors[0]:.0e}", f"{errors[2]:.0e}", _format_error(errors[1]), _format_error(errors[3])]
+        lines.append(f"| {value:g} | " + " | ".join(cells_) + " |")
     return lines
 
 
-def _share(off: float) -> str:
-    if off < 1e-3:
-        return f"{off:.0e}"
-    return f"{off:.1%}" if off < 1 else f"{off:.0f} times"
+def _format_error(error: float) -> str:
+    if error < 1e-3:
+        return f"{error:.0e}"
+    return f"{error:.1%}" if error < 1 else f"{error:.0f} times"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _into_docs(name: str, text: str) -> None:
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, found, rest = DOCS.read_text().partition(begin)
-    _, also, after = rest.partition(end)
-    if not found or not also:
-        sys.exit(f"{DOCS.name} has no {begin} ... {end} to put the table between")
-    DOCS.write_text(f"{before}{begin}\n{text}\n{end}{after}")
-    print(f"wrote {DOCS.relative_to(ROOT)}")
+def _write_docs(name: str, text: str) -> None:
+    put_between(DOCS, name, text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scvi", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rows", default=",".join(ROWS), help=f"some of {','.join(ROWS)}; default: all")
-    parser.add_argument("--epochs", type=int, default=2, help="of a turn")
+    parser.add_argument(
+        "--cases", default=",".join(CASES), help=f"a selection of {','.join(CASES)}; default: all"
+    )
+    parser.add_argument("--epochs", type=int, default=2, help="epochs in each turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dense", action="store_true", help="counts as an array in place of CSR")
-    parser.add_argument("--accuracy", action="store_true", help="the table of numbers in place of times")
-    parser.add_argument("--docs", action="store_true", help=f"put the table into {DOCS.relative_to(ROOT)}")
+    parser.add_argument("--dense", action="store_true", help="pass the counts as an array instead of CSR")
+    parser.add_argument("--accuracy", action="store_true", help="compare the accuracy instead of the time")
+    parser.add_argument("--docs", action="store_true", help=f"write the table into {DOCS.relative_to(ROOT)}")
     parser.add_argument("--peak", choices=("scvi", "fastvae"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    names = options.rows.split(",")
-    if unknown := set(names) - set(ROWS):
-        parser.error(f"--rows: unknown {', '.join(sorted(unknown))}")
+    names = options.cases.split(",")
+    if unknown := set(names) - set(CASES):
+        parser.error(f"--cases: unknown {', '.join(sorted(unknown))}")
 
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    machine.settle("cpu", options.threads)
+    machine.configure("cpu", options.threads)
     if options.peak:
-        print(peak(ROWS[names[0]], options.peak == "fastvae"))
+        print(peak(CASES[names[0]], options.peak == "fastvae"))
         return
     if options.accuracy:
         lines = accuracy()
-        print("\n".join(_aligned(lines)))
+        print("\n".join(align(lines)))
         if options.docs:
-            _into_docs("accuracy", "\n".join(lines))
+            _write_docs("accuracy", "\n".join(lines))
         return
 
     import scvi
 
-    neighbours = machine.Neighbours()
+    load_monitor = machine.LoadMonitor()
     results = []
     for name in names:
-        results.append(measured(name, options.epochs, options.turns, options.dense))
-        print("\n".join(_aligned(table(results[-1:]))[1 if len(results) > 1 else 0 :]), flush=True)
+        results.append(measure(name, options.epochs, options.turns, options.dense))
+        print("\n".join(align(table(results[-1:]))[1 if len(results) > 1 else 0 :]), flush=True)
     run = machine.describe(torch.device("cpu")) | {
         "scvi": scvi.__version__,
         "epochs": options.epochs * options.turns,
     }
-    run |= {"dense": options.dense, "cores_used_by_others": neighbours.cores(), "results": results}
+    run |= {"dense": options.dense, "cores_used_by_others": load_monitor.cores_used_by_others()}
+    run |= {"results": results}
     print("\n" + caption(run))
     if options.docs:
         path: Path = RESULTS / f"{slug(run['machine'])}-scvi.json"
         path.write_text(json.dumps(run, indent=1) + "\n")
         print(f"wrote {path.relative_to(ROOT)}")
-        _into_docs("bench", "\n".join([*table(results), "", caption(run)]))
+        _write_docs("bench", "\n".join([*table(results), "", caption(run)]))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Whole training steps with the hand-written loss and with fastvae's, eager and compiled: does it pay for my model?
+"""Time whole training steps with the hand-written loss and with fastvae's, eager and compiled.
 
     python -m benchmarks.steps [--steps NAME ...] [--budget SECONDS] [--save]
 
-The network, the optimiser (Adam, fused) and the batch are the same on all sides. `compiled` is torch.compile of the
-model and the hand-written loss together, `compiled + fused` of the model with fastvae's loss. Of scvi-tools' own
-model, where that is installed, there are the eager sides. The sides take turns in one process, and times are medians.
-`loss` is the share of the eager step that drawing z, the KL and the reconstruction take, forward and backward. Peak
-memory is what a step holds at most above what is there before it.
+The network, the optimiser (fused Adam) and the batch are the same on all sides. `compiled` is torch.compile of the
+model together with the hand-written loss, and `compiled + fused` that of the model with fastvae's loss. scvi-tools' own
+model, if it is installed, has only the eager sides. The sides take turns in one process, and the times are medians.
+`loss` is the share of the eager step that is spent on drawing z, the KL and the reconstruction, forward and backward.
+Peak memory is the maximum that a step holds above what was allocated before it.
 
-`--save` keeps the figures in benchmarks/results/steps-<machine>.json, draws benchmarks/results/steps.png, and puts the
-short table into README.md and the whole one into docs/benchmarks.md.
+`--save` saves the figures in benchmarks/results/steps-<machine>.json, draws benchmarks/results/steps.png, and writes
+the short table into README.md and the whole one into docs/benchmarks.md.
 """
 
 import argparse
@@ -37,30 +37,30 @@ from .report import PAGE, RESULTS, ROOT, put_between, slug
 from .timing import peak_bytes
 
 SIDES = ("eager", "compiled", "fused", "compiled + fused")
-FEWEST_ROUNDS = 5
+MIN_ROUNDS = 5
 
 
 class VAE(nn.Module):
-    """An encoder and a decoder, and the loss as fastvae has it and as users write it."""
+    """An encoder and a decoder, with fastvae's loss and with the loss as users write it."""
 
     def __init__(self, elbo: fastvae.ELBO) -> None:
         super().__init__()
         self.elbo = elbo
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(mu, logvar)"""
+        """Return (mu, logvar)."""
         raise NotImplementedError
 
     def decode(self, z: Tensor, x: Tensor) -> Any:
-        """What the likelihood takes. Only a decoder that reads the words before looks at x."""
+        """Return the parameters of the likelihood. Only a decoder that reads the previous words uses x."""
         raise NotImplementedError
 
-    def written_loss(self, decoded: Any, x: Tensor, kld: Tensor) -> Tensor:
-        """The same loss by hand, from the KL summed over the batch."""
+    def baseline_loss(self, decoded: Any, x: Tensor, kld: Tensor) -> Tensor:
+        """Compute the same loss by hand, from the KL summed over the batch."""
         raise NotImplementedError
 
-    def loss_alone(self, x: Tensor) -> Callable[[], Tensor]:
-        """The part of the eager step that is the loss: z, the KL and the reconstruction, forward and backward."""
+    def loss_only(self, x: Tensor) -> Callable[[], Tensor]:
+        """Return a function that runs the loss of the eager step: z, KL and reconstruction, forward and backward."""
         with torch.no_grad():
             mu, logvar = self.encode(x)
             decoded = self.decode(mu, x)
@@ -69,9 +69,9 @@ class VAE(nn.Module):
         leaves = [tensor.clone().requires_grad_() for tensor in tensors]
 
         def run() -> Tensor:
-            z = cases._written_sample(mu, logvar)
-            given = leaves[0] if isinstance(decoded, Tensor) else tuple(leaves)
-            loss = self.written_loss(given, x, cases._written_kld(mu, logvar))
+            z = cases._baseline_sample(mu, logvar)
+            params = leaves[0] if isinstance(decoded, Tensor) else tuple(leaves)
+            loss = self.baseline_loss(params, x, cases._baseline_kld(mu, logvar))
             torch.autograd.grad([loss, z.sum()], [mu, logvar, *leaves], allow_unused=True)
             return loss.detach()
 
@@ -82,14 +82,14 @@ class VAE(nn.Module):
         z, kl = self.elbo.reparameterize(mu, logvar)
         return self.elbo(self.decode(z, x), x, kl=kl).loss
 
-    def written(self, x: Tensor) -> Tensor:
+    def baseline(self, x: Tensor) -> Tensor:
         mu, logvar = self.encode(x)
-        z = cases._written_sample(mu, logvar)
-        return self.written_loss(self.decode(z, x), x, cases._written_kld(mu, logvar))
+        z = cases._baseline_sample(mu, logvar)
+        return self.baseline_loss(self.decode(z, x), x, cases._baseline_kld(mu, logvar))
 
 
 class Dense(VAE):
-    """The fully connected VAE of the tutorials, on images of MNIST's size."""
+    """The fully connected VAE of tutorials, on images of MNIST's size."""
 
     def __init__(self) -> None:
         super().__init__(fastvae.ELBO("bernoulli"))
@@ -106,12 +106,12 @@ class Dense(VAE):
     def decode(self, z: Tensor, x: Tensor) -> Tensor:
         return self.decoder(z)
 
-    def written_loss(self, decoded: Tensor, x: Tensor, kld: Tensor) -> Tensor:
-        return cases._written_bernoulli(decoded, x, kld)[0]
+    def baseline_loss(self, decoded: Tensor, x: Tensor, kld: Tensor) -> Tensor:
+        return cases._baseline_bernoulli(decoded, x, kld)[0]
 
 
 class ImportanceWeighted(VAE):
-    """The model of Burda et al. 2016, whose bound takes 50 draws of z for each image."""
+    """The model of Burda et al. 2016, whose bound uses 50 draws of z for each image."""
 
     DRAWS, LATENT = 50, 50
 
@@ -133,11 +133,11 @@ class ImportanceWeighted(VAE):
     def fused(self, x: Tensor) -> Tensor:
         return self._bound(x, self._fused_nll)
 
-    def written(self, x: Tensor) -> Tensor:
-        return self._bound(x, self._written_nll)
+    def baseline(self, x: Tensor) -> Tensor:
+        return self._bound(x, self._baseline_nll)
 
     def _bound(self, x: Tensor, nll: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The negative bound; log q and log p, which are small, are the same on all sides."""
+        """Compute the negative bound. log q and log p are cheap, and the same on all sides."""
         mu, logvar = self.encode(x)
         eps = torch.randn(self.DRAWS, *mu.shape)
         z = mu + eps * torch.exp(0.5 * logvar)
@@ -151,44 +151,44 @@ class ImportanceWeighted(VAE):
         return rows.unflatten(0, recon.shape[:2])
 
     @staticmethod
-    def _written_nll(recon: Tensor, x: Tensor) -> Tensor:
+    def _baseline_nll(recon: Tensor, x: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(recon, x.expand_as(recon), reduction="none").sum(-1)
 
-    def loss_alone(self, x: Tensor) -> Callable[[], Tensor]:
-        """The reconstruction of every draw, forward and backward."""
+    def loss_only(self, x: Tensor) -> Callable[[], Tensor]:
+        """Return a function that runs the reconstruction of every draw, forward and backward."""
         with torch.no_grad():
             mu, logvar = self.encode(x)
             z = mu + torch.randn(self.DRAWS, *mu.shape) * torch.exp(0.5 * logvar)
             recon = self.decode(z, x)
         recon.requires_grad_()
-        return lambda: torch.autograd.grad(self._written_nll(recon, x).sum(), recon)[0]
+        return lambda: torch.autograd.grad(self._baseline_nll(recon, x).sum(), recon)[0]
 
 
 def _tanh_layers(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        layers += [nn.Linear(before, after), nn.Tanh()]
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
 
 class Convolutional(VAE):
-    """Strided convolutions, halving `side` to 4 pixels, and their transposes; `planes` of the decoder's output."""
+    """Strided convolutions that halve `side` to 4 pixels, and their transposes. The output has `planes` channels."""
 
     def __init__(self, elbo: fastvae.ELBO, side: int, planes: int, latent: int = 64) -> None:
         super().__init__(elbo)
         halvings = (side // 4).bit_length() - 1
         widths = [32 << i for i in range(halvings)]
         down: list[nn.Module] = []
-        for before, after in zip([3, *widths], widths, strict=False):
-            down += [nn.Conv2d(before, after, 4, 2, 1), nn.ReLU()]
+        for inputs, outputs in zip([3, *widths], widths, strict=False):
+            down += [nn.Conv2d(inputs, outputs, 4, 2, 1), nn.ReLU()]
         self.encoder = nn.Sequential(*down, nn.Flatten(), nn.Linear(16 * widths[-1], 2 * latent))
         up: list[nn.Module] = [
             nn.Linear(latent, 16 * widths[-1]),
             nn.Unflatten(1, (widths[-1], 4, 4)),
             nn.ReLU(),
         ]
-        for before, after in zip(widths[::-1], widths[-2::-1], strict=False):
-            up += [nn.ConvTranspose2d(before, after, 4, 2, 1), nn.ReLU()]
+        for inputs, outputs in zip(widths[::-1], widths[-2::-1], strict=False):
+            up += [nn.ConvTranspose2d(inputs, outputs, 4, 2, 1), nn.ReLU()]
         self.decoder = nn.Sequential(*up, nn.ConvTranspose2d(widths[0], planes, 4, 2, 1))
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -199,7 +199,7 @@ class Convolutional(VAE):
 
 
 class Photographs(Convolutional):
-    """64 x 64 colour images, a Gaussian whose mean and log-variance are a packed head."""
+    """64 x 64 colour images with a Gaussian, whose mean and log-variance are a packed head."""
 
     def __init__(self) -> None:
         super().__init__(fastvae.ELBO(fastvae.likelihoods.Gaussian("per_element")), 64, 6)
@@ -208,12 +208,12 @@ class Photographs(Convolutional):
     def batch() -> Tensor:
         return torch.rand(64, 3, 64, 64)
 
-    def written_loss(self, decoded: Tensor, x: Tensor, kld: Tensor) -> Tensor:
-        return cases._written_head(decoded, x, kld)[0]
+    def baseline_loss(self, decoded: Tensor, x: Tensor, kld: Tensor) -> Tensor:
+        return cases._baseline_head(decoded, x, kld)[0]
 
 
 class Levels(Convolutional):
-    """32 x 32 colour images as bytes, a mixture of ten discretised logistics."""
+    """32 x 32 colour images as bytes, with a mixture of ten discretised logistics."""
 
     def __init__(self) -> None:
         super().__init__(fastvae.ELBO(fastvae.likelihoods.DiscretizedLogisticMixture(10)), 32, 100)
@@ -222,12 +222,12 @@ class Levels(Convolutional):
     def batch() -> Tensor:
         return torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8)
 
-    def written_loss(self, decoded: Tensor, x: Tensor, kld: Tensor) -> Tensor:
-        return cases._written_mixture(decoded, x, kld)[0]
+    def baseline_loss(self, decoded: Tensor, x: Tensor, kld: Tensor) -> Tensor:
+        return cases._baseline_mixture(decoded, x, kld)[0]
 
 
 class Cells(VAE):
-    """After scVI: 20,000 genes, zero-inflated negative binomials of the decoder's raw outputs."""
+    """A model similar to scVI: 20,000 genes, and zero-inflated negative binomials of the decoder's raw outputs."""
 
     GENES = 20_000
 
@@ -249,15 +249,15 @@ class Cells(VAE):
         h = self.hidden(z)
         return self.heads[0](h), x.sum(1, keepdim=True), self.heads[1](h)
 
-    def written_loss(self, decoded: tuple[Tensor, ...], x: Tensor, kld: Tensor) -> Tensor:
+    def baseline_loss(self, decoded: tuple[Tensor, ...], x: Tensor, kld: Tensor) -> Tensor:
         logits, library, zi_logits = decoded
         log_theta = self.elbo.likelihood.log_dispersion
         kl = (kld / len(x)).expand(len(x))
-        return cases._written_zinb_raw(logits, log_theta, zi_logits, library.squeeze(1), x, kl)[0]
+        return cases._baseline_zinb_raw(logits, log_theta, zi_logits, library.squeeze(1), x, kl)[0]
 
 
 class Sentences(VAE):
-    """LSTMs that read and write sentences of 20 words, out of 10,000."""
+    """LSTMs that read and write sentences of 20 words, from a vocabulary of 10,000."""
 
     WORDS, HIDDEN, LATENT = 10_000, 256, 16
 
@@ -278,16 +278,16 @@ class Sentences(VAE):
         return self.latent(h[0]).chunk(2, 1)
 
     def decode(self, z: Tensor, x: Tensor) -> Tensor:
-        before = self.embedding(torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), 1))
-        h, _ = self.writer(torch.cat((before, z.unsqueeze(1).expand(-1, x.shape[1], -1)), 2))
+        previous = self.embedding(torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), 1))
+        h, _ = self.writer(torch.cat((previous, z.unsqueeze(1).expand(-1, x.shape[1], -1)), 2))
         return self.words(h)
 
-    def written_loss(self, decoded: Tensor, x: Tensor, kld: Tensor) -> Tensor:
-        return cases._written_categorical(decoded, x, kld)[0]
+    def baseline_loss(self, decoded: Tensor, x: Tensor, kld: Tensor) -> Tensor:
+        return cases._baseline_categorical(decoded, x, kld)[0]
 
 
 class ScviTools(nn.Module):
-    """The module of scvi-tools' SCVI, ZINB, as its own training calls it; `fused` is with `accelerate`."""
+    """The module of scvi-tools' SCVI with ZINB, as its own training calls it. `fused` runs it with `accelerate`."""
 
     sides = ("eager", "fused")
 
@@ -301,15 +301,15 @@ class ScviTools(nn.Module):
         model = _scvi_model()
         return next(iter(model._make_data_loader(adata=model.adata, batch_size=scvi.BATCH)))
 
-    def written(self, x: dict[str, Tensor]) -> Tensor:
+    def baseline(self, x: dict[str, Tensor]) -> Tensor:
         return self.module(x)[2].loss
 
     def fused(self, x: dict[str, Tensor]) -> Tensor:
         with accelerate(strict=True):
-            return self.written(x)
+            return self.baseline(x)
 
-    def loss_alone(self, x: dict[str, Tensor]) -> Callable[[], Tensor]:
-        """The reconstruction, forward and backward."""
+    def loss_only(self, x: dict[str, Tensor]) -> Callable[[], Tensor]:
+        """Return a function that runs the reconstruction, forward and backward."""
         from scvi.distributions import ZeroInflatedNegativeBinomial
 
         p = self.module(x)[1]["px"]
@@ -326,14 +326,14 @@ class ScviTools(nn.Module):
 def _scvi_model() -> Any:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    return scvi.made(scvi.ROWS["zinb"])
+    return scvi.create_model(scvi.CASES["zinb"])
 
 
 STEPS: dict[str, tuple[str, type[VAE] | type[ScviTools]]] = {
     "scvi": ("scvi-tools' SCVI, ZINB, 128 cells x 20,000 genes", ScviTools),
     "counts": ("ZINB, 128 cells x 20,000 genes", Cells),
     "levels": ("discretised logistic mixture, 32 x 3 x 32 x 32", Levels),
-    "importance": ("MLP of IWAE, 50 draws, Bernoulli, batch 100", ImportanceWeighted),
+    "importance": ("IWAE's MLP, 50 draws, Bernoulli, batch 100", ImportanceWeighted),
     "text": ("LSTM, 32 sentences x 20 of 10,000 words", Sentences),
     "photographs": ("conv, Gaussian with variances, 64 x 3 x 64 x 64", Photographs),
     "dense": ("MLP 784-400-20, Bernoulli, batch 128", Dense),
@@ -348,27 +348,27 @@ class Result:
     peak_bytes: dict[str, int]
     rounds: int
 
-    def faster(self, side: str, than: str) -> float:
-        """How many times; NaN where a side is missing."""
-        return self.milliseconds.get(than, math.nan) / self.milliseconds.get(side, math.nan)
+    def speedup(self, side: str, baseline: str) -> float:
+        """The ratio of the times; NaN if a side is missing."""
+        return self.milliseconds.get(baseline, math.nan) / self.milliseconds.get(side, math.nan)
 
-    def memory(self, side: str, than: str) -> float:
-        return self.peak_bytes.get(side, math.nan) / self.peak_bytes.get(than, math.nan)
+    def memory(self, side: str, baseline: str) -> float:
+        return self.peak_bytes.get(side, math.nan) / self.peak_bytes.get(baseline, math.nan)
 
-    def row(self) -> list[str]:
+    def table_row(self) -> list[str]:
         return [
             self.name,
             f"{self.milliseconds['eager']:.1f}",
             f"{self.loss_share:.0%}",
-            _times(self.faster("fused", "eager")),
-            _times(self.faster("compiled", "eager")),
-            _times(self.faster("compiled + fused", "compiled")),
-            _times(self.memory("fused", "eager")),
-            _times(self.memory("compiled + fused", "compiled")),
+            _format_ratio(self.speedup("fused", "eager")),
+            _format_ratio(self.speedup("compiled", "eager")),
+            _format_ratio(self.speedup("compiled + fused", "compiled")),
+            _format_ratio(self.memory("fused", "eager")),
+            _format_ratio(self.memory("compiled + fused", "compiled")),
         ]
 
 
-def _times(ratio: float) -> str:
+def _format_ratio(ratio: float) -> str:
     return "" if math.isnan(ratio) else f"{ratio:.2f}"
 
 
@@ -379,18 +379,18 @@ HEAD = [
 
 
 def measure(name: str, budget: float) -> Result:
-    """Times the sides of one step in turns for about `budget` seconds, after a check that their losses agree."""
+    """Time the sides of one step in turns for about `budget` seconds, after checking that their losses agree."""
     title, kind = STEPS[name]
     torch.manual_seed(0)
     torch._dynamo.reset()
     x = kind.batch()
     steps: dict[str, Callable[[], Tensor]] = {}
     losses = {}
-    measured = getattr(kind, "sides", SIDES)
-    for side in measured:
+    sides_measured = getattr(kind, "sides", SIDES)
+    for side in sides_measured:
         torch.manual_seed(1)
         model = kind()
-        loss = model.fused if "fused" in side else model.written
+        loss = model.fused if "fused" in side else model.baseline
         losses[side] = torch.stack([loss(x).detach() for _ in range(3)]).mean()
         if "compiled" in side:
             loss = torch.compile(loss, dynamic=False)
@@ -406,18 +406,18 @@ def measure(name: str, budget: float) -> Result:
             return value
 
         steps[side] = step
-    for side, value in losses.items():  # each draws noise of its own
+    for side, value in losses.items():  # each side draws its own noise
         assert abs(value - losses["eager"]) < 0.02 * abs(losses["eager"]), (
-            f"{title}: the loss of {side} is another"
+            f"{title}: the loss of {side} is different"
         )
 
-    steps["loss"] = kind().loss_alone(x)
+    steps["loss"] = kind().loss_only(x)
     times: dict[str, list[float]] = {side: [] for side in steps}
     for step in steps.values():
         for _ in range(3):
             step()
     stop, sides, rounds = time.perf_counter() + budget, list(steps), 0
-    while rounds < FEWEST_ROUNDS or time.perf_counter() < stop:
+    while rounds < MIN_ROUNDS or time.perf_counter() < stop:
         for side in sides[rounds % len(sides) :] + sides[: rounds % len(sides)]:
             start = time.perf_counter()
             steps[side]()
@@ -425,26 +425,29 @@ def measure(name: str, budget: float) -> Result:
         rounds += 1
     medians = {side: 1e3 * statistics.median(seconds) for side, seconds in times.items()}
     share = medians.pop("loss") / medians["eager"]
-    peak = {side: peak_bytes(steps[side], torch.device("cpu")) for side in measured}
+    peak = {side: peak_bytes(steps[side], torch.device("cpu")) for side in sides_measured}
     return Result(title, medians, share, peak, rounds)
 
 
 def table(results: list[Result]) -> list[str]:
     lines = ["| " + " | ".join(HEAD) + " |", "|---|" + "--:|" * (len(HEAD) - 1)]
-    return lines + ["| " + " | ".join(result.row()) + " |" for result in results]
+    return lines + ["| " + " | ".join(result.table_row()) + " |" for result in results]
 
 
 def short_table(results: list[Result]) -> list[str]:
-    """README's."""
+    """The table for the README."""
     lines = ["| training step | loss's share of the step | × eager | × compiled |", "|---|--:|--:|--:|"]
     for result in results:
-        eager, compiled = result.faster("fused", "eager"), result.faster("compiled + fused", "compiled")
-        lines.append(f"| {result.name} | {result.loss_share:.0%} | {_times(eager)} | {_times(compiled)} |")
+        eager = result.speedup("fused", "eager")
+        compiled = result.speedup("compiled + fused", "compiled")
+        lines.append(
+            f"| {result.name} | {result.loss_share:.0%} | {_format_ratio(eager)} | {_format_ratio(compiled)} |"
+        )
     return lines
 
 
 def draw(results: list[Result], title: str) -> None:
-    """Left: how much faster a step gets than the hand-written one of its kind. Right: its peak memory beside it."""
+    """Left: the speed of a step relative to the hand-written one of its kind. Right: its relative peak memory."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -454,20 +457,20 @@ def draw(results: list[Result], title: str) -> None:
         1, 2, figsize=(11, 0.7 * len(results) + 1.6), sharey=True, layout="constrained"
     )
     pairs = (("fused", "eager", "#1b7f5c"), ("compiled + fused", "compiled", "#4a6fa5"))
-    for offset, (side, than, colour) in zip((-0.2, 0.2), pairs, strict=True):
+    for offset, (side, baseline, colour) in zip((-0.2, 0.2), pairs, strict=True):
         places = [i + offset for i in range(len(results))]
-        label = f"{than} model: fastvae's loss against the hand-written one"
-        faster = [result.faster(side, than) for result in results]
+        label = f"{baseline} model: fastvae's loss compared with the hand-written one"
+        speedups = [result.speedup(side, baseline) for result in results]
         speed.bar_label(
-            speed.barh(places, faster, 0.38, color=colour, label=label),
-            [_times(value) for value in faster],
+            speed.barh(places, speedups, 0.38, color=colour, label=label),
+            [_format_ratio(value) for value in speedups],
             padding=3,
             fontsize=9,
         )
-        shares = [result.memory(side, than) for result in results]
+        shares = [result.memory(side, baseline) for result in results]
         memory.bar_label(
             memory.barh(places, shares, 0.38, color=colour),
-            [_times(value) for value in shares],
+            [_format_ratio(value) for value in shares],
             padding=3,
             fontsize=9,
         )
@@ -491,31 +494,34 @@ def draw(results: list[Result], title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__.split("\n\n")[0])
-    here = [name for name in STEPS if name != "scvi" or importlib.util.find_spec("scvi")]
-    parser.add_argument("--steps", nargs="+", choices=tuple(STEPS), default=here, help="which of them")
+    available = [name for name in STEPS if name != "scvi" or importlib.util.find_spec("scvi")]
     parser.add_argument(
-        "--budget", type=float, default=30.0, help="seconds for each, compilation not counted"
+        "--steps", nargs="+", choices=tuple(STEPS), default=available, help="the steps to measure"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=30.0, help="seconds for each step, not counting compilation"
     )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--save", action="store_true", help="keep the figures and draw the picture")
+    parser.add_argument("--save", action="store_true", help="save the figures, and update picture and tables")
     options = parser.parse_args()
 
-    machine.settle("cpu", options.threads)
-    neighbours = machine.Neighbours()
+    machine.configure("cpu", options.threads)
+    load_monitor = machine.LoadMonitor()
     results = []
     for name in options.steps:
         results.append(measure(name, options.budget))
         print(
-            "; ".join(f"{head} {cell}" for head, cell in zip(HEAD, results[-1].row(), strict=True)),
+            "; ".join(f"{head} {cell}" for head, cell in zip(HEAD, results[-1].table_row(), strict=True)),
             flush=True,
         )
-    about = machine.describe(torch.device("cpu")) | {"cores_used_by_others": neighbours.cores()}
+    about = machine.describe(torch.device("cpu"))
+    about |= {"cores_used_by_others": load_monitor.cores_used_by_others()}
     title = (
         f"{about['machine']}; {about['threads']} threads, {about['instruction_set'].upper()}; torch "
         f"{about['versions']['torch']}, fastvae {about['versions']['fastvae']}; {about['date']}"
     )
     print("\n" + "\n".join(table(results)) + "\n\n" + title)
-    print(f"others kept {about['cores_used_by_others']} cores busy")
+    print(f"other processes kept {about['cores_used_by_others']} cores busy")
     if options.save:
         path = RESULTS / f"steps-{slug(about['machine'])}.json"
         steps = [vars(result) for result in results]

@@ -1,8 +1,8 @@
-"""Forward and backward of every case, three sides each; pytest-benchmark's table shows the ratios in brackets.
+"""Forward and backward of every case, on three sides; pytest-benchmark's table shows the ratios in brackets.
 
-The sides of a case are timed together, interleaved (timing.py), when its first test runs. Each test then plays its
-side's times to pytest-benchmark, on a clock that shows what was measured. Floors are recorded, never asserted: the
-machines that run this are shared.
+The sides of a case are timed together, interleaved (timing.py), when the first of its tests runs. Each test then
+replays its side's times to pytest-benchmark, on a clock that shows the measured times. Floors are recorded but never
+asserted, because the benchmarks run on shared machines.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:Deprec
 
 
 class Clock:
-    """A clock that stands still but for the times it is told to show."""
+    """A clock that advances only when a test sets it."""
 
     now = 0.0
 

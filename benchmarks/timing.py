@@ -1,10 +1,10 @@
 """Time a case: fused, eager, torch.compile and a bare multiplication, interleaved in one process.
 
-What one machine does in one minute it does not do in the next, so only ratios of times taken side by side count. Every
-round calls each side twice, in an order that turns from round to round. The first call takes the next of a ring of
-input sets that together overflow the last cache; the second takes the same set again, which by now lies as near as it
-fits, as a decoder's output does when the loss reads it. Cases that are about memory are judged by the first call, small
-ones, where launching is what costs, by the second.
+The speed of a shared machine changes from minute to minute, so only ratios of times that are taken side by side are
+meaningful. Every round calls each side twice, in an order that rotates from round to round. The first call takes the
+next of several input sets that together exceed the last cache. The second call takes the same set again, which is by
+then as close as it can be, like a decoder's output when the loss reads it. Cases that are limited by memory are judged
+by the first call; small ones, which are limited by launch costs, by the second.
 """
 
 import gc
@@ -26,30 +26,30 @@ import fastvae
 from .cases import Case, Inputs
 
 Call = Callable[[], Any]
-Result = tuple[Tensor, dict[str, Tensor]]  # the loss, and the gradients by the names of their inputs
+Result = tuple[Tensor, dict[str, Tensor]]  # the loss, and the gradients by input name
 
 SIDES = ("fused", "eager", "compile")
-SMALL = 8 << 20  # bytes to move below which a case is not about memory
-MOST_INPUTS = 3 << 29  # 1.5 GiB of inputs, whatever the size of the last cache
+SMALL = 8 << 20  # a case that moves fewer bytes is not limited by memory
+MAX_INPUT_BYTES = 3 << 29  # 1.5 GiB of inputs, whatever the size of the last cache
 
-FEWEST_ROUNDS, MOST_ROUNDS = 9, 1500
+MIN_ROUNDS, MAX_ROUNDS = 9, 1500
 
 
 @dataclass
 class Measurement:
     case: Case
     cold: dict[str, list[float]]
-    """The first calls of each side, of rival backends, and of `mul`: torch.mul(a, b, out=c) that moves as many bytes as
-    the case must."""
+    """The first calls of each side, of rival backends, and of `mul`, a torch.mul(a, b, out=c) that moves as many bytes
+    as the case must."""
     warm: dict[str, list[float]]
     """The second calls."""
     peak_bytes: dict[str, int]
-    """The most that forward and backward of each side hold at a time above the inputs: gradients included."""
+    """The maximum memory that forward and backward of each side hold above the inputs, including gradients."""
     input_sets: int
 
     @property
     def seconds(self) -> dict[str, list[float]]:
-        """Those by which the case is judged."""
+        """The times by which the case is judged."""
         return self.warm if self.case.moves < SMALL else self.cold
 
     def median(self, side: str) -> float:
@@ -59,10 +59,10 @@ class Measurement:
 def measure(
     case: Case, device: torch.device, budget: float = 4.0, rivals: Sequence[str] = (), **options: str
 ) -> Measurement:
-    """Times `case` for about `budget` seconds, after a check that all sides compute the same.
+    """Time `case` for about `budget` seconds, after checking that all sides compute the same.
 
-    `rivals` are backends of fastvae, sides of their own beside "fused", which runs on the backend that is set.
-    `options` are torch.compile's for the compiled side.
+    `rivals` are backends of fastvae that are measured as separate sides beside "fused", which uses the current backend.
+    `options` are the options of torch.compile for the compiled side.
     """
     torch.manual_seed(0)
     first = case.setup(device)
@@ -70,8 +70,8 @@ def measure(
 
     torch._dynamo.reset()
     fused = case.fused(device)
-    compiled = torch.compile(case.written, dynamic=False, **options)
-    functions = dict(zip(SIDES, (fused, case.written, compiled), strict=True))
+    compiled = torch.compile(case.baseline, dynamic=False, **options)
+    functions = dict(zip(SIDES, (fused, case.baseline, compiled), strict=True))
     functions |= {rival: case.fused(device) for rival in rivals}
     calls = {side: [_bind(function, inputs) for inputs in sets] for side, function in functions.items()}
     results: dict[str, Result] = {}
@@ -82,7 +82,9 @@ def measure(
     results.clear()
 
     rings: dict[str, Iterator[Call]] = {}
-    order = itertools.cycle(range(len(sets)))  # one ring for all sides: a set is cold when its turn comes
+    order = itertools.cycle(
+        range(len(sets))
+    )  # shared by all sides, so that a set is cold when its turn comes
     for side in functions:
         rings[side] = map(calls[side].__getitem__, order)
     rings["mul"] = itertools.cycle(_multiplications(case.moves, device))
@@ -99,8 +101,8 @@ def measure(
     gc.disable()
     try:
         stop = time.perf_counter() + budget
-        for i in range(MOST_ROUNDS):
-            if i >= FEWEST_ROUNDS and time.perf_counter() > stop:
+        for i in range(MAX_ROUNDS):
+            if i >= MIN_ROUNDS and time.perf_counter() > stop:
                 break
             for side in names[i % len(names) :] + names[: i % len(names)]:
                 call = next(rings[side])
@@ -118,10 +120,10 @@ def _backend_of(side: str, rivals: Sequence[str]) -> AbstractContextManager[None
 
 
 def _bind(function: Callable[..., tuple[Tensor, ...]], inputs: Inputs) -> Call:
-    """Forward and backward over one set of inputs: (outputs, gradients)."""
+    """Bind a function to a set of inputs: a call runs forward and backward, and returns (outputs, gradients)."""
     args = [inputs[name] for name in inspect.signature(function).parameters]
     leaves = [inputs[name] for name in _leaves(function, inputs)]
-    # The loss comes first, then z where there is one.
+    # The loss is the first output, and z the second if there is one.
     weights = [None, inputs["z_gradient"]] if "z_gradient" in inputs else [None]
 
     def call() -> object:
@@ -141,8 +143,8 @@ def _result(function: Callable[..., tuple[Tensor, ...]], inputs: Inputs) -> Resu
 
 
 def _check(case: Case, inputs: Inputs, results: dict[str, Result]) -> None:
-    """All sides give the gradients of eager, and its loss. Where z is drawn, logvar's gradient depends on the noise,
-    which each side draws for itself."""
+    """Check that all sides have the gradients and the loss of eager. If z is sampled, logvar's gradient depends on the
+    noise, which is different for each side."""
     loss, gradients = results["eager"]
     for side, (side_loss, side_gradients) in results.items():
         assert side_gradients.keys() == gradients.keys(), f"{case.name}: {side} differentiates other inputs"
@@ -151,9 +153,11 @@ def _check(case: Case, inputs: Inputs, results: dict[str, Result]) -> None:
             del pairs["the gradients of logvar"]
         if case.same_loss:
             pairs["the losses"] = side_loss, loss
-        for what, (found, expected) in pairs.items():
-            error = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
-            assert error < case.tolerance, f"{case.name}: {what} of {side} and eager differ by {error:.2g}"
+        for quantity, (actual, expected) in pairs.items():
+            error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max()
+            assert error < case.tolerance, (
+                f"{case.name}: {quantity} of {side} and eager differ by {error:.2g}"
+            )
 
 
 def _copy(inputs: Inputs) -> Inputs:
@@ -174,15 +178,15 @@ def _last_cache(device: torch.device) -> int:
 
 
 def _ring(moves: int, size: int, device: torch.device) -> int:
-    """How many sets of `size` bytes to go through."""
+    """The number of input sets of `size` bytes to rotate through."""
     if moves < SMALL:
         return 4
-    return max(2, min(3 * _last_cache(device) // 2, MOST_INPUTS) // size)
+    return max(2, min(3 * _last_cache(device) // 2, MAX_INPUT_BYTES) // size)
 
 
 def _multiplications(moves: int, device: torch.device) -> list[Call]:
     count = max(1, moves // 12)
-    # Their traffic comes on top of that of the other sides, so half of a ring does.
+    # The other sides add to their traffic, so half of a ring is enough.
     ring = max(2, _ring(moves, moves, device) // 2)
     buffers = torch.ones(ring, 3, count, device=device)
     return [lambda a=a, b=b, c=c: torch.mul(a, b, out=c) for a, b, c in buffers]
@@ -197,7 +201,7 @@ def _cpu_clock(call: Call) -> float:
 
 
 def _cuda_clock(call: Call) -> float:
-    """Time of the GPU alone: while it sleeps, for some 2 ms, the host launches what is to be timed."""
+    """The time of the GPU alone: it sleeps for about 2 ms, while the host launches the call to be timed."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     torch.cuda._sleep(4_000_000)
@@ -210,9 +214,9 @@ def _cuda_clock(call: Call) -> float:
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """In a pass of its own: recording allocations takes time."""
+    """The maximum memory that a call holds. It is measured separately, because recording allocations takes time."""
     call()
-    # Buffers that fastvae keeps from one call for the next count in the call that needs them.
+    # Buffers that fastvae keeps between calls must count in the call that needs them.
     fastvae.empty_cache()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -220,7 +224,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats()
         call()
         return torch.cuda.max_memory_allocated() - before
-    # Every allocation and release of torch's CPU allocator, in order of time.
+    # All allocations and releases of torch's CPU allocator, in chronological order.
     with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
         call()
     records = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu`; with `--stage NAME` one of its stages, in this process."""
+"""`python -m benchmarks.gpu` runs all stages; with `--stage NAME`, it runs one of them in this process."""
 
 import argparse
 import sys
@@ -11,11 +11,13 @@ ROOT = Path(__file__).parents[2]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="a folder")
-    parser.add_argument("--seconds", type=float, default=480, help="for all of it (default: 480)")
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU, on small shapes")
     parser.add_argument(
-        "--limit", action="append", default=[], metavar="STAGE=SECONDS", help="another share for a stage"
+        "--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the results"
+    )
+    parser.add_argument("--seconds", type=float, default=480, help="total time (default: 480)")
+    parser.add_argument("--rehearse", action="store_true", help="run without a GPU, on small shapes")
+    parser.add_argument(
+        "--limit", action="append", default=[], metavar="STAGE=SECONDS", help="change the time of a stage"
     )
     parser.add_argument("--stage", choices=plan.SHARES, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -24,9 +26,9 @@ def main() -> None:
         return
     limits = {name: float(seconds) for name, _, seconds in (text.partition("=") for text in options.limit)}
     if unknown := limits.keys() - plan.SHARES.keys():
-        parser.error(f"--limit: no stage {', '.join(unknown)}; the stages are {', '.join(plan.SHARES)}")
+        parser.error(f"--limit: unknown stage {', '.join(unknown)}; the stages are {', '.join(plan.SHARES)}")
     if not options.rehearse and not plan.sees_gpu():
-        print("make gpu: torch sees no GPU here, so there is nothing to do")
+        print("make gpu: torch sees no GPU on this machine, so there is nothing to do")
         return
     sys.exit(run.all_stages(plan.stages(options.rehearse), options.out, options.seconds, limits))
 

@@ -1,4 +1,4 @@
-"""The extension for this GPU: the one that is there where it fits, else built in place."""
+"""The extension for this GPU: an existing one if it fits, otherwise it is built in place."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 from .plan import REHEARSAL, ROOT
 from .stage import Item, Results
 
-FITS = """
+FIT_CHECK = """
 import sys
 from fastvae.backends import available
 sys.exit(available.load("native") is None or not available.serves("native", {kind!r}))
@@ -25,29 +25,31 @@ def items() -> Iterator[Item]:
 
 def extension() -> Results:
     if fits():
-        print("the extension that is there fits")
+        print("the existing extension fits")
         return {"build": "kept"}
     if REHEARSAL:
-        return {"build": "left out: a rehearsal"}
+        return {"build": "skipped in a rehearsal"}
     import torch
 
     major, minor = torch.cuda.get_device_capability()
-    # For this GPU alone, whatever the environment has: containers name a dozen, and each takes as long.
-    wanted = {"FASTVAE_NATIVE": "1", "FASTVAE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
+    # Build for this GPU only, whatever the environment says: containers name a dozen GPUs, and each takes as long.
+    variables = {"FASTVAE_NATIVE": "1", "FASTVAE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
     start = time.perf_counter()
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **wanted}, capture_output=True, text=True)
-    if done.returncode != 0:
-        print("\n".join((done.stdout + done.stderr).strip().splitlines()[-40:]), flush=True)
-        raise RuntimeError("it could not be built; see log.txt")
+    process = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True
+    )
+    if process.returncode != 0:
+        print("\n".join((process.stdout + process.stderr).strip().splitlines()[-40:]), flush=True)
+        raise RuntimeError("the extension could not be built; see log.txt")
     print(f"built in {time.perf_counter() - start:.0f} s", flush=True)
     if not fits():
-        raise RuntimeError("it was built, and does not fit; see `fastvae doctor`")
+        raise RuntimeError("the extension was built, but does not fit; see `fastvae doctor`")
     return {"build": f"{time.perf_counter() - start:.0f} s"}
 
 
 def sources() -> str:
-    """What setup.py has recorded as SOURCES where it built from these files."""
+    """The digest of the sources, which setup.py records as SOURCES when it builds them."""
     digest = hashlib.sha256()
     for path in (ROOT / "setup.py", *sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file())):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
@@ -55,7 +57,7 @@ def sources() -> str:
 
 
 def fits() -> bool:
-    """Whether what is there was built from these sources, loads, and has kernels for this GPU."""
+    """Whether the existing extension was built from these sources, loads, and has kernels for this GPU."""
     record = Path(ROOT, "fastvae", "_build_info.py")
     if not record.exists():
         return False
@@ -66,5 +68,5 @@ def fits() -> bool:
     spec.loader.exec_module(info)
     if getattr(info, "SOURCES", None) != sources():
         return False
-    question = FITS.format(kind="cpu" if REHEARSAL else "cuda")
-    return subprocess.run([sys.executable, "-c", question], cwd=ROOT).returncode == 0
+    check = FIT_CHECK.format(kind="cpu" if REHEARSAL else "cuda")
+    return subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0

@@ -1,4 +1,4 @@
-"""The device that is measured and its clock; in a rehearsal the CPU, and the host's clock in the place of events."""
+"""The device to measure and its clock. In a rehearsal, these are the CPU, and the host's clock instead of events."""
 
 import itertools
 import statistics
@@ -18,7 +18,7 @@ def device() -> torch.device:
 
 
 class HostEvent:
-    """An event of a device that does everything at once."""
+    """An event of a device that completes everything immediately."""
 
     def record(self) -> None:
         self.at = time.perf_counter()
@@ -37,12 +37,12 @@ def synchronize() -> None:
 
 
 def let_the_host_get_ahead() -> None:
-    """Some 2 ms for the GPU, in which the host launches what is to be timed: its own time is not between the events."""
+    """Keep the GPU busy for about 2 ms while the host launches the calls to be timed, to exclude the host's time."""
     if not REHEARSAL:
         torch.cuda._sleep(4_000_000)
 
 
-def settle() -> torch.device:
+def configure() -> torch.device:
     torch.manual_seed(0)
     if not REHEARSAL:
         torch.cuda.set_device(0)
@@ -50,12 +50,12 @@ def settle() -> torch.device:
 
 
 def seconds(calls: list[Call], rounds: int = 20) -> float:
-    """The median of a call on the device. The calls are taken in turns, so that none finds its inputs in the cache."""
+    """The median time of a call on the device. The calls take turns, so that none finds its inputs in the cache."""
     return interleaved({"": calls}, rounds)[""]
 
 
 def interleaved(sides: dict[str, list[Call]], rounds: int = 20) -> dict[str, float]:
-    """The medians of several sides, one call of each after the other."""
+    """The median times of several sides, which are called in turn."""
     for calls in sides.values():
         for call in calls:
             call()

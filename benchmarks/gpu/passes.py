@@ -1,4 +1,4 @@
-"""Single passes over memory against the rate of a copy: how near the kernels come to what the memory gives."""
+"""Single passes over memory, compared with the rate of a copy: how close the kernels come to the memory's bandwidth."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,36 +11,38 @@ from .plan import REHEARSAL
 from .stage import Item, Results
 
 ROWS, SIZE = (16, 96) if REHEARSAL else (8192, 12288)
-COPIED = 1 << 16 if REHEARSAL else 1 << 30  # bytes
-MEAN = 2  # of csrc/ops/common.h
+COPY_BYTES = 1 << 16 if REHEARSAL else 1 << 30
+MEAN = 2  # as in csrc/ops/common.h
 
 
 def items() -> Iterator[Item]:
-    device = clock.settle()
-    names = served_by()
-    found: dict[str, float] = {}
+    device = clock.configure()
+    names = serving_backends()
+    measured: dict[str, float] = {}
 
     def copy() -> Results:
-        found["copy"] = copy_rate(device)
-        print(f"a copy moves {found['copy'] / 1e9:.0f} GB/s", flush=True)
-        return {"copy_gb_per_s": round(found["copy"] / 1e9, 1), "backend": names[0]}
+        measured["copy"] = copy_rate(device)
+        print(f"a copy moves {measured['copy'] / 1e9:.0f} GB/s", flush=True)
+        return {"copy_gb_per_s": round(measured["copy"] / 1e9, 1), "backend": names[0]}
 
-    def timed(name: str, make: Callable[[], "Pass"]) -> Results:
+    def time_pass(name: str, make: Callable[[], "Pass"]) -> Results:
         size, calls = make()
         rates = {side: size / time for side, time in interleaved(calls).items()}
-        told = "  ".join(f"{side} {r / 1e9:5.0f} GB/s {r / found['copy']:4.0%}" for side, r in rates.items())
-        print(f"{name:52} {told}", flush=True)
+        text = "  ".join(
+            f"{side} {r / 1e9:5.0f} GB/s {r / measured['copy']:4.0%}" for side, r in rates.items()
+        )
+        print(f"{name:52} {text}", flush=True)
         result = {
             "pass": name,
             "gb_per_s": {side: round(rate / 1e9, 1) for side, rate in rates.items()},
-            "of_copy": {side: round(rate / found["copy"], 3) for side, rate in rates.items()},
+            "of_copy": {side: round(rate / measured["copy"], 3) for side, rate in rates.items()},
         }
         return {"passes": [result]}
 
     yield "machine", describe
     yield "copy", copy
     for _, name, make in passes_of(names, device):
-        yield name, lambda name=name, make=make: timed(name, make)
+        yield name, lambda name=name, make=make: time_pass(name, make)
 
 
 def describe() -> Results:
@@ -49,8 +51,8 @@ def describe() -> Results:
     return machine.describe(clock.device())
 
 
-def served_by() -> list[str]:
-    """The backends with kernels for the device; what "auto" takes comes first."""
+def serving_backends() -> list[str]:
+    """The backends with kernels for the device; the one that "auto" uses comes first."""
     import fastvae  # noqa: F401
     from fastvae.backends import available, serve
 
@@ -63,17 +65,17 @@ def served_by() -> list[str]:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes per second, read and written, of a copy. Of numbers, as everything else: zeros can be faster."""
-    buffers = [torch.randint(0, 256, (2, COPIED), dtype=torch.uint8, device=device) for _ in range(2)]
-    return 2 * COPIED / seconds([lambda b=b: b[0].copy_(b[1]) for b in buffers])
+    """Bytes per second, read and baseline, of a copy. It copies random numbers, because zeros can be faster."""
+    buffers = [torch.randint(0, 256, (2, COPY_BYTES), dtype=torch.uint8, device=device) for _ in range(2)]
+    return 2 * COPY_BYTES / seconds([lambda b=b: b[0].copy_(b[1]) for b in buffers])
 
 
-# What a pass returns: the bytes to move, and calls of the op by each namespace of ops that is asked for.
+# The number of bytes that a pass moves, and its calls for each requested namespace of ops.
 Pass = tuple[int, dict[str, list[Call]]]
 
 
 def calls_of(namespaces: list[str], sets: list[Callable[[Any], object]]) -> dict[str, list[Call]]:
-    """`sets`: functions of a namespace of ops, one for each set of inputs."""
+    """Create the calls from `sets`, functions of a namespace of ops, one for each set of inputs."""
     from fastvae.backends import available
 
     ops = {name: getattr(torch.ops, available.NAMESPACES[name]) for name in namespaces}
@@ -83,7 +85,7 @@ def calls_of(namespaces: list[str], sets: list[Callable[[Any], object]]) -> dict
 def loss_pass(
     namespaces: list[str], likelihood: str, dtype: torch.dtype, data: torch.dtype, device: torch.device
 ) -> Pass:
-    """Forward and gradient of a Bernoulli's or a Gaussian's loss."""
+    """Forward and gradient of the loss of a Bernoulli or a Gaussian."""
     constants = [1.0] if likelihood == "gaussian" else []
 
     def make() -> Callable[[Any], object]:
@@ -110,9 +112,9 @@ def sample_pass(namespaces: list[str], dtype: torch.dtype, device: torch.device,
             return lambda ops: ops.reparameterize_kl_forward.default(
                 mu, logvar, None, None, None, seed, 0, None, None
             )
-        by_z, by_kl = torch.randn_like(mu), torch.ones(rows, device=device)
+        z_gradient, kl_gradient = torch.randn_like(mu), torch.ones(rows, device=device)
         return lambda ops: ops.reparameterize_kl_backward.default(
-            by_z, by_kl, mu, logvar, None, None, None, seed, 0, None, 0b11
+            z_gradient, kl_gradient, mu, logvar, None, None, None, seed, 0, None, 0b11
         )
 
     size_in_bytes = rows * size * dtype.itemsize * (5 if backward else 3)
@@ -120,7 +122,7 @@ def sample_pass(namespaces: list[str], dtype: torch.dtype, device: torch.device,
 
 
 def scale_pass(namespaces: list[str], dtype: torch.dtype, device: torch.device) -> Pass:
-    """The backward of a loss whose factor is not 1, nor one that would make infinities of the same gradient in time."""
+    """The backward of a loss whose factor is not 1. It is -1, so that repeated scaling does not overflow."""
     factor = torch.full((), -1.0, device=device)
 
     def make() -> Callable[[Any], object]:
@@ -133,7 +135,7 @@ def scale_pass(namespaces: list[str], dtype: torch.dtype, device: torch.device) 
 
 
 def passes_of(namespaces: list[str], device: torch.device) -> Iterator[tuple[str, str, Callable[[], Pass]]]:
-    """(kernel, name, maker) of everything that must come near to the rate of a copy."""
+    """Yield (kernel, name, maker) for every pass that must come close to the rate of a copy."""
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "uint8"}
     for dtype in (torch.float32, torch.bfloat16):
         for likelihood, data in (("bernoulli", dtype), ("bernoulli", torch.uint8), ("gaussian", dtype)):

@@ -1,4 +1,4 @@
-"""A stage that measures, in a process of its own: it writes its results down after every item."""
+"""The process of a measuring stage, which writes its results after every item."""
 
 import importlib
 import json
@@ -15,21 +15,22 @@ Item = tuple[str, Callable[[], Results]]
 
 
 def main(name: str, work: Path, seconds: float) -> None:
-    """`work`/NAME.json: what the items gave so far, and under "failures" those that failed."""
+    """Write the results of the items so far, and under "failures" those that failed, to `work`/NAME.json."""
     assert name in SHARES
     module = importlib.import_module(f".{name}", __package__)
-    kept: Results = {"failures": []}
+    results: Results = {"failures": []}
     for result in isolated(module.items(), time.monotonic() + seconds):
-        merge(kept, result)
+        merge(results, result)
         new = work / f"{name}.json.new"
-        new.write_text(json.dumps(kept))
+        new.write_text(json.dumps(results))
         new.replace(work / f"{name}.json")
 
 
 def isolated(items: Iterable[Item], deadline: float) -> Iterator[Results]:
-    """The results of the items. One that fails is told of and kept in mind, and the rest goes on.
+    """Yield the results of the items. If one fails, this reports and records it, and continues with the others.
 
-    After a fault of the GPU the others of the stage fail as well, and those of other stages, processes apart, do not.
+    After a fault of the GPU, the other items of this stage fail as well, but other stages do not, as they are separate
+    processes.
     """
     for name, item in items:
         if time.monotonic() > deadline:
@@ -45,12 +46,12 @@ def isolated(items: Iterable[Item], deadline: float) -> Iterator[Results]:
             yield {"failures": [f"{name}: {type(error).__name__}: {first_line}"]}
 
 
-def merge(kept: Results, result: Results) -> None:
-    """Lists grow, dicts are joined, the rest is replaced."""
+def merge(results: Results, result: Results) -> None:
+    """Merge a result: lists are extended, dicts are merged, and other values are replaced."""
     for key, value in result.items():
         if isinstance(value, list):
-            kept.setdefault(key, []).extend(value)
+            results.setdefault(key, []).extend(value)
         elif isinstance(value, dict):
-            merge(kept.setdefault(key, {}), value)
+            merge(results.setdefault(key, {}), value)
         else:
-            kept[key] = value
+            results[key] = value

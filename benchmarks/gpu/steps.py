@@ -1,7 +1,7 @@
 """Whole training steps: as users write them, eager and compiled, and with fastvae's loss, eager and captured.
 
-Each side has the same model, from the same seed, and its own fused Adam. One side is compiled, where launches are what
-costs, for fewer of them.
+Each side has the same model, from the same seed, and its own fused Adam. One side is compiled; if launches dominate, it
+is compiled to reduce them.
 """
 
 import itertools
@@ -18,12 +18,12 @@ from .stage import Item, Results
 
 Batch = tuple[Tensor, ...]
 Loss = Callable[..., Tensor]
-STEPS, BLOCKS = (1, 1) if REHEARSAL else (30, 12)  # steps at a time, and how often at most
-LONGEST = 6.0  # seconds for a model, beside what compiling it takes
+STEPS, BLOCKS = (1, 1) if REHEARSAL else (30, 12)  # steps in a block, and the maximum number of blocks
+MAX_SECONDS = 6.0  # for a model, in addition to its compilation
 
 
 class Mlp(nn.Module):
-    """The fully connected VAE of the tutorials: 784-400-20-400-784."""
+    """The fully connected VAE of tutorials: 784-400-20-400-784."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ WIDTH = 8 if REHEARSAL else 32
 
 
 class Conv(nn.Module):
-    """32 x 32 colour images, a mixture of 10 discretised logistics for each pixel."""
+    """32 x 32 colour images, with a mixture of 10 discretised logistics for each pixel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,8 +60,8 @@ class Conv(nn.Module):
         return self.encoder(x.float() / 127.5 - 1).chunk(2, 1)
 
 
-def drawn(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-    """(z, sum of the KL) as users write them: z is drawn once, and the decoder's loss has that z."""
+def sample_and_kld(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+    """(z, sum of the KL) as users write them; the decoder uses the same z."""
     z = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
     return z, -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
 
@@ -75,19 +75,19 @@ def mlp(device: torch.device) -> tuple[Callable[[], nn.Module], dict[str, Loss],
         z, kl = elbo.reparameterize(*model.encode(x))
         return elbo(model.decoder(z), x, kl=kl).loss
 
-    def written(model: Mlp, x: Tensor) -> Tensor:
-        z, kld = drawn(*model.encode(x))
+    def baseline(model: Mlp, x: Tensor) -> Tensor:
+        z, kld = sample_and_kld(*model.encode(x))
         bce = nn.functional.binary_cross_entropy_with_logits(model.decoder(z), x, reduction="sum")
         return (bce + kld) / x.shape[0]
 
     batches = [(torch.rand(128, 784, device=device),) for _ in range(8)]
-    return Mlp, {"fused": fused, "eager": written}, batches
+    return Mlp, {"fused": fused, "eager": baseline}, batches
 
 
 def dmol(device: torch.device) -> tuple[Callable[[], nn.Module], dict[str, Loss], list[Batch]]:
     import fastvae
 
-    from ..cases import _written_mixture
+    from ..cases import _baseline_mixture
 
     elbo = fastvae.ELBO(fastvae.likelihoods.DiscretizedLogisticMixture(10)).to(device)
 
@@ -95,22 +95,22 @@ def dmol(device: torch.device) -> tuple[Callable[[], nn.Module], dict[str, Loss]
         z, kl = elbo.reparameterize(*model.encode(x))
         return elbo(model.decoder(z), x, kl=kl).loss
 
-    def written(model: Conv, x: Tensor) -> Tensor:
-        z, kld = drawn(*model.encode(x))
-        return _written_mixture(model.decoder(z), x, kld)[0]
+    def baseline(model: Conv, x: Tensor) -> Tensor:
+        z, kld = sample_and_kld(*model.encode(x))
+        return _baseline_mixture(model.decoder(z), x, kld)[0]
 
     shape = (4 if REHEARSAL else 128, 3, 32, 32)
     batches = [(torch.randint(0, 256, shape, device=device, dtype=torch.uint8),) for _ in range(4)]
-    return Conv, {"fused": fused, "eager": written}, batches
+    return Conv, {"fused": fused, "eager": baseline}, batches
 
 
 def zinb(device: torch.device) -> tuple[Callable[[], nn.Module], dict[str, Loss], list[Batch]]:
     """The hand-written model of counts_step.py."""
     from .. import counts_step
-    from ..cases import _written_zinb_raw
+    from ..cases import _baseline_zinb_raw
 
-    def written(model: counts_step.Model, x: Tensor, library: Tensor) -> Tensor:
-        return counts_step.written_step(model, x, library, _written_zinb_raw)
+    def baseline(model: counts_step.Model, x: Tensor, library: Tensor) -> Tensor:
+        return counts_step.baseline_step(model, x, library, _baseline_zinb_raw)
 
     cells, genes = 8 if REHEARSAL else counts_step.CELLS, counts_step.GENES
     batches = []
@@ -118,7 +118,7 @@ def zinb(device: torch.device) -> tuple[Callable[[], nn.Module], dict[str, Loss]
         present = torch.rand(cells, genes, device=device) < 0.05
         x = (1 + torch.poisson(torch.exp(torch.randn(cells, genes, device=device)))) * present
         batches.append((x, x.sum(1)))
-    return lambda: counts_step.Model(True), {"fused": counts_step.fused_step, "eager": written}, batches
+    return lambda: counts_step.Model(True), {"fused": counts_step.fused_step, "eager": baseline}, batches
 
 
 MODELS = {
@@ -129,7 +129,7 @@ MODELS = {
 
 
 def items() -> Iterator[Item]:
-    device = clock.settle()
+    device = clock.configure()
     for name, (make, mode) in MODELS.items():
         yield name, lambda name=name, make=make, mode=mode: time_steps(name, make, mode, device)
 
@@ -158,50 +158,50 @@ def step_of(
 
 
 def time_steps(name: str, make: Callable[..., tuple], mode: str, device: torch.device) -> Results:
-    """Microseconds of wall time per step, some steps at a time, the device waited for at the end."""
+    """The wall time per step in microseconds. The device is waited for after each block of steps."""
     import fastvae
 
     model, losses, batches = make(device)
     on_gpu = device.type == "cuda"
 
-    def captured(loss: Loss) -> Callable[[Batch], Tensor]:
+    def capture(loss: Loss) -> Callable[[Batch], Tensor]:
         return fastvae.graph_step(step_of(model, loss, device, None, on_gpu), batches[0])
 
     sides: dict[str, Callable[[], Callable[[Batch], Tensor]]] = {
         "fused": lambda: step_of(model, losses["fused"], device, None, False),
         "eager": lambda: step_of(model, losses["eager"], device, None, False),
-        "graph_step(fused)": lambda: captured(losses["fused"]),
-        "graph_step(eager)": lambda: captured(losses["eager"]),
+        "graph_step(fused)": lambda: capture(losses["fused"]),
+        "graph_step(eager)": lambda: capture(losses["eager"]),
         "compile": lambda: step_of(model, losses["eager"], device, mode, False),
     }
     steps: dict[str, Callable[[Batch], Tensor]] = {}
     times: dict[str, list[float]] = {}
     failures: list[str] = []
 
-    def block(side: str) -> float:
+    def time_block(side: str) -> float:
         clock.synchronize()
         start = time.perf_counter()
         for i in range(STEPS):
             loss = steps[side](batches[i % len(batches)])
         clock.synchronize()
-        spent = (time.perf_counter() - start) / STEPS
+        seconds = (time.perf_counter() - start) / STEPS
         if not torch.isfinite(loss).item():
             raise RuntimeError(f"the loss is {loss.item()}")
-        return spent
+        return seconds
 
-    for side, begin in sides.items():
+    for side, make_step in sides.items():
         try:
-            steps[side] = begin()
-            block(side)  # compiles, captures
+            steps[side] = make_step()
+            time_block(side)  # compiles and captures
             times[side] = []
         except Exception as error:
             first_line = str(error).partition("\n")[0]
             print(f"FAILED: {name}, {side}: {error}", flush=True)
             failures.append(f"{name}, {side}: {first_line}")
-    stop = time.monotonic() + LONGEST
+    stop = time.monotonic() + MAX_SECONDS
     for _ in range(BLOCKS):
-        for side, own in times.items():
-            own.append(block(side))
+        for side, side_times in times.items():
+            side_times.append(time_block(side))
         if time.monotonic() > stop:
             break
     result = {side: round(1e6 * statistics.median(t), 1) for side, t in times.items()}

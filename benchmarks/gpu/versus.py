@@ -1,4 +1,4 @@
-"""The loss beside eager and torch.compile: forward and backward of the cases in benchmarks/cases.py."""
+"""Forward and backward of the cases in benchmarks/cases.py, compared with eager and torch.compile."""
 
 import statistics
 import time
@@ -9,20 +9,20 @@ import torch
 
 from . import clock
 from .clock import Call, seconds
-from .passes import served_by
+from .passes import serving_backends
 from .plan import REHEARSAL
 from .stage import Item, Results
 
-BUDGET = 0.02 if REHEARSAL else 0.6  # seconds for a case, beside what compiling it takes
-LAUNCH_BOUND = 32 << 20  # bytes to move below which launching is what costs
+BUDGET = 0.02 if REHEARSAL else 0.6  # seconds for a case, in addition to its compilation
+LAUNCH_BOUND = 32 << 20  # a case that moves fewer bytes is limited by launches
 
 
 def items() -> Iterator[Item]:
-    """What "auto" takes is "fused"; another backend that serves this GPU runs beside it under its own name."""
+    """ "fused" is the backend that "auto" uses; other backends that serve this GPU are measured under their names."""
     from ..cases import CASES, GPU_CASES
 
-    device = clock.settle()
-    names = served_by()
+    device = clock.configure()
+    names = serving_backends()
     rivals = [] if REHEARSAL else names[1:]
     cases = [case for case in CASES if case.moves < 1 << 21][:3] if REHEARSAL else GPU_CASES
     for case in cases:
@@ -35,7 +35,7 @@ def versus(case: Any, device: torch.device, rivals: list[str]) -> Results:
 
     small = case.moves < LAUNCH_BOUND
     options = {"backend": "eager"} if REHEARSAL else {"mode": "reduce-overhead"} if small else {}
-    # A likelihood that a rival has no kernel for stays without it.
+    # A rival that has no kernel for a likelihood is not measured.
     result = machine.summarise(measure(case, device, BUDGET, rivals, **options))
     if small:
         result |= launch_bound(case, device, rivals, options)
@@ -47,12 +47,13 @@ def versus(case: Any, device: torch.device, rivals: list[str]) -> Results:
 
 
 def launch_bound(case: Any, device: torch.device, rivals: list[str], options: dict[str, str]) -> Results:
-    """Microseconds of wall time per call with the device waited for after 20, of the host alone, and of a replay."""
+    """Microseconds per call: of wall time, with a synchronisation after 20 calls, of the host alone, and of a
+    replay."""
     from ..timing import _backend_of, _bind
 
     inputs = case.setup(device)
-    compiled = torch.compile(case.written, dynamic=False, **options)
-    sides = {"fused": case.fused(device), "eager": case.written, "compile": compiled}
+    compiled = torch.compile(case.baseline, dynamic=False, **options)
+    sides = {"fused": case.fused(device), "eager": case.baseline, "compile": compiled}
     sides |= {rival: case.fused(device) for rival in rivals}
     calls = {side: _bind(function, inputs) for side, function in sides.items()}
     host: dict[str, list[float]] = {side: [] for side in sides}
@@ -69,7 +70,7 @@ def launch_bound(case: Any, device: torch.device, rivals: list[str], options: di
                 wall[side].append((time.perf_counter() - start) / 20)
     replay = {}
     for side, call in calls.items():
-        # What reduce-overhead compiles is a graph already.
+        # The result of reduce-overhead is a graph already.
         if side != "compile" and not REHEARSAL:
             with _backend_of(side, rivals):
                 replay[side] = _replay(call)
@@ -89,10 +90,10 @@ def _replay(call: Call) -> float | None:
     torch.cuda.current_stream().wait_stream(stream)
     try:
         with torch.cuda.graph(graph):
-            kept = call()
+            outputs = call()
     except RuntimeError as error:
-        print(f"no CUDA graph: {error}")
+        print(f"the call cannot be captured as a CUDA graph: {error}")
         return None
     result = round(1e6 * seconds([graph.replay], 50), 1)
-    del kept
+    del outputs
     return result

@@ -438,7 +438,11 @@ LOGITS, TARGET = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
         ((LOGITS, TARGET.numpy()), TypeError, "`target` must be a Tensor, got ndarray"),
         ((LOGITS.long(), TARGET), TypeError, "`logits` must be float32.*int64"),
         ((LOGITS, TARGET[:, :2]), ValueError, r"`target` must have the shape \(2, 3\).*got \(2, 2\)$"),
-        ((LOGITS.movedim(-1, 1), TARGET), ValueError, r"classes come last.*logits\.movedim\(1, -1\)"),
+        (
+            (LOGITS.movedim(-1, 1), TARGET),
+            ValueError,
+            r"classes must be in the last dimension.*logits\.movedim\(1, -1\)",
+        ),
         (
             (LOGITS[:, 0, 0], TARGET[:, 0]),
             ValueError,

@@ -27,7 +27,7 @@ Outputs = tuple[Tensor, ...]
 def check(case: Case) -> None:
     torch.manual_seed(0)
     inputs = case.setup(CPU)
-    functions = {"fused": case.fused(CPU), "eager": case.written}
+    functions = {"fused": case.fused(CPU), "eager": case.baseline}
     _check(case, inputs, {side: _result(function, inputs) for side, function in functions.items()})
 
 
@@ -40,31 +40,31 @@ def test_both_sides_of_a_case_agree(name: str) -> None:
 
 def seven_times(mu: Tensor, logvar: Tensor, recon: Tensor, x: Tensor) -> Outputs:
     """As it must be in the first gradient, mu's."""
-    loss, z = STEP.written(mu, logvar, 7 * recon, x)
+    loss, z = STEP.baseline(mu, logvar, 7 * recon, x)
     return loss, z
 
 
 def shifted(mu: Tensor, logvar: Tensor, recon: Tensor, x: Tensor) -> Outputs:
-    loss, z = STEP.written(mu, logvar, recon, x)
+    loss, z = STEP.baseline(mu, logvar, recon, x)
     return loss + 100, z
 
 
 def frozen(mu: Tensor, logvar: Tensor, recon: Tensor, x: Tensor) -> Outputs:
-    loss, z = STEP.written(mu, logvar, recon.detach(), x)
+    loss, z = STEP.baseline(mu, logvar, recon.detach(), x)
     return loss + 0 * recon.sum(), z
 
 
 @pytest.mark.parametrize(
-    ("written", "what"),
+    ("baseline", "what"),
     [
         (seven_times, "the gradients of recon"),
         (shifted, "the losses"),
         (frozen, "the gradients of recon"),
     ],
 )
-def test_another_loss_is_found(written: Callable[..., Outputs], what: str) -> None:
+def test_another_loss_is_found(baseline: Callable[..., Outputs], what: str) -> None:
     with pytest.raises(AssertionError, match=what):
-        check(replace(STEP, written=written))
+        check(replace(STEP, baseline=baseline))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_both_losses_of_a_step_agree(name: str) -> None:
         pytest.importorskip("scvi", reason="scvi-tools is not installed")
     torch.manual_seed(0)
     model, x = kind(), kind.batch()
-    torch.testing.assert_close(model.fused(x), model.written(x), rtol=0.01, atol=0)
+    torch.testing.assert_close(model.fused(x), model.baseline(x), rtol=0.01, atol=0)
 
 
 def test_a_table_goes_between_its_markers(tmp_path: Path) -> None:

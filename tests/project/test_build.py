@@ -213,8 +213,8 @@ def test_no_cuda_in_torch() -> None:
     (code, errors), *others = setup(None, *({"FASTVAE_CUDA": wish} for wish in ("1", "auto", "0")))
     assert code != 0
     assert (
-        f"fastvae: FASTVAE_CUDA=1, but this torch ({torch.__version__}) is not built for CUDA; get one that is from: "
-        "https://pytorch.org" in errors
+        f"fastvae: FASTVAE_CUDA=1 is set, but this torch ({torch.__version__}) was built without CUDA; "
+        "install one with CUDA from https://pytorch.org" in errors
     )
     # Nobody asked, and nobody expects them.
     for code, errors in others:
@@ -224,17 +224,17 @@ def test_no_cuda_in_torch() -> None:
 
 def test_no_toolkit(tmp_path: Path) -> None:
     reason = (
-        f"there is no CUDA toolkit (nvcc with its headers) in CUDA_HOME={tmp_path}; install CUDA 13.0, or set "
+        f"no CUDA toolkit (nvcc and its headers) was found in CUDA_HOME={tmp_path}; install CUDA 13.0, or set "
         "CUDA_HOME to its folder"
     )
     wishes = ({"FASTVAE_CUDA": wish, "CUDA_HOME": str(tmp_path)} for wish in ("1", "auto", "0"))
     forced, asked, refused = setup("13.0", *wishes)
     assert forced[0] != 0
-    assert f"fastvae: FASTVAE_CUDA=1, but {reason}" in forced[1]
+    assert f"fastvae: FASTVAE_CUDA=1 is set, but {reason}" in forced[1]
     assert asked[0] == 0, asked[1]
-    assert f"fastvae: no CUDA kernels, because {reason}" in asked[1]
+    assert f"fastvae: building without CUDA kernels, because {reason}" in asked[1]
     assert refused[0] == 0
-    assert "no CUDA kernels" not in refused[1]
+    assert "without CUDA kernels" not in refused[1]
 
 
 def test_a_toolkit_of_another_version(toolkit: Path) -> None:
@@ -264,7 +264,7 @@ def test_gpus_that_are_too_old(toolkit: Path) -> None:
     ((code, errors),) = setup("13.0", environment)
     assert code != 0
     assert (
-        "TORCH_CUDA_ARCH_LIST names 7.0, 7.5+PTX, and the CUDA kernels need compute capability 8.0; name a newer one, "
+        "TORCH_CUDA_ARCH_LIST names 7.0, 7.5+PTX, but the CUDA kernels need compute capability 8.0; name a newer one, "
         "or leave them out with FASTVAE_CUDA=0" in errors
     )
 
@@ -312,7 +312,7 @@ def test_the_reason_for_a_pure_package_is_kept(tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    why = "no C++ compiler: 'no-such-compiler' is not there; install g++, or set CXX"
+    why = "the C++ compiler 'no-such-compiler' was not found; install g++, or set CXX"
     record = tmp_path / "build" / "lib" / "fastvae" / "_build_info.py"
     assert f"WHY_PURE = {why!r}" in record.read_text()
 
