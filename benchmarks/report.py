@@ -166,12 +166,12 @@ def caption(runs: Runs) -> str:
     busy = f" (other processes kept {others:.1f} cores busy)" if others > 0.1 else ""
     return (
         f"{run['machine']}; {where}; torch {versions['torch']}, fastvae {versions['fastvae']}; {run['date']}{busy}. "
-        "All cases are fp32 unless stated otherwise. The numbers in brackets are the floors that were aimed "
-        "at, and whether they are met. GB/s: the minimum number of bytes that a case must move, divided by the fused "
-        "time, and its share of the rate at which `torch.mul(a, b, out=c)` moves as many bytes in the same run. In "
-        "cache: called again on the same inputs, like a loss that reads the decoder's output in training; otherwise the "
-        "inputs of cases that move 8 MiB or more come from memory. Peak memory: the maximum that forward and backward hold "
-        "above the inputs, including gradients, for fused / eager / compiled."
+        "All cases are fp32 unless stated otherwise. The numbers in brackets are the floors that were aimed at, and "
+        "whether they are met. GB/s: the minimum number of bytes that a case must move, divided by the fused time, "
+        "and its share of the rate at which `torch.mul(a, b, out=c)` moves as many bytes in the same run. In cache: "
+        "called again on the same inputs, like a loss that reads the decoder's output in training; otherwise the "
+        "inputs of cases that move 8 MiB or more come from memory. Peak memory: the maximum that forward and "
+        "backward hold above the inputs, including gradients, for fused / eager / compiled."
     )
 
 

@@ -241,8 +241,8 @@ def caption(run: dict[str, Any]) -> str:
         f"{run['machine']}; {run['threads']} threads; scvi-tools {run['scvi']}, torch {run['versions']['torch']}, "
         f"fastvae {run['versions']['fastvae']}; {run['date']}{busy}. scvi-tools' own `train()`, {CELLS:,} cells "
         f"({'an array' if run['dense'] else 'CSR'}) in batches of {BATCH}; the sides take turns, and the table shows "
-        f"the fastest of {run['epochs']} epochs per side. The numbers in brackets are the floors that were aimed at, and "
-        "whether they are met."
+        f"the fastest of {run['epochs']} epochs per side. The numbers in brackets are the floors that were aimed at, "
+        "and whether they are met."
     )
 
 

@@ -1,5 +1,5 @@
-// The extension without its kernels, as one unit of compilation: torch's headers take a compiler far longer than what is written here,
-// and this way it reads them once. Files for CUDA are compiled by themselves where they are wanted.
+// The extension without its kernels, as one translation unit: compiling torch's headers takes far longer than compiling the code here,
+// and this way it happens only once. The files for CUDA are compiled separately if they are needed.
 #include "module.cpp"
 #include "ops/buffer_pool.cpp"
 #include "ops/categorical.cpp"

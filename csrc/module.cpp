@@ -15,14 +15,14 @@
 
 namespace py = pybind11;
 
-// The ops once more, for calls as a training loop makes them: plain tensors that fit together. Everything else gets None, and
-// fastvae/functional goes the long way: its checks, which have words for what is wrong and make the merely unusual fit, the choice of a
-// backend, and the boxed call. That takes a tenth of a step whose kernels have just swept the caches, and most of the time in which a
-// GPU waits for the next launch. Tensors that are not all on one device the ops refuse.
+// The ops again, for calls as a training loop makes them, with plain tensors that fit together. For any other call they return
+// None, and fastvae/functional takes the long way: its checks, which explain what is wrong and convert what is merely unusual, the
+// choice of a backend, and the boxed call. That would take a tenth of a step whose kernels have just swept the caches, and most of the
+// time that a GPU waits for the next launch. The ops refuse tensors that are not all on one device.
 namespace fastvae {
 namespace {
 
-bool serves_cuda = false;  // whether the native kernels are those that CUDA tensors are to have
+bool serves_cuda = false;  // whether CUDA tensors use the native kernels
 
 const Tensor* plain_tensor(py::handle object) {
   if (!THPVariable_CheckExact(object.ptr())) return nullptr;
@@ -38,7 +38,7 @@ const Tensor* plain_floats(py::handle object) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf ? t : nullptr;
 }
 
-// A transform of torch.func, or a TorchFunctionMode, which is to see the op.
+// Whether a transform of torch.func or a TorchFunctionMode is active, which must see the op.
 bool watched() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
          at::impl::torch_function_mode_enabled();
@@ -47,8 +47,8 @@ bool watched() {
 py::object wrapped(const Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); }
 py::object wrapped(const std::tuple<Tensor, Tensor>& t) { return py::make_tuple(wrapped(std::get<0>(t)), wrapped(std::get<1>(t))); }
 
-// What `op` returns; None where it refuses its arguments. Torch turns the other exceptions into Python's: pybind11 could do so only if it
-// were the version that torch was built with.
+// The result of `op`, or None if it refuses its arguments. Torch translates other exceptions into Python's, because pybind11 could only
+// do so if it were the version with which torch was built.
 template <class Op>
 PyObject* call(const Op& op) {
   HANDLE_TH_ERRORS
@@ -113,7 +113,7 @@ py::object gaussian_kl(py::handle mu, py::handle logvar, bool per_element) {
   return unless_refused([&] { return handle.call(*m, *v, {}, {}, per_element); });
 }
 
-// The rows of the table, in the words of fastvae/_spec.py.
+// The table of likelihoods in the format of table() in fastvae/_spec.py.
 py::list likelihoods() {
   constexpr const char* families[] = {"continuous", "discretized", "counts", "categorical"};
   py::list rows;
@@ -133,10 +133,10 @@ py::list likelihoods() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled kernels of fastvae, reached through torch.ops.fastvae and through `fast_path`.";
   m.def("cpu_capability", [] { return fastvae::cpu::kernels().capability; }, "The instruction set of the CPU kernels in use.");
-  m.def("empty_buffer_pool", &fastvae::empty_buffer_pool, "Free the unused CPU buffers; returns how many bytes.");
-  m.def("likelihoods", &fastvae::likelihoods, "The rows of the table of likelihoods; see rows() in fastvae/_spec.py.");
-  auto fast_path = m.def_submodule("fast_path", "The ops for plain tensors that fit together; None for any others.");
-  fast_path.def("serve_cuda", [](bool on) { fastvae::serves_cuda = on; }, "Whether CUDA tensors are plain, too.");
+  m.def("empty_buffer_pool", &fastvae::empty_buffer_pool, "Release the unused CPU buffers and return their size in bytes.");
+  m.def("likelihoods", &fastvae::likelihoods, "The table of likelihoods; see table() in fastvae/_spec.py.");
+  auto fast_path = m.def_submodule("fast_path", "The ops for plain tensors that fit together; they return None for any others.");
+  fast_path.def("serve_cuda", [](bool on) { fastvae::serves_cuda = on; }, "Set whether CUDA tensors use the native kernels.");
   fast_path.def("nll", &fastvae::nll);
   fast_path.def("reparameterize_kl", &fastvae::reparameterize_kl);
   fast_path.def("gaussian_kl", &fastvae::gaussian_kl);

@@ -20,23 +20,23 @@
 namespace fastvae {
 namespace {
 
-constexpr int64_t kSmallest = 1 << 20;       // below, the allocator does not ask the system
-constexpr int64_t kLarge = 1 << 22;          // from here on, a huge page fits in wherever it begins
-constexpr int64_t kKept = int64_t(1) << 29;  // the most that unused buffers may hold, in bytes
+constexpr int64_t kSmallest = 1 << 20;       // for smaller buffers, the allocator does not call the system
+constexpr int64_t kLarge = 1 << 22;          // from this size on, a buffer contains a huge page at any offset
+constexpr int64_t kKept = int64_t(1) << 29;  // the maximum size of the unused buffers, in bytes
 
 struct Buffer {
   c10::DataPtr memory;
   int64_t bytes;
 };
 
-// Large buffers in huge pages, where the system gives them on request: a kernel that writes a plane here and a plane there looks up
-// fewer addresses, and the first write to a new buffer raises fewer page faults.
+// Large buffers use huge pages if the system gives them on request: a kernel that writes several planes then looks up fewer addresses,
+// and the first write to a new buffer raises fewer page faults.
 void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   if (bytes < kLarge) return;
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), begin = reinterpret_cast<uintptr_t>(data);
   const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // it may decline
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // the system may decline
 #endif
 }
 
@@ -60,7 +60,7 @@ class Pool {
 
   void give(Buffer buffer) {
     if (buffer.bytes > kKept) return;
-    std::deque<Buffer> evicted;  // freed after the lock is
+    std::deque<Buffer> evicted;  // freed after the lock is released
     const std::lock_guard<std::mutex> lock(mutex_);
     kept_ += buffer.bytes;
     unused_.push_back(std::move(buffer));
@@ -80,11 +80,11 @@ class Pool {
 
  private:
   std::mutex mutex_;
-  std::deque<Buffer> unused_;  // the most recent last
+  std::deque<Buffer> unused_;  // the most recent one is last
   int64_t kept_ = 0;
 };
 
-// Never destroyed: tensors may outlive every static object.
+// Never destroyed, because tensors may outlive all static objects.
 Pool& pool() {
   static Pool& instance = *new Pool;
   return instance;

@@ -1,4 +1,4 @@
-// What the row "categorical" takes, on every device.
+// The checks of the variant "categorical", the same on every device.
 #include "categorical.h"
 
 #include <cmath>

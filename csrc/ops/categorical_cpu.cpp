@@ -1,4 +1,4 @@
-// The CPU side of the row "categorical".
+// The CPU side of the variant "categorical".
 #include "categorical.h"
 
 #include "buffer_pool.h"

@@ -100,8 +100,8 @@ Tensors once_differentiable(Tensors gradients) {
   const size_t count = gradients.size();
   for (auto& g : gradients)
     if (g.defined()) g = g.detach();
-  // The error leads on to the inputs of the node that runs now: torch.autograd.grad(..., inputs) follows only what reaches
-  // them, and would otherwise call the gradient unused.
+  // The error is connected to the inputs of the current node, because torch.autograd.grad(..., inputs) follows only edges that lead to
+  // its inputs, and would otherwise report the gradient as unused.
   for (const auto& edge : torch::autograd::get_current_node()->next_edges()) {
     if (!edge.is_valid()) continue;
     gradients.push_back(at::empty({0}));

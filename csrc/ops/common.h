@@ -17,7 +17,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 inline OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : OptionalTensor(); }
 
-// The op of that name, to be called through the dispatcher.
+// The op with this name, for a call through the dispatcher.
 template <class Signature>
 auto op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
@@ -25,23 +25,23 @@ auto op(const char* name) {
 
 enum Reduction : int64_t { kNone = 0, kSum = 1, kMean = 2 };
 
-// Per-row results are fp32 whatever the input, fp64 for fp64.
+// Results per row are fp32 for every input dtype except fp64, for which they are fp64.
 inline at::ScalarType row_dtype(at::ScalarType input) { return input == at::kDouble ? at::kDouble : at::kFloat; }
 
-// The memory order that rows are read and gradients written in: the lead operand's own where it is dense, else contiguous.
+// The memory order in which rows are read and gradients written: that of the lead operand if it is dense, otherwise contiguous.
 at::MemoryFormat memory_order(const Tensor& lead);
 
-// `t` with the event dimensions dense in `order` (any batch stride, so slices of a packed head and expanded targets pass as they
-// are); a copy where they are not.
+// `t` with its event dimensions dense in `order`, or a copy if they are not. The batch stride is arbitrary, so slices of a packed head
+// and expanded targets are not copied.
 Tensor dense_rows(const Tensor& t, at::MemoryFormat order);
 
-// The strides of a dense tensor of those sizes in `order`.
+// The strides of a dense tensor with these sizes in `order`.
 c10::SmallVector<int64_t, 5> strides_in(at::IntArrayRef sizes, at::MemoryFormat order);
 
 cpu::DType dtype_of(const Tensor& t);
 int64_t event_size(const Tensor& t);
 cpu::Operand operand(const Tensor& dense);
-// The same of counts: uint8 is a number like the wider integers, and no pixel.
+// The same for counts: uint8 is a count like the wider integers, and not read as x / 255.
 cpu::Operand count_operand(const Tensor& dense);
 cpu::Result result(const Tensor& dense);
 
@@ -50,15 +50,15 @@ std::vector<double> to_doubles(const Tensor& t);
 // A CPU tensor of `values`, in `dtype`.
 Tensor from_doubles(const std::vector<double>& values, at::IntArrayRef sizes, at::ScalarType dtype);
 
-// Where the graph is to be differentiated again, results that raise when somebody does: the kernels have no second derivative.
+// If the graph may be differentiated again, makes the results raise an error then: the kernels have no second derivative.
 Tensors once_differentiable(Tensors gradients);
 
 inline bool needs_grad(const OptionalTensor& t) { return t && t->defined() && t->requires_grad(); }
 
-// Raises where `t` carries a tangent of forward-mode AD, which would be lost in silence.
+// Raises if `t` carries a tangent of forward-mode AD, which would be lost silently.
 void refuse_tangent(const OptionalTensor& t);
 
-// True under torch.compile and other tracers, where ops must not write to their inputs or read values.
+// Whether torch.compile or another tracer is active, under which ops must not write to their inputs or read values.
 bool traced(const Tensor& t);
 
 }  // namespace fastvae

@@ -12,13 +12,14 @@ namespace fastvae {
 namespace {
 
 constexpr size_t kCounters = 1024;
-constexpr size_t kCounterBytes = 16;  // keeps what lies behind it aligned
+constexpr size_t kCounterBytes = 16;  // keeps the memory behind it aligned
 
-// The counters of a device, each zero while it is not in use. A stream has one of its own, for what it runs comes in turn. A captured
-// launch has one of its own too: its graph may be replayed on any stream, beside anything else. It comes back when the graph is gone.
+// The counters of a device, each of which is zero while it is not in use. A stream has its own counter, because its launches run in
+// order. A captured launch has its own too, because its graph may be replayed on any stream, concurrently with anything else; that
+// counter is returned when the graph is destroyed.
 class Counters {
  public:
-  // Null where there is none to give: the first call ever is captured, or the graphs that are there hold so many.
+  // Null if none is available: the first call of the process is captured, or existing graphs hold all of them.
   uint32_t* take(cudaStream_t stream, bool capturing) {
     auto* counter = find(stream, capturing);
     if (counter && capturing) lend(counter, stream);
@@ -34,11 +35,11 @@ class Counters {
   uint32_t* find(cudaStream_t stream, bool capturing) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!all_) {
-      if (capturing) return nullptr;  // the memory would be the graph's, and the zeros too
+      if (capturing) return nullptr;  // the memory and its zeroing would belong to the graph
       const c10::cuda::CUDAStreamCaptureModeGuard while_others_capture(cudaStreamCaptureModeRelaxed);
       auto zeros = c10::cuda::CUDACachingAllocator::get()->allocate(kCounters * sizeof(uint32_t));
       C10_CUDA_CHECK(cudaMemsetAsync(zeros.get(), 0, kCounters * sizeof(uint32_t), stream));
-      // Once per process and device: other streams will use them as well.
+      // Once per process and device, because other streams will use them as well.
       C10_CUDA_CHECK(cudaStreamSynchronize(stream));
       all_ = std::move(zeros);
     }
@@ -56,8 +57,8 @@ class Counters {
     return counter;
   }
 
-  // Leaves it to the graph that is being captured to give the counter back, once nothing can replay the launch. Where CUDA declines,
-  // the counter stays lent.
+  // Makes the graph under capture return the counter when nothing can replay the launch any more. If CUDA declines, the counter is
+  // not returned.
   void lend(uint32_t* counter, cudaStream_t stream) {
     auto status = cudaStreamCaptureStatusNone;
     cudaGraph_t graph = nullptr;
@@ -66,10 +67,10 @@ class Counters {
     if (cudaStreamGetCaptureInfo(stream, &status, nullptr, &graph) != cudaSuccess || !graph ||
         cudaUserObjectCreate(&object, loan, give_back, 1, cudaUserObjectNoDestructorSync) != cudaSuccess ||
         cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove) != cudaSuccess)
-      cudaGetLastError();  // or torch would report it of a later call
+      cudaGetLastError();  // otherwise torch would report the error in a later call
   }
 
-  // May be called on a thread of the driver's, and may not call CUDA.
+  // May be called on a thread of the driver, and must not call CUDA.
   static void give_back(void* data) {
     const std::unique_ptr<Loan> loan(static_cast<Loan*>(data));
     const std::lock_guard<std::mutex> lock(loan->from->mutex_);
@@ -84,7 +85,7 @@ class Counters {
 };
 
 Counters& counters_of_current_device() {
-  // Never destroyed: CUDA may be gone by then.
+  // Never destroyed, because CUDA may have been shut down by then.
   static auto& all = *new std::array<Counters, C10_COMPILE_TIME_MAX_GPUS>;
   return all.at(c10::cuda::current_device());
 }
@@ -92,7 +93,7 @@ Counters& counters_of_current_device() {
 }  // namespace
 
 void not_built_for_this_gpu() {
-  cudaGetLastError();  // or torch would report it of a later call
+  cudaGetLastError();  // otherwise torch would report the error in a later call
   int major = 0, minor = 0, device = c10::cuda::current_device();
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));

@@ -9,13 +9,13 @@
 
 namespace fastvae {
 
-// Makes the device of an op's tensors current, and gives the stream to launch on.
+// Makes the device of an op's tensors current, and returns the stream for its launches.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& lead) : guard_(lead.device()), stream_(c10::cuda::getCurrentCUDAStream()) {}
   operator cudaStream_t() const { return stream_; }
 
-  // Kernels read through pointers: a tensor from elsewhere would be an illegal access, reported at some later call.
+  // Kernels read through pointers, so a tensor on another device would be an illegal access, reported by a later call.
   void expect(at::Device found, const char* name) const {
     TORCH_CHECK_VALUE(found == guard_.current_device(), "fastvae: `", name, "` must be on ", guard_.current_device(), ", got ", found);
   }
@@ -37,13 +37,13 @@ inline void check_launch(cudaError_t status) {
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// A single number, of any floating type.
+// A single number of any floating-point type.
 inline cuda::Numbers number(const Tensor& t, const char* name) {
   TORCH_CHECK_TYPE(c10::isFloatingType(t.scalar_type()), "fastvae: `", name, "` must be floating point, got ", t.scalar_type());
   return {t.const_data_ptr(), dtype_of(t), 0};
 }
 
-// A number for every row, or one for all.
+// One number for every row, or one for all rows.
 inline cuda::Numbers numbers(const OptionalTensor& t, const char* name) {
   if (!t) return {};
   TORCH_CHECK_TYPE(t->scalar_type() == at::kFloat || t->scalar_type() == at::kDouble, "fastvae: `", name,
@@ -53,8 +53,8 @@ inline cuda::Numbers numbers(const OptionalTensor& t, const char* name) {
 
 inline cuda::Output output(const Tensor& t) { return {t.mutable_data_ptr(), dtype_of(t)}; }
 
-// Scratch memory for one launch, and the counter by which its blocks find out which of them is the last: where no block leaves
-// anything to another, neither. Keep it until the launch is on its stream.
+// Scratch memory for one launch, and the counter with which its blocks determine the last of them. Neither is needed if no block
+// passes data to another. Keep it until the launch is on its stream.
 class Scratch {
  public:
   Scratch(int64_t bytes, cudaStream_t stream);

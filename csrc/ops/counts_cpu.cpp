@@ -6,10 +6,10 @@
 namespace fastvae {
 namespace {
 
-// Where each row keeps its params; the dispersion is the second of all.
+// The positions of the params of each variant; the dispersion is always the second.
 struct Form {
   std::string_view name;
-  bool raw;  // logits and logarithms of the dispersion
+  bool raw;  // the params are logits and the logarithm of the dispersion
   int zero_logits, library;
 };
 
@@ -28,7 +28,7 @@ const Form& form_of(const LikelihoodVariant& variant) {
 
 bool is_sparse(const LikelihoodVariant& variant, at::TensorList params) { return int64_t(params.size()) == variant.tensors + 2; }
 
-// Other people's sparse tensors are not known to be well-formed, and the kernel writes where they point.
+// The user's sparse tensors may be malformed, and the kernel writes at the positions that they contain.
 void check_positions(const int64_t* starts, const int64_t* columns, int64_t rows, int64_t genes, int64_t values) {
   bool good = starts[0] == 0 && starts[rows] == values;
   for (int64_t r = 0; r < rows; ++r) good &= starts[r] <= starts[r + 1];
@@ -37,7 +37,7 @@ void check_positions(const int64_t* starts, const int64_t* columns, int64_t rows
   TORCH_CHECK_INDEX(good, "fastvae::nll: the col_indices of `target` must lie between 0 and ", genes - 1);
 }
 
-// What the kernel reads; `kept` holds what the views point into.
+// The arguments of the kernel. `kept` holds the tensors to which its views point.
 void fill_inputs(cpu::CountArgs& args, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target,
                  at::ArrayRef<double> constants, Tensors& kept) {
   constexpr auto order = at::MemoryFormat::Contiguous;

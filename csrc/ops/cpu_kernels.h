@@ -16,7 +16,7 @@ struct Kernels {
   void (*scale_elements)(const ScaleElementsArgs&);
 };
 
-// Chosen once, by what torch itself uses: ATEN_CPU_CAPABILITY=avx2 or =default holds for both.
+// Chosen once, following torch's own choice, so that ATEN_CPU_CAPABILITY=avx2 or =default applies to both.
 const Kernels& kernels();
 
 }  // namespace fastvae::cpu

@@ -1,4 +1,4 @@
-// What the rows of Family::discretized take, on every device.
+// The checks of the variants of Family::discretized, the same on every device.
 #include "discretized.h"
 
 #include <cmath>
@@ -12,7 +12,7 @@ LogisticConstants logistic_constants(const LikelihoodVariant& variant, at::Array
                     "fastvae::nll: the components of ", std::string(variant.name), " must be a whole number from 1 on, got ", components);
   TORCH_CHECK_VALUE(bits >= 1 && bits <= 8 && bits == std::floor(bits), "fastvae::nll: the bits of ", std::string(variant.name),
                     " must be a whole number from 1 to 8, got ", bits);
-  // Beyond these a scale, or data in units of it, would leave fp32.
+  // Beyond these, a scale, or data in units of it, would exceed the range of fp32.
   const double floor = constants[mixture + 1], small = constants[mixture + 2];
   TORCH_CHECK_VALUE(floor >= -60 && floor <= 60, "fastvae::nll: the least log-scale must be between -60 and 60, got ", floor);
   TORCH_CHECK_VALUE(small >= 0 && small < 1, "fastvae::nll: the small mass must be at least 0 and less than 1, got ", small);

@@ -1,4 +1,4 @@
-// The CPU side of the rows of Family::discretized.
+// The CPU side of the variants of Family::discretized.
 #include "discretized.h"
 
 #include "buffer_pool.h"
@@ -19,7 +19,7 @@ void evaluate_discretized(const LikelihoodVariant& variant, const Tensor& params
   args.channels = target.size(1);
   args.pixels = args.channels ? event_size(target) / args.channels : 0;
   args.components = found.components;
-  if (found.components == 0 && !args.alternate) {  // every channel is for itself: one long plane
+  if (found.components == 0 && !args.alternate) {  // the channels are independent, so they form one long plane
     args.pixels *= args.channels;
     args.channels = 1;
   }

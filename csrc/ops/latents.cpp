@@ -18,7 +18,7 @@ int64_t needs_of(const Tensor& mu, const Tensor& logvar, const OptionalTensor& p
          kPriorLogvar * needs_grad(prior_logvar) | kEps * needs_grad(eps);
 }
 
-// Puts the gradients that were computed where Function::backward wants them; `places` holds a position for each bit of `needs`.
+// Arranges the computed gradients as Function::backward expects them; `places` has a position for each bit of `needs`.
 variable_list placed(Tensors gradients, int64_t needs, size_t arguments, std::initializer_list<size_t> places) {
   variable_list results(arguments);
   size_t next = 0;

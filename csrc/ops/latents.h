@@ -8,17 +8,17 @@ namespace fastvae {
 
 using OptionalGenerator = std::optional<at::Generator>;
 
-// (mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, generator) -> (z, kl): what a user calls.
+// (mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, generator) -> (z, kl), for users' calls.
 using ReparameterizeKl = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
                                                     std::optional<int64_t>, const OptionalTensor&, int64_t, const OptionalTensor&,
                                                     OptionalGenerator);
 
-// The same -> (z, kl, the seed that was used).
+// The same arguments -> (z, kl, the seed that was used).
 using SampleForward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
                                                          std::optional<int64_t>, const OptionalTensor&, int64_t,
                                                          const OptionalTensor&, OptionalGenerator);
 
-// Which gradients a backward op computes; they come in this order.
+// The gradients that a backward op computes, in this order.
 enum Needs : int64_t { kMu = 1, kLogvar = 2, kPriorMu = 4, kPriorLogvar = 8, kEps = 16 };
 
 using SampleBackward = Tensors(const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, const OptionalTensor&,

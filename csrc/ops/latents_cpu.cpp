@@ -9,14 +9,14 @@
 namespace fastvae {
 namespace {
 
-constexpr uint64_t kSeedMask = ~uint64_t(0) >> 1;  // seeds and offsets fit a positive int64
+constexpr uint64_t kSeedMask = ~uint64_t(0) >> 1;  // seeds and offsets are non-negative int64 numbers
 
 Tensor seed_from(const OptionalGenerator& generator) {
   auto* source = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
   Tensor seed = at::empty({2}, at::kLong);
   auto* words = seed.mutable_data_ptr<int64_t>();
   const std::lock_guard<std::mutex> lock(source->mutex_);
-  // What torch.randint(0, 2^63 - 1) would draw, as every other backend does: one manual_seed, one noise.
+  // The draw of torch.randint(0, 2^63 - 1), as on every other backend, so that one manual_seed gives the same noise on all.
   for (int i = 0; i < 2; ++i) words[i] = static_cast<int64_t>(source->random64() % kSeedMask);
   return seed;
 }
@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> sample_cpu(const Tensor& mu, const Tensor& lo
   std::vector<double> kl(args.rows);
   args.row_kl = kl.data();
   cpu::kernels().sample(args);
-  // An op must not return what it was given.
+  // An op must not return one of its inputs.
   return {draws.z, from_doubles(kl, {args.rows}, row_dtype(mu.scalar_type())), seed && !eps ? used_seed.clone() : used_seed};
 }
 

@@ -17,7 +17,7 @@ void fill(cuda::Latents& args, const Posterior& posterior, const OnDevice& devic
   posterior.fill(args);
 }
 
-// The seed lies on the device, and stays there.
+// The seed is on the device and is never copied to the host.
 cuda::NoiseSource noise_from(const Tensor& seed, int64_t row_offset, const OnDevice& device) {
   check_seed(seed);
   device.expect(seed, "seed");
@@ -27,7 +27,7 @@ cuda::NoiseSource noise_from(const Tensor& seed, int64_t row_offset, const OnDev
   return noise;
 }
 
-// Of the generator: numbers, or, while a graph is captured, where each replay will find them.
+// The noise of the generator: its numbers, or, while a graph is captured, the addresses where each replay finds them.
 cuda::NoiseSource noise_from(const OptionalGenerator& generator, int64_t draws, int64_t row_offset, const OnDevice& device) {
   auto* source = at::get_generator_or_default<at::CUDAGeneratorImpl>(generator, at::cuda::detail::getDefaultCUDAGenerator());
   device.expect(source->device(), "generator");

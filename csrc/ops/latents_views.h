@@ -1,11 +1,11 @@
-// The arguments of fastvae::reparameterize_kl_* and gaussian_kl_* as the plain structs that the kernels of every device are given.
+// Converts the arguments of fastvae::reparameterize_kl_* and gaussian_kl_* into the plain structs that all kernels take.
 #pragma once
 #include "buffer_pool.h"
 #include "latents.h"
 
 namespace fastvae {
 
-// The posterior and its prior, checked; and the tensors that keep what the kernels read alive.
+// The checked posterior and prior, and the tensors that own the memory that the kernels read.
 struct Posterior {
   Tensor mu, logvar, prior_mu, prior_logvar;
 
@@ -24,12 +24,12 @@ struct Posterior {
   }
 };
 
-// Tensors (K, B, ...), `many` of them, or (B, ...): the kernels see the first draw and the stride to the next.
+// Tensors (K, B, ...) with `many` draws, or (B, ...). The kernels get the first draw and the stride to the next.
 inline cpu::Operand first_draw(const Tensor& t, bool many) { return operand(many ? t.select(0, 0) : t); }
 inline cpu::Result first_draw_result(const Tensor& t, bool many) { return result(many ? t.select(0, 0) : t); }
 inline int64_t draw_stride(const Tensor& t, bool many) { return many ? t.stride(0) : 0; }
 
-// z, not yet written, and eps, if it is given, checked against it.
+// z, not written yet, and eps, if it is passed, checked against z.
 struct Draws {
   Tensor z, eps;
 
@@ -49,14 +49,14 @@ void fill_z(SampleArgs& args, const Tensor& z, bool many) {
   args.z_draw_stride = draw_stride(z, many);
 }
 
-// Keep `grad_z`, which is contiguous, until the kernel is launched.
+// `grad_z`, which is contiguous, must live until the kernel is launched.
 template <class SampleGradArgs>
 void fill_grad_z(SampleGradArgs& args, const Tensor& grad_z, bool many) {
   args.grad_z = first_draw(grad_z, many);
   args.grad_z_draw_stride = draw_stride(grad_z, many);
 }
 
-// Makes the gradients that `needs` asks for.
+// Creates the gradients selected by `needs`.
 template <class SampleGradArgs>
 Tensors fill_gradients(SampleGradArgs& args, const Tensor& mu, const Tensor& eps, int64_t needs, bool many) {
   Tensors gradients;
@@ -77,7 +77,7 @@ Tensors fill_gradients(SampleGradArgs& args, const Tensor& mu, const Tensor& eps
   return gradients;
 }
 
-// The gradient of gaussian_kl may be one of every element, not of every row.
+// The incoming gradient of gaussian_kl may have one value per element instead of one per row.
 inline bool is_per_element(const Tensor& grad_kl, const Tensor& mu) { return grad_kl.dim() != 1 || mu.dim() == 1; }
 
 inline void check_seed(const Tensor& seed) {

@@ -1,4 +1,4 @@
-// The schemas of fastvae::*. What a user's call runs: the op without a suffix records the graph (nll.cpp, nll_elements.cpp, latents.cpp), its
+// The schemas of fastvae::*. Users call the op without a suffix, which records the graph (nll.cpp, nll_elements.cpp, latents.cpp). Its
 // _forward and _backward do the work on each device (nll_cpu.cpp, nll_elements_cpu.cpp, latents_cpu.cpp).
 #include <torch/library.h>
 

@@ -1,5 +1,5 @@
-// The table of likelihoods: a row names one, says which tensors it takes and which kernel does the work. The rows stand in
-// likelihoods.def; here is what is made of them, and the normalisers.
+// The table of likelihoods. A variant names a likelihood, the tensors that it takes and the kernel that serves it. The variants are
+// listed in likelihoods.def; this file has their types, their lookup and the normalisers.
 #pragma once
 #include <c10/core/ScalarType.h>
 #include <c10/util/ArrayRef.h>
@@ -14,28 +14,28 @@
 
 namespace fastvae {
 
-// The word that its files are called after, those that check and evaluate it among them; all whose elements are each for themselves
-// share a loop.
+// The name of the files that check and evaluate the likelihood, among others. All likelihoods with independent elements share one
+// loop.
 enum class Family : int8_t { continuous, discretized, counts, categorical };
 
-// Which integers a target may be, besides the params' type and fp32.
+// The integer dtypes of a target, besides the params' dtype and fp32.
 enum class Integers : int8_t {
   none,
-  pixels,            // uint8, read as x / 255 (of a discretised likelihood: as it is)
-  pixels_and_bools,  // the same, and bool
-  counts,            // of uint8 and wider, all read as they are
+  pixels,            // uint8, read as x / 255 (or, for a discretised likelihood, as the level)
+  pixels_and_bools,  // the same and bool
+  counts,            // uint8 and wider integers, not scaled
   classes,           // int64
 };
 
 struct LikelihoodVariant {
   std::string_view name;
   Family family;
-  cpu::Element element;  // what the loop over elements does with each
+  cpu::Element element;  // the arithmetic in the loop over elements
   int tensors;           // length of `params`
   int constants;         // length of `constants`
   bool packed;           // one tensor (B, 2C, ...) holds the kernel's two params along dimension 1
-  bool has_scalar;       // the last tensor is 0-dim, one value for all elements; it has a derivative for each row
-  bool is_location;      // a density of (target - mean): the target's derivative is the mean's, negated. Others have none.
+  bool has_scalar;       // the last tensor is 0-dim, one value for all elements, with a derivative per row
+  bool is_location;      // a density of (target - mean), so the target's gradient is the negated mean's; others have none
   Integers integers;
 
   constexpr bool elementwise() const { return element != cpu::Element::none; }
@@ -63,7 +63,7 @@ inline const LikelihoodVariant& likelihood_variant(std::string_view name) {
   TORCH_CHECK_VALUE(false, "fastvae: unknown likelihood '", std::string(name), "'");
 }
 
-// The bit of a param that serves all rows, whose gradient is a sum over them: with a factor for each it must be made again.
+// The bit of a param that all rows share. Its gradient is a sum over rows, so factors per row require computing it again.
 template <class Params>
 int64_t shared_bit(const LikelihoodVariant& variant, const Params& params) {
   return variant.family == Family::counts && !variant.elementwise() && params[1].dim() == 1 ? 2 : 0;
@@ -81,7 +81,7 @@ inline c10::ArrayRef<at::ScalarType> types_of(Integers integers) {
   return {};
 }
 
-// Whether a target of that type goes with params of another.
+// Whether a target of one dtype is valid for params of another.
 inline bool takes_target(const LikelihoodVariant& variant, at::ScalarType params, at::ScalarType target) {
   if (target == params || target == at::kFloat) return true;
   for (const auto type : types_of(variant.integers))
@@ -93,16 +93,16 @@ constexpr double kHalfLog2Pi = 0.918938533204672741780329736406;
 constexpr double kLog2 = 0.693147180559945309417232121458;
 constexpr double kPi = 3.14159265358979323846264338328;
 
-// log B(df / 2, 1/2): the normaliser of Student's t is that of scale sqrt(df).
+// log B(df / 2, 1/2), the normaliser of Student's t with scale sqrt(df).
 inline double log_beta_half(double df) {
-  // Where df is large the two log-gammas, each about df log(df) / 2, cancel: their difference by its asymptotic series.
+  // For a large df, the two log-gammas of about df log(df) / 2 would cancel, so their difference is an asymptotic series.
   const double x = 0.5 * df, r = 1 / x;
   const double difference = df < 200 ? std::lgamma(x + 0.5) - std::lgamma(x)
                                      : 0.5 * std::log(x) - r * (1. / 8 - r * r * (1. / 192 - r * r / 640));
   return 0.5 * std::log(kPi) - difference;
 }
 
-// `constants`: those of the op; `scalar`: the value of the 0-dim tensor, of the rows that have one.
+// `constants` are those of the op; `scalar` is the value of the 0-dim tensor, for variants that have one.
 using Normaliser = math::Normaliser<double>;
 
 inline Normaliser normaliser(const LikelihoodVariant& variant, c10::ArrayRef<double> constants, double scalar) {
@@ -129,7 +129,7 @@ inline Normaliser normaliser(const LikelihoodVariant& variant, c10::ArrayRef<dou
   return {0, {}};
 }
 
-// The derivative of a row by the 0-dim tensor, from what the kernel summed.
+// The derivative of a row with respect to the 0-dim tensor, from the kernel's sum.
 inline double scalar_slope(const LikelihoodVariant& variant, int64_t size, double nll_less_normaliser, double pull) {
   const double n = static_cast<double>(size);
   switch (variant.element) {

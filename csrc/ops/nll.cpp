@@ -26,14 +26,14 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> forward_op(std::string_view likeliho
   return handle.call(likelihood, params, target, constants, kl, beta, reduction, needs);
 }
 
-// The saved gradients times the factors that the backward brings, in torch's own ops: a compiler fuses them with what reads the
-// gradients next, for which a kernel of ours would write them once more.
+// Multiplies the saved gradients by the factors of the backward, with torch's own ops. A compiler fuses them with the code that reads
+// the gradients next, whereas our kernel would write the gradients once more.
 Tensors scaled_in_torch(at::TensorList gradients, const Tensor& grad_loss, const Tensor& grad_nll, const c10::SymInt& rows,
                         int64_t reduction) {
   const bool of_each_row = reduction == kNone || grad_nll.defined();
   Tensor factor = grad_loss;
   if (grad_nll.defined()) {
-    // The forward has multiplied the weight in, which nll itself does not have.
+    // The forward has multiplied by the weight of the reduction, which does not apply to nll itself.
     Tensor own = reduction == kMean ? grad_nll.mul(c10::Scalar(rows)) : grad_nll;
     factor = grad_loss.defined() ? grad_loss.add(own) : own;
   }
@@ -59,8 +59,8 @@ struct NllFunction : torch::autograd::Function<NllFunction> {
     int64_t needs = 0;
     for (size_t i = 0; i < params.size(); ++i) needs |= int64_t(params[i].requires_grad()) << i;
     const int64_t scalar_bit = variant.has_scalar ? int64_t(1) << (params.size() - 1) : 0;
-    const int64_t computed = needs | int64_t(target.requires_grad());  // the target's comes from the mean's
-    // The gradient of a param that serves all rows is saved for one factor, and made again, from the inputs, for a factor of each.
+    const int64_t computed = needs | int64_t(target.requires_grad());  // the target's gradient is computed from the mean's
+    // The gradient of a param that all rows share is saved for a single factor; for factors per row, it is computed again.
     const int64_t shared = needs & shared_bit(variant, params);
     const bool at_once = gradient_in_forward(params[0].scalar_type()) && !(shared && reduction == kNone);
     const bool keep_inputs = !at_once || shared;
@@ -131,7 +131,7 @@ struct NllFunction : torch::autograd::Function<NllFunction> {
         extras.assign(gradients.begin() + ready.size(), gradients.end());
         gradients.resize(ready.size());
       } else {
-        // Once the graph is freed nobody else can read the saved gradient: it becomes the result.
+        // If the graph is freed, nobody else can read the saved gradient, so it becomes the result.
         gradients = ready;
         extras = scaled(in_place, gradients);
       }
@@ -280,7 +280,7 @@ void check_nll(const LikelihoodVariant& variant, at::TensorList params, const Te
       case Family::counts: check_counts(variant, params, target, constants); break;
       case Family::categorical: check_categorical(params[0], target, constants); break;
       case Family::discretized: check_discretized(variant, params[0], target, constants); break;
-      case Family::continuous: break;  // all of them are elementwise
+      case Family::continuous: break;  // all of this family are elementwise
     }
   }
   const int64_t rows = params[0].size(0);

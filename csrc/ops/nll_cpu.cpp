@@ -14,13 +14,13 @@ namespace fastvae {
 namespace {
 
 struct Evaluation {
-  std::vector<double> nll;  // of each row, less the normaliser
+  std::vector<double> nll;  // of each row, without the normaliser
   std::vector<double> pull;
   Tensors gradients;
   Normaliser normaliser;
 };
 
-// Runs the kernel; the gradient of row r is multiplied by weights[r * weight_stride].
+// Runs the kernel. The gradient of row r is multiplied by weights[r * weight_stride].
 Evaluation evaluate_elements(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
                              int64_t needs, const double* weights, int64_t weight_stride) {
   Evaluation out;
@@ -52,7 +52,7 @@ Evaluation evaluate(const LikelihoodVariant& variant, at::TensorList params, con
     case Family::discretized:
       evaluate_discretized(variant, params[0], target, constants, needs & 1, weights, weight_stride, out.nll, out.gradients);
       break;
-    case Family::continuous: break;  // all of them are elementwise
+    case Family::continuous: break;  // all of this family are elementwise
   }
   return out;
 }
@@ -92,10 +92,10 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cpu(std::string_view lik
           std::move(gradients), std::move(scalar_rows)};
 }
 
-// The derivative of the objective by each row's loss, and by each row's nll.
+// The derivatives of the objective with respect to each row's loss and each row's nll.
 struct RowGradients {
   std::vector<double> by_loss, by_nll;
-  bool uniform;  // one value for all rows, in front
+  bool uniform;  // one value for all rows, stored first
 };
 
 RowGradients row_gradients(const OptionalTensor& grad_loss, const OptionalTensor& grad_nll, int64_t rows, int64_t reduction) {
@@ -145,7 +145,7 @@ Tensors nll_gradient_cpu(std::string_view likelihood, at::TensorList params, con
   return evaluate(variant, params, target, constants, needs, g.by_nll.data(), !g.uniform).gradients;
 }
 
-// out[i] = gradients[i] times what the forward has not already multiplied in.
+// out[i] = gradients[i] times the factors that the forward has not included.
 void scale(const RowGradients& g, at::TensorList gradients, at::TensorList out, int64_t rows, int64_t reduction) {
   std::vector<double> factor = g.by_nll;
   bool one = true;
@@ -158,7 +158,7 @@ void scale(const RowGradients& g, at::TensorList gradients, at::TensorList out, 
       if (!gradients[i].is_same(out[i])) out[i].copy_(gradients[i]);
       continue;
     }
-    // One factor holds for a gradient of any shape, several for one of a row each.
+    // A single factor applies to a gradient of any shape; several apply to one row each.
     const int64_t count = g.uniform ? gradients[i].size(0) : rows;
     cpu::kernels().scale_rows({count, event_size(gradients[i]), operand(gradients[i]), result(out[i]), factor.data(), !g.uniform});
   }

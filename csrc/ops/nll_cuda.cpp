@@ -1,5 +1,5 @@
-// The CUDA kernels of fastvae::nll_forward and nll_backward. Nothing here looks at a value in a tensor: that would make Python wait
-// for the GPU, and a captured graph would keep the value.
+// The CUDA kernels of fastvae::nll_forward and nll_backward. Nothing here reads a value of a tensor: that would make Python wait for
+// the GPU, and a captured graph would keep the value.
 #include <torch/library.h>
 
 #include <variant>
@@ -41,7 +41,7 @@ Tensors fill_discretized(Args& args, const LikelihoodVariant& variant, at::Tenso
   const auto bins = bins_of(found);
   std::copy(bins.begin(), bins.end(), common(args).constants);
   Tensors gradients = fill_elements(common(args), variant, params, target, needs, kept);
-  common(args).element = cpu::Element::discretized_logistic;  // a single one goes through the loop over elements here
+  common(args).element = cpu::Element::discretized_logistic;  // on CUDA, a single one uses the loop over elements
   return gradients;
 }
 
@@ -61,7 +61,7 @@ Tensors fill_categorical(Args& args, const Tensor& logits, const Tensor& target,
   return {gradient};
 }
 
-// Everything but the results of the rows.
+// All arguments except the results of the rows.
 Tensors fill(Args& args, const OnDevice& device, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target,
              at::ArrayRef<double> constants, int64_t reduction, int64_t needs, Tensors& kept) {
   for (const auto& p : params) device.expect(p, "params");
@@ -143,7 +143,7 @@ Tensors nll_gradient_cuda(std::string_view likelihood, at::TensorList params, co
   return gradients;
 }
 
-// Scales `gradients` into `results`, which may be the same tensors, and returns the gradients of the scalar, kl and beta.
+// Writes the scaled `gradients` to `results`, which may be the same tensors; returns the gradients of the scalar, kl and beta.
 Tensors nll_backward_into(at::TensorList results, const OptionalTensor& grad_loss, const OptionalTensor& grad_nll,
                           at::TensorList gradients, const OptionalTensor& scalar_rows, const OptionalTensor& kl,
                           const OptionalTensor& beta, int64_t rows, int64_t reduction, bool need_kl, bool need_beta) {

@@ -47,10 +47,10 @@ struct NllElementsFunction : torch::autograd::Function<NllElementsFunction> {
     if (!grad.defined()) return once_differentiable(std::move(results));
 
     Tensors derivatives = ctx->get_saved_variables();
-    for (auto& d : derivatives) d = d.contiguous(memory_order(d));  // nothing to do, unless a hook of the user's has made others of them
+    for (auto& d : derivatives) d = d.contiguous(memory_order(d));  // a copy only if a user's hook has replaced them
     const int64_t shared = ctx->saved_data["shared"].toInt();
     const auto dtype = ctx->saved_data["dtype"].toScalarType();
-    // The place of the shared param among those that want a gradient.
+    // The position of the shared param among those that need a gradient.
     int64_t place = -1;
     if (shared >= 0 && needs >> shared & 1) {
       place = 0;
@@ -64,7 +64,7 @@ struct NllElementsFunction : torch::autograd::Function<NllElementsFunction> {
       if (dtype != row_dtype(dtype) || traced(grad) || torch::autograd::get_current_graph_task_keep_graph()) {
         gradients = new_tensors.call(grad, derivatives, place, dtype);
       } else {
-        // Once the graph is freed nobody else can read what was saved: it becomes the result.
+        // If the graph is freed, nobody else can read the saved tensors, so they become the result.
         gradients = derivatives;
         const Tensors sums = in_place.call(grad, gradients, place);
         if (place >= 0) gradients[place] = sums[0];

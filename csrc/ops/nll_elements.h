@@ -7,28 +7,28 @@
 
 namespace fastvae {
 
-// (likelihood, params, target, constants, weight) -> values: what a user calls. The nll of each element times `weight`, in the rows' type.
+// (likelihood, params, target, constants, weight) -> values, for users' calls: the nll of each element times `weight`, in the rows' dtype.
 using NllElements = Tensor(std::string_view, at::TensorList, const Tensor&, at::ArrayRef<double>, double);
 
-// The same with `needs` -> (values, derivatives): bit i is set where params[i] wants its gradient. derivatives: one for each such param, of
-// each element, times `weight`; in the order of params[0], in the rows' type whatever the params' (fp16 could not hold them before the factor that the backward
-// brings), and of every element for a param that serves all rows, too.
+// The same with `needs` -> (values, derivatives). Bit i of `needs` is set if params[i] needs its gradient. derivatives: one tensor for
+// each such param, per element and times `weight`, in the memory order of params[0]. They have the rows' dtype, because fp16 could not
+// hold them before the factor of the backward is known. For a param that all rows share, they are per element too.
 using NllElementsForward = std::tuple<Tensor, Tensors>(std::string_view, at::TensorList, const Tensor&, at::ArrayRef<double>, double, int64_t);
 
-// (grad, derivatives, shared, dtype) -> gradients in `dtype`: the derivatives times `grad`, which has their shape. Of derivatives[shared]
-// (-1: of none) the sum over rows, in the derivatives' type.
+// (grad, derivatives, shared, dtype) -> gradients in `dtype`: the derivatives times `grad`, which has their shape. derivatives[shared]
+// (none if -1) is summed over rows, in the derivatives' dtype.
 using NllElementsBackward = Tensors(const Tensor&, at::TensorList, int64_t, at::ScalarType);
 
-// (grad, derivatives, shared) -> the sum over rows, where there is one. The other derivatives are scaled in place, and not returned.
+// (grad, derivatives, shared) -> the sum over rows, if any. The other derivatives are scaled in place, and not returned.
 using NllElementsBackwardInPlace = Tensors(const Tensor&, at::TensorList, int64_t);
 
-// Whether the ops serve a likelihood: that of counts by their mean.
+// Whether the ops serve a variant, which must be one of counts by their mean.
 bool gives_elements(const LikelihoodVariant& variant);
 
-// Raises for what no kernel may be given.
+// Raises for arguments that kernels cannot take.
 void check_nll_elements(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants);
 
-// The param that serves all rows; -1: none does.
+// The index of the param that all rows share, or -1.
 inline int64_t shared_param(at::TensorList params) { return params.size() > 1 && params[1].dim() == 1 ? 1 : -1; }
 
 }  // namespace fastvae

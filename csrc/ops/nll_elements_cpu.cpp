@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensors> elements_forward_cpu(std::string_view likelihood, at
   return {std::move(values), std::move(derivatives)};
 }
 
-// Writes what is scaled to `out`, and returns what is summed up. `grad` is read where it is: one number of a row where it was expanded.
+// Writes the scaled derivatives to `out` and returns the sum over rows. `grad` is read in place, also if it was expanded per row.
 Tensors scale_derivatives(const Tensor& grad, at::TensorList derivatives, at::TensorList out, int64_t shared) {
   Tensors sums;
   if (derivatives.empty()) return sums;

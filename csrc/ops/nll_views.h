@@ -1,4 +1,4 @@
-// The arguments of fastvae::nll_* as the plain structs that the kernels of every device are given.
+// Converts the arguments of fastvae::nll_* into the plain structs that all kernels take.
 #pragma once
 #include "buffer_pool.h"
 #include "likelihood_table.h"
@@ -6,8 +6,8 @@
 
 namespace fastvae {
 
-// Half of a packed head: dimension 1 of (B, 2C, ...) holds C channels of one param, then C of the next. In channels_last order
-// the two alternate at every pixel.
+// Half of a packed head: dimension 1 of (B, 2C, ...) holds the C channels of one param, then the C channels of the next. In
+// channels_last order, the two alternate at every pixel.
 template <class View>
 View half_of_head(View whole, int64_t which, int64_t channels, bool channels_last) {
   const int64_t size = whole.run / 2;
@@ -17,8 +17,8 @@ View half_of_head(View whole, int64_t which, int64_t channels, bool channels_las
   return whole;
 }
 
-// Fills in what is read and written of every element; gives the gradients that `needs` asks for. `kept` keeps copies alive that had
-// to be made, until the kernel is launched.
+// Fills in the operands of every element, and returns the gradients selected by `needs`. `kept` owns copies that had to be made, and
+// must live until the kernel is launched.
 template <class Args>
 Tensors fill_elements(Args& args, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, int64_t needs,
                       Tensors& kept) {
