@@ -1,9 +1,9 @@
-"""One table of everything that has a value and a gradient: each op and likelihood, with its formula by hand.
+"""A table of everything that has a value and a gradient: each op and likelihood, with its formula written by hand.
 
-The formulas are float64, in the form that keeps their digits, and know nothing of `fastvae.reference`. Their constants
-are made on the device of the inputs, which may be a GPU (test_on_meta.py runs them on another device than the CPU). A
-new likelihood is one row of `CASES` (or of `ELSEWHERE`); the tests of values, layouts and repeatability then hold it to
-the same rules.
+The formulas are float64, in a numerically stable form, and independent of `fastvae.reference`. Their constants are
+created on the device of the inputs, which may be a GPU (test_on_meta.py uses another device than the CPU). A new
+likelihood needs one entry in `CASES` (or `ELSEWHERE`); the tests of values, layouts and repeatability then apply to it
+too.
 """
 
 import math
@@ -20,12 +20,12 @@ Inputs = dict[str, Tensor]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
 
-# Per-row results are kept in float32 whatever the inputs' type, so this holds for half inputs too.
+# Results per row are float32 for all input dtypes, so this applies to half inputs too.
 VALUE_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 5e-6, torch.float16: 5e-6, torch.float64: 1e-13}
-# A gradient has its input's type: of half types it is rounded, once where it is made and once where it is weighted.
+# A gradient has its input's dtype. In half types it is rounded twice, when it is created and when it is weighted.
 GRADIENT_TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float64: 1e-13}
 
-# 1024 elements is the block of the CPU kernels, 16 their widest vector.
+# The block of the CPU kernels is 1024 elements, and their widest vector 16.
 SHAPES = (
     (1, 1),
     (3, 1),
@@ -49,16 +49,17 @@ SHAPES = (
 
 class Case(NamedTuple):
     id: str
-    call: Callable[..., Tensor]  # of fastvae.functional or fastvae.reference, and the inputs
-    inputs: Callable[[tuple[int, ...]], Inputs]  # float64; the shape is that of the data
-    # The summands of one element: their sum is the result, the sum of their sizes is the scale of its rounding.
+    call: Callable[..., Tensor]  # called with fastvae.functional or fastvae.reference, and the inputs
+    inputs: Callable[[tuple[int, ...]], Inputs]  # float64, for a shape of the data
+    # The summands of one element. Their sum is the result, and the sum of their absolute values is the scale of its
+    # rounding.
     terms: Callable[..., list[Tensor]]
     per_element: bool = False
     min_rank: int = 1
-    targets: tuple[torch.dtype, ...] = ()  # integer types that `target` may have
-    fixed: tuple[str, ...] = ()  # inputs that no gradient is given for
-    counts: bool = False  # integer targets are themselves, uint8 too
-    # float16 holds at most 65504; half-type inputs stay where the gradient is representable.
+    targets: tuple[torch.dtype, ...] = ()  # integer dtypes that `target` may have
+    fixed: tuple[str, ...] = ()  # inputs that get no gradient
+    counts: bool = False  # integer targets are not scaled, including uint8
+    # float16 holds at most 65504, so half inputs are limited to where the gradient is representable.
     extremes: Callable[[], Inputs] | None = None
 
 
@@ -96,7 +97,7 @@ def laplace_terms(loc: Tensor, target: Tensor, log_scale: Tensor) -> list[Tensor
 
 
 def continuous_bernoulli_terms(logits: Tensor, target: Tensor) -> list[Tensor]:
-    """Of log((e^a - 1) / a) - a t. Near 0 as a (1/2 - t) + log(sinh(a/2) / (a/2)), the sine by its series."""
+    """log((e^a - 1) / a) - a t. Near 0, it is a (1/2 - t) + log(sinh(a/2) / (a/2)), with the series of the sine."""
     near = logits.abs() < 0.5
     small, large = torch.where(near, logits, 0.0), torch.where(near, 1.0, logits)
     sine = torch.zeros_like(logits)
@@ -135,7 +136,7 @@ def student_t_terms(loc: Tensor, target: Tensor, log_scale: Tensor, df: float = 
 
 
 def halves(terms: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
-    """The terms of a packed head."""
+    """The terms for a packed head."""
 
     def packed_terms(params: Tensor, target: Tensor) -> list[Tensor]:
         first, second = params.chunk(2, dim=1)
@@ -145,7 +146,7 @@ def halves(terms: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
 
 
 def expm1_minus(v: Tensor) -> Tensor:
-    """e^v - 1 - v. Where the two sides nearly cancel, by the series sum of v^n / n! from n = 2 on."""
+    """e^v - 1 - v. Where the two sides nearly cancel, it is the sum of v^n / n! from n = 2 on."""
     small = torch.where(v.abs() < 0.5, v, 0.0)
     power, series = small, torch.zeros_like(v)
     for n in range(2, 18):
@@ -194,7 +195,7 @@ def _head_extremes() -> Inputs:
 def _bounded_extremes() -> Inputs:
     far = (-1e4, -80.0, -10.0, BOUNDS[0], -0.75, BOUNDS[1], 10.0, 80.0, 1e4)
     rows = [(0.5, t, v) for v in far for t in (0.5, 0.25)]
-    # A large slope is one to multiply where eager's 1 - tanh^2 has digits.
+    # Large slopes are multiplied by eager's 1 - tanh^2, so they are tested only where that is accurate.
     rows += [(0.5, -100.0, v) for v in (BOUNDS[0], -0.75, BOUNDS[1])]
     return _columns("mean", "target", "logvar", rows=rows)
 
@@ -205,7 +206,7 @@ def _scale_extremes() -> Inputs:
 
 
 def _counts(shape: tuple[int, ...]) -> Tensor:
-    """0 and 1 for the most part, and some counts of some hundreds."""
+    """Mostly 0 and 1, and some counts of a few hundred."""
     return torch.poisson(torch.exp(_randn(shape, 2))).clamp(max=255)
 
 
@@ -470,7 +471,7 @@ CASES = (
         kl_terms,
         per_element=True,
     ),
-    # The KL that comes with z is computed by another kernel than the KL alone.
+    # A different kernel computes the KL that comes with z than the KL alone.
     Case(
         "kl_with_z",
         lambda f, mu, logvar: f.reparameterize_kl(mu, logvar, eps=torch.zeros_like(mu))[1],
@@ -489,7 +490,7 @@ CASES = (
 
 WITH_TARGET = tuple(case for case in CASES if "target" in case.inputs((1, 1)))
 
-# Rows whose elements are not each for themselves, and the files that test them.
+# Variants whose elements are not independent, and the files that test them.
 ELSEWHERE = {
     variant.name: f"test_{variant.family}.py" for variant in VARIANTS.values() if not variant.element
 }
@@ -498,7 +499,7 @@ by_id = {case.id: case for case in CASES}
 
 
 def ids(value: Any) -> str:
-    """Names of parameters in pytest's output."""
+    """The names of parameters in pytest's output."""
     if isinstance(value, Case):
         return value.id
     if isinstance(value, torch.dtype):
@@ -509,7 +510,7 @@ def ids(value: Any) -> str:
 def cast(
     inputs: Inputs, dtype: torch.dtype, target: torch.dtype | None = None, *, counts: bool = False
 ) -> Inputs:
-    """The inputs in the types under test, float targets rounded into an integer type that wants it."""
+    """The inputs in the dtypes under test. A float target is rounded for an integer dtype."""
     result = {}
     for name, value in inputs.items():
         if name != "target" or target is None:
@@ -524,7 +525,7 @@ def cast(
 
 
 def to_exact(inputs: Inputs, counts: bool) -> Inputs:
-    """What the inputs mean, in float64."""
+    """The float64 values that the inputs represent."""
     return {
         name: value.detach().double() / (255 if value.dtype == torch.uint8 and not counts else 1)
         for name, value in inputs.items()
@@ -533,7 +534,7 @@ def to_exact(inputs: Inputs, counts: bool) -> Inputs:
 
 class Result(NamedTuple):
     value: Tensor
-    scale: Tensor  # of the value's rounding: the sum of its summands' sizes
+    scale: Tensor  # scale of the value's rounding: the sum of the absolute values of its summands
     gradients: Inputs
 
 
@@ -548,7 +549,7 @@ def cotangent(value: Tensor) -> Tensor:
 
 
 def exact(case: Case, inputs: Inputs) -> Result:
-    """Value and gradients by the formula, in float64."""
+    """Value and gradients of the formula, in float64."""
     leaves = {name: x.requires_grad_() for name, x in to_exact(inputs, case.counts).items()}
     terms = case.terms(**leaves)
     value, scale = sum(terms), sum(term.abs() for term in terms)
@@ -560,7 +561,7 @@ def exact(case: Case, inputs: Inputs) -> Result:
 
 
 def run(case: Case, module: Any, inputs: Inputs) -> Result:
-    """Value and gradients by `fastvae.functional` or `fastvae.reference`."""
+    """Value and gradients of `fastvae.functional` or `fastvae.reference`."""
     names = differentiable(case, inputs)
     leaves = {name: x.detach().requires_grad_(name in names) for name, x in inputs.items()}
     value = case.call(module, **leaves)

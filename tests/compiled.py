@@ -1,4 +1,4 @@
-"""What the tests compile, kept in build/tests until what it is made of changes."""
+"""Files that the tests compile, kept in build/tests until their sources change."""
 
 import hashlib
 import importlib
@@ -14,11 +14,13 @@ FOLDER = Path(__file__).parents[1] / "build" / "tests"
 
 
 def kept(name: str, sources: Iterable[Path], flags: Sequence[str], make: Callable[[Path], None]) -> Path:
-    """The folder that `make` has filled from `sources` (files, or folders with all that is in them) and `flags`.
+    """Return the folder that `make` fills from `sources` (files, or folders with all their files) and `flags`.
 
-    Several processes may ask at a time: one of them makes it, and the others wait.
+    If several processes need it at the same time, one of them creates it and the others wait.
     """
-    fcntl = importlib.import_module("fcntl")  # not everywhere, where nothing is compiled either
+    fcntl = importlib.import_module(
+        "fcntl"
+    )  # not available everywhere, but where it is not, nothing is compiled
     compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout
     digest = hashlib.sha256(repr((flags, torch.__version__, compiler)).encode())
     files = [
@@ -33,9 +35,7 @@ def kept(name: str, sources: Iterable[Path], flags: Sequence[str], make: Callabl
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "done").exists():
             for old in FOLDER.glob(f"{name}-*"):
-                if (
-                    old == folder or time.time() - old.stat().st_mtime > 24 * 3600
-                ):  # younger ones may be in use
+                if old == folder or time.time() - old.stat().st_mtime > 24 * 3600:  # newer ones may be in use
                     shutil.rmtree(old)
             folder.mkdir()
             make(folder)

@@ -15,11 +15,11 @@ from thinning import pairwise
 
 import fastvae
 
-# The tensors of these tests are on the CPU, where Triton's kernels run in its interpreter only: see test_triton.py.
+# The tensors of these tests are on the CPU, where Triton's kernels run only in its interpreter: see test_triton.py.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ("reference", "native", *(("triton",) if INTERPRETED else ()))
 
-# What Triton compiles for test_triton_aot.py is kept with the rest.
+# Triton's cache for test_triton_aot.py is kept with the other compiled files.
 os.environ.setdefault("TRITON_CACHE_DIR", str(compiled.FOLDER / "triton"))
 
 if INTERPRETED:
@@ -29,7 +29,7 @@ if INTERPRETED:
     cast = interpreter.InterpreterBuilder.cast_impl
 
     def cast_as_hardware_does(self: Any, source: Any, target: Any) -> Any:
-        """The interpreter cuts float32 down to bfloat16; GPUs round to the nearest, and so does torch."""
+        """Round float32 to the nearest bfloat16, like GPUs and torch; the interpreter truncates."""
         if target.scalar != tl.bfloat16 or source.dtype.scalar != tl.float32:
             return cast(self, source, target)
         rounded = torch.from_numpy(source.data.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
@@ -60,7 +60,7 @@ def pytest_report_header() -> str:
 
 
 def _key(value: object) -> Hashable:
-    """What tells a parameter's value from others: 1, 1.0 and True are three."""
+    """A key that distinguishes parameter values: 1, 1.0 and True are different."""
     if isinstance(value, (bool, int, float)):
         return type(value), repr(value)
     try:
@@ -71,7 +71,7 @@ def _key(value: object) -> Hashable:
 
 
 def _left_to_test_all(items: list[pytest.Item], *, pairs: bool) -> set[pytest.Item]:
-    """The tests that `make test` leaves out: those marked `slow`, and of each grid what thinning.py can spare."""
+    """Deselect what `make test` leaves out: tests marked `slow`, and points of grids that thinning.py does not need."""
     grids: dict[Hashable, list[pytest.Function]] = defaultdict(list)
     left = {item for item in items if item.get_closest_marker("slow")}
     for item in items:
@@ -79,21 +79,21 @@ def _left_to_test_all(items: list[pytest.Item], *, pairs: bool) -> set[pytest.It
             grids[item.path, item.cls, item.originalname, item.callspec.params.get("backend")].append(item)
     for grid in grids.values():
         points = [{name: _key(value) for name, value in item.callspec.params.items()} for item in grid]
-        # A tensor on the wrong device needs no two values to show.
+        # A wrong device shows without two interacting parameter values.
         kept = set(pairwise(points, pairs=pairs and grid[0].get_closest_marker("on_meta") is None))
         left.update(item for place, item in enumerate(grid) if place not in kept)
     return left
 
 
 def _which_tests(config: pytest.Config) -> str:
-    last_failed = getattr(config.option, "lf", False)  # there is none with -p no:cacheprovider
+    last_failed = getattr(config.option, "lf", False)  # the plugin is missing with -p no:cacheprovider
     by_name = any("::" in argument for argument in config.args) or config.option.keyword or last_failed
     return config.getoption("--tests") or ("all" if by_name else "most")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     i, n = map(int, config.getoption("--shard").split("/"))
-    # What takes the fixture `device` is run by test_in_the_interpreter, and on meta tensors by test_on_meta.py.
+    # Tests with the fixture `device` are run by test_triton.py in the interpreter, and by test_on_meta.py.
     elsewhere = "own" in _how_triton_runs()
     which = _which_tests(config)
     left = _left_to_test_all(items, pairs=which != "few")
@@ -101,7 +101,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = [
         item
         for item in items
-        # What starts a pytest of its own hands the option on.
+        # Tests that start pytest themselves pass this option on.
         if ((item in left) in parts or "which_tests" in getattr(item, "fixturenames", ()))
         and not (
             elsewhere
@@ -116,7 +116,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def which_tests(pytestconfig: pytest.Config) -> list[str]:
-    """For a test that starts a pytest of its own: the argument that makes it run as much as this one."""
+    """The option with which a test that starts pytest runs as many tests as this run."""
     return ["--tests", _which_tests(pytestconfig)]
 
 
@@ -127,7 +127,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_range_warnings() -> None:
-    """Tests give all kinds of values; those of the warnings turn them on."""
+    """Turn range warnings off, because tests use all kinds of values. The tests of the warnings turn them on."""
     fastvae.set_range_warnings(False)
 
 
@@ -141,21 +141,21 @@ def range_warnings() -> Iterator[None]:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test on each backend that has kernels for the CPU. None of them may be missing."""
+    """Run the test on each backend that has kernels for the CPU. None of them may be missing."""
     with fastvae.use_backend(request.param):
         yield request.param
 
 
 @pytest.fixture
 def native() -> Iterator[None]:
-    """For what only the compiled kernels promise."""
+    """Run the test on the native backend, for what only the compiled kernels guarantee."""
     with fastvae.use_backend("native"):
         yield
 
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Lets the test change torch's thread count, and puts it back."""
+    """Let the test change torch's thread count, and restore it."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -169,12 +169,12 @@ def _capabilities() -> list[str]:
 
 @pytest.fixture(params=_capabilities())
 def on_capability(request: pytest.FixtureRequest) -> Callable[[str], str]:
-    """Runs a script in a fresh process whose kernels are those of one instruction set; returns what it prints."""
+    """Run a script in a fresh process with the kernels of one instruction set, and return its output."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": request.param.lower()}
     check = f"import fastvae._C; assert fastvae._C.cpu_capability().upper() == {request.param!r}\n"
 
     def run(script: str) -> str:
-        # The check comes last: nothing of ours may run before the script's first call.
+        # The check comes last, because no code of ours may run before the script's first call.
         done = subprocess.run(
             [sys.executable, "-c", script + "\n" + check],
             env=environment,
@@ -190,7 +190,7 @@ def on_capability(request: pytest.FixtureRequest) -> Callable[[str], str]:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For small models, which gain nothing from threads, and lose much to them where other tests run beside."""
+    """Use one thread, for small models, which gain nothing from threads and slow down other tests."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -199,11 +199,11 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def drawn() -> None:
-    """For a test of the pictures of a run."""
+    """Let runs draw pictures, for tests of the pictures."""
 
 
 @pytest.fixture
 def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keeps runs from drawing, but for tests of their pictures, which take most of the time of so short a run."""
+    """Keep runs from drawing pictures, which takes most of the time of such short runs."""
     if "drawn" not in request.fixturenames:
         monkeypatch.setattr("fastvae.train.callbacks.is_drawn", lambda trainer: False)

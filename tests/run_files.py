@@ -1,4 +1,4 @@
-"""What the tests of training read of a run, and of what it says."""
+"""Helpers of the training tests that read the files and the output of a run."""
 
 import csv
 import os
@@ -20,7 +20,7 @@ def train(out: Path, *options: str, recipe: str = "mlp") -> int:
 
 
 def rows(out: Path) -> list[dict[str, str]]:
-    """metrics.csv, without the time, which is never the same."""
+    """metrics.csv without the time, which differs in every run."""
     with (out / "metrics.csv").open() as file:
         return [
             {name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)
@@ -41,7 +41,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 
 
 def one_line(capsys) -> str:
-    """What stands on stderr: one line, and no traceback."""
+    """The text on stderr, which must be one line and not a traceback."""
     error = capsys.readouterr().err
     assert error.startswith("fastvae: ")
     assert error.count("\n") == 1, error

@@ -4,12 +4,12 @@ import numpy as np
 
 
 def windows(image: np.ndarray) -> np.ndarray:
-    """Every 11 x 11 part of an image (H, W)."""
+    """All 11 x 11 windows of an image (H, W)."""
     return np.lib.stride_tricks.sliding_window_view(image.astype(np.float64), (11, 11))
 
 
 def structural_similarity(a: np.ndarray, b: np.ndarray) -> float:
-    """Wang et al. 2004, equation 13 with weighted moments (14 to 16), of images (C, H, W) in [0, 1]."""
+    """Wang et al. 2004, equation 13 with weighted moments (14 to 16), for images (C, H, W) in [0, 1]."""
     distance = np.arange(11) - 5
     weights = np.exp(-(distance[:, None] ** 2 + distance**2) / (2 * 1.5**2))
     weights /= weights.sum()

@@ -1,8 +1,8 @@
-"""Which tests of a grid `make test` runs: enough that every two values of two parameters meet.
+"""Selects the tests of a grid for `make test`, such that every pair of values of two parameters occurs.
 
-Most faults need one value to show, or two that meet: a dtype, or a likelihood in that dtype. So of the tests that one
-function makes of its parameters, `make test` runs a few in which each pair of values occurs, and `make test-all` runs
-all of them. A backend's grid is a grid of its own: what the reference passes says nothing of a kernel.
+Most faults show with one particular value, or with two together: a dtype, or a likelihood in that dtype. So, from all
+tests that one function generates, `make test` runs a few in which each pair of values occurs, and `make test-all` runs
+all of them. Each backend has its own grid, because a pass on the reference says nothing about a kernel.
 """
 
 from collections.abc import Hashable, Iterable, Mapping
@@ -13,15 +13,15 @@ Combination = tuple[tuple[str, Hashable], ...]
 
 
 def pairwise(grid: Iterable[Mapping[str, Hashable]], *, pairs: bool = True) -> list[int]:
-    """The places in `grid` of few points among which every value, and every pair of values, that occurs in it occurs.
+    """Choose few points of `grid` that contain every value, and every pair of values, that occurs in it.
 
-    A point names its parameters' values; one without parameters is kept. The choice depends on the grid alone. Without
-    `pairs` every value occurs, and few pairs.
+    A point maps parameters to values; one without parameters is kept. The choice depends only on the grid. Without
+    `pairs`, every value occurs, but few pairs.
     """
     points = [_combinations(point, pairs) for point in grid]
     uncovered: set[Combination] = set().union(*points)
     order = list(range(len(points)))
-    # Neighbours differ in one value: in their own order the first points would cover little.
+    # Neighbours differ in one value, so in the original order the first points would cover few pairs.
     Random(len(order)).shuffle(order)
     kept = []
     for wanted in range(max(map(len, points), default=0), 0, -1):

@@ -27,8 +27,8 @@ CUDA, GRAPHS = "tests/backends/cuda/test_cuda.py", "tests/core/test_graphs.py"
 TRITON = "tests/backends/triton/test_triton.py"
 # The tests that are most likely to show faults of a first run, the most important ones first.
 SMOKE = (
-    "test_auto_takes or test_against_the_reference or test_seeds or test_four_launches or test_no_host_sync "
-    "or nobody_moved or test_graph_replays or test_replays_are"
+    "test_auto_selects or test_against_the_reference or test_manual_seed_and_generator or launches_four_kernels "
+    "or does_not_synchronise or not_moved_to_the_gpu or test_graph_replays or test_graph_step_replays"
 )
 SMOKE_OF_TRITON = "test_against_the_reference and (bernoulli or kl_with_z)"
 

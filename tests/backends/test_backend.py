@@ -1,4 +1,4 @@
-"""Choosing a backend, falling back from one that is missing, and saying what is there."""
+"""The choice of a backend, the fallback when one is missing, and the reports."""
 
 import re
 import subprocess
@@ -25,14 +25,14 @@ def serving() -> str:
 # --- Choosing ---------------------------------------------------------------------------------------------------------
 
 
-def test_auto_is_native_here() -> None:
-    """`make test` is there for the compiled kernels: falling back fails."""
+def test_auto_selects_native_on_the_cpu() -> None:
+    """`make test` is for the compiled kernels, so falling back is a failure."""
     assert choose.setting == "auto"
     assert serving() == "native"
     assert choose.for_tensor(A) is choose.for_tensor(A.double())
 
 
-def test_use_backend_restores_what_was_set() -> None:
+def test_use_backend_restores_the_previous_setting() -> None:
     with fastvae.use_backend("reference"):
         assert serving() == "reference"
         with fastvae.use_backend("native"):
@@ -47,7 +47,7 @@ def test_use_backend_restores_what_was_set() -> None:
     assert choose.setting == "auto"
 
 
-def test_set_backend_stays_until_set_again() -> None:
+def test_set_backend_lasts_until_the_next_call() -> None:
     try:
         fastvae.set_backend("reference")
         assert serving() == "reference"
@@ -56,21 +56,21 @@ def test_set_backend_stays_until_set_again() -> None:
     assert serving() == "native"
 
 
-def test_the_setting_decides_who_computes(backend: str) -> None:
-    """The reference leaves ordinary autograd nodes, the kernels their own: the setting is more than a label."""
+def test_setting_selects_the_backend_that_computes(backend: str) -> None:
+    """The reference creates ordinary autograd nodes, and the kernels their own, so the setting has a real effect."""
     out = fv.bernoulli_nll(A.clone().requires_grad_(), A)
     assert ("Nll" in out.grad_fn.name()) == (backend != "reference")
 
 
 @pytest.mark.parametrize("name", ["auto", "native", "reference"])
-def test_other_devices_go_to_the_reference(name: str) -> None:
+def test_other_devices_use_the_reference(name: str) -> None:
     meta = torch.zeros(2, 3, device="meta")
     with fastvae.use_backend(name):
         assert fv.bernoulli_nll(meta, meta).shape == (2,)
 
 
-def test_a_backward_belongs_to_the_forward(backend: str) -> None:
-    """Switching between forward and backward, or on another thread, changes nothing."""
+def test_backward_uses_the_backend_of_its_forward(backend: str) -> None:
+    """Switching between forward and backward, or on another thread, has no effect on the backward."""
     a = torch.randn(2, 3, requires_grad=True)
     loss = fv.bernoulli_nll(a, A).sum()
     with fastvae.use_backend("reference" if backend == "native" else "native"):
@@ -86,8 +86,8 @@ KL = torch.rand(2)
 ONE = torch.ones(())
 
 
-def test_plain_calls_skip_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a training loop calls on a CPU goes straight to the kernels, and gives the same bits."""
+def test_plain_calls_skip_the_python_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, calls of a training loop go straight to the kernels, and give the same bits."""
     mu, logvar = torch.randn(2, 5, requires_grad=True), torch.randn(2, 5, requires_grad=True)
 
     def call() -> list[torch.Tensor]:
@@ -116,7 +116,7 @@ def _inside(mode: object, call: Callable[[], object]) -> object:
 
 
 def _transformed() -> object:
-    """Also of tensors that the transform leaves alone."""
+    """This includes tensors that the transform does not affect."""
     found = []
 
     def call(a: torch.Tensor) -> torch.Tensor:
@@ -179,15 +179,15 @@ UNUSUAL: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_plain_calls_leave_the_unusual_to_the_checks(name: str) -> None:
-    """And draw no number for it."""
+def test_unusual_calls_use_the_python_checks(name: str) -> None:
+    """They also draw no random number for it."""
     assert _nll([A]) is not None
     state = torch.get_rng_state()
     assert UNUSUAL[name]() is None
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_plain_calls_are_the_native_backend_s() -> None:
+def test_fast_path_exists_only_for_the_native_backend() -> None:
     for name in ("reference", "triton"):
         try:
             with fastvae.use_backend(name):
@@ -233,7 +233,7 @@ with warnings.catch_warnings():
 """
 
 
-def test_without_the_extension_the_reference_runs_and_warns_once() -> None:
+def test_missing_extension_warns_once_and_uses_the_reference() -> None:
     done = python(WITHOUT)
     assert done.returncode == 0, done.stderr
     warning, error, *config = done.stdout.splitlines()
@@ -275,8 +275,8 @@ print(fastvae.show_config())
     ],
     ids=["missing", "old"],
 )
-def test_without_triton(change: str, message: str) -> None:
-    """ "auto" does without it; insisting, and `fastvae doctor`, tell the reason and the line that mends it."""
+def test_missing_triton_is_reported_with_a_solution(change: str, message: str) -> None:
+    """ "auto" works without it. The setting "triton" and `fastvae doctor` report the reason and the solution."""
     done = python(TRITON.format(change=change))
     assert done.returncode == 0, done.stderr
     error, *config = done.stdout.splitlines()
@@ -285,8 +285,8 @@ def test_without_triton(change: str, message: str) -> None:
     assert error.partition("available: ")[2] in "\n".join(config)
 
 
-def test_triton_insists_on_a_gpu() -> None:
-    """Where Triton is there, CPU tensors are refused by name, and the old setting comes back."""
+def test_triton_setting_without_a_gpu_raises() -> None:
+    """If Triton is installed, CPU tensors raise an error, and the previous setting is restored."""
     if available.load("triton") is None:
         pytest.skip("no Triton here")
     with (
@@ -297,8 +297,8 @@ def test_triton_insists_on_a_gpu() -> None:
     assert serving() == "native"
 
 
-def test_importing_builds_nothing_and_brings_no_trainer() -> None:
-    """The core imports no data set, plotting or training library, and no compiler."""
+def test_import_builds_nothing_and_imports_no_trainer() -> None:
+    """The core imports no library for data sets, plotting or training, and no compiler."""
     heavy = [
         "matplotlib",
         "sklearn",
@@ -344,10 +344,10 @@ def test_importing_builds_nothing_and_brings_no_trainer() -> None:
     ],
     ids=["torch", "wheel", "pure wheel", "python", "cuda"],
 )
-def test_an_extension_built_for_another_version(
+def test_extension_built_for_another_version_is_reported(
     monkeypatch: pytest.MonkeyPatch, record: dict[str, str], message: str
 ) -> None:
-    """What it was built with is compared before it is loaded, where the loader would speak of symbols."""
+    """The versions are compared before loading, where the loader's error would only mention symbols."""
     real = native.build_info()
     built = types.SimpleNamespace(**{k: v for k, v in vars(real).items() if k.isupper()} | record)
     monkeypatch.setattr(native, "build_info", lambda: built)
@@ -369,16 +369,16 @@ def test_an_extension_built_for_another_version(
         ((), (9, 0), True),
     ],
 )
-def test_gpus_that_the_extension_was_built_for(
+def test_built_for_accepts_compatible_gpus(
     monkeypatch: pytest.MonkeyPatch, arches: tuple[str, ...], capability: tuple[int, int], serves: bool
 ) -> None:
-    """Machine code runs within its generation, PTX on all that came later; of what it cannot tell it says yes."""
+    """Machine code runs on its generation, and PTX on all later ones. Unknown names are assumed to fit."""
     monkeypatch.setattr(native, "build_info", lambda: types.SimpleNamespace(CUDA_ARCHES=arches))
     assert native.built_for(capability) is serves
 
 
-def test_the_reasons_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an extension without CUDA kernels, and of one whose kernels are for other GPUs, each with what mends it."""
+def test_reason_for_a_gpu_names_the_solution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For an extension without CUDA kernels, and for one with kernels for other GPUs, each with its solution."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     built = types.SimpleNamespace(CUDA_ARCHES=("8.0", "9.0"))
@@ -398,17 +398,17 @@ def test_the_reasons_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert reason in available.reason("native", "cuda")
 
 
-CUDA = types.SimpleNamespace(device=torch.device("cuda"))  # all that `choose` looks at
+CUDA = types.SimpleNamespace(device=torch.device("cuda"))  # everything that `choose` uses
 
 
 @pytest.mark.parametrize("triton", [True, False], ids=["with Triton", "without"])
 @pytest.mark.parametrize(
     ("capability", "covered"), [((7, 5), False), ((8, 6), True), ((9, 0), True), ((12, 0), False)]
 )
-def test_a_gpu_that_the_extension_was_not_built_for(
+def test_unsupported_gpu_uses_another_backend(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], covered: bool, triton: bool
 ) -> None:
-    """ "auto" takes Triton for it, else the reference, and tells why; insisting is refused; show_config agrees."""
+    """ "auto" uses Triton, or the reference with a warning; "native" raises; show_config agrees."""
     named = {name: Backend(name, *(print,) * len(OPS)) for name in ("native", "triton")}
     monkeypatch.setattr(available, "loaded", {"reference": available.REFERENCE, "native": named["native"]})
     if triton:
@@ -426,7 +426,7 @@ def test_a_gpu_that_the_extension_was_not_built_for(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
 
     fastvae.set_backend("auto")
-    assert choose.serving["cuda"].name == "native"  # before torch has met the GPU
+    assert choose.serving["cuda"].name == "native"  # before torch has initialised CUDA
     with fastvae.use_backend("native"):
         choose._choose_for_gpu()
         if covered:
@@ -467,15 +467,15 @@ print(len(asked), choose.serving.get("cuda", choose.REFERENCE).name)
 
 
 @pytest.mark.parametrize("before", ["", "torch.cuda.init()"], ids=["at first", "before the import"])
-def test_a_gpu_is_met_when_torch_initialises_it(before: str) -> None:
-    """And is not asked for at import, which would initialise it."""
+def test_gpu_is_checked_when_torch_initialises_cuda(before: str) -> None:
+    """It is not queried at import, which would initialise CUDA."""
     done = python(MEETING.format(before=before))
     assert done.returncode == 0, done.stderr
     triton = "triton" if available.load("triton") is not None else "reference"
     assert done.stdout.splitlines() == [f"1 {triton}" if before else "0 native", f"1 {triton}"]
 
 
-def test_an_extension_older_than_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extension_older_than_the_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def lacks_an_op(name: str, namespace: str) -> None:
         raise AttributeError("'_OpNamespace' 'fastvae' object has no attribute 'newer'")
 
@@ -484,7 +484,7 @@ def test_an_extension_older_than_the_package_is_named(monkeypatch: pytest.Monkey
         native.load()
 
 
-def test_a_patch_release_of_torch_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extension_accepts_another_patch_release_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     real = native.build_info()
     patched = ".".join(torch.__version__.split(".")[:2]) + ".99+other"
     built = types.SimpleNamespace(TORCH_VERSION=patched, PYTHON_VERSION=real.PYTHON_VERSION)
@@ -495,8 +495,8 @@ def test_a_patch_release_of_torch_is_the_same(monkeypatch: pytest.MonkeyPatch) -
 # --- show_config ------------------------------------------------------------------------------------------------------
 
 
-def test_show_config() -> None:
-    """Versions, who serves what, and for whatever is missing the reason and the command."""
+def test_show_config_names_versions_and_backends() -> None:
+    """It shows versions, serving backends, and for everything missing the reason and the command."""
     text = fastvae.show_config()
     assert text.startswith(f"fastvae {fastvae.__version__}\n")
     for label, value in {

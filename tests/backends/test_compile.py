@@ -1,4 +1,4 @@
-"""torch.compile: one graph for all batch sizes, the numbers of eager, noise that stays random. And `opcheck`."""
+"""torch.compile: one graph for all batch sizes, the results of eager, noise that stays random; and `opcheck`."""
 
 import re
 import warnings
@@ -23,7 +23,7 @@ def _fresh() -> None:
 
 
 def make_elbo(likelihood: str) -> fastvae.ELBO:
-    """`likelihood`: "bernoulli", or the scale of a Gaussian; "bounded ..." of one with bounds."""
+    """`likelihood` is "bernoulli", or the scale of a Gaussian; "bounded ..." has bounds."""
     if likelihood == "bernoulli":
         return fastvae.ELBO(likelihood, beta=0.5)
     bounds = (-3.0, 1.0) if likelihood.startswith("bounded ") else None
@@ -31,7 +31,7 @@ def make_elbo(likelihood: str) -> fastvae.ELBO:
 
 
 class Model(nn.Module):
-    """Encoder, ELBO and decoder: what a training step compiles."""
+    """Encoder, ELBO and decoder: the part of a training step that is compiled."""
 
     def __init__(self, likelihood: str) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Model(nn.Module):
         pytest.param("inductor", "learned", marks=pytest.mark.slow),
     ],
 )
-def test_one_graph_and_the_numbers_of_eager(native: None, compiler: str, likelihood: str) -> None:
+def test_compiled_op_is_one_graph_and_equals_eager(native: None, compiler: str, likelihood: str) -> None:
     model, counter = Model(likelihood), CompileCounterWithBackend(compiler)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for rows in (3, 8, 17, 5):
@@ -74,8 +74,8 @@ def test_one_graph_and_the_numbers_of_eager(native: None, compiler: str, likelih
     assert counter.frame_count == 1
 
 
-def test_the_reference_compiles(native: None) -> None:
-    """Whoever asks for the reference gets it in one graph as well, and a switch is seen."""
+def test_compiled_reference_equals_eager(native: None) -> None:
+    """The setting "reference" also compiles to one graph, and a change of the setting has an effect."""
     model, counter = Model("bernoulli"), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     x = torch.rand(4, D)
@@ -89,7 +89,7 @@ def test_the_reference_compiles(native: None) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-# The partitioner of this backend is Inductor's: it is where equal calls are merged.
+# This backend uses Inductor's partitioner, which merges equal calls.
 PARTITIONED = "aot_eager_decomp_partition"
 
 
@@ -101,8 +101,8 @@ PARTITIONED = "aot_eager_decomp_partition"
         pytest.param("native", "inductor", marks=pytest.mark.slow),
     ],
 )
-def test_draws_stay_draws(chosen: str, compiler: str) -> None:
-    """Two equal calls in one compiled function, and one call after another, differ; a seeded run repeats itself."""
+def test_compiled_draws_are_not_merged(chosen: str, compiler: str) -> None:
+    """Two equal calls differ, within one compiled function and between calls. A seeded run repeats itself."""
     elbo, mu, logvar = make_elbo("bernoulli"), torch.zeros(4, L, requires_grad=True), torch.zeros(4, L)
 
     @torch.compile(fullgraph=True, backend=compiler)
@@ -120,8 +120,8 @@ def test_draws_stay_draws(chosen: str, compiler: str) -> None:
     assert torch.equal(again, first)
 
 
-def test_the_backward_uses_the_forwards_noise(native: None) -> None:
-    """z = mu + e^(logvar/2) eps: the gradient of logvar tells which eps the backward regenerated."""
+def test_compiled_backward_uses_the_noise_of_the_forward(native: None) -> None:
+    """z = mu + e^(logvar/2) eps, so the gradient of logvar shows which eps the backward generated."""
     mu, logvar = torch.zeros(4, L), torch.zeros(4, L, requires_grad=True)
 
     @torch.compile(fullgraph=True, backend=PARTITIONED)
@@ -133,7 +133,7 @@ def test_the_backward_uses_the_forwards_noise(native: None) -> None:
     torch.testing.assert_close(logvar.grad, z.detach() / 2)
 
 
-def test_a_schedule_of_beta_needs_no_recompilation(backend: str) -> None:
+def test_changing_beta_does_not_recompile(backend: str) -> None:
     model, counter = Model("bernoulli"), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     x = torch.rand(4, D)
@@ -144,7 +144,7 @@ def test_a_schedule_of_beta_needs_no_recompilation(backend: str) -> None:
     assert counter.frame_count == 1
 
 
-def test_generator_is_a_limit_that_says_so(backend: str) -> None:
+def test_compiled_call_with_generator_raises(backend: str) -> None:
     elbo, generator = make_elbo("bernoulli"), torch.Generator()
 
     @torch.compile(fullgraph=True, backend="eager")
@@ -155,14 +155,14 @@ def test_generator_is_a_limit_that_says_so(backend: str) -> None:
         draw(torch.zeros(4, L))
 
 
-def test_a_wrong_shape_keeps_its_words(backend: str) -> None:
+def test_compiled_call_with_a_wrong_shape_raises_the_same_message(backend: str) -> None:
     elbo = torch.compile(make_elbo("bernoulli"), fullgraph=True, backend="eager")
     with pytest.raises(Exception, match=re.escape("did you mean x.flatten(1)?")):
         elbo(torch.zeros(4, D), torch.zeros(4, 3, 4), kl=torch.zeros(4))
 
 
-def test_no_warning_and_no_look_inside_a_graph(backend: str) -> None:
-    """Probabilities in place of logits warn in eager; compiled code neither breaks the graph nor reads the data."""
+def test_compiled_call_gives_no_range_warnings(backend: str) -> None:
+    """Probabilities in place of logits warn in eager. Compiled code neither breaks the graph nor reads the data."""
     elbo = make_elbo("bernoulli")
     compiled = torch.compile(elbo, fullgraph=True, backend="eager")
     with warnings.catch_warnings():
@@ -191,7 +191,7 @@ IMAGE = plain(2, 3, 4, 4).to(memory_format=torch.channels_last)
 
 LEVELS = torch.arange(18, dtype=torch.uint8).view(2, 3, 3)
 
-# The ops themselves, then the forward and backward that they call.
+# The ops themselves, then the forward and backward ops that they call.
 OPS = {
     "reparameterize_kl": [
         (leaf(*M), leaf(*M), NONE, NONE, NONE, SEED, 0, NONE, NONE),
@@ -318,7 +318,7 @@ OPS = {
 }
 
 
-# The op, the number of the call, and what `opcheck` looks at.
+# The op, the number of the call, and the checks of `opcheck`.
 CALLS = [
     pytest.param(name, i, id=f"{name}-{call[0] if isinstance(call[0], str) else ''}{i}")
     for name, calls in OPS.items()
@@ -328,7 +328,7 @@ CHECKS = ["test_schema", "test_autograd_registration", "test_faketensor", "test_
 
 
 def skip_what_cannot_be_traced(name: str, check: str) -> None:
-    """The exception: an op that writes to a list of tensors, in whose place a trace takes the one without `_`."""
+    """An exception for an op that writes to a list of tensors, because traces use the op without `_` instead."""
     if name.endswith("backward_") and check == "test_aot_dispatch_dynamic":
         pytest.skip("it is never traced")
 
@@ -340,7 +340,7 @@ def test_opcheck(name: str, number: int, check: str) -> None:
     torch.library.opcheck(getattr(torch.ops.fastvae, name).default, OPS[name][number], test_utils=check)
 
 
-def test_every_op_is_checked() -> None:
+def test_every_op_has_a_check() -> None:
     names = {
         name.removeprefix("fastvae::")
         for name in torch._C._dispatch_get_all_op_names()

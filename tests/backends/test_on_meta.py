@@ -1,8 +1,8 @@
-"""The tests that need a GPU, on meta tensors: what a CPU tensor among the GPU's would break is told without a GPU.
+"""The tests that need a GPU, on meta tensors, which detect CPU tensors among the GPU's without a GPU.
 
-Every test of test_cuda.py and test_triton.py that takes the fixture `device` runs here with the device "meta", over the
-ops' fake kernels. Meta tensors have shapes, types and a device, but no values: asserts are evaluated and not judged,
-and what reads a value gets some value. What cannot run so is named in `NEED_VALUES`, with the reason.
+Every test of test_cuda.py and test_triton.py with the fixture `device` runs here with the device "meta", using the ops'
+fake kernels. Meta tensors have shapes, dtypes and a device, but no values: asserts are evaluated but ignored, and reads
+return some value. `NEED_VALUES` lists the tests that cannot run in this way, with the reason.
 """
 
 import ast
@@ -28,34 +28,42 @@ from fastvae.backends import base
 
 pytestmark = pytest.mark.on_meta
 
-HELPERS = ("test_autograd", "test_compile", "test_counts", "test_discretized", "test_noise", "test_values")
+HELPERS = (
+    "test_autograd",
+    "test_autograd_features",
+    "test_compile",
+    "test_counts",
+    "test_discretized",
+    "test_noise",
+    "test_values",
+)
 
 NEED_VALUES = {
-    "test_a_device_that_is_not_the_current_one": "two GPUs",
-    "test_a_generator_of_its_own": "a generator of CUDA",
-    "test_a_second_stream": "streams",
-    "test_a_tensor_from_elsewhere_is_refused": "the CUDA kernels' own check of devices",
-    "test_an_elbo_that_nobody_moved": "a GPU that could be waited for, and a CUDA graph",
-    "test_an_optimiser_that_counts_on_the_cpu": "a CUDA graph",
-    "test_autocast_around_the_call": "a CUDA graph",
-    "test_batches_of_the_cpu_and_an_odd_one": "a CUDA graph",
-    "test_draws_stay_draws_when_compiled": "torch.compile knows no generator of meta tensors",
-    "test_every_replay_draws_anew_and_beta_steers": "a CUDA graph",
-    "test_five_launches": "a profile of the GPU",
-    "test_four_launches": "a profile of the GPU",
-    "test_graph_replays_draw_anew": "a CUDA graph",
-    "test_launches_on_many_streams_at_once": "streams",
-    "test_more_than_two_to_the_31_elements": "the GPU's memory",
-    "test_no_host_sync": "a GPU that could be waited for",
-    "test_no_launch_but_ours_without_a_gradient": "a profile of the GPU",
-    "test_peak_memory": "the GPU's memory",
-    "test_plain_tensors_take_the_short_cut": "the CUDA kernels",
-    "test_replays_are_the_steps_of_eager": "a CUDA graph",
-    "test_seeds": "a generator of CUDA",
+    "test_op_on_another_than_the_current_device_runs_there": "two GPUs",
+    "test_graph_step_with_generators_draws_their_noise": "a generator of CUDA",
+    "test_op_on_a_second_stream_runs_there": "streams",
+    "test_op_with_a_tensor_on_another_device_raises": "the CUDA kernels' own check of devices",
+    "test_elbo_not_moved_to_the_gpu_moves_beta_once": "a GPU that could be waited for, and a CUDA graph",
+    "test_graph_step_with_an_optimiser_that_is_not_capturable_raises": "a CUDA graph",
+    "test_graph_step_under_autocast_gives_the_losses_of_eager": "a CUDA graph",
+    "test_graph_step_accepts_cpu_batches_and_refuses_other_shapes": "a CUDA graph",
+    "test_compiled_draws_are_not_merged": "torch.compile knows no generator of meta tensors",
+    "test_graph_step_replay_draws_fresh_noise_and_follows_beta": "a CUDA graph",
+    "test_training_step_launches_five_kernels": "a profile of the GPU",
+    "test_training_step_launches_four_kernels": "a profile of the GPU",
+    "test_graph_replays_draw_fresh_noise": "a CUDA graph",
+    "test_concurrent_launches_on_many_streams_give_the_same_results": "streams",
+    "test_nll_of_more_than_2_31_elements_is_correct": "the GPU's memory",
+    "test_training_step_does_not_synchronise": "a GPU that could be waited for",
+    "test_forward_without_gradient_launches_two_kernels": "a profile of the GPU",
+    "test_training_step_peak_memory_is_one_gradient": "the GPU's memory",
+    "test_plain_tensors_use_the_fast_path": "the CUDA kernels",
+    "test_graph_step_replays_equal_eager_steps": "a CUDA graph",
+    "test_manual_seed_and_generator_determine_the_noise": "a generator of CUDA",
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same tests, their asserts not judged
+# The same tests with ignored asserts
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -87,7 +95,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def not_judged(*names: str) -> list[ModuleType]:
-    """Copies of these modules, of what they import of `HELPERS` and of each other; other tests keep their own."""
+    """Import copies of these modules, with copies of `HELPERS` and of each other. Other tests keep the original
+    modules."""
     finder = _Finder((*names, *HELPERS))
     kept = {name: sys.modules.pop(name) for name in finder.names if name in sys.modules}
     sys.meta_path.insert(0, finder)
@@ -101,7 +110,7 @@ def not_judged(*names: str) -> list[ModuleType]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Meta tensors in the place of the GPU's
+# Meta tensors in place of the GPU's
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -112,7 +121,7 @@ def same_device(*tensors: Any) -> None:
 
 
 def assert_close(actual: Any, expected: Any, **_: Any) -> None:
-    """All that `torch.testing.assert_close` asks but the values."""
+    """Check everything that `torch.testing.assert_close` does, except values."""
     for a, b in zip(*([x] if isinstance(x, Tensor) else x for x in (actual, expected)), strict=True):
         if isinstance(a, Tensor) and isinstance(b, Tensor):
             found, wanted = ((x.device, x.dtype, x.shape) for x in (a, b))
@@ -121,7 +130,7 @@ def assert_close(actual: Any, expected: Any, **_: Any) -> None:
 
 
 class _ToCpu(torch.autograd.Function):
-    """`.cpu()` of a meta tensor, zeros, and its gradient."""
+    """`.cpu()` of a meta tensor, which returns zeros, and its gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -146,7 +155,7 @@ READS: dict[Any, Callable[..., Any]] = {
 
 
 class MetaForCuda(TorchFunctionMode):
-    """`"cuda"` means meta; reading a meta tensor's values gives some."""
+    """Replaces "cuda" by "meta", and returns some value when a meta tensor is read."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -163,7 +172,7 @@ class MetaForCuda(TorchFunctionMode):
 
 @contextmanager
 def on_meta(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    # With the kernels of `Meta` a backend serves meta tensors as it serves a GPU's.
+    # With its `Meta` kernels, a backend serves meta tensors as it serves a GPU's.
     monkeypatch.setitem(base.DEVICES, "meta", "Meta")
     monkeypatch.setattr(torch.testing, "assert_close", assert_close)
     with fastvae.use_backend(backend), MetaForCuda():
@@ -203,28 +212,28 @@ for _class, _tests in TESTS.items():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whether this finds anything
+# Checks of this file itself
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_left_out_is_there() -> None:
+def test_names_of_excluded_tests_exist() -> None:
     assert NEED_VALUES.keys() <= {name for tests in TESTS.values() for name in tests}
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
-def test_a_tensor_of_the_cpu_is_found(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_tensor_on_meta_raises(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a formula, in an argument, and in a comparison."""
     case = cases.by_id["gaussian"]
     shape, dtype = (4, 7), torch.float32
-    test_values = TESTS[TestNative]["test_values"]
+    check_values = TESTS[TestNative]["test_values_and_gradients_equal_the_formula"]
     elsewhere = case._replace(terms=lambda mean, target: [*case.terms(mean, target), torch.ones(4, 7)])
     argument = case._replace(call=lambda f, mean, target: f.gaussian_nll(mean, torch.ones(4, 7), scale=0.7))
     with on_meta(backend, monkeypatch) as device:
-        test_values(device, case, shape, dtype)
+        check_values(device, case, shape, dtype)
         with pytest.raises(RuntimeError, match="on the expected device meta"):
-            test_values(device, elsewhere, shape, dtype)
+            check_values(device, elsewhere, shape, dtype)
         with pytest.raises(ValueError, match="`target` must be on the device of `mean`, meta, got cpu"):
-            test_values(device, argument, shape, dtype)
+            check_values(device, argument, shape, dtype)
         ours, theirs = torch.ones(3, device=device), torch.ones(3)
         for compare in (torch.equal, torch.allclose, torch.testing.assert_close):
             compare(ours, ours)

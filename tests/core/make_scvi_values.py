@@ -1,10 +1,9 @@
 """Makes tests/core/scvi_values.json: scvi-tools' log_nb_positive and log_zinb_positive on random inputs, in float64.
 
-    python make_scvi_values.py            where scvi-tools is installed
-    python make_scvi_values.py FILE.whl   its wheel (pip download --no-deps scvi-tools): of all that the package
-                                                imports, these two functions need torch alone
+Run `python make_scvi_values.py` where scvi-tools is installed, or `python make_scvi_values.py FILE.whl` with its wheel
+(pip download --no-deps scvi-tools), because these two functions need only torch.
 
-Both with their default eps of 1e-8, which moves the result, and with one that does not.
+Both are evaluated with their default eps of 1e-8, which changes the result, and with one that does not.
 """
 
 import importlib

@@ -1,10 +1,10 @@
-"""The likelihood of PixelCNN++ step by step as it is published, in float64, and the stored values that it gave.
+"""The likelihood of PixelCNN++, step by step as published, in float64, and the stored values that it gave.
 
-`python published_logistics.py` writes published_logistics.json: inputs at random and at hard points, the negative
-log-likelihood of each row, and the gradient of their sum. test_discretized.py holds every backend to them.
+`python published_logistics.py` writes published_logistics.json: random and difficult inputs, the negative
+log-likelihood of each row, and the gradient of their sum. test_discretized.py compares every backend with them.
 
-The steps are those of Salimans et al. 2017, section 2 and the appendix on its code; a difference of two sigmoids, whose
-logarithm is taken where it exceeds 1e-5, and else the logarithm of the density in the middle of the bin.
+The steps are those of Salimans et al. 2017, section 2 and the appendix on its code: the logarithm of a difference of
+two sigmoids if it exceeds 1e-5, and otherwise the logarithm of the density in the middle of the bin.
 """
 
 import json
@@ -18,7 +18,7 @@ STORED = Path(__file__).with_suffix(".json")
 
 
 def log_probabilities(x: Tensor, means: Tensor, log_scales: Tensor, levels: int = 255) -> Tensor:
-    """Of x in [-1, 1], elementwise."""
+    """The log-probability of x in [-1, 1], elementwise."""
     log_scales = torch.clamp(log_scales, min=-7.0)
     centered = x - means
     inv_stdv = torch.exp(-log_scales)
@@ -36,13 +36,13 @@ def log_probabilities(x: Tensor, means: Tensor, log_scales: Tensor, levels: int 
 
 
 def logistic(params: Tensor, target: Tensor) -> Tensor:
-    """(B,) for params (B, 2C, P) and levels (B, C, P)."""
+    """The nll (B,) for params (B, 2C, P) and levels (B, C, P)."""
     means, log_scales = params.chunk(2, dim=1)
     return -log_probabilities(target.to(params.dtype) / 127.5 - 1, means, log_scales).sum((1, 2))
 
 
 def mixture(params: Tensor, target: Tensor, nr_mix: int) -> Tensor:
-    """(B,) for params (B, 10 K, P) or (B, 3 K, P) and levels (B, C, P)."""
+    """The nll (B,) for params (B, 10 K, P) or (B, 3 K, P) and levels (B, C, P)."""
     batch, channels, pixels = target.shape
     logits, rest = params[:, :nr_mix], params[:, nr_mix:].reshape(batch, channels, -1, pixels)
     means, log_scales = rest[:, :, :nr_mix], rest[:, :, nr_mix : 2 * nr_mix]
@@ -57,7 +57,7 @@ def mixture(params: Tensor, target: Tensor, nr_mix: int) -> Tensor:
 
 
 def _hard(planes: int, channels: int) -> tuple[Tensor, Tensor]:
-    """Levels at and beside the edges, and scales and means that make masses tiny, or all there is."""
+    """Levels at and near the edges, with scales and means for which a bin has a tiny mass or nearly all of it."""
     levels = torch.tensor([0, 1, 127, 128, 254, 255])
     target = torch.stack([levels.roll(c) for c in range(channels)]).expand(8, -1, -1)
     shift = torch.tensor([-9.0, -5.0, -1.0, 3.0, 0.0, 1.5, -7.0, 6.0])
@@ -73,7 +73,7 @@ def cases() -> dict[str, tuple[int, Tensor, Tensor]]:
         random = torch.randn(4, planes, 6), torch.randint(0, 256, (4, channels, 6))
         made[f"{name}, random"] = (components, *random)
         made[f"{name}, hard"] = (components, *_hard(planes, channels))
-    # Three decimals: what is stored is what was computed with.
+    # Rounded to three decimals, so that the stored inputs are exactly those of the computation.
     return {
         name: (k, (params.double() * 1000).round() / 1000, target.to(torch.uint8))
         for name, (k, params, target) in made.items()

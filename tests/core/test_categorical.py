@@ -1,4 +1,4 @@
-"""The categorical likelihood: values, gradients, padding, errors, and the contracts of every op."""
+"""The categorical likelihood: values, gradients, padding, errors, and the requirements for every op."""
 
 import hashlib
 import math
@@ -21,7 +21,7 @@ from fastvae.likelihoods import Categorical
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 VALUE = {torch.float32: 5e-6, torch.bfloat16: 5e-6, torch.float16: 5e-6, torch.float64: 1e-13}
 GRADIENT = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float64: 1e-13}
-# 1024 elements is the block of the CPU kernel, 16 its widest vector.
+# The block of the CPU kernel is 1024 elements, and its widest vector 16.
 SHAPES = (
     (1, 1),
     (3, 1),
@@ -46,7 +46,7 @@ def data(shape: tuple[int, ...], dtype: torch.dtype, ignored: int = -100) -> tup
 
 
 def exact(logits: Tensor, target: Tensor, ignored: int = -100) -> Tensor:
-    """By torch, in float64."""
+    """The loss in float64, computed by torch."""
     each = F.cross_entropy(
         logits.double().flatten(0, -2), target.flatten(), reduction="none", ignore_index=ignored
     )
@@ -86,7 +86,7 @@ def test_equals_cross_entropy(backend: str, shape: tuple[int, ...], dtype: torch
 
 
 HARD = (
-    # The target's logit is the first.
+    # The target's logit is the first one.
     (30.0, 0.0, -1.0),
     (50.0, 0.0, 1.0),
     (-30.0, 0.0, 1.0),
@@ -101,8 +101,10 @@ HARD = (
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("logits", HARD, ids=str)
-def test_hard_points(native: None, logits: tuple[float, ...], dtype: torch.dtype) -> None:
-    """Against 60 digits: a sure prediction keeps its nll, and p - 1 its digits."""
+def test_nll_at_extreme_logits_equals_60_digits(
+    native: None, logits: tuple[float, ...], dtype: torch.dtype
+) -> None:
+    """Compared with 60 digits: a confident prediction keeps the digits of its nll and of p - 1."""
     mpmath.mp.dps = 60
     a = torch.tensor([logits]).to(dtype)
     values = [mpmath.mpf(x) if math.isfinite(x) else mpmath.mpf("-inf") for x in a.double()[0].tolist()]
@@ -115,13 +117,13 @@ def test_hard_points(native: None, logits: tuple[float, ...], dtype: torch.dtype
     (gradient,) = torch.autograd.grad(nll, leaf, torch.ones_like(nll))
     rtol = 1e-13 if dtype == torch.float64 else 2e-6
     assert nll.item() == pytest.approx(want, rel=rtol, abs=1e-37)
-    # A slope below the smallest normal number of its type has no digits, and expf of less than -87 is 0.
+    # A slope below the smallest normal number of its dtype has no digits, and expf of less than -87 is 0.
     smallest = {torch.float16: 2.0**-24, torch.float64: 1e-300}.get(dtype, 1e-37)
     coarse = {torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float32: 5e-6}.get(dtype, 1e-13)
     assert gradient[0].tolist() == pytest.approx(slopes, rel=coarse, abs=smallest)
 
 
-def test_no_fewer_digits_than_eager(native: None) -> None:
+def test_nll_is_at_least_as_accurate_as_eager(native: None) -> None:
     logits, target = data((64, 9, 3000), torch.float32)
     logits = 4 * logits
     want = exact(logits, target)
@@ -132,9 +134,9 @@ def test_no_fewer_digits_than_eager(native: None) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ignored", [-100, 0, 3, -1], ids=str)
-def test_ignored_positions(backend: str, ignored: int, dtype: torch.dtype) -> None:
+def test_ignored_positions_add_nothing(backend: str, ignored: int, dtype: torch.dtype) -> None:
     logits, target = data((4, 6, 11), dtype, ignored)
-    target[2] = ignored  # a whole row
+    target[2] = ignored  # ignores a whole row
     leaf = logits.requires_grad_()
     nll = functional.categorical_nll(leaf, target, ignore_index=ignored)
     (gradient,) = torch.autograd.grad(nll.sum(), leaf)
@@ -159,7 +161,7 @@ def test_ignored_positions_are_not_read(native: None) -> None:
 @pytest.mark.parametrize("place", [0, 18, 36, 1500])
 @pytest.mark.parametrize("at_target", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_not_finite_stays_in_its_row(
+def test_nan_and_inf_affect_only_their_row(
     backend: str, place: int, at_target: bool, value: float, dtype: torch.dtype
 ) -> None:
     logits = torch.randn(3, 2, 1501).to(dtype)
@@ -174,13 +176,13 @@ def test_what_is_not_finite_stays_in_its_row(
     assert gradient[1, 1].isnan().any()
 
 
-def test_a_row_of_nothing_but_minus_infinity(backend: str) -> None:
+def test_row_of_minus_infinity_gives_nan(backend: str) -> None:
     nll = functional.categorical_nll(torch.full((1, 1, 5), -math.inf), torch.zeros(1, 1).long())
     assert nll.isnan().all()
 
 
-def test_masked_classes(backend: str) -> None:
-    """Logits of -inf take classes away; a target among them is impossible."""
+def test_masked_classes_have_no_gradient(backend: str) -> None:
+    """Logits of -inf exclude classes. A target that is excluded is impossible."""
     logits = torch.randn(2, 30, requires_grad=True)
     masked = logits.masked_fill(torch.arange(30) % 2 == 1, -math.inf)
     nll = functional.categorical_nll(masked, torch.tensor([4, 6]))
@@ -219,10 +221,10 @@ def layouts(logits: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "layout", ["transposed", "time first", "part of a longer one", "every other class", "expanded"]
 )
-def test_layouts(backend: str, layout: str) -> None:
+def test_layouts_equal_contiguous(backend: str, layout: str) -> None:
     logits, target = data((3, 4, 1100), torch.float32)
     strided = layouts(logits)[layout].detach().requires_grad_()
-    columns = torch.stack((target, target + 1), -1)[..., 0]  # strided too
+    columns = torch.stack((target, target + 1), -1)[..., 0]  # also strided
     nll = functional.categorical_nll(strided, columns)
     (gradient,) = torch.autograd.grad(nll.sum(), strided)
     plain = strided.detach().contiguous().requires_grad_()
@@ -231,8 +233,8 @@ def test_layouts(backend: str, layout: str) -> None:
     torch.testing.assert_close(gradient, torch.autograd.grad(want.sum(), plain)[0], rtol=1e-4, atol=1e-6)
 
 
-def test_an_image_of_256_classes(backend: str) -> None:
-    """(B, C, H, W, 256), and logits in channels_last order, whose gradient comes contiguous."""
+def test_image_with_256_classes_equals_cross_entropy(backend: str) -> None:
+    """(B, C, H, W, 256), also with logits in channels_last order, whose gradient is contiguous."""
     logits = torch.randn(2, 9, 4, 4).to(memory_format=torch.channels_last)
     target = torch.randint(0, 4, (2, 9, 4))
     leaf = logits.requires_grad_()
@@ -256,7 +258,7 @@ def posterior(rows: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("objective", ["loss", "scaled", "nll", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_elbo(backend: str, objective: str, reduction: str, dtype: torch.dtype) -> None:
+def test_elbo_equals_the_formula(backend: str, objective: str, reduction: str, dtype: torch.dtype) -> None:
     logits, target = data((5, 3, 12), dtype)
     weights = torch.tensor([0.5, -2.0, 1.0, 0.0, 3.0])
 
@@ -287,7 +289,7 @@ def test_elbo(backend: str, objective: str, reduction: str, dtype: torch.dtype) 
             torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance / 10)
 
 
-def test_kept_graph_and_accumulation(native: None) -> None:
+def test_kept_graph_accumulates_gradients(native: None) -> None:
     logits, target = data((4, 3, 50), torch.float32)
     leaf = logits.requires_grad_()
     loss = fastvae.ELBO("categorical")(leaf, target, kl=torch.zeros(4)).loss
@@ -297,7 +299,7 @@ def test_kept_graph_and_accumulation(native: None) -> None:
     assert first.data_ptr() != again.data_ptr()
 
 
-def test_checkpoint_and_hooks(native: None) -> None:
+def test_checkpoint_and_hooks_give_the_same_gradients(native: None) -> None:
     logits, target = data((4, 3, 50), torch.float32)
     leaf = logits.requires_grad_()
     want = torch.autograd.grad(functional.categorical_nll(2 * leaf, target).sum(), leaf)[0]
@@ -305,7 +307,7 @@ def test_checkpoint_and_hooks(native: None) -> None:
     assert torch.equal(torch.autograd.grad(nll.sum(), leaf)[0], want)
 
 
-def test_second_derivatives(native: None) -> None:
+def test_second_derivative_raises(native: None) -> None:
     logits, target = data((2, 3, 5), torch.float64)
     leaf = logits.requires_grad_()
     (first,) = torch.autograd.grad(functional.categorical_nll(leaf, target).sum(), leaf, create_graph=True)
@@ -315,7 +317,7 @@ def test_second_derivatives(native: None) -> None:
 
 
 def test_every_element_is_written(native: None) -> None:
-    """This mode fills fresh memory with NaN."""
+    """This mode fills new memory with NaN."""
     logits, target = data((4, 30, 700), torch.float32)
     torch.use_deterministic_algorithms(True)
     try:
@@ -329,7 +331,9 @@ def test_every_element_is_written(native: None) -> None:
 
 @pytest.mark.parametrize("shape", [(4, 30, 3000), (200, 7), (1, 1, 100_000)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_any_thread_count(native: None, threads: None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_same_bits_at_any_thread_count(
+    native: None, threads: None, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     logits, target = data(shape, dtype)
 
     def run() -> list[Tensor]:
@@ -362,12 +366,12 @@ for shape in ((5, 3), (2, 3, 1029), (7, 2, 130)):
 """
 
 
-def test_instruction_sets(on_capability: Callable[[str], str]) -> None:
+def test_every_instruction_set_gives_the_same_results(on_capability: Callable[[str], str]) -> None:
     on_capability(ON_CAPABILITY)
 
 
-def test_nothing_but_the_gradient_is_allocated(native: None) -> None:
-    """Of the logits' size: one tensor with a gradient, none without."""
+def test_only_the_gradient_is_allocated(native: None) -> None:
+    """Counts tensors of the logits' size: one with a gradient, none without."""
     logits, target = data((8, 16, 1000), torch.float32)
 
     def largest(run: Callable[[], Any]) -> list[int]:
@@ -380,7 +384,7 @@ def test_nothing_but_the_gradient_is_allocated(native: None) -> None:
     assert largest(lambda: functional.categorical_nll(logits, target)) == []
     leaf = logits.requires_grad_()
     loss = functional.categorical_nll(leaf, target).sum()
-    assert largest(loss.backward) == []  # made in the forward; scaled by 1: nothing to do
+    assert largest(loss.backward) == []  # created in the forward; scaling by 1 does nothing
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,7 +392,7 @@ def test_nothing_but_the_gradient_is_allocated(native: None) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_one_graph(native: None) -> None:
+def test_compiled_elbo_is_one_graph(native: None) -> None:
     torch._dynamo.reset()
     elbo, counter = fastvae.ELBO("categorical", free_bits=0.5), CompileCounterWithBackend("aot_eager")
 
@@ -424,7 +428,7 @@ def test_opcheck(native: None, dtype: torch.dtype, order: torch.memory_format) -
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What does not fit
+# Wrong inputs
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOGITS, TARGET = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
@@ -458,14 +462,16 @@ LOGITS, TARGET = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
         ),
     ],
 )
-def test_messages(backend: str, arguments: tuple[Any, Any], kind: type[Exception], said: str) -> None:
+def test_wrong_inputs_raise(
+    backend: str, arguments: tuple[Any, Any], kind: type[Exception], said: str
+) -> None:
     with pytest.raises(kind, match=said) as caught:
         functional.categorical_nll(*arguments)
     assert str(caught.value).startswith("fastvae.categorical_nll: ")
     assert "\n" not in str(caught.value)
 
 
-def test_messages_of_the_elbo(backend: str) -> None:
+def test_elbo_with_wrong_inputs_raises(backend: str) -> None:
     elbo = fastvae.ELBO("categorical")
     with pytest.raises(ValueError, match=r"^fastvae\.ELBO: `x` must be from 0 to 4, .* got 7$"):
         elbo(LOGITS, TARGET + 7, kl=torch.zeros(2))
@@ -474,7 +480,7 @@ def test_messages_of_the_elbo(backend: str) -> None:
 
 
 @pytest.mark.parametrize("index", [1.5, "pad", None, True])
-def test_ignore_index_is_an_int(index: Any) -> None:
+def test_ignore_index_of_another_type_raises(index: Any) -> None:
     for make in (
         lambda: Categorical(index),
         lambda: functional.categorical_nll(LOGITS, TARGET, ignore_index=index),
@@ -485,8 +491,8 @@ def test_ignore_index_is_an_int(index: Any) -> None:
         Categorical(2**60)
 
 
-def test_the_op_trusts_no_class_number(native: None) -> None:
-    """Whoever calls the op itself must not read beyond the logits."""
+def test_op_with_an_invalid_class_raises(native: None) -> None:
+    """A direct call of the op must not read beyond the logits."""
     for number in (5, -1, 2**40):
         with pytest.raises(ValueError, match=f"from 0 to 4.*got {number}"):
             torch.ops.fastvae.nll("categorical", [LOGITS], TARGET + number, [-100.0], None, None, 0)
@@ -497,7 +503,7 @@ def test_the_op_trusts_no_class_number(native: None) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_module() -> None:
+def test_module_has_nll_mean_and_sample() -> None:
     logits = torch.randn(3, 4, 6)
     likelihood = Categorical()
     mean = likelihood.mean(logits)
@@ -512,7 +518,7 @@ def test_module() -> None:
     assert torch.equal(likelihood.nll(logits, target), functional.categorical_nll(logits, target))
 
 
-def test_samples_have_the_shares_of_the_mean() -> None:
+def test_sample_frequencies_equal_the_mean() -> None:
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0]])
     drawn = Categorical().sample(logits.expand(20_000, 4), torch.Generator().manual_seed(0))
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
@@ -520,7 +526,7 @@ def test_samples_have_the_shares_of_the_mean() -> None:
 
 
 @pytest.mark.parametrize("backend_name", ["native", "reference"])
-def test_same_bits_in_every_call(backend_name: str) -> None:
+def test_repeated_calls_give_the_same_bits(backend_name: str) -> None:
     logits, target = data((6, 5, 2000), torch.float32)
     with fastvae.use_backend(backend_name):
         digests = {
@@ -530,7 +536,7 @@ def test_same_bits_in_every_call(backend_name: str) -> None:
     assert len(digests) == 1
 
 
-def test_the_reference_serves_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_kernel_warns_and_uses_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*arguments: Any) -> Any:
         raise AssertionError("this backend has no such kernel")
 

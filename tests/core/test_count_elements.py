@@ -1,6 +1,6 @@
-"""Counts by their mean: the value of each element, `eps` beside the mean, fractions, and the Poisson by its rate.
+"""Counts by their mean: the value of each element, `eps`, fractional counts, and the Poisson by its rate.
 
-What a row gives is tested in test_counts.py; here are the elements, and what is theirs alone.
+test_counts.py tests the values of rows; this file tests those of elements, and what is specific to them.
 """
 
 import math
@@ -43,7 +43,7 @@ def call(
 def make(
     form: str, rows: int = 5, genes: int = 37, dtype: torch.dtype = torch.float32, shared: bool = True
 ) -> Inputs:
-    """Inputs of a row: most counts are 0, some are fractions."""
+    """The inputs of a variant. Most counts are 0, and some are fractions."""
     shape = (rows, genes)
     counts = torch.poisson(torch.exp(1.5 * torch.randn(shape))) * (torch.rand(shape) > 0.7)
     counts += 0.25 * (torch.rand(shape) > 0.9)
@@ -78,7 +78,7 @@ EPS = 1e-8
 
 @cache
 def exact(form: str, t: float, mean: float, theta: float, pi: float, eps: float) -> tuple[Any, list[Any]]:
-    """Value and derivatives of an element, by the formula, to 50 digits less what cancels."""
+    """Value and derivatives of an element by the formula, in 50 digits minus those lost by cancellation."""
     with mpmath.workdps(80):
         m = mpmath.mpf(mean) + mpmath.mpf(eps)
         t, theta, pi = map(mpmath.mpf, (t, theta, pi))
@@ -107,8 +107,8 @@ def exact(form: str, t: float, mean: float, theta: float, pi: float, eps: float)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shared", [True, False], ids=["gene", "gene-cell"])
 @pytest.mark.parametrize("reduction", ["none", "event"])
-def test_formula_to_50_digits(form: str, shared: bool, reduction: str, backend: str) -> None:
-    """In float32, over all that single-cell models reach: the formula at mean + eps."""
+def test_formula_has_50_digits(form: str, shared: bool, reduction: str, backend: str) -> None:
+    """In float32, over the range of single-cell models, compared with the formula at mean + eps."""
     points = list(product(COUNTS, MEANS, THETAS if form != POISSON else (1.0,)))
     t, mean, theta = torch.tensor(points).T.contiguous().unsqueeze(1)
     pi = torch.linspace(-30, 8, len(points)).unsqueeze(0)[:, torch.randperm(len(points))]
@@ -119,7 +119,7 @@ def test_formula_to_50_digits(form: str, shared: bool, reduction: str, backend: 
         "zi_logits": pi,
     }
     inputs = {name: columns[name].clone() for name in NAMES[form]} | {"target": t}
-    if reduction == "event":  # a row for each point
+    if reduction == "event":  # one row per point
         inputs = {name: x.reshape(-1, 1) for name, x in inputs.items()}
     inputs = {name: x.requires_grad_(name != "target") for name, x in inputs.items()}
     value = call(form, reduction=reduction, eps=EPS, **inputs)
@@ -132,7 +132,7 @@ def test_formula_to_50_digits(form: str, shared: bool, reduction: str, backend: 
         slopes = torch.tensor([float(slopes[place]) for _, slopes in want], dtype=torch.float64)
         error = found[name].double().flatten() - slopes
         assert error.norm() <= 1e-5 * slopes.norm(), name
-        # Each for itself: near its zero a slope keeps the digits of its terms.
+        # The elements are checked one by one. Near its zero, a slope keeps the absolute accuracy of its terms.
         terms = {"inverse_dispersion": values.abs() / theta[0] + 1e-5}.get(name, 1 + t[0] / (mean[0] + EPS))
         assert (error.abs() <= 1e-5 * slopes.abs() + 1e-6 * terms).all(), name
 
@@ -141,7 +141,7 @@ def test_formula_to_50_digits(form: str, shared: bool, reduction: str, backend: 
 @pytest.mark.parametrize("shared", [True, False], ids=["gene", "gene-cell"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", [(5, 37), (1, 1), (2, 1025), (9, 16), (40, 5), (0, 4), (4, 0)], ids=str)
-def test_values_and_gradients(
+def test_values_and_gradients_equal_the_formula(
     form: str, shared: bool, dtype: torch.dtype, shape: tuple[int, int], backend: str
 ) -> None:
     inputs = make(form, *shape, dtype=dtype, shared=shared)
@@ -163,7 +163,7 @@ def test_values_and_gradients(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_elements_add_up_to_rows(form: str, backend: str) -> None:
+def test_elements_sum_to_rows(form: str, backend: str) -> None:
     inputs = make(form, 6, 1300)
     elements, rows = call(form, **inputs), call(form, reduction="event", **inputs)
     close(elements.sum(1), rows, 1e-6)
@@ -177,7 +177,7 @@ def test_elements_add_up_to_rows(form: str, backend: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("reduction", ["none", "event"])
 def test_eps_is_added_to_the_mean(form: str, reduction: str, backend: str) -> None:
-    """To any mean the same; to one of 0 where a count was, too."""
+    """The same for any mean, including 0 with a positive count."""
     inputs = make(form, dtype=torch.float64)
     name = NAMES[form][0]
     moved = inputs | {name: (inputs[name].detach() + 0.75).requires_grad_()}
@@ -198,7 +198,7 @@ def test_eps_is_added_to_the_mean(form: str, reduction: str, backend: str) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("reduction", ["none", "event"])
-def test_ends_of_the_rate(dtype: torch.dtype, reduction: str, backend: str) -> None:
+def test_rate_at_its_ends_gives_the_limit(dtype: torch.dtype, reduction: str, backend: str) -> None:
     inf, nan = math.inf, math.nan
     smallest = torch.finfo(dtype).tiny / 1024
     points = [
@@ -219,8 +219,8 @@ def test_ends_of_the_rate(dtype: torch.dtype, reduction: str, backend: str) -> N
 
 
 @pytest.mark.parametrize("form", [NB, ZINB])
-def test_what_scvi_tools_computes_with_its_eps(form: str, backend: str) -> None:
-    """Its formula, whose eps stands in logarithms, in float64: at mean + 1e-8 it is the same but for 1e-7."""
+def test_nll_equals_scvi_tools_with_its_eps(form: str, backend: str) -> None:
+    """Its formula has eps in the logarithms. In float64, the value at mean + 1e-8 differs from it by only 1e-7."""
     inputs = {name: x.detach() for name, x in make(form, 30, 200, torch.float64).items()}
     inputs["mean"][:, ::7] = 0
     mu, theta, x = inputs["mean"], inputs["inverse_dispersion"], inputs["target"]
@@ -246,7 +246,7 @@ def test_what_scvi_tools_computes_with_its_eps(form: str, backend: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.int64], ids=str)
-def test_integer_targets(form: str, dtype: torch.dtype, backend: str) -> None:
+def test_integer_targets_are_not_scaled(form: str, dtype: torch.dtype, backend: str) -> None:
     inputs = make(form)
     inputs["target"] = inputs["target"].floor().clamp(max=255)
     expected = call(form, **inputs)
@@ -256,7 +256,7 @@ def test_integer_targets(form: str, dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_strides(form: str, backend: str) -> None:
+def test_strided_inputs_equal_contiguous(form: str, backend: str) -> None:
     inputs = make(form, 4, 9, shared=False)
     lead = NAMES[form][0]
     weights = 0.5 + torch.rand(4, 9)
@@ -272,8 +272,8 @@ def test_strides(form: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("form", [NB, ZINB])
-def test_a_dispersion_that_was_expanded(form: str, backend: str) -> None:
-    """(B, G) with stride 0 is (B, G): its gradient reaches (G,) by autograd's own sum."""
+def test_expanded_dispersion_gets_a_summed_gradient(form: str, backend: str) -> None:
+    """(B, G) with stride 0 is treated as (B, G). Autograd's own sum computes its gradient for (G,)."""
     inputs = make(form, 12, 40)
     expanded = inputs | {"inverse_dispersion": inputs["inverse_dispersion"].expand(12, 40)}
     value, expected = call(form, **expanded), call(form, **inputs)
@@ -285,7 +285,7 @@ def test_a_dispersion_that_was_expanded(form: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(6,), (3, 2, 4, 5), (2, 3, 1, 2, 2)], ids=str)
-def test_poisson_of_any_shape(shape: tuple[int, ...], backend: str) -> None:
+def test_poisson_accepts_any_shape(shape: tuple[int, ...], backend: str) -> None:
     rate = torch.rand(shape).requires_grad_()
     target = torch.poisson(3 * torch.rand(shape))
     value = call(POISSON, rate=rate, target=target)
@@ -307,7 +307,7 @@ def slope_of(rate: Tensor, target: Tensor, weights: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
-def test_float32_dispersion_beside_half_outputs(half: torch.dtype, backend: str) -> None:
+def test_float32_dispersion_with_half_outputs_is_accepted(half: torch.dtype, backend: str) -> None:
     inputs = make(ZINB, dtype=half)
     inputs["inverse_dispersion"] = inputs["inverse_dispersion"].detach().float().requires_grad_()
     weights = torch.rand(5, 37)
@@ -322,7 +322,7 @@ def test_float32_dispersion_beside_half_outputs(half: torch.dtype, backend: str)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("where", ["lead", "inverse_dispersion", "zi_logits", "target"])
 @pytest.mark.parametrize("count", [0.0, 3.0])
-def test_nan_stays_in_its_element(form: str, where: str, count: float, backend: str) -> None:
+def test_nan_affects_only_its_element(form: str, where: str, count: float, backend: str) -> None:
     name = NAMES[form][0] if where == "lead" else where
     inputs = make(form, 6, 40, shared=False)
     if name not in inputs:
@@ -342,7 +342,7 @@ ONES = torch.ones(2, 3)
 
 
 @pytest.mark.parametrize("reduction", ["none", "event"])
-def test_validate_takes_a_mean_of_0_where_eps_is_added(reduction: str, backend: str) -> None:
+def test_validate_with_eps_accepts_a_mean_of_0(reduction: str, backend: str) -> None:
     zeros = torch.zeros(2, 3)
     functional.negative_binomial_nll(zeros, ONES, ONES, eps=1e-8, reduction=reduction, validate=True)
     functional.poisson_rate_nll(zeros, ONES, reduction=reduction, validate=True)
@@ -360,10 +360,10 @@ def test_validate_takes_a_mean_of_0_where_eps_is_added(reduction: str, backend: 
 @pytest.mark.parametrize("grad", ["of each row", "of all", "of each gene", "transposed", "one"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kept", [False, True], ids=["freed", "kept"])
-def test_a_gradient_is_read_as_it_lies(
+def test_grad_output_of_any_layout_is_accepted(
     form: str, shared: bool, grad: str, dtype: torch.dtype, kept: bool, backend: str
 ) -> None:
-    """`values.sum(1)` and `values.mean()` bring expanded ones."""
+    """`values.sum(1)` and `values.mean()` give expanded gradients."""
     inputs = make(form, 20, 33, dtype, shared)
     weights = {
         "of each row": (0.5 + torch.rand(20, 1)).expand(20, 33),
@@ -382,7 +382,7 @@ def test_a_gradient_is_read_as_it_lies(
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shared", [True, False], ids=["gene", "gene-cell"])
-def test_kept_graph(form: str, shared: bool, backend: str) -> None:
+def test_kept_graph_gives_the_same_gradient_twice(form: str, shared: bool, backend: str) -> None:
     inputs = make(form, shared=shared)
     before = [(x.detach().clone(), x._version) for x in inputs.values()]
     leaves = [inputs[name] for name in NAMES[form]]
@@ -401,7 +401,7 @@ def test_kept_graph(form: str, shared: bool, backend: str) -> None:
 
 @pytest.mark.parametrize("wanted", NAMES[ZINB])
 @pytest.mark.parametrize("shared", [True, False], ids=["gene", "gene-cell"])
-def test_only_one_input_requires_a_gradient(wanted: str, shared: bool, backend: str) -> None:
+def test_single_input_gradient_equals_the_formula(wanted: str, shared: bool, backend: str) -> None:
     inputs = {name: x.detach() for name, x in make(ZINB, 12, shared=shared).items()}
     inputs[wanted].requires_grad_()
     weights = 0.5 + torch.rand(12, 37)
@@ -423,8 +423,8 @@ def test_gradcheck(form: str, backend: str) -> None:
         assert torch.autograd.gradgradcheck(values, leaves)
 
 
-def test_log_probabilities_cost_nothing(backend: str) -> None:
-    """A weight of -1 is that of the op."""
+def test_weight_of_minus_1_gives_log_probabilities(backend: str) -> None:
+    """The weight of -1 is an argument of the op."""
     inputs = make(ZINB)
     params = [inputs[name] for name in NAMES[ZINB]]
     log_p = functional.loss.nll_elements(ZINB, params, inputs["target"], (1e-8,), -1.0)
@@ -436,8 +436,8 @@ def test_log_probabilities_cost_nothing(backend: str) -> None:
         assert torch.equal(a, -b)
 
 
-def test_what_is_kept_for_the_backward(native: None) -> None:
-    """A tensor for each parameter that wants a gradient, and nothing where none does."""
+def test_only_requested_derivatives_are_saved(native: None) -> None:
+    """One tensor for each parameter that requires a gradient, and none otherwise."""
     kept: list[int] = []
 
     def keep(x: Tensor) -> Tensor:
@@ -457,7 +457,7 @@ def test_what_is_kept_for_the_backward(native: None) -> None:
     assert kept == []
 
 
-def test_no_second_derivative(backend: str) -> None:
+def test_second_derivative_raises(backend: str) -> None:
     inputs = make(ZINB)
     values = call(ZINB, **inputs)
     (first,) = torch.autograd.grad(values.sum(), inputs["mean"], create_graph=True)
@@ -468,7 +468,7 @@ def test_no_second_derivative(backend: str) -> None:
         torch.autograd.grad(first.sum(), inputs["mean"])
 
 
-def test_no_tangent(native: None) -> None:
+def test_forward_mode_ad_raises(native: None) -> None:
     inputs = {name: x.detach() for name, x in make(NB).items()}
     with torch.autograd.forward_ad.dual_level():
         mean = torch.autograd.forward_ad.make_dual(inputs["mean"], torch.ones(5, 37))
@@ -481,7 +481,7 @@ def test_no_tangent(native: None) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_one_graph_under_compile(form: str, native: None) -> None:
+def test_compiled_call_is_one_graph(form: str, native: None) -> None:
     graphs = 0
 
     def count(module: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
@@ -505,8 +505,8 @@ def test_one_graph_under_compile(form: str, native: None) -> None:
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["gene", "gene-cell"])
-def test_compiled_as_a_whole(shared: bool, native: None) -> None:
-    """The backward is traced, and writes to nothing that it was given."""
+def test_compiled_forward_and_backward_equal_eager(shared: bool, native: None) -> None:
+    """The traced backward does not write to its inputs."""
     inputs = make(ZINB, 6, 11, shared=shared)
     leaves = [inputs[name] for name in NAMES[ZINB]]
 
@@ -535,7 +535,7 @@ def test_same_bits_at_any_thread_count(form: str, grad: str, threads: None, nati
             assert torch.equal(a, b)
 
 
-def test_every_instruction_set(on_capability: Callable[[str], str]) -> None:
+def test_every_instruction_set_gives_the_same_results(on_capability: Callable[[str], str]) -> None:
     script = f"""
 import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
 import itertools, torch, test_count_elements as t
@@ -557,7 +557,7 @@ print("good")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_says_which_rows_give_elements(native: None) -> None:
+def test_spec_lists_the_variants_with_elements(native: None) -> None:
     for name, variant in fastvae._spec.VARIANTS.items():
         assert variant.elements == (name in FORMS)
     with pytest.raises(ValueError, match="no kernel for the elements of bernoulli"):
@@ -566,7 +566,7 @@ def test_the_table_says_which_rows_give_elements(native: None) -> None:
         torch.ops.fastvae.nll_elements("negative_binomial_logits", [ONES, ONES, ONES[:, 0]], ONES, [], 1.0)
 
 
-def test_a_backend_without_the_op_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_without_the_op_warns_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(choose.OPS_LACKING, "nll_elements", (("native", "cpu"),))
     monkeypatch.setattr(choose, "_fallbacks_warned", set())
     inputs = make(NB)

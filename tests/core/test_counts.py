@@ -1,4 +1,4 @@
-"""Negative binomial counts, with and without additional zeros: numbers, gradients, inputs, and what autograd asks."""
+"""Negative binomial counts, with and without additional zeros: accuracy, gradients, inputs, and autograd."""
 
 import json
 import math
@@ -28,7 +28,7 @@ NAMES = {
     NB_RAW: ("logits", "log_dispersion", "library"),
     ZINB_RAW: ("logits", "log_dispersion", "zi_logits", "library"),
 }
-# What a backend is handed besides: the eps of the means.
+# The additional constant of a backend's call: the eps of the means.
 NUMBERS: dict[str, list[float]] = {NB: [0.0], ZINB: [0.0], NB_RAW: [], ZINB_RAW: []}
 Inputs = dict[str, Tensor]
 
@@ -46,7 +46,7 @@ def make(
     shared: bool = True,
     zeros: float = 0.7,
 ) -> Inputs:
-    """Inputs of a row: counts of a few units, most of them 0."""
+    """The inputs of a variant. Counts are small, and most of them are 0."""
     shape = (rows, genes)
     counts = torch.poisson(torch.exp(1.5 * torch.randn(shape))) * (torch.rand(shape) > zeros)
     dispersion = 2 * torch.randn((genes,) if shared else shape)
@@ -64,7 +64,7 @@ def make(
 
 
 def formula(form: str, target: Tensor, **p: Tensor) -> Tensor:
-    """-log p of each element in float64, from scipy."""
+    """-log p of each element in float64, computed by scipy."""
     values = {name: value.detach().double() for name, value in p.items()}
     if form in (NB, ZINB):
         mean, theta = values["mean"], values["inverse_dispersion"]
@@ -95,7 +95,7 @@ def in_float64(inputs: Inputs) -> Inputs:
 
 
 def by_reference(form: str, inputs: Inputs, weights: Tensor | None = None) -> tuple[Tensor, Inputs]:
-    """In float64, from the same numbers."""
+    """Value and gradients in float64, from the same numbers."""
     wide = in_float64(inputs)
     value = call(form, fastvae.reference, **wide)
     return value.detach(), gradients(value, wide, weights)
@@ -121,7 +121,7 @@ SLOPES = {torch.float64: 1e-11, torch.float32: 4e-6, torch.bfloat16: 1e-2, torch
     "shape", [(5, 37), (1, 1), (3, 8), (2, 1025), (9, 16), (40, 5), (0, 4), (4, 0)], ids=str
 )
 @pytest.mark.parametrize("shared", [True, False], ids=["gene", "gene-cell"])
-def test_values_and_gradients(
+def test_values_and_gradients_equal_the_formula(
     form: str, dtype: torch.dtype, shape: tuple[int, int], shared: bool, backend: str
 ) -> None:
     inputs = make(form, *shape, dtype=dtype, shared=shared)
@@ -139,7 +139,7 @@ def test_values_and_gradients(
     for name, gradient in gradients(value, inputs, weights).items():
         assert gradient.dtype == dtype
         assert gradient.shape == inputs[name].shape
-        # Those by the logits sum to 0: of a single gene nothing is left.
+        # The gradients for the logits sum to 0, so for a single gene they are 0.
         close(gradient, expected[name], SLOPES[dtype], 1.0 if name == "logits" else 1e-30)
 
 
@@ -158,7 +158,7 @@ def exact(t: float, mu: float, theta: float, pi: float | None = None) -> Any:
     value = nll(*where)
     slopes = []
     for i, x in enumerate(where):
-        # Of the order of 40 digits: mpmath's own step is half of its precision.
+        # Accurate to about 40 digits, because mpmath's step is half of its precision.
         with mpmath.workdps(110):
             step = max(abs(x), mpmath.mpf(10) ** -8) * mpmath.mpf(10) ** -40
             above, below = list(where), list(where)
@@ -185,8 +185,8 @@ HARD = [
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("pi", [None, -30.0, -1.0, 2.0], ids=lambda pi: "NB" if pi is None else f"pi={pi}")
-def test_fifty_digits(dtype: torch.dtype, pi: float | None, backend: str) -> None:
-    """Inverse dispersions from 1e-4 to 1e8, counts to 1e6: no difference of log Gamma may cancel."""
+def test_nll_equals_50_digits(dtype: torch.dtype, pi: float | None, backend: str) -> None:
+    """Inverse dispersions from 1e-4 to 1e8 and counts up to 1e6, where no difference of log Gamma may cancel."""
     table = torch.tensor(HARD, dtype=torch.float64)
     t, mean, theta = (table[:, i : i + 1].to(dtype) for i in range(3))
     inputs = {"mean": mean, "inverse_dispersion": theta}
@@ -196,13 +196,13 @@ def test_fifty_digits(dtype: torch.dtype, pi: float | None, backend: str) -> Non
     value = call(NB if pi is None else ZINB, **inputs)
     found = gradients(value, inputs)
     for i in range(len(HARD)):
-        # What float32 makes of the point is the point.
+        # The point is rounded to float32 first.
         point = (t[i].item(), mean[i].item(), theta[i].item())
         expected, slopes = exact(*point, *(() if pi is None else (pi,)))
         message = f"count {point[0]}, mean {point[1]}, inverse dispersion {point[2]}"
         tolerance = 1e-6 if dtype == torch.float32 else 2e-11 if backend == "reference" else 1e-12
         assert abs(value[i].item() - expected) <= tolerance * abs(expected), message
-        # Near its zero a slope keeps the digits of its terms.
+        # Near its zero, a slope keeps the absolute accuracy of its terms.
         scales = [point[0] / point[1] + 1, None, 1]
         for name, slope, scale in zip(found, slopes, scales, strict=False):
             floor = 1e-6 * scale if scale else 1e-6 * abs(expected) / point[2]
@@ -214,8 +214,8 @@ def test_fifty_digits(dtype: torch.dtype, pi: float | None, backend: str) -> Non
 
 
 @pytest.mark.parametrize("form", [NB, ZINB])
-def test_sums_to_1(form: str, backend: str) -> None:
-    """Over all counts, for means and dispersions whose tail ends before 20,000."""
+def test_probabilities_sum_to_1(form: str, backend: str) -> None:
+    """The sum over all counts, for means and dispersions whose tail ends before 20,000."""
     for mean, theta in ((0.3, 0.1), (4.0, 2.0), (50.0, 30.0), (100.0, 1e8)):
         counts = torch.arange(20_000, dtype=torch.float64).unsqueeze(1)
         inputs = {"mean": torch.full_like(counts, mean), "inverse_dispersion": torch.full_like(counts, theta)}
@@ -225,7 +225,7 @@ def test_sums_to_1(form: str, backend: str) -> None:
         assert abs(total - 1) < 1e-11
 
 
-def test_what_scvi_tools_computes(backend: str) -> None:
+def test_nll_equals_scvi_tools(backend: str) -> None:
     stored = json.loads(Path(__file__).with_name("scvi_values.json").read_text())
     x, mu, theta, pi = (
         torch.tensor(stored[name], dtype=torch.float64).unsqueeze(1)
@@ -243,7 +243,7 @@ def test_what_scvi_tools_computes(backend: str) -> None:
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=2e-8)
 
 
-def test_torch_distributions(backend: str) -> None:
+def test_nll_equals_torch_distributions(backend: str) -> None:
     inputs = make(NB, dtype=torch.float64)
     mean, theta = inputs["mean"].detach(), inputs["inverse_dispersion"].detach()
     expected = torch.distributions.NegativeBinomial(theta, logits=torch.log(mean / theta)).log_prob(
@@ -256,7 +256,9 @@ def test_torch_distributions(backend: str) -> None:
 @pytest.mark.parametrize("shared", [True, False], ids=["gene", "gene-cell"])
 def test_gradcheck(form: str, shared: bool, backend: str) -> None:
     inputs = make(form, 2, 5, torch.float64, shared)
-    inputs["target"][0, :3] = torch.tensor([9.0, 30.0, 0.0])  # both sides of where Stirling's formula begins
+    inputs["target"][0, :3] = torch.tensor(
+        [9.0, 30.0, 0.0]
+    )  # on both sides of the start of Stirling's formula
     names = NAMES[form]
     with torch.no_grad():
         inputs[names[1]][..., 1] = 40.0 if form in (NB, ZINB) else 4.0
@@ -272,8 +274,8 @@ def test_gradcheck(form: str, shared: bool, backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_extremes(dtype: torch.dtype, backend: str) -> None:
-    """Finite where the answer is."""
+def test_extreme_parameters_give_finite_values(dtype: torch.dtype, backend: str) -> None:
+    """Results are finite wherever the exact ones are."""
     logits = torch.tensor([[0.0, 200.0, -200.0, 1e4, -1e4, 0.0]]).repeat(8, 1).to(dtype)
     target = torch.tensor([[0.0, 1.0, 3.0, 1000.0, 1e6, 0.0]]).repeat(8, 1).to(dtype)
     target[4:] = 0
@@ -289,7 +291,7 @@ def test_extremes(dtype: torch.dtype, backend: str) -> None:
     close(value, call(ZINB_RAW, fastvae.reference, target=target.double(), **in_float64(inputs)), 1e-5)
 
 
-def test_a_large_zero_that_zero_inflation_hardly_explains(backend: str) -> None:
+def test_unlikely_zero_with_little_zero_inflation_is_accurate(backend: str) -> None:
     """exp(pi) and exp(-nll) both underflow."""
     mean = torch.tensor([[3e4, 90.0, 200.0]], requires_grad=True)
     theta = torch.full_like(mean, 1e8, requires_grad=True)
@@ -313,7 +315,7 @@ INTEGERS = (torch.uint8, torch.uint16, torch.int32, torch.int64)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
-def test_integer_targets(form: str, dtype: torch.dtype, sparse: bool, backend: str) -> None:
+def test_integer_targets_are_not_scaled(form: str, dtype: torch.dtype, sparse: bool, backend: str) -> None:
     inputs = make(form)
     inputs["target"] = inputs["target"].clamp(max=255)
     expected = call(form, **inputs)
@@ -330,7 +332,7 @@ def test_integer_targets(form: str, dtype: torch.dtype, sparse: bool, backend: s
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_csr_is_read_like_dense(form: str, dtype: torch.dtype, backend: str) -> None:
+def test_csr_target_equals_dense(form: str, dtype: torch.dtype, backend: str) -> None:
     inputs = make(form, 6, 2100, dtype)
     inputs["target"][2] = 0
     weights = 0.5 + torch.rand(6)
@@ -342,7 +344,7 @@ def test_csr_is_read_like_dense(form: str, dtype: torch.dtype, backend: str) -> 
         assert torch.equal(gradient, by_dense[name])
 
 
-def test_ill_formed_csr_is_refused(native: None) -> None:
+def test_malformed_csr_raises(native: None) -> None:
     inputs = make(NB, 3, 4)
     crow, col = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 4, 1])
     with torch.sparse.check_sparse_tensor_invariants(False):
@@ -355,8 +357,8 @@ def test_ill_formed_csr_is_refused(native: None) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_strides(form: str, backend: str) -> None:
-    """Halves of one tensor, transposed and expanded tensors are read as they are, or rightly copied."""
+def test_strided_inputs_equal_contiguous(form: str, backend: str) -> None:
+    """Halves of one tensor, transposed and expanded tensors are read in place or copied correctly."""
     inputs = make(form, 4, 9)
     lead = NAMES[form][0]
     expected = call(form, **inputs)
@@ -372,7 +374,7 @@ def test_strides(form: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("form", [NB_RAW, ZINB_RAW])
-def test_library_of_shape_b_1(form: str, backend: str) -> None:
+def test_library_of_shape_b_1_is_accepted(form: str, backend: str) -> None:
     inputs = make(form)
     flat = call(form, **inputs)
     column = inputs["library"].detach().unsqueeze(1).requires_grad_()
@@ -384,8 +386,8 @@ def test_library_of_shape_b_1(form: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
-def test_float32_dispersion_beside_half_outputs(half: torch.dtype, backend: str) -> None:
-    """What autocast makes of a model with a learned dispersion."""
+def test_float32_dispersion_with_half_outputs_is_accepted(half: torch.dtype, backend: str) -> None:
+    """The dtypes that autocast gives for a model with a learned dispersion."""
     inputs = make(ZINB_RAW, dtype=half)
     inputs["log_dispersion"] = inputs["log_dispersion"].detach().float().requires_grad_()
     inputs["library"] = inputs["library"].detach().float().requires_grad_()
@@ -448,7 +450,9 @@ ERRORS: list[tuple[str, Callable[[Inputs], Inputs], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize("case", ERRORS, ids=lambda case: case[3])
-def test_errors(case: tuple[str, Callable[[Inputs], Inputs], type[Exception], str], backend: str) -> None:
+def test_wrong_inputs_raise(
+    case: tuple[str, Callable[[Inputs], Inputs], type[Exception], str], backend: str
+) -> None:
     form, change, kind, message = case
     inputs = make(form)
     inputs |= change(inputs)
@@ -458,7 +462,7 @@ def test_errors(case: tuple[str, Callable[[Inputs], Inputs], type[Exception], st
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
 @pytest.mark.parametrize("value", [-1.0, 2.5, math.nan, math.inf], ids=str)
-def test_validate_names_the_first_that_is_no_count(sparse: bool, value: float, backend: str) -> None:
+def test_validate_names_the_first_invalid_count(sparse: bool, value: float, backend: str) -> None:
     inputs = make(NB)
     functional.negative_binomial_nll(**inputs, validate=True)
     inputs["target"][3, 17] = inputs["target"][4, 1] = value
@@ -472,9 +476,7 @@ def test_validate_names_the_first_that_is_no_count(sparse: bool, value: float, b
     [(NB, "mean", 0.0), (ZINB, "inverse_dispersion", -1.0), (ZINB, "zi_logits", math.nan),
      (NB_RAW, "library", 0.0), (ZINB_RAW, "logits", math.inf), (ZINB_RAW, "log_dispersion", math.nan)],
 )  # fmt: skip
-def test_validate_names_a_parameter_out_of_its_domain(
-    form: str, name: str, value: float, backend: str
-) -> None:
+def test_validate_names_the_first_invalid_parameter(form: str, name: str, value: float, backend: str) -> None:
     inputs = make(form)
     inputs[name] = inputs[name].detach().clone()
     inputs[name].view(-1)[2] = value
@@ -492,10 +494,10 @@ def test_validate_names_a_parameter_out_of_its_domain(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("use", ["loss", "nll", "both", "scaled", "twice"])
-def test_every_use_of_the_outputs(
+def test_outputs_used_in_any_way_give_correct_gradients(
     form: str, shared: bool, dtype: torch.dtype, reduction: str, use: str, backend: str
 ) -> None:
-    """A gradient of (G,) is a sum over rows: one factor scales it, several need it anew."""
+    """The gradient of (G,) is a sum over rows. One factor scales it; factors per row require computing it again."""
     inputs = make(form, 20, 33, dtype, shared)
     names = list(NAMES[form])
     before = [x.detach().clone() for x in inputs.values()]
@@ -530,7 +532,7 @@ def test_every_use_of_the_outputs(
 
 
 @pytest.mark.parametrize("wanted", NAMES[ZINB_RAW])
-def test_only_one_input_requires_a_gradient(wanted: str, backend: str) -> None:
+def test_single_input_gradient_equals_the_formula(wanted: str, backend: str) -> None:
     inputs = {name: x.detach() for name, x in make(ZINB_RAW, 12).items()}
     inputs[wanted].requires_grad_()
     weights = 0.5 + torch.rand(12)
@@ -539,7 +541,7 @@ def test_only_one_input_requires_a_gradient(wanted: str, backend: str) -> None:
     close(gradients(value, inputs, weights)[wanted], expected[wanted], 4e-6)
 
 
-def test_kept_graph(backend: str) -> None:
+def test_kept_graph_gives_the_same_gradient_twice(backend: str) -> None:
     inputs = make(NB_RAW)
     loss = call(NB_RAW, **inputs).sum()
     leaves = [inputs[name] for name in NAMES[NB_RAW]]
@@ -551,7 +553,7 @@ def test_kept_graph(backend: str) -> None:
         assert torch.equal(a, c)
 
 
-def test_no_second_derivative(native: None) -> None:
+def test_second_derivative_raises(native: None) -> None:
     inputs = make(ZINB_RAW)
     first = torch.autograd.grad(call(ZINB_RAW, **inputs).sum(), inputs["logits"], create_graph=True)[0]
     with pytest.raises(RuntimeError, match="use_backend"):
@@ -567,7 +569,7 @@ def test_opcheck(form: str, dtype: torch.dtype, shared: bool, sparse: bool, nati
     params, target = [inputs[name] for name in NAMES[form]], inputs["target"]
     if sparse:
         csr = target.to_sparse_csr()
-        # Copies: views of a sparse tensor lead back to it, which the checks cannot make fake.
+        # These are copies, because views of a sparse tensor refer to it, and the checks cannot make a fake of it.
         parts = [part.clone() for part in (csr.crow_indices(), csr.col_indices(), csr.values())]
         params, target = [*params, *parts[:2]], parts[2]
     for reduction in (0, 2):
@@ -582,7 +584,7 @@ def test_opcheck(form: str, dtype: torch.dtype, shared: bool, sparse: bool, nati
     )
 
 
-def test_one_graph_under_compile(native: None) -> None:
+def test_compiled_call_is_one_graph(native: None) -> None:
     graphs = 0
 
     def count(module: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
@@ -630,13 +632,13 @@ def test_same_bits_at_any_thread_count(form: str, threads: None, native: None) -
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("where", ["lead", "zi_logits", "target"])
-def test_nan_stays_in_its_row(form: str, where: str, backend: str) -> None:
+def test_nan_affects_only_its_row(form: str, where: str, backend: str) -> None:
     name = NAMES[form][0] if where == "lead" else where
     inputs = make(form, 6, 40)
     if name not in inputs:
         pytest.skip("no additional zeros")
     with torch.no_grad():
-        inputs["target"][2, 11] = 0  # of other counts the mean's gradient knows nothing of zi_logits
+        inputs["target"][2, 11] = 0  # for other counts, the mean's gradient does not depend on zi_logits
         inputs[name][2, 11] = math.nan
     value = call(form, **inputs)
     assert value[2].isnan()
@@ -647,7 +649,9 @@ def test_nan_stays_in_its_row(form: str, where: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("script_form", [NB, ZINB_RAW])
-def test_every_instruction_set(script_form: str, on_capability: Callable[[str], str]) -> None:
+def test_every_instruction_set_gives_the_same_results(
+    script_form: str, on_capability: Callable[[str], str]
+) -> None:
     script = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch, test_counts as t
@@ -672,7 +676,9 @@ print("good")
 
 @pytest.mark.parametrize("dispersion", ["gene", "gene-cell"])
 @pytest.mark.parametrize("kind", [likelihoods.NegativeBinomial, likelihoods.ZeroInflatedNegativeBinomial])
-def test_modules(kind: type[likelihoods.NegativeBinomial], dispersion: str, backend: str) -> None:
+def test_modules_equal_the_functions(
+    kind: type[likelihoods.NegativeBinomial], dispersion: str, backend: str
+) -> None:
     inflated = kind is likelihoods.ZeroInflatedNegativeBinomial
     inputs = make(ZINB_RAW, 6, 5, shared=False)
     likelihood = kind(5, dispersion)
@@ -703,7 +709,7 @@ def test_modules(kind: type[likelihoods.NegativeBinomial], dispersion: str, back
     assert log_dispersion.grad.abs().sum() > 0
 
 
-def test_samples_have_the_mean_and_the_variance() -> None:
+def test_samples_have_the_right_mean_and_variance() -> None:
     likelihood = likelihoods.ZeroInflatedNegativeBinomial(3)
     with torch.no_grad():
         likelihood.log_dispersion.copy_(torch.tensor([0.0, 1.0, 3.0]))
@@ -726,7 +732,7 @@ def test_samples_have_the_mean_and_the_variance() -> None:
     torch.testing.assert_close(counts.var(0), variance, rtol=0.05, atol=0)
 
 
-def test_module_errors() -> None:
+def test_modules_with_wrong_arguments_raise() -> None:
     with pytest.raises(TypeError, match="`features` must be an int, got float"):
         likelihoods.NegativeBinomial(3.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`features` must be at least 1, got 0"):
@@ -740,7 +746,7 @@ def test_module_errors() -> None:
         fastvae.ELBO(likelihoods.NegativeBinomial(3))(logits, logits, kl=torch.zeros(2))
 
 
-def test_a_backend_without_the_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_without_the_kernel_warns_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fastvae.backends.choose.LIKELIHOODS_LACKING, ("native", "cpu"), (NB,))
     monkeypatch.setattr(fastvae.backends.choose, "_fallbacks_warned", set())
     inputs = make(NB)

@@ -1,4 +1,4 @@
-"""`fastvae.ELBO` and the likelihood modules, as a user calls them."""
+"""`fastvae.ELBO` and the likelihood modules, as users call them."""
 
 import copy
 import math
@@ -32,7 +32,7 @@ def data() -> dict[str, Tensor]:
 
 @pytest.fixture(autouse=True)
 def _warn_again(range_warnings: None) -> None:
-    """What another test was warned of is warned of again."""
+    """Reset the warnings, so that those of other tests are given again."""
 
 
 def textbook_kl(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ REDUCE = {"mean": Tensor.mean, "batchmean": Tensor.mean, "sum": Tensor.sum, "non
 
 @pytest.mark.parametrize("reduction", REDUCE)
 @pytest.mark.parametrize("beta", [1.0, 0.25, 0.0])
-def test_both_call_forms_are_the_tutorials_loss(
+def test_both_call_forms_equal_the_loss_of_tutorials(
     backend: str, data: dict[str, Tensor], reduction: str, beta: float
 ) -> None:
     elbo = fastvae.ELBO("bernoulli", beta=beta, reduction=reduction)
@@ -61,12 +61,12 @@ def test_both_call_forms_are_the_tutorials_loss(
         torch.testing.assert_close(out.nll, bce)
         torch.testing.assert_close(out.kl, wanted_kl)
         torch.testing.assert_close(out.loss, REDUCE[reduction](bce + beta * wanted_kl))
-        torch.testing.assert_close(out.elbo, -(bce + wanted_kl))  # whatever beta is
+        torch.testing.assert_close(out.elbo, -(bce + wanted_kl))  # independent of beta
     assert all(torch.equal(a, b) for a, b in zip(classic, modern, strict=True))
 
 
-def test_the_sum_that_tutorials_write(backend: str, data: dict[str, Tensor]) -> None:
-    """The classic function, sigmoid and all, is a one-line change."""
+def test_reduction_sum_equals_the_loss_of_tutorials(backend: str, data: dict[str, Tensor]) -> None:
+    """The classic loss function, which includes a sigmoid, can be replaced by changing one line."""
     recon, x, mu, logvar = data.values()
 
     def loss_function(recon_x: Tensor) -> Tensor:
@@ -83,15 +83,15 @@ def test_the_sum_that_tutorials_write(backend: str, data: dict[str, Tensor]) -> 
     torch.testing.assert_close(from_probs, wanted)
 
 
-def test_one_row_is_one_datum(backend: str) -> None:
-    """Dimension 0 is the batch; every other is summed, whatever the rank."""
+def test_rows_are_summed_over_all_other_dimensions(backend: str) -> None:
+    """Dimension 0 is the batch; all other dimensions are summed, for any rank."""
     recon, x = torch.zeros(2, 3, 4, 5), torch.ones(2, 3, 4, 5)
     out = fastvae.ELBO("bernoulli")(recon, x, torch.zeros(2, 7, 1), torch.zeros(2, 7, 1))
     torch.testing.assert_close(out.nll, torch.full((2,), 60 * math.log(2)))
     assert torch.equal(out.kl, torch.zeros(2))
 
 
-def test_reparameterize_passes_everything_on(backend: str, data: dict[str, Tensor]) -> None:
+def test_reparameterize_passes_all_arguments_on(backend: str, data: dict[str, Tensor]) -> None:
     mu, logvar = data["mu"], data["logvar"]
     options = {"samples": 3, "seed": torch.tensor([5, 6]), "row_offset": 2}
     ours = fastvae.ELBO("gaussian").reparameterize(mu, logvar, logvar, mu, **options)
@@ -101,8 +101,10 @@ def test_reparameterize_passes_everything_on(backend: str, data: dict[str, Tenso
 
 
 @pytest.mark.parametrize("free_bits", [0.0, 0.25])
-def test_samples_as_rows(backend: str, data: dict[str, Tensor], free_bits: float) -> None:
-    """As `ELBO.reparameterize` documents it: the loss of K samples is the mean of their losses."""
+def test_samples_flattened_to_rows_average_the_loss(
+    backend: str, data: dict[str, Tensor], free_bits: float
+) -> None:
+    """As `ELBO.reparameterize` documents, the loss of K samples is the mean of their losses."""
     x = data["x"].view(B, 3, 4)
     elbo = fastvae.ELBO("bernoulli", free_bits=free_bits)
     z, kl = elbo.reparameterize(data["mu"], data["logvar"], samples=3)
@@ -117,7 +119,7 @@ def test_samples_as_rows(backend: str, data: dict[str, Tensor], free_bits: float
     torch.testing.assert_close(out.loss, each.mean())
 
 
-def test_noise_in_evaluation_too(data: dict[str, Tensor]) -> None:
+def test_reparameterize_in_evaluation_mode_draws_noise(data: dict[str, Tensor]) -> None:
     elbo = fastvae.ELBO("bernoulli").eval()
     first, second = (elbo.reparameterize(data["mu"], data["logvar"])[0] for _ in range(2))
     assert not torch.equal(first, second)
@@ -139,13 +141,13 @@ def test_beta_changes_in_place(backend: str, data: dict[str, Tensor], change) ->
     elbo = fastvae.ELBO("bernoulli", beta=torch.tensor(1.0))
     buffer = elbo.beta
     change(elbo)
-    assert elbo.beta is buffer  # compiled code and CUDA graphs hold on to it
+    assert elbo.beta is buffer  # compiled code and CUDA graphs hold a reference to it
     assert dict(elbo.named_buffers())["beta"] is buffer
     out = elbo(**data)
     torch.testing.assert_close(out.loss, (out.nll + 0.25 * out.kl).mean())
 
 
-def test_beta_is_a_setting_not_a_weight() -> None:
+def test_beta_is_not_in_the_state_dict() -> None:
     elbo = fastvae.ELBO("bernoulli", beta=0.5)
     assert elbo.state_dict() == {}
     assert list(elbo.parameters()) == []
@@ -153,8 +155,8 @@ def test_beta_is_a_setting_not_a_weight() -> None:
     assert elbo.beta.item() == 0.5
 
 
-def test_beta_stays_where_it_is_for_tensors_without_values() -> None:
-    """A call on a GPU moves it (test_cuda.py); one that only asks for shapes must not take its value."""
+def test_beta_does_not_move_for_meta_tensors() -> None:
+    """A call on a GPU moves beta (test_cuda.py); a call that only computes shapes must not."""
     elbo = fastvae.ELBO("gaussian", beta=0.5)
     buffer = elbo.beta
     shapes = ((4, 9), (4, 9), (4, 3), (4, 3))
@@ -166,7 +168,7 @@ def test_beta_stays_where_it_is_for_tensors_without_values() -> None:
     assert buffer.item() == 0.5
 
 
-def test_a_beta_that_moves_stays_the_tensor_that_schedules_fill() -> None:
+def test_moved_beta_is_still_the_same_tensor() -> None:
     elbo = fastvae.ELBO("gaussian")
     held = elbo.beta
     with torch.inference_mode():
@@ -177,10 +179,10 @@ def test_a_beta_that_moves_stays_the_tensor_that_schedules_fill() -> None:
 
 
 @pytest.mark.parametrize("cast", [nn.Module.float, nn.Module.half])
-def test_beta_after_meta_initialisation(cast: Callable[[nn.Module], nn.Module]) -> None:
+def test_beta_after_to_empty_is_reset(cast: Callable[[nn.Module], nn.Module]) -> None:
     with torch.device("meta"):
         elbo = cast(fastvae.ELBO("bernoulli", beta=0.1))
-    elbo.to_empty(device="cpu").beta.fill_(float("nan"))  # what memory holds
+    elbo.to_empty(device="cpu").beta.fill_(float("nan"))  # uninitialised memory
     elbo.reset_parameters()
     torch.testing.assert_close(elbo.beta, torch.tensor(0.1), rtol=0, atol=0)
     elbo.beta = 0.25
@@ -188,7 +190,7 @@ def test_beta_after_meta_initialisation(cast: Callable[[nn.Module], nn.Module]) 
     assert elbo.beta.item() == 0.25
 
 
-def test_a_refused_reduction_changes_nothing() -> None:
+def test_invalid_reduction_changes_nothing() -> None:
     elbo = fastvae.ELBO("bernoulli", reduction="sum")
     with pytest.raises(ValueError, match=r"fastvae\.ELBO: `reduction` must be one of .*, got 'bogus'"):
         elbo.reduction = "bogus"
@@ -208,10 +210,10 @@ def test_a_refused_reduction_changes_nothing() -> None:
     ],
     ids=["half", "bfloat16", "double", "to", "deepcopy", "pickle"],
 )
-def test_beta_keeps_its_digits_in_a_cast(
+def test_casting_the_module_keeps_beta_in_float32(
     backend: str, data: dict[str, Tensor], cast: Callable[[nn.Module], nn.Module], given: float | Tensor
 ) -> None:
-    """Of a whole model, whose other buffers are cast."""
+    """A whole model is cast, and its other buffers are."""
     model = nn.Sequential(nn.Linear(3, 3), fastvae.ELBO("bernoulli"))
     model[1].beta = given
     elbo = cast(model)[1]
@@ -220,7 +222,7 @@ def test_beta_keeps_its_digits_in_a_cast(
     torch.testing.assert_close(out.loss, (out.nll + torch.tensor(0.1) * out.kl).mean(), rtol=1e-6, atol=0)
 
 
-def test_a_beta_cast_by_hand_still_serves(backend: str, data: dict[str, Tensor]) -> None:
+def test_beta_of_another_dtype_is_accepted(backend: str, data: dict[str, Tensor]) -> None:
     elbo = fastvae.ELBO("bernoulli")
     elbo.register_buffer("beta", torch.tensor(0.5, dtype=torch.float16), persistent=False)
     out = elbo(**data)
@@ -228,7 +230,7 @@ def test_a_beta_cast_by_hand_still_serves(backend: str, data: dict[str, Tensor])
     torch.testing.assert_close(out.loss, (out.nll + 0.5 * out.kl).mean())
 
 
-def test_repr_tells_the_settings() -> None:
+def test_repr_shows_the_settings() -> None:
     text = repr(fastvae.ELBO(Gaussian("learned"), beta=0.5, reduction="sum"))
     assert "beta=0.5, reduction='sum'" in text
     assert "Gaussian(scale='learned')" in text
@@ -237,15 +239,15 @@ def test_repr_tells_the_settings() -> None:
 # --- Likelihoods ------------------------------------------------------------------------------------------------------
 
 
-def test_the_likelihood_is_a_submodule() -> None:
+def test_likelihood_is_a_submodule() -> None:
     elbo = fastvae.ELBO(Gaussian("learned"))
     assert isinstance(elbo.likelihood, Gaussian)
     assert [name for name, _ in elbo.named_parameters()] == ["likelihood.logvar"]
     assert list(elbo.state_dict()) == ["likelihood.logvar"]
 
 
-def test_a_learned_scale_finds_the_variance(backend: str) -> None:
-    """Trained through elbo.parameters(), log sigma^2 comes to the mean squared error: the best there is."""
+def test_learned_scale_converges_to_the_variance(backend: str) -> None:
+    """Trained with elbo.parameters(), log sigma^2 converges to the logarithm of the mean squared error, the optimum."""
     elbo = fastvae.ELBO(Gaussian("learned"))
     optimiser = torch.optim.Adam(elbo.parameters(), lr=0.1)
     x = 0.3 * torch.randn(50, D)
@@ -268,7 +270,9 @@ MODULES = {
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_likelihood_modules(backend: str, name: str, data: dict[str, Tensor]) -> None:
+def test_likelihood_modules_have_nll_mean_and_sample(
+    backend: str, name: str, data: dict[str, Tensor]
+) -> None:
     likelihood, params, mean, factor = MODULES[name]
     assert likelihood.channels(3) == 3 * factor
     torch.testing.assert_close(likelihood.mean(params), mean)
@@ -294,8 +298,8 @@ SCALES = {
 
 
 @pytest.mark.parametrize("name", SCALES)
-def test_gaussians_are_those_of_torch(backend: str, name: str, data: dict[str, Tensor]) -> None:
-    """Normalised: -log p is torch.distributions' own, and samples spread as it says."""
+def test_gaussian_nll_equals_torch_distributions(backend: str, name: str, data: dict[str, Tensor]) -> None:
+    """-log p equals torch.distributions', and samples have the stated spread."""
     likelihood, params, std = SCALES[name]
     wanted = -torch.distributions.Normal(PACKED[:, :D], std).log_prob(data["x"]).sum(1)
     torch.testing.assert_close(likelihood.nll(params, data["x"]), wanted.detach(), check_stride=False)
@@ -303,8 +307,8 @@ def test_gaussians_are_those_of_torch(backend: str, name: str, data: dict[str, T
     torch.testing.assert_close(spread, std.expand_as(spread), rtol=0.08, atol=0)
 
 
-def test_from_probs_is_torchs_cross_entropy(backend: str) -> None:
-    """Value and gradient, the ends included: F.binary_cross_entropy counts log 0 as -100."""
+def test_from_probs_equals_binary_cross_entropy(backend: str) -> None:
+    """Value and gradient, including the ends, where F.binary_cross_entropy counts log 0 as -100."""
     probs = torch.tensor([[0.0, 1.0, 0.5, 1e-6, 1 - 1e-6, 0.3], [1.0, 0.0, 0.0, 1.0, 0.9, 0.1]])
     x = torch.tensor([[0.0, 1.0, 0.2, 1.0, 0.0, 0.0], [0.0, 1.0, 0.5, 0.5, 1.0, 0.0]])
     ours, torchs = (probs.clone().requires_grad_() for _ in range(2))
@@ -319,7 +323,7 @@ def test_from_probs_is_torchs_cross_entropy(backend: str) -> None:
 
 
 class Laplace(nn.Module):
-    """What a user may bring: only `nll` is asked for."""
+    """A user's own likelihood, of which only `nll` is required."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -330,7 +334,7 @@ class Laplace(nn.Module):
 
 
 @pytest.mark.parametrize("reduction", REDUCE)
-def test_a_users_likelihood(backend: str, data: dict[str, Tensor], reduction: str) -> None:
+def test_module_with_nll_is_accepted(backend: str, data: dict[str, Tensor], reduction: str) -> None:
     elbo = fastvae.ELBO(Laplace(), beta=0.5, reduction=reduction)
     out = elbo(**data)
     kl = textbook_kl(data["mu"], data["logvar"])
@@ -340,7 +344,7 @@ def test_a_users_likelihood(backend: str, data: dict[str, Tensor], reduction: st
     assert elbo.likelihood.log_scale.grad.abs() > 0
 
 
-def test_a_subclass_with_a_row_is_served_by_a_kernel(backend: str, data: dict[str, Tensor]) -> None:
+def test_subclass_with_kernel_call_uses_the_kernel(backend: str, data: dict[str, Tensor]) -> None:
     class Halved(Likelihood):
         def kernel_call(self, params: Tensor) -> tuple[str, list[Tensor], list[float]]:
             return "gaussian", [params / 2], [0.5]
@@ -349,7 +353,7 @@ def test_a_subclass_with_a_row_is_served_by_a_kernel(backend: str, data: dict[st
     torch.testing.assert_close(out.nll, Gaussian(0.5).nll(data["recon"] / 2, data["x"]))
 
 
-def test_a_subclass_may_replace_nll(backend: str, data: dict[str, Tensor]) -> None:
+def test_subclass_may_override_nll(backend: str, data: dict[str, Tensor]) -> None:
     class Doubled(Bernoulli):
         def nll(self, params: Tensor, target: Tensor) -> Tensor:
             return 2 * super().nll(params, target)
@@ -357,8 +361,8 @@ def test_a_subclass_may_replace_nll(backend: str, data: dict[str, Tensor]) -> No
     torch.testing.assert_close(fastvae.ELBO(Doubled())(**data).nll, 2 * fastvae.ELBO("bernoulli")(**data).nll)
 
 
-def test_pixels(backend: str, data: dict[str, Tensor]) -> None:
-    """uint8 images go in as they are."""
+def test_uint8_data_equal_scaled_floats(backend: str, data: dict[str, Tensor]) -> None:
+    """uint8 images are accepted without conversion."""
     pixels = (data["x"] * 255).round().to(torch.uint8)
     for name in ("bernoulli", "gaussian"):
         elbo = fastvae.ELBO(name)
@@ -384,7 +388,7 @@ SUSPECT = {
 
 
 @pytest.mark.parametrize("name", SUSPECT)
-def test_suspect_data_warns_once(backend: str, name: str) -> None:
+def test_suspicious_data_warns_once(backend: str, name: str) -> None:
     likelihood, recon, x, message = SUSPECT[name]
 
     def use(elbo: fastvae.ELBO) -> None:
@@ -392,14 +396,14 @@ def test_suspect_data_warns_once(backend: str, name: str) -> None:
         elbo(recon, x, kl=torch.zeros(B))
 
     with pytest.warns(UserWarning, match=message) as caught:
-        any(use(fastvae.ELBO(likelihood)) for _ in range(2))  # twice the same ELBO, then another
+        any(use(fastvae.ELBO(likelihood)) for _ in range(2))  # the same ELBO twice, then another one
     assert len(caught) == 1
     assert caught[0].filename == __file__  # it points at the user's line
 
 
 SILENT = {
     "logits": ("bernoulli", LOGITS, UNIT),
-    "zeros": ("bernoulli", torch.zeros(B, D), UNIT),  # logits of a decoder that starts at zero
+    "zeros": ("bernoulli", torch.zeros(B, D), UNIT),  # the logits of a decoder that starts at zero
     "probabilities": (Bernoulli(from_probs=True), PROBS, UNIT),
     "few logits": ("bernoulli", torch.full((1, 63), 0.5), torch.rand(1, 63)),
     "pixels": ("bernoulli", LOGITS, torch.full((B, D), 200, dtype=torch.uint8)),
@@ -411,7 +415,7 @@ SILENT = {
 
 
 @pytest.mark.parametrize("name", SILENT)
-def test_sound_data_is_silent(name: str) -> None:
+def test_valid_data_does_not_warn(name: str) -> None:
     likelihood, recon, x = SILENT[name]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -439,8 +443,10 @@ def kl_per_dimension(mu: Tensor, logvar: Tensor) -> Tensor:
 @pytest.mark.parametrize("batch_mean", [True, False])
 @pytest.mark.parametrize("given", ["kl", "posterior"])
 @pytest.mark.parametrize("likelihood", ["bernoulli", "own"])
-def test_free_bits(backend: str, likelihood: str, given: str, batch_mean: bool, reduction: str) -> None:
-    """Kingma et al. 2016, appendix C.8, written out: loss, its gradient, and a KL that stays the true one."""
+def test_free_bits_equal_the_formula(
+    backend: str, likelihood: str, given: str, batch_mean: bool, reduction: str
+) -> None:
+    """Kingma et al. 2016, appendix C.8, written out: the loss, its gradient, and a KL that is still the true one."""
 
     class Own(nn.Module):
         def nll(self, params: Tensor, target: Tensor) -> Tensor:
@@ -448,7 +454,7 @@ def test_free_bits(backend: str, likelihood: str, given: str, batch_mean: bool, 
 
     chosen = Own() if likelihood == "own" else likelihood
     elbo = fastvae.ELBO(chosen, beta=0.7, reduction=reduction, free_bits=0.4, free_bits_mean=batch_mean)
-    scales = torch.tensor([0.1, 0.5, 1.0, 2.0])  # dimensions below the 0.4 nats, above, and in between
+    scales = torch.tensor([0.1, 0.5, 1.0, 2.0])  # the dimensions are below, above and around the 0.4 nats
     mu, logvar = (scales * torch.randn(6, 4)).requires_grad_(), (scales * torch.randn(6, 4)).requires_grad_()
     logits, x = torch.randn(6, 5), torch.rand(6, 5)
     if given == "kl":
@@ -473,11 +479,11 @@ def test_free_bits(backend: str, likelihood: str, given: str, batch_mean: bool, 
     got = torch.autograd.grad(loss, (mu, logvar))
     for a, b in zip(got, torch.autograd.grad(want, (wide_mu, wide_logvar)), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
-    assert not got[0][:, 0].any()  # free
+    assert not got[0][:, 0].any()  # the free one
 
 
-def test_free_bits_of_nothing_to_spare() -> None:
-    """Below every dimension's KL they change nothing."""
+def test_free_bits_below_every_kl_change_nothing() -> None:
+    """A threshold below the KL of every dimension changes nothing."""
     mu, logvar = 3 + torch.rand(4, 3), torch.zeros(4, 3)
     logits, x = torch.randn(4, 5), torch.rand(4, 5)
     plain, free = (fastvae.ELBO("bernoulli", free_bits=b)(logits, x, mu, logvar) for b in (0.0, 0.1))
@@ -485,7 +491,7 @@ def test_free_bits_of_nothing_to_spare() -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
-def test_free_bits_with_a_prior_and_latents_of_any_rank(backend: str) -> None:
+def test_free_bits_accept_a_prior_and_latents_of_any_rank(backend: str) -> None:
     elbo = fastvae.ELBO("gaussian", free_bits=0.2)
     mu, logvar, prior_mu, prior_logvar = (torch.randn(3, 2, 4, 4) for _ in range(4))
     z, kl = elbo.reparameterize(mu, logvar, prior_mu, prior_logvar, samples=2)
@@ -521,11 +527,13 @@ def test_free_bits_with_a_prior_and_latents_of_any_rank(backend: str) -> None:
         ),
     ],
 )  # fmt: skip
-def test_free_bits_that_do_not_fit(make: Callable[[], object], kind: type[Exception], said: str) -> None:
+def test_free_bits_with_wrong_arguments_raise(
+    make: Callable[[], object], kind: type[Exception], said: str
+) -> None:
     with pytest.raises(kind, match=said):
         make()
 
 
-def test_free_bits_show() -> None:
+def test_repr_shows_free_bits() -> None:
     assert "free_bits=0.25" in repr(fastvae.ELBO("bernoulli", free_bits=0.25))
     assert "free_bits" not in repr(fastvae.ELBO("bernoulli"))

@@ -1,4 +1,4 @@
-"""Models that hold an ELBO leave PyTorch, or are made without values first: export, TorchScript, ONNX, meta tensors."""
+"""Models with an ELBO can be exported (torch.export, TorchScript, ONNX) and created without values (meta tensors)."""
 
 import io
 import runpy
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class VAE(nn.Module):
-    """Its forward is what runs after training, without the ELBO."""
+    """Its forward is the part that runs after training, without the ELBO."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ X = torch.rand(3, 6)
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("kind", [VAE, Training])
-def test_export_gives_what_the_model_gives(kind: type[VAE], strict: bool) -> None:
+def test_exported_model_equals_the_model(kind: type[VAE], strict: bool) -> None:
     model = kind()
     exported = torch.export.export(model, (X,), strict=strict).module()
     torch.testing.assert_close(exported(X), model(X))
@@ -54,7 +54,7 @@ def test_torchscript_compiles_a_model_that_does_not_call_its_elbo() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_old_onnx_exporter_names_the_op_it_does_not_know(tmp_path: Path) -> None:
+def test_old_onnx_exporter_names_the_unknown_op(tmp_path: Path) -> None:
     pytest.importorskip("onnx", reason="onnx is not installed")
     torch.onnx.export(VAE(), (X,), io.BytesIO(), dynamo=False)
     with pytest.raises(torch.onnx.errors.UnsupportedOperatorError, match="fastvae::reparameterize_kl"):
@@ -62,7 +62,7 @@ def test_the_old_onnx_exporter_names_the_op_it_does_not_know(tmp_path: Path) -> 
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_the_onnx_example_runs(
+def test_onnx_example_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("onnxscript", reason="onnx and onnxscript are not installed")
@@ -74,7 +74,7 @@ def test_the_onnx_example_runs(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decoder.onnx", "encoder.onnx"]
 
 
-def test_load_state_dict_assign_fills_a_model_made_on_meta() -> None:
+def test_load_state_dict_with_assign_fills_a_model_on_meta() -> None:
     trained = Training()
     with torch.no_grad():
         trained.elbo.likelihood.logvar.fill_(-1)
@@ -88,7 +88,7 @@ def test_load_state_dict_assign_fills_a_model_made_on_meta() -> None:
     torch.testing.assert_close(model(X), want)
 
 
-def test_load_state_dict_leaves_a_beta_that_has_a_value_alone() -> None:
+def test_load_state_dict_keeps_the_value_of_beta() -> None:
     model = Training()
     beta = model.elbo.beta
     model.elbo.beta = 0.25

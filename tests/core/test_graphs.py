@@ -1,4 +1,4 @@
-"""`fastvae.graph_step` where there is no GPU: the step runs as it is. What a graph does is in test_cuda.py."""
+"""`fastvae.graph_step` without a GPU, where the step runs eagerly. test_cuda.py tests it with a graph."""
 
 import subprocess
 import sys
@@ -24,8 +24,8 @@ def twice(batch: Any) -> Any:
     return {"doubled": 2 * batch} if isinstance(batch, Tensor) else [2 * t for t in batch]
 
 
-def test_the_step_of_the_reader() -> None:
-    """The docstring's example, on the CPU: every call is one step, and the losses are those of plain calls."""
+def test_example_of_the_docstring_trains_like_plain_calls() -> None:
+    """The docstring's example on the CPU: every call is one step, with the losses of plain calls."""
 
     def losses(graphed: bool) -> list[float]:
         torch.manual_seed(0)
@@ -68,7 +68,7 @@ print(*[f"{w.category.__name__} {w.filename} {w.message}" for w in caught], sep=
 """
 
 
-def test_it_says_once_that_there_is_no_graph() -> None:
+def test_missing_gpu_warns_once() -> None:
     done = subprocess.run(
         [sys.executable, "-c", ONCE], capture_output=True, text=True, timeout=120, check=False
     )
@@ -110,15 +110,15 @@ def test_it_says_once_that_there_is_no_graph() -> None:
         ),
     ],
 )
-def test_a_batch_that_differs(example: Any, batch: Any, message: str) -> None:
-    """The same on a CPU as on a GPU, so that what runs here runs there."""
+def test_batch_that_differs_from_the_example_raises(example: Any, batch: Any, message: str) -> None:
+    """The checks are the same on a CPU as on a GPU, so that code which runs here also runs there."""
     step = fastvae.graph_step(lambda batch: torch.zeros(()), example)
     step(example)
     with pytest.raises(ValueError, match=f"fastvae.graph_step: {message}"):
         step(batch)
 
 
-def test_wrong_arguments() -> None:
+def test_wrong_arguments_raise() -> None:
     with pytest.raises(TypeError, match=r"`step_fn` must be a function of a batch, got Tensor"):
         fastvae.graph_step(torch.empty(2), torch.empty(2))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"`example_batch` must hold at least one tensor, got none"):
@@ -129,8 +129,8 @@ def test_wrong_arguments() -> None:
         fastvae.graph_step(twice, torch.empty(2), warmup=0)
 
 
-def test_optimisers_that_a_graph_cannot_hold() -> None:
-    """Before the first step, by name, with the argument that mends it; and only while a step is looked at."""
+def test_optimiser_that_is_not_capturable_raises() -> None:
+    """The error comes before the first step, and names the optimiser and the argument. Hooks are removed afterwards."""
     weight = torch.ones(2, requires_grad=True)
     weight.grad = torch.ones(2)
     adam, sgd = torch.optim.Adam([weight]), torch.optim.SGD([weight], lr=0.1)
@@ -146,12 +146,12 @@ def test_optimisers_that_a_graph_cannot_hold() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Warm-up, capture, replay: with a graph that remembers a Python function
+# Warm-up, capture and replay, with a graph that records a Python function
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Recorder:
-    """Stands in for torch.cuda: a "graph" whose replay calls what `replayed` says, and a log of what happened."""
+    """A substitute for torch.cuda: a "graph" whose replay calls `replayed`, and a log of the calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, replayed: Callable[[], None]) -> None:
         self.log: list[str] = []
@@ -196,8 +196,9 @@ class Recorder:
             monkeypatch.setattr(torch.cuda, name, value)
 
 
-def test_every_call_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Warm-ups and the capture read the same tensors, which every call fills; a replay gives the capture's result."""
+def test_every_call_runs_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warm-up calls and the capture read the same tensors, which every call fills. A replay returns the capture's
+    result."""
     seen: list[Any] = []
 
     def double(batch: Any) -> Tensor:
@@ -224,8 +225,8 @@ def test_every_call_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen[0]["x"].data_ptr() != example["x"].data_ptr()
 
 
-def test_a_capture_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first error is told, and torch is put back on its stream. A mistake in the step stays what it is."""
+def test_failing_capture_raises_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first error is reported, and torch returns to its stream. Other exceptions in the step are not changed."""
     errors: list[Exception] = []
 
     def fails(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Strides: whatever way the data lies in memory, the answer is that of a contiguous copy."""
+"""Strides: for any memory layout, the result is that of a contiguous copy."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ LIKE_DATA = tuple(case for case in NLL if not case.id.endswith("_head"))
 
 
 def check_same(got: Result, want: Result, dtype: torch.dtype) -> None:
-    """Rows are summed in the order of memory, so that only the last digits of a sum may differ."""
+    """Rows are summed in memory order, so only the last digits of a sum may differ."""
     tolerance = {torch.float64: 1e-14}.get(dtype, 2e-6)
     scale = want.scale.to(want.value.dtype)
     assert ((got.value - want.value).abs() <= tolerance * scale).all()
@@ -26,7 +26,7 @@ def check_same(got: Result, want: Result, dtype: torch.dtype) -> None:
         if gradient.dim() == 0:
             torch.testing.assert_close(got.gradients[name], gradient)
         else:
-            # What is computed by the element does not depend on its place, but a vector's exp and its tail's may.
+            # Elementwise results do not depend on the position, but the exp of a vector and of its tail may differ.
             torch.testing.assert_close(got.gradients[name], gradient, atol=3e-7, rtol=_step(dtype))
 
 
@@ -35,7 +35,7 @@ def _step(dtype: torch.dtype) -> float:
 
 
 def compare(case: Case, inputs: Inputs, dtype: torch.dtype) -> Result:
-    """Runs the inputs as they lie and as contiguous copies; returns the former."""
+    """Run the inputs in their layout and as contiguous copies, and return the former results."""
     contiguous = {
         name: x.contiguous().clone(memory_format=torch.contiguous_format) for name, x in inputs.items()
     }
@@ -46,7 +46,7 @@ def compare(case: Case, inputs: Inputs, dtype: torch.dtype) -> Result:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The layouts that models make
+# Layouts of typical models
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -62,8 +62,10 @@ def is_channels_last(x: Tensor) -> bool:
 @pytest.mark.parametrize("recon", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("target", ["contiguous", "channels_last", "other"])
 @pytest.mark.parametrize("case", LIKE_DATA, ids=cases.ids)
-def test_channels_last(backend: str, case: Case, recon: str, target: str, dtype: torch.dtype) -> None:
-    """Every pair; the gradient has the layout of the reconstruction, whatever that of the data."""
+def test_channels_last_equals_contiguous(
+    backend: str, case: Case, recon: str, target: str, dtype: torch.dtype
+) -> None:
+    """For every pair of layouts, the gradient has the layout of the reconstruction, not that of the data."""
     inputs = cases.cast(case.inputs((2, 3, 16, 24)), dtype)
     layout: dict[str, Callable[[Tensor], Tensor]] = {
         "contiguous": Tensor.contiguous,
@@ -76,7 +78,7 @@ def test_channels_last(backend: str, case: Case, recon: str, target: str, dtype:
     }
     got = compare(case, inputs, dtype)
     first = next(iter(got.gradients.values()))
-    if backend != "reference":  # there autograd decides
+    if backend != "reference":  # there, autograd decides
         assert first.is_contiguous() == (recon == "contiguous")
         assert is_channels_last(first) == (recon == "channels_last")
 
@@ -84,7 +86,9 @@ def test_channels_last(backend: str, case: Case, recon: str, target: str, dtype:
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("target", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("channels", [1, 3, 16, 17])
-def test_channels_last_head(backend: str, channels: int, target: str, dtype: torch.dtype) -> None:
+def test_channels_last_head_equals_contiguous(
+    backend: str, channels: int, target: str, dtype: torch.dtype
+) -> None:
     """Mean and log-variance alternate at every pixel."""
     case = cases.by_id["gaussian_head"]
     inputs = cases.cast(case.inputs((2, channels, 9, 8)), dtype)
@@ -103,8 +107,10 @@ def test_channels_last_head(backend: str, channels: int, target: str, dtype: tor
     + [((2, 4, 8, 8), "channels_last")],
     ids=cases.ids,
 )
-def test_chunks_of_a_head(backend: str, shape: tuple[int, ...], packed: str, dtype: torch.dtype) -> None:
-    """`mu, logvar = h.chunk(2, dim=1)`, as every VAE has it: z, kl and the gradient of the head."""
+def test_chunks_of_a_head_are_read_in_place(
+    backend: str, shape: tuple[int, ...], packed: str, dtype: torch.dtype
+) -> None:
+    """`mu, logvar = h.chunk(2, dim=1)`, as in every VAE: z, kl and the gradient of the head."""
     head = torch.randn(shape).to(dtype)
     if packed == "channels_last":
         head = channels_last(head)
@@ -126,8 +132,8 @@ def test_chunks_of_a_head(backend: str, shape: tuple[int, ...], packed: str, dty
 
 
 @pytest.mark.parametrize("case", cases.WITH_TARGET, ids=cases.ids)
-def test_chunks_of_a_decoder(backend: str, case: Case) -> None:
-    """Parameters that are slices of a larger tensor: rows are contiguous, the batch is not."""
+def test_chunks_of_a_decoder_are_read_in_place(backend: str, case: Case) -> None:
+    """The parameters are slices of a larger tensor, with contiguous rows but a larger batch stride."""
     inputs = cases.cast(case.inputs((4, 6, 5)), torch.float32)
     for name, x in inputs.items():
         if x.dim() > 0:
@@ -140,8 +146,8 @@ def test_chunks_of_a_decoder(backend: str, case: Case) -> None:
 @pytest.mark.parametrize("target", [torch.float32, torch.uint8], ids=cases.ids)
 @pytest.mark.parametrize("over", ["batch", "channels", "everything"])
 @pytest.mark.parametrize("case", NLL, ids=cases.ids)
-def test_expanded_target(backend: str, case: Case, over: str, target: torch.dtype) -> None:
-    """Stride 0: one picture for the whole batch, K samples of one datum."""
+def test_expanded_target_equals_a_copy(backend: str, case: Case, over: str, target: torch.dtype) -> None:
+    """Stride 0: one image for the whole batch, as for K samples of one datum."""
     shape = (3, 4, 10, 10)
     inputs = cases.cast(case.inputs(shape), torch.float32, target, counts=case.counts)
     first = inputs["target"][{"batch": slice(1), "channels": slice(None), "everything": slice(1)}[over]]
@@ -155,8 +161,8 @@ def test_expanded_target(backend: str, case: Case, over: str, target: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
-def test_expanded_parameters(backend: str, dtype: torch.dtype) -> None:
-    """Gradients of an expanded input are summed by torch: the kernel must not write into the one number."""
+def test_expanded_parameters_equal_a_copy(backend: str, dtype: torch.dtype) -> None:
+    """torch sums the gradients of an expanded input, so the kernel must not write to its single element."""
     logits = torch.randn(1, 50).to(dtype)
     before = logits.clone()
     inputs = {"logits": logits.expand(6, 50), "target": torch.rand(6, 50).to(dtype)}
@@ -175,7 +181,7 @@ SHAPES = st.lists(st.integers(1, 9), min_size=2, max_size=5).map(tuple) | st.tup
 
 @st.composite
 def strided(draw: st.DrawFn, x: Tensor) -> Tensor:
-    """The values of x in some other arrangement of memory: dimensions permuted, steps and offsets between elements."""
+    """The values of x in another memory layout: permuted dimensions, with steps and offsets between elements."""
     order = draw(st.permutations(range(x.dim())))
     inverse = [order.index(i) for i in range(x.dim())]
     steps = [draw(st.sampled_from((1, 1, 1, 2, 3))) for _ in order]
@@ -194,8 +200,8 @@ def strided(draw: st.DrawFn, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("case", CASES, ids=cases.ids)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_any_strides(backend_name: str, case: Case, data: st.DataObject) -> None:
-    """What lies between the elements is NaN: to read any of it shows."""
+def test_nll_with_any_strides_equals_contiguous(backend_name: str, case: Case, data: st.DataObject) -> None:
+    """The memory between the elements is NaN, so reading any of it shows."""
     shape = data.draw(SHAPES)
     dtype = data.draw(st.sampled_from(DTYPES))
     target = data.draw(st.sampled_from((dtype, torch.float32, *case.targets)))
@@ -208,7 +214,7 @@ def test_any_strides(backend_name: str, case: Case, data: st.DataObject) -> None
 @pytest.mark.parametrize("backend_name", ["native"])
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_any_strides_of_latents(backend_name: str, data: st.DataObject) -> None:
+def test_reparameterize_kl_with_any_strides_equals_contiguous(backend_name: str, data: st.DataObject) -> None:
     shape = data.draw(SHAPES)
     dtype = data.draw(st.sampled_from(DTYPES))
     samples = data.draw(st.sampled_from((None, 1, 3)))

@@ -1,4 +1,4 @@
-"""The noise: Philox4x32-10, the same integers everywhere, and normals that are normal."""
+"""The noise: Philox4x32-10, the same integers on every backend, and normal samples with the right distribution."""
 
 import json
 import math
@@ -20,7 +20,7 @@ WORD = 0xFFFFFFFF
 
 
 def philox4x32(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
-    """Salmon et al. 2011 in Python's integers: slow, and checked against their published vectors below."""
+    """Salmon et al. 2011 in Python integers: slow, and checked against their published vectors below."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -31,7 +31,7 @@ def philox4x32(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...
 
 
 def word(seed: int, offset: int, draw: int, row: int, element: int, dims: int) -> int:
-    """The random integer of one element, as `reference.philox` documents it."""
+    """The random integer of one element, as documented in `reference.philox`."""
     low, high = offset // 4 + draw, row * -(-dims // 4) + element // 4
     counter = (low & WORD, low >> 32 & WORD, high & WORD, high >> 32 & WORD)
     return philox4x32(counter, (seed & WORD, seed >> 32))[element % 4]
@@ -51,15 +51,15 @@ KNOWN = [
 
 
 @pytest.mark.parametrize(("counter", "key", "output"), KNOWN, ids=["zeros", "ones", "pi"])
-def test_known_answers(counter: str, key: str, output: str) -> None:
+def test_philox_gives_the_known_answers(counter: str, key: str, output: str) -> None:
     counter_words, key_words, want = (
         tuple(int(w, 16) for w in text.split()) for text in (counter, key, output)
     )
     assert philox4x32(counter_words, key_words) == want
 
 
-def test_known_answer_of_the_reference() -> None:
-    """The one of them that a (seed, offset) below 2^63 can reach."""
+def test_reference_philox_gives_the_known_answer() -> None:
+    """The only one of them that a (seed, offset) below 2^63 can produce."""
     words = reference.philox(torch.zeros(2, dtype=torch.int64), 0, 1, 4).flatten().tolist()
     assert [f"{w:08x}" for w in words] == KNOWN[0][2].split()
 
@@ -70,10 +70,10 @@ PLACES = [
     (1234567890123, 987654321, 7, 3, 10, 3),
     (2**63 - 1, 2**63 - 1, 0, 2, 4, 2),  # the largest
     (0x299F31D0A4093822, 3, 0x0370734413198A2E, 1, 4, 1),
-    (42, 4 * 2**32 - 4, 0, 2, 6, 4),  # offset // 4 + draw passes 2^32
+    (42, 4 * 2**32 - 4, 0, 2, 6, 4),  # offset // 4 + draw exceeds 2^32
     (42, 4 * 2**32 - 8, 0, 1, 300, 3),
-    (42, 0, 2**32 // 5 - 2, 5, 20, 1),  # the block passes 2^32 between rows,
-    (42, 0, 2**32 // 65 - 1, 3, 257, 2),  # and inside of one,
+    (42, 0, 2**32 // 5 - 2, 5, 20, 1),  # the block exceeds 2^32 between rows
+    (42, 0, 2**32 // 65 - 1, 3, 257, 2),  # and within a row
     (42, 0, 2**40 // 256 - 1, 2, 1023, 1),
     (42, 0, 2**32 - 1, 2, 3, 1),
     (42, 17, 2**55, 2, 9, 2),
@@ -81,7 +81,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_integers_of_the_reference(place: tuple[int, ...]) -> None:
+def test_integers_equal_the_reference(place: tuple[int, ...]) -> None:
     seed, offset, row_offset, rows, dims, draws = place
     words = reference.philox(torch.tensor([seed, offset]), row_offset, rows, dims, draws)
     assert words.shape == (draws, rows, dims)
@@ -92,8 +92,8 @@ def test_integers_of_the_reference(place: tuple[int, ...]) -> None:
     assert words.tolist() == want
 
 
-def test_negative_seeds_are_masked(backend: str) -> None:
-    """Any int64 serves as a seed, modulo 2^63."""
+def test_negative_seeds_equal_their_masked_values(backend: str) -> None:
+    """Any int64 is valid as a seed, modulo 2^63."""
     mu = torch.zeros(3, 20)
     negative = functional.reparameterize_kl(mu, mu, seed=torch.tensor([-5, -2]))[0]
     masked = functional.reparameterize_kl(mu, mu, seed=torch.tensor([2**63 - 5, 2**63 - 2]))[0]
@@ -104,9 +104,9 @@ def test_negative_seeds_are_masked(backend: str) -> None:
 # The normals
 # ---------------------------------------------------------------------------------------------------------------------
 
-# 23 bits of each integer enter; the next value of either uniform moves the normal by 1e-7 or so: to agree to 1e-13 in
-# float64 says that the integers are the same. Nothing but float32's own rounding may come on top of it in float32: the
-# radius is at most 5.8, and two units in the last place of that are 1e-6.
+# 23 bits of each integer are used. The neighbouring value of either uniform changes the normal by about 1e-7, so
+# agreement to 1e-13 in float64 shows that the integers are the same. In float32, only its own rounding is added: the
+# radius is at most 5.8, for which two units in the last place are 1e-6.
 NOISE_TOLERANCE = {torch.float32: 1.5e-6, torch.float64: 1e-13}
 
 
@@ -117,7 +117,7 @@ def noise(
     row_offset: int = 0,
     draws: int | None = None,
 ) -> Tensor:
-    """eps itself: z for mu 0 and sigma 1."""
+    """eps itself, as z for mu 0 and sigma 1."""
     zeros = torch.zeros(shape, dtype=dtype)
     return functional.reparameterize_kl(
         zeros, zeros, seed=torch.tensor(seed), row_offset=row_offset, samples=draws
@@ -138,12 +138,12 @@ def by_hand(place: tuple[int, ...]) -> Tensor:
 
 @pytest.mark.parametrize("dtype", NOISE_TOLERANCE, ids=["float32", "float64"])
 @pytest.mark.parametrize("place", PLACES)
-def test_normals_by_hand(backend: str, place: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_noise_equals_box_muller_by_hand(backend: str, place: tuple[int, ...], dtype: torch.dtype) -> None:
     seed, offset, row_offset, rows, dims, draws = place
     got = noise((rows, dims), [seed, offset], dtype, row_offset, draws)
     tolerance = NOISE_TOLERANCE[dtype] * (
         3 if backend == "reference" else 1
-    )  # its angle is rounded before its cosine
+    )  # the angle is rounded before its cosine
     assert (got.double() - by_hand(place)).abs().max() <= tolerance
 
 
@@ -166,8 +166,8 @@ print(json.dumps(worst))
 """
 
 
-def test_native_noise_is_the_references(on_capability: Callable[[str], str]) -> None:
-    """Every width of row, on every instruction set, across the carry into the counter's last word."""
+def test_native_noise_equals_the_reference(on_capability: Callable[[str], str]) -> None:
+    """Every row length, on every instruction set, including a carry into the counter's last word."""
     worst = json.loads(on_capability(NATIVE))
     assert worst["torch.float64"] <= NOISE_TOLERANCE[torch.float64]
     assert worst["torch.float32"] <= NOISE_TOLERANCE[torch.float32]
@@ -175,8 +175,11 @@ def test_native_noise_is_the_references(on_capability: Callable[[str], str]) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(8, 5), (6, 300), (7, 2, 3), (4, 1025)])
-def test_row_offset(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """A piece of a batch has the noise of its rows, to the bit: z, and the gradient that makes the noise again."""
+def test_row_offset_gives_the_rows_of_the_whole_batch(
+    backend: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """A part of a batch has exactly the noise of its rows, in z and in the gradient, which generates the noise
+    again."""
     mu, logvar = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
 
     def draw(rows: slice) -> tuple[Tensor, Tensor]:
@@ -193,15 +196,15 @@ def test_row_offset(backend: str, shape: tuple[int, ...], dtype: torch.dtype) ->
         assert torch.equal(gradient, whole_gradient[start:stop])
 
 
-def test_draws_are_offsets(backend: str) -> None:
-    """Draw k at an offset is draw 0 at that offset + 4 k: K samples can be made one by one."""
+def test_draws_of_samples_equal_draws_at_offsets(backend: str) -> None:
+    """Draw k at an offset equals draw 0 at that offset + 4 k, so K samples can be drawn one by one."""
     together = noise((3, 11), [5, 40], draws=4)
     for k in range(4):
         assert torch.equal(together[k], noise((3, 11), [5, 40 + 4 * k]))
 
 
-def test_shape_and_layout_do_not_matter(backend: str) -> None:
-    """The noise belongs to the logical element: not to the rank, and not to the strides."""
+def test_noise_does_not_depend_on_shape_and_layout(backend: str) -> None:
+    """The noise depends on the logical element, and not on rank or strides."""
     flat = noise((3, 60), [1, 2])
     assert torch.equal(flat, noise((3, 4, 3, 5), [1, 2]).flatten(1))
     zeros = torch.zeros(3, 4, 3, 5).contiguous(memory_format=torch.channels_last)
@@ -210,34 +213,34 @@ def test_shape_and_layout_do_not_matter(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_noise_is_rounded_float32(backend: str, dtype: torch.dtype) -> None:
+def test_half_noise_equals_rounded_float32(backend: str, dtype: torch.dtype) -> None:
     assert torch.equal(noise((5, 33), [1, 2], dtype), noise((5, 33), [1, 2]).to(dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The backward pass makes the same noise again
+# The backward pass generates the same noise again
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("source", ["seed", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(4, 1), (3, 6), (2, 1025), (70, 20), (2, 3, 5)])
-def test_backward_makes_it_again(
+def test_backward_generates_the_same_noise(
     backend: str, shape: tuple[int, ...], dtype: torch.dtype, source: str
 ) -> None:
-    """With sigma 1, dz/dlogvar = eps / 2, and to halve is exact: equal to the bit."""
+    """With sigma 1, dz/dlogvar = eps / 2, and halving is exact, so the results are equal."""
     mu = torch.zeros(shape, dtype=dtype)
     logvar = torch.zeros(shape, dtype=dtype, requires_grad=True)
     seed = torch.tensor([77, 2**34]) if source == "seed" else None
     z, _ = functional.reparameterize_kl(mu, logvar, samples=3, seed=seed)
-    torch.randn(5)  # the generator moves on between forward and backward
+    torch.randn(5)  # the generator advances between forward and backward
     for k in range(3):
         (gradient,) = torch.autograd.grad(z[k].sum(), logvar, retain_graph=True)
         assert torch.equal(gradient * 2, z[k].detach())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where the seed comes from
+# The source of the seed
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -246,7 +249,7 @@ def draw(generator: torch.Generator | None = None) -> Tensor:
     return functional.reparameterize_kl(zeros, zeros, generator=generator)[0]
 
 
-def test_manual_seed(backend: str) -> None:
+def test_manual_seed_repeats_the_noise(backend: str) -> None:
     torch.manual_seed(5)
     first, second = draw(), draw()
     torch.manual_seed(5)
@@ -263,12 +266,12 @@ def test_manual_seed_gives_every_backend_the_same_noise(native: None) -> None:
         with fastvae.use_backend(backend):
             return draw()
 
-    for seed in range(40):  # a good half of which draw a number whose highest bit is set
+    for seed in range(40):  # more than half of which draw a number whose highest bit is set
         torch.testing.assert_close(drawn(seed, "native"), drawn(seed, "reference"), rtol=0, atol=1e-5)
 
 
-def test_generator(backend: str) -> None:
-    """`generator` is used, alone, and moves on."""
+def test_generator_determines_the_noise(backend: str) -> None:
+    """Only the passed `generator` is used and advances."""
     state = torch.get_rng_state()
     first, second = (draw(g) for g in [torch.Generator().manual_seed(5)] * 2)
     assert torch.equal(torch.get_rng_state(), state)
@@ -282,7 +285,7 @@ def test_generator(backend: str) -> None:
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["default", "generator"])
-def test_saved_states(backend: str, own: bool) -> None:
+def test_restored_state_repeats_the_noise(backend: str, own: bool) -> None:
     generator = torch.Generator().manual_seed(3) if own else torch.default_generator
     passed = generator if own else None
     draw(passed)
@@ -294,22 +297,22 @@ def test_saved_states(backend: str, own: bool) -> None:
 
 
 @pytest.mark.parametrize("how", ["seed", "eps"])
-def test_given_noise_leaves_the_generator_alone(backend: str, how: str) -> None:
+def test_eps_does_not_advance_the_generator(backend: str, how: str) -> None:
     zeros = torch.zeros(2, 3)
     state = torch.get_rng_state()
     functional.reparameterize_kl(zeros, zeros, **{how: torch.tensor([1, 2]) if how == "seed" else zeros})
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_fresh_seeds_use_all_their_bits(backend: str) -> None:
-    """Many calls, many seeds: no two draws alike, and one long stream of normals."""
+def test_many_calls_draw_different_noise(backend: str) -> None:
+    """Many calls draw many seeds: no two draws are equal, and together they are a long stream of normals."""
     draws = torch.stack([draw() for _ in range(300)])
     assert draws.flatten().unique().numel() > 0.999 * draws.numel()
     assert abs(draws.mean().item()) < 5 / math.sqrt(draws.numel())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Ten million of them
+# Ten million samples
 # ---------------------------------------------------------------------------------------------------------------------
 
 COUNT = 10_000_000
@@ -318,13 +321,13 @@ SIGMAS = 5.0
 
 @pytest.fixture(scope="module")
 def ten_million() -> np.ndarray:
-    """(2, 5000, 1000): draws, rows, elements, by the compiled kernel, in float64 from its float32."""
+    """(2, 5000, 1000): draws, rows and elements of the compiled kernel, in float64 from its float32."""
     with fastvae.use_backend("native"):
         return noise((5000, 1000), [31415926535, 8979], draws=2).double().numpy()
 
 
-def test_moments(ten_million: np.ndarray) -> None:
-    """Mean, variance, skewness and kurtosis, each within five of its standard errors."""
+def test_noise_has_the_moments_of_a_normal(ten_million: np.ndarray) -> None:
+    """Mean, variance, skewness and kurtosis are each within five standard errors."""
     x = ten_million.ravel()
     square = x * x
     error = SIGMAS / math.sqrt(COUNT)
@@ -334,14 +337,14 @@ def test_moments(ten_million: np.ndarray) -> None:
     assert abs((square * square).mean() - 3) < error * math.sqrt(96)
 
 
-def test_kolmogorov_smirnov(ten_million: np.ndarray) -> None:
+def test_noise_passes_the_kolmogorov_smirnov_test(ten_million: np.ndarray) -> None:
     """The largest distance between the empirical and the normal distribution function; p = 0.001 at 1.95 / sqrt(n)."""
     x = np.sort(ten_million.ravel())
     cdf = torch.special.ndtr(torch.from_numpy(x)).numpy()
     steps = np.arange(COUNT + 1) / COUNT
     distance = max((steps[1:] - cdf).max(), (cdf - steps[:-1]).max())
     assert distance < 1.95 / math.sqrt(COUNT)
-    # The tails, which that statistic hardly sees: counts beyond 4 sigma, Poisson.
+    # The tails, to which that statistic is insensitive: counts beyond 4 sigma, which are Poisson.
     for tail in ((x < -4).sum(), (x > 4).sum()):
         expected = COUNT * 0.5 * math.erfc(4 / math.sqrt(2))
         assert abs(tail - expected) < SIGMAS * math.sqrt(expected)
@@ -359,8 +362,8 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_independence(ten_million: np.ndarray, pair: str) -> None:
-    """No correlation of the values, nor of their squares, which would show a common radius."""
+def test_neighbouring_noise_is_uncorrelated(ten_million: np.ndarray, pair: str) -> None:
+    """No correlation of the values or of their squares, which would show a common radius."""
     a, b = PAIRS[pair](ten_million)
     root = math.sqrt(a.size)
     assert abs((a * b).mean()) * root < SIGMAS
@@ -368,7 +371,7 @@ def test_independence(ten_million: np.ndarray, pair: str) -> None:
     assert abs((a * (b * b - 1)).mean()) * root < SIGMAS * math.sqrt(2)
 
 
-def test_seeds_are_independent(native: None) -> None:
+def test_noise_of_neighbouring_seeds_is_uncorrelated(native: None) -> None:
     """Seeds and offsets that differ by one bit or by one step."""
     a = noise((1000, 100), [1000, 1000])
     for seed in ([1001, 1000], [1000, 1004], [1000 + 2**32, 1000], [1000, 1000 + 2**34]):

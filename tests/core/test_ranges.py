@@ -1,4 +1,4 @@
-"""Warnings of values that a likelihood cannot mean, in every form of call, once, and only where they are wrong."""
+"""Warnings about values that a likelihood cannot have: in every form of call, once, and only for wrong values."""
 
 import warnings
 from collections.abc import Callable
@@ -20,7 +20,7 @@ COUNTS = torch.randint(0, 5, (B, D)).float()
 NEGATIVE = COUNTS - 1
 POSITIVE = UNIT + 0.5
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # torch's, that sparse tensors are in beta
+    warnings.simplefilter("ignore")  # torch warns that sparse tensors are in beta
     CSR = NEGATIVE.to_sparse_csr()
 THETA, LIBRARY = torch.full((D,), 2.0), torch.full((B,), 100.0)
 LEVELS = torch.full((B, 3, 8), 9, dtype=torch.uint8)

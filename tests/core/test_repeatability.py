@@ -1,4 +1,4 @@
-"""The same call gives the same bits: again, with any number of threads, and in a fresh process."""
+"""The same call gives the same bits when repeated, with any number of threads, and in a fresh process."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from torch import Tensor
 import fastvae
 from fastvae import functional
 
-# Few rows of many elements, many rows of few, and what lies between; both sides of the threads' smallest share.
+# Few rows of many elements, many rows of few, and cases in between, on both sides of a thread's smallest share.
 SIZES = [(1, 300_001), (3, 70_003), (20_011, 7), (257, 784), (40, 1025)]
 
 
@@ -24,7 +24,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def on_threads(function: Callable[[], list[Tensor]]) -> None:
-    """Two threads, one, two again, three."""
+    """Two threads, one, two again, and three."""
     torch.set_num_threads(2)
     want = function()
     for threads in (2, 1, 3):
@@ -35,7 +35,7 @@ def on_threads(function: Callable[[], list[Tensor]]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=cases.ids)
 @pytest.mark.parametrize("shape", SIZES, ids=cases.ids)
 @pytest.mark.parametrize("case", CASES, ids=cases.ids)
-def test_any_thread_count(
+def test_nll_has_the_same_bits_at_any_thread_count(
     native: None, threads: None, case: Case, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     inputs = cases.cast(case.inputs(shape), dtype)
@@ -49,7 +49,7 @@ def test_any_thread_count(
 
 @pytest.mark.parametrize("samples", [None, 3])
 @pytest.mark.parametrize("shape", SIZES, ids=cases.ids)
-def test_any_thread_count_of_z(
+def test_z_has_the_same_bits_at_any_thread_count(
     native: None, threads: None, shape: tuple[int, ...], samples: int | None
 ) -> None:
     mu, logvar = torch.randn(shape), torch.randn(shape)
@@ -63,7 +63,7 @@ def test_any_thread_count_of_z(
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_any_thread_count_of_the_loss(native: None, threads: None, reduction: str) -> None:
+def test_loss_has_the_same_bits_at_any_thread_count(native: None, threads: None, reduction: str) -> None:
     elbo = fastvae.ELBO("bernoulli", reduction=reduction)
     logits, target, kl = torch.randn(513, 784), torch.rand(513, 784), torch.rand(513)
 
@@ -92,10 +92,11 @@ print([hashlib.sha256(x.detach().numpy().tobytes()).hexdigest()[:12] for x in re
 """
 
 
-def test_fresh_processes(on_capability: Callable[[str], str]) -> None:
-    """The first call of a process, whose threads and dispatch tables are being made while it runs.
+def test_fresh_processes_give_the_same_bits(on_capability: Callable[[str], str]) -> None:
+    """The first call of a process, which creates threads and dispatch tables while it runs.
 
-    Not of probabilities: in one new process of a hundred, a thread of torch.logit's first call has four digits.
+    This does not use probabilities: in one of a hundred new processes, a thread of torch.logit's first call is accurate
+    to four digits only.
     """
     first = on_capability(FRESH)
     assert first.count("'") == 2 * 2 * 10

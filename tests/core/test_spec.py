@@ -1,4 +1,4 @@
-"""The table of likelihoods: every row has its functions, and its names are what users and backends know."""
+"""The table of likelihoods: every variant has its functions, and names agree with those of users and backends."""
 
 import cuda_kernels
 import pytest
@@ -20,16 +20,16 @@ def test_every_density_has_its_module(spec: _spec.Spec) -> None:
     assert (likelihoods.BY_NAME.get(spec.name) is module) == spec.by_name
 
 
-def test_rows_are_named_once() -> None:
+def test_variants_have_unique_names() -> None:
     assert len(_spec.VARIANTS) == sum(len(spec.forms) for spec in _spec.SPECS)
 
 
-def test_the_extension_has_the_same_table() -> None:
+def test_extension_has_the_same_table() -> None:
     extension = pytest.importorskip("fastvae._C", reason="the pure package")
     assert extension.likelihoods() == _spec.table()
 
 
-def test_the_list_of_csrc_has_the_same_elements() -> None:
-    """The list as it stands, where there is no extension; the discretised logistic is one of CUDA's."""
+def test_csrc_list_has_the_same_elements() -> None:
+    """The list itself, for use without the extension. On CUDA, the discretised logistic is elementwise."""
     elements = {variant.element for variant in _spec.VARIANTS.values() if variant.element}
     assert set(cuda_kernels.ENUM) == elements | {"discretized_logistic"}

@@ -1,4 +1,4 @@
-"""A VAE trained with the fused loss and with the one written by hand, from the same noise, learns the same."""
+"""A VAE learns the same with the fused loss as with the hand-written one, from the same noise."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ class VAE(nn.Module):
 
 
 def by_hand(likelihood: str, recon: Tensor, x: Tensor) -> Tensor:
-    """Summed over the batch, as tutorials write it, constant included."""
+    """The loss summed over the batch, as in tutorials, including its constant."""
     if likelihood == "bernoulli":
         return F.binary_cross_entropy_with_logits(recon, x, reduction="sum")
     mean, logvar = recon.chunk(2, dim=1)
@@ -53,9 +53,9 @@ def train(likelihood: str, data: Tensor, *, fused: bool) -> Tensor:
     return torch.stack(losses).double()
 
 
-# Both compute the same function and differ by rounding, which 300 steps amplify: measured 4e-6 in float32 and 1e-14 in
-# float64. The tolerance leaves five times that for another processor's rounding, in float64 a hundred times; a wrong
-# term of any size shows.
+# Both compute the same function and differ only by rounding, which 300 steps amplify: to 4e-6 in float32 and 1e-14 in
+# float64, as measured. The tolerance allows five times that for another processor's rounding, or a hundred times in
+# float64; a wrong term of any size is much larger.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 
 
@@ -63,10 +63,12 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
     "dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=["float64", "float32"]
 )
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
-def test_same_losses(backend: str, threads: None, likelihood: str, dtype: torch.dtype) -> None:
-    torch.set_num_threads(1)  # of so little work
+def test_training_gives_the_same_losses_on_every_backend(
+    backend: str, threads: None, likelihood: str, dtype: torch.dtype
+) -> None:
+    torch.set_num_threads(1)  # because there is so little work
     generator = torch.Generator().manual_seed(2)
-    # Pictures of two factors: blobs on an 8 x 8 grid. The grain keeps the variances that a Gaussian learns away from
+    # Images of two factors: blobs on an 8 x 8 grid. The noise keeps the variances that a Gaussian learns away from
     # zero, where rounding is amplified without limit.
     places = 8 * torch.rand(256, 2, 1, 1, generator=generator, dtype=torch.float64)
     y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")

@@ -1,4 +1,4 @@
-"""Values and gradients: against the float64 formulas of `cases`, and against the reference."""
+"""Values and gradients, compared with the float64 formulas of `cases` and with the reference."""
 
 import math
 import re
@@ -25,7 +25,7 @@ import fastvae
 from fastvae import functional, reference
 from fastvae._spec import VARIANTS
 
-# The smallest float16 steps: what is not much larger has few digits.
+# The smallest steps of float16. Gradients that are not much larger are inaccurate.
 STEP = {torch.float16: 2.0**-24}
 
 
@@ -36,13 +36,14 @@ def check(got: Result, want: Result, dtype: torch.dtype) -> None:
     error = (got.value.double() - want.value).abs()
     assert (error <= VALUE_TOLERANCE[dtype] * want.scale).all(), f"values off by {error.max():.3g}"
     for name, exact in want.gradients.items():
-        # The rounding of a float32 target's gradient beside float64 parameters, or of the half one beside half ones.
+        # The rounding of a float32 target's gradient with float64 parameters, or of a half one with half ones.
         coarser = max(dtype, got.gradients[name].dtype, key=GRADIENT_TOLERANCE.__getitem__)
         check_gradient(name, got.gradients[name], exact, coarser)
 
 
 def check_gradient(name: str, got: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
-    """Relative to the element, and in full precision to the row: an element may be a difference that cancels."""
+    """Compare relative to the element, or in full precision to the row, because an element may be a difference that
+    cancels."""
     assert got.shape == exact.shape
     if exact.numel() == 0:
         return
@@ -55,8 +56,8 @@ def check_gradient(name: str, got: Tensor, exact: Tensor, dtype: torch.dtype) ->
     )
 
 
-def test_every_likelihood_has_its_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row of the table is what a case calls, or the file that `ELSEWHERE` gives names it."""
+def test_every_variant_has_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every variant must be called by a case, or named in the file that `ELSEWHERE` gives."""
     served = set()
 
     def serve(likelihood: str, params: list[Tensor], *_: object) -> list[Tensor]:
@@ -75,7 +76,7 @@ def test_every_likelihood_has_its_tests(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("shape", SHAPES, ids=cases.ids)
 @pytest.mark.parametrize("case", CASES, ids=cases.ids)
-def test_formula(backend: str, case: Case, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_nll_equals_the_formula(backend: str, case: Case, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if len(shape) < case.min_rank:
         shape = (*shape, 1)
     inputs = cases.cast(case.inputs(shape), dtype)
@@ -87,8 +88,8 @@ def test_formula(backend: str, case: Case, shape: tuple[int, ...], dtype: torch.
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("case", CASES, ids=cases.ids)
-def test_reference(native: None, case: Case, dtype: torch.dtype) -> None:
-    """The kernels against the specification, in the same type: what a user sees when switching between them."""
+def test_kernels_equal_the_reference_in_the_same_dtype(native: None, case: Case, dtype: torch.dtype) -> None:
+    """The kernels compared with the specification in the same dtype, as a user sees them when switching."""
     inputs = cases.cast(case.inputs((6, 3, 7, 5)), dtype)
     got, want = cases.run(case, functional, inputs), cases.run(case, reference, inputs)
     scale = cases.exact(case, inputs).scale
@@ -106,7 +107,7 @@ TARGETS = [
 
 @pytest.mark.parametrize(("case", "dtype", "target"), TARGETS, ids=cases.ids)
 @pytest.mark.parametrize("shape", [(5, 17), (2, 3, 20, 19)], ids=cases.ids)
-def test_target_types(
+def test_target_of_any_dtype_equals_the_formula(
     backend: str, case: Case, dtype: torch.dtype, target: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     inputs = cases.cast(case.inputs(shape), dtype, target, counts=case.counts)
@@ -116,8 +117,8 @@ def test_target_types(
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=cases.ids)
-def test_learned_scale_in_float32(backend: str, dtype: torch.dtype) -> None:
-    """Autocast gives half means beside a float32 parameter."""
+def test_float32_learned_scale_with_half_inputs_is_accepted(backend: str, dtype: torch.dtype) -> None:
+    """Autocast gives half means with a float32 parameter."""
     case = cases.by_id["gaussian_learned"]
     inputs = cases.cast(case.inputs((6, 100)), dtype)
     inputs["logvar"] = torch.tensor(0.123456789)
@@ -150,10 +151,10 @@ Z_SHAPES = [(4, 1), (3, 9), (2, 1025), (2, 3, 5), (6,), (0, 4), (2, 3, 4, 5)]
 @pytest.mark.parametrize("prior", [False, True], ids=["standard", "prior"])
 @pytest.mark.parametrize("noise", ["eps", "seed"])
 @pytest.mark.parametrize("shape", Z_SHAPES, ids=cases.ids)
-def test_reparameterize_kl(
+def test_reparameterize_kl_equals_the_formula(
     backend: str, shape: tuple[int, ...], noise: str, prior: bool, samples: int | None, dtype: torch.dtype
 ) -> None:
-    """z, kl and the gradient of both at once, which are summed in one kernel."""
+    """z, kl and the gradient of both together, which one kernel sums."""
     names = ("mu", "logvar", "prior_mu", "prior_logvar") if prior else ("mu", "logvar")
     inputs = {name: torch.randn(shape).to(dtype) for name in names}
     z_shape = shape if samples is None else (samples, *shape)
@@ -173,7 +174,7 @@ def test_reparameterize_kl(
 
     assert z.dtype == dtype
     assert z.shape == z_shape
-    # Six digits, of z's largest summand where the two cancel, and one rounding to the type of z.
+    # Six digits, relative to the largest summand of z where the two cancel, and one rounding to the dtype of z.
     size = exact["mu"].abs() + torch.exp(exact["logvar"] / 2) * eps.double().abs()
     rounding = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     precise = 1e-13 if dtype == torch.float64 else 1.5e-6
@@ -194,7 +195,7 @@ def test_reparameterize_kl(
 def test_gradcheck_reparameterize_kl(backend: str, samples: int | None, output: int) -> None:
     leaves = [torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(4)]
     seed = torch.tensor([7, 8])
-    if output == 0:  # the prior does not enter z
+    if output == 0:  # z does not depend on the prior
         leaves = leaves[:2]
     assert torch.autograd.gradcheck(
         lambda *x: functional.reparameterize_kl(*x, samples=samples, seed=seed)[output], leaves
@@ -202,8 +203,8 @@ def test_gradcheck_reparameterize_kl(backend: str, samples: int | None, output: 
 
 
 @pytest.mark.parametrize("prior", [False, True], ids=["standard", "prior"])
-def test_gradient_of_eps(backend: str, prior: bool) -> None:
-    """Given noise may come from a network; its gradient is sigma."""
+def test_eps_gets_its_gradient(backend: str, prior: bool) -> None:
+    """`eps` may come from a network; its gradient is sigma."""
     mu, logvar = torch.randn(4, 6), torch.randn(4, 6)
     eps = torch.randn(4, 6, requires_grad=True)
     z, _ = functional.reparameterize_kl(mu, logvar, *((mu, logvar) if prior else ()), eps=eps)
@@ -212,15 +213,15 @@ def test_gradient_of_eps(backend: str, prior: bool) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where digits are lost
+# Accuracy at difficult points
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("target", [0.0, 1.0])
 @pytest.mark.parametrize("logit", [-30.0, -15.0, -9.0, 9.0, 15.0, 30.0])
-def test_saturated_rows(backend: str, logit: float, target: float, dtype: torch.dtype) -> None:
-    """A network that is sure, and right, of every pixel: 784 tiny losses, no digit of which may be lost."""
+def test_saturated_rows_are_accurate(backend: str, logit: float, target: float, dtype: torch.dtype) -> None:
+    """A network that predicts every pixel confidently and correctly: 784 tiny losses that must all be accurate."""
     inputs = {
         "logits": torch.full((2, 784), logit, dtype=dtype),
         "target": torch.full((2, 784), target, dtype=dtype),
@@ -228,7 +229,7 @@ def test_saturated_rows(backend: str, logit: float, target: float, dtype: torch.
     case = cases.by_id["bernoulli"]
     got, want = cases.run(case, functional, inputs), cases.exact(case, inputs)
     assert ((got.value.double() - want.value).abs() <= VALUE_TOLERANCE[dtype] * want.value).all()
-    # sigmoid(a) - t is a difference of numbers up to 1: no better than one unit in the last place of 1, and no worse.
+    # sigmoid(a) - t is a difference of numbers up to 1, so its error is one unit in the last place of 1.
     eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     exact, gradient = want.gradients["logits"], got.gradients["logits"].double()
     assert ((gradient - exact).abs() <= 1.5 * eps + GRADIENT_TOLERANCE[dtype] * exact.abs()).all()
@@ -237,7 +238,9 @@ def test_saturated_rows(backend: str, logit: float, target: float, dtype: torch.
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("logvar", [1e-3, -1e-3, 1e-5, 0.02, -0.9, 0.99, 1.01])
 @pytest.mark.parametrize("case", [case for case in CASES if case.id.startswith("kl")], ids=cases.ids)
-def test_near_collapse(backend: str, case: Case, logvar: float, dtype: torch.dtype) -> None:
+def test_gaussian_kl_near_collapse_is_accurate(
+    backend: str, case: Case, logvar: float, dtype: torch.dtype
+) -> None:
     """A posterior close to its prior, where e^v - 1 - v is about v^2 / 2."""
     inputs = {name: torch.zeros(3, 2000, dtype=dtype) for name in case.inputs((1, 1))}
     inputs["logvar"] += logvar
@@ -249,7 +252,7 @@ def test_near_collapse(backend: str, case: Case, logvar: float, dtype: torch.dty
 
 
 def test_textbook_kl_fails_near_collapse() -> None:
-    """That the test above can fail: what everybody writes does."""
+    """A check that the test above can fail: the usual formula does."""
     logvar = torch.full((1, 2000), 1e-3, dtype=torch.bfloat16)
     textbook = -0.5 * (1 + logvar - logvar.exp()).sum(1).double()
     exact = sum(cases.kl_terms(torch.zeros_like(logvar).double(), logvar.double())).sum(1)
@@ -260,13 +263,13 @@ EXTREMES = [(case, dtype) for case in CASES if case.extremes for dtype in DTYPES
 
 
 @pytest.mark.parametrize(("case", "dtype"), EXTREMES, ids=cases.ids)
-def test_extremes(backend: str, case: Case, dtype: torch.dtype) -> None:
+def test_extremes_are_finite_and_accurate(backend: str, case: Case, dtype: torch.dtype) -> None:
     assert case.extremes is not None
     inputs = cases.cast(case.extremes(), dtype)
     got, want = cases.run(case, functional, inputs), cases.exact(case, inputs)
     assert (want.value.abs() < 1e38).all(), "a case that float32 cannot answer"
     assert got.value.isfinite().all()
-    # Below the smallest normal number a result may be 0.
+    # Below the smallest normal number, a result may be 0.
     tiny = torch.finfo(torch.float32).tiny
     assert ((got.value.double() - want.value).abs() <= VALUE_TOLERANCE[dtype] * want.scale + tiny).all()
     for name, exact in want.gradients.items():
@@ -280,7 +283,7 @@ def test_extremes(backend: str, case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("logvar", [-80.0, 80.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=cases.ids)
-def test_extreme_z(backend: str, dtype: torch.dtype, logvar: float) -> None:
+def test_extreme_logvar_gives_accurate_z(backend: str, dtype: torch.dtype, logvar: float) -> None:
     mu, eps = torch.full((3, 17), 0.5, dtype=dtype), torch.full((3, 17), -1.5, dtype=dtype)
     z, _ = functional.reparameterize_kl(mu, torch.full_like(mu, logvar), eps=eps)
     want = 0.5 - 1.5 * torch.exp(torch.tensor(logvar / 2, dtype=torch.float64))
@@ -297,7 +300,9 @@ NANS = [(case, name) for case in CASES for name, x in case.inputs((1, 1)).items(
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
 @pytest.mark.parametrize(("case", "name"), NANS, ids=cases.ids)
 @pytest.mark.parametrize("place", [0, 18, 36], ids=["vector", "later", "tail"])
-def test_nan_stays_in_its_row(backend: str, case: Case, name: str, place: int, dtype: torch.dtype) -> None:
+def test_nan_affects_only_its_row(
+    backend: str, case: Case, name: str, place: int, dtype: torch.dtype
+) -> None:
     inputs = cases.cast(case.inputs((4, 37)), dtype)
     clean = cases.run(case, functional, inputs)
     inputs[name][2, place] = float("nan")
@@ -311,7 +316,7 @@ def test_nan_stays_in_its_row(backend: str, case: Case, name: str, place: int, d
     others = torch.tensor([0, 1, 3])
     for which, gradient in dirty.gradients.items():
         if gradient.dim() == 0:
-            assert gradient.isnan()  # one parameter of all rows
+            assert gradient.isnan()  # one parameter shared by all rows
             continue
         assert torch.equal(gradient[others], clean.gradients[which][others])
     if name in dirty.gradients and not (case.id.startswith("kl_prior") and name == "prior_mu"):
@@ -320,7 +325,7 @@ def test_nan_stays_in_its_row(backend: str, case: Case, name: str, place: int, d
 
 @pytest.mark.parametrize("name", ["mu", "logvar", "eps"])
 @pytest.mark.parametrize("place", [0, 36])
-def test_nan_in_z(backend: str, name: str, place: int) -> None:
+def test_nan_in_the_posterior_affects_only_its_element_of_z(backend: str, name: str, place: int) -> None:
     inputs = {key: torch.randn(4, 37) for key in ("mu", "logvar", "eps")}
     inputs[name][2, place] = float("nan")
     z, _ = functional.reparameterize_kl(**inputs)
@@ -334,13 +339,13 @@ FAR_SCALES = (
     -90.0,
     90.0,
     120.0,
-)  # log s^2 at which s^2 or its inverse leaves float32, and s does not
+)  # values of log s^2 for which s^2 or its inverse exceeds float32, but s does not
 
 
 @pytest.mark.parametrize("logvar", FAR_SCALES)
 @pytest.mark.parametrize("distance", [0.0, 1.5])
-def test_squares_that_float32_cannot_hold(backend: str, logvar: float, distance: float) -> None:
-    """A Gaussian `distance` scales away."""
+def test_gaussian_far_from_its_mean_is_accurate(backend: str, logvar: float, distance: float) -> None:
+    """A Gaussian whose mean is `distance` scales away."""
     scale = math.exp(0.5 * logvar)
     away = torch.full((2, 9), distance * scale)
     mean = away.clone().requires_grad_()
@@ -353,7 +358,7 @@ def test_squares_that_float32_cannot_hold(backend: str, logvar: float, distance:
     value = 9 * (0.5 * (math.log(2 * math.pi) + logvar + distance**2))
     by_mean, by_logvar = distance / scale, 0.5 * (1 - distance**2)
     zeros = torch.zeros(2, 9)
-    rtol = 2e-5  # log s^2 has 24 bits: at 120 its exponential has 17 of them left
+    rtol = 2e-5  # log s^2 has 24 bits, so at 120 its exponential is accurate to 17 bits
     for nll, by in (
         (functional.gaussian_nll(mean, zeros, variance), (by_mean, by_logvar)),
         (functional.gaussian_nll(mean, zeros, scale=scale), (by_mean,)),
@@ -367,7 +372,7 @@ def test_squares_that_float32_cannot_hold(backend: str, logvar: float, distance:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# fp16 under a loss scaler
+# float16 under a loss scaler
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -384,7 +389,7 @@ def test_float16_gradients_survive_the_mean(backend: str) -> None:
 
 
 def test_float16_gradients_larger_than_float16_survive_the_mean(backend: str) -> None:
-    """Before its weight 1/B a slope may exceed 65504."""
+    """Before its weight 1/B is applied, a slope may exceed 65504."""
     batch = 128
     mean = torch.full((batch, 9), 10.0).half().requires_grad_()
     target = torch.zeros(batch, 9).half().requires_grad_()
@@ -396,8 +401,8 @@ def test_float16_gradients_larger_than_float16_survive_the_mean(backend: str) ->
 
 
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00001, -1], ids=hex)
-def test_nan_with_a_payload_stays_a_nan(backend: str, bits: int) -> None:
-    """Other devices make NaNs whose low bits are set."""
+def test_nan_with_a_payload_gives_nan(backend: str, bits: int) -> None:
+    """Other devices produce NaNs whose low bits are set."""
     nan = torch.tensor([[bits]], dtype=torch.int32).view(torch.float32).expand(1, 17)
     assert nan.isnan().all()
     logits = nan.clone().requires_grad_()

@@ -1,9 +1,9 @@
-"""scvi-tools' own tests with fastvae: `make test-scvi`, or python tests/integrations/scvi_suite.py.
+"""Runs scvi-tools' own tests with fastvae: `make test-scvi`, or python tests/integrations/scvi_suite.py.
 
-They come with the source distribution of the version that is installed, which pip fetches into build/scvi-tools once.
-Run are those of distributions, modules and models, external ones included. A few fail by themselves, by what is not
-installed or by the versions of other packages, and some of them draw lots: what fails with fastvae is run without it,
-too, and what passes there, with it once more. A test that fails only with fastvae, twice, is an error.
+They are part of the source distribution of the installed version, which pip downloads into build/scvi-tools once. This
+runs those of distributions, modules and models, including external ones. A few fail by themselves, because of missing
+or incompatible packages, and some are random. Therefore, tests that fail with fastvae are run without it too, and those
+that pass then, once more with it. A test that fails only with fastvae, twice, is an error.
 
 This file is also the plugin of those runs (`-p scvi_suite`).
 """
@@ -57,7 +57,7 @@ def fetched(version: str) -> Path:
 
 
 def run(folder: Path, accelerated: bool, *tests: str) -> dict[str, bool]:
-    """name -> whether it passed, of every test that was not skipped."""
+    """Test name -> whether it passed, for every test that was not skipped."""
     report = folder.parent / f"{'with' if accelerated else 'without'}.xml"
     report.unlink(missing_ok=True)
     environment = {
@@ -92,7 +92,7 @@ def run(folder: Path, accelerated: bool, *tests: str) -> dict[str, bool]:
             file, classname = case.get("file", ""), case.get("classname", "")
             inside = classname.removeprefix(file.removesuffix(".py").replace("/", ".")).strip(".")
             name = "::".join(filter(None, (file, *inside.split("."), case.get("name"))))
-            # An error of its own, as in taking down, comes as a second entry.
+            # An error outside the test, as in its teardown, has a second entry.
             outcomes[name] = outcomes.get(name, True) and not kinds & {"failure", "error"}
     return outcomes
 
@@ -118,7 +118,7 @@ def main() -> int:
         print("   too few: something is wrong with the run itself")
         return 1
     for accelerated in (False, True):
-        # Without it, those that pass are what is left; with it, those that fail again.
+        # Without fastvae, those that pass remain; with it, those that fail again.
         outcomes = run(folder, accelerated, *failed) if failed else {}
         failed = [name for name in failed if outcomes.get(name, not accelerated) is not accelerated]
         if not accelerated:

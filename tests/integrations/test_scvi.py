@@ -1,4 +1,4 @@
-"""scvi-tools with fastvae's op behind its distributions: numbers, training, what falls back, and how it is undone."""
+"""scvi-tools with fastvae's op in its distributions: accuracy, training, fallbacks, and restoring scvi-tools."""
 
 import copy
 import functools
@@ -35,7 +35,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def scvi() -> Any:
-    """scvi-tools, whose import takes some ten seconds, with what the tests ask of it."""
+    """scvi-tools, whose import takes about ten seconds, with the settings that the tests need."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         package = pytest.importorskip("scvi", reason="scvi-tools is not installed")
@@ -71,7 +71,7 @@ ZI_LOGITS = (-8.0, -1.0, 0.0, 3.0)
 
 
 def grid() -> dict[str, Tensor]:
-    """Every theta with every count in a row, every mean down a column; float32, whose values are what is meant."""
+    """Every theta with every count in a row and every mean in a column; float32, whose values are taken as exact."""
     theta, x = torch.cartesian_prod(torch.tensor(THETAS), torch.tensor(COUNTS)).unbind(1)
     mu = torch.tensor(MEANS)[:, None].repeat(1, len(theta))
     pi = torch.tensor(ZI_LOGITS).repeat(mu.numel())[: mu.numel()].reshape(mu.shape)
@@ -110,7 +110,7 @@ KINDS = tuple(PARAMS)
 def evaluate(scvi: Any, kind: str, at: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """log_prob of each element, and the gradients of its sum."""
     leaves = {name: at[name].clone().requires_grad_() for name in PARAMS[kind]}
-    # theta is what a model's exp makes of a parameter, mu what its decoder makes.
+    # theta is the exponential of a model's parameter, and mu the output of its decoder.
     made = {name: leaf * 1 for name, leaf in leaves.items()}
     log_p = distribution(scvi, kind, {**at, **made}).log_prob(at["x"])
     gradients = torch.autograd.grad(log_p.sum(), list(leaves.values()))
@@ -124,9 +124,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.filterwarnings("ignore:The value argument must be within the support:UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("per_gene", [True, False])
-def test_numbers_are_those_of_the_formula_in_float64(
-    scvi: Any, backend: str, kind: str, per_gene: bool
-) -> None:
+def test_log_prob_equals_the_formula_in_float64(scvi: Any, backend: str, kind: str, per_gene: bool) -> None:
     at = grid()
     if not per_gene:
         at["theta"] = at["theta"].expand_as(at["mu"]).contiguous()
@@ -153,16 +151,16 @@ def test_numbers_are_those_of_the_formula_in_float64(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_float64_is_served_too(scvi: Any, backend: str, kind: str) -> None:
+def test_log_prob_in_float64_is_served(scvi: Any, backend: str, kind: str) -> None:
     at = {name: value.double() for name, value in grid().items()}
-    few = at["theta"] < 100  # where float64 itself is exact enough
+    few = at["theta"] < 100  # where float64 itself is accurate enough
     at = {name: value[..., few] for name, value in at.items()}
     at["x"] = at["x"].floor()
     theirs, slopes = evaluate(scvi, kind, at)
     with accelerate(strict=True):
         log_p, gradients = evaluate(scvi, kind, at)
     assert log_p.dtype == torch.float64
-    torch.testing.assert_close(log_p, theirs, rtol=1e-9, atol=2e-8)  # theirs adds EPS to theta, too
+    torch.testing.assert_close(log_p, theirs, rtol=1e-9, atol=2e-8)  # scvi-tools adds EPS to theta too
     for name, expected in slopes.items():
         assert relative(gradients[name], expected) < 1e-7, name
 
@@ -177,7 +175,7 @@ def small(rows: int = 6, genes: int = 20) -> dict[str, Tensor]:
     }
 
 
-def test_reassigned_means_are_read_at_the_call(scvi: Any) -> None:
+def test_reassigned_means_are_used(scvi: Any) -> None:
     at = small()
     px = distribution(scvi, "ZINB", at)
     with accelerate(strict=True):
@@ -197,7 +195,7 @@ def test_total_count_and_logits_are_served(scvi: Any) -> None:
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_logits_that_autocast_left_in_half_are_taken_as_they_are(scvi: Any, half: torch.dtype) -> None:
+def test_half_zi_logits_of_autocast_are_served(scvi: Any, half: torch.dtype) -> None:
     at = small()
     at["zi_logits"] = at["zi_logits"].to(half).requires_grad_()
     exact_too = {**at, "zi_logits": at["zi_logits"].detach().float().requires_grad_()}
@@ -219,7 +217,7 @@ def test_logits_that_autocast_left_in_half_are_taken_as_they_are(scvi: Any, half
 
 @pytest.fixture
 def dispersions(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The dispersions that the op is called with."""
+    """The dispersions with which the op is called."""
     seen = []
     op = integration.nll_elements
 
@@ -240,7 +238,7 @@ def theta_gradients(scvi: Any, make: Callable[[Tensor], Tensor], kind: str = "ZI
 
 
 @pytest.mark.parametrize("kind", ["NB", "ZINB"])
-def test_the_dispersion_of_genes_is_not_broadcast(scvi: Any, dispersions: list[Tensor], kind: str) -> None:
+def test_dispersion_per_gene_is_not_broadcast(scvi: Any, dispersions: list[Tensor], kind: str) -> None:
     bases: list[Tensor] = []
 
     def of_genes(leaf: Tensor) -> Tensor:
@@ -267,7 +265,7 @@ def expanded_early(leaf: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("make", [a_row, every_other, expanded_early])
-def test_views_of_other_tensors_have_their_gradients(
+def test_dispersion_that_is_a_view_gets_the_same_gradient(
     scvi: Any, dispersions: list[Tensor], make: Callable[[Tensor], Tensor]
 ) -> None:
     theirs = theta_gradients(scvi, make)
@@ -276,7 +274,7 @@ def test_views_of_other_tensors_have_their_gradients(
     assert dispersions[0].shape == (20,)
 
 
-def test_a_detached_dispersion_gets_no_gradient(scvi: Any) -> None:
+def test_detached_dispersion_gets_no_gradient(scvi: Any) -> None:
     at = small()
     theta = at["theta"].requires_grad_()
     mu = at["mu"].requires_grad_()
@@ -288,7 +286,7 @@ def test_a_detached_dispersion_gets_no_gradient(scvi: Any) -> None:
     assert theta.grad is None
 
 
-def test_dispersions_of_cells_and_without_autograd(scvi: Any, dispersions: list[Tensor]) -> None:
+def test_dispersion_per_cell_and_without_autograd_is_served(scvi: Any, dispersions: list[Tensor]) -> None:
     at = small()
     theirs = distribution(scvi, "NB", at).log_prob(at["x"])
     with accelerate(strict=True):
@@ -336,7 +334,7 @@ FALLBACKS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("change", FALLBACKS)
-def test_what_is_not_served_is_theirs(
+def test_unsupported_call_uses_scvi_tools_code(
     scvi: Any, kind: str, change: Callable[[dict[str, Tensor]], None]
 ) -> None:
     at = small()
@@ -359,11 +357,11 @@ def test_what_is_not_served_is_theirs(
     assert "without strict=True" in str(error.value)
 
 
-def test_devices_without_kernels_are_theirs(scvi: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_without_kernels_uses_scvi_tools_code(scvi: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     at = small()
     px = distribution(scvi, "ZINB", at)
     theirs = px.log_prob(at["x"])
-    monkeypatch.setattr(fastvae.backends.choose, "serving", {})  # as where there is no extension
+    monkeypatch.setattr(fastvae.backends.choose, "serving", {})  # as without the extension
     with accelerate():
         assert torch.equal(px.log_prob(at["x"]), theirs)
     monkeypatch.undo()
@@ -372,7 +370,7 @@ def test_devices_without_kernels_are_theirs(scvi: Any, monkeypatch: pytest.Monke
     ]
 
 
-def test_a_transform_of_torch_func_is_theirs(scvi: Any) -> None:
+def test_torch_func_transform_uses_scvi_tools_code(scvi: Any) -> None:
     at = small()
 
     def row(mu: Tensor, x: Tensor) -> Tensor:
@@ -384,7 +382,7 @@ def test_a_transform_of_torch_func_is_theirs(scvi: Any) -> None:
         assert torch.equal(torch.func.vmap(row)(*together), theirs)
 
 
-def test_counts_of_every_integer_type(scvi: Any) -> None:
+def test_integer_counts_are_served(scvi: Any) -> None:
     at = small()
     expected = distribution(scvi, "NB", at).log_prob(at["x"])
     with accelerate(strict=True):
@@ -396,7 +394,7 @@ def test_counts_of_every_integer_type(scvi: Any) -> None:
 SUPPORT = "The value argument must be within the support of the distribution"
 
 
-def test_fractions_are_served_and_warned_of(scvi: Any) -> None:
+def test_fractional_counts_are_served_with_a_warning(scvi: Any) -> None:
     at = small()
     at["x"] += 0.25
     px = distribution(scvi, "ZINB", at)
@@ -405,7 +403,7 @@ def test_fractions_are_served_and_warned_of(scvi: Any) -> None:
     with accelerate(strict=True):
         with pytest.warns(UserWarning, match=SUPPORT) as ours:
             found = px.log_prob(at["x"])
-        with warnings.catch_warnings():  # a plain NB asks for no check
+        with warnings.catch_warnings():  # a plain NB does not validate
             warnings.simplefilter("error")
             distribution(scvi, "NB", at).log_prob(at["x"])
         with pytest.warns(UserWarning, match=SUPPORT):
@@ -415,7 +413,7 @@ def test_fractions_are_served_and_warned_of(scvi: Any) -> None:
 
 
 @pytest.mark.parametrize("bad", [-1.0, -0.5, float("nan"), float("inf")])
-def test_a_value_that_is_no_count_is_warned_of(scvi: Any, bad: float) -> None:
+def test_invalid_count_gives_the_warning_of_scvi_tools(scvi: Any, bad: float) -> None:
     at = small()
     at["x"][3, 5] = bad
     px = distribution(scvi, "ZINB", at)
@@ -423,7 +421,7 @@ def test_a_value_that_is_no_count_is_warned_of(scvi: Any, bad: float) -> None:
         theirs = px.log_prob(at["x"])
     with accelerate(), pytest.warns(UserWarning, match=SUPPORT):
         found = px.log_prob(at["x"])
-    if bad < 0:  # a zero, in scvi-tools' formula, and NaN where lgamma(x + 1) is infinite
+    if bad < 0:  # 0 in scvi-tools' formula, and NaN where lgamma(x + 1) is infinite
         torch.testing.assert_close(found, theirs, rtol=0, atol=0, equal_nan=True)
     else:
         rest = torch.ones_like(found, dtype=torch.bool)
@@ -431,7 +429,7 @@ def test_a_value_that_is_no_count_is_warned_of(scvi: Any, bad: float) -> None:
         torch.testing.assert_close(found[rest], theirs[rest], rtol=1e-5, atol=1e-6)
 
 
-def test_a_poisson_refuses_what_is_no_count_as_before(scvi: Any) -> None:
+def test_poisson_with_an_invalid_count_raises_as_before(scvi: Any) -> None:
     at = small()
     at["x"] += 0.5
     with accelerate():
@@ -441,7 +439,7 @@ def test_a_poisson_refuses_what_is_no_count_as_before(scvi: Any) -> None:
     assert status().served == {"Poisson": 1}
 
 
-def test_compiled_code_has_no_counters(scvi: Any) -> None:
+def test_compiled_calls_are_not_counted(scvi: Any) -> None:
     at = small()
 
     def nb(mu: Tensor, theta: Tensor, x: Tensor) -> Tensor:
@@ -461,7 +459,7 @@ def test_compiled_code_has_no_counters(scvi: Any) -> None:
         theirs = function(*inputs)
         slopes = torch.autograd.grad(theirs.sum(), inputs[:-1])
         with accelerate(strict=True):
-            # ZINB's check of its values looks at them, which ends a graph.
+            # ZINB's validation reads its values, which breaks a graph.
             compiled = torch.compile(function, backend="aot_eager", fullgraph=whole)
             for _ in range(3):
                 found = compiled(*inputs)
@@ -488,7 +486,7 @@ def attributes(scvi: Any) -> dict[str, Any]:
     return {f"{owner.__name__}.{name}": value for owner in owners for name, value in vars(owner).items()}
 
 
-def test_leaving_undoes_everything(scvi: Any) -> None:
+def test_leaving_the_block_restores_scvi_tools(scvi: Any) -> None:
     before = attributes(scvi)
     with accelerate(fused_adam=True):
         during = attributes(scvi)
@@ -507,7 +505,7 @@ def test_leaving_undoes_everything(scvi: Any) -> None:
     assert attributes(scvi) == before
 
 
-def test_torch_itself_is_never_changed(scvi: Any) -> None:
+def test_torch_distributions_are_not_changed(scvi: Any) -> None:
     before = dict(vars(torch.distributions.Poisson))
     with accelerate(fused_adam=True):
         assert dict(vars(torch.distributions.Poisson)) == before
@@ -516,7 +514,7 @@ def test_torch_itself_is_never_changed(scvi: Any) -> None:
     assert not status().served
 
 
-def test_nested_and_repeated_calls(scvi: Any) -> None:
+def test_nested_and_repeated_calls_end_with_the_last(scvi: Any) -> None:
     before = attributes(scvi)
     outer = accelerate()
     once = attributes(scvi)
@@ -538,7 +536,7 @@ def test_nested_and_repeated_calls(scvi: Any) -> None:
     undo()
 
 
-def test_what_others_put_over_it_stays(scvi: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patch_by_others_is_kept(scvi: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     at = small()
     theirs = distribution(scvi, "NB", at).log_prob(at["x"])
     original = scvi.NB.log_prob
@@ -557,7 +555,7 @@ def test_what_others_put_over_it_stays(scvi: Any, monkeypatch: pytest.MonkeyPatc
         scvi.NB.log_prob = original
 
 
-def test_status_is_for_people_too(scvi: Any) -> None:
+def test_status_is_readable(scvi: Any) -> None:
     at = small()
     with accelerate(strict=False, fused_adam=True):
         assert "no calls yet" in str(status())
@@ -580,13 +578,13 @@ OFF = (
 )
 
 
-def test_importing_it_imports_no_scvi_tools() -> None:
+def test_import_does_not_import_scvi_tools() -> None:
     done = subprocess.run([sys.executable, "-c", OFF], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.splitlines()[0] == "False", done.stderr
     assert "accelerate() has not been called" in done.stdout
 
 
-def test_scvi_tools_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_scvi_tools_raises_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
@@ -605,7 +603,7 @@ def test_scvi_tools_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         ((3, 14), 'pip install "scvi-tools==1.5.1"'),
     ],
 )
-def test_other_versions_are_refused_by_name(
+def test_unsupported_version_raises(
     monkeypatch: pytest.MonkeyPatch, python: tuple[int, int], advice: str
 ) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: "1.3.3")
@@ -618,12 +616,12 @@ def test_other_versions_are_refused_by_name(
     assert not status().active
 
 
-def test_the_extra_installs_what_is_served() -> None:
+def test_extra_installs_a_supported_version() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     assert all(f"scvi-tools=={version}; python_version" in text for version in integration.VERSIONS)
 
 
-def test_a_failure_half_way_changes_nothing(scvi: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_accelerate_changes_nothing(scvi: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = attributes(scvi)
     monkeypatch.setitem(sys.modules, "scvi.external.gimvi._module", None)
     with pytest.raises(ImportError):
@@ -657,7 +655,7 @@ def model(scvi: Any, kind: str = "SCVI", count: int = 64, genes: int = 100, **op
 
 
 def losses(scvi: Any, trained: Any, steps: int, batch: int = 32, **plan: Any) -> Tensor:
-    """Of every step of scvi-tools' own train()."""
+    """The losses of every step of scvi-tools' own train()."""
     from lightning.pytorch.callbacks import Callback
 
     seen = []
@@ -685,7 +683,7 @@ def further(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("likelihood", ["zinb", "nb"])
-def test_fifty_steps_lose_what_theirs_lose(scvi: Any, one_thread: None, likelihood: str) -> None:
+def test_fifty_training_steps_give_the_same_losses(scvi: Any, one_thread: None, likelihood: str) -> None:
     theirs = losses(scvi, model(scvi, gene_likelihood=likelihood), 50)
     with accelerate(strict=True):
         found = losses(scvi, model(scvi, gene_likelihood=likelihood), 50)
@@ -694,7 +692,7 @@ def test_fifty_steps_lose_what_theirs_lose(scvi: Any, one_thread: None, likeliho
 
 
 @pytest.mark.slow
-def test_a_poisson_is_no_further_off_than_another_number_of_threads(scvi: Any, threads: None) -> None:
+def test_poisson_training_differs_no_more_than_with_other_threads(scvi: Any, threads: None) -> None:
     def run(count: int) -> Tensor:
         torch.set_num_threads(count)
         return losses(scvi, model(scvi, count=256, genes=2000, gene_likelihood="poisson"), 50, batch=128)
@@ -707,7 +705,7 @@ def test_a_poisson_is_no_further_off_than_another_number_of_threads(scvi: Any, t
 
 
 @pytest.mark.parametrize("inflation", ["gene", "gene-batch"])
-def test_autozi_is_one_distribution(scvi: Any, inflation: str) -> None:
+def test_autozi_equals_the_formula_of_scvi_tools(scvi: Any, inflation: str) -> None:
     autozi = model(scvi, "AUTOZI", zero_inflation=inflation).module
     at = {name: value.double() for name, value in small().items()}
     d = torch.rand(20 if inflation == "gene" else (6, 20), dtype=torch.float64) * (1 - 2e-7) + 1e-7
@@ -734,7 +732,7 @@ def test_autozi_is_one_distribution(scvi: Any, inflation: str) -> None:
         assert relative(gradients[name], expected) < 1e-5, name
 
 
-def test_autozi_of_several_samples_is_theirs(scvi: Any) -> None:
+def test_autozi_with_several_samples_uses_scvi_tools_code(scvi: Any) -> None:
     autozi = model(scvi, "AUTOZI").module
     at = small(genes=20)
     arguments = (
@@ -751,7 +749,7 @@ def test_autozi_of_several_samples_is_theirs(scvi: Any) -> None:
 
 
 @pytest.mark.parametrize("where", ["multivae", "gimvi"])
-def test_models_with_torchs_poisson_are_served(scvi: Any, where: str) -> None:
+def test_models_with_torch_poisson_are_served(scvi: Any, where: str) -> None:
     at = small()
     module = getattr(scvi, where)
     theirs = module.Poisson(at["mu"]).log_prob(at["x"])
@@ -760,7 +758,7 @@ def test_models_with_torchs_poisson_are_served(scvi: Any, where: str) -> None:
     assert status().served == {"Poisson": 1}
 
 
-def test_models_save_and_load_with_it_and_without(
+def test_models_save_and_load_with_and_without_accelerate(
     scvi: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with accelerate(strict=True, fused_adam=True):
@@ -774,7 +772,7 @@ def test_models_save_and_load_with_it_and_without(
     latent = ours.get_latent_representation()
     with monkeypatch.context() as without:
         for name in [name for name in sys.modules if name.split(".")[0] == "fastvae"]:
-            without.setitem(sys.modules, name, None)  # an import of it fails
+            without.setitem(sys.modules, name, None)  # importing it fails
         loaded = type(ours).load(tmp_path / "ours", adata=cells(64, 100).copy())
         np.testing.assert_array_equal(loaded.get_latent_representation(), latent)
         losses(scvi, loaded, 2)
@@ -786,7 +784,7 @@ def test_models_save_and_load_with_it_and_without(
     assert status().served["ZeroInflatedNegativeBinomial"] == 2
 
 
-def test_fused_adam_is_their_optimiser_in_one_pass(scvi: Any, one_thread: None) -> None:
+def test_fused_adam_sets_only_fused(scvi: Any, one_thread: None) -> None:
     from lightning.pytorch.callbacks import Callback
 
     settings = []
@@ -821,7 +819,7 @@ def test_fused_adam_is_their_optimiser_in_one_pass(scvi: Any, one_thread: None) 
         assert relative(found, theirs.double()) < 1e-5
 
 
-def test_other_parameters_get_their_own_optimiser(scvi: Any) -> None:
+def test_fused_adam_with_other_parameters_uses_their_optimiser(scvi: Any) -> None:
     if metadata.version("scvi-tools") != "1.4.2":
         pytest.skip("scvi-tools makes fused optimisers by itself from 1.5 on")
     from scvi.train import TrainingPlan
@@ -838,7 +836,7 @@ def test_other_parameters_get_their_own_optimiser(scvi: Any) -> None:
         assert "other than plain floats" in str(status())
 
 
-def test_the_example(scvi: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_example_runs(scvi: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["scvi_tools.py", "2"])
     runpy.run_path(str(ROOT / "examples" / "scvi_tools.py"))
     printed = capsys.readouterr().out

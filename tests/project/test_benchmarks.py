@@ -1,6 +1,6 @@
-"""What the benchmarks compare is the same computation: their check finds a baseline that computes something else.
+"""Both sides of a benchmark compute the same: its check detects a baseline that computes something else.
 
-Their table goes to its place in docs/benchmarks.md.
+The tables are written to their place in the docs.
 """
 
 import sys
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[2]))  # last: the fastvae under test is the one that is installed
+sys.path.append(str(Path(__file__).parents[2]))  # last, so that the installed fastvae is tested
 
 from benchmarks import report, steps
 from benchmarks.cases import CASES, Case
@@ -34,12 +34,12 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize(
     "name", [name for name, case in NAMED.items() if case.moves < 1 << 25 and "20000" not in name]
 )
-def test_both_sides_of_a_case_agree(name: str) -> None:
+def test_sides_of_a_case_give_the_same_results(name: str) -> None:
     check(NAMED[name])
 
 
 def seven_times(mu: Tensor, logvar: Tensor, recon: Tensor, x: Tensor) -> Outputs:
-    """As it must be in the first gradient, mu's."""
+    """The wrong gradient that must not be accepted is not the first one, which is that of mu."""
     loss, z = STEP.baseline(mu, logvar, 7 * recon, x)
     return loss, z
 
@@ -62,7 +62,7 @@ def frozen(mu: Tensor, logvar: Tensor, recon: Tensor, x: Tensor) -> Outputs:
         (frozen, "the gradients of recon"),
     ],
 )
-def test_another_loss_is_found(baseline: Callable[..., Outputs], what: str) -> None:
+def test_check_of_a_different_baseline_raises(baseline: Callable[..., Outputs], what: str) -> None:
     with pytest.raises(AssertionError, match=what):
         check(replace(STEP, baseline=baseline))
 
@@ -71,8 +71,8 @@ def test_another_loss_is_found(baseline: Callable[..., Outputs], what: str) -> N
     "name", [pytest.param(name, marks=pytest.mark.slow if name == "scvi" else ()) for name in steps.STEPS]
 )
 @torch.no_grad()
-def test_both_losses_of_a_step_agree(name: str) -> None:
-    """Within what the noise, which each draws for itself, makes of it."""
+def test_losses_of_a_step_agree(name: str) -> None:
+    """Up to the noise, which is different on each side."""
     _, kind = steps.STEPS[name]
     if name == "scvi":
         pytest.importorskip("scvi", reason="scvi-tools is not installed")
@@ -81,7 +81,7 @@ def test_both_losses_of_a_step_agree(name: str) -> None:
     torch.testing.assert_close(model.fused(x), model.baseline(x), rtol=0.01, atol=0)
 
 
-def test_a_table_goes_between_its_markers(tmp_path: Path) -> None:
+def test_put_between_replaces_the_text_between_markers(tmp_path: Path) -> None:
     for original, mark in ((report.PAGE, "bench"), (report.ROOT / "README.md", "steps")):
         page = tmp_path / original.name
         page.write_text(original.read_text())

@@ -1,4 +1,4 @@
-"""The built extension: one file that runs on every x86-64, whatever instruction sets its kernels were built for."""
+"""The built extension is one file that runs on every x86-64, whatever instruction sets its kernels use."""
 
 import importlib
 import json
@@ -19,9 +19,9 @@ from torch.utils.cpp_extension import get_cxx_compiler
 import fastvae
 from fastvae.backends import native
 
-# Where the code for an instruction set may stand: namespaces isa_avx2 and isa_avx512 (ours), AVX2 and AVX512 (ATen's).
+# Code for an instruction set may be in the namespaces isa_avx2 and isa_avx512 (ours), AVX2 and AVX512 (ATen's).
 HOMES = (("avx512", re.compile("isa_avx512|AVX512")), ("avx2", re.compile("isa_avx2|AVX2")))
-# AT&T syntax: 512-bit or mask registers or numbers above 15 are AVX-512; 256 bits or a v-instruction at least AVX.
+# AT&T syntax: 512-bit or mask registers, or numbers above 15, are AVX-512; 256 bits or a v-instruction at least AVX.
 AVX512 = re.compile(r"%zmm|%k[1-7]|%[xy]mm(1[6-9]|2\d|3[01])")
 AVX = re.compile(r"%ymm|^v[a-z]")
 ROOT, TORCH = Path(__file__).parents[2], Path(torch.__file__).parent
@@ -33,7 +33,7 @@ def home(function: str) -> str:
 
 
 def levels(listing: str) -> dict[str, str]:
-    """function -> the instruction set that its code needs, of an objdump listing."""
+    """Function -> the instruction set that its code needs, from an objdump listing."""
     found: dict[str, str] = defaultdict(lambda: "base")
     function = ""
     for line in listing.splitlines():
@@ -58,25 +58,25 @@ def functions() -> dict[str, str]:
     return levels(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def test_wide_registers_stay_in_their_namespaces(functions: dict[str, str]) -> None:
-    """An inline function shared by objects of several instruction sets must be linked from the least demanding.
+def test_wide_registers_occur_only_in_their_namespaces(functions: dict[str, str]) -> None:
+    """An inline function in objects of several instruction sets must be linked from the least demanding one.
 
-    Were it the AVX-512 copy, the extension would crash machines without AVX-512, long after it passed on ours.
+    With the AVX-512 copy, the extension would crash on machines without AVX-512, although it passes on ours.
     """
     misplaced = {name: need for name, need in functions.items() if LEVEL[need] > LEVEL[home(name)]}
-    # What the compiler has cloned for an object is that object's own.
+    # The compiler's clones of a function belong to their object.
     assert {
         name: need for name, need in misplaced.items() if not re.search(r"\.(constprop|isra|part)\.", name)
     } == {}
 
 
-def test_the_kernels_are_vectorised(functions: dict[str, str]) -> None:
-    """The flags reached the compiler: without them ATen's vectors are scalar loops, ten times slower."""
+def test_kernels_are_vectorised(functions: dict[str, str]) -> None:
+    """The flags reach the compiler; without them, ATen's vectors are scalar loops, ten times slower."""
     for name in ("avx2", "avx512"):
         assert any(home(function) == name and need == name for function, need in functions.items()), name
 
 
-def test_the_listing_is_read_right() -> None:
+def test_disassembly_is_parsed_correctly() -> None:
     listing = (
         "0000 <plain>:\n  10:\tmovss  (%rax),%xmm0\n\n0020 <_ZN8isa_avx21fEv>:\n  20:\tvaddps %ymm1,%ymm2,%ymm3\n"
         "0030 <std_vector>:\n  30:\tvmovups (%rax),%zmm1\n  38:\tret\n"
@@ -84,7 +84,7 @@ def test_the_listing_is_read_right() -> None:
     assert levels(listing) == {"plain": "base", "_ZN8isa_avx21fEv": "avx2", "std_vector": "avx512"}
 
 
-def test_the_build_record_tells_of_this_build() -> None:
+def test_build_record_describes_this_build() -> None:
     record = native.build_info()
     assert record is not None
     assert fastvae.show_config().count(record.TORCH_VERSION) >= 1
@@ -93,12 +93,12 @@ def test_the_build_record_tells_of_this_build() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the build costs
+# The cost of the build
 # ---------------------------------------------------------------------------------------------------------------------
 
-# These are of a build for x86-64 without CUDA, by GCC 12: the extension's bytes, and the compilers' CPU time as a
-# multiple of what one of torch's headers takes on the same machine, as busy as it was. Where a quarter more
-# is worth it, write the new numbers here.
+# The reference values of a build for x86-64 without CUDA, by GCC 12: the extension's size in bytes, and the compilers'
+# CPU time as a multiple of that of one of torch's headers on the same, equally busy machine. If a larger value is
+# justified, write the new numbers here.
 SIZE = 5_960_000
 COMPILATION = 60
 
@@ -118,12 +118,12 @@ def build_temp() -> Path:
 
 
 @pytest.mark.usefixtures("build_temp")
-def test_the_extension_has_not_grown_by_more_than_a_quarter() -> None:
+def test_extension_size_has_not_grown_by_a_quarter() -> None:
     size = Path(importlib.import_module("fastvae._C").__file__).stat().st_size
     assert size <= 1.25 * SIZE
 
 
-def test_the_build_takes_no_more_than_a_quarter_longer(build_temp: Path) -> None:
+def test_build_time_has_not_grown_by_a_quarter(build_temp: Path) -> None:
     record = build_temp / "compiler_seconds"
     if not record.exists():
         pytest.skip(f"{record} is written by a build from nothing, and there was none here")
@@ -131,8 +131,8 @@ def test_the_build_takes_no_more_than_a_quarter_longer(build_temp: Path) -> None
     assert seconds <= 1.25 * COMPILATION * header
 
 
-def test_every_file_of_csrc_ops_is_compiled() -> None:
-    """One that extension.cpp forgets and that only registers kernels would be missed by nobody."""
+def test_extension_includes_every_file_of_csrc_ops() -> None:
+    """If extension.cpp omitted a file that only registers kernels, nothing else would fail."""
     included = re.findall(r'#include "ops/(.+)"', (ROOT / "csrc" / "extension.cpp").read_text())
     there = [
         path.name for path in (ROOT / "csrc" / "ops").glob("*.cpp") if not path.name.endswith("_cuda.cpp")
@@ -141,7 +141,7 @@ def test_every_file_of_csrc_ops_is_compiled() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What setup.py says of CUDA kernels that it cannot build
+# The messages of setup.py about CUDA kernels that it cannot build
 # ---------------------------------------------------------------------------------------------------------------------
 
 TOOLKIT = """#!/bin/sh
@@ -157,7 +157,7 @@ def toolkit(tmp_path: Path) -> Path:
     return tmp_path
 
 
-# Imports torch once, and forks for every environment that stdin names.
+# Imports torch once, and forks for every environment that stdin lists.
 SETUP = """
 import contextlib, io, json, os, runpy, sys, torch, torch.utils.cpp_extension, traceback
 cuda, environments = json.load(sys.stdin)
@@ -185,14 +185,14 @@ for environment in environments:
 
 
 def setup(cuda: str | None, *environments: dict[str, str]) -> list[tuple[int, str]]:
-    """The exit code and what stands on stderr for each of the environments: see `version`."""
+    """The exit code and the stderr for each of the environments: see `version`."""
     return [(code, errors) for code, errors, _ in version(cuda, *environments)]
 
 
 def version(cuda: str | None, *environments: dict[str, str]) -> list[tuple[int, str, str]]:
-    """Runs `setup.py --version`, with a torch that says it was built for that version of CUDA.
+    """Run `setup.py --version` with a torch that pretends to be built for a version of CUDA.
 
-    Returns the exit code and what stands on stderr and stdout for each of the environments.
+    Returns the exit code, stderr and stdout for each of the environments.
     """
     done = subprocess.run(
         [sys.executable, "-c", SETUP],
@@ -209,20 +209,20 @@ def version(cuda: str | None, *environments: dict[str, str]) -> list[tuple[int, 
     return results
 
 
-def test_no_cuda_in_torch() -> None:
+def test_torch_without_cuda_is_reported() -> None:
     (code, errors), *others = setup(None, *({"FASTVAE_CUDA": wish} for wish in ("1", "auto", "0")))
     assert code != 0
     assert (
         f"fastvae: FASTVAE_CUDA=1 is set, but this torch ({torch.__version__}) was built without CUDA; "
         "install one with CUDA from https://pytorch.org" in errors
     )
-    # Nobody asked, and nobody expects them.
+    # Nobody requested CUDA kernels or expects them.
     for code, errors in others:
         assert code == 0, errors
         assert "CUDA" not in errors
 
 
-def test_no_toolkit(tmp_path: Path) -> None:
+def test_missing_cuda_toolkit_is_reported(tmp_path: Path) -> None:
     reason = (
         f"no CUDA toolkit (nvcc and its headers) was found in CUDA_HOME={tmp_path}; install CUDA 13.0, or set "
         "CUDA_HOME to its folder"
@@ -237,7 +237,7 @@ def test_no_toolkit(tmp_path: Path) -> None:
     assert "without CUDA kernels" not in refused[1]
 
 
-def test_a_toolkit_of_another_version(toolkit: Path) -> None:
+def test_cuda_toolkit_of_another_version_is_reported(toolkit: Path) -> None:
     nvcc = toolkit / "bin" / "nvcc"
     nvcc.write_text(TOOLKIT.format(version="12.4"))
     nvcc.chmod(0o755)
@@ -249,14 +249,14 @@ def test_a_toolkit_of_another_version(toolkit: Path) -> None:
     )
 
 
-def test_an_unknown_wish_is_refused() -> None:
+def test_unknown_value_of_fastvae_cuda_raises() -> None:
     ((code, errors),) = setup(None, {"FASTVAE_CUDA": "yes"})
     assert code != 0
     assert "FASTVAE_CUDA must be 0, 1 or auto, got 'yes'" in errors
 
 
-def test_gpus_that_are_too_old(toolkit: Path) -> None:
-    """Alone they are an error; in a list they are left out."""
+def test_unsupported_gpus_in_arch_list_are_ignored_or_raise(toolkit: Path) -> None:
+    """They are an error if there are no others, and ignored otherwise."""
     nvcc = toolkit / "bin" / "nvcc"
     nvcc.write_text(TOOLKIT.format(version="13.0"))
     nvcc.chmod(0o755)
@@ -269,8 +269,8 @@ def test_gpus_that_are_too_old(toolkit: Path) -> None:
     )
 
 
-def test_the_version_of_a_wheel_names_what_it_is_for(toolkit: Path) -> None:
-    """Of a wheel for a release alone: PyPI takes no versions with a local part."""
+def test_wheel_version_names_torch_and_cuda(toolkit: Path) -> None:
+    """Only the wheel of a release has it, because PyPI accepts no versions with a local part."""
     nvcc = toolkit / "bin" / "nvcc"
     nvcc.write_text(TOOLKIT.format(version="13.0"))
     nvcc.chmod(0o755)
@@ -292,12 +292,12 @@ def test_the_version_of_a_wheel_names_what_it_is_for(toolkit: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a build without the extension leaves
+# The record of a build without the extension
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_reason_for_a_pure_package_is_kept(tmp_path: Path) -> None:
-    """Pip shows nothing of a build that succeeds: `fastvae doctor` and the first slow call tell it."""
+def test_pure_package_records_the_reason(tmp_path: Path) -> None:
+    """pip hides the output of a successful build, so `fastvae doctor` and the first slow call report it."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "fastvae").mkdir()
@@ -324,7 +324,7 @@ def test_the_reason_for_a_pure_package_is_kept(tmp_path: Path) -> None:
         f"fastvae was installed without its compiled extension: {why}; then install it again: pip install "
         "--no-build-isolation -e . (in a clone of fastvae)"
     )
-    assert f"native: {sentence}" in told.stdout  # fastvae doctor
+    assert f"native: {sentence}" in told.stdout  # output of fastvae doctor
     assert sentence in told.stderr  # the warning
 
 

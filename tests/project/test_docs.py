@@ -1,4 +1,4 @@
-"""README and docs: their links lead somewhere."""
+"""The links in the README and the docs are valid."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def prose(page: Path) -> str:
-    """Without code, in which brackets are no links and a # begins no heading."""
+    """The page without code, in which brackets are not links and a # is not a heading."""
     return re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
@@ -23,14 +23,14 @@ def links(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """Of the headings, as GitHub makes them."""
+    """The anchors of the headings, as GitHub creates them."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_relative_links_lead_somewhere(page: Path) -> None:
+def test_relative_links_point_to_existing_files(page: Path) -> None:
     broken = []
     for link in links(page):
         if re.match(r"[a-z]+:", link):
@@ -42,10 +42,10 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     assert not broken
 
 
-def test_readme_leads_to_every_page() -> None:
+def test_readme_links_to_every_page() -> None:
     linked = {(ROOT / link.partition("#")[0]).resolve() for link in links(ROOT / "README.md")}
     assert [page.name for page in PAGES[1:] if page not in linked] == []
 
 
-def test_the_citation_has_this_version() -> None:
+def test_citation_names_this_version() -> None:
     assert f"\nversion: {fastvae.__version__}\n" in (ROOT / "CITATION.cff").read_text()

@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: whatever is cut or fails, what there was comes home, and no process is left behind."""
+"""`make gpu` without a GPU: if a stage fails or times out, existing results are kept and no process is left over."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))  # last: the fastvae under test is the one that is installed
+sys.path.append(str(ROOT))  # last, so that the installed fastvae is tested
 
 from benchmarks.gpu import build, plan, run, stage, table  # noqa: E402
 from benchmarks.gpu.plan import Stage  # noqa: E402
@@ -20,7 +20,7 @@ from benchmarks.gpu.plan import Stage  # noqa: E402
 NAMES = list(plan.SHARES)
 MACHINE = {"machine": "NVIDIA H200", "instruction_set": "cuda", "backend": "native", "copy_gb_per_s": 4300}
 
-# A stage in the place of a real one: it writes what it has, prints, and then does as it is told.
+# A substitute for a stage: it writes results, prints, and then behaves as requested.
 PLAYED = """
 import json, pathlib, subprocess, sys, time
 name, work, then = sys.argv[1], sys.argv[sys.argv.index("--out") + 1], sys.argv[2]
@@ -43,7 +43,7 @@ if then == "fails":
 
 
 def played(does: dict[str, str]) -> list[Stage]:
-    """All stages, those of `does` other than well; "--stage" marks them as those that are handed a folder."""
+    """All stages, of which those in `does` misbehave. "--stage" marks those that get an output folder."""
     return [
         Stage(name, [[sys.executable, "-c", PLAYED, name, does.get(name, "ends"), "--stage", name]])
         for name in NAMES
@@ -56,7 +56,7 @@ def is_there(pid: int) -> bool:
 
 
 def left(out: Path) -> list[int]:
-    """The children of hanging stages that are there still, after a moment in which they may end."""
+    """The children of hanging stages that still exist after a short wait."""
     pids = [int(pid) for pid in re.findall(r"child (\d+)", (out / "log.txt").read_text())]
     assert pids
     for _ in range(50):
@@ -66,7 +66,7 @@ def left(out: Path) -> list[int]:
     return [pid for pid in pids if is_there(pid)]
 
 
-# The first, one that hands results on and the last; the others are handled alike.
+# The first stage, one with results and the last; the others are handled in the same way.
 CUTS = [
     pytest.param(name, marks=() if name in ("build", "versus", "tuning") else pytest.mark.slow)
     for name in NAMES
@@ -74,12 +74,12 @@ CUTS = [
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_a_stage_that_is_cut(cut: str, tmp_path: Path) -> None:
+def test_stage_that_times_out_keeps_its_results(cut: str, tmp_path: Path) -> None:
     status = run.all_stages(played({cut: "hangs"}), tmp_path, 480, {cut: 3.0})
     assert status == 1
     kept = json.loads((tmp_path / "nvidia-h200.json").read_text())["runs"]["cuda"]
     assert kept["failures"] == [f"{cut}: out of time after 3 s"]
-    # Also of the stage that was cut: what it had written.
+    # Including the stage that timed out, with the results it had written.
     assert [item["pass"] for item in kept["passes"]] == NAMES
     assert list(kept["seconds"]) == NAMES
     log = (tmp_path / "log.txt").read_text()
@@ -91,7 +91,7 @@ def test_a_stage_that_is_cut(cut: str, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "nvidia-h200.json", "nvidia-h200.txt"}
 
 
-def test_a_stage_that_fails(tmp_path: Path) -> None:
+def test_failing_stage_is_reported_and_others_run(tmp_path: Path) -> None:
     assert run.all_stages(played({"build": "fails"}), tmp_path, 480, {}) == 1
     kept = json.loads((tmp_path / "nvidia-h200.json").read_text())["runs"]["cuda"]
     assert [item["pass"] for item in kept["passes"]] == NAMES
@@ -110,8 +110,8 @@ sys.exit(t.run.all_stages(t.played({{"versus": "hangs"}}), Path(sys.argv[1]), 48
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
-def test_a_run_that_is_ended(how: signal.Signals, tmp_path: Path) -> None:
-    """By whoever runs it: the stages before are there, and the stage's processes end with it."""
+def test_terminated_run_keeps_results_and_ends_processes(how: signal.Signals, tmp_path: Path) -> None:
+    """Previous stages keep their results, and the processes of the current stage end."""
     script = RUNS.format(paths=[str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT)])
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path)],
@@ -145,7 +145,7 @@ def test_a_run_that_is_ended(how: signal.Signals, tmp_path: Path) -> None:
     assert not is_there(stage_pid)
     if how != signal.SIGKILL:
         assert left(tmp_path) == []
-    else:  # whose children only a group could be told of
+    else:  # whose children only a process group can reach
         for pid in left(tmp_path):
             os.kill(pid, signal.SIGKILL)
 
@@ -157,12 +157,12 @@ def parent_of(pid: int) -> str:
         return ""
 
 
-def test_the_shares_fit() -> None:
-    """With what it takes to interrupt every stage."""
+def test_shares_and_interrupts_fit_into_the_total() -> None:
+    """Including the time for interrupting every stage."""
     assert sum(plan.SHARES.values()) + run.GRACE * 5 <= run.TOTAL == 480
 
 
-def test_an_item_that_fails_is_told_of_and_the_rest_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_failing_item_is_reported_and_others_run(capsys: pytest.CaptureFixture[str]) -> None:
     def broken() -> stage.Results:
         raise ValueError("not this one\nmore")
 
@@ -176,13 +176,13 @@ def test_an_item_that_fails_is_told_of_and_the_rest_goes_on(capsys: pytest.Captu
     assert late == [{"failures": ["out of time before a"]}]
 
 
-def test_the_sources_are_what_setup_has_recorded() -> None:
+def test_sources_digest_equals_that_of_setup() -> None:
     from fastvae import _build_info
 
     assert build.sources() == _build_info.SOURCES
 
 
-def test_tests_that_run_on_a_gpu_are_there() -> None:
+def test_selected_tests_exist() -> None:
     for one in plan.stages():
         for word in (word for command in one.commands for word in command):
             if word.endswith(".py"):
@@ -193,7 +193,7 @@ def test_tests_that_run_on_a_gpu_are_there() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The whole of it, on the CPU
+# Complete runs on the CPU
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -208,7 +208,7 @@ def rehearse(out: Path, *options: str) -> tuple[dict, str]:
 
 
 @pytest.mark.slow
-def test_the_rehearsal(tmp_path: Path) -> None:
+def test_rehearsal_completes_all_stages(tmp_path: Path) -> None:
     kept, printed = rehearse(tmp_path, "--seconds", "2000")
     assert kept["failures"] == [], printed[-8000:]
     assert kept["build"] == "kept"
@@ -230,7 +230,7 @@ def test_the_rehearsal(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", NAMES)
-def test_the_rehearsal_is_cut(cut: str, tmp_path: Path) -> None:
+def test_rehearsal_with_a_timeout_keeps_other_stages(cut: str, tmp_path: Path) -> None:
     kept, printed = rehearse(tmp_path, "--seconds", "2000", "--limit", f"{cut}=0.5")
     assert [text for text in kept["failures"] if not text.startswith(f"{cut}: ")] == [], printed[-8000:]
     assert f"{cut}: out of time after 0 s" in kept["failures"]

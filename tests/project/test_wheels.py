@@ -1,4 +1,4 @@
-""".ci/wheels.py: the page that pip reads, and what it says of what cannot be had. It builds nothing here."""
+""".ci/wheels.py: its index page, and its messages about what is not available. Nothing is built here."""
 
 import hashlib
 import importlib.util
@@ -22,8 +22,8 @@ def wheels() -> ModuleType:
     return module
 
 
-def test_the_index_leads_to_every_wheel(wheels: ModuleType, tmp_path: Path) -> None:
-    """A + in a path is a + to most servers, and a space to some. The digest is what pip compares."""
+def test_index_page_links_to_every_wheel(wheels: ModuleType, tmp_path: Path) -> None:
+    """Most servers read a + in a path as a +, but some as a space. pip compares the digest."""
     wheel = tmp_path / "fastvae_elbo-0.2.0+torch2.13-cp311-cp311-manylinux_2_28_x86_64.whl"
     wheel.write_bytes(b"its bytes")
     page = wheels.index_page([wheel], "https://example.org/v0.2.0/")

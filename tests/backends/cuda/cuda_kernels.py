@@ -1,6 +1,6 @@
-"""csrc/cuda without a GPU: the kernels' bodies compiled as C++ (cuda_shim), called as csrc/ops would call them.
+"""csrc/cuda without a GPU: the kernels' bodies, compiled as C++ (cuda_shim) and called as csrc/ops would call them.
 
-The structs mirror csrc/cuda/kernels.h; a difference in size is noticed when the library is loaded.
+The structs mirror csrc/cuda/kernels.h. A difference in size is detected when the library is loaded.
 """
 
 import ctypes
@@ -25,20 +25,20 @@ from fastvae._spec import VARIANTS
 ROOT = Path(__file__).parents[3]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 SHIM = Path(__file__).parent / "cuda_shim"
-THREADS = 64  # of a block
+THREADS = 64  # in a block
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.bool)
-COUNTS = {torch.uint8: 6, torch.uint16: 7, torch.int32: 8, torch.int64: 9}  # of a target that counts
+COUNTS = {torch.uint8: 6, torch.uint16: 7, torch.int32: 8, torch.int64: 9}  # for a target of counts
 LIST = ROOT / "csrc" / "likelihoods.def"
-# csrc/cpu/kernels.h's Element, in its order.
+# The enum Element of csrc/cpu/kernels.h, in the same order.
 ENUM = re.findall(r"^FASTVAE_(?:CUDA_)?ELEMENT\((\w+), \w+\)$", LIST.read_text(), re.MULTILINE)
 ELEMENTS = {variant.name: ENUM.index(variant.element) for variant in VARIANTS.values() if variant.element}
 LOGISTIC = ENUM.index("discretized_logistic")
-KEPT: list[Tensor] = []  # what the pointers of the last call point at
+KEPT: list[Tensor] = []  # owns the memory that the pointers of the last call refer to
 
 
 def compiler_missing(*flags: str) -> str | None:
-    """Why the kernels' bodies cannot be built here, with those flags."""
+    """Why the kernels' bodies cannot be built here with these flags, or an empty string."""
     if shutil.which("g++") is None:
         return "g++ is not installed"
     program = (
@@ -51,7 +51,7 @@ def compiler_missing(*flags: str) -> str | None:
 
 
 def build(directory: Path, *flags: str, main: str = "driver.cpp", jobs: int = 2) -> Path:
-    """Compiles the kernels and `main` for the CPU; returns the library, or the program."""
+    """Compile the kernels and `main` for the CPU, and return the library or the program."""
     program = "-shared" not in flags
     common = ["g++", "-std=c++20", "-pthread", "-fno-strict-aliasing", f"-DFASTVAE_THREADS={THREADS}"]
     common += [f"-I{SHIM}", f"-I{ROOT / 'csrc' / 'cuda'}", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
@@ -71,7 +71,7 @@ def build(directory: Path, *flags: str, main: str = "driver.cpp", jobs: int = 2)
 
 
 def library() -> Path:
-    """The kernels and driver.cpp as a library, kept between runs."""
+    """The kernels and driver.cpp as a library, which is kept between runs."""
     flags = ("-O1", "-fPIC", "-shared")
     csrc = ROOT / "csrc"
     sources = (csrc / "cuda", csrc / "math", csrc / "cpu" / "kernels.h", LIST, SHIM, Path(__file__))
@@ -102,7 +102,7 @@ class Output(Structure):
 
 
 class Plan(Structure):
-    """Of plan.h."""
+    """A struct of plan.h."""
 
     _fields_ = (
         ("lanes", c_int),
@@ -244,7 +244,7 @@ def event_size(tensor: Tensor) -> int:
 
 
 def operand(tensor: Tensor | None, counts: Mapping[torch.dtype, int] = MappingProxyType({})) -> Operand:
-    """Of dense rows, in whatever order."""
+    """Views of dense rows, in any memory order."""
     if tensor is None:
         return Operand()
     kind = counts[tensor.dtype] if tensor.dtype in counts else DTYPES.index(tensor.dtype)
@@ -262,7 +262,7 @@ def output(tensor: Tensor | None) -> Output:
 
 
 def takes_turns(planes: Tensor) -> bool:
-    """Whether the planes of dimension 1 take turns at every pixel: channels_last, not just rows apart."""
+    """Whether the planes of dimension 1 alternate at every pixel, as in channels_last, and are not only strided."""
     return planes.dim() > 2 and not planes.is_contiguous() and planes.stride(1) == 1
 
 
@@ -284,7 +284,7 @@ def row_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def poisoned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """What nobody writes is not a number."""
+    """Memory that nobody has written holds NaN."""
     return torch.full(tuple(shape), math.nan, dtype=dtype)
 
 
@@ -298,7 +298,7 @@ def poisoned_like(tensor: Tensor) -> Tensor:
 
 
 def same_for_all(likelihood: str, constants: Sequence[float]) -> tuple[float, tuple[float, ...]]:
-    """(normaliser, constants of the kernel) as csrc/ops/likelihood_table.h has them; a learned scale is 1 there."""
+    """Return (normaliser, constants of the kernel) as in csrc/ops/likelihood_table.h, where a learned scale is 1."""
     family = likelihood.split("_")[0]
     if "bounded" in likelihood:
         lo, hi = constants
@@ -321,7 +321,7 @@ def same_for_all(likelihood: str, constants: Sequence[float]) -> tuple[float, tu
 
 
 class Kernels:
-    """The ops of csrc/ops/library.cpp, on CPU tensors. One launch each."""
+    """The ops of csrc/ops/library.cpp on CPU tensors, with one launch each."""
 
     def __init__(self, library: Path) -> None:
         self.library = CDLL(str(library))
@@ -356,7 +356,7 @@ class Kernels:
         return plan
 
     def place(self, i: int, run: int, run_stride: int) -> int:
-        """Where element i of a row lies that is made of runs."""
+        """The offset of element i in a row that consists of runs."""
         return self.library.place(c_int64(i), c_int64(run), c_int64(run_stride))
 
     def _run(self, name: str, args: Any, *, scratch: bool = True) -> None:
@@ -437,7 +437,8 @@ class Kernels:
         grad_nll: Tensor | None = None,
         wanted: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, nll, gradient) of a discretised logistic or a mixture; with `grad_nll` the gradient alone is made."""
+        """Return (loss, nll, gradient) of a discretised logistic or a mixture; with `grad_nll`, only the gradient is
+        computed."""
         rows, channels, size = *target.shape[:2], event_size(target)
         args = MixtureArgs(element=LOGISTIC, rows=rows, size=size, components=components, channels=channels)
         args.pixels, args.alternate = size // channels, takes_turns(params)
@@ -471,7 +472,7 @@ class Kernels:
         grad_nll: Tensor | None = None,
         wanted: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, nll, gradient); with `grad_nll` the gradient alone is made."""
+        """Return (loss, nll, gradient); with `grad_nll`, only the gradient is computed."""
         rows, positions = target.shape[0], event_size(target)
         args = CategoricalArgs(rows=rows, size=positions, positions=positions, ignored=ignored)
         args.classes = logits.shape[-1]
@@ -605,7 +606,7 @@ class Kernels:
         samples: int | None = None,
         per_element: bool = False,
     ) -> list[Tensor]:
-        """The gradients of mu, logvar, the prior's and eps, of those that there are."""
+        """The gradients of mu, logvar, the prior and eps, as far as they exist."""
         args = SampleGradArgs()
         self._latents(args, mu, logvar, prior, noise, eps, samples)
         args.grad_z, args.grad_z_draw_stride = self._draws(grad_z, samples)

@@ -1,7 +1,7 @@
-"""What can be told of a CUDA build where there is no GPU: `make cuda-link` runs this with the extension on its path.
+"""Checks of a CUDA build without a GPU: `make cuda-link` runs this with the extension on its path.
 
-It loads, its CPU kernels run, every op has its CUDA kernel and its fake one, fake CUDA tensors go through forwards and
-backwards to the right shapes, types and devices, and the binary holds machine code for every GPU that it was built for.
+The extension loads, its CPU kernels run, every op has its CUDA kernel and its fake kernel, fake CUDA tensors go through
+forward and backward with the right shapes, dtypes and devices, and the binary has machine code for every requested GPU.
 """
 
 import importlib
@@ -27,7 +27,7 @@ def check_kernels() -> int:
     extension = importlib.import_module("fastvae._C").__file__
     assert Path(extension).parents[1] == Path.cwd(), f"{extension} is not of this tree"
     ops = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastvae::")]
-    # Those that users' calls run hand on to the others.
+    # The ops that users call pass their arguments on to the others.
     working = [op for op in ops if re.search("_(forward|backward_?|gradient)$", op)]
     assert len(ops) == len(working) + len(OPS), ops
     lacking = tuple(op for op, places in OPS_LACKING.items() if ("native", "cuda") in places)
@@ -47,7 +47,7 @@ def check_kernels() -> int:
 
 
 def check_fakes() -> int:
-    """Forwards through the public functions, backwards by their ops: the autograd engine itself asks for a GPU."""
+    """Forwards use the public functions and backwards the ops, because the autograd engine itself needs a GPU."""
     count = 0
 
     def expect(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -78,7 +78,7 @@ def check_fakes() -> int:
             expect(fastvae.functional.gaussian_kl(mu, logvar, reduction="none"), (6, 20), rows)
             beta, scale = (torch.empty((), dtype=kind, device="cuda") for kind in (torch.float32, dtype))
             head = torch.cat((recon, recon), 1)
-            mixture = torch.cat((head, head, head, recon[:, :2]), 1)  # of two
+            mixture = torch.cat((head, head, head, recon[:, :2]), 1)  # for two inputs
             for reduction in REDUCTIONS.values():
                 for name, params, constants in (
                     ("bernoulli", [recon], []),
@@ -101,7 +101,7 @@ def check_fakes() -> int:
 
 
 def machine_code() -> list[str]:
-    """The GPUs that the binary has code for, if cuobjdump can be found."""
+    """The GPUs for which the binary has code, if cuobjdump is found."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     program = Path(CUDA_HOME or "", "bin", "cuobjdump")

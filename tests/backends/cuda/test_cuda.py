@@ -1,7 +1,7 @@
 """The CUDA kernels of the native backend, and `graph_step`, on a GPU.
 
-Values, layouts, noise and autograd are those of test_triton.py, run again on these kernels; what is here is what only
-they promise. What can be told without a GPU is in test_cuda_kernels.py and cuda_link.py.
+The tests of values, layouts, noise and autograd in test_triton.py run again on these kernels. This file tests what only
+they guarantee. Tests that need no GPU are in test_cuda_kernels.py, test_cuda_code.py and cuda_link.py.
 """
 
 import copy
@@ -23,38 +23,38 @@ from test_triton import (
     moved,
     step,
     step_inputs,
-    test_a_second_stream,
     test_against_the_reference,
-    test_categorical,
-    test_channels_last,
-    test_chunks_of_a_head,
-    test_discretized_logistics,
-    test_draws_stay_draws_when_compiled,
-    test_errors_have_the_same_words,
-    test_extremes,
-    test_graph_replays_draw_anew,
-    test_large_logits,
-    test_long_and_many_rows,
-    test_long_and_many_rows_of_latents,
-    test_more_than_two_to_the_31_elements,
-    test_nan_stays_in_its_row,
-    test_near_collapse,
-    test_no_host_sync,
-    test_normals_by_hand,
-    test_objectives,
-    test_one_graph,
-    test_peak_memory,
-    test_reparameterize_kl,
-    test_saturated_rows,
-    test_second_derivatives_are_refused_by_name,
-    test_seeds,
-    test_slices_and_expanded_data,
-    test_target_types,
-    test_the_backward_makes_it_again,
-    test_the_noise_belongs_to_its_place,
-    test_the_noise_of_the_cpu,
-    test_the_saved_gradient_becomes_the_result,
-    test_values,
+    test_backward_generates_the_same_noise,
+    test_backward_returns_the_saved_gradient,
+    test_categorical_nll_equals_cross_entropy,
+    test_channels_last_equals_contiguous,
+    test_chunks_of_a_head_equal_copies,
+    test_compiled_draws_are_not_merged,
+    test_compiled_elbo_is_one_graph,
+    test_discretized_nll_equals_the_formula,
+    test_elbo_objectives_equal_the_formula,
+    test_errors_have_the_same_messages_as_native,
+    test_gaussian_kl_near_collapse_is_accurate,
+    test_graph_replays_draw_fresh_noise,
+    test_manual_seed_and_generator_determine_the_noise,
+    test_mixture_nll_of_large_logits_is_accurate,
+    test_nan_affects_only_its_row,
+    test_nll_of_extremes_is_finite,
+    test_nll_of_long_and_many_rows_equals_the_formula,
+    test_nll_of_more_than_2_31_elements_is_correct,
+    test_nll_of_saturated_rows_is_accurate,
+    test_noise_depends_only_on_its_position,
+    test_noise_equals_box_muller_by_hand,
+    test_noise_equals_that_of_the_cpu,
+    test_op_on_a_second_stream_runs_there,
+    test_reparameterize_kl_equals_the_formula,
+    test_reparameterize_kl_of_long_and_many_rows_equals_the_formula,
+    test_second_derivative_raises,
+    test_slices_and_expanded_data_equal_copies,
+    test_target_of_any_dtype_equals_the_formula,
+    test_training_step_does_not_synchronise,
+    test_training_step_peak_memory_is_one_gradient,
+    test_values_and_gradients_equal_the_formula,
 )
 from torch import Tensor
 
@@ -71,42 +71,42 @@ def why_not() -> str | None:
     return None
 
 
-# Imported without a GPU, too: test_on_meta.py runs these bodies.
+# This file is also imported without a GPU, by test_on_meta.py.
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 SHARED = (
-    test_a_second_stream,
+    test_op_on_a_second_stream_runs_there,
     test_against_the_reference,
-    test_categorical,
-    test_channels_last,
-    test_chunks_of_a_head,
-    test_discretized_logistics,
-    test_draws_stay_draws_when_compiled,
-    test_errors_have_the_same_words,
-    test_extremes,
-    test_graph_replays_draw_anew,
-    test_large_logits,
-    test_long_and_many_rows,
-    test_long_and_many_rows_of_latents,
-    test_more_than_two_to_the_31_elements,
-    test_nan_stays_in_its_row,
-    test_near_collapse,
-    test_no_host_sync,
-    test_normals_by_hand,
-    test_objectives,
-    test_one_graph,
-    test_peak_memory,
-    test_reparameterize_kl,
-    test_saturated_rows,
-    test_second_derivatives_are_refused_by_name,
-    test_seeds,
-    test_slices_and_expanded_data,
-    test_target_types,
-    test_the_backward_makes_it_again,
-    test_the_noise_belongs_to_its_place,
-    test_the_noise_of_the_cpu,
-    test_the_saved_gradient_becomes_the_result,
-    test_values,
+    test_categorical_nll_equals_cross_entropy,
+    test_channels_last_equals_contiguous,
+    test_chunks_of_a_head_equal_copies,
+    test_discretized_nll_equals_the_formula,
+    test_compiled_draws_are_not_merged,
+    test_errors_have_the_same_messages_as_native,
+    test_nll_of_extremes_is_finite,
+    test_graph_replays_draw_fresh_noise,
+    test_mixture_nll_of_large_logits_is_accurate,
+    test_nll_of_long_and_many_rows_equals_the_formula,
+    test_reparameterize_kl_of_long_and_many_rows_equals_the_formula,
+    test_nll_of_more_than_2_31_elements_is_correct,
+    test_nan_affects_only_its_row,
+    test_gaussian_kl_near_collapse_is_accurate,
+    test_training_step_does_not_synchronise,
+    test_noise_equals_box_muller_by_hand,
+    test_elbo_objectives_equal_the_formula,
+    test_compiled_elbo_is_one_graph,
+    test_training_step_peak_memory_is_one_gradient,
+    test_reparameterize_kl_equals_the_formula,
+    test_nll_of_saturated_rows_is_accurate,
+    test_second_derivative_raises,
+    test_manual_seed_and_generator_determine_the_noise,
+    test_slices_and_expanded_data_equal_copies,
+    test_target_of_any_dtype_equals_the_formula,
+    test_backward_generates_the_same_noise,
+    test_noise_depends_only_on_its_position,
+    test_noise_equals_that_of_the_cpu,
+    test_backward_returns_the_saved_gradient,
+    test_values_and_gradients_equal_the_formula,
 )
 
 
@@ -121,7 +121,7 @@ def device() -> Iterator[torch.device]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_auto_takes_these() -> None:
+def test_auto_selects_the_cuda_kernels() -> None:
     assert for_tensor(torch.empty(1, device="cuda")).name == "native"
 
 
@@ -131,7 +131,7 @@ def test_auto_takes_these() -> None:
         (name, i)
         for name, rows in OPS.items()
         for i in range(len(rows))
-        if not name.startswith("nll_elements")  # Triton's, on a GPU
+        if not name.startswith("nll_elements")  # Triton's on a GPU
     ],
 )
 def test_opcheck(device: torch.device, name: str, row: int) -> None:
@@ -144,8 +144,8 @@ def test_opcheck(device: torch.device, name: str, row: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=cases.ids)
 @pytest.mark.parametrize("case", CASES, ids=cases.ids)
-def test_the_other_backends_agree(device: torch.device, case: Case, dtype: torch.dtype) -> None:
-    """The native kernels of the CPU, and Triton's: the same formulas, so the same but for the last digits."""
+def test_other_backends_give_the_same_results(device: torch.device, case: Case, dtype: torch.dtype) -> None:
+    """The native kernels of the CPU and Triton's compute the same formulas, so only the last digits differ."""
     inputs = cases.cast(case.inputs((6, 3, 7, 5)), dtype)
     ours = cases.run(case, functional, move(inputs, device))
     others = [cases.run(case, functional, inputs)]
@@ -159,8 +159,8 @@ def test_the_other_backends_agree(device: torch.device, case: Case, dtype: torch
             torch.testing.assert_close(gradient.cpu(), theirs.gradients[name].cpu(), **close)
 
 
-def test_a_tensor_from_elsewhere_is_refused(device: torch.device) -> None:
-    """By name, in the op too: a kernel that follows a pointer of the CPU ends the process's use of the GPU."""
+def test_op_with_a_tensor_on_another_device_raises(device: torch.device) -> None:
+    """Also in the op itself, because a kernel that follows a CPU pointer makes the GPU unusable for the process."""
     recon, x = torch.zeros(2, 3, device=device), torch.zeros(2, 3, device=device)
     for kl, beta, name in (
         (torch.zeros(2), None, "kl"),
@@ -173,7 +173,7 @@ def test_a_tensor_from_elsewhere_is_refused(device: torch.device) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_device_that_is_not_the_current_one(device: torch.device) -> None:
+def test_op_on_another_than_the_current_device_runs_there(device: torch.device) -> None:
     elbo, leaves, x = step_inputs()
     torch.manual_seed(3)
     want = step(elbo, leaves, x)
@@ -187,14 +187,14 @@ def test_a_device_that_is_not_the_current_one(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "learned", "poisson", "mine"])
-def test_an_elbo_that_nobody_moved(device: torch.device, likelihood: str) -> None:
-    """As README has it: `beta` moves in the first step; later ones copy nothing, do not wait, and can be captured."""
+def test_elbo_not_moved_to_the_gpu_moves_beta_once(device: torch.device, likelihood: str) -> None:
+    """`beta` moves in the first step. Later steps copy nothing, do not wait, and can be captured."""
 
     class Mine(torch.nn.Module):
         def nll(self, params: Tensor, target: Tensor) -> Tensor:
             return (params - target).square().flatten(1).sum(1)
 
-    if likelihood == "learned":  # its parameter is the user's to move
+    if likelihood == "learned":  # moving its parameter is the user's task
         elbo = fastvae.ELBO(fastvae.likelihoods.Gaussian("learned").to(device))
     else:
         elbo = fastvae.ELBO(Mine() if likelihood == "mine" else likelihood)
@@ -233,8 +233,8 @@ def test_an_elbo_that_nobody_moved(device: torch.device, likelihood: str) -> Non
     assert fresh.beta.is_cuda
 
 
-def test_plain_tensors_take_the_short_cut(device: torch.device) -> None:
-    """And what does not fit is left to the checks, which have words for it."""
+def test_plain_tensors_use_the_fast_path(device: torch.device) -> None:
+    """Calls that do not fit go to the checks, which have messages for them."""
     _, (recon, mu, logvar), x = step_inputs()
     assert choose.fast_path.reparameterize_kl(mu, logvar) is not None
     assert choose.fast_path.nll("bernoulli", [recon], x, [], None, None, 0) is not None
@@ -249,8 +249,8 @@ def test_plain_tensors_take_the_short_cut(device: torch.device) -> None:
         assert choose.fast_path is None
 
 
-def test_the_seed_that_a_call_draws_for_itself(device: torch.device) -> None:
-    """Triton and the reference draw it alike; each backend repeats itself."""
+def test_call_without_seed_draws_the_same_seed_on_every_backend(device: torch.device) -> None:
+    """Triton and the reference draw the same seed, and each backend repeats itself."""
     zeros, drawn = torch.zeros(4, 9, device=device), {}
     for name in ("native", "triton", "reference"):
         if available.load(name) is None:
@@ -274,8 +274,8 @@ def waiting_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_launches_on_many_streams_at_once(device: torch.device) -> None:
-    """What the blocks of one launch count must not be counted by those of another."""
+def test_concurrent_launches_on_many_streams_give_the_same_results(device: torch.device) -> None:
+    """The blocks of one launch must not change the counter of another launch."""
     recon, x = torch.randn(64, 40_000, device=device), torch.rand(64, 40_000, device=device)
     kl, elbo = torch.rand(64, device=device), make_elbo("bernoulli").to(device)
     want = elbo(recon, x, kl=kl).loss
@@ -291,7 +291,7 @@ def test_launches_on_many_streams_at_once(device: torch.device) -> None:
 
 
 def kernels_of(call: Callable[[], Any]) -> list[str]:
-    """What the GPU runs: names of kernels, copies and memsets."""
+    """The names of the kernels, copies and memsets that the GPU runs."""
     call()
     torch.cuda.synchronize()
     with torch.profiler.profile(
@@ -303,8 +303,8 @@ def kernels_of(call: Callable[[], Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "learned", "per_element"])
-def test_four_launches(device: torch.device, likelihood: str) -> None:
-    """Sample, nll and a backward of each; autograd's fill of the root gradient is not ours."""
+def test_training_step_launches_four_kernels(device: torch.device, likelihood: str) -> None:
+    """Sample, nll and a backward of each. Autograd's fill of the root gradient is not ours."""
     _, leaves, x = step_inputs()
     elbo = make_elbo(likelihood).to(device)
     recon, mu, logvar = leaves
@@ -324,7 +324,7 @@ def test_four_launches(device: torch.device, likelihood: str) -> None:
     assert all("FillFunctor" in name for name in rest), names
 
 
-def test_no_launch_but_ours_without_a_gradient(device: torch.device) -> None:
+def test_forward_without_gradient_launches_two_kernels(device: torch.device) -> None:
     elbo, leaves, x = step_inputs()
     with torch.no_grad():
         names = kernels_of(lambda: elbo(leaves[0], x, kl=elbo.reparameterize(leaves[1], leaves[2])[1]))
@@ -354,8 +354,8 @@ with torch.no_grad():
 """
 
 
-def test_the_first_call_may_be_a_captured_one() -> None:
-    """Whatever the kernels keep for later calls must not become the graph's."""
+def test_first_call_can_be_captured() -> None:
+    """Memory that the kernels keep for later calls must not belong to the graph."""
     done = subprocess.run(
         [sys.executable, "-c", FIRST], capture_output=True, text=True, timeout=300, check=False
     )
@@ -395,8 +395,8 @@ def batches(device: torch.device, count: int, rows: int = 128) -> list[Tensor]:
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "learned"])
 @pytest.mark.parametrize("name", ["native", "triton", "reference"])
-def test_replays_are_the_steps_of_eager(device: torch.device, name: str, likelihood: str) -> None:
-    """200 of them, from one seed, noise included; and no step more than there were calls."""
+def test_graph_step_replays_equal_eager_steps(device: torch.device, name: str, likelihood: str) -> None:
+    """200 steps from one seed, including noise, and exactly as many steps as calls."""
     if name != "reference" and available.load(name) is None:
         pytest.skip(available.missing[name])
     losses = []
@@ -413,7 +413,7 @@ def test_replays_are_the_steps_of_eager(device: torch.device, name: str, likelih
     torch.testing.assert_close(replayed[:20], eager[:20], rtol=1e-5, atol=1e-3)
 
 
-def test_every_replay_draws_anew_and_beta_steers(device: torch.device) -> None:
+def test_graph_step_replay_draws_fresh_noise_and_follows_beta(device: torch.device) -> None:
     elbo = fastvae.ELBO("gaussian").to(device)
     zeros = torch.zeros(64, 20, device=device)
 
@@ -437,7 +437,7 @@ def test_every_replay_draws_anew_and_beta_steers(device: torch.device) -> None:
     assert torch.equal(run(x)[0], first)
 
 
-def test_a_generator_of_its_own(device: torch.device) -> None:
+def test_graph_step_with_generators_draws_their_noise(device: torch.device) -> None:
     zeros = torch.zeros(8, 20, device=device)
     generator = torch.Generator(device).manual_seed(4)
     other = torch.Generator(device).manual_seed(4)
@@ -449,8 +449,8 @@ def test_a_generator_of_its_own(device: torch.device) -> None:
         assert torch.equal(run(zeros), want)
 
 
-def test_batches_of_the_cpu_and_an_odd_one(device: torch.device) -> None:
-    """What is on the CPU is copied; a batch of another size is refused, and may be stepped on by the step itself."""
+def test_graph_step_accepts_cpu_batches_and_refuses_other_shapes(device: torch.device) -> None:
+    """CPU batches are copied. A batch of another size is refused, but `step_fn` itself accepts it."""
     results = []
     for graphed in (False, True):
         model, eager = trainer(device)
@@ -469,7 +469,7 @@ def test_batches_of_the_cpu_and_an_odd_one(device: torch.device) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_an_optimiser_that_counts_on_the_cpu(device: torch.device) -> None:
+def test_graph_step_with_an_optimiser_that_is_not_capturable_raises(device: torch.device) -> None:
     weight = torch.ones(3, device=device, requires_grad=True)
     adam = torch.optim.Adam([weight])
 
@@ -496,8 +496,8 @@ except RuntimeError as error:
 """
 
 
-def test_a_step_that_waits() -> None:
-    """In a process of its own: what a broken capture leaves behind is not for other tests."""
+def test_graph_step_with_a_synchronisation_raises() -> None:
+    """This runs in a separate process, because a broken capture could affect other tests."""
     done = subprocess.run(
         [sys.executable, "-c", WAITS], capture_output=True, text=True, timeout=300, check=False
     )
@@ -506,8 +506,8 @@ def test_a_step_that_waits() -> None:
     assert ".item()" in done.stdout
 
 
-def test_autocast_around_the_call(device: torch.device) -> None:
-    """Weights cast once, before the capture, would stay as they were."""
+def test_graph_step_under_autocast_gives_the_losses_of_eager(device: torch.device) -> None:
+    """Weights that were cast once, before the capture, would not change any more."""
     losses = []
     for graphed in (False, True):
         _, run = trainer(device)

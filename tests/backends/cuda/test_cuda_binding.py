@@ -1,7 +1,7 @@
-"""The CUDA side of csrc/ops without a GPU: over kernels that run on the CPU (cuda_shim), in the place of the CPU's.
+"""The CUDA side of csrc/ops without a GPU, with kernels that run on the CPU (cuda_shim) in place of the CPU kernels.
 
-CPU tensors then go the way of CUDA tensors, through the same schemas, autograd and binding, and the tests of the native
-backend say whether they arrive. The runtime, allocator and generator of CUDA are played by a few lines each.
+CPU tensors then take the path of CUDA tensors, through the same schemas, autograd and binding, and the tests of the
+native backend check the results. A few lines each replace CUDA's runtime, allocator and generator.
 """
 
 import os
@@ -17,18 +17,20 @@ import torch
 ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent / "cuda_binding"
 TORCH = Path(torch.__file__).parent
-# Of each file: which of its tests hold of CUDA tensors, too. A process for each part.
+# For each file, the tests that also apply to CUDA tensors. Each part runs in one process.
 PARTS = {
     "elements": {
         "backends/cuda/cuda_binding/launches.py": "",
-        "core/test_autograd.py": "native and not ddp and not large_buffers",
+        "core/test_autograd.py": "native and not large_buffers",
+        "core/test_autograd_features.py": "native and not ddp",
         "core/test_layouts.py": "native and not poisson_rate_per_element",
         "core/test_noise.py": "native",
     },
     "families": {
         "backends/test_compile.py": "(opcheck or one_graph and native) and not nll_elements",
-        "core/test_categorical.py": "not thread and not instruction and not reference and not trusts",
-        "core/test_discretized.py": "native or eager or compiles",
+        "core/test_categorical.py": "not thread and not instruction and not reference and not invalid_class",
+        "core/test_discretized.py": "native or eager",
+        "core/test_discretized_modules.py": "native or eager or compiles",
     },
 }
 
@@ -54,7 +56,9 @@ def libraries() -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_the_binding(libraries: tuple[Path, Path], part: str, which_tests: list[str]) -> None:
+def test_binding_passes_the_tests_of_the_native_backend(
+    libraries: tuple[Path, Path], part: str, which_tests: list[str]
+) -> None:
     files = [f"tests/{file}" for file in PARTS[part]]
     which = " or ".join(f"{Path(file).name} and ({which or 'test'})" for file, which in PARTS[part].items())
     done = subprocess.run(

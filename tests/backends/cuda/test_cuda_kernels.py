@@ -1,34 +1,24 @@
-"""The CUDA kernels on a machine without a GPU.
+"""The results of the CUDA kernels on a machine without a GPU.
 
-Their bodies run on the CPU, compiled as C++ with a fiber for every thread of a block, against `fastvae.reference` in
-float64, and under the sanitizers. And where nvcc is, they are compiled for every architecture and the machine code is
-looked at: registers, spills, 128-bit accesses. This file, run as a program, prints that as a table.
+Their bodies run on the CPU, compiled as C++ with a fiber for every thread of a block, and are compared with
+`fastvae.reference` in float64. test_cuda_code.py runs the sanitizers and inspects the machine code.
 """
 
 import math
-import os
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import cuda_kernels
 import pytest
 import test_categorical
 import test_discretized
 import torch
-from cuda_kernels import DTYPES, SOURCES, THREADS, Kernels, NoiseSource, build, pointer, row_dtype
+from cuda_kernels import DTYPES, THREADS, Kernels, NoiseSource, pointer, row_dtype
 from torch import Tensor
 
 from fastvae import reference
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-# Of results, and of gradients, which have their input's type.
+# The tolerances of results and of gradients, which have the dtype of their input.
 VALUE = {torch.float32: 5e-6, torch.float64: 1e-13, torch.float16: 5e-6, torch.bfloat16: 5e-6}
 GRADIENT = {torch.float32: 5e-6, torch.float64: 1e-13, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 SIZES = (1, 7, 15, 16, 17, 24, 1000, 4099)
@@ -49,13 +39,13 @@ def kernels(built: Kernels) -> Iterator[Kernels]:
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float, least: float = 0.0) -> None:
-    """Within `tolerance` of the largest number of each row, or of `least` where that is more."""
+    """Compare with the tolerance relative to the largest number of each row, or to `least` if that is larger."""
     assert found.shape == expected.shape
     assert not found.isnan().any()
     scale = expected.abs().double().clamp_min(least)
     if expected.dim() > 1 and expected.numel():
         scale = scale.flatten(1).amax(1).view(-1, *[1] * (expected.dim() - 1))
-    # A type's smallest numbers have few digits, and the hardware's functions make zeros of float32's.
+    # The smallest numbers of a dtype are inaccurate, and the hardware's functions flush those of float32 to zero.
     floor = {torch.float16: 2.0**-24, torch.float64: 0.0}.get(found.dtype, 2.0**-126)
     error = (found.double() - expected.double()).abs()
     assert (error <= tolerance * scale + floor).all(), (error / scale).max().item()
@@ -71,7 +61,7 @@ def differentiable(*tensors: Tensor) -> list[Tensor]:
 
 
 def case(likelihood: str, rows: int, size: int, dtype: torch.dtype) -> tuple[list[Tensor], list[float]]:
-    """(params, constants) with data of (rows, size)."""
+    """Return (params, constants) for data of shape (rows, size)."""
     mean = torch.randn(rows, size).mul(2).to(dtype)
     if likelihood == "poisson_rate":
         return [mean.exp()], [0.25]
@@ -112,7 +102,7 @@ def expected(
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("likelihood", cuda_kernels.ELEMENTS)
 @pytest.mark.parametrize("size", SIZES)
-def test_values_and_gradients(kernels: Kernels, likelihood: str, size: int, dtype: torch.dtype) -> None:
+def test_nll_equals_the_reference(kernels: Kernels, likelihood: str, size: int, dtype: torch.dtype) -> None:
     rows = 3
     params, constants = case(likelihood, rows, size, dtype)
     target, kl, beta = data(rows, size, dtype), torch.rand(rows, dtype=torch.float32), torch.tensor(0.3)
@@ -140,7 +130,7 @@ PAIRS = [(d, t) for d in FLOATS for t in DTYPES if t in (d, torch.float32, torch
 
 @pytest.mark.parametrize("size", [16, 17])
 @pytest.mark.parametrize(("dtype", "target_dtype"), PAIRS, ids=str)
-def test_targets_of_other_types(
+def test_nll_with_other_target_dtypes_equals_the_reference(
     kernels: Kernels, dtype: torch.dtype, target_dtype: torch.dtype, size: int
 ) -> None:
     params, _ = case("bernoulli", 5, size, dtype)
@@ -156,8 +146,10 @@ def test_targets_of_other_types(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [0.5, 1.0, 2.5])
-def test_a_gamma_of_small_numbers(kernels: Kernels, shape: float, dtype: torch.dtype) -> None:
-    """A zero whatever the scale, and numbers that are too small for the logarithm."""
+def test_gamma_nll_of_small_numbers_equals_the_reference(
+    kernels: Kernels, shape: float, dtype: torch.dtype
+) -> None:
+    """A target of 0 for all scales, and numbers that are too small for the logarithm."""
     log_scale = torch.tensor([[-3000.0, -3.0, 0.0, 3000.0]], dtype=dtype).repeat(5, 1)
     target = torch.zeros_like(log_scale)
     _, nll, (gradient,), _ = kernels.nll_forward("gamma", [log_scale], target, [shape], reduction=1, needs=1)
@@ -175,7 +167,7 @@ def test_a_gamma_of_small_numbers(kernels: Kernels, shape: float, dtype: torch.d
 
 @pytest.mark.parametrize("size", [16, 17])
 @pytest.mark.parametrize("target_dtype", cuda_kernels.COUNTS, ids=str)
-def test_counts_are_read_as_they_are(kernels: Kernels, target_dtype: torch.dtype, size: int) -> None:
+def test_counts_are_not_scaled(kernels: Kernels, target_dtype: torch.dtype, size: int) -> None:
     log_rates = torch.randn(5, size)
     target = torch.randint(0, 200, (5, size)).to(target_dtype)
     _, nll, (gradient,), _ = kernels.nll_forward("poisson", [log_rates], target, needs=1)
@@ -190,8 +182,10 @@ def test_counts_are_read_as_they_are(kernels: Kernels, target_dtype: torch.dtype
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (70, 3), (130, 20), (5, 1000), (1, 9000), (3, 9001)])
 @pytest.mark.parametrize("processors", [1, 3])
-def test_partitions(kernels: Kernels, processors: int, rows: int, size: int, reduction: str) -> None:
-    """Several rows to a block, several blocks to a row; every element counts once, whoever finishes last."""
+def test_nll_with_any_partition_equals_the_reference(
+    kernels: Kernels, processors: int, rows: int, size: int, reduction: str
+) -> None:
+    """Several rows per block, or several blocks per row. Every element counts once, in any order of the blocks."""
     kernels.processors = processors
     params, target = [torch.randn(rows, size)], torch.rand(rows, size)
     kl, beta = torch.rand(rows), torch.tensor(0.5)
@@ -217,8 +211,8 @@ def test_partitions(kernels: Kernels, processors: int, rows: int, size: int, red
 
 @pytest.mark.parametrize("a", [9.0, 15.0, 30.0, 80.0])
 @pytest.mark.parametrize("right", [True, False])
-def test_saturated_rows(kernels: Kernels, a: float, right: bool) -> None:
-    """Logits that are sure: what is lost in 1 + e is all that there is to the loss."""
+def test_nll_of_saturated_rows_is_accurate(kernels: Kernels, a: float, right: bool) -> None:
+    """For confident logits, the loss is only what 1 + e would round away."""
     logits = torch.where(torch.rand(2, 784) < 0.5, a, -a)
     target = ((logits > 0) == right).float()
     _, nll, (gradient,), _ = kernels.nll_forward("bernoulli", [logits], target, needs=1)
@@ -231,7 +225,7 @@ def test_saturated_rows(kernels: Kernels, a: float, right: bool) -> None:
         assert ((gradient - leaf.grad).abs() <= 1.2e-7).all()
 
 
-def test_extreme_numbers_are_finite(kernels: Kernels) -> None:
+def test_nll_of_extreme_numbers_is_finite(kernels: Kernels) -> None:
     logits = torch.tensor([[-1e4], [-104.0], [0.0], [89.0], [1e4]])
     for t in (0.0, 1.0):
         target = torch.full_like(logits, t)
@@ -241,7 +235,7 @@ def test_extreme_numbers_are_finite(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_bounds_hold_any_number(kernels: Kernels, dtype: torch.dtype) -> None:
+def test_bounded_logvar_of_any_number_stays_in_bounds(kernels: Kernels, dtype: torch.dtype) -> None:
     logvar = torch.tensor([[-math.inf], [-1e4], [-80.0], [-8.0], [-0.75], [6.0], [80.0], [1e4]], dtype=dtype)
     mean, target = torch.full_like(logvar, 0.5), torch.full_like(logvar, 0.25)
     _, nll, (by_mean, by_logvar), _ = kernels.nll_forward(
@@ -254,10 +248,10 @@ def test_bounds_hold_any_number(kernels: Kernels, dtype: torch.dtype) -> None:
     for gradient, leaf in zip((by_mean, by_logvar), leaves, strict=True):
         assert leaf.grad is not None
         close(gradient, leaf.grad, GRADIENT[dtype], least=1e-2)
-    assert (by_logvar[[3, 5]] != 0).all()  # outside, but in sight
+    assert (by_logvar[[3, 5]] != 0).all()  # outside the bounds, but not far
 
 
-def test_a_nan_stays_in_its_row(kernels: Kernels) -> None:
+def test_nan_affects_only_its_row(kernels: Kernels) -> None:
     logits, target = torch.randn(4, 24), torch.rand(4, 24)
     logits[1, 3] = math.nan
     _, nll, (gradient,), _ = kernels.nll_forward("bernoulli", [logits], target, reduction=0, needs=1)
@@ -270,7 +264,7 @@ def test_a_nan_stays_in_its_row(kernels: Kernels) -> None:
     assert z.isnan().nonzero().tolist() == [[2, 20]]
 
 
-def test_only_what_is_wanted(kernels: Kernels) -> None:
+def test_only_requested_gradients_are_written(kernels: Kernels) -> None:
     params, _ = case("gaussian_per_element", 3, 20, torch.float32)
     target = torch.rand(3, 20)
     nothing, _, none, _ = kernels.nll_forward("gaussian_per_element", params, target)
@@ -286,7 +280,7 @@ def test_only_what_is_wanted(kernels: Kernels) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("channels", [1, 3, 8])
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-def test_packed_heads(
+def test_nll_of_packed_heads_equals_the_reference(
     kernels: Kernels, order: torch.memory_format, channels: int, dtype: torch.dtype
 ) -> None:
     params = torch.randn(2, 2 * channels, 4, 5).to(dtype).contiguous(memory_format=order)
@@ -300,8 +294,8 @@ def test_packed_heads(
     close(gradient, leaf.grad, GRADIENT[dtype])
 
 
-def test_rows_apart(kernels: Kernels) -> None:
-    """Slices of something wider, data that are expanded, and what begins in the middle of 16 bytes."""
+def test_nll_of_strided_rows_equals_the_reference(kernels: Kernels) -> None:
+    """Slices of a wider tensor, expanded data, and rows that are not aligned to 16 bytes."""
     for wide, start, size in ((64, 0, 24), (64, 3, 24), (33, 0, 17), (67, 4, 24)):
         params = torch.randn(5, wide)[:, start : start + size]
         target = torch.rand(1, size).expand(5, size)
@@ -315,7 +309,7 @@ def test_rows_apart(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_no_rows_and_no_elements(kernels: Kernels, reduction: str) -> None:
+def test_nll_of_empty_tensors_equals_the_reference(kernels: Kernels, reduction: str) -> None:
     for shape in ((0, 5), (3, 0), (0, 0)):
         params, target = [torch.randn(shape)], torch.rand(shape)
         kl = torch.rand(shape[0])
@@ -348,8 +342,8 @@ def test_no_rows_and_no_elements(kernels: Kernels, reduction: str) -> None:
             assert not small.isnan().any()
 
 
-def test_types_of_the_small_tensors(kernels: Kernels) -> None:
-    """beta and a learned logvar have a type of their own; kl may be float64, and the loss then is."""
+def test_nll_accepts_all_dtypes_of_small_tensors(kernels: Kernels) -> None:
+    """beta and a learned logvar have their own dtypes. kl may be float64, and then the loss is too."""
     for dtype in FLOATS:
         params, target = [torch.randn(4, 20), torch.tensor(-0.5, dtype=dtype)], torch.rand(4, 20)
         beta = torch.tensor(0.5, dtype=dtype)
@@ -366,7 +360,7 @@ def test_types_of_the_small_tensors(kernels: Kernels) -> None:
 # Discretised logistics
 # ---------------------------------------------------------------------------------------------------------------------
 
-# components (0: no mixture), channels; a block of 64 threads has 8 for a pixel, of more components they take several.
+# components (0: no mixture), channels. A block of 64 threads has 8 per pixel; for more components, it uses several.
 KINDS = [(0, 1), (0, 3), (1, 3), (3, 3), (10, 3), (19, 3), (1, 1), (3, 1), (10, 1)]
 kinds = pytest.mark.parametrize(("components", "channels"), KINDS, ids=lambda n: str(n))
 
@@ -374,7 +368,7 @@ kinds = pytest.mark.parametrize(("components", "channels"), KINDS, ids=lambda n:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", [(3,), (20, 3), (3, 131), (2, 7, 9), (5, 4, 8)], ids=str)
 @kinds
-def test_discretized_logistics(
+def test_discretized_nll_equals_the_reference(
     kernels: Kernels, components: int, channels: int, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     params, target = test_discretized.make(components, channels, shape)
@@ -388,7 +382,7 @@ def test_discretized_logistics(
         close(loss, want[0].sum(), VALUE[dtype])
         _, _, gradient = kernels.logistic(lying, data, components, reduction=1, grad_nll=weights)
         test_discretized.check((nll, gradient), want, dtype)
-        # The gradient of the forward is that with the reduction's weight.
+        # The gradient of the forward includes the weight of the reduction.
         _, _, once = kernels.logistic(lying, data, components, grad_nll=torch.ones(len(target)).to(weights))
         assert torch.equal(plain, once)
         _, rows, _ = kernels.logistic(lying, data, components, reduction=0, wanted=False)
@@ -396,18 +390,18 @@ def test_discretized_logistics(
 
 
 @pytest.mark.parametrize("small", [1e-5, 0.0])
-def test_hard_masses(kernels: Kernels, small: float) -> None:
-    """Edges, tiny and huge scales, far means, against 50 digits: as test_fifty_digits, by the hardware's functions."""
+def test_discretized_nll_at_extreme_points_equals_50_digits(kernels: Kernels, small: float) -> None:
+    """Edges, tiny and huge scales and far means, as in test_nll_equals_50_digits, with the hardware's functions."""
     hard = test_discretized.HARD
     want = torch.tensor([test_discretized.exact(*point, small) for point in hard], dtype=torch.float64)
     params = torch.tensor([point[1:] for point in hard], dtype=torch.float64)
     target = torch.tensor([point[:1] for point in hard], dtype=torch.uint8)
-    # A mixture of one is that one.
+    # A mixture with one component equals that component.
     mixed = torch.cat((torch.randn(len(hard), 1, dtype=torch.float64), params), 1)
     inverse = torch.exp(-params[:, 1])
     u = ((2 * target.double() / 255 - 1 - params[:, :1]).abs()[:, 0] + 2) * inverse
     for dtype in (torch.float64, torch.float32):
-        # The hardware's exp(-log-scale) is off by half a unit of the log-scale's binary exponent.
+        # The hardware's exp(-log-scale) has an error of half a unit of the log-scale's binary exponent.
         eps = torch.finfo(dtype).eps * (1 + params[:, 1].abs() if dtype == torch.float32 else 1)
         for components, p in ((0, params), (1, mixed)):
             _, nll, gradient = kernels.logistic(p.to(dtype), target, components, small=small, reduction=1)
@@ -424,7 +418,7 @@ def test_hard_masses(kernels: Kernels, small: float) -> None:
 @pytest.mark.parametrize("processors", [1, 3])
 @pytest.mark.parametrize(("rows", "pixels"), [(1, 1), (130, 3), (5, 1000), (1, 2001)])
 @pytest.mark.parametrize("components", [0, 1, 3, 10])
-def test_partitions_of_pixels(
+def test_discretized_nll_with_any_partition_equals_the_reference(
     kernels: Kernels, components: int, rows: int, pixels: int, processors: int
 ) -> None:
     kernels.processors = processors
@@ -439,8 +433,10 @@ def test_partitions_of_pixels(
 
 
 @pytest.mark.parametrize(("components", "channels"), [(0, 3), (3, 1), (10, 3)])
-def test_levels_apart(kernels: Kernels, components: int, channels: int) -> None:
-    """Slices of something wider, levels that are expanded and above the highest, NaN, and a component that is off."""
+def test_discretized_nll_of_strided_inputs_is_correct(
+    kernels: Kernels, components: int, channels: int
+) -> None:
+    """Slices of a wider tensor, expanded levels and levels above the highest, NaN, and a component with weight 0."""
     params, target = test_discretized.make(components, channels, (4, 24))
     wide = torch.cat((params[:, :1], params, params), 1).float()[:, 1 : 1 + params.shape[1]]
     _, nll, gradient = kernels.logistic(wide, target[:1].expand(4, -1, -1), components, levels=31)
@@ -458,7 +454,7 @@ def test_levels_apart(kernels: Kernels, components: int, channels: int) -> None:
         _, nll, gradient = kernels.logistic(wide, clamped, components, levels=31)
         close(nll, test_discretized.nll(reference, wide.double(), clamped, components, bits=5), 5e-6)
         assert gradient.isfinite().all()
-        wide[2, components - 1, 5] = -math.inf  # none is left
+        wide[2, components - 1, 5] = -math.inf  # no component is left
         _, nll, gradient = kernels.logistic(wide, clamped, components, levels=31)
         assert nll.isnan().tolist() == [False, False, True, False]
         assert gradient.isnan().nonzero()[:, [0, 2]].unique(dim=0).tolist() == [[2, 5]]
@@ -466,7 +462,9 @@ def test_levels_apart(kernels: Kernels, components: int, channels: int) -> None:
 
 @pytest.mark.parametrize("shift", test_discretized.SHIFTS)
 @pytest.mark.parametrize(("components", "channels"), [(1, 3), (3, 1), (3, 3), (10, 3), (40, 3)])
-def test_large_logits(kernels: Kernels, components: int, channels: int, shift: float) -> None:
+def test_mixture_nll_of_large_logits_is_accurate(
+    kernels: Kernels, components: int, channels: int, shift: float
+) -> None:
     params, target = test_discretized.large_logits(components, channels, shift)
     want = test_discretized.value_and_gradient(reference, params.double(), target, components)
     weights = torch.linspace(0.5, 1.5, len(target))
@@ -476,7 +474,7 @@ def test_large_logits(kernels: Kernels, components: int, channels: int, shift: f
 
 
 @pytest.mark.parametrize("components", [0, 2])
-def test_no_pixels(kernels: Kernels, components: int) -> None:
+def test_discretized_nll_without_pixels_is_zero(kernels: Kernels, components: int) -> None:
     for shape in ((0, 5), (3, 0)):
         params, target = test_discretized.make(components, 3, shape)
         loss, nll, _ = kernels.logistic(params, target, components, reduction=1)
@@ -491,7 +489,9 @@ def test_no_pixels(kernels: Kernels, components: int) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", [*test_categorical.SHAPES, (70, 3), (3, 40, 6), (2, 3, 64)], ids=str)
-def test_categoricals(kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_categorical_nll_equals_the_reference(
+    kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     logits, target = test_categorical.data(shape, dtype)
     (leaf,) = differentiable(logits)
     want = reference.categorical_nll(leaf, target)
@@ -511,7 +511,9 @@ def test_categoricals(kernels: Kernels, shape: tuple[int, ...], dtype: torch.dty
 
 @pytest.mark.parametrize("processors", [1, 3])
 @pytest.mark.parametrize("shape", [(1, 900, 3), (300, 5), (40, 7, 4), (3, 50, 300)], ids=str)
-def test_partitions_of_positions(kernels: Kernels, shape: tuple[int, ...], processors: int) -> None:
+def test_categorical_nll_with_any_partition_equals_the_reference(
+    kernels: Kernels, shape: tuple[int, ...], processors: int
+) -> None:
     kernels.processors = processors
     logits, target = test_categorical.data(shape, torch.float32)
     want = reference.categorical_nll(logits.double(), target)
@@ -523,8 +525,8 @@ def test_partitions_of_positions(kernels: Kernels, shape: tuple[int, ...], proce
         assert all(torch.equal(a, b) for a, b in zip(other, runs[0], strict=True))
 
 
-def test_no_such_class(kernels: Kernels) -> None:
-    """A kernel cannot raise: it makes the row's nll, and the position's slopes, no numbers, and reads no such logit."""
+def test_categorical_nll_of_an_invalid_class_is_nan(kernels: Kernels) -> None:
+    """A kernel cannot raise, so it sets the row's nll and the position's slopes to NaN, and reads no such logit."""
     logits = torch.randn(3, 2, 5)
     for number in (5, -1, 2**40):
         target = torch.tensor([[0, 1], [2, number], [4, -100]])
@@ -543,7 +545,7 @@ def test_no_such_class(kernels: Kernels) -> None:
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("size", [1, 17, 24, 4099])
 @pytest.mark.parametrize("factor", [1.0, 0.125, -3.0])
-def test_one_factor_for_all(
+def test_backward_with_one_factor_scales_all_gradients(
     kernels: Kernels, factor: float, size: int, in_place: bool, dtype: torch.dtype
 ) -> None:
     gradients = [torch.randn(5, size).to(dtype) for _ in range(2)]
@@ -567,7 +569,7 @@ def test_one_factor_for_all(
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("shape", [(70, 3), (5, 24), (3, 4099)])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_a_factor_for_each_row(
+def test_backward_with_factors_per_row_scales_each_row(
     kernels: Kernels, reduction: str, shape: tuple[int, int], in_place: bool, dtype: torch.dtype
 ) -> None:
     rows = shape[0]
@@ -595,8 +597,10 @@ def test_a_factor_for_each_row(
 @pytest.mark.parametrize("rows", [1, 5, 300, 3000])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_small_gradients(kernels: Kernels, dtype: torch.dtype, reduction: str, rows: int) -> None:
-    """Of the scalar, of the kl and of beta; beside an elementwise gradient, and alone."""
+def test_backward_gradients_of_scalar_kl_and_beta_are_correct(
+    kernels: Kernels, dtype: torch.dtype, reduction: str, rows: int
+) -> None:
+    """The gradients of the scalar, the kl and beta, beside an elementwise gradient and alone."""
     weight = 1 / rows if reduction == "mean" else 1.0
     grad_loss = torch.randn(() if reduction != "none" else (rows,), dtype=dtype)
     grad_nll, scalar_rows, kl = (torch.randn(rows, dtype=dtype) for _ in range(3))
@@ -631,10 +635,10 @@ def test_small_gradients(kernels: Kernels, dtype: torch.dtype, reduction: str, r
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian_head"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_gradients_of_the_backward(
+def test_nll_gradient_equals_the_reference(
     kernels: Kernels, reduction: str, dtype: torch.dtype, likelihood: str
 ) -> None:
-    """nll_gradient: the factor is known when the gradient is made."""
+    """nll_gradient computes the gradient when the factor is known."""
     params, constants = case(likelihood, 4, 24, dtype)
     target = data(4, 24, torch.float32)
     grad_loss = torch.rand(() if reduction != "none" else (4,)) * 1000
@@ -661,8 +665,10 @@ def seed(key: int, offset: int, row_offset: int = 0) -> NoiseSource:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("size", [1, 4, 7, 20, 129, 1000])
 @pytest.mark.parametrize("samples", [None, 3])
-def test_the_noise(kernels: Kernels, samples: int | None, size: int, dtype: torch.dtype) -> None:
-    """float64 shows that the integers are the reference's: nothing else comes as close."""
+def test_noise_equals_the_reference(
+    kernels: Kernels, samples: int | None, size: int, dtype: torch.dtype
+) -> None:
+    """In float64, the agreement shows that the integers equal the reference's."""
     key, offset, row_offset = 0x1234_5678_9ABC_DEF0, 0x7FFF_FFFF_0000_0004, (1 << 33) + 5
     zero = torch.zeros(5, size, dtype=dtype)
     z, _, used = kernels.sample(zero, zero, noise=seed(key, offset, row_offset), samples=samples)
@@ -674,8 +680,8 @@ def test_the_noise(kernels: Kernels, samples: int | None, size: int, dtype: torc
     assert error <= (2e-6 if dtype == torch.float32 else 1e-13)
 
 
-def test_where_the_seed_comes_from(kernels: Kernels) -> None:
-    """By value, from a tensor, and from the places that a captured graph reads; the sign bits do not count."""
+def test_seed_by_value_tensor_or_pointer_gives_the_same_noise(kernels: Kernels) -> None:
+    """By value, from a tensor, and from the addresses that a captured graph reads. Sign bits are ignored."""
     zero = torch.zeros(3, 20)
     key, offset = 77, 1 << 40
     z, _, used = kernels.sample(zero, zero, noise=seed(key, offset))
@@ -704,7 +710,7 @@ def posterior(shape: tuple[int, ...], dtype: torch.dtype, prior: bool) -> tuple[
 @pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("samples", [None, 2])
 @pytest.mark.parametrize("given", [False, True])
-def test_samples_and_their_gradients(
+def test_reparameterize_kl_and_its_gradients_equal_the_reference(
     kernels: Kernels, given: bool, samples: int | None, prior: bool, size: int, dtype: torch.dtype
 ) -> None:
     shape = (3, size)
@@ -736,7 +742,9 @@ def test_samples_and_their_gradients(
 @pytest.mark.parametrize("size", [5, 64])
 @pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("per_element", [False, True])
-def test_kl_alone(kernels: Kernels, per_element: bool, prior: bool, size: int, dtype: torch.dtype) -> None:
+def test_gaussian_kl_equals_the_reference(
+    kernels: Kernels, per_element: bool, prior: bool, size: int, dtype: torch.dtype
+) -> None:
     q, p = posterior((5, size), dtype, prior)
     kl = kernels.kl(*q, p or None, per_element=per_element)
     leaves = differentiable(*q, *p)
@@ -750,8 +758,8 @@ def test_kl_alone(kernels: Kernels, per_element: bool, prior: bool, size: int, d
         close(gradient, leaf.grad, GRADIENT[dtype], least=1.0)
 
 
-def test_the_kl_near_collapse(kernels: Kernels) -> None:
-    """Where the textbook's formula keeps no digit."""
+def test_gaussian_kl_near_collapse_is_accurate(kernels: Kernels) -> None:
+    """Where the textbook formula has no correct digit."""
     for small in (1e-2, 1e-4, 1e-6):
         mu, logvar = torch.zeros(2, 64), torch.randn(2, 64) * small
         close(kernels.kl(mu, logvar), reference.gaussian_kl(mu.double(), logvar.double()), 5e-6)
@@ -768,10 +776,10 @@ def test_the_kl_near_collapse(kernels: Kernels) -> None:
 @pytest.mark.parametrize(
     ("rows", "size", "samples"), [(70, 5, None), (2, 3000, None), (2, 20, 40), (3, 2001, 5)]
 )
-def test_partitions_of_a_posterior(
+def test_reparameterize_kl_with_any_partition_equals_the_reference(
     kernels: Kernels, rows: int, size: int, samples: int | None, processors: int
 ) -> None:
-    """What every block does alone, and the sums that they share, are the same however the device is made."""
+    """The work of each block, and the sums that blocks share, give the same result on any device."""
     mu, logvar = torch.randn(2, rows, size)
     z, _, _ = kernels.sample(mu, logvar, noise=seed(3, 4), samples=samples)
     kernels.processors = processors
@@ -783,7 +791,7 @@ def test_partitions_of_a_posterior(
     close(z.view(-1, rows, size), mu + torch.exp(logvar.double() / 2) * noise, 5e-6)
 
 
-def test_gradients_that_are_missing(kernels: Kernels) -> None:
+def test_reparameterize_kl_backward_accepts_missing_gradients(kernels: Kernels) -> None:
     q, _ = posterior((3, 20), torch.float32, False)
     used = torch.tensor([1, 2])
     noise = NoiseSource(tensor=pointer(used))
@@ -797,7 +805,7 @@ def test_gradients_that_are_missing(kernels: Kernels) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is too large to run here
+# Sizes that are too large to run here
 # ---------------------------------------------------------------------------------------------------------------------
 
 EDGES = (0, 1, 3, 31, 33, 784, 4099, 65536, 2**20 + 1, 2**31, 2**33 + 3)
@@ -805,11 +813,11 @@ EDGES = (0, 1, 3, 31, 33, 784, 4099, 65536, 2**20 + 1, 2**31, 2**33 + 3)
 
 @pytest.mark.parametrize("slots", [1, 4, 132 * 4])
 @pytest.mark.parametrize(("unit", "unroll"), [(1, 4), (4, 2), (8, 1)])
-def test_every_element_is_in_one_item(kernels: Kernels, unit: int, unroll: int, slots: int) -> None:
+def test_work_items_cover_every_element_once(kernels: Kernels, unit: int, unroll: int, slots: int) -> None:
     for rows in EDGES:
         for size in EDGES:
             if rows * size > 2**40:
-                continue  # more than memory holds
+                continue  # more than fits into memory
             plan = kernels.plan(rows, size, unit, unroll, slots)
             assert plan.lanes == 1 << plan.lanes_log2 <= THREADS
             assert 1 <= plan.blocks <= max(1, min(plan.items, 8 * slots))
@@ -824,236 +832,12 @@ def test_every_element_is_in_one_item(kernels: Kernels, unit: int, unroll: int, 
                 assert (plan.splits - 1) * plan.split_size < size <= plan.splits * plan.split_size
 
 
-def test_where_elements_of_runs_lie(kernels: Kernels) -> None:
-    """The division by a multiplication is exact."""
+def test_run_offsets_equal_exact_division(kernels: Kernels) -> None:
+    """The division by multiplication is exact."""
     for run in (1, 2, 3, 5, 7, 64, 1000, 2**20 - 1, 2**20, 2**24 + 1):
         multiples = [k * run + d for k in (1, 2, 3, 1000, 2**17 + 1) for d in (-1, 0, 1)]
         for i in (0, 1, 2, run // 2, *multiples, 2**31 - 1, 2**31, 2**33 + 5, 2**36 - 1):
             if i * run >= 2**63:
-                continue  # the limit that is stated
+                continue  # the documented limit
             assert kernels.place(i, run, 2 * run) == i // run * 2 * run + i % run, (i, run)
             assert kernels.place(i, run, 0) == i
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sanitizers
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def sanitized(directory: Path, sanitizer: str) -> Path:
-    if missing := cuda_kernels.compiler_missing(f"-fsanitize={sanitizer}"):
-        pytest.skip(missing)
-    flags = ("-O0", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
-    return build(directory, *flags, main="sanitized.cpp")
-
-
-def run(program: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(program)], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
-    )
-
-
-@pytest.mark.slow
-def test_memory_is_accessed_as_it_should_be(tmp_path: Path) -> None:
-    done = run(sanitized(tmp_path, "address,undefined"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == "all right\n"
-
-
-@pytest.mark.slow
-def test_threads_do_not_race(tmp_path: Path) -> None:
-    program = sanitized(tmp_path, "thread")
-    done = run(program, TSAN_OPTIONS="halt_on_error=1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == "all right\n"
-    # And the sanitizer is not blind.
-    done = run(program, TSAN_OPTIONS="halt_on_error=1", SHIM_WITHOUT_BARRIERS="1")
-    assert "data race" in done.stderr
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Machine code
-# ---------------------------------------------------------------------------------------------------------------------
-
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin")
-
-
-class Kernel(NamedTuple):
-    architecture: str
-    name: str
-    registers: int
-    shared: int
-    stack: int
-    spilled: int  # bytes
-    code: str  # SASS, or "" where there is no cuobjdump
-
-    def accesses(self, operation: str) -> list[str]:
-        return re.findall(rf"\b{operation}\.E\S*", self.code)
-
-    @property
-    def checked_int(self) -> bool:
-        """Whether it is the variant that reads and writes 128 bits at a time."""
-        return not re.search(r"Any|, 1>$|, 4, false|mixture", self.name)
-
-
-def cuobjdump() -> str | None:
-    """The toolkit's, or the one that Triton carries."""
-    if found := shutil.which("cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump"):
-        return found
-    try:
-        import triton
-    except ImportError:
-        return None
-    carried = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return str(carried) if carried.exists() else None
-
-
-def readable(symbols: list[str]) -> dict[str, str]:
-    """`nll_kernel<Bernoulli, float, float, 4>` of a mangled name."""
-    done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
-    names = {}
-    for symbol, name in zip(symbols, done.stdout.splitlines(), strict=True):
-        name = re.sub(r"fastvae::cuda::|fastvae::math::isa_cuda::|\(anonymous namespace\)::|^void ", "", name)
-        name = name[: name.index(">(") + 1].replace("__nv_bfloat16", "bf16").replace("__half", "half")
-        names[symbol] = re.sub(r"\(bool\)([01])", lambda m: "true" if m[1] == "1" else "false", name)
-    return names
-
-
-def compile_kernels(source: Path, architecture: str, directory: Path) -> list[Kernel]:
-    assert NVCC is not None
-    cubin = directory / f"{source.stem}.{architecture}.cubin"
-    command = [NVCC, *FLAGS, f"-arch={architecture}", str(source), "-o", str(cubin)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr, done.stderr
-    pattern = (
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers([^\n]*)"
-    )
-    found = re.findall(pattern, done.stderr, re.DOTALL)
-    if not found:
-        return []
-    names, code = readable([f[0] for f in found]), {}
-    if dump := cuobjdump():
-        listing = subprocess.run(
-            [dump, "-sass", str(cubin)], capture_output=True, text=True, check=True
-        ).stdout
-        for part in listing.split("Function : ")[1:]:
-            symbol, _, body = part.partition("\n")
-            code[symbol.strip()] = body
-    kernels = []
-    for symbol, stack, stores, loads, registers, rest in found:
-        shared = re.search(r"(\d+) bytes smem", rest)
-        # The listing cuts long names short.
-        body = next((text for name, text in code.items() if symbol.startswith(name)), "")
-        spilled = int(stores) + int(loads)
-        size = int(shared[1]) if shared else 0
-        kernels.append(Kernel(architecture, names[symbol], int(registers), size, int(stack), spilled, body))
-    return kernels
-
-
-def compile_all() -> list[Kernel]:
-    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(2) as pool:
-        jobs = [
-            pool.submit(compile_kernels, source, architecture, Path(directory))
-            for source in SOURCES
-            for architecture in ARCHITECTURES
-        ]
-        return [kernel for job in jobs for kernel in job.result()]
-
-
-@pytest.fixture(scope="session")
-def compiled() -> list[Kernel]:
-    if NVCC is None:
-        pytest.skip("nvcc is not installed")
-    return compile_all()
-
-
-# What a kernel's name begins with: registers that the number of blocks on a multiprocessor leaves each thread.
-REGISTERS = (
-    (r"categorical_kernel<double", 128),
-    (r"categorical_kernel", 64),
-    (r"mixture_kernel<3, double", 255),
-    (r"mixture_kernel<1, double", 255),
-    (r"mixture_kernel<3", 128),
-    (r"mixture_kernel<1", 80),
-    (r"nll_kernel<\w+, double", 128),
-    (r"nll_kernel<(DiscretizedLogistic|PoissonRate), .* 1>", 128),
-    (r"nll_kernel<Gaussian, (half|bf16), Any", 128),
-    (r"nll_kernel<DiscretizedLogistic", 80),
-    (r"nll_kernel<(Poisson|ContinuousBernoulli|StudentT), ((half|bf16)|\w+, Any)", 128),
-    (r"nll_kernel<(Poisson|ContinuousBernoulli|StudentT|\w+PerElement|GaussianBounded)", 80),
-    (r"nll_kernel<\w+, \w+, Any", 80),
-    (r"nll_kernel", 64),
-    (r"nll_backward_kernel<double", 128),
-    (r"nll_backward_kernel", 64),
-    (r"sample_kernel<double", 255),
-    (r"sample_kernel", 64),
-    (r"sample_grad_kernel<double", 255),
-    (r"sample_grad_kernel", 128),
-)
-
-
-@pytest.mark.slow
-def test_nothing_is_spilled(compiled: list[Kernel]) -> None:
-    assert {k.architecture for k in compiled} == set(ARCHITECTURES)
-    for kernel in compiled:
-        assert (kernel.stack, kernel.spilled) == (0, 0), kernel[:6]
-        bound = next(bound for pattern, bound in REGISTERS if re.match(pattern, kernel.name))
-        assert kernel.registers <= bound, kernel[:6]
-        # Of the least that a multiprocessor has, 100 KiB, for three blocks of a mixture and four of a categorical.
-        shared = 24 << 10 if "mixture" in kernel.name else 3 << 10 if "categorical" in kernel.name else 1024
-        assert kernel.shared <= shared, kernel[:6]
-
-
-@pytest.mark.slow
-def test_accesses_are_wide(compiled: list[Kernel]) -> None:
-    if cuobjdump() is None:
-        pytest.skip("no cuobjdump: neither the CUDA toolkit's nor Triton's")
-    seen = 0
-    for kernel in compiled:
-        assert kernel.code, kernel.name
-        assert not re.search(r"\b(LDL|STL)\b", kernel.code), kernel.name
-        if not kernel.whole:
-            continue
-        seen += 1
-        loads, stores = kernel.accesses("LDG"), kernel.accesses("STG")
-        # Four of these fill the registers.
-        width = ".64" if re.search(r"Logistic, (half|bf16)", kernel.name) else ".128"
-        assert any(width in load for load in loads), (kernel.name, loads)
-        assert any(width in store for store in stores), (kernel.name, stores)
-    assert seen >= len(ARCHITECTURES) * 40
-
-
-@pytest.mark.slow
-def test_loads_come_before_their_use(compiled: list[Kernel]) -> None:
-    """A thread asks for all that it will read in a step before it computes: that hides the memory's latency."""
-    if cuobjdump() is None:
-        pytest.skip("no cuobjdump: neither the CUDA toolkit's nor Triton's")
-    for kernel in compiled:
-        if kernel.name != "nll_kernel<Bernoulli, float, float, 4>":
-            continue
-        operations = re.findall(r"\b(LDG\.E\.128|MUFU\.EX2|STG\.E\.128)", kernel.code)
-        first = operations.index("MUFU.EX2")
-        assert operations[:first].count("LDG.E.128") == 4, (kernel.architecture, operations)
-
-
-def table(kernels: list[Kernel]) -> str:
-    """The resources as Markdown: a row for each kernel, a column for each architecture."""
-    rows: dict[str, dict[str, Any]] = {}
-    for kernel in kernels:
-        cell = f"{kernel.registers} / {kernel.shared} / {kernel.spilled}"
-        rows.setdefault(kernel.name, {})[kernel.architecture] = cell
-    head = f"| registers / shared bytes / spilled bytes | {' | '.join(ARCHITECTURES)} |"
-    lines = [head, "|---" * (1 + len(ARCHITECTURES)) + "|"]
-    for name, cells in sorted(rows.items()):
-        lines.append(f"| `{name}` | " + " | ".join(str(cells.get(a, "")) for a in ARCHITECTURES) + " |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    if NVCC is None:
-        sys.exit("nvcc is not installed, or not on the PATH")
-    print(table(compile_all()))

@@ -1,8 +1,9 @@
-"""The Triton backend: the same tests on a GPU, and without one in Triton's interpreter, slow as it is.
+"""The Triton backend: the same tests on a GPU and, without one, in Triton's slow interpreter.
 
-The interpreter must be asked for before the first import of Triton: TRITON_INTERPRET=1 pytest tests/backends/triton.
-Where there is neither, this file runs itself that way, in two processes, with those tests of test_autograd.py that
-take a backend. What compiling the kernels tells without a GPU is in test_triton_aot.py.
+The interpreter must be enabled before the first import of Triton: TRITON_INTERPRET=1 pytest tests/backends/triton.
+Without this variable and without a GPU, this file starts itself with it, in two processes, together with the tests of
+test_autograd.py and test_autograd_features.py that take a backend. test_triton_aot.py tests the compiled kernels
+without a GPU.
 """
 
 import math
@@ -20,7 +21,8 @@ import test_discretized
 import torch
 from cases import CASES, DTYPES, GRADIENT_TOLERANCE, VALUE_TOLERANCE, Case, Inputs, Result
 from conftest import INTERPRETED
-from test_autograd import OBJECTIVES, TWICE, elbo_inputs, formula, make_elbo
+from test_autograd import OBJECTIVES, elbo_inputs, formula, make_elbo
+from test_autograd_features import TWICE
 from test_compile import CALLS, CHECKS, OPS, skip_what_cannot_be_traced
 from test_noise import NOISE_TOLERANCE, PLACES, by_hand
 from test_values import WITH_TARGET, check, check_gradient
@@ -37,9 +39,10 @@ on_gpu = pytest.mark.skipif(not GPU, reason="only a GPU can show this")
 
 @pytest.mark.skipif(HERE, reason="this process runs them itself")
 @pytest.mark.parametrize("shard", ["0/2", "1/2"])
-def test_in_the_interpreter(shard: str, which_tests: list[str]) -> None:
+def test_device_tests_pass_in_the_interpreter(shard: str, which_tests: list[str]) -> None:
     tests = Path(__file__).parents[2]
-    files = [str(tests / name) for name in ("backends/triton/test_triton.py", "core/test_autograd.py")]
+    names = "backends/triton/test_triton.py", "core/test_autograd.py", "core/test_autograd_features.py"
+    files = [str(tests / name) for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", "triton", "--shard", shard, *which_tests, *files],
         cwd=tests.parent,
@@ -54,7 +57,7 @@ def test_in_the_interpreter(shard: str, which_tests: list[str]) -> None:
 
 @pytest.fixture
 def device() -> Iterator[torch.device]:
-    """The GPU, or the CPU where the interpreter runs the kernels; where there is neither, conftest.py leaves it out."""
+    """The GPU, or the CPU if the interpreter runs the kernels. If there is neither, conftest.py deselects the test."""
     with fastvae.use_backend("triton"):
         yield torch.device("cuda" if GPU else "cpu")
 
@@ -64,17 +67,19 @@ def move(inputs: Inputs, device: torch.device) -> Inputs:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Values and gradients: those of the formulas in float64
+# Values and gradients, compared with the formulas in float64
 # ---------------------------------------------------------------------------------------------------------------------
 
-# One element, less than a vector, one more or less than one, a few tiles, several dimensions, rank 1, nothing.
+# One element, less than a vector, one more or less than one, a few tiles, several dimensions, rank 1, empty.
 SHAPES = [(3, 1), (4, 7), (2, 15), (5, 17), (2, 1000), (2, 4099), (2, 3, 8, 8), (5,), (0, 5), (3, 0)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("shape", SHAPES, ids=cases.ids)
 @pytest.mark.parametrize("case", CASES, ids=cases.ids)
-def test_values(device: torch.device, case: Case, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_values_and_gradients_equal_the_formula(
+    device: torch.device, case: Case, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     if len(shape) < case.min_rank:
         shape = (*shape, 1)
     inputs = move(cases.cast(case.inputs(shape), dtype), device)
@@ -86,7 +91,7 @@ def test_values(device: torch.device, case: Case, shape: tuple[int, ...], dtype:
 
 @pytest.mark.parametrize("case", CASES, ids=cases.ids)
 def test_against_the_reference(device: torch.device, case: Case) -> None:
-    """What a user sees when switching: nothing."""
+    """Switching backends does not change results."""
     inputs = move(cases.cast(case.inputs((6, 3, 7, 5)), torch.float32), device)
     got, want = cases.run(case, functional, inputs), cases.run(case, reference, inputs)
     scale = cases.exact(case, inputs).scale
@@ -95,7 +100,7 @@ def test_against_the_reference(device: torch.device, case: Case) -> None:
 
 
 # components (0: no mixture), channels, pixels
-# The interpreter's tiles are smaller, and each takes its time.
+# The tiles of the interpreter are smaller, and each is slow.
 IMAGE = (16, 24) if GPU else (6, 10)
 LINE = (33,) if GPU else (9,)
 DISCRETIZED = [(0, 3, IMAGE), (3, 3, IMAGE), (10, 3, LINE), (3, 1, (7, 5)), (2, 3, ())]
@@ -104,7 +109,7 @@ DISCRETIZED = [(0, 3, IMAGE), (3, 3, IMAGE), (10, 3, LINE), (3, 1, (7, 5)), (2, 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("components", "channels", "pixels"), DISCRETIZED, ids=cases.ids)
-def test_discretized_logistics(
+def test_discretized_nll_equals_the_formula(
     device: torch.device,
     components: int,
     channels: int,
@@ -112,7 +117,7 @@ def test_discretized_logistics(
     channels_last: bool,
     dtype: torch.dtype,
 ) -> None:
-    """The reference in float64; test_discretized.py holds that, and these kernels, to what is published."""
+    """Compared with the reference in float64, which test_discretized.py compares with published values."""
     params, target = test_discretized.make(components, channels, (3, *pixels))
     params, target = params.to(device, dtype), target.to(device)
     if channels_last and len(pixels) == 2:
@@ -125,7 +130,9 @@ def test_discretized_logistics(
 
 @pytest.mark.parametrize("shift", test_discretized.SHIFTS)
 @pytest.mark.parametrize(("components", "channels"), [(5, 1), (3, 3)])
-def test_large_logits(device: torch.device, components: int, channels: int, shift: float) -> None:
+def test_mixture_nll_of_large_logits_is_accurate(
+    device: torch.device, components: int, channels: int, shift: float
+) -> None:
     params, target = (x.to(device) for x in test_discretized.large_logits(components, channels, shift))
     got = test_discretized.value_and_gradient(functional, params, target, components)
     want = test_discretized.value_and_gradient(reference, params.double(), target, components)
@@ -135,10 +142,10 @@ def test_large_logits(device: torch.device, components: int, channels: int, shif
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("shape", [(3, 4, 5000), (4, 3, 33), (5, 7)], ids=cases.ids)
 @pytest.mark.parametrize("weights", [None, 0.25], ids=["mean", "rows"])
-def test_categorical(
+def test_categorical_nll_equals_cross_entropy(
     device: torch.device, shape: tuple[int, ...], weights: float | None, dtype: torch.dtype
 ) -> None:
-    """The reference in float64, with ignored positions, sure predictions, and a factor for each row."""
+    """Compared with the reference in float64: ignored positions, confident predictions, and a factor for each row."""
     logits = 3 * torch.randn(shape)
     target = torch.randint(shape[-1], shape[:-1])
     target[0] = -7
@@ -152,7 +159,7 @@ def test_categorical(
         (value.mean() if weights is None else (value * (weights * factors).to(value.dtype)).sum()).backward()
         assert leaf.grad is not None
     tolerance = 1e-12 if dtype == torch.float64 else 5e-6
-    assert torch.allclose(nll.double(), want, rtol=tolerance, atol=1e-13)  # what the reference keeps of 1
+    assert torch.allclose(nll.double(), want, rtol=tolerance, atol=1e-13)  # 1 is all that the reference keeps
     assert nll[0] == 0
     assert params.grad[0].count_nonzero() == 0  # type: ignore[index]
     rough = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
@@ -163,10 +170,10 @@ def test_categorical(
 @pytest.mark.parametrize("shared", [True, False], ids=["gene", "gene-cell"])
 @pytest.mark.parametrize("form", test_counts.FORMS)
 @pytest.mark.parametrize("weights", [None, 0.25], ids=["mean", "rows"])
-def test_negative_binomials(
+def test_counts_nll_equals_the_formula(
     device: torch.device, form: str, shared: bool, weights: float | None, dtype: torch.dtype
 ) -> None:
-    """The reference in float64, which test_counts.py holds to scipy; with one factor, and with one for each row."""
+    """Compared with the reference in float64, which test_counts.py compares with scipy: one factor, and one per row."""
     inputs = {
         name: x.detach().to(device).requires_grad_(x.requires_grad)
         for name, x in test_counts.make(form, 3, 45, dtype, shared).items()
@@ -189,10 +196,10 @@ def test_negative_binomials(
 @pytest.mark.parametrize("form", test_count_elements.FORMS)
 @pytest.mark.parametrize("kept", [False, True], ids=["freed", "kept"])
 @pytest.mark.parametrize("grad", ["row", "element"])
-def test_elements_of_counts(
+def test_nll_elements_of_counts_equal_the_formula(
     device: torch.device, form: str, shared: bool, kept: bool, grad: str, dtype: torch.dtype
 ) -> None:
-    """The same; with a gradient that was expanded, and one of each element."""
+    """The same, with an expanded gradient and with one per element."""
     inputs = {
         name: x.detach().to(device).requires_grad_(x.requires_grad)
         for name, x in test_count_elements.make(form, 9, 45, dtype, shared).items()
@@ -209,16 +216,16 @@ def test_elements_of_counts(
         test_counts.close(gradient, slopes[name], rough)
 
 
-# Rows that many programs share, rows whose product of 1 + e is flushed on the way, more rows than one program finishes.
+# Rows that many programs share, rows whose product of 1 + e is flushed on the way, more rows than programs.
 SPLIT = [(1, 300_001), (3, 70_016), (20_000, 3)]
 
 
-# Of the polynomial for small products, which is computed and not used.
+# For the polynomial for small products, which is computed but not used.
 @pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("shape", SPLIT, ids=cases.ids)
 @pytest.mark.parametrize("likelihood", ["bernoulli", "learned"])
-def test_long_and_many_rows(
+def test_nll_of_long_and_many_rows_equals_the_formula(
     device: torch.device, likelihood: str, shape: tuple[int, ...], reduction: str
 ) -> None:
     elbo = make_elbo(likelihood, reduction).to(device)
@@ -241,7 +248,9 @@ def test_long_and_many_rows(
 
 
 @pytest.mark.parametrize("shape", [(2, 20_011), (3000, 5)], ids=cases.ids)
-def test_long_and_many_rows_of_latents(device: torch.device, shape: tuple[int, ...]) -> None:
+def test_reparameterize_kl_of_long_and_many_rows_equals_the_formula(
+    device: torch.device, shape: tuple[int, ...]
+) -> None:
     inputs = [torch.randn(shape, device=device, requires_grad=True) for _ in range(4)]
     weight = torch.rand(shape, device=device)
     eps = torch.randn(shape, device=device)
@@ -255,8 +264,10 @@ def test_long_and_many_rows_of_latents(device: torch.device, shape: tuple[int, .
         torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-5)
 
 
-def test_columns_of_64_bits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels of rows with more than 2^31 elements, on shorter ones."""
+def test_kernels_with_64_bit_columns_equal_the_others(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels for rows with more than 2^31 elements, tested on shorter ones."""
     from fastvae._triton import elementwise, latents
     from fastvae._triton import loss as losses
     from fastvae._triton.launch import partition
@@ -276,7 +287,7 @@ def test_columns_of_64_bits(device: torch.device, monkeypatch: pytest.MonkeyPatc
     for module in (elementwise, losses, latents):
         monkeypatch.setattr(module, "partition", lambda *a, **k: partition(*a, **k)._replace(wide=True))
     for a, b in zip(narrow, run(), strict=True):
-        # Not to the bit: compiled apart, one may fuse a product with a sum where the other does not.
+        # Not bit for bit: of two compilations, only one may fuse a product with a sum.
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
@@ -285,7 +296,9 @@ def test_columns_of_64_bits(device: torch.device, monkeypatch: pytest.MonkeyPatc
     "target", [torch.float32, torch.uint8, torch.bool, torch.uint16, torch.int32, torch.int64], ids=cases.ids
 )
 @pytest.mark.parametrize("case", WITH_TARGET, ids=cases.ids)
-def test_target_types(device: torch.device, case: Case, target: torch.dtype, dtype: torch.dtype) -> None:
+def test_target_of_any_dtype_equals_the_formula(
+    device: torch.device, case: Case, target: torch.dtype, dtype: torch.dtype
+) -> None:
     if target != torch.float32 and target not in case.targets:
         pytest.skip("not accepted")
     inputs = move(cases.cast(case.inputs((2, 3, 20, 19)), dtype, target, counts=case.counts), device)
@@ -294,8 +307,8 @@ def test_target_types(device: torch.device, case: Case, target: torch.dtype, dty
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("logit", [-30.0, -9.0, 15.0])
-def test_saturated_rows(device: torch.device, logit: float, dtype: torch.dtype) -> None:
-    """784 tiny losses, no digit of which may be lost in the product of 1 + e."""
+def test_nll_of_saturated_rows_is_accurate(device: torch.device, logit: float, dtype: torch.dtype) -> None:
+    """784 tiny losses, which must stay accurate in the product of 1 + e."""
     inputs = {name: torch.full((2, 784), logit, dtype=dtype, device=device) for name in ("logits", "target")}
     inputs["target"].fill_(float(logit > 0))
     case = cases.by_id["bernoulli"]
@@ -306,7 +319,9 @@ def test_saturated_rows(device: torch.device, logit: float, dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("logvar", [1e-5, -1e-3, 0.99, 1.01])
 @pytest.mark.parametrize("case", [case for case in CASES if case.id.startswith("kl")], ids=cases.ids)
-def test_near_collapse(device: torch.device, case: Case, logvar: float, dtype: torch.dtype) -> None:
+def test_gaussian_kl_near_collapse_is_accurate(
+    device: torch.device, case: Case, logvar: float, dtype: torch.dtype
+) -> None:
     inputs = {name: torch.zeros(3, 500, dtype=dtype, device=device) for name in case.inputs((1, 1))}
     inputs["logvar"] += logvar
     got, want = cases.run(case, functional, inputs), cases.exact(case, inputs)
@@ -319,7 +334,7 @@ def test_near_collapse(device: torch.device, case: Case, logvar: float, dtype: t
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("case", [case for case in CASES if case.extremes], ids=cases.ids)
-def test_extremes(device: torch.device, case: Case, dtype: torch.dtype) -> None:
+def test_nll_of_extremes_is_finite(device: torch.device, case: Case, dtype: torch.dtype) -> None:
     assert case.extremes is not None
     inputs = move(cases.cast(case.extremes(), dtype), device)
     got, want = cases.run(case, functional, inputs), cases.exact(case, inputs)
@@ -333,7 +348,7 @@ def test_extremes(device: torch.device, case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=cases.ids)
-def test_nan_stays_in_its_row(device: torch.device, case: Case) -> None:
+def test_nan_affects_only_its_row(device: torch.device, case: Case) -> None:
     names = [name for name, x in case.inputs((1, 1)).items() if x.dim() > 0]
     inputs = move(cases.cast(case.inputs((4, 37)), torch.float32), device)
     clean = cases.run(case, functional, inputs)
@@ -364,8 +379,11 @@ def compare_layouts(case: Case, inputs: Inputs, dtype: torch.dtype) -> Result:
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("target_too", [False, True])
 @pytest.mark.parametrize("case", WITH_TARGET, ids=cases.ids)
-def test_channels_last(device: torch.device, case: Case, target_too: bool, dtype: torch.dtype) -> None:
-    """Read in place, the halves of a packed head too; the gradient has the layout of the reconstruction."""
+def test_channels_last_equals_contiguous(
+    device: torch.device, case: Case, target_too: bool, dtype: torch.dtype
+) -> None:
+    """They are read in place, including the halves of a packed head. The gradient has the layout of the
+    reconstruction."""
     inputs = move(cases.cast(case.inputs((2, 8, 6, 10)), dtype), device)
     for name, x in inputs.items():
         if x.dim() == 4 and (name != "target" or target_too):
@@ -375,7 +393,7 @@ def test_channels_last(device: torch.device, case: Case, target_too: bool, dtype
 
 
 @pytest.mark.parametrize("case", WITH_TARGET, ids=cases.ids)
-def test_slices_and_expanded_data(device: torch.device, case: Case) -> None:
+def test_slices_and_expanded_data_equal_copies(device: torch.device, case: Case) -> None:
     inputs = move(cases.cast(case.inputs((4, 6, 5)), torch.float32), device)
     for name, x in inputs.items():
         if name == "target":
@@ -387,8 +405,10 @@ def test_slices_and_expanded_data(device: torch.device, case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("shape", [(5, 34), (2, 4, 8, 8)], ids=cases.ids)
-def test_chunks_of_a_head(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """`mu, logvar = h.chunk(2, dim=1)` as it lies, and copied."""
+def test_chunks_of_a_head_equal_copies(
+    device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """`mu, logvar = h.chunk(2, dim=1)` in place and copied."""
     head, seed = torch.randn(shape).to(device, dtype), torch.tensor([3, 4], device=device)
 
     def run(copy: bool) -> list[Tensor]:
@@ -421,7 +441,7 @@ def test_packed_halves_are_not_copied(device: torch.device) -> None:
 @pytest.mark.parametrize("prior", [False, True], ids=["standard", "prior"])
 @pytest.mark.parametrize("noise", ["eps", "seed"])
 @pytest.mark.parametrize("shape", [(4, 1), (3, 9), (2, 3, 5), (6,), (0, 4), (2, 0)], ids=cases.ids)
-def test_reparameterize_kl(
+def test_reparameterize_kl_equals_the_formula(
     device: torch.device,
     shape: tuple[int, ...],
     noise: str,
@@ -459,8 +479,10 @@ def test_reparameterize_kl(
 
 @pytest.mark.parametrize("dtype", NOISE_TOLERANCE, ids=["float32", "float64"])
 @pytest.mark.parametrize("place", [place for place in PLACES if math.prod(place[3:]) <= 300])
-def test_normals_by_hand(device: torch.device, place: tuple[int, ...], dtype: torch.dtype) -> None:
-    """To agree to 1e-13 in float64 says that the integers are the same: carries, offsets, places."""
+def test_noise_equals_box_muller_by_hand(
+    device: torch.device, place: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Agreement to 1e-13 in float64 shows that the integers are the same: carries, offsets and positions."""
     seed, offset, row_offset, rows, dims, draws = place
     zeros = torch.zeros(rows, dims, dtype=dtype, device=device)
     key = torch.tensor([seed, offset], device=device)
@@ -469,8 +491,8 @@ def test_normals_by_hand(device: torch.device, place: tuple[int, ...], dtype: to
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
-def test_the_noise_belongs_to_its_place(device: torch.device, dtype: torch.dtype) -> None:
-    """A piece of a batch, a draw among draws, another rank: the same bits. And half noise is rounded float32."""
+def test_noise_depends_only_on_its_position(device: torch.device, dtype: torch.dtype) -> None:
+    """A part of a batch, one draw of several, and another rank give the same bits. Half noise is rounded float32."""
     mu, logvar = torch.randn(2, 7, 21, device=device).to(dtype)
     seed = torch.tensor([9, 100], device=device)
 
@@ -494,20 +516,20 @@ def test_the_noise_belongs_to_its_place(device: torch.device, dtype: torch.dtype
 
 @pytest.mark.parametrize("source", ["seed", "torch"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
-def test_the_backward_makes_it_again(device: torch.device, dtype: torch.dtype, source: str) -> None:
-    """With sigma 1, dz/dlogvar = eps / 2, and to halve is exact."""
+def test_backward_generates_the_same_noise(device: torch.device, dtype: torch.dtype, source: str) -> None:
+    """With sigma 1, dz/dlogvar = eps / 2, and halving is exact."""
     mu = torch.zeros(5, 50, dtype=dtype, device=device)
     logvar = torch.zeros_like(mu).requires_grad_()
     seed = torch.tensor([77, 2**34], device=device) if source == "seed" else None
     z, _ = functional.reparameterize_kl(mu, logvar, samples=2, seed=seed)
-    torch.randn(5, device=device)  # the generator moves on between forward and backward
+    torch.randn(5, device=device)  # the generator advances between forward and backward
     for k in range(2):
         (gradient,) = torch.autograd.grad(z[k].sum(), logvar, retain_graph=True)
         assert torch.equal(gradient * 2, z[k].detach())
 
 
-def test_seeds(device: torch.device) -> None:
-    """torch.manual_seed, generator= and saved states work as for torch.randn; given noise draws nothing."""
+def test_manual_seed_and_generator_determine_the_noise(device: torch.device) -> None:
+    """torch.manual_seed, generator= and saved states work as for torch.randn; eps draws nothing."""
     zeros = torch.zeros(4, 9, device=device)
 
     def draw(**kwargs: object) -> Tensor:
@@ -537,8 +559,10 @@ def test_seeds(device: torch.device) -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("likelihood", ["bernoulli", "learned", "per_element"])
-def test_objectives(device: torch.device, likelihood: str, reduction: str, objective: str) -> None:
-    """However loss, nll and kl are used: the gradients, and inputs that nobody has written to."""
+def test_elbo_objectives_equal_the_formula(
+    device: torch.device, likelihood: str, reduction: str, objective: str
+) -> None:
+    """For any use of loss, nll and kl, the gradients are correct and the inputs are not written to."""
     elbo = make_elbo(likelihood, reduction).to(device)
     inputs = {k: x.detach().to(device).requires_grad_(k != "x") for k, x in elbo_inputs(likelihood).items()}
     before = {k: (x.detach().clone(), x._version) for k, x in inputs.items()}
@@ -561,8 +585,8 @@ def test_objectives(device: torch.device, likelihood: str, reduction: str, objec
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "per_element"])
-def test_the_saved_gradient_becomes_the_result(device: torch.device, likelihood: str) -> None:
-    """Scaled in place when the graph is freed, in a new tensor when it is kept."""
+def test_backward_returns_the_saved_gradient(device: torch.device, likelihood: str) -> None:
+    """It is scaled in place if the graph is freed, and into a new tensor if it is kept."""
     elbo = make_elbo(likelihood).to(device)
     inputs = {k: x.detach().to(device).requires_grad_(k != "x") for k, x in elbo_inputs(likelihood).items()}
     loss = 3 * elbo(*inputs.values()).loss
@@ -576,8 +600,8 @@ def test_the_saved_gradient_becomes_the_result(device: torch.device, likelihood:
 
 @pytest.mark.parametrize("name", TWICE)
 @pytest.mark.parametrize("between", [False, True], ids=["leaf", "made"])
-def test_second_derivatives_are_refused_by_name(device: torch.device, name: str, between: bool) -> None:
-    """Also through tensors that are gone by then, and where another path to the leaf exists."""
+def test_second_derivative_raises(device: torch.device, name: str, between: bool) -> None:
+    """Also through tensors that no longer exist, and if there is another path to the leaf."""
     a = torch.randn(5, 3, device=device, requires_grad=True)
     made = a.sin() if between else a
     (first,) = torch.autograd.grad(TWICE[name](made).sum(), a, create_graph=True)
@@ -591,8 +615,8 @@ def test_second_derivatives_are_refused_by_name(device: torch.device, name: str,
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "learned"])
-def test_one_graph(device: torch.device, likelihood: str) -> None:
-    """fullgraph, dynamic, once for all batch sizes; the numbers of eager."""
+def test_compiled_elbo_is_one_graph(device: torch.device, likelihood: str) -> None:
+    """One dynamic fullgraph for all batch sizes, with the results of eager."""
     elbo, counter = make_elbo(likelihood).to(device), CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(elbo, fullgraph=True, dynamic=True, backend=counter)
@@ -612,7 +636,7 @@ def test_one_graph(device: torch.device, likelihood: str) -> None:
     assert counter.frame_count == 1
 
 
-def test_draws_stay_draws_when_compiled(device: torch.device) -> None:
+def test_compiled_draws_are_not_merged(device: torch.device) -> None:
     mu, logvar = torch.zeros(4, 5, device=device, requires_grad=True), torch.zeros(4, 5, device=device)
     torch._dynamo.reset()
 
@@ -642,8 +666,8 @@ def test_opcheck(device: torch.device, name: str, number: int, check: str) -> No
     torch.library.opcheck(getattr(torch.ops.fastvae_triton, name).default, args, test_utils=check)
 
 
-def test_the_schemas_are_the_native_ones(device: torch.device) -> None:
-    with fastvae.use_backend("auto"):  # loads the extension where there is one
+def test_schemas_equal_the_native_ones(device: torch.device) -> None:
+    with fastvae.use_backend("auto"):  # loads the extension if it is installed
         native = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastvae::")]
     if not native:
         pytest.skip("the compiled extension is not installed")
@@ -655,8 +679,8 @@ def test_the_schemas_are_the_native_ones(device: torch.device) -> None:
         assert ours == theirs.replace("fastvae::", "fastvae_triton::")
 
 
-def test_errors_have_the_same_words(device: torch.device) -> None:
-    """One place checks: whatever the backend, before any work."""
+def test_errors_have_the_same_messages_as_native(device: torch.device) -> None:
+    """The checks are the same for all backends, and run before any work."""
     a, x = torch.zeros(4, 12, device=device), torch.zeros(4, 3, 4, device=device)
     words = []
     for name in ("triton", "reference"):
@@ -667,12 +691,12 @@ def test_errors_have_the_same_words(device: torch.device) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What only a GPU can show
+# Tests that need a real GPU
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def step(elbo: fastvae.ELBO, leaves: list[Tensor], x: Tensor) -> list[Tensor]:
-    """The loss part of a training step: (z, loss, gradients...)."""
+    """The loss part of a training step, which returns (z, loss, gradients...)."""
     recon, mu, logvar = leaves
     z, kl = elbo.reparameterize(mu, logvar)
     loss = elbo(recon, x, kl=kl).loss
@@ -686,8 +710,8 @@ def step_inputs() -> tuple[fastvae.ELBO, list[Tensor], Tensor]:
 
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=cases.ids)
-def test_more_than_two_to_the_31_elements(device: torch.device, dtype: torch.dtype) -> None:
-    """Rows beyond 2^31 elements from the start of the batch, and one row longer than that."""
+def test_nll_of_more_than_2_31_elements_is_correct(device: torch.device, dtype: torch.dtype) -> None:
+    """Rows at more than 2^31 elements from the start of the batch, and one longer row."""
     if torch.cuda.mem_get_info()[0] < 30 << 30:
         pytest.skip("needs 30 GB of free memory")
     for shape in ((3, 2**30), (1, 2**31 + 16)):
@@ -708,7 +732,7 @@ def test_more_than_two_to_the_31_elements(device: torch.device, dtype: torch.dty
 
 
 @on_gpu
-def test_graph_replays_draw_anew(device: torch.device) -> None:
+def test_graph_replays_draw_fresh_noise(device: torch.device) -> None:
     elbo, leaves, x = step_inputs()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -723,7 +747,7 @@ def test_graph_replays_draw_anew(device: torch.device) -> None:
     for _ in range(3):
         graph.replay()
         noise = ((z - leaves[1]) * torch.exp(-leaves[2] / 2)).detach()
-        # d z / d logvar = sigma eps / 2: the backward made the noise of its own replay again.
+        # d z / d logvar = sigma eps / 2 shows that the backward generated the noise of its own replay.
         sampled = gradients[2] - elbo.beta / 128 * torch.expm1(leaves[2]) / 2
         want = noise * torch.exp(leaves[2] / 2) / 2
         torch.testing.assert_close(sampled, want, rtol=1e-4, atol=1e-4)
@@ -734,7 +758,7 @@ def test_graph_replays_draw_anew(device: torch.device) -> None:
 
 
 @on_gpu
-def test_a_second_stream(device: torch.device) -> None:
+def test_op_on_a_second_stream_runs_there(device: torch.device) -> None:
     elbo, leaves, x = step_inputs()
     seed = torch.tensor([1, 2], device=device)
     want = functional.reparameterize_kl(leaves[1], leaves[2], seed=seed)[0]
@@ -742,7 +766,7 @@ def test_a_second_stream(device: torch.device) -> None:
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # what runs on the default stream in its place would be done before
+        torch.cuda._sleep(50_000_000)  # work on the default stream would be finished before
         scaled = leaves[0] * 1.0
         got = functional.reparameterize_kl(leaves[1], leaves[2], seed=seed)[0]
         again = elbo(scaled, x, leaves[1], leaves[2]).loss
@@ -752,7 +776,7 @@ def test_a_second_stream(device: torch.device) -> None:
 
 
 @on_gpu
-def test_no_host_sync(device: torch.device) -> None:
+def test_training_step_does_not_synchronise(device: torch.device) -> None:
     elbo, leaves, x = step_inputs()
     learned = make_elbo("learned").cuda()
     kl = torch.rand(128, device=device)
@@ -768,8 +792,8 @@ def test_no_host_sync(device: torch.device) -> None:
 
 
 @on_gpu
-def test_five_launches(device: torch.device) -> None:
-    """Sample, nll, its finish, and a backward of each."""
+def test_training_step_launches_five_kernels(device: torch.device) -> None:
+    """Sample, nll, its final sum, and a backward of each."""
     elbo, leaves, x = step_inputs()
     step(elbo, leaves, x)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -784,8 +808,8 @@ def test_five_launches(device: torch.device) -> None:
 
 
 @on_gpu
-def test_peak_memory(device: torch.device) -> None:
-    """The inputs, and one gradient."""
+def test_training_step_peak_memory_is_one_gradient(device: torch.device) -> None:
+    """The inputs and one gradient."""
     recon, x = (
         torch.randn(512, 65536, device=device, requires_grad=True),
         torch.rand(512, 65536, device=device),
@@ -800,8 +824,8 @@ def test_peak_memory(device: torch.device) -> None:
 
 
 @on_gpu
-def test_the_noise_of_the_cpu(device: torch.device) -> None:
-    """Same seed, same noise, wherever."""
+def test_noise_equals_that_of_the_cpu(device: torch.device) -> None:
+    """The same seed gives the same noise on every device."""
     mu, logvar, seed = torch.randn(64, 100), torch.randn(64, 100), torch.tensor([5, 6])
     ours = functional.reparameterize_kl(mu.cuda(), logvar.cuda(), seed=seed.cuda())[0]
     theirs = reference.reparameterize_kl(mu, logvar, seed=seed)[0]

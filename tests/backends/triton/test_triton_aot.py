@@ -1,8 +1,8 @@
-"""What compiling the Triton kernels tells, without a GPU: they compile for every architecture, nothing is spilled, and
-memory is accessed 128 bits at a time.
+"""The compiled Triton kernels, without a GPU: they compile for every architecture, spill nothing, and access memory
+with 128 bits.
 
-Each op is run up to its launches, which are recorded and compiled as Triton would compile them at the first call: from
-the arguments, their types and their alignment. The cubins are then taken apart.
+Each op is run up to its launches, which are recorded and compiled as Triton would compile them in the first call: from
+the arguments, their types and their alignment. The cubins are then disassembled.
 """
 
 import re
@@ -68,7 +68,7 @@ def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 
 def record(run: Callable[[], object]) -> list[Launch]:
-    """The launches that an op would make of CPU tensors, whose pointers are as aligned as a GPU's."""
+    """The launches that an op would make for CPU tensors, whose pointers are aligned like a GPU's."""
     launches: list[Launch] = []
 
     def note(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
@@ -83,7 +83,7 @@ def record(run: Callable[[], object]) -> list[Launch]:
 
 class Code(NamedTuple):
     text: str  # SASS or AMD's assembly
-    spills: int  # bytes, or registers
+    spills: int  # in bytes, or registers
     loads: list[str]
     stores: list[str]
 
@@ -120,7 +120,7 @@ def _nvidia(cubin: bytes) -> Code:
 
 
 def _amd(text: str) -> Code:
-    # Scalar registers are spilled into lanes of vector registers, not to memory.
+    # Scalar registers are spilled into lanes of vector registers, not into memory.
     spills = [int(n) for n in re.findall(r"(?:vgpr_spill_count|private_segment_fixed_size): *(\d+)", text)]
     assert len(spills) == 2
     loads, stores = (re.findall(rf"\b(?:global|buffer)_{what}_\w+", text) for what in ("load", "store"))
@@ -128,12 +128,12 @@ def _amd(text: str) -> Code:
 
 
 def widest(accesses: list[str]) -> int:
-    """How many of them move 128 bits per thread."""
+    """The number of accesses that move 128 bits per thread."""
     return sum(".128" in access or access.endswith("dwordx4") for access in accesses)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The launches that users' calls make
+# The launches of users' calls
 # ---------------------------------------------------------------------------------------------------------------------
 
 B, D = 512, 3072
@@ -228,7 +228,7 @@ MIXED = data(FLOAT, 512, 100)
 PLANES, LEVELS = data(FLOAT, 16, 100, 32, 32), data(BYTE, 16, 3, 32, 32)
 MANY, LONG = data(FLOAT, 10_000, 4), data(FLOAT, 2, 100_000)
 
-# Calls whose tensors are aligned: their first launch reads and writes 128 bits at a time.
+# Calls with aligned tensors: their first launch reads and writes 128 bits at a time.
 ALIGNED: dict[str, Callable[[], object]] = {
     "bernoulli": lambda: bernoulli(FLOAT, FLOAT),
     "bernoulli, uint8": lambda: bernoulli(FLOAT, BYTE),
@@ -267,7 +267,7 @@ ALIGNED: dict[str, Callable[[], object]] = {
     "kl per element": lambda: latents.gaussian_kl_forward(data(FLOAT), data(FLOAT), NONE, NONE, True),
 }  # fmt: skip
 
-# Others: they must compile and spill nothing.
+# Other calls: they must compile and spill nothing.
 OTHERS: dict[str, Callable[[], object]] = {
     "no gradient": lambda: bernoulli(FLOAT, FLOAT, 0),
     "double": lambda: bernoulli(DOUBLE, DOUBLE),
@@ -304,15 +304,15 @@ OTHERS: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("name", ALIGNED)
-def test_aligned(architecture: str, name: str) -> None:
+def test_aligned_calls_compile_to_wide_accesses(architecture: str, name: str) -> None:
     first, *rest = record(ALIGNED[name])
     code = compile_launch(first, architecture)
     assert code.spills == 0
     assert widest(code.loads) > 0, code.loads
-    # This one reads float32 and writes bfloat16: of what a wide access reads it writes half.
+    # This one reads float32 and writes bfloat16, so it writes half of what a wide access reads.
     if name != "scale elements, by row, bf16":
         assert widest(code.stores) > 0, code.stores
-    # What is not wide is a number per row, or data of fewer bytes than the parameters'.
+    # Accesses that are not wide read a number per row, or data with fewer bytes than the parameters.
     if "uint8" not in name and "scale" not in name:
         assert len(code.loads) - widest(code.loads) <= 4, code.loads
         assert len(code.stores) - widest(code.stores) <= 2, code.stores
@@ -324,28 +324,28 @@ def test_aligned(architecture: str, name: str) -> None:
     "architecture", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)], indirect=True
 )
 @pytest.mark.parametrize("name", OTHERS)
-def test_others(architecture: str, name: str) -> None:
+def test_other_calls_compile_without_spills(architecture: str, name: str) -> None:
     for launch in record(OTHERS[name]):
         assert compile_launch(launch, architecture).spills == 0
 
 
 @pytest.mark.parametrize("name", ["negative binomial", "zero-inflated", "elements of zero-inflated"])
-def test_counts_are_read_128_bits_at_a_time(name: str) -> None:
-    """The zeros' path: logits or mean, dispersion, additional zeros, counts. The few others are gathered."""
+def test_counts_are_read_with_128_bits(name: str) -> None:
+    """The path of zeros: logits or mean, dispersion, additional zeros and counts. The few other counts are gathered."""
     code = compile_launch(record(OTHERS[name])[0], "sm_90")
     assert widest(code.loads) >= 3, code.loads
     assert widest(code.stores) >= 2, code.stores
 
 
-def test_every_kernel_is_compiled() -> None:
+def test_calls_cover_every_kernel() -> None:
     calls = [*ALIGNED.values(), *OTHERS.values()]
     compiled = {launch.kernel.__name__ for call in calls for launch in record(call)}
     kernels = {name for module in WITH_KERNELS for name in vars(module) if name.endswith("_kernel")}
     assert compiled == kernels
 
 
-def test_data_of_one_byte_go_through_no_shared_memory() -> None:
-    """The element's layout is the parameters': a thread's four float32, and the four bytes beside them."""
+def test_uint8_data_do_not_use_shared_memory() -> None:
+    """The layout follows the parameters: each thread has four float32 and the four corresponding bytes."""
     launch, *_ = record(ALIGNED["bernoulli, uint8"])
     sums_only, *_ = record(ALIGNED["bernoulli"])
     shared = [len(re.findall(r"\bLDS", compile_launch(x, "sm_90").text)) for x in (launch, sums_only)]
@@ -353,7 +353,7 @@ def test_data_of_one_byte_go_through_no_shared_memory() -> None:
 
 
 def test_one_compilation_serves_all_batch_sizes() -> None:
-    """Numbers are no reason to compile again: not a 1, not a multiple of 16, not the last batch of an epoch."""
+    """Numbers cause no new compilation: not a 1, not a multiple of 16, not the last batch of an epoch."""
 
     def key(rows: int) -> object:
         kernel, args, options = record(
@@ -367,7 +367,7 @@ def test_one_compilation_serves_all_batch_sizes() -> None:
 
 
 @pytest.mark.parametrize("table", tuning.TABLE)
-def test_the_tuning_table(table: str) -> None:
+def test_tuning_table_has_valid_choices(table: str) -> None:
     for (kernel, size), choice in tuning.TABLE[table].items():
         assert kernel in tuning.KERNELS
         assert size in ("small", "large")
@@ -377,12 +377,12 @@ def test_the_tuning_table(table: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is compiled anew
+# What is compiled again
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def compiled_for(launch: Launch) -> tuple[object, ...]:
-    """What tells compilations of a kernel apart: types, alignment, specialised numbers, constants, options."""
+    """The key of a compilation: types, alignment, specialised numbers, constants and options."""
     kernel, args, options = launch
     backend, options = make_backend(TARGETS["sm_90"]), {**options, "debug": False}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -406,10 +406,10 @@ def step(rows: int, size: int, latents_: int, likelihood: str, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian_learned"])
 @pytest.mark.parametrize(("size", "latents_"), [(784, 20), (30, 3), (1000, 1), (8100, 64)])
-def test_a_last_batch_compiles_nothing(
+def test_last_batch_of_another_size_compiles_nothing(
     size: int, latents_: int, likelihood: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within a class of tuning.py, whatever the number of rows divides."""
+    """Within a class of tuning.py, for any divisors of the number of rows."""
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
     first = {compiled_for(launch) for launch in record(lambda: step(128, size, latents_, likelihood, dtype))}
     for rows in (127, 96, 37, 8, 2, 1):

@@ -1,5 +1,5 @@
-// csrc/ops with its CUDA side, over the kernels that cuda_shim runs on the CPU, in the place of the CPU kernels: CPU tensors then go
-// the way that CUDA tensors go on a GPU. The folders ATen and c10 here stand in for what torch has of CUDA.
+// csrc/ops with its CUDA side, and the kernels that cuda_shim runs on the CPU in place of the CPU kernels. CPU tensors then take the path
+// of CUDA tensors on a GPU. The folders ATen and c10 here replace torch's CUDA headers.
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/cuda/CUDAGeneratorImpl.h>
@@ -30,6 +30,6 @@ extern "C" void set_capturing(bool on) { c10::cuda::capturing = on; }
 extern "C" void destroy_graph() { c10::cuda::destroy_graph(); }
 extern "C" int64_t memsets() { return c10::cuda::memsets; }
 
-// New memory holds NaN: nobody may count on what is there.
+// New memory holds NaN, because nobody may rely on its contents.
 C10_DECLARE_bool(caffe2_cpu_allocator_do_junk_fill);
 static const bool filled = FLAGS_caffe2_cpu_allocator_do_junk_fill = true;

@@ -1,4 +1,4 @@
-"""What the binding adds to the kernels: how many launches, and what a capture changes. Run by test_cuda_binding.py."""
+"""The launches of the binding, and its behaviour in captures. Run by test_cuda_binding.py."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ def leaf(*shape: int) -> Tensor:
     return torch.randn(shape, requires_grad=True)
 
 
-# First: the counters of the device must not be made during a capture, when their memory would be the graph's.
+# This runs first, because the device's counters must not be created during a capture, in memory of the graph.
 def test_the_first_call_may_be_a_captured_one(capturing: Callable[[bool], None]) -> None:
     recon, x, kl = leaf(64, 3000), torch.rand(64, 3000), torch.rand(64)
     elbo = fastvae.ELBO("bernoulli")
@@ -73,7 +73,7 @@ def test_the_loss_part_of_a_step_is_four_launches(likelihood: str, reduction: st
 
 
 def test_a_graph_that_is_gone_gives_its_counters_back(capturing: Callable[[bool], None]) -> None:
-    """What no counter is left for takes a memset of its own, in every replay."""
+    """A launch for which no counter is left needs a memset of its own in every replay."""
     recon, x = torch.randn(4, 9000), torch.rand(4, 9000)
     elbo = fastvae.ELBO("bernoulli")
 
@@ -96,7 +96,7 @@ def test_a_graph_that_is_gone_gives_its_counters_back(capturing: Callable[[bool]
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
 def test_a_step_copies_and_fills_nothing(likelihood: str) -> None:
-    """With deterministic algorithms, too, where torch fills all memory that it hands out."""
+    """Also with deterministic algorithms, for which torch fills all new memory."""
     assert torch.are_deterministic_algorithms_enabled()
     elbo, mu, logvar, recon, x = (
         fastvae.ELBO(likelihood),
@@ -136,7 +136,7 @@ def test_what_shares_more_than_an_element_takes_no_more_launches(likelihood: str
 
 
 def test_half_parameters_take_one_more() -> None:
-    """Their gradient is made when its factor is known: in the backward."""
+    """Their gradient is computed in the backward, when its factor is known."""
     recon, x = leaf(4, 30).detach().half().requires_grad_(), torch.rand(4, 30)
     elbo = fastvae.ELBO("bernoulli")
     for kl, count in ((torch.rand(4), 2), (leaf(4), 3)):
@@ -147,7 +147,7 @@ def test_half_parameters_take_one_more() -> None:
 def test_a_captured_draw_is_drawn_from_where_the_replay_will_look(
     capturing: Callable[[bool], None], samples: int | None
 ) -> None:
-    """The same words behind pointers are the same noise, in the backward too, which may come when they have changed."""
+    """The same values behind pointers give the same noise, also in a backward that runs after they have changed."""
     mu, results = torch.zeros(5, 7), []
     for on in (False, True):
         logvar = torch.zeros(5, 7, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Runs pytest in a process whose native backend is binding.cpp: `run.py BINDING KERNELS [arguments of pytest]`."""
+"""Run pytest in a process whose native backend is binding.cpp: `run.py BINDING KERNELS [arguments of pytest]`."""
 
 import ctypes
 import sys
@@ -21,7 +21,7 @@ if __name__ == "__main__":
     import fastvae
     from fastvae.backends.base import OPS_LACKING
 
-    for op, places in OPS_LACKING.items():  # as of CUDA tensors
+    for op, places in OPS_LACKING.items():  # as for CUDA tensors
         OPS_LACKING[op] = (*places, *(("native", "cpu"),) * (("native", "cuda") in places))
     fastvae.set_backend("auto")
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN

@@ -1,6 +1,6 @@
-// CUDA for a CPU: what csrc/cuda uses of it, so that the kernels' bodies compile as C++ and run with a thread for every thread of a
-// block. The threads are fibers, which one processor runs in turn from barrier to barrier; under a sanitizer they are threads of the
-// operating system (threads.h), whose races it can see. Two blocks of the grid run at a time, each on a team of its own.
+// The part of CUDA that csrc/cuda uses, for a CPU, so that the kernels' bodies compile as C++ and run with a thread for every thread of a
+// block. The threads are fibers, which one processor runs in turn from barrier to barrier. Under a sanitizer, they are threads of the
+// operating system (threads.h), whose races it can see. Two blocks of the grid run at a time, each on its own team.
 #pragma once
 #include <atomic>
 #include <bit>
@@ -34,7 +34,7 @@ namespace shim {
 
 constexpr int kTeams = 2;
 constexpr int kWarp = 32;
-inline int processors = 1;  // of the device; the driver sets it
+inline int processors = 1;  // of the device, set by the driver
 inline int launches = 0;
 
 }  // namespace shim
@@ -75,7 +75,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
-// SHIM_WITHOUT_BARRIERS is there to see that the thread sanitizer notices.
+// SHIM_WITHOUT_BARRIERS serves to check that the thread sanitizer detects races.
 inline void __syncthreads() {
   static const bool without = std::getenv("SHIM_WITHOUT_BARRIERS");
   if (!without) shim::team->wait_for_block();
@@ -114,8 +114,8 @@ inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 
-// Where the hardware approximates, as far off as its manual allows (PTX ISA: 2^-22, 1 unit in the last place, 2^-22.4), all in one
-// direction, and with no results below 2^-126.
+// The approximations of the hardware have the maximum error that its manual allows (PTX ISA: 2^-22, 1 unit in the last place, 2^-22.4),
+// always in one direction, and flush results below 2^-126.
 inline float approximate(float x, float error) { return std::abs(x) < 1.17549435e-38f ? 0.0f : x + x * error; }
 inline float shim_exp2f(float x) { return approximate(std::exp2(x), 2.4e-7f); }
 #define exp2f shim_exp2f

@@ -1,4 +1,4 @@
-// The kernels of csrc/cuda as a library for tests/backends/cuda/test_cuda_kernels.py: the functions of kernels.h by C names.
+// The kernels of csrc/cuda as a library for tests/backends/cuda/test_cuda_kernels.py: the functions of kernels.h with C names.
 #include "device.cuh"
 
 using namespace fastvae::cuda;

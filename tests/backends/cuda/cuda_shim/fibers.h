@@ -1,6 +1,6 @@
-// The threads of a block as fibers of one thread of the operating system, which switches at barriers alone: a barrier costs
-// microseconds, and a run is the same every time. Of two launches one lets the first thread of a block go first and the other the
-// last, so that a barrier that is missing shows whichever side it should hold back.
+// The threads of a block as fibers of one thread of the operating system, which switches only at barriers. A barrier costs microseconds,
+// and every run is the same. In one of two launches the first thread of a block goes first, and in the other the last one, so that a
+// missing barrier shows whichever side it should hold back.
 #pragma once
 #include <ucontext.h>
 
@@ -9,14 +9,14 @@
 #include <memory>
 #include <vector>
 
-// What a launching thread has of its own: the device, and the memory that a block shares.
+// The state of a launching thread: the device, and the shared memory of a block.
 #define SHIM_OF_EACH thread_local
 
 namespace shim {
 
 class Device;
 
-// Who has arrived at a barrier, and how often it has opened.
+// The number of threads that have arrived at a barrier, and how often it has opened.
 struct Gate {
   unsigned arrived = 0, opened = 0;
 };
@@ -26,7 +26,7 @@ struct Team {
   Gate block;
   std::vector<Gate> warps;
   std::vector<uint64_t> exchange;
-  unsigned running = 0;  // how many of its threads have not finished the block
+  unsigned running = 0;  // the number of threads that have not finished the block
   dim3 place;            // blockIdx
 
   explicit Team(unsigned threads) : threads(threads), warps(threads / kWarp), exchange(threads) {}
@@ -47,7 +47,7 @@ inline thread_local dim3 threadIdx, blockIdx, gridDim;
 
 namespace shim {
 
-// One for each thread of the operating system that launches.
+// One for each launching thread of the operating system.
 class Device {
  public:
   explicit Device(int threads) {
@@ -90,7 +90,7 @@ class Device {
     }
   }
 
-  // Of the fiber that runs: lets the others go on.
+  // Called by the running fiber to let the others run.
   void yield() { swapcontext(&current_->context, &main_); }
   void opened() { ++progress_; }
 
@@ -98,7 +98,7 @@ class Device {
   struct Fiber {
     const int team;
     const unsigned thread;
-    bool waiting = false, begun = false;  // whether it has something to do, and a stack
+    bool waiting = false, begun = false;  // whether it has work to do, and a stack
     ucontext_t context;
     std::unique_ptr<char[]> stack;
 

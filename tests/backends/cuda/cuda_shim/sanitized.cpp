@@ -1,6 +1,6 @@
-// Every kernel in a program of its own, for the sanitizers: memory of just the size that is needed, and all paths: whole accesses and
-// single ones, one block to a row and several, a last block that adds up. Results are looked at roughly; tests/backends/cuda/test_cuda_kernels.py
-// knows them better.
+// Every kernel in one program, for the sanitizers: memory of exactly the required size, and all paths: wide and single accesses, one or
+// several blocks per row, a last block that adds up. Results are checked only roughly; tests/backends/cuda/test_cuda_kernels.py checks
+// them.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -26,7 +26,7 @@ void check(bool right, const char* what, int64_t rows, int64_t size) {
 
 bool near(double a, double b, double tolerance) { return std::abs(a - b) <= tolerance * (1 + std::abs(b)); }
 
-// A tensor whose memory ends where it ends; `shift` elements in, so that it is not aligned.
+// A tensor whose memory ends at its last element. It begins `shift` elements in, so that it is not aligned.
 struct Buffer {
   DType type;
   int64_t count, shift;
@@ -107,7 +107,7 @@ void reconstruction(std::mt19937& random, DType type, DType target_type, int64_t
   }
 }
 
-// -log of the mass of a level, as it is written; scales are kept so wide that the difference has digits.
+// -log of the mass of a level by the plain formula; scales are wide enough for the difference to be accurate.
 double log_mass(int level, double mean, double log_scale) {
   const double inverse = std::exp(-std::max(log_scale, -0.5));
   const auto below = [&](int edge) { return 1 / (1 + std::exp((mean - (2 * edge - 256) / 255.0) * inverse)); };

@@ -5,7 +5,7 @@
 #include <thread>
 #include <vector>
 
-// There is one device, whoever launches.
+// There is one device, shared by all launching threads.
 #define SHIM_OF_EACH
 
 namespace shim {
@@ -31,7 +31,7 @@ inline thread_local dim3 threadIdx, blockIdx, gridDim;
 
 namespace shim {
 
-// Threads are made once: they outlive the launches.
+// The threads are created once, and outlive the launches.
 class Device {
  public:
   explicit Device(int threads) : threads_(threads), start_(kTeams * threads + 1), end_(kTeams * threads + 1) {

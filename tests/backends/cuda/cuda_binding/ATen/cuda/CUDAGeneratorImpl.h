@@ -1,4 +1,4 @@
-// A generator of the CPU that hands out seeds and offsets as one of CUDA does: numbers, or, during a capture, pointers.
+// A CPU generator that returns seeds and offsets as one of CUDA does: as numbers or, during a capture, as pointers.
 #pragma once
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/cuda/PhiloxCudaState.h>

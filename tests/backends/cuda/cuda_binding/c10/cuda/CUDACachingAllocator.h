@@ -8,7 +8,7 @@ namespace c10::cuda::CUDACachingAllocator {
 struct Allocator {
   c10::DataPtr allocate(size_t bytes) {
     auto memory = c10::GetCPUAllocator()->allocate(bytes);
-    std::memset(memory.get(), 0xA5, bytes);  // nobody may count on zeros
+    std::memset(memory.get(), 0xA5, bytes);  // nobody may rely on zeros
     return memory;
   }
 };

@@ -4,7 +4,7 @@
 namespace c10::cuda {
 
 enum class CaptureStatus { None, Active };
-inline bool capturing = false;  // the test sets it
+inline bool capturing = false;  // set by the tests
 inline CaptureStatus currentStreamCaptureStatusMayInitCtx() { return capturing ? CaptureStatus::Active : CaptureStatus::None; }
 
 struct CUDAStreamCaptureModeGuard {

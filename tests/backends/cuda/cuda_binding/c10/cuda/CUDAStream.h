@@ -4,7 +4,7 @@
 #include <utility>
 #include <vector>
 
-// Of the runtime, what csrc/ops uses beyond csrc/cuda.
+// The part of the runtime that csrc/ops uses in addition to csrc/cuda.
 constexpr auto cudaErrorNoKernelImageForDevice = static_cast<cudaError_t>(209);
 constexpr auto cudaDevAttrComputeCapabilityMajor = static_cast<cudaDeviceAttr>(75);
 constexpr auto cudaDevAttrComputeCapabilityMinor = static_cast<cudaDeviceAttr>(76);
@@ -17,7 +17,7 @@ using cudaGraph_t = std::vector<cudaUserObject_t>*;
 namespace c10::cuda {
 
 inline int64_t memsets = 0;
-inline std::vector<cudaUserObject_t> graph;  // the one that is captured: what it is to call when it is gone
+inline std::vector<cudaUserObject_t> graph;  // the graph under capture: the functions to call when it is destroyed
 
 inline void destroy_graph() {
   for (auto* object : std::exchange(graph, {})) {

@@ -1,0 +1,242 @@
+"""The CUDA kernels under sanitizers, and their machine code, on a machine without a GPU.
+
+If nvcc is available, the kernels are compiled for every architecture, and the machine code is inspected: registers,
+spills and 128-bit accesses. Run as a program, this file prints them as a table.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cuda_kernels
+import pytest
+from cuda_kernels import SOURCES, build
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sanitizers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sanitized(directory: Path, sanitizer: str) -> Path:
+    if missing := cuda_kernels.compiler_missing(f"-fsanitize={sanitizer}"):
+        pytest.skip(missing)
+    flags = ("-O0", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
+    return build(directory, *flags, main="sanitized.cpp")
+
+
+def run(program: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(program)], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.slow
+def test_address_sanitizer_finds_no_invalid_access(tmp_path: Path) -> None:
+    done = run(sanitized(tmp_path, "address,undefined"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "all right\n"
+
+
+@pytest.mark.slow
+def test_thread_sanitizer_finds_no_race(tmp_path: Path) -> None:
+    program = sanitized(tmp_path, "thread")
+    done = run(program, TSAN_OPTIONS="halt_on_error=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "all right\n"
+    # Check that the sanitizer detects a fault.
+    done = run(program, TSAN_OPTIONS="halt_on_error=1", SHIM_WITHOUT_BARRIERS="1")
+    assert "data race" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Machine code
+# ---------------------------------------------------------------------------------------------------------------------
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin")
+
+
+class Kernel(NamedTuple):
+    architecture: str
+    name: str
+    registers: int
+    shared: int
+    stack: int
+    spilled: int  # in bytes
+    code: str  # SASS, or "" without cuobjdump
+
+    def accesses(self, operation: str) -> list[str]:
+        return re.findall(rf"\b{operation}\.E\S*", self.code)
+
+    @property
+    def checked_int(self) -> bool:
+        """Whether this is the variant that reads and writes 128 bits at a time."""
+        return not re.search(r"Any|, 1>$|, 4, false|mixture", self.name)
+
+
+def cuobjdump() -> str | None:
+    """The tool of the toolkit, or the one that is part of Triton."""
+    if found := shutil.which("cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump"):
+        return found
+    try:
+        import triton
+    except ImportError:
+        return None
+    carried = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(carried) if carried.exists() else None
+
+
+def readable(symbols: list[str]) -> dict[str, str]:
+    """Return `nll_kernel<Bernoulli, float, float, 4>` for a mangled name."""
+    done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
+    names = {}
+    for symbol, name in zip(symbols, done.stdout.splitlines(), strict=True):
+        name = re.sub(r"fastvae::cuda::|fastvae::math::isa_cuda::|\(anonymous namespace\)::|^void ", "", name)
+        name = name[: name.index(">(") + 1].replace("__nv_bfloat16", "bf16").replace("__half", "half")
+        names[symbol] = re.sub(r"\(bool\)([01])", lambda m: "true" if m[1] == "1" else "false", name)
+    return names
+
+
+def compile_kernels(source: Path, architecture: str, directory: Path) -> list[Kernel]:
+    assert NVCC is not None
+    cubin = directory / f"{source.stem}.{architecture}.cubin"
+    command = [NVCC, *FLAGS, f"-arch={architecture}", str(source), "-o", str(cubin)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    pattern = (
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers([^\n]*)"
+    )
+    found = re.findall(pattern, done.stderr, re.DOTALL)
+    if not found:
+        return []
+    names, code = readable([f[0] for f in found]), {}
+    if dump := cuobjdump():
+        listing = subprocess.run(
+            [dump, "-sass", str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
+        for part in listing.split("Function : ")[1:]:
+            symbol, _, body = part.partition("\n")
+            code[symbol.strip()] = body
+    kernels = []
+    for symbol, stack, stores, loads, registers, rest in found:
+        shared = re.search(r"(\d+) bytes smem", rest)
+        # The listing truncates long names.
+        body = next((text for name, text in code.items() if symbol.startswith(name)), "")
+        spilled = int(stores) + int(loads)
+        size = int(shared[1]) if shared else 0
+        kernels.append(Kernel(architecture, names[symbol], int(registers), size, int(stack), spilled, body))
+    return kernels
+
+
+def compile_all() -> list[Kernel]:
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(compile_kernels, source, architecture, Path(directory))
+            for source in SOURCES
+            for architecture in ARCHITECTURES
+        ]
+        return [kernel for job in jobs for kernel in job.result()]
+
+
+@pytest.fixture(scope="session")
+def compiled() -> list[Kernel]:
+    if NVCC is None:
+        pytest.skip("nvcc is not installed")
+    return compile_all()
+
+
+# Kernel name prefix -> the registers per thread that the number of blocks on a multiprocessor permits.
+REGISTERS = (
+    (r"categorical_kernel<double", 128),
+    (r"categorical_kernel", 64),
+    (r"mixture_kernel<3, double", 255),
+    (r"mixture_kernel<1, double", 255),
+    (r"mixture_kernel<3", 128),
+    (r"mixture_kernel<1", 80),
+    (r"nll_kernel<\w+, double", 128),
+    (r"nll_kernel<(DiscretizedLogistic|PoissonRate), .* 1>", 128),
+    (r"nll_kernel<Gaussian, (half|bf16), Any", 128),
+    (r"nll_kernel<DiscretizedLogistic", 80),
+    (r"nll_kernel<(Poisson|ContinuousBernoulli|StudentT), ((half|bf16)|\w+, Any)", 128),
+    (r"nll_kernel<(Poisson|ContinuousBernoulli|StudentT|\w+PerElement|GaussianBounded)", 80),
+    (r"nll_kernel<\w+, \w+, Any", 80),
+    (r"nll_kernel", 64),
+    (r"nll_backward_kernel<double", 128),
+    (r"nll_backward_kernel", 64),
+    (r"sample_kernel<double", 255),
+    (r"sample_kernel", 64),
+    (r"sample_grad_kernel<double", 255),
+    (r"sample_grad_kernel", 128),
+)
+
+
+@pytest.mark.slow
+def test_kernels_spill_no_registers(compiled: list[Kernel]) -> None:
+    assert {k.architecture for k in compiled} == set(ARCHITECTURES)
+    for kernel in compiled:
+        assert (kernel.stack, kernel.spilled) == (0, 0), kernel[:6]
+        bound = next(bound for pattern, bound in REGISTERS if re.match(pattern, kernel.name))
+        assert kernel.registers <= bound, kernel[:6]
+        # A multiprocessor has at least 100 KiB, for three blocks of a mixture or four of a categorical.
+        shared = 24 << 10 if "mixture" in kernel.name else 3 << 10 if "categorical" in kernel.name else 1024
+        assert kernel.shared <= shared, kernel[:6]
+
+
+@pytest.mark.slow
+def test_kernels_access_memory_with_128_bits(compiled: list[Kernel]) -> None:
+    if cuobjdump() is None:
+        pytest.skip("no cuobjdump: neither the CUDA toolkit's nor Triton's")
+    seen = 0
+    for kernel in compiled:
+        assert kernel.code, kernel.name
+        assert not re.search(r"\b(LDL|STL)\b", kernel.code), kernel.name
+        if not kernel.whole:
+            continue
+        seen += 1
+        loads, stores = kernel.accesses("LDG"), kernel.accesses("STG")
+        # Four of these use all registers.
+        width = ".64" if re.search(r"Logistic, (half|bf16)", kernel.name) else ".128"
+        assert any(width in load for load in loads), (kernel.name, loads)
+        assert any(width in store for store in stores), (kernel.name, stores)
+    assert seen >= len(ARCHITECTURES) * 40
+
+
+@pytest.mark.slow
+def test_kernels_issue_loads_before_their_use(compiled: list[Kernel]) -> None:
+    """A thread issues all loads of a step before it computes, which hides the memory's latency."""
+    if cuobjdump() is None:
+        pytest.skip("no cuobjdump: neither the CUDA toolkit's nor Triton's")
+    for kernel in compiled:
+        if kernel.name != "nll_kernel<Bernoulli, float, float, 4>":
+            continue
+        operations = re.findall(r"\b(LDG\.E\.128|MUFU\.EX2|STG\.E\.128)", kernel.code)
+        first = operations.index("MUFU.EX2")
+        assert operations[:first].count("LDG.E.128") == 4, (kernel.architecture, operations)
+
+
+def table(kernels: list[Kernel]) -> str:
+    """The resources as Markdown, with a line for each kernel and a column for each architecture."""
+    rows: dict[str, dict[str, Any]] = {}
+    for kernel in kernels:
+        cell = f"{kernel.registers} / {kernel.shared} / {kernel.spilled}"
+        rows.setdefault(kernel.name, {})[kernel.architecture] = cell
+    head = f"| registers / shared bytes / spilled bytes | {' | '.join(ARCHITECTURES)} |"
+    lines = [head, "|---" * (1 + len(ARCHITECTURES)) + "|"]
+    for name, cells in sorted(rows.items()):
+        lines.append(f"| `{name}` | " + " | ".join(str(cells.get(a, "")) for a in ARCHITECTURES) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if NVCC is None:
+        sys.exit("nvcc is not installed, or not on the PATH")
+    print(table(compile_all()))
