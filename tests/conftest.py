@@ -79,7 +79,7 @@ def _left_to_test_all(items: list[pytest.Item], *, pairs: bool) -> set[pytest.It
             grids[item.path, item.cls, item.originalname, item.callspec.params.get("backend")].append(item)
     for grid in grids.values():
         points = [{name: _key(value) for name, value in item.callspec.params.items()} for item in grid]
-        # A wrong device shows without two interacting parameter values.
+        # A tensor on the wrong device shows for any values, so every value needs to occur only once.
         kept = set(pairwise(points, pairs=pairs and grid[0].get_closest_marker("on_meta") is None))
         left.update(item for place, item in enumerate(grid) if place not in kept)
     return left

@@ -65,7 +65,7 @@ def serving_backends() -> list[str]:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes per second, read and baseline, of a copy. It copies random numbers, because zeros can be faster."""
+    """Bytes per second, read and written, of a copy. It copies random numbers, because zeros can be faster."""
     buffers = [torch.randint(0, 256, (2, COPY_BYTES), dtype=torch.uint8, device=device) for _ in range(2)]
     return 2 * COPY_BYTES / seconds([lambda b=b: b[0].copy_(b[1]) for b in buffers])
 

@@ -454,15 +454,15 @@ sys.modules["fastvae._build_info"] = types.SimpleNamespace(
 )
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 torch._C._dispatch_has_kernel_for_dispatch_key = lambda op, key: key == "CUDA" or has_kernel(op, key)
-asked = []
-torch.cuda.get_device_capability = lambda *_: asked.append(1) or (7, 5)
+queries = []
+torch.cuda.get_device_capability = lambda *_: queries.append(1) or (7, 5)
 torch.cuda.is_available = lambda: True
 torch._C._cuda_getDeviceCount, torch._C._cuda_init, torch.cuda._cudart = lambda: 1, lambda: None, torch
 {before}
 from fastvae.backends import choose
-print(len(asked), choose.serving.get("cuda", choose.REFERENCE).name)
+print(len(queries), choose.serving.get("cuda", choose.REFERENCE).name)
 torch.cuda.init()
-print(len(asked), choose.serving.get("cuda", choose.REFERENCE).name)
+print(len(queries), choose.serving.get("cuda", choose.REFERENCE).name)
 """
 
 

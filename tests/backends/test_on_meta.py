@@ -67,7 +67,7 @@ NEED_VALUES = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _NotJudged(ast.NodeTransformer):
+class _IgnoreAsserts(ast.NodeTransformer):
     def visit_Assert(self, node: ast.Assert) -> ast.Expr:
         return ast.copy_location(ast.Expr(node.test), node)
 
@@ -75,7 +75,7 @@ class _NotJudged(ast.NodeTransformer):
 class _Loader(SourceFileLoader):
     def get_code(self, fullname: str) -> CodeType:
         path = self.get_filename(fullname)
-        tree = _NotJudged().visit(ast.parse(self.get_data(path)))
+        tree = _IgnoreAsserts().visit(ast.parse(self.get_data(path)))
         return compile(ast.fix_missing_locations(tree), path, "exec")
 
 
@@ -94,11 +94,11 @@ class _Finder(importlib.abc.MetaPathFinder):
         )
 
 
-def not_judged(*names: str) -> list[ModuleType]:
+def import_with_ignored_asserts(*names: str) -> list[ModuleType]:
     """Import copies of these modules, with copies of `HELPERS` and of each other. Other tests keep the original
     modules."""
     finder = _Finder((*names, *HELPERS))
-    kept = {name: sys.modules.pop(name) for name in finder.names if name in sys.modules}
+    originals = {name: sys.modules.pop(name) for name in finder.names if name in sys.modules}
     sys.meta_path.insert(0, finder)
     try:
         return [importlib.import_module(name) for name in names]
@@ -106,7 +106,7 @@ def not_judged(*names: str) -> list[ModuleType]:
         sys.meta_path.remove(finder)
         for name in finder.names:
             sys.modules.pop(name, None)
-        sys.modules.update(kept)
+        sys.modules.update(originals)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,9 +124,9 @@ def assert_close(actual: Any, expected: Any, **_: Any) -> None:
     """Check everything that `torch.testing.assert_close` does, except values."""
     for a, b in zip(*([x] if isinstance(x, Tensor) else x for x in (actual, expected)), strict=True):
         if isinstance(a, Tensor) and isinstance(b, Tensor):
-            found, wanted = ((x.device, x.dtype, x.shape) for x in (a, b))
-            if found != wanted:
-                raise AssertionError(f"found {found}, expected {wanted}")
+            found, required = ((x.device, x.dtype, x.shape) for x in (a, b))
+            if found != required:
+                raise AssertionError(f"found {found}, expected {required}")
 
 
 class _ToCpu(torch.autograd.Function):
@@ -202,7 +202,11 @@ def device_tests(module: ModuleType) -> dict[str, FunctionType]:
 
 
 TESTS = dict(
-    zip((TestTriton, TestNative), map(device_tests, not_judged("test_triton", "test_cuda")), strict=True)
+    zip(
+        (TestTriton, TestNative),
+        map(device_tests, import_with_ignored_asserts("test_triton", "test_cuda")),
+        strict=True,
+    )
 )
 for _class, _tests in TESTS.items():
     for _name, _test in _tests.items():

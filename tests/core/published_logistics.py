@@ -67,16 +67,16 @@ def _hard(planes: int, channels: int) -> tuple[Tensor, Tensor]:
 
 def cases() -> dict[str, tuple[int, Tensor, Tensor]]:
     torch.manual_seed(0)
-    made = {}
+    inputs = {}
     for name, components, channels in (("logistic", 0, 3), ("grey", 3, 1), ("colour", 2, 3)):
         planes = components * (10 if channels == 3 else 3) or 2 * channels
         random = torch.randn(4, planes, 6), torch.randint(0, 256, (4, channels, 6))
-        made[f"{name}, random"] = (components, *random)
-        made[f"{name}, hard"] = (components, *_hard(planes, channels))
+        inputs[f"{name}, random"] = (components, *random)
+        inputs[f"{name}, hard"] = (components, *_hard(planes, channels))
     # Rounded to three decimals, so that the stored inputs are exactly those of the computation.
     return {
         name: (k, (params.double() * 1000).round() / 1000, target.to(torch.uint8))
-        for name, (k, params, target) in made.items()
+        for name, (k, params, target) in inputs.items()
     }
 
 

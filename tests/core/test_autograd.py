@@ -212,20 +212,20 @@ def subsets(names: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"),
-    [(name, wanted) for name, case in CASES.items() for wanted in subsets(case.differentiable)],
+    ("name", "requested"),
+    [(name, requested) for name, case in CASES.items() for requested in subsets(case.differentiable)],
 )
-def test_any_subset_of_inputs_gets_its_gradients(backend: str, name: str, wanted: tuple[str, ...]) -> None:
+def test_any_subset_of_inputs_gets_its_gradients(backend: str, name: str, requested: tuple[str, ...]) -> None:
     """Any set of inputs that require a gradient gets it, with weighted rows. Nothing else gets one or is written to."""
     case = CASES[name]
-    inputs = {k: v.requires_grad_(k in wanted) for k, v in make(case).items()}
+    inputs = {k: v.requires_grad_(k in requested) for k, v in make(case).items()}
     before = {k: (v.detach().clone(), v._version) for k, v in inputs.items()}
     (case.fused(*inputs.values()) * WEIGHTS).sum().backward()
 
-    exact = {k: v.detach().double().requires_grad_(k in wanted) for k, v in inputs.items()}
+    exact = {k: v.detach().double().requires_grad_(k in requested) for k, v in inputs.items()}
     (case.formula(*exact.values()) * WEIGHTS.double()).sum().backward()
     for key, value in inputs.items():
-        if key in wanted:
+        if key in requested:
             assert value.grad is not None
             assert value.grad.dtype == value.dtype
             close(value.grad, exact[key].grad)
@@ -324,8 +324,8 @@ def test_kept_graph_gives_the_same_gradient_twice(backend: str, likelihood: str,
     elbo, inputs = make_elbo(likelihood), elbo_inputs(likelihood)
     out = elbo(*inputs.values())
     objective = OBJECTIVES[first](*out)
-    wanted = [v for v in inputs.values() if v.requires_grad]
-    runs = [torch.autograd.grad(objective, wanted, retain_graph=keep) for keep in (True, True, False)]
+    requested = [v for v in inputs.values() if v.requires_grad]
+    runs = [torch.autograd.grad(objective, requested, retain_graph=keep) for keep in (True, True, False)]
     for again in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
     assert runs[0][0].data_ptr() != runs[1][0].data_ptr()

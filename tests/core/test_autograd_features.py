@@ -191,11 +191,11 @@ def test_module_hooks_are_called(backend: str) -> None:
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpoint_gives_the_same_gradients(backend: str, use_reentrant: bool) -> None:
     """The recomputed forward draws the noise of the first one, and the gradients equal those without a checkpoint."""
-    elbo, drawn = make_elbo("bernoulli"), []
+    elbo, z_draws = make_elbo("bernoulli"), []
 
     def block(mu: Tensor, logvar: Tensor, x: Tensor) -> Tensor:
         z, kl = elbo.reparameterize(mu, logvar)
-        drawn.append(z.detach().clone())
+        z_draws.append(z.detach().clone())
         return elbo(z * z, x, kl=kl).loss
 
     def gradients(run: Callable[..., Tensor]) -> list[Tensor]:
@@ -205,10 +205,10 @@ def test_checkpoint_gives_the_same_gradients(backend: str, use_reentrant: bool) 
         return [mu.grad, logvar.grad]
 
     plain = gradients(block)
-    drawn.clear()
+    z_draws.clear()
     again = gradients(lambda *args: checkpoint(block, *args, use_reentrant=use_reentrant))
-    assert len(drawn) == 2
-    assert torch.equal(drawn[0], drawn[1])
+    assert len(z_draws) == 2
+    assert torch.equal(z_draws[0], z_draws[1])
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
@@ -216,8 +216,8 @@ def test_checkpoint_gives_the_same_gradients(backend: str, use_reentrant: bool) 
 def test_saved_tensors_hooks_give_the_same_gradients(likelihood: str) -> None:
     """All saved tensors pass through the hooks, and come back from another place."""
     elbo, inputs = make_elbo(likelihood), elbo_inputs(likelihood)
-    wanted = [v for v in inputs.values() if v.requires_grad]
-    plain = torch.autograd.grad(3 * elbo(*inputs.values()).loss, wanted)
+    requested = [v for v in inputs.values() if v.requires_grad]
+    plain = torch.autograd.grad(3 * elbo(*inputs.values()).loss, requested)
     packed = []
 
     def pack(tensor: Tensor) -> int:
@@ -230,7 +230,7 @@ def test_saved_tensors_hooks_give_the_same_gradients(likelihood: str) -> None:
     with torch.autograd.graph.save_on_cpu():
         on_cpu = elbo(*inputs.values()).loss
     for hooked in (loss, on_cpu):
-        again = torch.autograd.grad(3 * hooked, wanted)
+        again = torch.autograd.grad(3 * hooked, requested)
         assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
@@ -241,8 +241,8 @@ def test_no_grad_and_inference_mode_give_the_same_values(backend: str, mode: Cal
     with mode():
         out = elbo(*inputs.values())
         z, kl = elbo.reparameterize(inputs["mu"], inputs["logvar"], eps=torch.zeros(B, 7))
-    for actual, wanted in zip(out, expected, strict=True):
-        assert torch.equal(actual, wanted.detach())
+    for actual, want in zip(out, expected, strict=True):
+        assert torch.equal(actual, want.detach())
         assert not actual.requires_grad
     assert torch.equal(z, inputs["mu"].detach())
     assert not z.requires_grad
@@ -307,8 +307,8 @@ wrapped = nn.parallel.DistributedDataParallel(Model())
 wrapped(data[rank * 4 : rank * 4 + 4]).loss.backward()
 whole = Model()
 whole(data).loss.backward()
-for (name, mine), wanted in zip(wrapped.module.named_parameters(), whole.parameters(), strict=True):
-    torch.testing.assert_close(mine.grad, wanted.grad, rtol=1e-5, atol=1e-6, msg=name)
+for (name, mine), want in zip(wrapped.module.named_parameters(), whole.parameters(), strict=True):
+    torch.testing.assert_close(mine.grad, want.grad, rtol=1e-5, atol=1e-6, msg=name)
 assert wrapped.module.elbo.likelihood.logvar.grad.abs() > 0
 dist.destroy_process_group()
 os._exit(0)  # not through the end of the interpreter, which now and then aborts on threads of gloo that still run

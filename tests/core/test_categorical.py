@@ -435,7 +435,7 @@ LOGITS, TARGET = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kind", "said"),
+    ("arguments", "kind", "message"),
     [
         ((LOGITS, TARGET.float()), TypeError, r"`target` must be int64.*float32.*target\.long\(\)"),
         ((LOGITS, TARGET.int()), TypeError, "`target` must be int64.*int32"),
@@ -463,9 +463,9 @@ LOGITS, TARGET = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
     ],
 )
 def test_wrong_inputs_raise(
-    backend: str, arguments: tuple[Any, Any], kind: type[Exception], said: str
+    backend: str, arguments: tuple[Any, Any], kind: type[Exception], message: str
 ) -> None:
-    with pytest.raises(kind, match=said) as caught:
+    with pytest.raises(kind, match=message) as caught:
         functional.categorical_nll(*arguments)
     assert str(caught.value).startswith("fastvae.categorical_nll: ")
     assert "\n" not in str(caught.value)
@@ -509,10 +509,10 @@ def test_module_has_nll_mean_and_sample() -> None:
     mean = likelihood.mean(logits)
     torch.testing.assert_close(mean.sum(-1), torch.ones(3, 4))
     assert likelihood.channels(6) == 6
-    drawn = likelihood.sample(logits, torch.Generator().manual_seed(1))
-    assert drawn.shape == (3, 4)
-    assert drawn.dtype == torch.int64
-    assert torch.equal(drawn, likelihood.sample(logits, torch.Generator().manual_seed(1)))
+    samples = likelihood.sample(logits, torch.Generator().manual_seed(1))
+    assert samples.shape == (3, 4)
+    assert samples.dtype == torch.int64
+    assert torch.equal(samples, likelihood.sample(logits, torch.Generator().manual_seed(1)))
     assert "ignore_index=-100" in repr(likelihood)
     target = torch.randint(0, 6, (3, 4))
     assert torch.equal(likelihood.nll(logits, target), functional.categorical_nll(logits, target))
@@ -520,8 +520,8 @@ def test_module_has_nll_mean_and_sample() -> None:
 
 def test_sample_frequencies_equal_the_mean() -> None:
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0]])
-    drawn = Categorical().sample(logits.expand(20_000, 4), torch.Generator().manual_seed(0))
-    shares = torch.bincount(drawn, minlength=4) / len(drawn)
+    samples = Categorical().sample(logits.expand(20_000, 4), torch.Generator().manual_seed(0))
+    shares = torch.bincount(samples, minlength=4) / len(samples)
     assert (shares - logits.softmax(-1)[0]).abs().max() < 0.015
 
 

@@ -213,9 +213,9 @@ def test_rate_at_its_ends_gives_the_limit(dtype: torch.dtype, reduction: str, ba
     value = call(POISSON, reduction=reduction, eps=0.0, rate=rate, target=target)
     (slope,) = torch.autograd.grad(value, rate, torch.ones_like(value))
     for point, got, got_slope in zip(points, value.flatten().tolist(), slope.flatten().tolist(), strict=True):
-        for found, wanted in ((got, point[2]), (got_slope, point[3])):
-            if wanted is not None:
-                assert found == pytest.approx(wanted, rel=1e-6, abs=0, nan_ok=True), point
+        for found, requested in ((got, point[2]), (got_slope, point[3])):
+            if requested is not None:
+                assert found == pytest.approx(requested, rel=1e-6, abs=0, nan_ok=True), point
 
 
 @pytest.mark.parametrize("form", [NB, ZINB])
@@ -399,14 +399,14 @@ def test_kept_graph_gives_the_same_gradient_twice(form: str, shared: bool, backe
         assert x._version == version
 
 
-@pytest.mark.parametrize("wanted", NAMES[ZINB])
+@pytest.mark.parametrize("requested", NAMES[ZINB])
 @pytest.mark.parametrize("shared", [True, False], ids=["gene", "gene-cell"])
-def test_single_input_gradient_equals_the_formula(wanted: str, shared: bool, backend: str) -> None:
+def test_single_input_gradient_equals_the_formula(requested: str, shared: bool, backend: str) -> None:
     inputs = {name: x.detach() for name, x in make(ZINB, 12, shared=shared).items()}
-    inputs[wanted].requires_grad_()
+    inputs[requested].requires_grad_()
     weights = 0.5 + torch.rand(12, 37)
     _, expected = by_reference(ZINB, inputs, weights)
-    close(gradients(call(ZINB, **inputs), inputs, weights)[wanted], expected[wanted], 4e-6)
+    close(gradients(call(ZINB, **inputs), inputs, weights)[requested], expected[requested], 4e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -531,14 +531,14 @@ def test_outputs_used_in_any_way_give_correct_gradients(
         assert x._version == 0
 
 
-@pytest.mark.parametrize("wanted", NAMES[ZINB_RAW])
-def test_single_input_gradient_equals_the_formula(wanted: str, backend: str) -> None:
+@pytest.mark.parametrize("requested", NAMES[ZINB_RAW])
+def test_single_input_gradient_equals_the_formula(requested: str, backend: str) -> None:
     inputs = {name: x.detach() for name, x in make(ZINB_RAW, 12).items()}
-    inputs[wanted].requires_grad_()
+    inputs[requested].requires_grad_()
     weights = 0.5 + torch.rand(12)
     value = call(ZINB_RAW, **inputs)
     _, expected = by_reference(ZINB_RAW, inputs, weights)
-    close(gradients(value, inputs, weights)[wanted], expected[wanted], 4e-6)
+    close(gradients(value, inputs, weights)[requested], expected[requested], 4e-6)
 
 
 def test_kept_graph_gives_the_same_gradient_twice(backend: str) -> None:

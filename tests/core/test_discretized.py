@@ -330,14 +330,14 @@ def test_nll_is_at_least_as_accurate_as_eager(
         params = torch.cat((torch.randn(rows, k, 500, dtype=torch.float64), params), 1)
     params = params.to(dtype)
 
-    def written(p: Tensor) -> Tensor:
+    def eager_nll(p: Tensor) -> Tensor:
         if components:
             return published_logistics.mixture(p, target, components)
         return published_logistics.logistic(p, target)
 
     want = nll(reference, params.double(), target, components)
     got = nll(functional, params, target, components).double()
-    eager = written(params.float()).double()
+    eager = eager_nll(params.float()).double()
     assert ((got - want).abs() <= (eager - want).abs() + 5e-6 * want).all()
 
 

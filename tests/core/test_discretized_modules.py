@@ -32,10 +32,10 @@ def test_samples_have_the_probabilities(
     assert likelihood.channels(channels) == planes(components, channels)
     params = torch.randn(1, planes(components, channels)) - (0.5 if bits == 2 else 1)
     generator = torch.Generator().manual_seed(1)
-    drawn = likelihood.sample(params.expand(draws, -1), generator)
-    assert drawn.dtype == torch.uint8
-    assert drawn.shape == (draws, channels)
-    code = sum(drawn[:, c].long() * 2 ** (bits * c) for c in range(channels))
+    samples = likelihood.sample(params.expand(draws, -1), generator)
+    assert samples.dtype == torch.uint8
+    assert samples.shape == (draws, channels)
+    code = sum(samples[:, c].long() * 2 ** (bits * c) for c in range(channels))
     counts = torch.bincount(code, minlength=2 ** (bits * channels))
     cells = torch.arange(2 ** (bits * channels))
     levels = torch.stack([cells >> bits * c & 2**bits - 1 for c in range(channels)], 1).to(torch.uint8)

@@ -74,13 +74,13 @@ def test_reduction_sum_equals_the_loss_of_tutorials(backend: str, data: dict[str
         kld = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
         return bce + kld
 
-    wanted = loss_function(torch.sigmoid(recon))
+    expected = loss_function(torch.sigmoid(recon))
     from_logits = fastvae.ELBO("bernoulli", reduction="sum")(recon, x, mu, logvar).loss
     from_probs = fastvae.ELBO(Bernoulli(from_probs=True), reduction="sum")(
         torch.sigmoid(recon), x, mu, logvar
     ).loss
-    torch.testing.assert_close(from_logits, wanted)
-    torch.testing.assert_close(from_probs, wanted)
+    torch.testing.assert_close(from_logits, expected)
+    torch.testing.assert_close(from_probs, expected)
 
 
 def test_rows_are_summed_over_all_other_dimensions(backend: str) -> None:
@@ -170,11 +170,11 @@ def test_beta_does_not_move_for_meta_tensors() -> None:
 
 def test_moved_beta_is_still_the_same_tensor() -> None:
     elbo = fastvae.ELBO("gaussian")
-    held = elbo.beta
+    moved_buffer = elbo.beta
     with torch.inference_mode():
         fastvae.elbo._move_beta(elbo.beta, torch.zeros(3))
-    assert elbo.beta is held
-    held.fill_(0.25)
+    assert elbo.beta is moved_buffer
+    moved_buffer.fill_(0.25)
     assert copy.deepcopy(elbo).beta.item() == 0.25
 
 
@@ -213,7 +213,7 @@ def test_invalid_reduction_changes_nothing() -> None:
 def test_casting_the_module_keeps_beta_in_float32(
     backend: str, data: dict[str, Tensor], cast: Callable[[nn.Module], nn.Module], given: float | Tensor
 ) -> None:
-    """A whole model is cast, and its other buffers are."""
+    """Casting the whole model does cast its other buffers."""
     model = nn.Sequential(nn.Linear(3, 3), fastvae.ELBO("bernoulli"))
     model[1].beta = given
     elbo = cast(model)[1]
@@ -301,8 +301,8 @@ SCALES = {
 def test_gaussian_nll_equals_torch_distributions(backend: str, name: str, data: dict[str, Tensor]) -> None:
     """-log p equals torch.distributions', and samples have the stated spread."""
     likelihood, params, std = SCALES[name]
-    wanted = -torch.distributions.Normal(PACKED[:, :D], std).log_prob(data["x"]).sum(1)
-    torch.testing.assert_close(likelihood.nll(params, data["x"]), wanted.detach(), check_stride=False)
+    expected = -torch.distributions.Normal(PACKED[:, :D], std).log_prob(data["x"]).sum(1)
+    torch.testing.assert_close(likelihood.nll(params, data["x"]), expected.detach(), check_stride=False)
     spread = torch.stack([likelihood.sample(params) for _ in range(4000)]).std(0)
     torch.testing.assert_close(spread, std.expand_as(spread), rtol=0.08, atol=0)
 
@@ -313,10 +313,10 @@ def test_from_probs_equals_binary_cross_entropy(backend: str) -> None:
     x = torch.tensor([[0.0, 1.0, 0.2, 1.0, 0.0, 0.0], [0.0, 1.0, 0.5, 0.5, 1.0, 0.0]])
     ours, torchs = (probs.clone().requires_grad_() for _ in range(2))
     nll = Bernoulli(from_probs=True).nll(ours, x)
-    wanted = F.binary_cross_entropy(torchs, x, reduction="none").sum(1)
-    torch.testing.assert_close(nll, wanted)
+    expected = F.binary_cross_entropy(torchs, x, reduction="none").sum(1)
+    torch.testing.assert_close(nll, expected)
     nll.sum().backward()
-    wanted.sum().backward()
+    expected.sum().backward()
     inside = (probs > 0) & (probs < 1)
     torch.testing.assert_close(ours.grad[inside], torchs.grad[inside], rtol=1e-4, atol=1e-5)
     assert not ours.grad[~inside].any()  # none where the value is clamped
@@ -503,7 +503,7 @@ def test_free_bits_accept_a_prior_and_latents_of_any_rank(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "kind", "said"),
+    ("make", "kind", "message"),
     [
         (lambda: fastvae.ELBO("bernoulli", free_bits=-1.0), ValueError, "`free_bits` must be .* at least 0, got -1"),
         (lambda: fastvae.ELBO("bernoulli", free_bits=math.inf), ValueError, "`free_bits` must be finite"),
@@ -528,9 +528,9 @@ def test_free_bits_accept_a_prior_and_latents_of_any_rank(backend: str) -> None:
     ],
 )  # fmt: skip
 def test_free_bits_with_wrong_arguments_raise(
-    make: Callable[[], object], kind: type[Exception], said: str
+    make: Callable[[], object], kind: type[Exception], message: str
 ) -> None:
-    with pytest.raises(kind, match=said):
+    with pytest.raises(kind, match=message):
         make()
 
 

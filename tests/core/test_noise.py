@@ -261,13 +261,15 @@ def test_manual_seed_repeats_the_noise(backend: str) -> None:
 
 
 def test_manual_seed_gives_every_backend_the_same_noise(native: None) -> None:
-    def drawn(seed: int, backend: str) -> Tensor:
+    def noise_of_manual_seed(seed: int, backend: str) -> Tensor:
         torch.manual_seed(seed)
         with fastvae.use_backend(backend):
             return draw()
 
     for seed in range(40):  # more than half of which draw a number whose highest bit is set
-        torch.testing.assert_close(drawn(seed, "native"), drawn(seed, "reference"), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            noise_of_manual_seed(seed, "native"), noise_of_manual_seed(seed, "reference"), rtol=0, atol=1e-5
+        )
 
 
 def test_generator_determines_the_noise(backend: str) -> None:

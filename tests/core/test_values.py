@@ -352,8 +352,8 @@ def test_gaussian_far_from_its_mean_is_accurate(backend: str, logvar: float, dis
     variance = torch.full((2, 9), logvar, requires_grad=True)
     close = torch.testing.assert_close
 
-    def gradients(nll: Tensor, *wanted: Tensor) -> list[float]:
-        return [gradient[0, 0].item() for gradient in torch.autograd.grad(nll.sum(), wanted)]
+    def gradients(nll: Tensor, *leaves: Tensor) -> list[float]:
+        return [gradient[0, 0].item() for gradient in torch.autograd.grad(nll.sum(), leaves)]
 
     value = 9 * (0.5 * (math.log(2 * math.pi) + logvar + distance**2))
     by_mean, by_logvar = distance / scale, 0.5 * (1 - distance**2)

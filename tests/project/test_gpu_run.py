@@ -21,7 +21,7 @@ NAMES = list(plan.SHARES)
 MACHINE = {"machine": "NVIDIA H200", "instruction_set": "cuda", "backend": "native", "copy_gb_per_s": 4300}
 
 # A substitute for a stage: it writes results, prints, and then behaves as requested.
-PLAYED = """
+FAKE_STAGE = """
 import json, pathlib, subprocess, sys, time
 name, work, then = sys.argv[1], sys.argv[sys.argv.index("--out") + 1], sys.argv[2]
 result = {"passes": [{"pass": name, "gb_per_s": {"native": 4000}, "of_copy": {"native": 0.93}}]}
@@ -42,28 +42,28 @@ if then == "fails":
 """.replace("MACHINE", repr(MACHINE))
 
 
-def played(does: dict[str, str]) -> list[Stage]:
-    """All stages, of which those in `does` misbehave. "--stage" marks those that get an output folder."""
+def fake_stages(behaviour: dict[str, str]) -> list[Stage]:
+    """All stages, of which those in `behaviour` misbehave. "--stage" marks those that get an output folder."""
     return [
-        Stage(name, [[sys.executable, "-c", PLAYED, name, does.get(name, "ends"), "--stage", name]])
+        Stage(name, [[sys.executable, "-c", FAKE_STAGE, name, behaviour.get(name, "ends"), "--stage", name]])
         for name in NAMES
     ]
 
 
-def is_there(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def left(out: Path) -> list[int]:
+def remaining_children(out: Path) -> list[int]:
     """The children of hanging stages that still exist after a short wait."""
     pids = [int(pid) for pid in re.findall(r"child (\d+)", (out / "log.txt").read_text())]
     assert pids
     for _ in range(50):
-        if not any(map(is_there, pids)):
+        if not any(map(is_running, pids)):
             return []
         time.sleep(0.05)
-    return [pid for pid in pids if is_there(pid)]
+    return [pid for pid in pids if is_running(pid)]
 
 
 # The first stage, one with results and the last; the others are handled in the same way.
@@ -75,29 +75,29 @@ CUTS = [
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_stage_that_times_out_keeps_its_results(cut: str, tmp_path: Path) -> None:
-    status = run.all_stages(played({cut: "hangs"}), tmp_path, 480, {cut: 3.0})
+    status = run.all_stages(fake_stages({cut: "hangs"}), tmp_path, 480, {cut: 3.0})
     assert status == 1
-    kept = json.loads((tmp_path / "nvidia-h200.json").read_text())["runs"]["cuda"]
-    assert kept["failures"] == [f"{cut}: out of time after 3 s"]
+    results = json.loads((tmp_path / "nvidia-h200.json").read_text())["runs"]["cuda"]
+    assert results["failures"] == [f"{cut}: out of time after 3 s"]
     # Including the stage that timed out, with the results it had written.
-    assert [item["pass"] for item in kept["passes"]] == NAMES
-    assert list(kept["seconds"]) == NAMES
+    assert [item["pass"] for item in results["passes"]] == NAMES
+    assert list(results["seconds"]) == NAMES
     log = (tmp_path / "log.txt").read_text()
     assert f"interrupted {cut}" in log
     text = (tmp_path / "nvidia-h200.txt").read_text()
     assert f"FAILED: {cut}: out of time" in text
     assert "93.0%" in text
-    assert left(tmp_path) == []
+    assert remaining_children(tmp_path) == []
     assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "nvidia-h200.json", "nvidia-h200.txt"}
 
 
 def test_failing_stage_is_reported_and_others_run(tmp_path: Path) -> None:
-    assert run.all_stages(played({"build": "fails"}), tmp_path, 480, {}) == 1
-    kept = json.loads((tmp_path / "nvidia-h200.json").read_text())["runs"]["cuda"]
-    assert [item["pass"] for item in kept["passes"]] == NAMES
-    assert kept["failures"] == ["build: --stage ended with status 1; see log.txt"]
+    assert run.all_stages(fake_stages({"build": "fails"}), tmp_path, 480, {}) == 1
+    results = json.loads((tmp_path / "nvidia-h200.json").read_text())["runs"]["cuda"]
+    assert [item["pass"] for item in results["passes"]] == NAMES
+    assert results["failures"] == ["build: --stage ended with status 1; see log.txt"]
     assert "broken build" in (tmp_path / "log.txt").read_text()
-    assert run.all_stages(played({}), tmp_path, 480, {}) == 0
+    assert run.all_stages(fake_stages({}), tmp_path, 480, {}) == 0
 
 
 RUNS = """
@@ -105,7 +105,7 @@ import sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
 import test_gpu_run as t
-sys.exit(t.run.all_stages(t.played({{"versus": "hangs"}}), Path(sys.argv[1]), 480, {{}}))
+sys.exit(t.run.all_stages(t.fake_stages({{"versus": "hangs"}}), Path(sys.argv[1]), 480, {{}}))
 """
 
 
@@ -136,17 +136,17 @@ def test_terminated_run_keeps_results_and_ends_processes(how: signal.Signals, tm
         process.wait(20)
     finally:
         process.kill()
-    kept = json.loads((tmp_path / "nvidia-h200.json").read_text())["runs"]["cuda"]
-    assert list(kept["seconds"]) == NAMES[: NAMES.index("versus")]
+    results = json.loads((tmp_path / "nvidia-h200.json").read_text())["runs"]["cuda"]
+    assert list(results["seconds"]) == NAMES[: NAMES.index("versus")]
     for _ in range(50):
-        if not is_there(stage_pid):
+        if not is_running(stage_pid):
             break
         time.sleep(0.05)
-    assert not is_there(stage_pid)
+    assert not is_running(stage_pid)
     if how != signal.SIGKILL:
-        assert left(tmp_path) == []
+        assert remaining_children(tmp_path) == []
     else:  # whose children only a process group can reach
-        for pid in left(tmp_path):
+        for pid in remaining_children(tmp_path):
             os.kill(pid, signal.SIGKILL)
 
 
@@ -167,10 +167,10 @@ def test_failing_item_is_reported_and_others_run(capsys: pytest.CaptureFixture[s
         raise ValueError("not this one\nmore")
 
     items = [("a", lambda: {"x": [1]}), ("b", broken), ("c", lambda: {"x": [2], "y": {"k": 3}})]
-    kept: stage.Results = {}
+    results: stage.Results = {}
     for result in stage.isolated(items, time.monotonic() + 60):
-        stage.merge(kept, result)
-    assert kept == {"x": [1, 2], "y": {"k": 3}, "failures": ["b: ValueError: not this one"]}
+        stage.merge(results, result)
+    assert results == {"x": [1, 2], "y": {"k": 3}, "failures": ["b: ValueError: not this one"]}
     assert "FAILED: b" in capsys.readouterr().out
     late = list(stage.isolated(items, time.monotonic() - 1))
     assert late == [{"failures": ["out of time before a"]}]
@@ -203,37 +203,37 @@ def rehearse(out: Path, *options: str) -> tuple[dict, str]:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     records = list(out.glob("*.json"))
     assert len(records) == 1, done.stdout[-5000:] + done.stderr[-5000:]
-    (kept,) = json.loads(records[0].read_text())["runs"].values()
-    return kept, done.stdout
+    (results,) = json.loads(records[0].read_text())["runs"].values()
+    return results, done.stdout
 
 
 @pytest.mark.slow
 def test_rehearsal_completes_all_stages(tmp_path: Path) -> None:
-    kept, printed = rehearse(tmp_path, "--seconds", "2000")
-    assert kept["failures"] == [], printed[-8000:]
-    assert kept["build"] == "kept"
-    assert {item["pass"].partition(",")[0] for item in kept["passes"]} >= {
+    results, printed = rehearse(tmp_path, "--seconds", "2000")
+    assert results["failures"] == [], printed[-8000:]
+    assert results["build"] == "kept"
+    assert {item["pass"].partition(",")[0] for item in results["passes"]} >= {
         "Bernoulli forward + gradient",
         "Gaussian forward + gradient",
         "reparameterise + KL forward",
         "scaling a gradient",
     }
-    assert len(kept["cases"]) == 3
-    assert all("wall_us" in row for row in kept["cases"])
-    assert len(kept["steps"]) == 3
-    for item in kept["steps"]:
+    assert len(results["cases"]) == 3
+    assert all("wall_us" in row for row in results["cases"])
+    assert len(results["steps"]) == 3
+    for item in results["steps"]:
         assert item["us"].keys() == {"fused", "eager", "compile", "graph_step(fused)", "graph_step(eager)"}
-    assert kept["tuned"].keys() == {"nll", "sample", "sample_gradient", "scale"}
+    assert results["tuned"].keys() == {"nll", "sample", "sample_gradient", "scale"}
     assert printed.count("4 passed") == 3
-    assert "\n".join(table.lines(kept)) in printed
+    assert "\n".join(table.lines(results)) in printed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", NAMES)
 def test_rehearsal_with_a_timeout_keeps_other_stages(cut: str, tmp_path: Path) -> None:
-    kept, printed = rehearse(tmp_path, "--seconds", "2000", "--limit", f"{cut}=0.5")
-    assert [text for text in kept["failures"] if not text.startswith(f"{cut}: ")] == [], printed[-8000:]
-    assert f"{cut}: out of time after 0 s" in kept["failures"]
-    assert list(kept["seconds"]) == NAMES
+    results, printed = rehearse(tmp_path, "--seconds", "2000", "--limit", f"{cut}=0.5")
+    assert [text for text in results["failures"] if not text.startswith(f"{cut}: ")] == [], printed[-8000:]
+    assert f"{cut}: out of time after 0 s" in results["failures"]
+    assert list(results["seconds"]) == NAMES
     for name, key in (("passes", "passes"), ("versus", "cases"), ("steps", "steps"), ("tuning", "tuned")):
-        assert name == cut or key in kept
+        assert name == cut or key in results

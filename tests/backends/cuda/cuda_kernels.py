@@ -435,7 +435,7 @@ class Kernels:
         small: float = 1e-5,
         reduction: int = 2,
         grad_nll: Tensor | None = None,
-        wanted: bool = True,
+        with_gradient: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (loss, nll, gradient) of a discretised logistic or a mixture; with `grad_nll`, only the gradient is
         computed."""
@@ -447,10 +447,10 @@ class Kernels:
         args.target = operand(target, COUNTS)
         slopes = poisoned_like(params)
         if components:
-            args.params[0], args.slopes[0] = operand(params), operand(slopes if wanted else None)
+            args.params[0], args.slopes[0] = operand(params), operand(slopes if with_gradient else None)
         else:
             args.params[:2] = halves(params, channels)
-            if wanted:
+            if with_gradient:
                 args.slopes[:2] = halves(slopes, channels)
         nll, loss = (
             poisoned((rows,), row_dtype(params)),
@@ -470,7 +470,7 @@ class Kernels:
         *,
         reduction: int = 2,
         grad_nll: Tensor | None = None,
-        wanted: bool = True,
+        with_gradient: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (loss, nll, gradient); with `grad_nll`, only the gradient is computed."""
         rows, positions = target.shape[0], event_size(target)
@@ -479,7 +479,7 @@ class Kernels:
         args.weight, args.reduced = self.weight(reduction, rows), reduction != 0
         args.target, args.params[0] = operand(target, COUNTS), operand(logits)
         slopes = poisoned_like(logits)
-        args.slopes[0] = operand(slopes if wanted else None)
+        args.slopes[0] = operand(slopes if with_gradient else None)
         nll, loss = (
             poisoned((rows,), row_dtype(logits)),
             poisoned(() if reduction else (rows,), row_dtype(logits)),

@@ -115,9 +115,9 @@ def machine_code() -> list[str]:
         f"{int(sm) // 10}.{int(sm) % 10}" + ("+PTX" if kind == "ptx" else "")
         for sm, kind in re.findall(r"\.sm_(\d+)\.(cubin|ptx)", listing)
     }
-    wanted = set(_build_info.CUDA_ARCHES)
-    wanted |= {arch.removesuffix("+PTX") for arch in wanted}
-    assert found >= wanted, f"built for {sorted(wanted)}, found {sorted(found)}"
+    required = set(_build_info.CUDA_ARCHES)
+    required |= {arch.removesuffix("+PTX") for arch in required}
+    assert found >= required, f"built for {sorted(required)}, found {sorted(found)}"
     return sorted(found)
 
 

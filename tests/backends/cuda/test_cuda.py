@@ -198,7 +198,7 @@ def test_elbo_not_moved_to_the_gpu_moves_beta_once(device: torch.device, likelih
         elbo = fastvae.ELBO(fastvae.likelihoods.Gaussian("learned").to(device))
     else:
         elbo = fastvae.ELBO(Mine() if likelihood == "mine" else likelihood)
-    held, moved = elbo.beta, copy.deepcopy(elbo).to(device)
+    moved_beta, moved = elbo.beta, copy.deepcopy(elbo).to(device)
     _, leaves, x = step_inputs()
     x = (5 * x).round() if likelihood == "poisson" else x
 
@@ -208,11 +208,11 @@ def test_elbo_not_moved_to_the_gpu_moves_beta_once(device: torch.device, likelih
         return loss.detach()
 
     loss_of(elbo)
-    assert elbo.beta is held
-    assert held.is_cuda
+    assert elbo.beta is moved_beta
+    assert moved_beta.is_cuda
     with waiting_is_an_error():
         loss_of(elbo)
-        held.fill_(0.5)
+        moved_beta.fill_(0.5)
         loss = loss_of(elbo)
     moved.beta = 0.5
     torch.testing.assert_close(loss, loss_of(moved))
@@ -251,7 +251,7 @@ def test_plain_tensors_use_the_fast_path(device: torch.device) -> None:
 
 def test_call_without_seed_draws_the_same_seed_on_every_backend(device: torch.device) -> None:
     """Triton and the reference draw the same seed, and each backend repeats itself."""
-    zeros, drawn = torch.zeros(4, 9, device=device), {}
+    zeros, z_of_backend = torch.zeros(4, 9, device=device), {}
     for name in ("native", "triton", "reference"):
         if available.load(name) is None:
             continue
@@ -259,10 +259,10 @@ def test_call_without_seed_draws_the_same_seed_on_every_backend(device: torch.de
             for again in (False, True):
                 torch.manual_seed(5)
                 z = functional.reparameterize_kl(zeros, zeros)[0]
-                assert not again or torch.equal(z, drawn[name])
-                drawn[name] = z
-    if "triton" in drawn:
-        torch.testing.assert_close(drawn["triton"], drawn["reference"], rtol=1e-5, atol=1e-5)
+                assert not again or torch.equal(z, z_of_backend[name])
+                z_of_backend[name] = z
+    if "triton" in z_of_backend:
+        torch.testing.assert_close(z_of_backend["triton"], z_of_backend["reference"], rtol=1e-5, atol=1e-5)
 
 
 @contextmanager

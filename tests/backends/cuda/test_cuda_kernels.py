@@ -385,7 +385,7 @@ def test_discretized_nll_equals_the_reference(
         # The gradient of the forward includes the weight of the reduction.
         _, _, once = kernels.logistic(lying, data, components, grad_nll=torch.ones(len(target)).to(weights))
         assert torch.equal(plain, once)
-        _, rows, _ = kernels.logistic(lying, data, components, reduction=0, wanted=False)
+        _, rows, _ = kernels.logistic(lying, data, components, reduction=0, with_gradient=False)
         assert torch.equal(rows, nll)
 
 
@@ -506,7 +506,7 @@ def test_categorical_nll_equals_the_reference(
         close(gradient, leaf.grad, GRADIENT[dtype])
     ones = torch.ones(shape[0], dtype=row_dtype(logits))
     assert torch.equal(kernels.categorical(logits, target, grad_nll=ones)[2], plain)
-    assert torch.equal(kernels.categorical(logits, target, reduction=0, wanted=False)[1], nll)
+    assert torch.equal(kernels.categorical(logits, target, reduction=0, with_gradient=False)[1], nll)
 
 
 @pytest.mark.parametrize("processors", [1, 3])
@@ -549,7 +549,7 @@ def test_backward_with_one_factor_scales_all_gradients(
     kernels: Kernels, factor: float, size: int, in_place: bool, dtype: torch.dtype
 ) -> None:
     gradients = [torch.randn(5, size).to(dtype) for _ in range(2)]
-    wanted = [(g.to(row_dtype(g)) * factor).to(dtype) for g in gradients]
+    scaled = [(g.to(row_dtype(g)) * factor).to(dtype) for g in gradients]
     results, *_ = kernels.nll_backward(
         torch.tensor(factor, dtype=row_dtype(gradients[0])),
         None,
@@ -561,7 +561,7 @@ def test_backward_with_one_factor_scales_all_gradients(
         2,
         in_place=in_place,
     )
-    for result, want in zip(results, wanted, strict=True):
+    for result, want in zip(results, scaled, strict=True):
         assert torch.equal(result, want)
 
 
@@ -715,9 +715,9 @@ def test_reparameterize_kl_and_its_gradients_equal_the_reference(
 ) -> None:
     shape = (3, size)
     q, p = posterior(shape, dtype, prior)
-    drawn = shape if samples is None else (samples, *shape)
+    z_shape = shape if samples is None else (samples, *shape)
     pair = torch.tensor([5, 8])
-    eps = torch.randn(drawn).to(dtype) if given else None
+    eps = torch.randn(z_shape).to(dtype) if given else None
     noise = NoiseSource(tensor=pointer(pair), row_offset=9)
     z, kl, used = kernels.sample(*q, p or None, noise=noise, eps=eps, samples=samples)
 
@@ -729,7 +729,7 @@ def test_reparameterize_kl_and_its_gradients_equal_the_reference(
     near = {torch.float32: 5e-6, torch.float64: 1e-13}.get(dtype, GRADIENT[dtype])
     close(z, full_z.detach(), near)
 
-    grad_z, grad_kl = torch.randn(drawn).to(dtype), torch.randn(3, dtype=row_dtype(z))
+    grad_z, grad_kl = torch.randn(z_shape).to(dtype), torch.randn(3, dtype=row_dtype(z))
     torch.autograd.backward((full_z, full_kl), (grad_z.double(), grad_kl.double()))
     noise = NoiseSource(tensor=pointer(used), row_offset=9)
     gradients = kernels.sample_grad(grad_z, grad_kl, *q, p or None, noise=noise, eps=eps, samples=samples)
