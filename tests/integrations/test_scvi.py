@@ -327,7 +327,7 @@ FALLBACKS = {
     broadcast: "several samples",
     halves: "bfloat16 means",
     wide_values: "float64 values",
-    empty: "nothing to compute",
+    empty: "an empty batch",
     trained_values: "require a gradient",
 }
 
@@ -566,7 +566,7 @@ def test_status_is_readable(scvi: Any) -> None:
     assert "on, fused Adam" in text
     assert "ZeroInflatedNegativeBinomial: 1 served" in text
     assert "NegativeBinomial: 0 served" in text
-    assert "1 by scvi-tools: shapes other than one" in text
+    assert "1 by scvi-tools' own code: shapes that are not all the same" in text
     assert "off" in str(status())
     assert repr(status()) == str(status())
 
@@ -597,7 +597,7 @@ def test_missing_scvi_tools_raises_with_advice(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("python", "advice"),
     [
-        ((3, 10), 'Python 3.11 or newer, and there pip install "scvi-tools==1.4.2"'),
+        ((3, 10), 'use Python 3.11 or newer, and pip install "scvi-tools==1.4.2"'),
         ((3, 11), 'pip install "scvi-tools==1.4.2"'),
         ((3, 12), 'pip install "scvi-tools==1.5.1"'),
         ((3, 14), 'pip install "scvi-tools==1.5.1"'),
@@ -611,7 +611,7 @@ def test_unsupported_version_raises(
     with pytest.raises(ImportError) as error:
         accelerate()
     assert str(error.value) == (
-        f"fastvae.integrations.scvi serves scvi-tools 1.4.2 and 1.5.1, found 1.3.3: {advice}"
+        f"fastvae.integrations.scvi supports scvi-tools 1.4.2 and 1.5.1, found 1.3.3: {advice}"
     )
     assert not status().active
 
@@ -833,7 +833,7 @@ def test_fused_adam_with_other_parameters_uses_their_optimiser(scvi: Any) -> Non
         optimizer = plan.get_optimizer_creator()(iter([torch.zeros(2, requires_grad=True), odd]))
         assert not optimizer.defaults["fused"]
         assert len(optimizer.param_groups[0]["params"]) == 2
-        assert "other than plain floats" in str(status())
+        assert "not plain floats" in str(status())
 
 
 def test_example_runs(scvi: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
