@@ -184,12 +184,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def drawn() -> None:
+def with_pictures() -> None:
     """For a test of the pictures of a run."""
 
 
 @pytest.fixture
 def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps runs from drawing, but for tests of their pictures, which take most of the time of so short a run."""
-    if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("fastvae.train.callbacks.is_drawn", lambda trainer: False)
+    if "with_pictures" not in request.fixturenames:
+        monkeypatch.setattr("fastvae.train.callbacks.should_save_examples", lambda trainer: False)

@@ -19,7 +19,7 @@ def train(out: Path, *options: str, recipe: str = "mlp") -> int:
     return cli.main(["train", recipe, "--out", str(out), *quick, *options])
 
 
-def rows(out: Path) -> list[dict[str, str]]:
+def read_metrics(out: Path) -> list[dict[str, str]]:
     """metrics.csv, without the time, which is never the same."""
     with (out / "metrics.csv").open() as file:
         return [
@@ -32,7 +32,7 @@ def weights(out: Path, name: str = "last") -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
-    assert rows(ours) == rows(theirs)
+    assert read_metrics(ours) == read_metrics(theirs)
     assert (ours / "kl_per_dimension.csv").read_text() == (theirs / "kl_per_dimension.csv").read_text()
     for name in ("last", "best"):
         a, b = weights(ours, name), weights(theirs, name)
@@ -40,7 +40,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def one_line(capsys) -> str:
+def error_line(capsys) -> str:
     """What stands on stderr: one line, and no traceback."""
     error = capsys.readouterr().err
     assert error.startswith("fastvae: ")
@@ -48,7 +48,7 @@ def one_line(capsys) -> str:
     return error
 
 
-def in_a_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
@@ -58,6 +58,8 @@ def in_a_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def picture(path: Path, size: tuple[int, int], value: object = 100, mode: str = "L", **save: object) -> None:
+def save_picture(
+    path: Path, size: tuple[int, int], value: object = 100, mode: str = "L", **save: object
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, value).save(path, **save)

@@ -1,4 +1,4 @@
-"""Files that are never found half written."""
+"""Atomic file writing: a file is either complete or unchanged."""
 
 import os
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ _PARTIAL = ".part"
 
 
 def beside(path: Path) -> Path:
-    """Where to write what is then renamed to `path`."""
+    """Return the temporary path that is renamed to `path` once it is complete."""
     return path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write beside and rename. Raises InputError if that fails."""
+    """Write a temporary file and rename it. Raises InputError if that fails."""
     part = beside(path)
     try:
         try:
@@ -30,15 +30,15 @@ def write(path: Path, content: bytes) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what processes that were killed while writing have left."""
+    """Remove temporary files that killed processes have left behind."""
     for part in folder.glob(f".*{_PARTIAL}"):
         part.unlink(missing_ok=True)
 
 
 def prepare_folder(folder: Path, names: Sequence[str]) -> None:
-    """Make a folder and see that files of these names can be written there: before the work, not after it.
+    """Create a folder and check that files with these names can be written to it, before any long work.
 
-    Raises InputError where they cannot.
+    Raises InputError if they cannot.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def prepare_folder(folder: Path, names: Sequence[str]) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        # `mkdir` says "File exists" of a file in the folder's place.
+        # If the path is a file, `mkdir` only says "File exists".
         why = "it is a file" if folder.is_file() else reason(error)
         raise InputError(f"{folder}: cannot be written to: {why}") from error
     for name in names:

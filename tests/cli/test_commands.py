@@ -109,9 +109,9 @@ def test_a_run_on_bytes(colour, tmp_path, capsys):
     found = json.loads((out / "evaluation.json").read_text())
     assert found["bits_per_dim"] == pytest.approx(found["iw_nll"] / (9 * 7 * 3 * math.log(2)))
     opened = image.load(out)
-    x = opened.images.held_out.permute(0, 3, 1, 2).contiguous()
+    x = opened.images.val.permute(0, 3, 1, 2).contiguous()
     # The evaluation's first draw: that of seed 0.
-    part, _ = bounds.bounds(opened.model, x, 5)
+    part, _ = bounds.estimate_bounds(opened.model, x, 5)
     assert found["reconstruction"] == pytest.approx(part.reconstruction.mean().item())
 
 
@@ -132,7 +132,7 @@ def test_samples_are_repeatable(run, tmp_path, capsys):
 NUMBER = r"(-?[0-9.]+)"
 LIKELIHOOD = (
     rf"ranked by likelihood under the model \(20 importance samples\): from {NUMBER} to {NUMBER} bits per dimension; "
-    rf"the worst drawn: {NUMBER}"
+    rf"the worst is {NUMBER}"
 )
 
 
@@ -141,9 +141,9 @@ def nll_per_dimension(opened: image.ImageRun, images: np.ndarray, seed: int) -> 
     x = torch.from_numpy(images).permute(0, 3, 1, 2)
     if opened.settings.likelihood == "bernoulli":
         x = (x >= 0.5).float()
-    elif opened.settings.of_bytes:
+    elif opened.settings.models_bytes:
         x = (x * 255).round().to(torch.uint8).contiguous()
-    nll = bounds.bounds(opened.model, x, 20, seed=seed)[0].nll
+    nll = bounds.estimate_bounds(opened.model, x, 20, seed=seed)[0].nll
     return nll.numpy() / x[0].numel() / math.log(2)
 
 
@@ -153,7 +153,7 @@ def test_best_of(run, tmp_path, capsys, monkeypatch):
     done(capsys, "sample", run, "-n", 40, "--seed", 3, "--out", every)
     text = done(capsys, "sample", run, "--best", 6, "--of", 40, "--seed", 3, "--out", some)
     first, second = text.splitlines()
-    assert first == f"{some}: the best 6 of 40 new images, decoded from z ~ N(0, I), the best first"
+    assert first == f"{some}: the best 6 of 40 new images, decoded from z ~ N(0, I), best first"
     said = re.fullmatch(LIKELIHOOD, second)
     assert said
 
@@ -169,7 +169,7 @@ def test_best_of(run, tmp_path, capsys, monkeypatch):
     done(capsys, "sample", run, "--best", 6, "--of", 40, "--seed", 3, "--out", some)
     assert some.read_bytes() == again
     for module in (generate, evaluate):
-        monkeypatch.setattr(module, "held_out_batch", lambda settings, shape: 7)
+        monkeypatch.setattr(module, "val_batch_size", lambda settings, shape: 7)
     assert done(capsys, "sample", run, "--best", 6, "--of", 40, "--seed", 3, "--out", some) == text
     assert some.read_bytes() == again
     # Whatever the run was trained on, a mean is brought to zeros and ones without a draw.
@@ -183,7 +183,7 @@ def test_best_of(run, tmp_path, capsys, monkeypatch):
     assert "the best 1 of 1 new image, decoded from z ~ N(0, 0.5² I)" in text
 
 
-@pytest.mark.parametrize("likelihood", ["gaussian", "dmol", "dlogistic"])
+@pytest.mark.parametrize("likelihood", ["gaussian", "dmol", "discretized-logistic"])
 def test_best_of_bytes(colour, tmp_path, likelihood):
     out = colour
     if likelihood != "gaussian":
@@ -191,7 +191,7 @@ def test_best_of_bytes(colour, tmp_path, likelihood):
         options = ["--components", "2"] if likelihood == "dmol" else []
         out = trained(tmp_path / "run", "--likelihood", likelihood, *options, "--data", data)
     opened = image.load(out)
-    found = generate.best(opened, tmp_path / "best.png", n=3, of=30)
+    found = generate.sample_best(opened, tmp_path / "best.png", n=3, of=30)
     assert found.unit == " bits per dimension"
     assert found.values.diff().min() >= 0
     z = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
@@ -204,7 +204,7 @@ def test_best_of_bytes(colour, tmp_path, likelihood):
         assert found.values.numpy() == pytest.approx(np.sort(nll), abs=1e-4)
     # Without bits per dimension: nats.
     opened.model.bits_offset = None
-    nats = generate.best(opened, tmp_path / "best.png", n=3, of=30)
+    nats = generate.sample_best(opened, tmp_path / "best.png", n=3, of=30)
     assert nats.unit == " nats"
     offset = 8 if likelihood == "gaussian" else 0
     per_dimension = nats.values / (9 * 7 * 3 * math.log(2)) + offset
@@ -238,7 +238,7 @@ def test_best_by_a_measure_of_the_models_own(run, tmp_path, capsys, monkeypatch,
     if fails:
         order, worst = np.append(order[1:], order[0]), math.nan
     np.testing.assert_array_equal(cells(some, 8, 1)[0], all_cells[order[:8]])
-    said = re.search(r"ranked by the discriminator's score: from (.+) to (.+); the worst drawn: (.+)", text)
+    said = re.search(r"ranked by the discriminator's score: from (.+) to (.+); the worst is (.+)", text)
     assert said
     expected = [mean[order[0]], mean[order[7]], worst]
     assert [float(number) for number in said.groups()] == pytest.approx(expected, abs=2e-3, nan_ok=True)
@@ -247,16 +247,16 @@ def test_best_by_a_measure_of_the_models_own(run, tmp_path, capsys, monkeypatch,
 def test_reconstruct(run, capsys):
     text = done(capsys, "reconstruct", run, "-n", 13)
     out = run / "reconstructions.png"
-    assert text == f"{out}: 13 held-out images, each above what the model makes of it\n"
+    assert text == f"{out}: 13 validation images, each above its reconstruction\n"
     opened = image.load(run)
     with Image.open(out) as picture:
         assert picture.size == (10 * 66 + 2, 4 * 66 + 2 + 8)
         pixels = np.asarray(picture)
-    original = opened.images.held_out[12, ..., 0].numpy().repeat(8, 0).repeat(8, 1)
+    original = opened.images.val[12, ..., 0].numpy().repeat(8, 0).repeat(8, 1)
     below = 2 + 2 * 66 + 8  # the second pair of rows, apart from the first
     np.testing.assert_array_equal(pixels[below : below + 64, 2 + 2 * 66 :][:, :64], original)
     with torch.no_grad():
-        x = (opened.images.held_out[12:13] >= 128).float().permute(0, 3, 1, 2)
+        x = (opened.images.val[12:13] >= 128).float().permute(0, 3, 1, 2)
         shown = torch.sigmoid(opened.model.decode(opened.model.encode(x)[0]))[0, 0].numpy()
     got = pixels[below + 66 : below + 66 + 64 : 8, 2 + 2 * 66 :][:, :64:8]
     np.testing.assert_allclose(got, shown * 255, atol=1)
@@ -265,8 +265,8 @@ def test_reconstruct(run, capsys):
 
 def test_no_more_than_there_are(colour, tmp_path, capsys):
     out = tmp_path / "few.png"
-    assert f"{out}: 6 held-out images, " in done(capsys, "reconstruct", colour, "--out", out)
-    assert f"{out}: 6 held-out images: " in done(capsys, "inpaint", colour, "--out", out)
+    assert f"{out}: 6 validation images, " in done(capsys, "reconstruct", colour, "--out", out)
+    assert f"{out}: 6 validation images, " in done(capsys, "inpaint", colour, "--out", out)
     with Image.open(out) as picture:
         assert picture.mode == "RGB"
     assert "0 to 1, 2 to 3, 4 to 5" in done(capsys, "interpolate", colour, "--out", out)
@@ -275,15 +275,15 @@ def test_no_more_than_there_are(colour, tmp_path, capsys):
 def test_interpolate(run, capsys):
     out = run / "interpolations.png"
     text = done(capsys, "interpolate", run, "--from", 3, "--to", 5, "--from", 298, "--to", 0, "--steps", 7)
-    ways = "held-out images 3 to 5, 298 to 0"
-    assert text == f"{out}: {ways}; 7 decoded on the way, between the two originals\n"
+    ways = "3 to 5, 298 to 0"
+    assert text == f"{out}: validation images {ways}, with 7 decoded images between the two originals\n"
     with Image.open(out) as picture:
         assert picture.size == (9 * 66 + 2 + 16, 2 * 66 + 2)
         pixels = np.asarray(picture)
-    held_out = image.load(run).images.held_out[..., 0].numpy()
-    np.testing.assert_array_equal(pixels[2:66:8, 2:66:8], held_out[3])
-    np.testing.assert_array_equal(pixels[2:66:8, -66:-2:8], held_out[5])
-    np.testing.assert_array_equal(pixels[68:132:8, -66:-2:8], held_out[0])
+    val = image.load(run).images.val[..., 0].numpy()
+    np.testing.assert_array_equal(pixels[2:66:8, 2:66:8], val[3])
+    np.testing.assert_array_equal(pixels[2:66:8, -66:-2:8], val[5])
+    np.testing.assert_array_equal(pixels[68:132:8, -66:-2:8], val[0])
     # The ends of the way are the reconstructions.
     done(capsys, "reconstruct", run, "-n", 6)
     with Image.open(run / "reconstructions.png") as picture:
@@ -291,14 +291,14 @@ def test_interpolate(run, capsys):
     np.testing.assert_array_equal(pixels[2:66, 2 + 66 + 8 :][:, :64], recon[:, 2 + 3 * 66 :][:, :64])
     np.testing.assert_array_equal(pixels[2:66, -66 - 8 - 66 :][:, :64], recon[:, 2 + 5 * 66 :][:, :64])
     text = done(capsys, "interpolate", run)
-    assert "12 to 13, 14 to 15; 10 decoded" in text
+    assert "12 to 13, 14 to 15, with 10 decoded" in text
 
 
 def test_traverse(run, capsys):
     text = done(capsys, "traverse", run, "--image", 4, "--steps", 5)
     out = run / "traversals.png"
-    rows = "6 dimensions, the most active first, each going from -3 to 3"
-    assert text == f"{out}: held-out image 4, varied along {rows}\n"
+    dimensions = "6 dimensions, the most active first"
+    assert text == f"{out}: validation image 4, varied from -3 to 3 along {dimensions}\n"
     with Image.open(out) as picture:
         width, height = picture.size
         assert height == 6 * 66 + 2
@@ -307,7 +307,7 @@ def test_traverse(run, capsys):
     order = generate.traverse(opened, run / "again.png", image=4, steps=5)
     assert (run / "again.png").read_bytes() == out.read_bytes()
     with torch.no_grad():
-        x = (opened.images.held_out >= 128).float().permute(0, 3, 1, 2)
+        x = (opened.images.val >= 128).float().permute(0, 3, 1, 2)
         mu = opened.model.encode(x)[0]
     assert order == mu.var(0).argsort(descending=True).tolist()
     assert "along 2 dimensions, " in done(capsys, "traverse", run, "-n", 2)
@@ -338,9 +338,9 @@ def test_traverse(run, capsys):
 def test_inpaint(run, capsys, mask, box):
     text = done(capsys, "inpaint", run, "--mask", mask, "-n", 4, "--steps", 3)
     out = run / "inpainting.png"
-    assert text == f"{out}: 4 held-out images: masked, filled by the model, whole\n"
+    assert text == f"{out}: 4 validation images, each masked, inpainted and as it was\n"
     masked, filled, whole = cells(out, 4, 3)[:, :, ::8, ::8]
-    np.testing.assert_array_equal(whole, image.load(run).images.held_out[:4, ..., 0].numpy())
+    np.testing.assert_array_equal(whole, image.load(run).images.val[:4, ..., 0].numpy())
     x0, y0, x1, y1 = box
     hidden = np.zeros((8, 8), bool)
     hidden[y0:y1, x0:x1] = True
@@ -361,7 +361,7 @@ def test_inpainting_is_repeatable(run, capsys):
 
 def test_inpainting_is_what_the_model_makes_of_it(run):
     opened = image.load(run)
-    x = (opened.images.held_out[:4] >= 128).float().permute(0, 3, 1, 2)
+    x = (opened.images.val[:4] >= 128).float().permute(0, 3, 1, 2)
     x[..., 4:].uniform_(generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = torch.sigmoid(opened.model.decode(opened.model.encode(x)[0]))[:, 0] * 255
@@ -403,14 +403,14 @@ def test_reconstructions_are_measured_on_what_was_to_be_reconstructed(run, colou
 
     # The Bernoulli: zeros and ones, not the grey ones that they were made of.
     opened = image.load(run)
-    images = opened.images.held_out.permute(0, 3, 1, 2)
+    images = opened.images.val.permute(0, 3, 1, 2)
     x = (images >= 128).float()
     shown = reconstructed(opened, x)
     assert ratio(x, shown) != pytest.approx(ratio(images / 255, shown), abs=0.5)
     assert measured(run) == (pytest.approx(ratio(x, shown)), None)
     # The Gaussian: the bytes, though it sees them with noise. All of those are within a bytes' width.
     opened = image.load(colour)
-    images = opened.images.held_out.permute(0, 3, 1, 2)
+    images = opened.images.val.permute(0, 3, 1, 2)
     shown = reconstructed(opened, (images + 0.5) / 256)
     assert measured(colour) == (pytest.approx(ratio(images / 255, shown), abs=0.02), None)
     # Bytes, and sides of which one is large enough and both are.
@@ -422,7 +422,7 @@ def test_reconstructions_are_measured_on_what_was_to_be_reconstructed(run, colou
         options = ("--likelihood", "dmol", "--components", "2", "--data", str(file))
         out = trained(tmp_path / f"run{height}", *options)
         opened = image.load(out)
-        images = opened.images.held_out.permute(0, 3, 1, 2).contiguous()
+        images = opened.images.val.permute(0, 3, 1, 2).contiguous()
         shown = reconstructed(opened, images)
         found, similar = measured(out)
         assert found == pytest.approx(ratio(images / 255, shown))
@@ -437,9 +437,9 @@ def test_reconstructions_are_measured_on_what_was_to_be_reconstructed(run, colou
 def test_evaluate(run, capsys):
     text = done(capsys, "evaluate", run, "--samples", 20)
     written = json.loads((run / "evaluation.json").read_text())
-    assert f"{run}: 299 held-out images of scikit-learn's digits; epoch 2 (best)" in text
+    assert f"{run}: 299 validation images of scikit-learn's digits; epoch 2 (best)" in text
     for words, value in (
-        ("negative ELBO", written["nelbo"]),
+        ("negative ELBO", written["neg_elbo"]),
         ("reconstruction", written["reconstruction"]),
         ("KL", written["kl"]),
         ("NLL, 20 importance samples", written["iw_nll"]),
@@ -447,20 +447,20 @@ def test_evaluate(run, capsys):
     ):
         assert re.search(rf"^ *{words} +{value:.3f}", text, re.MULTILINE), words
     assert re.search(rf"active units +{written['active_units']} of 6", text)
-    assert text.endswith(f"written to {run / 'evaluation.json'}\n")
+    assert text.endswith(f"The results were written to {run / 'evaluation.json'}\n")
 
     assert written["images"] == 299
     assert written["samples"] == 20
     assert written["dimensions"] == 64
-    assert written["nelbo"] == pytest.approx(written["reconstruction"] + written["kl"], rel=1e-9)
-    assert 0 < written["iw_nll"] < written["nelbo"]
+    assert written["neg_elbo"] == pytest.approx(written["reconstruction"] + written["kl"], rel=1e-9)
+    assert 0 < written["iw_nll"] < written["neg_elbo"]
     assert written["bits_per_dim"] == pytest.approx(written["iw_nll"] / 64 / math.log(2))
-    assert written["nelbo_bits_per_dim"] == pytest.approx(written["nelbo"] / 64 / math.log(2))
+    assert written["neg_elbo_bits_per_dim"] == pytest.approx(written["neg_elbo"] / 64 / math.log(2))
     # What training measured in this epoch, with one draw for each image.
     metrics = (run / "metrics.csv").read_text().splitlines()
     row = dict(zip(metrics[0].split(","), map(float, metrics[2].split(",")), strict=True))
-    assert written["nelbo"] == pytest.approx(row["held_out_nelbo"], rel=0.01)
-    assert written["kl"] == pytest.approx(row["held_out_kl"], rel=1e-5)
+    assert written["neg_elbo"] == pytest.approx(row["val_neg_elbo"], rel=0.01)
+    assert written["kl"] == pytest.approx(row["val_kl"], rel=1e-5)
     assert written["active_units"] == row["active_units"]
 
     first = (run / "evaluation.json").read_bytes()
@@ -487,10 +487,10 @@ def test_another_data_file(run, tmp_path, capsys):
     file = tmp_path / "other.npz"
     x = np.random.default_rng(0).integers(0, 256, (9, 8, 8), dtype=np.uint8)
     np.savez(file, x_train=x, x_test=x[:4])
-    assert f"4 held-out images of {file.name}; " in done(
+    assert f"4 validation images of {file.name}; " in done(
         capsys, "evaluate", run, "--samples", 2, "--data", file
     )
-    assert "4 held-out images, " in done(capsys, "reconstruct", run, "--data", file)
+    assert "4 validation images, " in done(capsys, "reconstruct", run, "--data", file)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -525,32 +525,38 @@ BAD = [
     (["sample", "--best", "9", "--of", "8"], "--best must be between 1 and 8 (--of), got 9"),
     (["sample", "--best", "1", "--of", "0"], "--of must be between 1 and 10000, got 0"),
     (["sample", "--best", "1", "--of", "10001"], "--of must be between 1 and 10000, got 10001"),
-    (["sample", "--best", "4", "-n", "4"], "-n and --best: give one of them"),
-    (["sample", "--of", "8"], "--of is of --best, which says how many of the 8 to keep: give both"),
+    (["sample", "--best", "4", "-n", "4"], "-n and --best cannot be used together"),
+    (["sample", "--of", "8"], "--of only applies with --best; give the number of images to keep, out of 8"),
     (["sample", "--best", "4", "--seed", "-1"], "--seed must be between 0 and 4294967295, got -1"),
     (["sample", "--best", "4", "--temperature", "-1"], "--temperature must be at least 0, got -1"),
     (["reconstruct", "-n", "0"], "-n must be between 1 and 10000, got 0"),
     (["reconstruct", "--data", "{tmp}/none.npz"], "none.npz: no such file"),
-    (["reconstruct", "--data", "{tmp}/large.npz"], "the images are 9 x 7, those of {run} 8 x 8"),
-    (["reconstruct", "--data", "{tmp}/colour.npz"], "the images are 8 x 8 x 3, those of {run} 8 x 8"),
+    (["reconstruct", "--data", "{tmp}/large.npz"], "the images must be 8 x 8 as in {run}, got 9 x 7"),
+    (["reconstruct", "--data", "{tmp}/colour.npz"], "the images must be 8 x 8 as in {run}, got 8 x 8 x 3"),
     (
         ["interpolate", "--from", "0", "--to", "299"],
-        "--to 299: there are 299 held-out images, counted from 0",
+        "--to must be between 0 and 298, as there are 299 validation images, got 299",
     ),
-    (["interpolate", "--from", "-1", "--to", "2"], "--from -1: there are 299 held-out images"),
-    (["interpolate", "--from", "0"], "--from and --to make pairs: got 1 of the one and 0 of the other"),
+    (
+        ["interpolate", "--from", "-1", "--to", "2"],
+        "--from must be between 0 and 298, as there are 299 validation images, got -1",
+    ),
+    (["interpolate", "--from", "0"], "--from and --to must be given equally often, got 1 and 0 of them"),
     (["interpolate", "--steps", "1"], "--steps must be between 2 and 100, got 1"),
-    (["traverse", "--image", "1000"], "--image 1000: there are 299 held-out images, counted from 0"),
+    (
+        ["traverse", "--image", "1000"],
+        "--image must be between 0 and 298, as there are 299 validation images, got 1000",
+    ),
     (["traverse", "-n", "0"], "-n must be at least 1, got 0"),
     (["traverse", "--steps", "101"], "--steps must be between 2 and 100, got 101"),
     (["inpaint", "--mask", "middle"], "--mask must be one of left, right, top, bottom, center, or a box"),
     (["inpaint", "--mask", "1,2,3"], "or a box x0,y0,x1,y1 in pixels, got '1,2,3'"),
     (
         ["inpaint", "--mask", "0,0,9,8"],
-        "--mask 0,0,9,8: not a box in an image of 8 x 8 pixels (width x height)",
+        "--mask 0,0,9,8: the box must lie inside the image of 8 x 8 pixels (width x height)",
     ),
-    (["inpaint", "--mask", "-1,0,4,4"], "--mask -1,0,4,4: not a box"),
-    (["inpaint", "--mask", "4,4,4,8"], "--mask 4,4,4,8: not a box"),
+    (["inpaint", "--mask", "-1,0,4,4"], "--mask -1,0,4,4: the box must lie inside"),
+    (["inpaint", "--mask", "4,4,4,8"], "--mask 4,4,4,8: the box must lie inside"),
     (["inpaint", "--steps", "0"], "--steps must be at least 1, got 0"),
     (["inpaint", "-n", "0"], "-n must be between 1 and 1000, got 0"),
     (["evaluate", "--samples", "0"], "--samples must be at least 1, got 0"),
@@ -579,8 +585,8 @@ COMMANDS = ("sample", "reconstruct", "interpolate", "traverse", "inpaint", "eval
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_is_no_run(tmp_path, capsys, command):
-    assert f"{tmp_path / 'none'}: no such run" in refused(capsys, command, tmp_path / "none")
-    assert "no run" in refused(capsys, command, tmp_path)
+    assert f"{tmp_path / 'none'}: no such run directory" in refused(capsys, command, tmp_path / "none")
+    assert "not a run directory" in refused(capsys, command, tmp_path)
     assert "RUN" in refused(capsys, command)
     assert os.listdir(tmp_path) == []
 
@@ -589,7 +595,7 @@ def test_checkpoint_of_another_likelihood(run, capsys):
     config = run / "config.toml"
     config.write_text(config.read_text().replace('likelihood = "bernoulli"', 'likelihood = "gaussian"'))
     line = refused(capsys, "evaluate", run)
-    assert "a checkpoint of another model: there is no `elbo.likelihood.logvar` in it" in line
+    assert "this checkpoint belongs to another model: `elbo.likelihood.logvar` is missing" in line
 
 
 def test_evaluation_that_cannot_be_written(run, capsys):
@@ -601,7 +607,10 @@ def test_interrupted(run, capsys, monkeypatch):
     def stop(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    for command, module, name in (("evaluate", bounds, "bounds"), ("inpaint", pictures, "save_grid")):
+    for command, module, name in (
+        ("evaluate", bounds, "estimate_bounds"),
+        ("inpaint", pictures, "save_grid"),
+    ):
         monkeypatch.setattr(module, name, stop)
         capsys.readouterr()
         assert cli.main([command, str(run)]) == 130

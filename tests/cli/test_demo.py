@@ -71,12 +71,12 @@ def test_digits(tmp_path, capsys):
     trained = table(text, "1. Trained")
     assert trained.shape == (3, 7)
     assert list(trained[:, 0]) == [1, 2, 3]
-    for negative_elbo, recon, kl in (trained[:, 1:4].T, trained[:, 4:7].T):
-        assert (np.diff(negative_elbo) < 0).all()
-        np.testing.assert_allclose(negative_elbo, recon + kl, atol=0.011)
+    for neg_elbo, recon, kl in (trained[:, 1:4].T, trained[:, 4:7].T):
+        assert (np.diff(neg_elbo) < 0).all()
+        np.testing.assert_allclose(neg_elbo, recon + kl, atol=0.011)
         assert (kl > 0).all()
 
-    compared = table(text, "2. The same")
+    compared = table(text, "2. The same training")
     np.testing.assert_allclose(compared[:, [2, 5]], trained[:, [1, 4]], atol=1e-9)
     np.testing.assert_allclose(compared[:, [1, 4]], compared[:, [2, 5]], rtol=1e-3)
     for part in ("the loss part", "the whole training step"):
@@ -117,8 +117,10 @@ def test_npz(tmp_path, capsys, shape, with_test):
     text, errors = capsys.readouterr()
     assert errors == ""
     size = " x ".join(map(str, shape if shape[2:] == (3,) else shape[:2]))
-    counts = "60 to train on, 7 held out" if with_test else "50 to train on, 10 held out"
-    assert f"images.npz, {size}: {counts}" in text
+    counts = (
+        "60 training images, 7 validation images" if with_test else "50 training images, 10 validation images"
+    )
+    assert f"images.npz, {size}, {counts}" in text
     assert (np.diff(table(text, "1. Trained")[:, [1, 4]], axis=0) < 0).all()
     assert sorted(os.listdir(out)) == PICTURES
     with Image.open(out / "samples.png") as picture:
@@ -133,7 +135,7 @@ def test_two_images_are_enough(tmp_path):
 
 
 def test_same_seed_same_run():
-    kept = data.digits(0)
+    kept = data.load_digits(0)
     runs = []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
@@ -230,7 +232,7 @@ FILES = {
     "truncated": (_truncated, "not an .npz file that numpy can read"),
     "no x_train": (
         _saved(images=good),
-        "no array `x_train` in this file, only images; images are stored with",
+        "the array `x_train` is missing, found only images; save images with",
     ),
     "objects": (
         _saved(x_train=np.array([[[{}]]], dtype=object)),
@@ -246,8 +248,11 @@ FILES = {
     "planes first": (_saved(x_train=np.zeros((5, 3, 8, 8), np.uint8)), "store x_train.transpose(0, 2, 3, 1)"),
     "no images": (_saved(x_train=good[:0]), "is empty"),
     "no pixels": (_saved(x_train=good[:, :0]), "is empty"),
-    "one image": (_saved(x_train=good[:1]), "one image is too few"),
-    "another x_test": (_saved(x_train=good, x_test=good[:, :3]), "`x_test` must hold images of the size"),
+    "one image": (_saved(x_train=good[:1]), "one image is not enough"),
+    "another x_test": (
+        _saved(x_train=good, x_test=good[:, :3]),
+        "`x_test` must have images of the same size",
+    ),
     "empty x_test": (_saved(x_train=good, x_test=good[:0]), "`x_test` is empty"),
 }
 

@@ -19,4 +19,4 @@ def test_doctor_without_the_extension(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 1
     text, errors = capsys.readouterr()
     assert text.startswith(f"fastvae {fastvae.__version__}\n")
-    assert errors == f"fastvae: native does not serve the CPU: {reason}\n"
+    assert errors == f"fastvae: the native kernels do not run on the CPU: {reason}\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import rich
-from run_files import in_a_process, one_line
+from run_files import error_line, run_python
 
 from fastvae import cli
 
@@ -23,7 +23,7 @@ def test_a_reader_that_has_gone(
         with os.fdopen(writing, "w") as pipe, monkeypatch.context() as patched:
             patched.setattr(sys, "stdout", pipe)
             assert cli.main(arguments) == 2
-        assert one_line(capsys) == "fastvae: standard output: cannot be written: broken pipe\n"
+        assert error_line(capsys) == "fastvae: standard output: cannot be written: broken pipe\n"
         rich.print("What this process prints afterwards is shown.")
         assert capsys.readouterr().out == "What this process prints afterwards is shown.\n"
 
@@ -33,14 +33,14 @@ def test_a_full_disk(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     with open("/dev/full", "w") as full, monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", full)
         assert cli.main(["--version"]) == 2
-    assert one_line(capsys) == "fastvae: standard output: cannot be written: no space left on device\n"
+    assert error_line(capsys) == "fastvae: standard output: cannot be written: no space left on device\n"
 
 
 def test_closed_output(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", None)
         assert cli.main(["--version"]) == 2
-    assert one_line(capsys) == "fastvae: standard output is closed\n"
+    assert error_line(capsys) == "fastvae: standard output is closed\n"
 
 
 def test_another_error_of_the_system_is_not_taken_for_one_of_the_output(
@@ -56,7 +56,7 @@ def test_another_error_of_the_system_is_not_taken_for_one_of_the_output(
 
 def test_a_path_that_is_not_utf_8(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*DIGITS, "--out", os.fsdecode(b"caf\xe9")]) == 2
-    assert one_line(capsys) == "fastvae: 'caf\\udce9': not in UTF-8; rename the file, or link to it\n"
+    assert error_line(capsys) == "fastvae: 'caf\\udce9': not in UTF-8; rename the file, or link to it\n"
 
 
 IMPORTS = """
@@ -84,5 +84,5 @@ sys.exit(main(["doctor"]))
 )
 def test_before_torch_is_there(raised: str, code: int, line: str) -> None:
     """Neither `import fastvae` nor its command line loads torch: what happens then is theirs to tell."""
-    done = in_a_process("-c", IMPORTS.format(raised))
+    done = run_python("-c", IMPORTS.format(raised))
     assert (done.returncode, done.stderr) == (code, f"fastvae: {line}\n")

@@ -49,7 +49,7 @@ def test_exact_posterior_gives_the_exact_likelihood(backend):
     """Every weight is then p(x): one sample is as good as many."""
     model, x, log_likelihood = linear_gaussian(orthogonal=True)
     for samples in (1, 20):
-        found, _ = bounds.bounds(model, x, samples)
+        found, _ = bounds.estimate_bounds(model, x, samples)
         torch.testing.assert_close(-found.nll, log_likelihood, rtol=0, atol=2e-5)
 
 
@@ -60,7 +60,7 @@ def test_importance_weighting_approaches_the_likelihood_from_below(native):
         model.encoder.bias += torch.cat([off, off])  # the mean aside, and the variance too large
     gaps = []
     for samples in (1, 10, 100, 3000):
-        found, mu = bounds.bounds(model, x, samples, seed=1)
+        found, mu = bounds.estimate_bounds(model, x, samples, seed=1)
         gaps.append((log_likelihood + found.nll).mean().item())
     assert gaps == sorted(gaps, reverse=True)
     assert gaps[0] > 10 * gaps[2] > 0
@@ -82,7 +82,7 @@ def test_weights_against_a_formula_of_its_own(native):
     encoder, decoder = nn.Linear(10, 8), nn.Linear(4, 10)
     model = VAE(encoder, decoder, fastvae.ELBO("bernoulli"), latents=4, dimensions=10)
     x = torch.rand(6, 10).round()
-    found, mu = bounds.bounds(model, x, 7, seed=5, first_row=3)
+    found, mu = bounds.estimate_bounds(model, x, 7, seed=5, first_row=3)
     normal = torch.distributions.Normal
     with torch.no_grad():
         mean, logvar = encoder(x).double().chunk(2, dim=1)
@@ -102,8 +102,10 @@ def test_weights_against_a_formula_of_its_own(native):
 
 def test_neither_the_batch_nor_its_place_matters(native):
     model, x, _ = linear_gaussian(orthogonal=False)
-    whole, _ = bounds.bounds(model, x, 5)
-    parts = [bounds.bounds(model, part, 5, first_row=90 * i)[0] for i, part in enumerate(x.split(90))]
+    whole, _ = bounds.estimate_bounds(model, x, 5)
+    parts = [
+        bounds.estimate_bounds(model, part, 5, first_row=90 * i)[0] for i, part in enumerate(x.split(90))
+    ]
     for value, pieces in zip(whole, zip(*parts, strict=True), strict=True):
         torch.testing.assert_close(value, torch.cat(pieces), rtol=1e-6, atol=1e-5)
 
@@ -113,6 +115,6 @@ def test_far_weights_do_not_overflow(native):
     model, x, _ = linear_gaussian(orthogonal=False)
     with torch.no_grad():
         model.encoder.bias[:3] += 200
-    found, _ = bounds.bounds(model, x, 3)
+    found, _ = bounds.estimate_bounds(model, x, 3)
     assert found.nll.isfinite().all()
     assert (found.nll > 1e4).all()

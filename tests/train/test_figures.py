@@ -30,8 +30,8 @@ def test_loss_curve(tmp_path, epochs):
             "epoch": e + 1,
             "train_nll": 100 + 400 * math.exp(-e),
             "train_kl": 10.0 - 5 / (e + 1),
-            "held_out_nelbo": 112 + 300 * math.exp(-e),
-            "held_out_kl": 11.0,
+            "val_neg_elbo": 112 + 300 * math.exp(-e),
+            "val_kl": 11.0,
             "beta": min(1.0, e / 10),
         }
         for e in range(epochs)

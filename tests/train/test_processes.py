@@ -4,7 +4,7 @@ import types
 
 import pytest
 import torch
-from run_files import QUICK, in_a_process, rows, weights
+from run_files import QUICK, read_metrics, run_python, weights
 
 from fastvae.train import kinds
 from fastvae.train.image import data, loader
@@ -41,7 +41,7 @@ def test_two_processes_train_as_one(tmp_path):
     script.write_text(RANKS)
     first = {}
     for devices in ("1", "2"):
-        done = in_a_process(
+        done = run_python(
             str(script), "train", "mlp", "--out", str(tmp_path / devices), *options, "--devices", devices,
             "--strategy", "auto" if devices == "1" else "ddp",
         )  # fmt: skip
@@ -57,8 +57,8 @@ def test_two_processes_train_as_one(tmp_path):
     assert sum(halves) / 2 == pytest.approx(float(whole["loss"]), rel=1e-6)
     assert abs(halves[0] - halves[1]) > 1e-3
 
-    assert "1 of 16 steps skipped, the weights left as they were: nll of step 3" in done.stdout
-    one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
+    assert "1 of 16 steps were skipped because nll of step 3" in done.stdout
+    one, two = read_metrics(tmp_path / "1"), read_metrics(tmp_path / "2")
     assert [row["skipped_steps"] for row in two] == ["0", "1", "0"]
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
@@ -77,12 +77,12 @@ def test_batches_of_all_processes_together(world, n):
     images = data.Images("numbers", x, x)
     settings = kinds.recipes()["mlp"](batch_size=6, likelihood="gaussian", devices=world)
 
-    def parts(held_out, epoch, world=world):
+    def parts(val, epoch, world=world):
         each = []
         for rank in range(world):
             kept = loader.ImageData(images, settings)
             kept.trainer = types.SimpleNamespace(global_rank=rank, world_size=world, current_epoch=epoch)
-            batches = kept.val_dataloader() if held_out else kept.train_dataloader()
+            batches = kept.val_dataloader() if val else kept.train_dataloader()
             each.append(list(batches))
             assert len(each[-1]) == len(batches)
         return each
@@ -97,6 +97,6 @@ def test_batches_of_all_processes_together(world, n):
         assert sum(map(len, whole)) == n - lost
         assert len(one) == len(whole)
         assert all(torch.equal(a, b[: len(a)]) for a, (b, _) in zip(whole, one, strict=True))
-    held_out = torch.cat([x for batch in zip(*parts(True, 0), strict=True) for x, _ in batch])
-    assert torch.equal((held_out.flatten() * 256).floor(), torch.arange(n).float())
+    val = torch.cat([x for batch in zip(*parts(True, 0), strict=True) for x, _ in batch])
+    assert torch.equal((val.flatten() * 256).floor(), torch.arange(n).float())
     assert not torch.equal(parts(False, 0)[0][0][0], parts(False, 1)[0][0][0])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_files import QUICK, assert_same_run, in_a_process, one_line, rows, train, weights
+from run_files import QUICK, assert_same_run, error_line, read_metrics, run_python, train, weights
 
 from fastvae import cli
 from fastvae.train import callbacks, files, image
@@ -51,20 +51,20 @@ def test_moving_average_is_what_is_saved_and_validated(tmp_path):
 
 
 def test_moving_average_follows_at_first_and_then_decays():
-    update = callbacks.average(0.5)._kwargs["multi_avg_fn"]
+    update = callbacks.weight_average(0.5)._kwargs["multi_avg_fn"]
     for steps, share in ((0, 0.9), (2, 1 - 3 / 12), (1000, 0.5)):
         averaged = [torch.zeros(3)]
         update(averaged, [torch.ones(3)], steps)
         assert torch.allclose(averaged[0], torch.full((3,), share))
 
 
-@pytest.mark.usefixtures("drawn")
+@pytest.mark.usefixtures("with_pictures")
 def test_moving_average_is_what_is_drawn(tmp_path, monkeypatch):
     drawn = []
-    draw = image_callbacks.Pictures.draw
+    draw = image_callbacks.SaveImages.save_examples
     monkeypatch.setattr(
-        image_callbacks.Pictures,
-        "draw",
+        image_callbacks.SaveImages,
+        "save_examples",
         lambda self, model: (drawn.append(model.encoder[1].weight.detach().clone()), draw(self, model)),
     )
     assert train(tmp_path / "run", "--ema", "0.99", "--epochs", "1") == 0
@@ -138,10 +138,10 @@ def test_interrupt(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module.ImageVAE, "training_step", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     assert train(tmp_path / "run", "--epochs", "3") == 130
-    assert f"fastvae resume {tmp_path / 'run'}" in one_line(capsys)
+    assert f"fastvae resume {tmp_path / 'run'}" in error_line(capsys)
     assert signal.getsignal(signal.SIGINT) is handler
     monkeypatch.undo()
-    monkeypatch.setattr("fastvae.train.callbacks.is_drawn", lambda trainer: False)
+    monkeypatch.setattr("fastvae.train.callbacks.should_save_examples", lambda trainer: False)
     assert cli.main(["resume", str(tmp_path / "run")]) == 0
     assert train(tmp_path / "whole", "--epochs", "3") == 0
     assert_same_run(tmp_path / "run", tmp_path / "whole")
@@ -156,7 +156,7 @@ from fastvae.train.image import module
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
-callbacks.is_drawn = lambda trainer: False
+callbacks.should_save_examples = lambda trainer: False
 place, *arguments = sys.argv[1:]
 step, save, saved = module.ImageVAE.training_step, torch.save, 0
 
@@ -188,7 +188,7 @@ cli.main(arguments)
 )
 def test_killed_run_goes_on(tmp_path, place):
     run, whole = tmp_path / "run", tmp_path / "whole"
-    died = in_a_process("-c", KILLED, place, "train", "mlp", "--out", str(run), *QUICK, "--epochs", "3")
+    died = run_python("-c", KILLED, place, "train", "mlp", "--out", str(run), *QUICK, "--epochs", "3")
     assert died.returncode == -signal.SIGKILL, died.stderr
     parts = [path.name for path in run.rglob("*.part")]
     assert bool(parts) is place.startswith("saving")
@@ -210,7 +210,7 @@ def test_edited_settings_count_when_resumed(tmp_path, before, after):
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     rates = [group["lr"] for group in saved["optimizer_states"][0]["param_groups"]]
     assert rates == ([0.01, 0.1] if "lr" in after else [0.001, 0.01])
-    assert float(rows(run)[-1]["beta"]) == (1.0 if "lr" in after else 0.25)
+    assert float(read_metrics(run)[-1]["beta"]) == (1.0 if "lr" in after else 0.25)
 
 
 def test_two_processes_in_one_folder(tmp_path, capsys):
@@ -226,9 +226,9 @@ def test_two_processes_in_one_folder(tmp_path, capsys):
         ["train", "mlp", "--out", str(run), *QUICK, "--overwrite"],
     ):
         assert cli.main(command) == 2
-        assert f"{run}: this run is being trained, by another process" in one_line(capsys)
+        assert f"{run}: another process is training this run" in error_line(capsys)
     assert (run / "config.toml").read_bytes() == before
-    assert len(rows(run)) == 1
+    assert len(read_metrics(run)) == 1
     os.close(other)
     assert cli.main(["resume", str(run), "--epochs", "2"]) == 0
 
@@ -237,7 +237,7 @@ def test_nothing_left_to_resume(tmp_path, capsys):
     assert train(tmp_path / "run", "--epochs", "1") == 0
     capsys.readouterr()
     assert cli.main(["resume", str(tmp_path / "run")]) == 2
-    assert "--epochs" in one_line(capsys)
+    assert "--epochs" in error_line(capsys)
 
 
 def test_existing_run_is_replaced_only_when_asked(tmp_path, capsys):
@@ -247,12 +247,12 @@ def test_existing_run_is_replaced_only_when_asked(tmp_path, capsys):
     before = (run / "metrics.csv").read_text()
     capsys.readouterr()
     assert train(run, "--epochs", "1") == 2
-    error = one_line(capsys)
+    error = error_line(capsys)
     assert f"fastvae resume {run}" in error
     assert "--overwrite" in error
     assert (run / "metrics.csv").read_text() == before
     assert train(run, "--epochs", "1", "--overwrite") == 0
-    assert len(rows(run)) == 1
+    assert len(read_metrics(run)) == 1
     assert (run / "notes.txt").read_text() == "mine"
 
 
@@ -265,7 +265,7 @@ def test_what_fastvae_did_not_make_is_not_touched(tmp_path, capsys, name, overwr
     file.parent.mkdir(parents=True)
     file.write_text("mine")
     assert train(tmp_path / "project", "--epochs", "1", *overwrite) == 2
-    assert f"{tmp_path / 'project' / Path(name).parts[0]}: there already" in one_line(capsys)
+    assert f"{tmp_path / 'project' / Path(name).parts[0]}: this file would be replaced" in error_line(capsys)
     assert file.read_text() == "mine"
     assert not (tmp_path / "project" / "config.toml").exists()
 

@@ -1,11 +1,11 @@
-"""Steps that cannot be taken are left out, counted and named."""
+"""StepLog that cannot be taken are left out, counted and named."""
 
 import math
 from itertools import pairwise
 
 import pytest
 import torch
-from run_files import one_line, rows, train
+from run_files import error_line, read_metrics, train
 
 from fastvae import cli
 from fastvae.train import callbacks, image, messages, processes
@@ -49,17 +49,17 @@ def test_non_finite_step_is_skipped_counted_and_named(tmp_path, capsys, monkeypa
         raising=False,
     )
     assert train(tmp_path / "run", "--epochs", "2", *clip) == 0
-    assert f"1 of 12 steps skipped, the weights left as they were: {term} of step 5 is not finite" in (
-        capsys.readouterr().out
+    assert f"1 of 12 steps were skipped because {term} of step 5 is not finite" in (capsys.readouterr().out)
+    assert [row["skipped_steps"] for row in read_metrics(tmp_path / "run")] == ["1", "0"]
+    assert all(
+        math.isfinite(float(value)) for row in read_metrics(tmp_path / "run") for value in row.values()
     )
-    assert [row["skipped_steps"] for row in rows(tmp_path / "run")] == ["1", "0"]
-    assert all(math.isfinite(float(value)) for row in rows(tmp_path / "run") for value in row.values())
     assert [torch.equal(a, b) for a, b in pairwise(after)] == [step == 4 for step in range(1, 24)]
 
 
 def test_only_the_first_process_tells_of_a_mistake(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module.ImageVAE, "decode", lambda self, z: self.decoder(z) * math.inf)
-    monkeypatch.setattr(processes, "is_first", lambda: False)
+    monkeypatch.setattr(processes, "is_main_process", lambda: False)
     (tmp_path / "run").mkdir()
     with pytest.raises(SystemExit) as ended:
         train(tmp_path / "run", "--epochs", "2")
@@ -70,7 +70,7 @@ def test_only_the_first_process_tells_of_a_mistake(tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize(
     ("epoch", "advice"),
     [
-        (1, "with the weights that the run starts from, whatever --lr: look at the data"),
+        (1, "the initial weights already cause this, whatever --lr: check the data"),
         (2, "try a smaller --lr, or --clip 1"),
     ],
 )
@@ -82,13 +82,13 @@ def test_epoch_that_never_steps_is_an_error(tmp_path, capsys, monkeypatch, epoch
 
     monkeypatch.setattr(module.ImageVAE, "decode", decode)
     assert train(tmp_path / "run", "--epochs", "2") == 2
-    line = one_line(capsys)
-    assert f"every step of epoch {epoch} was skipped: nll of step 1 is not finite; " in line
+    line = error_line(capsys)
+    assert f"every step of epoch {epoch} was skipped because nll of step 1 is not finite; " in line
     assert advice in line
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists() == (epoch > 1)
 
 
-@pytest.mark.usefixtures("drawn")
+@pytest.mark.usefixtures("with_pictures")
 def test_weights_that_give_no_finite_held_out_loss_are_not_kept(tmp_path, capsys, monkeypatch):
     def spoilt(epochs):
         encode = module.ImageVAE.encode
@@ -103,23 +103,23 @@ def test_weights_that_give_no_finite_held_out_loss_are_not_kept(tmp_path, capsys
     spoilt([0])
     assert train(run, "--epochs", "1") == 0
     assert (
-        "warning: the held-out loss of epoch 1 is not finite: no checkpoint is kept"
+        "warning: the validation loss of epoch 1 is not finite, so no checkpoint was saved"
         in capsys.readouterr().out
     )
     assert not (run / "checkpoints").exists()
     assert cli.main(["sample", str(run)]) == 2
-    assert "no checkpoints/best.ckpt yet" in one_line(capsys)
+    assert "checkpoints/best.ckpt does not exist yet" in error_line(capsys)
     monkeypatch.undo()
     assert cli.main(["resume", str(run)]) == 0
     spoilt([1])
     assert cli.main(["resume", str(run), "--epochs", "2"]) == 0
-    assert len(rows(run)) == 2
+    assert len(read_metrics(run)) == 2
     for name in ("last", "best"):
         assert image.load(run, checkpoint=name).epoch == 1
 
 
 def test_the_columns_of_a_run_that_diverges_keep_apart():
-    names = ("train_loss", "train_nll", "train_kl", "held_out_nelbo", "held_out_nll", "held_out_kl")
+    names = ("train_loss", "train_nll", "train_kl", "val_neg_elbo", "val_nll", "val_kl")
     values = (1234567.891, -1e12, math.inf, 3.4e38, 99999.994, 0.5)
     row = {"epoch": 3, "active_units": 4, "seconds": 1.5, **dict(zip(names, values, strict=True))}
     line = callbacks._line(row, (("perplexity", "perplexity", 2), ("skipped", "x", 0)))
@@ -129,6 +129,6 @@ def test_the_columns_of_a_run_that_diverges_keep_apart():
 
 
 def test_commands_are_quoted_for_a_shell():
-    assert messages.command("resume", "runs/my run's", "--epochs", 4) == (
+    assert messages.shell_command("resume", "runs/my run's", "--epochs", 4) == (
         """fastvae resume 'runs/my run'"'"'s' --epochs 4"""
     )

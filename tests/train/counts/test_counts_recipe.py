@@ -16,7 +16,7 @@ from PIL import Image
 from fastvae.cli import main
 from fastvae.train import counts
 from fastvae.train.counts import cells
-from fastvae.train.counts.callbacks import means
+from fastvae.train.counts.callbacks import posterior_means
 from fastvae.train.counts.recipe import Counts
 from fastvae.train.errors import InputError
 
@@ -49,7 +49,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def rows_of(run: Path) -> list[dict[str, str]]:
+def read_metrics(run: Path) -> list[dict[str, str]]:
     with (run / "metrics.csv").open() as lines:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(lines)]
 
@@ -71,21 +71,21 @@ def rows_of(run: Path) -> list[dict[str, str]]:
 def test_train_and_evaluate(file: Path, tmp_path: Path, capsys: Any, options: tuple[str, ...]) -> None:
     run = tmp_path / "run"
     assert train(run, file, *options, "--epochs", "4") == 0
-    rows = rows_of(run)
+    rows = read_metrics(run)
     assert len(rows) == 4
-    assert float(rows[-1]["held_out_nelbo"]) < float(rows[0]["held_out_nelbo"])
+    assert float(rows[-1]["val_neg_elbo"]) < float(rows[0]["val_neg_elbo"])
     assert {"config.toml", "cells.json", "latents.png", "loss.png", "checkpoints"} <= {
         p.name for p in run.iterdir()
     }
     said = capsys.readouterr().out
-    assert "75 cells to train on, 15 held out; 30 genes" in said
+    assert "75 training cells, 15 validation cells, 30 genes" in said
     assert "fastvae sample" not in said
 
     assert main(["evaluate", str(run), "--samples", "5"]) == 0
     written = json.loads((run / "evaluation.json").read_text())
     assert written["cells"] == 15
-    assert written["iw_nll"] < written["nelbo"]
-    assert abs(written["nelbo"] - written["reconstruction"] - written["kl"]) < 1e-6
+    assert written["iw_nll"] < written["neg_elbo"]
+    assert abs(written["neg_elbo"] - written["reconstruction"] - written["kl"]) < 1e-6
     assert "nats per cell" in capsys.readouterr().out
 
 
@@ -94,7 +94,7 @@ def test_resume_gives_the_same_numbers(file: Path, tmp_path: Path) -> None:
     assert train(whole, file, "--epochs", "3") == 0
     assert train(stopped, file, "--epochs", "2") == 0
     assert main(["resume", str(stopped), "--epochs", "3"]) == 0
-    assert rows_of(stopped) == rows_of(whole)
+    assert read_metrics(stopped) == read_metrics(whole)
     weights = [
         torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for run in (whole, stopped)
@@ -111,9 +111,9 @@ def test_kinds_of_cells_stand_apart(file: Path, tmp_path: Path) -> None:
     assert train(run, file, "--epochs", "60", "--lr", "0.01") == 0
     opened = counts.load(run)
     data = opened.cells
-    mu = means(opened.model, data, data.held_out)
-    labels = data.labels[data.held_out]
-    trained = means(opened.model, data, data.train)
+    mu = posterior_means(opened.model, data, data.val)
+    labels = data.labels[data.val]
+    trained = posterior_means(opened.model, data, data.train)
     centres = torch.stack([trained[data.labels[data.train] == kind].mean(0) for kind in range(3)])
     assert (torch.cdist(mu, centres).argmin(1) == labels).float().mean() > 0.9
     picture = np.asarray(Image.open(run / "latents.png").convert("RGB")).reshape(-1, 3)
@@ -136,7 +136,7 @@ def test_a_batch_covariate(file: Path, tmp_path: Path) -> None:
     np.savez(second, x=everything["x"][50:], batch=batch[50:])
     assert (counts.load(run, data=str(second)).cells.batches == 1).all()
     np.savez(second, x=everything["x"][50:], batch=np.full(40, "third"))
-    with pytest.raises(InputError, match=r"the batch 'third' is none of those .*: 'first', 'second'"):
+    with pytest.raises(InputError, match=r"the batch 'third' is not one of those .*: 'first', 'second'"):
         _ = counts.load(run, data=str(second)).cells
 
 
@@ -146,11 +146,14 @@ def test_commands_for_images_say_so(file: Path, tmp_path: Path, capsys: Any, com
     assert train(run, file, "--epochs", "1") == 0
     assert main([command, str(run)]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"fastvae: {run}: a run of counts, and this is for images; there are evaluate and resume"
+        f"fastvae: {run}: this is a run of counts, which supports only evaluate and resume"
     ]
     if command == "sample":
         assert main([command, str(run), "--best", "4"]) == 2
-        assert capsys.readouterr().err == "fastvae: --best is for runs of images, and this is one of counts\n"
+        assert (
+            capsys.readouterr().err
+            == "fastvae: --best only applies to runs of images; this is a run of counts\n"
+        )
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
@@ -179,9 +182,9 @@ def test_forms_of_a_matrix(tmp_path: Path, form: str) -> None:
         np.savez(path, **{form: everything["x"]})
     data = load(path)
     assert data.labels is None
-    both = torch.cat((data.held_out, data.train))
+    both = torch.cat((data.val, data.train))
     assert sorted(both.tolist()) == list(range(CELLS))
-    some = cells.batch(data, both)
+    some = cells.make_batch(data, both)
     assert np.array_equal(some.counts.numpy(), everything["x"][both.numpy()])
     assert torch.equal(some.library, some.counts.sum(1, keepdim=True))
 
@@ -196,8 +199,8 @@ def test_a_pickled_column_that_nobody_needs(tmp_path: Path) -> None:
 
 
 def test_the_split_is_the_seeds(file: Path) -> None:
-    assert torch.equal(load(file).held_out, load(file).held_out)
-    assert not torch.equal(load(file).held_out, load(file, seed=1).held_out)
+    assert torch.equal(load(file).val, load(file).val)
+    assert not torch.equal(load(file).val, load(file, seed=1).val)
 
 
 def test_labels(file: Path) -> None:
@@ -213,8 +216,8 @@ def test_empty_cells_are_left_out(file: Path) -> None:
     everything["x"][4] = 0
     np.savez(file, **everything)
     data = load(file)
-    assert 4 not in torch.cat((data.held_out, data.train)).tolist()
-    assert data.notes == ("cells without a single count are left out: 1",)
+    assert 4 not in torch.cat((data.val, data.train)).tolist()
+    assert data.notes == ("skipped 1 cells without any counts",)
 
 
 def test_h5ad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +247,7 @@ def test_h5ad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(data.counts.toarray(), everything["x"])
     read.obs["batch"][3:5] = [None, None]
     with pytest.raises(
-        InputError, match=rf"`batch` has no value for 2 of the {CELLS} cells, cell 3 the first of them"
+        InputError, match=rf"`batch` has no value for 2 of the {CELLS} cells, the first of which is cell 3"
     ):
         load(path)
     read.layers = {}
@@ -258,8 +261,8 @@ def test_h5ad_without_anndata(tmp_path: Path, capsys: Any, monkeypatch: pytest.M
     path = tmp_path / "cells.h5ad"
     path.touch()
     assert train(tmp_path / "run", path) == 2
-    assert (
-        capsys.readouterr().err == f"fastvae: {path}: needs a package that is missing: pip install anndata\n"
+    assert capsys.readouterr().err == (
+        f"fastvae: {path}: .h5ad files need the package anndata: pip install anndata\n"
     )
 
 
@@ -284,31 +287,34 @@ def with_count(value: float) -> np.ndarray:
 
 BAD = {
     "no file": (None, "no such file"),
-    "negative": (changed(x=with_count(-1)), "a count is negative: -1, of cell 2, gene 5"),
+    "negative": (changed(x=with_count(-1)), "a count is negative: -1 in cell 2, gene 5"),
     "fractional": (
         changed(x=with_count(0.5)),
-        "a count is fractional (normalised or log-transformed? the raw counts are needed): 0.5, of cell 2, gene 5",
+        "a count is fractional, but raw counts are needed (normalised or log-transformed?): 0.5 in cell 2, gene 5",
     ),
-    "infinite": (changed(x=with_count(np.inf)), "a count is not finite: inf, of cell 2, gene 5"),
-    "no genes": (changed(x=np.zeros((CELLS, 0))), f"no genes: the counts have the shape ({CELLS}, 0)"),
-    "no cells": (changed(x=np.zeros((0, 3)), label=None), "no cells: the counts have the shape (0, 3)"),
-    "one cell": (changed(x=np.ones((1, 3)), label=None), "1 cells with counts are too few"),
+    "infinite": (changed(x=with_count(np.inf)), "a count is not finite: inf in cell 2, gene 5"),
+    "no genes": (changed(x=np.zeros((CELLS, 0))), f"there are no genes: the counts have shape ({CELLS}, 0)"),
+    "no cells": (changed(x=np.zeros((0, 3)), label=None), "there are no cells: the counts have shape (0, 3)"),
+    "one cell": (
+        changed(x=np.ones((1, 3)), label=None),
+        "expected at least 2 cells with counts, for training and validation, got 1",
+    ),
     "words": (changed(x=np.full((CELLS, 3), "a")), "the counts must be numbers, got <U1"),
-    "a cube": (changed(x=np.zeros((3, 4, 5))), "must be a matrix, cells by genes, got the shape (3, 4, 5)"),
+    "a cube": (changed(x=np.zeros((3, 4, 5))), "must be a matrix, cells by genes, got shape (3, 4, 5)"),
     "labels of others": (
         changed(label=np.arange(7)),
-        f"`label` must have one value for each of the {CELLS} cells, got the shape (7,)",
+        f"`label` must have one value for each of the {CELLS} cells, got shape (7,)",
     ),
     "batches of others": (changed(batch=np.arange(7)), "`batch` must have one value for each"),
     "no matrix": (
         changed(x=None),
-        "it holds label; store the counts, cells by genes, with scipy.sparse.save_npz(path",
+        "the file contains label; save the counts, cells by genes, with scipy.sparse.save_npz(path",
     ),
     "a sparse matrix that is none": (
         changed(
             x=None, data=np.ones(3), indices=np.zeros(3), indptr=np.array([0, 9]), shape=np.array([1, 2])
         ),
-        "not a sparse matrix",
+        "not a valid sparse matrix",
     ),
 }
 
@@ -326,13 +332,13 @@ def test_bad_files_are_told_in_one_line(tmp_path: Path, capsys: Any, name: str) 
 
 
 BAD_OPTIONS = {
-    "no data": (["train", "counts"], "--data is needed"),
-    "another file": (["train", "counts", "--data", __file__], "must be an .npz or an .h5ad file"),
-    "no such label": (["--label", "kind"], "--label kind: there is none in"),
+    "no data": (["train", "counts"], "--data is missing"),
+    "another file": (["train", "counts", "--data", __file__], "the file must end in .npz or .h5ad"),
+    "no such label": (["--label", "kind"], "has no such column, only label"),
     "no such likelihood": (["--likelihood", "normal"], "--likelihood must be one of zinb, nb, poisson"),
     "dispersion of none": (
         ["--likelihood", "poisson", "--dispersion", "gene-cell"],
-        "--dispersion is of zinb and nb, and --likelihood is poisson",
+        "--dispersion only applies to --likelihood zinb or nb, got poisson",
     ),
 }
 
@@ -361,7 +367,7 @@ def test_data_of_other_genes(file: Path, tmp_path: Path, capsys: Any) -> None:
     np.savez(other, x=made(genes=12)["x"])
     capsys.readouterr()
     assert main(["evaluate", str(run), "--data", str(other)]) == 2
-    assert f"12 genes, and the model of {run} is of {GENES}" in capsys.readouterr().err
+    assert f"expected {GENES} genes as in {run}, got 12" in capsys.readouterr().err
     file.unlink()
     assert main(["resume", str(run), "--epochs", "2"]) == 2
-    assert f"(the data of {run}; give others with --data)" in capsys.readouterr().err
+    assert f"(the data of {run}; use --data to give other data)" in capsys.readouterr().err

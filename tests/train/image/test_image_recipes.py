@@ -8,18 +8,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from run_files import assert_same_run, one_line, rows, weights
+from run_files import assert_same_run, error_line, read_metrics, weights
 from torch import nn
 
 from fastvae import cli, functional, reference
 from fastvae.train import callbacks, runs, trainer
-from fastvae.train.draws import generator
 from fastvae.train.errors import InputError
-from fastvae.train.image import KIND, data, generate, layers, load, loader, start
+from fastvae.train.image import KIND, data, generate, init_weights, layers, load, loader
 from fastvae.train.image.gan import AdversarialVAE as Module
 from fastvae.train.image.recipes.conv_lstm import ConvLSTM
-from fastvae.train.image.recipes.residual import Colour, Photos
+from fastvae.train.image.recipes.resnet import Photos, ResNet
 from fastvae.train.image.recipes.vae_gan import VAEGAN, Discriminator
+from fastvae.train.seeding import seeded_generator
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
@@ -59,7 +59,7 @@ def train(recipe: str, out: Path, source: Path, *options: str) -> int:
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (15, 33, 3), (31, 9, 3), (64, 64, 3)])
-@pytest.mark.parametrize("recipe", [ConvLSTM, Colour, Photos, VAEGAN])
+@pytest.mark.parametrize("recipe", [ConvLSTM, ResNet, Photos, VAEGAN])
 def test_networks_keep_every_size(recipe, shape):
     settings = recipe(channels=4, latent=5, likelihood="gaussian")
     encoder, decoder = settings.build(shape)
@@ -68,11 +68,11 @@ def test_networks_keep_every_size(recipe, shape):
     assert decoder(torch.randn(2, 5)).shape == (2, channels, height, width)
 
 
-@pytest.mark.parametrize("recipe", ["conv-lstm", "gaussian", "photos", "vae-gan"])
+@pytest.mark.parametrize("recipe", ["conv-lstm", "resnet", "photos", "vae-gan"])
 def test_too_small_images(recipe, tmp_path, capsys):
     np.savez(tmp_path / "small.npz", x_train=np.zeros((9, 7, 20, 3), np.uint8))
     assert train(recipe, tmp_path / "run", tmp_path / "small.npz") == 2
-    assert f"{recipe}: images must be at least 8 x 8 pixels, got 7 x 20" in one_line(capsys)
+    assert f"{recipe}: images must be at least 8 x 8 pixels, got 7 x 20" in error_line(capsys)
 
 
 def test_halves():
@@ -119,25 +119,25 @@ def test_the_decoders_lstm_has_a_step_for_each_row():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variance", ["fixed", "learned", "per-pixel"])
+@pytest.mark.parametrize("variance", ["fixed", "learned", "per-element"])
 def test_variances(colours, tmp_path, capsys, variance):
     out = tmp_path / "run"
     options = ["--sigma", "0.5"] if variance == "fixed" else ["--logvar-min", "-9", "--logvar-max", "1"]
-    assert train("gaussian", out, colours, "--epochs", "2", "--variance", variance, *options) == 0
+    assert train("resnet", out, colours, "--epochs", "2", "--variance", variance, *options) == 0
     likelihood = load(out).model.likelihood
-    expected = {"fixed": 0.5, "learned": "learned", "per-pixel": "per_element"}[variance]
+    expected = {"fixed": 0.5, "learned": "learned", "per-element": "per_element"}[variance]
     assert likelihood.scale == expected
     assert likelihood.logvar_bounds == (None if variance == "fixed" else (-9, 1))
     words = {"fixed": "standard deviation 0.5", "learned": "one learned variance"}
     assert words.get(variance, "a variance for each pixel") in capsys.readouterr().out
-    bits = float(rows(out)[-1]["held_out_nelbo"]) / (16 * 20 * 3 * math.log(2)) + 8
-    assert float(rows(out)[-1]["held_out_bits_per_dim"]) == pytest.approx(bits, rel=1e-5)
+    bits = float(read_metrics(out)[-1]["val_neg_elbo"]) / (16 * 20 * 3 * math.log(2)) + 8
+    assert float(read_metrics(out)[-1]["val_bits_per_dim"]) == pytest.approx(bits, rel=1e-5)
 
 
 def test_a_variance_per_pixel_starts_from_the_data(colours):
     images = data.load(str(colours))
-    model = runs.fresh(KIND, Colour(variance="per-pixel", channels=4), (16, 20, 3), images)
-    x = loader.prepare(images.train, model_settings := Colour(), torch.Generator().manual_seed(0))
+    model = runs.new_model(KIND, ResNet(variance="per-element", channels=4), (16, 20, 3), images)
+    x = loader.prepare(images.train, model_settings := ResNet(), torch.Generator().manual_seed(0))
     assert model_settings.likelihood == "gaussian"
     with torch.no_grad():
         params = model.decode(torch.randn(20, model.latents))
@@ -150,31 +150,31 @@ def test_a_variance_per_pixel_starts_from_the_data(colours):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--sigma", "2"], "--sigma is of a fixed variance: give --variance fixed"),
-        (["--likelihood", "dmol", "--variance", "fixed"], "--variance is of the Gaussian likelihood"),
-        (["--components", "3"], "--components is of dmol: give --likelihood dmol"),
+        (["--sigma", "2"], "--sigma only applies to --variance fixed"),
+        (["--likelihood", "dmol", "--variance", "fixed"], "--variance only applies to --likelihood gaussian"),
+        (["--components", "3"], "--components only applies to --likelihood dmol"),
         (
             ["--variance", "fixed", "--logvar-max", "1"],
-            "--logvar-max is of a learned or per-pixel variance: give --variance learned or per-pixel",
+            "--logvar-max only applies to --variance learned or per-element",
         ),
         (["--logvar-max", "inf"], "--logvar-max must be at least -50 and at most 50 and finite, got inf"),
         (["--logvar-min", "3"], "--logvar-min must be below --logvar-max 2, got 3"),
         (["--variance", "each"], "each"),
         (["--sigma", "0", "--variance", "fixed"], "--sigma must be at least 0.0001"),
-        (["--init-from", "/nowhere"], "--init-from /nowhere: there is no such file"),
-        (["--size", "32"], "--size is of folders and datasets"),
+        (["--init-from", "/nowhere"], "--init-from /nowhere: this path does not exist"),
+        (["--size", "32"], "--size only applies to folders and datasets"),
     ],
 )
 def test_options_that_do_not_fit(colours, tmp_path, capsys, options, words):
-    assert train("gaussian", tmp_path / "run", colours, *options) == 2
-    assert words in one_line(capsys)
+    assert train("resnet", tmp_path / "run", colours, *options) == 2
+    assert words in error_line(capsys)
     assert not (tmp_path / "run").exists()
 
 
 def test_photos_of_any_size(pictures, tmp_path, capsys):
     out = tmp_path / "run"
     assert train("photos", out, pictures, "--size", "32", "--epochs", "2") == 0
-    assert "32 x 32 x 3: 20 to train on, 4 held out" in capsys.readouterr().out
+    assert "32 x 32 x 3, 20 training images, 4 validation images" in capsys.readouterr().out
     assert train("photos", tmp_path / "other", pictures, "--epochs", "1") == 0
     assert "64 x 64 x 3" in capsys.readouterr().out
     # A file's images are taken as they are, whatever the default of --size.
@@ -187,7 +187,7 @@ def test_photos_of_any_size(pictures, tmp_path, capsys):
 def test_augmentation():
     x = torch.zeros(200, 33, 64, 3, dtype=torch.uint8)
     x[:, 16, 10] = 255
-    made = loader.augment(x, generator(0))
+    made = loader.augment(x, seeded_generator(0))
     assert made.shape == x.shape
     assert made.dtype == torch.uint8
     places = (made[..., 0] == 255).nonzero()
@@ -197,11 +197,11 @@ def test_augmentation():
     assert columns == {8, 9, 10, 11, 12, 51, 52, 53, 54, 55}
     mirrored = (places[:, 2] > 32).float().mean()
     assert 0.3 < mirrored < 0.7
-    assert torch.equal(made, loader.augment(x, generator(0)))
+    assert torch.equal(made, loader.augment(x, seeded_generator(0)))
     # What a shift uncovers repeats the edge.
     edge = torch.zeros(100, 32, 32, 1, dtype=torch.uint8)
     edge[:, 0] = 7
-    moved = loader.augment(edge, generator(1))
+    moved = loader.augment(edge, seeded_generator(1))
     assert set(moved.unique().tolist()) == {0, 7}
     assert set((moved == 7).sum((1, 2, 3)).tolist()) == {0, 32, 64}
 
@@ -209,17 +209,17 @@ def test_augmentation():
 def test_only_training_images_are_augmented(colours):
     images = data.load(str(colours))
     for augment in (False, True):
-        settings = Colour(likelihood="dlogistic", augment=augment, batch_size=40)
+        settings = ResNet(likelihood="discretized-logistic", augment=augment, batch_size=40)
         batches = loader.ImageData(images, settings)
         x, _ = next(iter(batches.val_dataloader()))
-        assert torch.equal(x, images.held_out.permute(0, 3, 1, 2))
+        assert torch.equal(x, images.val.permute(0, 3, 1, 2))
         x, _ = next(iter(batches.train_dataloader()))
         given = {image.numpy().tobytes() for image in images.train.permute(0, 3, 1, 2).contiguous()}
         same = sum(image.numpy().tobytes() in given for image in x)
         assert (same == 40) is not augment
 
 
-@pytest.mark.parametrize("recipe", ["conv-lstm", "gaussian", "photos"])
+@pytest.mark.parametrize("recipe", ["conv-lstm", "resnet", "photos"])
 def test_a_stopped_run_goes_on_as_if_it_had_not(colours, tmp_path, recipe):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert train(recipe, whole, colours, "--epochs", "3", "--ema", "0.9") == 0
@@ -233,35 +233,35 @@ STILL = ("--epochs", "1", "--lr", "1e-12", "--ema", "0")
 
 def test_weights_to_start_from(colours, tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
-    assert train("gaussian", first, colours, "--epochs", "2") == 0
-    assert train("gaussian", second, colours, "--init-from", str(first), *STILL) == 0
+    assert train("resnet", first, colours, "--epochs", "2") == 0
+    assert train("resnet", second, colours, "--init-from", str(first), *STILL) == 0
     taken, made = weights(first, "best"), weights(second)
-    assert f"init: 100% of the weights from {first}" in capsys.readouterr().out
+    assert f"init: copied 100% of the weights from {first}" in capsys.readouterr().out
     for name, weight in made.items():
         torch.testing.assert_close(weight, taken[name], rtol=0, atol=1e-6, msg=name)
     # A run that has begun goes on without them.
     (first / "checkpoints" / "best.ckpt").unlink()
     (first / "checkpoints" / "last.ckpt").unlink()
     assert cli.main(["resume", str(second), "--epochs", "2"]) == 0
-    assert train("gaussian", tmp_path / "third", colours, "--init-from", str(first)) == 2
-    assert f"--init-from {first}: there is no {first}" in one_line(capsys)
+    assert train("resnet", tmp_path / "third", colours, "--init-from", str(first)) == 2
+    assert f"--init-from {first}: {first}" in error_line(capsys)
     # One that has not cannot, and says where that is written.
     for name in ("best", "last"):
         (second / "checkpoints" / f"{name}.ckpt").unlink()
     assert cli.main(["resume", str(second)]) == 2
-    assert f"{second / 'config.toml'}: init_from {first}: there is no {first}" in one_line(capsys)
+    assert f"{second / 'config.toml'}: init_from {first}: {first}" in error_line(capsys)
 
 
 @pytest.mark.parametrize(
     "options",
-    [("--likelihood", "dlogistic"), ("--variance", "per-pixel"), ("--logvar-max", "0")],
+    [("--likelihood", "discretized-logistic"), ("--variance", "per-element"), ("--logvar-max", "0")],
 )
 def test_what_another_likelihood_knew_is_not_taken(colours, tmp_path, options):
     first, second = tmp_path / "first", tmp_path / "second"
-    assert train("gaussian", first, colours, "--epochs", "2") == 0
-    assert train("gaussian", second, colours, "--init-from", str(first), *options, *STILL) == 0
+    assert train("resnet", first, colours, "--epochs", "2") == 0
+    assert train("resnet", second, colours, "--init-from", str(first), *options, *STILL) == 0
     taken, made = weights(first, "best"), weights(second)
-    last = start.last_layer(load(second).model)[0]
+    last = init_weights.last_layer(load(second).model)[0]
     for name, weight in made.items():
         if name.startswith((f"{last}.", "elbo.likelihood")):
             assert weight.shape != taken[name].shape or not torch.allclose(weight, taken[name], atol=1e-6)
@@ -271,9 +271,9 @@ def test_what_another_likelihood_knew_is_not_taken(colours, tmp_path, options):
 
 def test_a_run_does_not_start_from_what_it_replaces(colours, tmp_path, capsys):
     out = tmp_path / "run"
-    assert train("gaussian", out, colours, "--epochs", "1") == 0
-    assert train("gaussian", out, colours, "--overwrite", "--init-from", str(out)) == 2
-    assert "it is in the run that would be replaced; give another --out" in one_line(capsys)
+    assert train("resnet", out, colours, "--epochs", "1") == 0
+    assert train("resnet", out, colours, "--overwrite", "--init-from", str(out)) == 2
+    assert "this path is inside the run that would be replaced; choose another --out" in error_line(capsys)
     assert (out / "checkpoints" / "best.ckpt").exists()
 
 
@@ -288,17 +288,17 @@ def test_photos_give_a_vae_gan_all_but_the_discriminator(colours, tmp_path, caps
 
 
 def test_weights_that_fit_nowhere(colours, tmp_path, capsys):
-    assert train("gaussian", tmp_path / "run", colours, "--epochs", "1") == 0
+    assert train("resnet", tmp_path / "run", colours, "--epochs", "1") == 0
     capsys.readouterr()
     file = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert train("conv-lstm", tmp_path / "other", colours, "--init-from", str(file)) == 2
-    assert f"--init-from {file}: no weight in it has the name and shape" in one_line(capsys)
+    assert f"--init-from {file}: none of its weights has a name and shape" in error_line(capsys)
     torch.save({"state_dict": {"encoder.0.weight": 3}, "epoch": 0, "loops": 0, "optimizer_states": 0}, file)
-    assert train("gaussian", tmp_path / "other", colours, "--init-from", str(file)) == 2
-    assert "not a checkpoint of fastvae, or damaged" in one_line(capsys)
+    assert train("resnet", tmp_path / "other", colours, "--init-from", str(file)) == 2
+    assert "not a fastvae checkpoint, or damaged" in error_line(capsys)
     file.write_bytes(b"nothing")
-    assert train("gaussian", tmp_path / "other", colours, "--init-from", str(file)) == 2
-    assert "not a checkpoint of fastvae, or damaged" in one_line(capsys)
+    assert train("resnet", tmp_path / "other", colours, "--init-from", str(file)) == 2
+    assert "not a fastvae checkpoint, or damaged" in error_line(capsys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ def make(**changes) -> "nn.Module":
     images = data.Images(
         "", torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8), torch.zeros(1, 16, 16, 3)
     )
-    return runs.fresh(KIND, settings, (16, 16, 3), images)  # fmt: skip
+    return runs.new_model(KIND, settings, (16, 16, 3), images)  # fmt: skip
 
 
 class Recorder:
@@ -455,17 +455,17 @@ def test_rates(colours, tmp_path, monkeypatch):
 
 def test_the_best_is_the_last(tmp_path):
     made = trainer.make_trainer(VAEGAN(accelerator="cpu"), tmp_path, callbacks.Callback())
-    (best,) = (kept for kept in made.callbacks if isinstance(kept, callbacks.Best))
+    (best,) = (kept for kept in made.callbacks if isinstance(kept, callbacks.SaveBest))
     assert best.monitor is None
     made = trainer.make_trainer(Photos(accelerator="cpu"), tmp_path, callbacks.Callback())
-    (best,) = (kept for kept in made.callbacks if isinstance(kept, callbacks.Best))
+    (best,) = (kept for kept in made.callbacks if isinstance(kept, callbacks.SaveBest))
     assert best.monitor == callbacks.MONITOR
 
 
 def test_features_start_with_their_own_variance():
     model = make()
     x = torch.rand(64, 3, 16, 16)
-    model.start(x)
+    model.init_from_images(x)
     features, _ = model.discriminator(x)
     for name, likelihood in model.elbo.likelihood.parts.items():
         logvar = reference.bounded_logvar(likelihood.logvar, likelihood.logvar_bounds)
@@ -479,7 +479,7 @@ def test_discriminator():
     discriminator = Discriminator(layers.halved("", 33, 64), 3, 4)
     features, score = discriminator(torch.rand(5, 3, 33, 64))
     assert score.shape == (5,)
-    assert list(features) == discriminator.compared == ["layer0", "layer1", "layer2"]
+    assert list(features) == discriminator.feature_names == ["layer0", "layer1", "layer2"]
     assert features["layer1"].shape == (5, 8, 8, 16)
     small = Discriminator(layers.halved("", 8, 8), 1, 4)
     assert list(small(torch.rand(2, 1, 8, 8))[0]) == ["layer0"]
@@ -505,7 +505,7 @@ def test_the_penalty_is_the_squared_gradient():
 def gan(colours, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("gan") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastvae.train.callbacks.is_drawn", lambda trainer: False)
+        patch.setattr("fastvae.train.callbacks.should_save_examples", lambda trainer: False)
         assert train("vae-gan", out, colours, "--epochs", "2") == 0
     return out
 
@@ -522,7 +522,7 @@ def test_a_vae_gan_is_used_as_any_run(gan, tmp_path, capsys):
     assert all(
         torch.equal(a, b) for a, b in zip(weights(gan, "best").values(), weights(gan).values(), strict=True)
     )
-    row = rows(gan)[-1]
+    row = read_metrics(gan)[-1]
     assert float(row["train_features"]) != float(row["train_nll"])
     for command in ("sample", "reconstruct", "interpolate", "traverse", "inpaint"):
         assert cli.main([command, str(gan), "--out", str(tmp_path / "x.png")]) == 0
@@ -550,10 +550,10 @@ def test_neighbours_are_the_nearest(gan, tmp_path, monkeypatch):
     run = load(gan)
     train = run.images.train
     shown = torch.stack([train[7].flip(1), train[3]]) / 255
-    monkeypatch.setattr(generate, "_shown", lambda run, z: shown + 0.01)
+    monkeypatch.setattr(generate, "_decode_means", lambda run, z: shown + 0.01)
     drawn = []
     monkeypatch.setattr(generate.pictures, "save_grid", lambda rows, path: drawn.extend(rows))
-    generate.neighbours(run, tmp_path / "x.png", n=2, near=2)
+    generate.nearest_neighbours(run, tmp_path / "x.png", n=2, near=2)
     new, first, second = drawn
     assert torch.equal(new, shown + 0.01)
     assert torch.equal(first, train[[7, 3]] / 255)
@@ -563,18 +563,18 @@ def test_neighbours_are_the_nearest(gan, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--likelihood", "dmol"], "vae-gan compares features of a discriminator"),
-        (["--variance", "fixed"], "vae-gan compares features of a discriminator"),
-        (["--devices", "2"], "on one device, with --precision 32-true or bf16-mixed, got --devices 2"),
+        (["--likelihood", "dmol"], "vae-gan compares the features of a discriminator"),
+        (["--variance", "fixed"], "vae-gan compares the features of a discriminator"),
+        (["--devices", "2"], "needs one device and --precision 32-true or bf16-mixed, got --devices 2"),
         (["--precision", "16-mixed"], "got --devices 1 --strategy auto --precision 16-mixed"),
         (["--strategy", "ddp"], "got --devices 1 --strategy ddp"),
-        (["--sigma", "2"], "--sigma is of a likelihood that vae-gan does not have: leave it out"),
+        (["--sigma", "2"], "--sigma does not apply to vae-gan, which has no such likelihood"),
         (["--adversarial", "-1"], "--adversarial must be at least 0 and at most 100, got -1"),
     ],
 )
 def test_options_of_no_use_to_a_vae_gan(colours, tmp_path, capsys, options, words):
     assert train("vae-gan", tmp_path / "run", colours, *options) == 2
-    assert words in one_line(capsys)
+    assert words in error_line(capsys)
 
 
 def test_a_step_that_is_not_finite_is_skipped(colours, tmp_path, monkeypatch, capsys):
@@ -587,7 +587,7 @@ def test_a_step_that_is_not_finite_is_skipped(colours, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(Module, "_add_adversarial", spoil)
     assert train("vae-gan", tmp_path / "run", colours, "--epochs", "1", "--clip", "0") == 0
-    assert "warning: 1 of 3 steps skipped" in capsys.readouterr().out
+    assert "warning: 1 of 3 steps were skipped" in capsys.readouterr().out
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
 
 
@@ -601,8 +601,9 @@ def test_an_epoch_of_steps_that_are_not_finite(colours, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(Module, "_add_adversarial", spoil)
     assert train("vae-gan", tmp_path / "run", colours, "--epochs", "1") == 2
-    assert "every step of epoch 1 was skipped: the gradient of step 1 is not finite; try a smaller --lr" in (
-        one_line(capsys)
+    assert (
+        "every step of epoch 1 was skipped because the gradient of step 1 is not finite; try a smaller --lr"
+        in (error_line(capsys))
     )
 
 

@@ -88,7 +88,7 @@ def failed(capsys, *arguments: object) -> str:
     return error
 
 
-def rows(out: Path) -> list[dict[str, str]]:
+def read_metrics(out: Path) -> list[dict[str, str]]:
     """metrics.csv, without the time, which is never the same."""
     with (out / "metrics.csv").open() as file:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
@@ -102,10 +102,10 @@ def rows(out: Path) -> list[dict[str, str]]:
 def test_words_and_marks(tmp_path):
     settings = Text(data="x")
     vocabulary = sentences.Vocabulary.train(["Don't stop, mother-in-law!! ``No'' 3.5 é"], settings)
-    (numbers,) = vocabulary.numbers(["Don't stop, mother-in-law!! ``No'' 3.5 É"])
-    assert vocabulary.text(numbers) == "don't stop , mother-in-law !! `` no '' 3.5 é"
-    assert vocabulary.text([*vocabulary.numbers(["stop zebra"])[0], END, 7]) == "stop <unk>"
-    assert sentences.Vocabulary.train(["No no"], Text(data="x", lowercase=False)).text([4, 5]) in (
+    (numbers,) = vocabulary.encode(["Don't stop, mother-in-law!! ``No'' 3.5 É"])
+    assert vocabulary.decode(numbers) == "don't stop , mother-in-law !! `` no '' 3.5 é"
+    assert vocabulary.decode([*vocabulary.encode(["stop zebra"])[0], END, 7]) == "stop <unk>"
+    assert sentences.Vocabulary.train(["No no"], Text(data="x", lowercase=False)).decode([4, 5]) in (
         "No no",
         "no No",
     )
@@ -115,34 +115,34 @@ def test_words_and_marks(tmp_path):
 def test_a_text_may_hold_the_names_of_special_tokens(tokens):
     lines = ["one <pad> two </s> three", "<s> four <unk>"]
     vocabulary = sentences.Vocabulary.train(lines, Text(data="x", tokens=tokens, vocabulary=60))
-    numbers = vocabulary.numbers(lines)
+    numbers = vocabulary.encode(lines)
     assert not {PAD, START, END} & {n for line in numbers for n in line}
-    assert vocabulary.text(numbers[0]).endswith("three")
+    assert vocabulary.decode(numbers[0]).endswith("three")
 
 
 def test_bpe_comes_back_as_it_was():
     lines = ["the lower the slower", "a newer tower", "low power"]
     vocabulary = sentences.Vocabulary.train(lines, Text(data="x", tokens="bpe", vocabulary=30))
     assert len(vocabulary) == 30
-    for line, numbers in zip(lines, vocabulary.numbers(lines), strict=True):
-        assert vocabulary.text(numbers) == line
-    assert vocabulary.text(vocabulary.numbers(["slowest towers"])[0]) == "slowest towers"
+    for line, numbers in zip(lines, vocabulary.encode(lines), strict=True):
+        assert vocabulary.decode(numbers) == line
+    assert vocabulary.decode(vocabulary.encode(["slowest towers"])[0]) == "slowest towers"
 
 
 def test_vocabulary_keeps_the_most_frequent():
     lines = ["a a a b b c", "a b d"]
     vocabulary = sentences.Vocabulary.train(lines, Text(data="x", vocabulary=8))
     assert len(vocabulary) == 8
-    assert vocabulary.text([4, 5]) == "a b"
+    assert vocabulary.decode([4, 5]) == "a b"
     small = sentences.Vocabulary.train(["a a b b c d e f g"], Text(data="x", vocabulary=8))
-    assert sum(n == UNKNOWN for n in small.numbers(["a b c d e f g"])[0]) == 3
+    assert sum(n == UNKNOWN for n in small.encode(["a b c d e f g"])[0]) == 3
 
 
 def test_tokenizer_is_kept(tmp_path):
     vocabulary = sentences.Vocabulary.train(["one two"], Text(data="x"))
     vocabulary.write(tmp_path / "tokenizer.json")
     again = sentences.Vocabulary.read(tmp_path / "tokenizer.json")
-    assert again.numbers(["two one"]) == vocabulary.numbers(["two one"])
+    assert again.encode(["two one"]) == vocabulary.encode(["two one"])
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="not a tokenizer, or damaged"):
         sentences.Vocabulary.read(tmp_path / "tokenizer.json")
@@ -155,30 +155,30 @@ def test_tokenizer_is_kept(tmp_path):
 
 
 def test_batch():
-    some = sentences.rows([[5, 6, 7], [8]])
-    batch = sentences.batch(some)
+    some = sentences.token_table([[5, 6, 7], [8]])
+    batch = sentences.make_batch(some)
     assert batch.words.tolist() == [[5, 6, 7], [8, PAD, PAD]]
     assert batch.before.tolist() == [[START, 5, 6, 7], [START, 8, PAD, PAD]]
     assert batch.after.tolist() == [[5, 6, 7, END], [8, END, PAD, PAD]]
 
 
 def test_word_dropout():
-    some = sentences.rows([[5 + i % 90 for i in range(200)]] * 50 + [[4]])
-    batch = sentences.batch(some, 0.3, torch.Generator().manual_seed(0))
+    some = sentences.token_table([[5 + i % 90 for i in range(200)]] * 50 + [[4]])
+    batch = sentences.make_batch(some, 0.3, torch.Generator().manual_seed(0))
     assert (batch.before[:, 0] == START).all()
-    assert torch.equal(batch.words, sentences.batch(some).words)  # the encoder sees all
-    assert torch.equal(batch.after, sentences.batch(some).after)
+    assert torch.equal(batch.words, sentences.make_batch(some).words)  # the encoder sees all
+    assert torch.equal(batch.after, sentences.make_batch(some).after)
     hidden = batch.before[:50, 1:] == UNKNOWN
     assert hidden.float().mean().item() == pytest.approx(0.3, abs=0.02)
     assert torch.equal(batch.before[:50, 1:][~hidden], batch.words[:50][~hidden])
     assert (batch.before[50, 2:] == PAD).all()
-    assert (sentences.batch(some, 1.0).before[:50, 1:] == UNKNOWN).all()
+    assert (sentences.make_batch(some, 1.0).before[:50, 1:] == UNKNOWN).all()
 
 
 def test_buckets():
     """Every sentence once an epoch, like lengths together, another order in every epoch and the same in every run."""
     lengths = [1 + i * 7 % 40 for i in range(1000)]
-    held = sentences.rows([[4 + i % 50] * n for i, n in enumerate(lengths)])
+    held = sentences.token_table([[4 + i % 50] * n for i, n in enumerate(lengths)])
     loader = sentence_loader.SentenceData(held, held, Text(data="x", batch_size=16))
     first, again = ([b for b, _ in loader.train_dataloader()] for _ in range(2))
     assert all(torch.equal(a.before, b.before) for a, b in zip(first, again, strict=True))
@@ -188,13 +188,13 @@ def test_buckets():
     padding = sum(int((batch.words == PAD).sum()) for batch in first)
     assert padding < 0.1 * sum(lengths)
     assert sum(int((b.words == PAD).sum()) for b, _ in loader.val_dataloader()) < 0.05 * sum(lengths)
-    batches = sentence_loader.SentenceBatches(loader, held_out=False)
+    batches = sentence_loader.SentenceBatches(loader, val=False)
     orders = [batches.buckets(torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     assert not torch.equal(orders[0][0], orders[1][0])
 
 
 def test_unigram_perplexity():
-    held = sentences.rows([[4, 4], [5]])
+    held = sentences.token_table([[4, 4], [5]])
     # Shares of the tokens 1, 3, 4, 5 (of 6): counts 0, 2, 2, 1, and one more each.
     counts = {UNKNOWN: 1, END: 3, 4: 3, 5: 2}
     nats = -sum(math.log(counts[token] / 9) for token in (4, 4, END, 5, END))
@@ -206,26 +206,26 @@ def test_only_ends_of_lines_end_sentences(tmp_path):
     path = tmp_path / "lines.txt"
     odd = "\u2028\u2029\u0085\x0c\x0b\x1c"
     path.write_bytes(f"a{odd}b\nc\r\nd\re\n".encode())
-    assert sentences.read(path) == [f"a{odd}b", "c", "d", "e"]
+    assert sentences.read_lines(path) == [f"a{odd}b", "c", "d", "e"]
 
 
 def test_lengths_are_counted_in_words(text):
     corpus = sentences.load(Text(data=str(text), min_words=5, max_words=6))
-    assert all(5 <= len(line.split()) <= 6 for line in corpus.train + corpus.held_out)
+    assert all(5 <= len(line.split()) <= 6 for line in corpus.train + corpus.val)
     (note,) = corpus.notes
-    assert note.startswith("of 180 lines ")
+    assert note.startswith("skipped, out of 180 lines: ")
     assert "--min-words" in note
     assert "--max-words" in note
     everything = sentences.load(Text(data=str(text)))
     assert everything.notes == ()
-    assert len(everything.held_out) == 30
-    assert len(set(everything.train + everything.held_out)) == 180
-    assert sentences.load(Text(data=str(text), seed=1)).held_out != everything.held_out
+    assert len(everything.val) == 30
+    assert len(set(everything.train + everything.val)) == 180
+    assert sentences.load(Text(data=str(text), seed=1)).val != everything.val
 
 
 def test_blank_lines_and_marks_of_order(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfone two\r\n\r\n   \nthree\n")
-    assert sentences.read(tmp_path / "x.txt") == ["one two", "three"]
+    assert sentences.read_lines(tmp_path / "x.txt") == ["one two", "three"]
 
 
 def hugging_face(monkeypatch, **splits: dict[str, list[Any]]) -> None:
@@ -249,7 +249,7 @@ def test_hugging_face(monkeypatch):
     hugging_face(monkeypatch, train=train, test={"label": [1], "title": ["t"], "text": ["five"]})
     corpus = sentences.load(Text(data="somebody/imdb"))
     assert corpus.train == ["One two three", "four"]
-    assert corpus.held_out == ["five"]
+    assert corpus.val == ["five"]
     assert sentences.load(Text(data="somebody/imdb", column="title")).train == ["t", "u"]
     for column in ("label", "nothing"):
         with pytest.raises(InputError, match=f"--column {column}: .* only title, text"):
@@ -257,12 +257,12 @@ def test_hugging_face(monkeypatch):
     hugging_face(monkeypatch, train={"words": ["a b", "c d", "e f"]})
     assert len(sentences.load(Text(data="imdb")).train) == 2
     hugging_face(monkeypatch, train={"label": [1, 2]})
-    with pytest.raises(InputError, match="no column of texts, only label"):
+    with pytest.raises(InputError, match="no text column, only label"):
         sentences.load(Text(data="imdb"))
     hugging_face(monkeypatch, train={"text": ["a"]}, test={"text": ["b " * 60]})
-    with pytest.raises(InputError, match="held-out split: no lines left"):
+    with pytest.raises(InputError, match="validation split: no lines left"):
         sentences.load(Text(data="imdb"))
-    assert hub.splits("imdb")["test"]["text"] == ["b " * 60]
+    assert hub.load_splits("imdb")["test"]["text"] == ["b " * 60]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,8 +285,8 @@ OPTIONS = [{"cell": c, "bidirectional": b} for c in ("lstm", "gru") for b in (Tr
 def test_padding_changes_nothing(options):
     """A sentence gives the same alone and beside longer ones."""
     model = small_model(**options)
-    alone = sentences.batch(sentences.rows([[5, 6, 7]]))
-    beside = sentences.batch(sentences.rows([[5, 6, 7], [8, 9, 10, 11, 4, 5, 6]]))
+    alone = sentences.make_batch(sentences.token_table([[5, 6, 7]]))
+    beside = sentences.make_batch(sentences.token_table([[5, 6, 7], [8, 9, 10, 11, 4, 5, 6]]))
     z = torch.randn(1, 3)
     for a, b in zip(model.encode(alone), model.encode(beside), strict=True):
         torch.testing.assert_close(a[0], b[0])
@@ -325,7 +325,7 @@ def test_beam_finds_the_best(end):
     model.decoder.logits.bias[END] = end
     longest, words = 3, range(4, 12)
     z = torch.randn(12, 3)
-    found = decoding.write(model, z, decoding.Decoding("beam", beams=100, longest=longest))
+    found = decoding.decode(model, z, decoding.Decoding("beam", beams=100, longest=longest))
     likeliest = 0
     for row, got in zip(z.split(1), found, strict=True):
         candidates = [list(c) for n in range(longest + 1) for c in itertools.product(words, repeat=n)]
@@ -341,13 +341,13 @@ def test_beam_finds_the_best(end):
 def test_greedy_and_nucleus():
     model = small_model()
     z = torch.randn(40, 3)
-    greedy = decoding.write(model, z, decoding.Decoding("greedy", longest=12))
-    assert decoding.write(model, z, decoding.Decoding("beam", beams=1, longest=12)) == greedy
+    greedy = decoding.decode(model, z, decoding.Decoding("greedy", longest=12))
+    assert decoding.decode(model, z, decoding.Decoding("beam", beams=1, longest=12)) == greedy
     # A nucleus so small that it holds the likeliest token alone.
-    assert decoding.write(model, z, decoding.Decoding("nucleus", top_p=1e-6, longest=12)) == greedy
+    assert decoding.decode(model, z, decoding.Decoding("nucleus", top_p=1e-6, longest=12)) == greedy
     model.decoder.logits.bias[[PAD, UNKNOWN, START]] = 50.0  # whatever the model says
     draws = [
-        decoding.write(
+        decoding.decode(
             model, z, decoding.Decoding("nucleus", top_p=1.0, longest=12), torch.Generator().manual_seed(s)
         )
         for s in (0, 0, 1)
@@ -365,7 +365,9 @@ def test_nucleus_keeps_its_share():
     model.decoder.logits.bias.copy_(torch.full((12,), -30.0))
     model.decoder.logits.bias[[4, 5, 6]] = torch.tensor([0.5, 0.3, 0.2]).log()
     z = torch.zeros(3000, 3)
-    (first,) = zip(*decoding.write(model, z, decoding.Decoding("nucleus", top_p=0.7, longest=1)), strict=True)
+    (first,) = zip(
+        *decoding.decode(model, z, decoding.Decoding("nucleus", top_p=0.7, longest=1)), strict=True
+    )
     share = first.count(4) / len(first)
     assert set(first) == {4, 5}
     assert share == pytest.approx(0.5 / 0.8, abs=0.03)
@@ -394,15 +396,15 @@ def test_mutual_information():
 
 def test_what_a_run_leaves(finished, tmp_path, text, capsys):
     assert {path.name for path in finished.iterdir()} == FILES
-    first, *_, last = rows(finished)
+    first, *_, last = read_metrics(finished)
     assert float(last["train_loss"]) < float(first["train_loss"])
-    assert "held_out_bits_per_dim" not in last
+    assert "val_bits_per_dim" not in last
     vocabulary = sentences.Vocabulary.read(finished / "tokenizer.json")
-    held_out = sentences.rows(vocabulary.numbers(sentences.load(Text(data=str(text))).held_out))
-    each = held_out.lengths.double().mean().item() + 1
-    nelbo = float(last["held_out_nelbo"])
-    assert float(last["held_out_perplexity"]) == pytest.approx(math.exp(nelbo / each), rel=1e-5)
-    assert float(last["held_out_nll"]) + float(last["held_out_kl"]) == pytest.approx(nelbo)
+    val = sentences.token_table(vocabulary.encode(sentences.load(Text(data=str(text))).val))
+    each = val.lengths.double().mean().item() + 1
+    neg_elbo = float(last["val_neg_elbo"])
+    assert float(last["val_perplexity"]) == pytest.approx(math.exp(neg_elbo / each), rel=1e-5)
+    assert float(last["val_nll"]) + float(last["val_kl"]) == pytest.approx(neg_elbo)
     assert 0 <= float(last["mutual_information"]) <= math.log(30) + 0.1
     assert len((finished / "samples.txt").read_text().splitlines()) == 20
     assert len((finished / "reconstructions.txt").read_text().splitlines()) == 20
@@ -413,9 +415,9 @@ def test_what_a_run_leaves(finished, tmp_path, text, capsys):
             capsys, "train", "text", "--data", text, "--out", out, *QUICK, "--epochs", "1", "--max-words", "5"
         )
     )
-    assert "left out" in said
-    assert "perplexity of the held-out sentences by a unigram model" in said
-    assert "% of the held-out ones unknown" in said
+    assert "skipped" in said
+    assert "perplexity of a unigram model on the validation sentences" in said
+    assert "% of those in the validation sentences are unknown" in said
     assert "samples.txt" in said
     assert f"fastvae resume {out}" in said
 
@@ -423,7 +425,7 @@ def test_what_a_run_leaves(finished, tmp_path, text, capsys):
 def test_free_bits_are_in_the_loss_and_not_in_the_kl(tmp_path, text):
     options = ("--epochs", "1", "--warmup", "none", "--free-bits", "4")
     assert train(tmp_path / "run", text, *options) == 0
-    (row,) = rows(tmp_path / "run")
+    (row,) = read_metrics(tmp_path / "run")
     assert float(row["train_kl"]) < 8
     # Three dimensions below 4 nats each count as 4.
     assert float(row["train_loss"]) == pytest.approx(float(row["train_nll"]) + 12, rel=1e-5)
@@ -449,13 +451,13 @@ def test_free_bits_are_in_the_loss_and_not_in_the_kl(tmp_path, text):
     ids=["plain", "everything", "bpe"],
 )
 def test_resumed_run_is_the_uninterrupted_one(tmp_path, text, options, monkeypatch):
-    monkeypatch.setattr("fastvae.train.callbacks.is_drawn", lambda trainer: False)
+    monkeypatch.setattr("fastvae.train.callbacks.should_save_examples", lambda trainer: False)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(whole, text, *options, "--epochs", "3") == 0
     assert train(parts, text, *options, "--epochs", "1") == 0
     moved = parts.rename(tmp_path / "moved")
     assert cli.main(["resume", str(moved), "--epochs", "3"]) == 0
-    assert rows(moved) == rows(whole)
+    assert read_metrics(moved) == read_metrics(whole)
     states = [
         torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for out in (whole, moved)
@@ -464,7 +466,7 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, text, options, monkeypat
     # The file may move as well.
     other = shutil.copy(text, tmp_path / "other.txt")
     assert cli.main(["resume", str(moved), "--epochs", "4", "--data", str(other)]) == 0
-    assert len(rows(moved)) == 4
+    assert len(read_metrics(moved)) == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -490,12 +492,12 @@ def test_sample(run, tmp_path, capsys):
 def test_reconstruct(run, tmp_path, capsys):
     said = done(capsys, "reconstruct", run, "-n", "4")
     assert len(said) == 10
-    assert said[:8:2] == sentences.load(text_runs.load(run).settings).held_out[:4]
+    assert said[:8:2] == sentences.load(text_runs.load(run).settings).val[:4]
     assert all(line.startswith("  ") for line in said[1:8:2])
     mine = tmp_path / "mine.txt"
     mine.write_text("The cat sees water .\n\na zebra sees " + "us " * 60 + ".\n")
     said = done(capsys, "reconstruct", run, "--data", mine)
-    assert said[0] == f"warning: {mine}: 1 word that the run does not know, read as <unk>"
+    assert said[0] == f"warning: {mine}: 1 unknown word, read as <unk>"
     assert "1 line of more than 50 words" in said[1]
     assert said[2] == "The cat sees water ."
     assert "2 sentences" in said[-1]
@@ -521,27 +523,29 @@ def test_evaluate(run, capsys):
     said = "\n".join(done(capsys, "evaluate", run, "--samples", "3", "--checkpoint", "last"))
     found = json.loads((run / "evaluation.json").read_text())
     assert (found["sentences"], found["samples"], found["latents"], found["epoch"]) == (30, 3, 3, 3)
-    assert found["reconstruction"] + found["kl"] == pytest.approx(found["nelbo"])
-    assert found["nelbo"] == pytest.approx(float(rows(run)[-1]["held_out_nelbo"]), rel=0.05)
-    assert found["kl"] == pytest.approx(float(rows(run)[-1]["held_out_kl"]), rel=1e-4)
-    assert found["iw_nll"] <= found["nelbo"] + 0.01
+    assert found["reconstruction"] + found["kl"] == pytest.approx(found["neg_elbo"])
+    assert found["neg_elbo"] == pytest.approx(float(read_metrics(run)[-1]["val_neg_elbo"]), rel=0.05)
+    assert found["kl"] == pytest.approx(float(read_metrics(run)[-1]["val_kl"]), rel=1e-4)
+    assert found["iw_nll"] <= found["neg_elbo"] + 0.01
     each = found["tokens"] / 30
-    assert found["perplexity"] == pytest.approx(math.exp(found["nelbo"] / each))
+    assert found["perplexity"] == pytest.approx(math.exp(found["neg_elbo"] / each))
     assert found["iw_perplexity"] == pytest.approx(math.exp(found["iw_nll"] / each))
     assert 1 < found["unigram_perplexity"] < found["vocabulary"]
     assert f"{found['unigram_perplexity']:.1f}" in said
     assert "mutual information" in said
-    assert "30 held-out sentences of little.txt; epoch 3 (last)" in said
-    assert done(capsys, "evaluate", run, "--samples", "1", "--limit", "4")[0].startswith(f"{run}: 4 held-out")
+    assert "30 validation sentences of little.txt; epoch 3 (last)" in said
+    assert done(capsys, "evaluate", run, "--samples", "1", "--limit", "4")[0].startswith(
+        f"{run}: 4 validation"
+    )
 
 
 @torch.no_grad()
 def test_importance_weighting_by_hand(run):
     """`bounds` on sentences, against log-sum-exp of the weights written out."""
     opened = text_runs.load(run)
-    numbers = opened.vocabulary.numbers(opened.corpus.held_out[:5])
-    x = sentences.batch(sentences.rows(numbers))
-    got, mu = bounds.bounds(opened.model, x, 4, seed=9)
+    numbers = opened.vocabulary.encode(opened.corpus.val[:5])
+    x = sentences.make_batch(sentences.token_table(numbers))
+    got, mu = bounds.estimate_bounds(opened.model, x, 4, seed=9)
     _, logvar = opened.model.encode(x)
     weights = []
     for k in range(4):
@@ -563,10 +567,13 @@ def test_importance_weighting_by_hand(run):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", ("no text in this file",)),
-        (b" \n\n\t\n", ("no text in this file",)),
+        (b"", ("this file contains no text",)),
+        (b" \n\n\t\n", ("this file contains no text",)),
         (b"fine\nnot \xff fine\n", ("UTF-8", "0xff", "line 2")),
-        (b"one line\n", ("it has 1 sentence, one on a line, and 2 are needed",)),
+        (
+            b"one line\n",
+            ("expected at least 2 sentences, one per line, for training and validation, got 1 sentence",),
+        ),
         (b"a b c\n" * 5, ("no lines left", "5 more than 2", "--max-words")),
     ],
     ids=["empty", "blank", "binary", "one line", "too long"],
@@ -586,7 +593,7 @@ def test_bad_files(tmp_path, capsys, content, words):
         (("train", "text"), ("--data is missing", ".txt")),
         (("train", "text", "--data", "nowhere.txt"), ("nowhere.txt: no such file",)),
         (("train", "text", "--data", "no where"), ("no where: no such file",)),
-        (("train", "text", "--data", "."), ("a folder",)),
+        (("train", "text", "--data", "."), ("this is a folder",)),
         (("train", "text", "--data", "TEXT", "--tokens", "letters"), ("letters",)),
         (
             ("train", "text", "--data", "TEXT", "--vocabulary", "7"),
@@ -600,15 +607,18 @@ def test_bad_files(tmp_path, capsys, content, words):
         (("train", "text", "--data", "TEXT", "--free-bits", "-1"), ("--free-bits must be at least 0",)),
         (
             ("train", "text", "--data", "TEXT", "--min-words", "60"),
-            ("--min-words 60 is more than --max-words 50",),
+            ("--min-words must be at most --max-words 50, got 60",),
         ),
         (("sample", "RUN", "--top-p", "0"), ("--top-p must be above 0",)),
-        (("sample", "RUN", "--beams", "3"), ("--beams is of --decoding beam, and this is nucleus",)),
-        (("sample", "RUN", "--decoding", "beam", "--top-p", "0.5"), ("--top-p is of --decoding nucleus",)),
+        (("sample", "RUN", "--beams", "3"), ("--beams only applies to --decoding beam, got nucleus",)),
+        (
+            ("sample", "RUN", "--decoding", "beam", "--top-p", "0.5"),
+            ("--top-p only applies to --decoding nucleus",),
+        ),
         (("sample", "RUN", "--out", "x.png"), (".txt",)),
         (("sample", "RUN", "-n", "0"), ("-n must be",)),
-        (("sample", "RUN", "--best", "4"), ("--best is for runs of images, and this is one of text",)),
-        (("sample", "RUN", "--of", "40"), ("--of is for runs of images, and this is one of text",)),
+        (("sample", "RUN", "--best", "4"), ("--best only applies to runs of images; this is a run of text",)),
+        (("sample", "RUN", "--of", "40"), ("--of only applies to runs of images; this is a run of text",)),
         (("interpolate", "RUN"), ('"FIRST" "SECOND"',)),
         (("interpolate", "RUN", "a", "b", "--from", "1"), ("--from",)),
         (("interpolate", "RUN", "", "b"), ("empty",)),
@@ -640,7 +650,7 @@ def test_options_of_text_on_a_run_of_images(tmp_path, capsys):
     out = tmp_path / "images"
     quick = ("--epochs", "1", "--hidden", "8", "--latent", "2", "--accelerator", "cpu")
     assert cli.main(["train", "mlp", "--out", str(out), *quick]) == 0
-    assert "--decoding is for runs of text" in failed(capsys, "sample", out, "--decoding", "beam")
+    assert "--decoding only applies to runs of text" in failed(capsys, "sample", out, "--decoding", "beam")
     assert "--from and --to" in failed(capsys, "interpolate", out, "a", "b")
 
 

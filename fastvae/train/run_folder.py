@@ -2,7 +2,7 @@
 
 config.toml  metrics.csv  kl_per_dimension.csv  loss.png  checkpoints/last.ckpt  checkpoints/best.ckpt
 
-A kind of data has further files of its own: see `Kind`.
+Each kind of data adds its own files; see `Kind`.
 """
 
 import dataclasses
@@ -22,41 +22,53 @@ from .errors import InputError
 from .settings import Settings
 
 __all__ = [
-    "CHECKPOINTS", "CONFIG", "TABLES", "TENSORBOARD", "alone", "clear", "read_config", "refuse_to_replace",
-    "remove_partial", "write_config",
-]  # fmt: skip
+    "CHECKPOINTS",
+    "CONFIG",
+    "FORMAT",
+    "TABLES",
+    "TENSORBOARD",
+    "lock",
+    "read_config",
+    "refuse_to_replace",
+    "remove_outputs",
+    "remove_partial",
+    "write_config",
+]
 
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
 TABLES = ("metrics.csv", "kl_per_dimension.csv")
 TENSORBOARD = "tensorboard"
 
+FORMAT = 2
+"""The format of run folders; 1 was that of fastvae 0.1. It changes with the names in config.toml and the tables."""
+
 
 def refuse_to_replace(out: Path, overwrite: bool, names: Sequence[str]) -> None:
-    """Raises InputError where a run, or anything of these names that is none, is there already."""
-    if (out / CONFIG).exists() and not overwrite and processes.is_first():
+    """Raises InputError if the folder already contains a run, or files that a run would replace."""
+    if (out / CONFIG).exists() and not overwrite and processes.is_main_process():
         resume = shlex.join(["fastvae", "resume", str(out)])
         raise InputError(
-            f"{out}: there is a run in this folder; continue it ({resume}), give another --out, or replace it with "
-            "--overwrite"
+            f"{out}: this folder already contains a run; continue it with {resume}, choose another --out, or replace "
+            "it with --overwrite"
         )
-    if not (out / CONFIG).exists() and processes.is_first():
+    if not (out / CONFIG).exists() and processes.is_main_process():
         for name in (*TABLES, *names, CHECKPOINTS, TENSORBOARD):
             if (out / name).exists():
                 raise InputError(
-                    f"{out / name}: there already, in a folder that is no run (no {CONFIG}); a run would replace it: "
-                    "move it away, or give another --out"
+                    f"{out / name}: this file would be replaced, and its folder is not a run (config.toml is missing); "
+                    "move it away, or choose another --out"
                 )
 
 
 @contextmanager
-def alone(folder: Path, names: Sequence[str]) -> Iterator[None]:
-    """Make a run's folder, and let no other process train in it meanwhile, where systems and file systems have locks.
+def lock(folder: Path, names: Sequence[str]) -> Iterator[None]:
+    """Create a run's folder and keep other processes from training in it, where the file system supports locks.
 
-    Raises InputError where one does, or where files of these names cannot be written. The lock goes with the process,
-    however it ends.
+    Raises InputError if another process is training in it, or if files with these names cannot be written. The lock is
+    released when the process ends, however that happens.
     """
-    if not processes.is_first():
+    if not processes.is_main_process():
         yield
         return
     files.prepare_folder(folder, (CONFIG, *TABLES, *names))
@@ -70,20 +82,20 @@ def alone(folder: Path, names: Sequence[str]) -> Iterator[None]:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{folder}: this run is being trained, by another process") from None
+            raise InputError(f"{folder}: another process is training this run") from None
         except OSError:
-            pass  # no locks here, as on some network file systems
+            pass  # some network file systems have no locks
         yield
     finally:
         os.close(opened)
 
 
-def clear(out: Path, names: Sequence[str]) -> None:
-    """Remove what an earlier run has left, by name and nothing else; config.toml stays until it is replaced."""
+def remove_outputs(out: Path, names: Sequence[str]) -> None:
+    """Remove the files of an earlier run, and no others. config.toml stays until it is replaced."""
     checkpoints, tensorboard = out / CHECKPOINTS, out / TENSORBOARD
-    left = [out / name for name in (*TABLES, *names)]
-    left += [checkpoints / "last.ckpt", checkpoints / "best.ckpt", tensorboard / "hparams.yaml"]
-    for path in (*left, *tensorboard.glob("events.*")):
+    outputs = [out / name for name in (*TABLES, *names)]
+    outputs += [checkpoints / "last.ckpt", checkpoints / "best.ckpt", tensorboard / "hparams.yaml"]
+    for path in (*outputs, *tensorboard.glob("events.*")):
         path.unlink(missing_ok=True)
     remove_partial(out)
 
@@ -94,16 +106,16 @@ def remove_partial(path: Path) -> None:
 
 
 def write_config(out: Path, settings: Settings, head: str = "") -> None:
-    """Write config.toml; `head` are lines that stand before the settings."""
+    """Write config.toml; the lines of `head` come before the settings."""
     import tomli_w
 
-    first = {"recipe": settings.recipe, "fastvae": fastvae.__version__}
+    first = {"recipe": settings.recipe, "fastvae": fastvae.__version__, "format": FORMAT}
     text = tomli_w.dumps(first) + head + "\n" + tomli_w.dumps(dataclasses.asdict(settings))
     files.write(out / CONFIG, text.encode())
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.toml as it stands there. Raises InputError for a folder that is no run, and for what cannot be read."""
+    """Read config.toml. Raises InputError if the folder is not a run or the file cannot be read."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -113,9 +125,9 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text("utf-8"))
     except FileNotFoundError:
-        what = "no run: there is no config.toml in it" if path.is_dir() else "no such run"
+        what = "not a run directory: config.toml is missing" if path.is_dir() else "no such run directory"
         raise InputError(f"{path}: {what}") from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {files.reason(error)}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not TOML: {error}") from error
+        raise InputError(f"{file}: not valid TOML: {error}") from error
