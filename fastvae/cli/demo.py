@@ -31,7 +31,7 @@ def demo(
         typer.Option(help="Number of epochs.", show_default="40 for the digits, 5 for a file"),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Number of images per batch.")] = 128,
-    seed: Annotated[int, typer.Option(help="Seed of the weights, the batches and the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for the weights, the batches and the noise.")] = 0,
 ) -> None:
     """Train a small VAE with fastvae.ELBO and with a hand-written loss, compare the two, and save two pictures."""
     from rich.console import Console

@@ -39,7 +39,7 @@ Data = Annotated[
         show_default=False,
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+Seed = Annotated[int, typer.Option(help="Random seed for everything that is drawn.")]
 
 Method = Annotated[
     Literal["greedy", "nucleus", "beam"] | None,
@@ -119,7 +119,7 @@ def sample(
 
 def reconstruct(
     run: RunArgument,
-    n: Annotated[int, typer.Option("-n", help="Largest number of images or sentences.")] = 30,
+    n: Annotated[int, typer.Option("-n", help="Maximum number of images or sentences.")] = 30,
     data: Data = None,
     seed: Seed = 0,
     decoding: Method = None,
@@ -202,7 +202,7 @@ def traverse(
     image: Annotated[
         int, typer.Option(metavar="I", help="Validation image to start from, counted from 0.")
     ] = 0,
-    n: Annotated[int, typer.Option("-n", help="Largest number of dimensions.")] = 20,
+    n: Annotated[int, typer.Option("-n", help="Maximum number of dimensions.")] = 20,
     steps: Annotated[int, typer.Option(help="Number of images per dimension, from -3 to 3.")] = 11,
     data: Data = None,
     checkpoint: Checkpoint = "best",
@@ -224,7 +224,7 @@ def inpaint(
         ),
     ] = "right",
     steps: Annotated[int, typer.Option(help="How often to encode and decode.")] = 100,
-    n: Annotated[int, typer.Option("-n", help="Largest number of images.")] = 10,
+    n: Annotated[int, typer.Option("-n", help="Maximum number of images.")] = 10,
     seed: Seed = 0,
     data: Data = None,
     checkpoint: Checkpoint = "best",

@@ -69,12 +69,12 @@ class Settings:
         below=1,
     )
     seed: int = option(
-        0, "Seed of the weights, the batches and the noise.", "Training", at_least=0, at_most=2**32 - 1
+        0, "Random seed for the weights, the batches and the noise.", "Training", at_least=0, at_most=2**32 - 1
     )
 
     beta: float = option(1.0, "Weight of the KL.", "Objective", at_least=0)
     free_bits: float = option(
-        0.0, "Free bits: nats of KL per latent dimension that cost nothing.", "Objective", at_least=0
+        0.0, "KL in nats that each latent dimension may have at no cost (free bits).", "Objective", at_least=0
     )
     warmup: Literal["none", "linear", "cyclical", "sigmoid"] = option(
         "none", "Warm-up of the KL's weight to beta: none, linear, cyclical or sigmoid.", "Objective"

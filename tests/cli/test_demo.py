@@ -57,7 +57,7 @@ def images(n: int, *shape: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_digits(tmp_path, capsys):
+def test_demo_on_digits_prints_tables_and_saves_pictures(tmp_path, capsys):
     out = tmp_path / "runs" / "demo"
     assert cli.main(["demo", "--epochs", "3", "--out", str(out)]) == 0
     text, errors = capsys.readouterr()
@@ -93,7 +93,7 @@ def test_digits(tmp_path, capsys):
 
 @pytest.mark.parametrize("shape", [(9, 7), (6, 8, 1), (8, 8, 3)])
 @pytest.mark.parametrize("with_test", [False, True])
-def test_npz(tmp_path, capsys, shape, with_test):
+def test_demo_on_npz_file_trains_and_saves_pictures(tmp_path, capsys, shape, with_test):
     file = tmp_path / "images.npz"
     arrays = {"x_train": images(60, *shape), "y_train": np.zeros(60, np.uint8)}
     if with_test:
@@ -127,25 +127,25 @@ def test_npz(tmp_path, capsys, shape, with_test):
         assert picture.mode == ("RGB" if shape[2:] == (3,) else "L")
 
 
-def test_two_images_are_enough(tmp_path):
+def test_demo_on_two_images_works(tmp_path):
     file = tmp_path / "two.npz"
     np.savez(file, x_train=images(2, 4, 4))
     assert cli.main(["demo", "--data", str(file), "--out", str(tmp_path / "out"), "--epochs", "1"]) == 0
     assert sorted(os.listdir(tmp_path / "out")) == PICTURES
 
 
-def test_same_seed_same_run():
-    kept = data.load_digits(0)
+def test_train_with_same_seed_gives_same_losses():
+    images_loaded = data.load_digits(0)
     runs = []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
         settings = demo.Settings(seed=seed)
-        runs.append(list(demo.train(demo.VAE(64), fastvae.ELBO("bernoulli"), kept, settings, 1)))
+        runs.append(list(demo.train(demo.VAE(64), fastvae.ELBO("bernoulli"), images_loaded, settings, 1)))
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
 
 
-def test_hand_written_is_the_elbo():
+def test_hand_written_loss_equals_elbo():
     torch.manual_seed(0)
     mu, logvar, logits = torch.randn(5, 3), torch.randn(5, 3), torch.randn(5, 8)
     x, seed = torch.rand(5, 8).round(), torch.tensor([1, 8])
@@ -156,7 +156,7 @@ def test_hand_written_is_the_elbo():
     torch.testing.assert_close(ours(logits, x, kl=kl).loss, theirs(logits, x, kl=kl_by_hand).loss)
 
 
-def test_on_the_reference(tmp_path, capsys):
+def test_demo_on_reference_backend_says_so(tmp_path, capsys):
     file = tmp_path / "images.npz"
     np.savez(file, x_train=images(20, 4, 4))
     with fastvae.use_backend("reference"):
@@ -169,7 +169,7 @@ def test_on_the_reference(tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def refused(capsys, *arguments: str, code: int = 2) -> str:
+def failed_command(capsys, *arguments: str, code: int = 2) -> str:
     """The one line that a refused command leaves."""
     assert cli.main(arguments) == code
     text, errors = capsys.readouterr()
@@ -258,36 +258,38 @@ FILES = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_bad_file(tmp_path, capsys, kind):
+def test_demo_with_bad_file_fails_in_one_line(tmp_path, capsys, kind):
     make, words = FILES[kind]
     file, out = tmp_path / "file.npz", tmp_path / "out"
     make(file)
-    line = refused(capsys, "demo", "--data", str(file), "--out", str(out), "--epochs", "1")
+    line = failed_command(capsys, "demo", "--data", str(file), "--out", str(out), "--epochs", "1")
     assert str(file) in line
     assert words in line
     assert not out.exists()
 
 
 @pytest.mark.parametrize("below", [False, True])
-def test_folder_that_is_a_file(tmp_path, capsys, monkeypatch, below):
+def test_demo_with_file_as_out_fails_before_training(tmp_path, capsys, monkeypatch, below):
     monkeypatch.setattr(demo, "train", None)  # refused before any training
     file = tmp_path / "file"
     file.write_text("kept")
     out = file / "below" if below else file
-    line = refused(capsys, "demo", "--out", str(out))
+    line = failed_command(capsys, "demo", "--out", str(out))
     assert line == f"fastvae: {out}: cannot be written to: {'not a directory' if below else 'it is a file'}\n"
     assert os.listdir(tmp_path) == ["file"]
     assert file.read_text() == "kept"
 
 
-def test_folder_in_the_place_of_a_picture(tmp_path, capsys, monkeypatch):
+def test_demo_with_folder_in_place_of_picture_fails(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "train", None)
     (tmp_path / "samples.png").mkdir()
-    assert "samples.png: cannot be written: it is a folder" in refused(capsys, "demo", "--out", str(tmp_path))
+    assert "samples.png: cannot be written: it is a folder" in failed_command(
+        capsys, "demo", "--out", str(tmp_path)
+    )
     assert os.listdir(tmp_path) == ["samples.png"]
 
 
-def test_picture_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
+def test_failed_picture_write_keeps_the_old_file(tmp_path, monkeypatch):
     picture = tmp_path / "samples.png"
     picture.write_text("old")
 
@@ -314,26 +316,26 @@ def test_picture_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatc
         (["extra"], "extra"),
     ],
 )
-def test_bad_arguments(tmp_path, capsys, arguments, words):
-    assert words in refused(capsys, "demo", "--out", str(tmp_path / "out"), *arguments)
+def test_demo_with_bad_arguments_fails_in_one_line(tmp_path, capsys, arguments, words):
+    assert words in failed_command(capsys, "demo", "--out", str(tmp_path / "out"), *arguments)
     assert os.listdir(tmp_path) == []
 
 
-def test_unknown_command(capsys):
-    assert "trane" in refused(capsys, "trane")
+def test_unknown_command_fails(capsys):
+    assert "trane" in failed_command(capsys, "trane")
 
 
-def test_missing_package(tmp_path, capsys, monkeypatch):
+def test_missing_package_is_named_with_its_install_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    line = refused(capsys, "demo", "--out", str(tmp_path / "out"))
+    line = failed_command(capsys, "demo", "--out", str(tmp_path / "out"))
     assert line == 'fastvae: sklearn is not installed; get it with: pip install "fastvae-elbo[train]"\n'
     monkeypatch.setitem(sys.modules, "typer", None)
-    assert "typer is not installed" in refused(capsys, "demo")
+    assert "typer is not installed" in failed_command(capsys, "demo")
     assert cli.main(["doctor"]) == 0  # the command to run when something is missing
     assert os.listdir(tmp_path) == []
 
 
-def test_interrupt(tmp_path):
+def test_interrupted_demo_exits_with_130(tmp_path):
     """A real Ctrl-C in the middle of training, in a process of its own."""
     command = [sys.executable, "-m", "fastvae", "demo", "--epochs", "10000", "--out", str(tmp_path / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -362,7 +364,7 @@ def test_interrupt(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_help(capsys):
+def test_help_of_main_commands_is_printed(capsys):
     for arguments in ([], ["--help"], ["demo", "--help"], ["doctor", "--help"]):
         assert cli.main(arguments) == 0
     assert "--batch-size" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from fastvae import cli
 DIGITS = ("train", "mlp", "--data", "digits", "--epochs", "1", "--accelerator", "cpu")
 
 
-def test_a_reader_that_has_gone(
+def test_output_to_closed_pipe_fails_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `fastvae train ... | head -1` has it."""
@@ -29,21 +29,25 @@ def test_a_reader_that_has_gone(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_disk(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_to_full_disk_fails_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with open("/dev/full", "w") as full, monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", full)
         assert cli.main(["--version"]) == 2
     assert error_line(capsys) == "fastvae: standard output: cannot be written: no space left on device\n"
 
 
-def test_closed_output(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_output_fails_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", None)
         assert cli.main(["--version"]) == 2
     assert error_line(capsys) == "fastvae: standard output is closed\n"
 
 
-def test_another_error_of_the_system_is_not_taken_for_one_of_the_output(
+def test_other_os_error_is_not_reported_as_output_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail() -> None:
@@ -54,7 +58,7 @@ def test_another_error_of_the_system_is_not_taken_for_one_of_the_output(
         cli.main(["--version"])
 
 
-def test_a_path_that_is_not_utf_8(capsys: pytest.CaptureFixture[str]) -> None:
+def test_path_that_is_not_utf_8_fails_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*DIGITS, "--out", os.fsdecode(b"caf\xe9")]) == 2
     assert error_line(capsys) == "fastvae: 'caf\\udce9': not in UTF-8; rename the file, or link to it\n"
 
@@ -82,7 +86,7 @@ sys.exit(main(["doctor"]))
         ("KeyboardInterrupt", 130, "interrupted"),
     ],
 )
-def test_before_torch_is_there(raised: str, code: int, line: str) -> None:
+def test_error_while_importing_torch_fails_in_one_line(raised: str, code: int, line: str) -> None:
     """Neither `import fastvae` nor its command line loads torch: what happens then is theirs to tell."""
-    done = run_python("-c", IMPORTS.format(raised))
-    assert (done.returncode, done.stderr) == (code, f"fastvae: {line}\n")
+    result = run_python("-c", IMPORTS.format(raised))
+    assert (result.returncode, result.stderr) == (code, f"fastvae: {line}\n")

@@ -45,7 +45,7 @@ def linear_gaussian(orthogonal: bool) -> tuple[VAE, Tensor, Tensor]:
     return model, x, marginal.log_prob(x.double())
 
 
-def test_exact_posterior_gives_the_exact_likelihood(backend):
+def test_bound_with_exact_posterior_equals_likelihood(backend):
     """Every weight is then p(x): one sample is as good as many."""
     model, x, log_likelihood = linear_gaussian(orthogonal=True)
     for samples in (1, 20):
@@ -53,11 +53,11 @@ def test_exact_posterior_gives_the_exact_likelihood(backend):
         torch.testing.assert_close(-found.nll, log_likelihood, rtol=0, atol=2e-5)
 
 
-def test_importance_weighting_approaches_the_likelihood_from_below(native):
+def test_bound_with_more_samples_approaches_likelihood_from_below(native):
     model, x, log_likelihood = linear_gaussian(orthogonal=False)
-    off = torch.tensor([0.3, 0.3, 0.3])
+    offset = torch.tensor([0.3, 0.3, 0.3])
     with torch.no_grad():
-        model.encoder.bias += torch.cat([off, off])  # the mean aside, and the variance too large
+        model.encoder.bias += torch.cat([offset, offset])  # the mean aside, and the variance too large
     gaps = []
     for samples in (1, 10, 100, 3000):
         found, mu = bounds.estimate_bounds(model, x, samples, seed=1)
@@ -71,12 +71,12 @@ def test_importance_weighting_approaches_the_likelihood_from_below(native):
     normal = torch.distributions.MultivariateNormal
     precision = torch.eye(3) + model.decoder.weight.T @ model.decoder.weight / 0.6**2
     encoder = normal(mu[0], torch.diag_embed(model.encoder.bias[3:].exp()))
-    kl = torch.distributions.kl_divergence(encoder, normal(mu[0] - off, precision_matrix=precision)).item()
+    kl = torch.distributions.kl_divergence(encoder, normal(mu[0] - offset, precision_matrix=precision)).item()
     assert (log_likelihood - elbo).mean().item() == pytest.approx(kl, rel=0.01)
     assert kl > 0.3
 
 
-def test_weights_against_a_formula_of_its_own(native):
+def test_bound_agrees_with_log_mean_exp_in_float64(native):
     """log-mean-exp over all draws at once, from torch.distributions, in float64."""
     torch.manual_seed(0)
     encoder, decoder = nn.Linear(10, 8), nn.Linear(4, 10)
@@ -100,7 +100,7 @@ def test_weights_against_a_formula_of_its_own(native):
     torch.testing.assert_close(mu.double(), mean)
 
 
-def test_neither_the_batch_nor_its_place_matters(native):
+def test_bound_is_independent_of_batch_size(native):
     model, x, _ = linear_gaussian(orthogonal=False)
     whole, _ = bounds.estimate_bounds(model, x, 5)
     parts = [
@@ -110,7 +110,7 @@ def test_neither_the_batch_nor_its_place_matters(native):
         torch.testing.assert_close(value, torch.cat(pieces), rtol=1e-6, atol=1e-5)
 
 
-def test_far_weights_do_not_overflow(native):
+def test_bound_with_extreme_weights_is_finite(native):
     """An encoder far from the posterior: log-weights of about -1e5, and 1e5 apart."""
     model, x, _ = linear_gaussian(orthogonal=False)
     with torch.no_grad():

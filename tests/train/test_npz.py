@@ -10,7 +10,7 @@ import pytest
 from fastvae.train.errors import InputError
 from fastvae.train.npz import NpzFile
 
-PAGE = b"\n <!DOCTYPE html><html><title>404</title></html>"
+WEB_PAGE = b"\n <!DOCTYPE html><html><title>404</title></html>"
 
 
 def array(values: Any) -> bytes:
@@ -23,7 +23,7 @@ def array(values: Any) -> bytes:
     ("content", "words"),
     [
         (
-            PAGE,
+            WEB_PAGE,
             "not an .npz file: it begins with '<!DOCTYPE html>', so it may be a web page",
         ),
         (
@@ -35,7 +35,7 @@ def array(values: Any) -> bytes:
         (b"PK\x03\x04 and nothing more", "not an .npz file that numpy can read: "),
     ],
 )
-def test_what_is_no_npz_file_is_named(tmp_path: Path, content: bytes, words: str) -> None:
+def test_npz_file_with_other_content_says_what_it_is(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "file.npz"
     path.write_bytes(content)
     with pytest.raises(InputError) as caught:
@@ -43,7 +43,7 @@ def test_what_is_no_npz_file_is_named(tmp_path: Path, content: bytes, words: str
     assert str(caught.value).startswith(f"{path}: {words}")
 
 
-def test_a_pickled_array_is_named_when_it_is_asked_for(tmp_path: Path) -> None:
+def test_read_of_pickled_array_fails(tmp_path: Path) -> None:
     path = tmp_path / "file.npz"
     np.savez(path, x=np.arange(3, dtype=">i4"), kind=np.array(["a", None, "b"], dtype=object))
     with NpzFile(path) as arrays:
@@ -56,7 +56,7 @@ def test_a_pickled_array_is_named_when_it_is_asked_for(tmp_path: Path) -> None:
             arrays.read("kind")
 
 
-def test_a_damaged_array_is_named(tmp_path: Path) -> None:
+def test_read_of_damaged_array_fails(tmp_path: Path) -> None:
     path = tmp_path / "file.npz"
     np.savez(path, x=np.arange(1000))
     content = bytearray(path.read_bytes())

@@ -35,29 +35,29 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_like_one(tmp_path):
     options = (*QUICK, "--epochs", "3", "--binarize", "dynamic", "--batch-size", "96")
     script = tmp_path / "train.py"  # Lightning runs the same file for the second process
     script.write_text(RANKS)
     first = {}
     for devices in ("1", "2"):
-        done = run_python(
+        result = run_python(
             str(script), "train", "mlp", "--out", str(tmp_path / devices), *options, "--devices", devices,
             "--strategy", "auto" if devices == "1" else "ddp",
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        assert result.returncode == 0, result.stderr
         lines = sorted(
-            line for line in done.stderr.replace("rank=", "\nrank=").splitlines() if "rows=" in line
+            line for line in result.stderr.replace("rank=", "\nrank=").splitlines() if "rows=" in line
         )
         first[devices] = [dict(word.split("=") for word in line.split()) for line in lines]
-        assert done.stdout.count("backend native") == 1  # one process speaks
+        assert result.stdout.count("backend native") == 1  # one process speaks
     assert [(r["rank"], r["rows"], r["first"]) for r in first["2"]] == [("0", "48", "0"), ("1", "48", "48")]
-    (whole,) = first["1"]
+    (wholes,) = first["1"]
     halves = [float(r["loss"]) for r in first["2"]]
-    assert sum(halves) / 2 == pytest.approx(float(whole["loss"]), rel=1e-6)
+    assert sum(halves) / 2 == pytest.approx(float(wholes["loss"]), rel=1e-6)
     assert abs(halves[0] - halves[1]) > 1e-3
 
-    assert "1 of 16 steps were skipped because nll of step 3" in done.stdout
+    assert "1 of 16 steps were skipped because nll of step 3" in result.stdout
     one, two = read_metrics(tmp_path / "1"), read_metrics(tmp_path / "2")
     assert [row["skipped_steps"] for row in two] == ["0", "1", "0"]
     for a, b in zip(one, two, strict=True):
@@ -72,31 +72,33 @@ def test_two_processes_train_as_one(tmp_path):
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("n", [23, 24])
-def test_batches_of_all_processes_together(world, n):
+def test_batches_of_all_processes_form_the_whole_batches(world, n):
     x = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1)
     images = data.Images("numbers", x, x)
     settings = kinds.recipes()["mlp"](batch_size=6, likelihood="gaussian", devices=world)
 
     def parts(val, epoch, world=world):
-        each = []
+        per_process = []
         for rank in range(world):
-            kept = loader.ImageData(images, settings)
-            kept.trainer = types.SimpleNamespace(global_rank=rank, world_size=world, current_epoch=epoch)
-            batches = kept.val_dataloader() if val else kept.train_dataloader()
-            each.append(list(batches))
-            assert len(each[-1]) == len(batches)
-        return each
+            module = loader.ImageData(images, settings)
+            module.trainer = types.SimpleNamespace(global_rank=rank, world_size=world, current_epoch=epoch)
+            batches = module.val_dataloader() if val else module.train_dataloader()
+            per_process.append(list(batches))
+            assert len(per_process[-1]) == len(batches)
+        return per_process
 
     for epoch in (0, 1):
         (one,) = parts(False, epoch, 1)
-        each = parts(False, epoch)
-        whole = [torch.cat([x for x, _ in batch]) for batch in zip(*each, strict=True)]
-        assert all(len({len(x) for x, _ in batch}) == 1 for batch in zip(*each, strict=True))
-        assert [first for _, first in each[-1]] == [len(batch) * (world - 1) // world for batch in whole]
-        lost = sum(size % world for size in [6] * (n // 6) + ([n % 6] if n % 6 else []))
-        assert sum(map(len, whole)) == n - lost
-        assert len(one) == len(whole)
-        assert all(torch.equal(a, b[: len(a)]) for a, (b, _) in zip(whole, one, strict=True))
+        per_process = parts(False, epoch)
+        wholes = [torch.cat([x for x, _ in batch]) for batch in zip(*per_process, strict=True)]
+        assert all(len({len(x) for x, _ in batch}) == 1 for batch in zip(*per_process, strict=True))
+        assert [first for _, first in per_process[-1]] == [
+            len(batch) * (world - 1) // world for batch in wholes
+        ]
+        dropped = sum(size % world for size in [6] * (n // 6) + ([n % 6] if n % 6 else []))
+        assert sum(map(len, wholes)) == n - dropped
+        assert len(one) == len(wholes)
+        assert all(torch.equal(a, b[: len(a)]) for a, (b, _) in zip(wholes, one, strict=True))
     val = torch.cat([x for batch in zip(*parts(True, 0), strict=True) for x, _ in batch])
     assert torch.equal((val.flatten() * 256).floor(), torch.arange(n).float())
     assert not torch.equal(parts(False, 0)[0][0][0], parts(False, 1)[0][0][0])

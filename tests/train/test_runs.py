@@ -34,11 +34,11 @@ FILES = {
 
 @pytest.mark.parametrize("recipe", IMAGES)
 @pytest.mark.usefixtures("with_pictures")
-def test_what_a_run_leaves(tmp_path, capsys, recipe):
+def test_training_writes_files_and_metrics(tmp_path, capsys, recipe):
     out = tmp_path / "runs" / "first"
     options = ("--epochs", "2", "--lr", "0.005", "--batch-size", "128", "--latent", "4")
     assert train(out, *options, recipe=recipe) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
 
     assert {path.name for path in out.iterdir()} == FILES
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
@@ -64,14 +64,14 @@ def test_what_a_run_leaves(tmp_path, capsys, recipe):
         (_, *kl) = list(csv.reader(file))[-1]
     assert sum(map(float, kl)) == pytest.approx(float(second["val_kl"]), rel=1e-5)
 
-    assert f"fastvae {fastvae.__version__} · backend native" in said
-    assert "8 x 8, 1498 training images, 299 validation images" in said
-    assert f"model: {recipe}" in said
-    assert f"fastvae resume {out}" in said
-    assert "warning" not in said
+    assert f"fastvae {fastvae.__version__} · backend native" in output
+    assert "8 x 8, 1498 training images, 299 validation images" in output
+    assert f"model: {recipe}" in output
+    assert f"fastvae resume {out}" in output
+    assert "warning" not in output
 
 
-def test_config_is_resolved(tmp_path, monkeypatch):
+def test_config_has_absolute_paths_and_resolved_likelihood(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     x = np.random.default_rng(0).integers(0, 255, (40, 8, 9), dtype=np.uint8)
     np.savez("mine.npz", x_train=x)
@@ -86,7 +86,7 @@ def test_config_is_resolved(tmp_path, monkeypatch):
     assert len(image.load(tmp_path / "run").images.train) == 34
 
 
-def test_colour_images_get_a_gaussian_whose_scale_is_trained(tmp_path):
+def test_colour_images_use_a_gaussian_with_learned_scale(tmp_path):
     x = np.random.default_rng(0).integers(0, 255, (60, 9, 11, 3), dtype=np.uint8)
     np.savez(tmp_path / "colour.npz", x_train=x, x_test=x[:20])
     for recipe in IMAGES:
@@ -101,7 +101,7 @@ def test_colour_images_get_a_gaussian_whose_scale_is_trained(tmp_path):
 
 @pytest.mark.parametrize("likelihood", ["discretized-logistic", "dmol"])
 @pytest.mark.parametrize("recipe", IMAGES)
-def test_likelihoods_of_bytes(tmp_path, recipe, likelihood):
+def test_byte_likelihoods_report_bits_per_dimension(tmp_path, recipe, likelihood):
     """Of bytes as they are, with bits per dimension to which nothing is added."""
     x = np.random.default_rng(0).integers(0, 255, (60, 9, 11, 3), dtype=np.uint8)
     np.savez(tmp_path / "colour.npz", x_train=x, x_test=x[:20])
@@ -117,7 +117,7 @@ def test_likelihoods_of_bytes(tmp_path, recipe, likelihood):
     assert planes == {"discretized-logistic": 6, "dmol": 30}[likelihood]
 
 
-def test_mixture_learns(tmp_path):
+def test_dmol_beats_gaussian_on_digits(tmp_path):
     """Of the digits, whose bytes are 17 levels, a mixture knows more than any Gaussian of all pixels."""
     options = ["--epochs", "10", "--lr", "0.005"]
     assert train(tmp_path / "gaussian", "--likelihood", "gaussian", *options) == 0
@@ -128,7 +128,7 @@ def test_mixture_learns(tmp_path):
     assert dmol < gaussian - 1
 
 
-def test_gaussian_learns(tmp_path):
+def test_gaussian_does_not_collapse_on_digits(tmp_path):
     """With a scale that starts at 1 and moves as slowly as the weights the posterior stays collapsed, at 9.3 bits."""
     assert train(tmp_path / "run", "--likelihood", "gaussian", "--epochs", "10", "--lr", "0.005") == 0
     assert float(read_metrics(tmp_path / "run")[-1]["val_bits_per_dim"]) < 8.2
@@ -136,7 +136,7 @@ def test_gaussian_learns(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", IMAGES)
-def test_gaussian_begins_with_the_mean_image(recipe):
+def test_gaussian_is_initialised_with_the_mean_image(recipe):
     """Not with a black one, which many epochs go into leaving."""
     torch.manual_seed(0)
     x = torch.randint(0, 40, (60, 16, 20, 3), dtype=torch.uint8) + torch.tensor(
@@ -148,15 +148,15 @@ def test_gaussian_begins_with_the_mean_image(recipe):
     pixels = (x.permute(0, 3, 1, 2) + 0.5) / 256
     mean = pixels.mean(0) if recipe == "mlp" else pixels.mean((0, 2, 3))[:, None, None]
     with torch.no_grad():
-        shown = model.decode(torch.randn(20, model.latents))
-    assert (shown - pixels.mean(0)).square().mean() < 0.2 * pixels.square().mean()
+        means = model.decode(torch.randn(20, model.latents))
+    assert (means - pixels.mean(0)).square().mean() < 0.2 * pixels.square().mean()
     error = (mean - pixels).square().mean().item()
     learned = model.likelihood
     variance = reference.bounded_logvar(learned.logvar, learned.logvar_bounds).exp()
     assert variance.item() == pytest.approx(error, rel=1e-3)
 
 
-def test_best_is_the_epoch_with_the_smallest_held_out_loss(tmp_path):
+def test_best_checkpoint_has_the_smallest_val_neg_elbo(tmp_path):
     # So large a rate makes the loss go up and down.
     assert train(tmp_path / "run", "--epochs", "6", "--lr", "0.05") == 0
     losses = [float(row["val_neg_elbo"]) for row in read_metrics(tmp_path / "run")]
@@ -166,7 +166,7 @@ def test_best_is_the_epoch_with_the_smallest_held_out_loss(tmp_path):
     assert image.load(tmp_path / "run", checkpoint="last").epoch == 6
 
 
-def test_tensorboard(tmp_path, capsys, monkeypatch):
+def test_tensorboard_logger_writes_events(tmp_path, capsys, monkeypatch):
     pytest.importorskip("tensorboard")
     assert train(tmp_path / "run", "--epochs", "1", "--logger", "tensorboard") == 0
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
@@ -186,7 +186,7 @@ def test_tensorboard(tmp_path, capsys, monkeypatch):
     "precision", ["bf16-true", pytest.param("64-true", marks=pytest.mark.slow), "bf16-mixed", "16-mixed"]
 )
 @pytest.mark.usefixtures("with_pictures")
-def test_precisions(tmp_path, capsys, precision, options):
+def test_precisions_train_and_resume(tmp_path, capsys, precision, options):
     options = ("--epochs", "1", "--lr", "0.005", "--precision", precision, *options)
     code = train(tmp_path / "run", *options)
     if precision.endswith("true") and "--ema" in options:

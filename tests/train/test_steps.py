@@ -19,28 +19,31 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 def test_non_finite_step_is_skipped_counted_and_named(tmp_path, capsys, monkeypatch, term, clip):
     after = []
 
-    def spoil(name, spoilt):
+    def spoil(name, corrupt_epochs):
         method = getattr(module.ImageVAE, name)
-        monkeypatch.setattr(module.ImageVAE, name, lambda self, value: spoilt(self, method(self, value)))
+        monkeypatch.setattr(
+            module.ImageVAE, name, lambda self, value: corrupt_epochs(self, method(self, value))
+        )
 
-    def here(self):
+    def is_bad_step(self):
         return self.training and (self.current_epoch, self.trainer.fit_loop.batch_idx) == (0, 4)
 
     if term == "nll":
-        spoil("decode", lambda self, recon: recon * math.nan if here(self) else recon)
+        spoil("decode", lambda self, recon: recon * math.nan if is_bad_step(self) else recon)
     elif term == "the gradient":
 
-        def spoilt(self, recon):
-            if here(self):
+        def corrupt_epochs(self, recon):
+            if is_bad_step(self):
                 recon.register_hook(
                     lambda gradient: gradient * math.inf
                 )  # the loss itself is as it should be
             return recon
 
-        spoil("decode", spoilt)
+        spoil("decode", corrupt_epochs)
     else:
         spoil(
-            "encode", lambda self, posterior: (posterior[0] * (math.nan if here(self) else 1), posterior[1])
+            "encode",
+            lambda self, posterior: (posterior[0] * (math.nan if is_bad_step(self) else 1), posterior[1]),
         )
     monkeypatch.setattr(
         module.ImageVAE,
@@ -57,7 +60,7 @@ def test_non_finite_step_is_skipped_counted_and_named(tmp_path, capsys, monkeypa
     assert [torch.equal(a, b) for a, b in pairwise(after)] == [step == 4 for step in range(1, 24)]
 
 
-def test_only_the_first_process_tells_of_a_mistake(tmp_path, capsys, monkeypatch):
+def test_error_in_other_process_prints_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module.ImageVAE, "decode", lambda self, z: self.decoder(z) * math.inf)
     monkeypatch.setattr(processes, "is_main_process", lambda: False)
     (tmp_path / "run").mkdir()
@@ -74,7 +77,7 @@ def test_only_the_first_process_tells_of_a_mistake(tmp_path, capsys, monkeypatch
         (2, "try a smaller --lr, or --clip 1"),
     ],
 )
-def test_epoch_that_never_steps_is_an_error(tmp_path, capsys, monkeypatch, epoch, advice):
+def test_epoch_without_a_finite_step_fails(tmp_path, capsys, monkeypatch, epoch, advice):
     """Before a first step the learning rate cannot be its cause, after one it may be."""
 
     def decode(self, z):
@@ -89,8 +92,8 @@ def test_epoch_that_never_steps_is_an_error(tmp_path, capsys, monkeypatch, epoch
 
 
 @pytest.mark.usefixtures("with_pictures")
-def test_weights_that_give_no_finite_held_out_loss_are_not_kept(tmp_path, capsys, monkeypatch):
-    def spoilt(epochs):
+def test_epoch_with_non_finite_val_loss_saves_no_checkpoint(tmp_path, capsys, monkeypatch):
+    def corrupt_epochs(epochs):
         encode = module.ImageVAE.encode
 
         def spoil(self, x):
@@ -100,7 +103,7 @@ def test_weights_that_give_no_finite_held_out_loss_are_not_kept(tmp_path, capsys
         monkeypatch.setattr(module.ImageVAE, "encode", spoil)
 
     run = tmp_path / "run"
-    spoilt([0])
+    corrupt_epochs([0])
     assert train(run, "--epochs", "1") == 0
     assert (
         "warning: the validation loss of epoch 1 is not finite, so no checkpoint was saved"
@@ -111,14 +114,14 @@ def test_weights_that_give_no_finite_held_out_loss_are_not_kept(tmp_path, capsys
     assert "checkpoints/best.ckpt does not exist yet" in error_line(capsys)
     monkeypatch.undo()
     assert cli.main(["resume", str(run)]) == 0
-    spoilt([1])
+    corrupt_epochs([1])
     assert cli.main(["resume", str(run), "--epochs", "2"]) == 0
     assert len(read_metrics(run)) == 2
     for name in ("last", "best"):
         assert image.load(run, checkpoint=name).epoch == 1
 
 
-def test_the_columns_of_a_run_that_diverges_keep_apart():
+def test_progress_table_with_huge_numbers_keeps_columns_apart():
     names = ("train_loss", "train_nll", "train_kl", "val_neg_elbo", "val_nll", "val_kl")
     values = (1234567.891, -1e12, math.inf, 3.4e38, 99999.994, 0.5)
     row = {"epoch": 3, "active_units": 4, "seconds": 1.5, **dict(zip(names, values, strict=True))}
@@ -128,7 +131,7 @@ def test_the_columns_of_a_run_that_diverges_keep_apart():
     assert len(got) == len(line.replace("\n", "").split()) == 11
 
 
-def test_commands_are_quoted_for_a_shell():
+def test_shell_command_quotes_its_arguments():
     assert messages.shell_command("resume", "runs/my run's", "--epochs", 4) == (
         """fastvae resume 'runs/my run'"'"'s' --epochs 4"""
     )

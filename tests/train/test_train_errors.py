@@ -58,14 +58,14 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
         (("--colour", "red"), "No such option"),
     ],
 )
-def test_mistakes_are_told_in_a_line(tmp_path, capsys, options, message):
+def test_train_with_bad_options_fails_in_one_line(tmp_path, capsys, options, message):
     chosen = ("--accelerator", "cpu") if "--accelerator" not in options else ()
     assert cli.main(["train", "mlp", "--out", str(tmp_path / "run"), *chosen, *options]) == 2
     assert message in error_line(capsys)
     assert not (tmp_path / "run").exists()
 
 
-def test_folder_without_images(tmp_path, capsys):
+def test_train_on_folder_without_images_fails(tmp_path, capsys):
     (tmp_path / "words").mkdir()
     (tmp_path / "words" / "a.txt").write_text("text")
     assert train(tmp_path / "run", "--data", str(tmp_path / "words")) == 2
@@ -79,25 +79,25 @@ def test_folder_without_images(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_conv_needs_eight_pixels(tmp_path, capsys):
+def test_train_conv_on_tiny_images_fails(tmp_path, capsys):
     np.savez(tmp_path / "small.npz", x_train=np.zeros((9, 8, 7), dtype=np.uint8))
     assert train(tmp_path / "run", "--data", str(tmp_path / "small.npz"), recipe="conv") == 2
     assert "at least 8 x 8 pixels, got 8 x 7; mlp takes any size" in error_line(capsys)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def trained_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("finished") / "run"
     assert train(out, "--epochs", "1") == 0
     return out
 
 
 @pytest.fixture
-def run(finished, tmp_path):
+def run(trained_run, tmp_path):
     """A copy, to be spoilt."""
     import shutil
 
-    return shutil.copytree(finished, tmp_path / "run")
+    return shutil.copytree(trained_run, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def run(finished, tmp_path):
         ('data = "digits"', 'data = "/gone.npz"', "/gone.npz: no such file"),
     ],
 )
-def test_wrong_config(run, capsys, before, after, message):
+def test_resume_with_wrong_config_fails(run, capsys, before, after, message):
     config = run / "config.toml"
     assert before in config.read_text()
     config.write_text(config.read_text().replace(before, after, 1))
@@ -153,7 +153,7 @@ def test_run_of_version_0_1_is_refused_in_one_line(run, tmp_path, capsys, recipe
 
 
 @pytest.mark.parametrize("name", ["accelerator", "strategy"])
-def test_what_lightning_refuses_is_named_where_it_stands(run, capsys, name):
+def test_resume_with_bad_lightning_option_names_config_file(run, capsys, name):
     config = run / "config.toml"
     before = {"accelerator": '"cpu"', "strategy": '"auto"'}[name]
     config.write_text(config.read_text().replace(f"{name} = {before}", f'{name} = "abacus"'))
@@ -164,9 +164,9 @@ def test_what_lightning_refuses_is_named_where_it_stands(run, capsys, name):
     assert "--" not in error
 
 
-def test_foreign_and_damaged_checkpoints(run, capsys):
+def test_resume_with_foreign_or_damaged_checkpoint_fails(run, capsys):
     file = run / "checkpoints" / "last.ckpt"
-    good = file.read_bytes()
+    original = file.read_bytes()
 
     def refused() -> str:
         capsys.readouterr()
@@ -175,12 +175,12 @@ def test_foreign_and_damaged_checkpoints(run, capsys):
             image.load(run, checkpoint="last")
         return error_line(capsys)
 
-    for half in (b"text", good[: len(good) // 2], b""):
-        file.write_bytes(half)
+    for content in (b"text", original[: len(original) // 2], b""):
+        file.write_bytes(content)
         assert "not a fastvae checkpoint, or damaged" in refused()
     torch.save({"weights": torch.zeros(2)}, file)
     assert "not a fastvae checkpoint" in refused()
-    file.write_bytes(good)
+    file.write_bytes(original)
     saved = torch.load(file, weights_only=True)
     saved["state_dict"]["other.weight"] = torch.zeros(2)
     torch.save(saved, file)
@@ -197,7 +197,7 @@ def test_foreign_and_damaged_checkpoints(run, capsys):
         image.load(run, checkpoint="last")
 
 
-def test_checkpoint_holds_no_code(run):
+def test_resume_runs_no_code_of_a_checkpoint(run):
     """What a foreign checkpoint could run when it is read is never run: not in `load`, and not by Lightning."""
 
     class Evil:
@@ -228,14 +228,14 @@ def test_lightning_runs_no_code_of_a_checkpoint(run, monkeypatch):
     assert not (run / "evil").exists()
 
 
-def test_not_a_run(tmp_path, capsys):
+def test_resume_of_no_run_fails(tmp_path, capsys):
     assert cli.main(["resume", str(tmp_path / "none")]) == 2
     assert "no such run directory" in error_line(capsys)
     assert cli.main(["resume", str(tmp_path)]) == 2
     assert "not a run directory: config.toml is missing" in error_line(capsys)
 
 
-def test_moved_data(tmp_path, capsys):
+def test_resume_with_moved_data_needs_the_data_option(tmp_path, capsys):
     x = np.random.default_rng(0).integers(0, 255, (40, 8, 9), dtype=np.uint8)
     np.savez(tmp_path / "old.npz", x_train=x)
     assert train(tmp_path / "run", "--data", str(tmp_path / "old.npz"), "--epochs", "1") == 0
@@ -249,13 +249,13 @@ def test_moved_data(tmp_path, capsys):
     assert cli.main(["resume", str(tmp_path / "run"), "--epochs", "3"]) == 0
 
 
-def test_help_is_quick_and_says_the_options(capsys):
-    done = run_python(
+def test_train_help_imports_no_slow_packages_and_lists_options(capsys):
+    result = run_python(
         "-c",
         "import sys; from fastvae import cli; code = cli.main(['train', 'mlp', '--help']);"
         "sys.exit(code or 'lightning' in sys.modules or 'matplotlib' in sys.modules)",
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     for option in ("--hidden", "--layers", "--latent", "--warmup", "--out"):
-        assert option in done.stdout
-    assert "--channels" not in done.stdout
+        assert option in result.stdout
+    assert "--channels" not in result.stdout

@@ -9,7 +9,7 @@ from fastvae.train import warmup
 pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
 
-def test_schedules():
+def test_kl_weight_follows_each_schedule():
     def at(schedule, *passed, cycles=1):
         return [warmup.kl_weight(schedule, p, 10.0, cycles) for p in passed]
 
@@ -26,7 +26,7 @@ def test_schedules():
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cyclical", "sigmoid"])
-def test_warm_up_reaches_the_loss(tmp_path, capsys, schedule):
+def test_warmup_changes_beta_and_the_loss(tmp_path, capsys, schedule):
     options = ("--warmup", schedule, "--warmup-epochs", "2", "--beta", "0.5")
     if schedule == "cyclical":
         options += ("--cycles", "1")
@@ -40,6 +40,6 @@ def test_warm_up_reaches_the_loss(tmp_path, capsys, schedule):
     assert last["val_neg_elbo"] == pytest.approx(last["val_nll"] + last["val_kl"], rel=1e-6)
 
 
-def test_warm_up_longer_than_the_run(tmp_path, capsys):
+def test_warmup_longer_than_the_run_warns(tmp_path, capsys):
     assert train(tmp_path / "run", "--warmup", "linear", "--epochs", "1") == 0
     assert "warning: the warm-up takes 10 epochs, but the run has only 1" in capsys.readouterr().out

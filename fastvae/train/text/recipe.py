@@ -53,7 +53,7 @@ class Text(TextSettings):
     )
     clip: float = option(5.0, "Clip the gradient to this norm; 0 turns clipping off.", "Training", at_least=0)
     free_bits: float = option(
-        0.25, "Free bits: nats of KL per latent dimension that cost nothing.", "Objective", at_least=0
+        0.25, "KL in nats that each latent dimension may have at no cost (free bits).", "Objective", at_least=0
     )
     warmup: Literal["none", "linear", "cyclical", "sigmoid"] = option(
         "linear", "Warm-up of the KL's weight to beta: none, linear, cyclical or sigmoid.", "Objective"

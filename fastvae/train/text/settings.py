@@ -17,7 +17,7 @@ class TextSettings(Settings):
     data: str = option(
         "", "A .txt file with one sentence per line (UTF-8), or a Hugging Face dataset. Required.", "Data"
     )
-    column: str = option("", "Text column of a Hugging Face dataset. Defaults to the first one.", "Data")
+    column: str = option("", "Text column of a Hugging Face dataset. Defaults to text, sentence, or the first one.", "Data")
     tokens: Literal["words", "bpe"] = option(
         "words", "Tokens: words (and punctuation marks), or bpe (subwords).", "Data"
     )

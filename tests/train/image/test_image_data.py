@@ -17,7 +17,7 @@ from fastvae.train.seeding import seeded_generator
 pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
 
-def test_prepare():
+def test_prepare_converts_images_for_each_likelihood():
     images = torch.arange(256, dtype=torch.uint8).repeat(2000, 1).view(2000, 16, 16, 1)
     threshold = loader.prepare(images, kinds.recipes()["mlp"](likelihood="bernoulli"))
     assert threshold.shape == (2000, 1, 16, 16)
@@ -43,7 +43,7 @@ def test_prepare():
     assert torch.equal(x.permute(0, 2, 3, 1), colour)
 
 
-def test_folder_of_images(tmp_path, capsys):
+def test_load_folder_reads_images_and_labels_and_skips_bad_files(tmp_path, capsys):
     for i in range(6):
         save_picture(tmp_path / "cats" / f"{i}.png", (20, 12), i)
         save_picture(tmp_path / "dogs" / "more" / f"{i}.jpg", (12, 20), 200 + i)
@@ -66,7 +66,7 @@ def test_folder_of_images(tmp_path, capsys):
     assert f"warning: {note}" in capsys.readouterr().out
 
 
-def test_folders_behind_links(tmp_path):
+def test_load_folder_follows_links_once(tmp_path):
     """Each once, also where links lead in a circle."""
     for i in range(3):
         save_picture(tmp_path / "elsewhere" / "cats" / f"{i}.png", (4, 4), i)
@@ -78,7 +78,7 @@ def test_folders_behind_links(tmp_path):
     assert sorted(images.val[:, 0, 0, 0].tolist()) == [0, 1, 2, 100, 101, 102]
 
 
-def test_images_that_are_too_large_are_named(tmp_path, monkeypatch, recwarn):
+def test_load_folder_skips_images_that_are_too_large(tmp_path, monkeypatch, recwarn):
     """Pillow refuses what may be a bomb, above twice its limit, and warns below, where a photograph is welcome."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     save_picture(tmp_path / "bomb.png", (15, 15))
@@ -91,7 +91,7 @@ def test_images_that_are_too_large_are_named(tmp_path, monkeypatch, recwarn):
     assert not recwarn.list
 
 
-def test_labels_that_are_none_are_noted(tmp_path):
+def test_load_npz_with_bad_labels_ignores_them(tmp_path):
     path = tmp_path / "IMAGES.NPZ"
     with path.open("wb") as file:
         np.savez(file, x_train=np.zeros((6, 4, 4), np.uint8), y_train=np.array([None] * 6))
@@ -101,13 +101,13 @@ def test_labels_that_are_none_are_noted(tmp_path):
     assert note.startswith(f"the labels are ignored: {path}: `y_train` is stored as pickled Python objects")
 
 
-def test_another_folder_is_brought_to_the_shape_of_the_run(tmp_path, capsys):
+def test_other_folder_is_resized_to_the_shape_of_the_run(tmp_path, capsys):
     for i in range(12):
         save_picture(tmp_path / "own" / f"{i}.png", (20, 12), 20 * i)
     assert train(tmp_path / "run", "--data", str(tmp_path / "own"), "--epochs", "1") == 0
     save_picture(tmp_path / "other" / "a.png", (90, 70), (250, 10, 10), "RGB")
-    others = image.load(tmp_path / "run", data=str(tmp_path / "other")).images
-    assert others.val.shape == (1, 12, 20, 1)
+    other_images = image.load(tmp_path / "run", data=str(tmp_path / "other")).images
+    assert other_images.val.shape == (1, 12, 20, 1)
     save_picture(tmp_path / "other" / "b.png", (30, 30), 7)
     capsys.readouterr()
     for command in ("reconstruct", "evaluate"):
@@ -118,7 +118,7 @@ def test_another_folder_is_brought_to_the_shape_of_the_run(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("with_pictures")
-def test_run_inside_its_data_is_not_trained_on(tmp_path, capsys):
+def test_load_folder_skips_run_folders(tmp_path, capsys):
     for i in range(12):
         save_picture(tmp_path / f"{i}.png", (20, 12), 20 * i)
     before = data.load(str(tmp_path))
@@ -130,7 +130,7 @@ def test_run_inside_its_data_is_not_trained_on(tmp_path, capsys):
     assert after.train_labels is None
 
 
-def test_transparency_is_white(tmp_path):
+def test_load_folder_makes_transparency_white(tmp_path):
     for i in range(2):
         save_picture(tmp_path / "colour" / f"{i}.png", (9, 9), (10, 20, 30, 0), "RGBA")
         save_picture(tmp_path / "half" / f"{i}.png", (9, 9), (0, 0, 0, 127), "RGBA")
@@ -141,7 +141,7 @@ def test_transparency_is_white(tmp_path):
     assert data.load(str(tmp_path / "half")).train.unique().tolist() == [128]
 
 
-def test_pixels_of_unknown_range_are_named(tmp_path):
+def test_load_folder_skips_pixels_of_unknown_range(tmp_path):
     for i in range(3):
         save_picture(tmp_path / f"{i}.png", (9, 9), 3)
     save_picture(tmp_path / "float.tif", (9, 9), 0.5, "F")
@@ -153,7 +153,7 @@ def test_pixels_of_unknown_range_are_named(tmp_path):
     )
 
 
-def test_labels_are_numbered_without_unreadable_folders(tmp_path):
+def test_load_folder_numbers_labels_of_readable_folders_only(tmp_path):
     for i in range(6):
         save_picture(tmp_path / "dogs" / f"{i}.png", (9, 9), 200)
         save_picture(tmp_path / "eels" / f"{i}.png", (9, 9), 10)
@@ -164,7 +164,7 @@ def test_labels_are_numbered_without_unreadable_folders(tmp_path):
     assert torch.equal(images.train_labels, (images.train[:, 0, 0, 0] < 100).long())
 
 
-def test_sizes_and_kinds_of_images(tmp_path):
+def test_load_folder_chooses_size_and_colour(tmp_path):
     for i in range(3):
         save_picture(tmp_path / "same" / f"{i}.png", (30, 20), i)
         save_picture(tmp_path / "large" / f"{i}.png", (80, 80), i)
@@ -211,15 +211,15 @@ def fake_datasets(monkeypatch, splits, features) -> list[str]:
             assert features[name] != "image" or not self.decode
             return self.columns[name]
 
-    asked = []
+    requests = []
 
     def load_dataset(name):
-        asked.append(name)
+        requests.append(name)
         return {name: Split(columns) for name, columns in splits.items()}
 
     fake.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    return asked
+    return requests
 
 
 def png(value: int) -> dict[str, object]:
@@ -230,13 +230,13 @@ def png(value: int) -> dict[str, object]:
     return {"bytes": file.getvalue(), "path": None}
 
 
-def test_hugging_face_dataset(tmp_path, monkeypatch, capsys):
+def test_load_reads_hugging_face_datasets(tmp_path, monkeypatch, capsys):
     train_split = {"img": [png(i) for i in range(8)] + [{"bytes": b"?", "path": None}], "y": [*range(8), 99]}
     test_split = {"img": [png(100), png(101)], "y": [5, 6]}
     features = {"y": "label", "img": "image"}
-    asked = fake_datasets(monkeypatch, {"train": train_split, "test": test_split}, features)
+    requests = fake_datasets(monkeypatch, {"train": train_split, "test": test_split}, features)
     images = data.load("someone/pictures")
-    assert asked == ["someone/pictures"]
+    assert requests == ["someone/pictures"]
     assert images.train.shape == (8, 10, 10, 1)
     assert torch.equal(images.train[:, 0, 0, 0].long(), images.train_labels)
     assert images.val[:, 0, 0, 0].tolist() == [100, 101]
@@ -245,9 +245,9 @@ def test_hugging_face_dataset(tmp_path, monkeypatch, capsys):
     assert images.notes == ("1 of 11 images cannot be read and were skipped: train[8] (not an image)",)
 
     fake_datasets(monkeypatch, {"train": train_split}, features)
-    alone = data.load("someone/pictures")
-    assert (len(alone.train), len(alone.val)) == (7, 1)
-    assert torch.equal(alone.train[:, 0, 0, 0].long(), alone.train_labels)
+    without_test = data.load("someone/pictures")
+    assert (len(without_test.train), len(without_test.val)) == (7, 1)
+    assert torch.equal(without_test.train[:, 0, 0, 0].long(), without_test.train_labels)
     assert train(tmp_path / "run", "--data", "someone/pictures", "--epochs", "1") == 0
     capsys.readouterr()
 
@@ -267,30 +267,30 @@ def test_hugging_face_dataset(tmp_path, monkeypatch, capsys):
     assert "pip install datasets" in error_line(capsys)
 
 
-def test_held_out_batches_of_large_images_are_small():
+def test_val_batches_of_large_images_are_small():
     sizes = []
     for side in (8, 512, 4000):
         x = torch.zeros(1, side, side, 3, dtype=torch.uint8).expand(2001, -1, -1, -1)
-        kept = loader.ImageData(data.Images("large", x, x), kinds.recipes()["mlp"](likelihood="gaussian"))
-        sizes.append(kept.val_dataloader().size)
+        module = loader.ImageData(data.Images("large", x, x), kinds.recipes()["mlp"](likelihood="gaussian"))
+        sizes.append(module.val_dataloader().size)
     assert sizes == [1000, 10, 1]
 
 
-def test_held_out_batches_count_what_the_decoder_makes():
+def test_val_batch_size_counts_decoder_outputs():
     """Of dmol ten numbers for each of 10 components of a pixel, of which there are 64 x 64."""
 
-    def size(likelihood, channels, **more):
+    def size(likelihood, channels, **options):
         return loader.val_batch_size(
-            kinds.recipes()["mlp"](likelihood=likelihood, **more), (64, 64, channels)
+            kinds.recipes()["mlp"](likelihood=likelihood, **options), (64, 64, channels)
         )
 
-    decoded = {
+    output_channels = {
         ("dmol", 3): 100,
         ("dmol", 1): 30,
         ("discretized-logistic", 3): 6,
         ("gaussian", 3): 3,
         ("bernoulli", 1): 1,
     }
-    for (likelihood, channels), planes in decoded.items():
+    for (likelihood, channels), planes in output_channels.items():
         assert size(likelihood, channels) == min(1000, 2**23 // (planes * 64 * 64))
     assert size("gaussian", 3, variance="per-element") == size("discretized-logistic", 3)

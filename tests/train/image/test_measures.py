@@ -13,22 +13,22 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("shape", [(70, 1, 11, 11), (3, 3, 14, 23), (2, 1, 64, 40)])
-def test_measures_of_pictures(shape):
+def test_psnr_and_ssim_agree_with_their_formulas(shape):
     rng = np.random.default_rng(0)
     a = rng.random(shape)
     a[-1, :, :, :9] = 1  # a part without any variance
     b = a + rng.normal(0, 0.1, shape) * np.linspace(0.2, 3, shape[0])[:, None, None, None]
-    seen = b.clip(0, 1)
-    assert (seen != b).any()
+    clipped = b.clip(0, 1)
+    assert (clipped != b).any()
     x, y = torch.from_numpy(a), torch.from_numpy(b)
-    expected = [10 * math.log10(1 / ((p - q) ** 2).mean()) for p, q in zip(a, seen, strict=True)]
+    expected = [10 * math.log10(1 / ((p - q) ** 2).mean()) for p, q in zip(a, clipped, strict=True)]
     assert evaluate.psnr(y, x).tolist() == pytest.approx(expected, rel=1e-6)
-    expected = [structural_similarity(p, q) for p, q in zip(a, seen, strict=True)]
+    expected = [structural_similarity(p, q) for p, q in zip(a, clipped, strict=True)]
     assert max(expected) - min(expected) > 0.05
     assert evaluate.ssim(y.float(), x.float()).tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_measures_of_equal_pictures():
+def test_psnr_and_ssim_of_equal_images_have_their_maximum():
     x = torch.rand(3, 1, 16, 16)
     levels = torch.arange(256.0).view(1, 1, 16, 16)
     assert evaluate.ssim(x, x).tolist() == pytest.approx([1, 1, 1])
