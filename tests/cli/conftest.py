@@ -1,4 +1,4 @@
-"""Runs of images for the tests of the commands."""
+"""Runs of images for the tests of commands."""
 
 import shutil
 from pathlib import Path
@@ -10,13 +10,13 @@ from run_files import train_mlp
 
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory) -> Path:
-    """A run on the digits."""
+    """A run that was trained on the digits."""
     return train_mlp(tmp_path_factory.mktemp("finished") / "run", "--lr", "0.01")
 
 
 @pytest.fixture(scope="session")
 def colour_run(tmp_path_factory) -> Path:
-    """A run on 30 colour images, with the Gaussian likelihood."""
+    """A run with a Gaussian likelihood that was trained on 30 colour images."""
     folder = tmp_path_factory.mktemp("colour")
     rng = np.random.default_rng(0)
     x = rng.integers(0, 60, (36, 9, 7, 3), dtype=np.uint8)
@@ -27,5 +27,5 @@ def colour_run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(trained_run, tmp_path) -> Path:
-    """A copy, to write into."""
+    """A copy of the run, which a test may change."""
     return Path(shutil.copytree(trained_run, tmp_path / "run"))

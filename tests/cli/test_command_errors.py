@@ -1,4 +1,4 @@
-"""Errors of the commands that use a run: one line, exit code 2, and no file written. Also --version and --help."""
+"""Errors of the commands that use a run: one line, exit code 2, and no files. Also --version and --help."""
 
 import os
 

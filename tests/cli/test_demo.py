@@ -1,4 +1,4 @@
-"""The command line: `fastvae demo`, what it prints, what it leaves, and what bad input gets."""
+"""`fastvae demo`: its output, its pictures, and its errors."""
 
 import os
 import pickle
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_files import command_error
 
 import fastvae
 from fastvae import cli
@@ -25,7 +26,7 @@ PICTURES = ["reconstructions.png", "samples.png"]
 def _quick(monkeypatch):
     measured = demo.interleaved
     monkeypatch.setattr(demo, "interleaved", lambda calls, seconds: measured(calls, 0.05))
-    # So small a model gains nothing from threads, and loses much to them where other tests run beside.
+    # Threads do not help such a small model, and slow it down while other tests are running.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -33,7 +34,7 @@ def _quick(monkeypatch):
 
 
 def table(text: str, part: str) -> np.ndarray:
-    """The numbers of one of the two tables."""
+    """Return the numbers of one of the two tables."""
     lines = text.partition(part)[2].splitlines()
     rows = []
     for line in lines:
@@ -45,7 +46,7 @@ def table(text: str, part: str) -> np.ndarray:
 
 
 def images(n: int, *shape: int) -> np.ndarray:
-    """Bright squares on a dark ground: something to learn."""
+    """Return images with bright squares on a dark background, so that there is something to learn."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 60, (n, *shape), dtype=np.uint8)
     x[::2, 1 : shape[0] // 2] += 180
@@ -88,7 +89,7 @@ def test_demo_on_digits_prints_tables_and_saves_pictures(tmp_path, capsys):
             picture.load()
             assert picture.mode == "L"
             assert min(picture.size) > 200
-            assert picture.getextrema()[1] > 200  # there is something to see
+            assert picture.getextrema()[1] > 200  # the picture is not black
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (6, 8, 1), (8, 8, 3)])
@@ -165,19 +166,8 @@ def test_demo_on_reference_backend_says_so(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bad input: one line, exit code 2, nothing written
+# Errors: one line, exit code 2, and no files
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def failed_command(capsys, *arguments: str, code: int = 2) -> str:
-    """The one line that a refused command leaves."""
-    assert cli.main(arguments) == code
-    text, errors = capsys.readouterr()
-    assert text == ""
-    assert errors.startswith("fastvae: ")
-    assert errors.count("\n") == 1
-    assert "Traceback" not in errors
-    return errors
 
 
 def _raw(content: bytes):
@@ -262,7 +252,7 @@ def test_demo_with_bad_file_fails_in_one_line(tmp_path, capsys, kind):
     make, words = FILES[kind]
     file, out = tmp_path / "file.npz", tmp_path / "out"
     make(file)
-    line = failed_command(capsys, "demo", "--data", str(file), "--out", str(out), "--epochs", "1")
+    line = command_error(capsys, "demo", "--data", str(file), "--out", str(out), "--epochs", "1")
     assert str(file) in line
     assert words in line
     assert not out.exists()
@@ -270,11 +260,11 @@ def test_demo_with_bad_file_fails_in_one_line(tmp_path, capsys, kind):
 
 @pytest.mark.parametrize("below", [False, True])
 def test_demo_with_file_as_out_fails_before_training(tmp_path, capsys, monkeypatch, below):
-    monkeypatch.setattr(demo, "train", None)  # refused before any training
+    monkeypatch.setattr(demo, "train", None)  # the error must come before any training
     file = tmp_path / "file"
     file.write_text("kept")
     out = file / "below" if below else file
-    line = failed_command(capsys, "demo", "--out", str(out))
+    line = command_error(capsys, "demo", "--out", str(out))
     assert line == f"fastvae: {out}: cannot be written to: {'not a directory' if below else 'it is a file'}\n"
     assert os.listdir(tmp_path) == ["file"]
     assert file.read_text() == "kept"
@@ -283,7 +273,7 @@ def test_demo_with_file_as_out_fails_before_training(tmp_path, capsys, monkeypat
 def test_demo_with_folder_in_place_of_picture_fails(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "train", None)
     (tmp_path / "samples.png").mkdir()
-    assert "samples.png: cannot be written: it is a folder" in failed_command(
+    assert "samples.png: cannot be written: it is a folder" in command_error(
         capsys, "demo", "--out", str(tmp_path)
     )
     assert os.listdir(tmp_path) == ["samples.png"]
@@ -317,26 +307,26 @@ def test_failed_picture_write_keeps_the_old_file(tmp_path, monkeypatch):
     ],
 )
 def test_demo_with_bad_arguments_fails_in_one_line(tmp_path, capsys, arguments, words):
-    assert words in failed_command(capsys, "demo", "--out", str(tmp_path / "out"), *arguments)
+    assert words in command_error(capsys, "demo", "--out", str(tmp_path / "out"), *arguments)
     assert os.listdir(tmp_path) == []
 
 
 def test_unknown_command_fails(capsys):
-    assert "trane" in failed_command(capsys, "trane")
+    assert "trane" in command_error(capsys, "trane")
 
 
 def test_missing_package_is_named_with_its_install_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    line = failed_command(capsys, "demo", "--out", str(tmp_path / "out"))
+    line = command_error(capsys, "demo", "--out", str(tmp_path / "out"))
     assert line == 'fastvae: sklearn is not installed; get it with: pip install "fastvae-elbo[train]"\n'
     monkeypatch.setitem(sys.modules, "typer", None)
-    assert "typer is not installed" in failed_command(capsys, "demo")
-    assert cli.main(["doctor"]) == 0  # the command to run when something is missing
+    assert "typer is not installed" in command_error(capsys, "demo")
+    assert cli.main(["doctor"]) == 0  # it must also work if packages are missing
     assert os.listdir(tmp_path) == []
 
 
 def test_interrupted_demo_exits_with_130(tmp_path):
-    """A real Ctrl-C in the middle of training, in a process of its own."""
+    """Sends a real Ctrl-C to a process that is training."""
     command = [sys.executable, "-m", "fastvae", "demo", "--epochs", "10000", "--out", str(tmp_path / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -345,7 +335,7 @@ def test_interrupted_demo_exits_with_130(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        # A shell starts its background jobs deaf to Ctrl-C, and so would this one be if the tests are such a job.
+        # A shell starts background jobs with SIGINT ignored, and this process would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
@@ -360,7 +350,7 @@ def test_interrupted_demo_exits_with_130(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The rest
+# Help
 # ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -34,19 +34,19 @@ def test_evaluate_measures_psnr_and_ssim_against_the_input(run, colour_run, tmp_
     def ratio(x: Tensor, reconstructions: Tensor) -> float:
         return (-10 * torch.log10((x - reconstructions).double().square().mean((1, 2, 3)))).mean().item()
 
-    # The Bernoulli: zeros and ones, not the grey ones that they were made of.
+    # For the Bernoulli, images are compared after binarisation.
     opened = image.load(run)
     images = opened.images.val.permute(0, 3, 1, 2)
     x = (images >= 128).float()
     reconstructions = reconstruct(opened, x)
     assert ratio(x, reconstructions) != pytest.approx(ratio(images / 255, reconstructions), abs=0.5)
     assert evaluate_run(run) == (pytest.approx(ratio(x, reconstructions)), None)
-    # The Gaussian: the bytes, though it sees them with noise. All of those are within a bytes' width.
+    # For the Gaussian, they are compared with the bytes, although its input has noise of up to one level.
     opened = image.load(colour_run)
     images = opened.images.val.permute(0, 3, 1, 2)
     reconstructions = reconstruct(opened, (images + 0.5) / 256)
     assert evaluate_run(colour_run) == (pytest.approx(ratio(images / 255, reconstructions), abs=0.02), None)
-    # Bytes, and sides of which one is large enough and both are.
+    # For bytes, with one side or both sides large enough for SSIM.
     for height, width in ((16, 10), (12, 13)):
         file = tmp_path / f"{height}.npz"
         x = np.random.default_rng(0).integers(0, 256, (20, height, width, 3), dtype=np.uint8)
@@ -89,7 +89,7 @@ def test_evaluate_agrees_with_training_metrics(run, capsys):
     assert 0 < results["iw_nll"] < results["neg_elbo"]
     assert results["bits_per_dim"] == pytest.approx(results["iw_nll"] / 64 / math.log(2))
     assert results["neg_elbo_bits_per_dim"] == pytest.approx(results["neg_elbo"] / 64 / math.log(2))
-    # What training measured in this epoch, with one draw for each image.
+    # Training measured the same in this epoch, with one draw for each image.
     metrics = (run / "metrics.csv").read_text().splitlines()
     row = dict(zip(metrics[0].split(","), map(float, metrics[2].split(",")), strict=True))
     assert results["neg_elbo"] == pytest.approx(row["val_neg_elbo"], rel=0.01)
@@ -107,7 +107,7 @@ def test_evaluate_agrees_with_training_metrics(run, capsys):
 
 
 def test_evaluate_adds_8_bits_for_scaled_bytes(colour_run, capsys):
-    """The density of (x + u) / 256 is 256 times that of x + u in each dimension: 8 bits more."""
+    """The density of (x + u) / 256 is 256 times that of x + u in each dimension, which makes 8 bits."""
     run_command(capsys, "evaluate", colour_run, "--samples", 2)
     results = json.loads((colour_run / "evaluation.json").read_text())
     dimensions = 9 * 7 * 3

@@ -1,4 +1,4 @@
-"""Where the output goes nowhere, torch is missing or Ctrl-C comes at once: one line on stderr, and its exit code."""
+"""Errors when output cannot be written, torch is missing, or Ctrl-C comes during imports: one line on stderr."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ DIGITS = ("train", "mlp", "--data", "digits", "--epochs", "1", "--accelerator", 
 def test_output_to_closed_pipe_fails_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `fastvae train ... | head -1` has it."""
+    """This is what happens in `fastvae train ... | head -1`."""
     for arguments in (["--version"], [*DIGITS, "--out", str(tmp_path / "run")]):
         reading, writing = os.pipe()
         os.close(reading)
@@ -87,6 +87,6 @@ sys.exit(main(["doctor"]))
     ],
 )
 def test_error_while_importing_torch_fails_in_one_line(raised: str, code: int, line: str) -> None:
-    """Neither `import fastvae` nor its command line loads torch: what happens then is theirs to tell."""
+    """`import fastvae` does not import torch, so the command line has to handle errors of that import."""
     result = run_python("-c", IMPORTS.format(raised))
     assert (result.returncode, result.stderr) == (code, f"fastvae: {line}\n")

@@ -24,7 +24,7 @@ def test_reconstruct_draws_images_above_reconstructions(run, capsys):
         assert picture.size == (10 * 66 + 2, 4 * 66 + 2 + 8)
         pixels = np.asarray(picture)
     original = opened.images.val[12, ..., 0].numpy().repeat(8, 0).repeat(8, 1)
-    below = 2 + 2 * 66 + 8  # the second pair of rows, apart from the first
+    below = 2 + 2 * 66 + 8  # the top of the second pair of lines
     np.testing.assert_array_equal(pixels[below : below + 64, 2 + 2 * 66 :][:, :64], original)
     with torch.no_grad():
         x = (opened.images.val[12:13] >= 128).float().permute(0, 3, 1, 2)
@@ -57,7 +57,7 @@ def test_interpolate_draws_images_between_pairs(run, capsys):
     np.testing.assert_array_equal(pixels[2:66:8, 2:66:8], val[3])
     np.testing.assert_array_equal(pixels[2:66:8, -66:-2:8], val[5])
     np.testing.assert_array_equal(pixels[68:132:8, -66:-2:8], val[0])
-    # The ends of the way are the reconstructions.
+    # An interpolation starts and ends with the reconstructions.
     run_command(capsys, "reconstruct", run, "-n", 6)
     with Image.open(run / "reconstructions.png") as picture:
         recon = np.asarray(picture)[68:132]
@@ -75,7 +75,7 @@ def test_traverse_varies_the_most_active_dimensions(run, capsys):
     with Image.open(out) as picture:
         width, height = picture.size
         assert height == 6 * 66 + 2
-        assert width > 5 * 66 + 2  # room for the labels
+        assert width > 5 * 66 + 2  # there is room for the labels
     opened = image.load(run)
     order = generate.traverse(opened, run / "again.png", image=4, steps=5)
     assert (run / "again.png").read_bytes() == out.read_bytes()
@@ -84,14 +84,16 @@ def test_traverse_varies_the_most_active_dimensions(run, capsys):
         mu = opened.model.encode(x)[0]
     assert order == mu.var(0).argsort(descending=True).tolist()
     assert "along 2 dimensions, " in run_command(capsys, "traverse", run, "-n", 2)
-    # The row of the most active dimension, and that of the least.
+    # Check the lines of the most and of the least active dimension.
     with Image.open(run / "again.png") as picture:
         pixels = np.asarray(picture)
     for row in (0, 5):
         z = mu[4].repeat(5, 1)
         z[:, order[row]] = torch.linspace(-3, 3, 5)
         with torch.no_grad():
-            expected = torch.sigmoid(opened.model.decode(z))[:, 0].permute(1, 0, 2) * 255  # side by side
+            expected = (
+                torch.sigmoid(opened.model.decode(z))[:, 0].permute(1, 0, 2) * 255
+            )  # next to each other
         images = pixels[2 + row * 66 :, width - 5 * 66 :][:64:8]
         drawn_pixels = np.stack([images[:, c * 66 :][:, :64:8] for c in range(5)], 1)
         np.testing.assert_allclose(drawn_pixels, expected, atol=1)

@@ -34,7 +34,7 @@ def test_sample_draws_n_different_images(run, tmp_path, capsys, n, columns, rows
 
 
 def test_commands_support_byte_likelihoods(colour_run, tmp_path, capsys):
-    """Everything that a run can be asked for, with a likelihood of bytes."""
+    """All commands work with a likelihood of bytes."""
     data = colour_run.parent / "colour.npz"
     out = train_mlp(tmp_path / "run", "--likelihood", "dmol", "--components", "2", "--data", str(data))
     assert (out / "reconstructions.png").exists()
@@ -51,7 +51,7 @@ def test_commands_support_byte_likelihoods(colour_run, tmp_path, capsys):
     assert results["bits_per_dim"] == pytest.approx(results["iw_nll"] / (9 * 7 * 3 * math.log(2)))
     opened = image.load(out)
     x = opened.images.val.permute(0, 3, 1, 2).contiguous()
-    # The evaluation's first draw: that of seed 0.
+    # The first draw of the evaluation uses seed 0.
     part, _ = bounds.estimate_bounds(opened.model, x, 5)
     assert results["reconstruction"] == pytest.approx(part.reconstruction.mean().item())
 
@@ -80,7 +80,7 @@ LIKELIHOOD = (
 
 
 def nll_per_dimension(opened: image.ImageRun, images: np.ndarray, seed: int) -> np.ndarray:
-    """Of images (N, H, W, C) in [0, 1], whole numbers of 255ths: by `evaluate` itself, in one batch."""
+    """Compute bits per dimension of images (N, H, W, C) in [0, 1], multiples of 1/255, with `bounds` in one batch."""
     x = torch.from_numpy(images).permute(0, 3, 1, 2)
     if opened.settings.likelihood == "bernoulli":
         x = (x >= 0.5).float()
@@ -91,7 +91,7 @@ def nll_per_dimension(opened: image.ImageRun, images: np.ndarray, seed: int) -> 
 
 
 def test_sample_best_ranks_by_likelihood(run, tmp_path, capsys, monkeypatch):
-    """Those of the images that `sample -n` draws whose likelihood is highest, in that order."""
+    """The images are those that `sample -n` draws, sorted by likelihood."""
     all_images, best_images = tmp_path / "every.png", tmp_path / "some.png"
     run_command(capsys, "sample", run, "-n", 40, "--seed", 3, "--out", all_images)
     text = run_command(capsys, "sample", run, "--best", 6, "--of", 40, "--seed", 3, "--out", best_images)
@@ -117,7 +117,7 @@ def test_sample_best_ranks_by_likelihood(run, tmp_path, capsys, monkeypatch):
         run_command(capsys, "sample", run, "--best", 6, "--of", 40, "--seed", 3, "--out", best_images) == text
     )
     assert best_images.read_bytes() == again
-    # Whatever the run was trained on, a mean is brought to zeros and ones without a draw.
+    # The means are binarised by a threshold, even if training draws the pixels.
     config = run / "config.toml"
     config.write_text(config.read_text().replace('binarize = "threshold"', 'binarize = "dynamic"'))
     assert image.load(run).settings.binarize == "dynamic"
@@ -145,11 +145,11 @@ def test_sample_best_ranks_every_likelihood_in_bits_per_dimension(colour_run, tm
     with torch.no_grad():
         x = opened.model.elbo.likelihood.mean(opened.model.decode(z)).clamp(0, 1).mul(255).round().div(255)
     nll = nll_per_dimension(opened, x.permute(0, 2, 3, 1).numpy(), seed=0)
-    if likelihood == "gaussian":  # not of the dequantised bytes, but near
+    if likelihood == "gaussian":  # its value is that of the dequantised bytes, which is close
         assert results.values.numpy() == pytest.approx(np.sort(nll) + 8, abs=0.05)
     else:
         assert results.values.numpy() == pytest.approx(np.sort(nll), abs=1e-4)
-    # Without bits per dimension: nats.
+    # If the model has no bits per dimension, the unit is nats.
     opened.model.bits_offset = None
     nats = generate.sample_best(opened, tmp_path / "best.png", n=3, of=30)
     assert nats.unit == " nats"
@@ -159,7 +159,7 @@ def test_sample_best_ranks_every_likelihood_in_bits_per_dimension(colour_run, tm
 
 
 class Critic(VAE):
-    """Holds bright images for real."""
+    """Prefers bright images."""
 
     def realism(self, images: Tensor) -> Tensor:
         assert images.shape[1:] == (1, 8, 8)

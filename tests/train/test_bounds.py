@@ -1,4 +1,4 @@
-"""The importance-weighted bound, against likelihoods in closed form."""
+"""The importance-weighted bound, compared with likelihoods in closed form."""
 
 import math
 
@@ -14,10 +14,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def linear_gaussian(orthogonal: bool) -> tuple[VAE, Tensor, Tensor]:
-    """A model whose likelihood has a closed form, data from it, and their log p(x).
+    """Return a model whose likelihood has a closed form, data drawn from it, and their log p(x).
 
-    z ~ N(0, I), x | z ~ N(W z + b, s^2 I), so x ~ N(b, W W' + s^2 I). The encoder has the mean of the true posterior
-    and the best diagonal variances. With orthogonal columns of W the posterior is diagonal, and so this is it exactly.
+    z ~ N(0, I) and x | z ~ N(W z + b, s^2 I), so x ~ N(b, W W' + s^2 I). The encoder has the mean of the true posterior
+    and the best diagonal variances. If the columns of W are orthogonal, this posterior is exact.
     """
     latents, dimensions, scale = 3, 8, 0.6
     generator = torch.Generator().manual_seed(0)
@@ -46,7 +46,7 @@ def linear_gaussian(orthogonal: bool) -> tuple[VAE, Tensor, Tensor]:
 
 
 def test_bound_with_exact_posterior_equals_likelihood(backend):
-    """Every weight is then p(x): one sample is as good as many."""
+    """All weights are p(x) in this case, so the number of samples does not matter."""
     model, x, log_likelihood = linear_gaussian(orthogonal=True)
     for samples in (1, 20):
         found, _ = bounds.estimate_bounds(model, x, samples)
@@ -57,7 +57,7 @@ def test_bound_with_more_samples_approaches_likelihood_from_below(native):
     model, x, log_likelihood = linear_gaussian(orthogonal=False)
     offset = torch.tensor([0.3, 0.3, 0.3])
     with torch.no_grad():
-        model.encoder.bias += torch.cat([offset, offset])  # the mean aside, and the variance too large
+        model.encoder.bias += torch.cat([offset, offset])  # a wrong mean, and too large a variance
     gaps = []
     for samples in (1, 10, 100, 3000):
         found, mu = bounds.estimate_bounds(model, x, samples, seed=1)
@@ -66,7 +66,7 @@ def test_bound_with_more_samples_approaches_likelihood_from_below(native):
     assert gaps[0] > 10 * gaps[2] > 0
     assert 0 < gaps[3] < 0.01
 
-    # Without weights the gap is the divergence of the encoder from the true posterior.
+    # The gap of the ELBO is the divergence of the encoder from the true posterior.
     elbo = -(found.reconstruction + found.kl)
     normal = torch.distributions.MultivariateNormal
     precision = torch.eye(3) + model.decoder.weight.T @ model.decoder.weight / 0.6**2
@@ -77,7 +77,7 @@ def test_bound_with_more_samples_approaches_likelihood_from_below(native):
 
 
 def test_bound_agrees_with_log_mean_exp_in_float64(native):
-    """log-mean-exp over all draws at once, from torch.distributions, in float64."""
+    """The expected value is log-mean-exp over all draws at once, with torch.distributions in float64."""
     torch.manual_seed(0)
     encoder, decoder = nn.Linear(10, 8), nn.Linear(4, 10)
     model = VAE(encoder, decoder, fastvae.ELBO("bernoulli"), latents=4, dimensions=10)
@@ -111,7 +111,7 @@ def test_bound_is_independent_of_batch_size(native):
 
 
 def test_bound_with_extreme_weights_is_finite(native):
-    """An encoder far from the posterior: log-weights of about -1e5, and 1e5 apart."""
+    """With an encoder far from the posterior, the log-weights are about -1e5 and differ by 1e5."""
     model, x, _ = linear_gaussian(orthogonal=False)
     with torch.no_grad():
         model.encoder.bias[:3] += 200

@@ -1,4 +1,4 @@
-"""The pictures of the losses and of the latent space."""
+"""The figures of the losses and of the latent space."""
 
 import math
 import os
@@ -37,7 +37,7 @@ def test_loss_curve_is_drawn(tmp_path, epochs):
         for e in range(epochs)
     ]
     if epochs > 2:
-        rows[1]["train_nll"] = math.nan  # an epoch of which every step was skipped
+        rows[1]["train_nll"] = math.nan  # every step of this epoch was skipped
     figures.save_loss_curve(rows, tmp_path / "loss.png")
     width, height = shape_of(tmp_path / "loss.png")
     assert width > 1000
@@ -54,7 +54,7 @@ def test_latents_are_drawn_for_any_dimension(tmp_path, latents, labels):
 
 
 def test_latents_of_degenerate_posteriors_are_drawn(tmp_path):
-    """A single image, a posterior that has collapsed, and one that is nowhere."""
+    """A single image, a collapsed posterior, and one without finite values."""
     for dimensions in (1, 2, 5):
         mu = torch.randn(50, dimensions)
         mu[3] = torch.nan
@@ -68,7 +68,7 @@ def test_latents_of_degenerate_posteriors_are_drawn(tmp_path):
 
 @pytest.mark.parametrize("points", [11, 300])
 def test_latents_legend_names_the_classes(tmp_path, monkeypatch, points):
-    """The names of the classes, and markers that do not cover them however few points there are."""
+    """The legend has the names of the classes, and its markers stay small even with few points."""
     drawn = []
     save = figures._save
     monkeypatch.setattr(figures, "_save", lambda figure, path: (save(figure, path), drawn.append(figure)))

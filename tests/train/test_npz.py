@@ -1,4 +1,4 @@
-"""Files of arrays (.npz): what cannot be read is named, with what would do."""
+"""Reading .npz files, and the errors for those that cannot be read."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Several processes train as one."""
+"""Training in several processes."""
 
 import types
 
@@ -24,7 +24,7 @@ def training_step(self, batch, batch_idx):
         x, first = batch
         sys.stderr.write(f"rank={self.global_rank} rows={len(x)} first={first} loss={loss.item():.9g}\\n")
     if (self.current_epoch, batch_idx, self.global_rank) == (1, 2, self.trainer.world_size - 1):
-        self.steps.losses[-1].fill_(torch.nan)  # of one process only, and not of the one that speaks
+        self.steps.losses[-1].fill_(torch.nan)  # only in one process, and not in the one that prints
         self.steps.nll[-1].fill_(torch.nan)
     return loss
 
@@ -37,7 +37,7 @@ sys.exit(cli.main(sys.argv[1:]))
 @pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path):
     options = (*QUICK, "--epochs", "3", "--binarize", "dynamic", "--batch-size", "96")
-    script = tmp_path / "train.py"  # Lightning runs the same file for the second process
+    script = tmp_path / "train.py"  # Lightning starts the second process with the same file
     script.write_text(RANKS)
     first = {}
     for devices in ("1", "2"):

@@ -1,4 +1,4 @@
-"""`fastvae resume`: how a stopped or killed run goes on, and what may be replaced."""
+"""`fastvae resume`: continuing stopped and killed runs. Also moving averages, and which files may be replaced."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, recwarn, options):
     assert train(uninterrupted, *options, "--epochs", "4") == 0
     assert train(parts, *options, "--epochs", "1") == 0
     assert cli.main(["resume", str(parts), "--epochs", "3"]) == 0
-    # Which epoch was the best is remembered where the run is found in another place.
+    # The best epoch is still known after the run folder was moved.
     moved = parts.rename(tmp_path / "moved")
     assert cli.main(["resume", str(moved), "--epochs", "4"]) == 0
     assert_same_run(moved, uninterrupted)
@@ -76,7 +76,7 @@ def test_moving_average_is_used_for_pictures(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_clip_limits_the_gradient(tmp_path, precision):
-    """Adam divides by the gradients' size, save where they are far below its epsilon of 1e-8."""
+    """Adam divides by the size of the gradients, unless they are far below its epsilon of 1e-8."""
     assert train(tmp_path / "run", "--epochs", "1", "--clip", "1e-12", "--precision", precision) == 0
     settings = image.load(tmp_path / "run").settings
     torch.manual_seed(0)
@@ -172,7 +172,7 @@ def save_half(checkpoint, file):
     global saved
     saved += 1
     save(checkpoint, file)
-    # best.ckpt and last.ckpt of the first epoch; then those of the second.
+    # The first two are best.ckpt and last.ckpt of the first epoch, followed by those of the second.
     if saved == {"saving best": 3, "saving last": 4}.get(place):
         file.truncate(file.tell() // 2)
         die()

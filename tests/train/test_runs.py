@@ -1,4 +1,4 @@
-"""`fastvae train`: what it leaves, and what its options do."""
+"""`fastvae train`: the files that it writes, and the effect of its options."""
 
 import csv
 import importlib.util
@@ -18,7 +18,7 @@ from fastvae.train.image import data
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
-# The others have files of their own; photos is resnet with other defaults.
+# The other recipes have their own test files; photos is resnet with other defaults.
 IMAGES = ["mlp", "conv", "conv-lstm", "resnet"]
 FILES = {
     "config.toml",
@@ -47,7 +47,7 @@ def test_training_writes_files_and_metrics(tmp_path, capsys, recipe):
         with Image.open(picture) as image:
             image.load()
             sizes[picture.name] = image.size
-    # The commands on a run draw the same in their place.
+    # The commands that use a run draw pictures of the same size.
     for command, name in (("sample", "samples.png"), ("reconstruct", "reconstructions.png")):
         assert cli.main([command, str(out), "--out", str(tmp_path / name)]) == 0
         with Image.open(tmp_path / name) as image:
@@ -102,7 +102,7 @@ def test_colour_images_use_a_gaussian_with_learned_scale(tmp_path):
 @pytest.mark.parametrize("likelihood", ["discretized-logistic", "dmol"])
 @pytest.mark.parametrize("recipe", IMAGES)
 def test_byte_likelihoods_report_bits_per_dimension(tmp_path, recipe, likelihood):
-    """Of bytes as they are, with bits per dimension to which nothing is added."""
+    """These are likelihoods of unscaled bytes, so nothing is added to the bits per dimension."""
     x = np.random.default_rng(0).integers(0, 255, (60, 9, 11, 3), dtype=np.uint8)
     np.savez(tmp_path / "colour.npz", x_train=x, x_test=x[:20])
     options = ["--likelihood", likelihood, "--data", str(tmp_path / "colour.npz")]
@@ -118,7 +118,7 @@ def test_byte_likelihoods_report_bits_per_dimension(tmp_path, recipe, likelihood
 
 
 def test_dmol_beats_gaussian_on_digits(tmp_path):
-    """Of the digits, whose bytes are 17 levels, a mixture knows more than any Gaussian of all pixels."""
+    """The bytes of the digits have only 17 levels, which a mixture can learn and a single Gaussian cannot."""
     options = ["--epochs", "10", "--lr", "0.005"]
     assert train(tmp_path / "gaussian", "--likelihood", "gaussian", *options) == 0
     assert train(tmp_path / "dmol", "--likelihood", "dmol", *options) == 0
@@ -129,7 +129,7 @@ def test_dmol_beats_gaussian_on_digits(tmp_path):
 
 
 def test_gaussian_does_not_collapse_on_digits(tmp_path):
-    """With a scale that starts at 1 and moves as slowly as the weights the posterior stays collapsed, at 9.3 bits."""
+    """If the scale started at 1 and moved as slowly as the weights, the posterior would stay collapsed at 9.3 bits."""
     assert train(tmp_path / "run", "--likelihood", "gaussian", "--epochs", "10", "--lr", "0.005") == 0
     assert float(read_metrics(tmp_path / "run")[-1]["val_bits_per_dim"]) < 8.2
     assert float(read_metrics(tmp_path / "run")[-1]["val_kl"]) > 3
@@ -137,7 +137,7 @@ def test_gaussian_does_not_collapse_on_digits(tmp_path):
 
 @pytest.mark.parametrize("recipe", IMAGES)
 def test_gaussian_is_initialised_with_the_mean_image(recipe):
-    """Not with a black one, which many epochs go into leaving."""
+    """It would take many epochs to get there from a black image."""
     torch.manual_seed(0)
     x = torch.randint(0, 40, (60, 16, 20, 3), dtype=torch.uint8) + torch.tensor(
         [200, 100, 20], dtype=torch.uint8
@@ -157,7 +157,7 @@ def test_gaussian_is_initialised_with_the_mean_image(recipe):
 
 
 def test_best_checkpoint_has_the_smallest_val_neg_elbo(tmp_path):
-    # So large a rate makes the loss go up and down.
+    # With such a large learning rate the loss goes up and down.
     assert train(tmp_path / "run", "--epochs", "6", "--lr", "0.05") == 0
     losses = [float(row["val_neg_elbo"]) for row in read_metrics(tmp_path / "run")]
     best = losses.index(min(losses)) + 1

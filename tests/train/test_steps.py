@@ -1,4 +1,4 @@
-"""StepLog that cannot be taken are left out, counted and named."""
+"""Steps that are not finite: they are skipped, counted and reported. Also the formatting of messages."""
 
 import math
 from itertools import pairwise
@@ -19,29 +19,25 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 def test_non_finite_step_is_skipped_counted_and_named(tmp_path, capsys, monkeypatch, term, clip):
     after = []
 
-    def spoil(name, corrupt_epochs):
+    def corrupt(name, change):
         method = getattr(module.ImageVAE, name)
-        monkeypatch.setattr(
-            module.ImageVAE, name, lambda self, value: corrupt_epochs(self, method(self, value))
-        )
+        monkeypatch.setattr(module.ImageVAE, name, lambda self, value: change(self, method(self, value)))
 
     def is_bad_step(self):
         return self.training and (self.current_epoch, self.trainer.fit_loop.batch_idx) == (0, 4)
 
     if term == "nll":
-        spoil("decode", lambda self, recon: recon * math.nan if is_bad_step(self) else recon)
+        corrupt("decode", lambda self, recon: recon * math.nan if is_bad_step(self) else recon)
     elif term == "the gradient":
 
-        def corrupt_epochs(self, recon):
+        def add_hook(self, recon):
             if is_bad_step(self):
-                recon.register_hook(
-                    lambda gradient: gradient * math.inf
-                )  # the loss itself is as it should be
+                recon.register_hook(lambda gradient: gradient * math.inf)  # the loss itself stays finite
             return recon
 
-        spoil("decode", corrupt_epochs)
+        corrupt("decode", add_hook)
     else:
-        spoil(
+        corrupt(
             "encode",
             lambda self, posterior: (posterior[0] * (math.nan if is_bad_step(self) else 1), posterior[1]),
         )
@@ -78,7 +74,7 @@ def test_error_in_other_process_prints_nothing(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_epoch_without_a_finite_step_fails(tmp_path, capsys, monkeypatch, epoch, advice):
-    """Before a first step the learning rate cannot be its cause, after one it may be."""
+    """The learning rate can only be the cause after the first step."""
 
     def decode(self, z):
         return self.decoder(z) * (math.inf if self.training and self.current_epoch + 1 == epoch else 1)
@@ -96,11 +92,11 @@ def test_epoch_with_non_finite_val_loss_saves_no_checkpoint(tmp_path, capsys, mo
     def corrupt_epochs(epochs):
         encode = module.ImageVAE.encode
 
-        def spoil(self, x):
-            bad = math.nan if not self.training and self.current_epoch in epochs else 1
-            return tuple(part * bad for part in encode(self, x))
+        def encode_badly(self, x):
+            factor = math.nan if not self.training and self.current_epoch in epochs else 1
+            return tuple(part * factor for part in encode(self, x))
 
-        monkeypatch.setattr(module.ImageVAE, "encode", spoil)
+        monkeypatch.setattr(module.ImageVAE, "encode", encode_badly)
 
     run = tmp_path / "run"
     corrupt_epochs([0])

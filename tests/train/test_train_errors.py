@@ -1,4 +1,4 @@
-"""What bad input to `fastvae train` and `fastvae resume` gets: one line, exit code 2, and nothing run or lost."""
+"""Errors of `fastvae train` and `fastvae resume`: one line, exit code 2, and no file is lost."""
 
 import math
 import os
@@ -94,7 +94,7 @@ def trained_run(tmp_path_factory):
 
 @pytest.fixture
 def run(trained_run, tmp_path):
-    """A copy, to be spoilt."""
+    """A copy of the run, which a test may damage."""
     import shutil
 
     return shutil.copytree(trained_run, tmp_path / "run")
@@ -198,7 +198,7 @@ def test_resume_with_foreign_or_damaged_checkpoint_fails(run, capsys):
 
 
 def test_resume_runs_no_code_of_a_checkpoint(run):
-    """What a foreign checkpoint could run when it is read is never run: not in `load`, and not by Lightning."""
+    """Neither our checks nor Lightning run code that a foreign checkpoint contains."""
 
     class Evil:
         def __reduce__(self):
@@ -213,7 +213,7 @@ def test_resume_runs_no_code_of_a_checkpoint(run):
 
 
 def test_lightning_runs_no_code_of_a_checkpoint(run, monkeypatch):
-    """Nor would it without the look that is taken before."""
+    """Lightning does not run it either if our checks are bypassed."""
 
     class Evil:
         def __reduce__(self):

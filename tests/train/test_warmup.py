@@ -1,4 +1,4 @@
-"""The warm-up of the KL: its schedules, and that they reach the loss."""
+"""Warm-up of the KL: its schedules, and their effect on the loss."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_warmup_changes_beta_and_the_loss(tmp_path, capsys, schedule):
         options += ("--cycles", "1")
     assert train(tmp_path / "run", *options, "--epochs", "3") == 0
     assert "warning" not in capsys.readouterr().out
-    # Of the last of an epoch's 12 steps.
+    # The logged value is that of the last of the 12 steps.
     expected = [0.5 * warmup.kl_weight(schedule, epoch + 11 / 12, 2.0) for epoch in range(3)]
     assert [float(row["beta"]) for row in read_metrics(tmp_path / "run")] == pytest.approx(expected)
     last = {name: float(value) for name, value in read_metrics(tmp_path / "run")[-1].items()}

@@ -1,4 +1,4 @@
-"""`fastvae train counts`, from the file of counts to the run folder, and what is said of a file that is none."""
+"""`fastvae train counts`: runs, reading files of counts, and errors for bad files."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ from fastvae.train.errors import InputError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
-    # Where the kernels of the likelihood are missing the recipe still works.
+    # The recipe also works if the kernels of its likelihood are missing.
     pytest.mark.filterwarnings("default:fastvae runs the likelihood:RuntimeWarning"),
 ]
 
@@ -30,7 +30,7 @@ CELLS, GENES = 90, 30
 
 
 def example_arrays(cells: int = CELLS, genes: int = GENES) -> dict[str, np.ndarray]:
-    """Three kinds of cells, each with ten genes that it expresses much more than the others."""
+    """Three types of cells, each of which expresses ten genes much more than the others."""
     rng = np.random.default_rng(0)
     label = np.arange(cells) % 3
     rate = np.where(np.arange(genes) % 3 == label[:, None], 8.0, 0.3) * rng.gamma(5, 0.2, (cells, 1))
@@ -108,7 +108,7 @@ def test_resumed_run_equals_uninterrupted_run(file: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_latent_means_separate_cell_types(file: Path, tmp_path: Path) -> None:
-    """The latent means of a kind lie closer to their own centre than to another's."""
+    """The latent mean of a cell is closest to the centre of its own type."""
     run = tmp_path / "run"
     assert train(run, file, "--epochs", "60", "--lr", "0.01") == 0
     opened = counts.load(run)
@@ -119,11 +119,11 @@ def test_latent_means_separate_cell_types(file: Path, tmp_path: Path) -> None:
     centres = torch.stack([trained[data.labels[data.train] == kind].mean(0) for kind in range(3)])
     assert (torch.cdist(mu, centres).argmin(1) == labels).float().mean() > 0.9
     picture = np.asarray(Image.open(run / "latents.png").convert("RGB")).reshape(-1, 3)
-    assert len(np.unique(picture, axis=0)) > 10  # colours
+    assert len(np.unique(picture, axis=0)) > 10  # the picture has colours
 
 
 def test_batch_covariate_is_numbered_as_in_training(file: Path, tmp_path: Path) -> None:
-    """Its numbers are those of the run, whatever batches other data hold; unknown ones are refused."""
+    """Batches of other data are numbered as in the run, and unknown ones are refused."""
     arrays = example_arrays()
     batch = np.where(np.arange(CELLS) < 45, "first", "second")
     np.savez(file, **arrays, batch=batch)
@@ -173,7 +173,7 @@ def test_load_reads_all_matrix_formats(tmp_path: Path, form: str) -> None:
     arrays, path = example_arrays(), tmp_path / "cells.npz"
     if form in ("csr", "csc", "bsr", "coo", "dia"):
         scipy.sparse.save_npz(path, getattr(scipy.sparse, f"{form}_matrix")(arrays["x"]))
-    elif form == "half csr":  # which scipy can neither make nor save
+    elif form == "half csr":  # scipy can neither create nor save it
         csr = scipy.sparse.csr_array(arrays["x"])
         parts = {"indices": csr.indices, "indptr": csr.indptr, "shape": csr.shape, "format": b"csr"}
         np.savez(path, data=csr.data.astype(">f2"), **parts)
@@ -223,7 +223,7 @@ def test_load_skips_empty_cells(file: Path) -> None:
 
 
 def test_load_reads_h5ad_through_anndata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through anndata, which is imported only then: raw counts from layers["counts"], labels and batches from obs."""
+    """anndata is imported on demand. Counts come from layers["counts"], labels and batches from obs."""
     arrays = example_arrays()
 
     class Column(list):  # type: ignore[type-arg]

@@ -1,4 +1,4 @@
-"""Small image data."""
+"""Small image data for the tests of image recipes."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 @pytest.fixture(scope="session")
 def colours(tmp_path_factory) -> Path:
-    """60 images of 16 x 20 pixels, bright or dark in their upper half, 20 of them held out."""
+    """60 images of 16 x 20 pixels with a bright or dark upper half, 20 of them for validation."""
     path = tmp_path_factory.mktemp("colours") / "colours.npz"
     rng = np.random.default_rng(0)
     x = rng.integers(0, 40, (60, 16, 20, 3), dtype=np.uint8) + np.array([200, 100, 20], np.uint8)
@@ -20,7 +20,7 @@ def colours(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
-    """A folder of 24 pictures of several sizes."""
+    """A folder of 24 pictures of different sizes."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for i in range(24):

@@ -1,4 +1,4 @@
-"""Images to train on: files, folders, datasets, and how they are prepared for the likelihood."""
+"""Image data: loading files, folders and datasets, and preparing images for the likelihood."""
 
 import sys
 import types
@@ -61,13 +61,13 @@ def test_load_folder_reads_images_and_labels_and_skips_bad_files(tmp_path, capsy
     assert note.startswith("2 of 14 images cannot be read and were skipped: ")
     assert "cats/6.png (not an image)" in note
     assert "dogs/half.png" in note
-    # Told in a run, and no reason to stop.
+    # A run prints the note and continues.
     assert train(tmp_path / "run", "--data", str(tmp_path), "--size", "8", "--epochs", "1") == 0
     assert f"warning: {note}" in capsys.readouterr().out
 
 
 def test_load_folder_follows_links_once(tmp_path):
-    """Each once, also where links lead in a circle."""
+    """Each folder is read once, even if links form a circle."""
     for i in range(3):
         save_picture(tmp_path / "elsewhere" / "cats" / f"{i}.png", (4, 4), i)
         save_picture(tmp_path / "pets" / "dogs" / f"{i}.png", (4, 4), 100 + i)
@@ -79,7 +79,7 @@ def test_load_folder_follows_links_once(tmp_path):
 
 
 def test_load_folder_skips_images_that_are_too_large(tmp_path, monkeypatch, recwarn):
-    """Pillow refuses what may be a bomb, above twice its limit, and warns below, where a photograph is welcome."""
+    """Above twice its limit Pillow refuses an image; below it only warns, and the image is used."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     save_picture(tmp_path / "bomb.png", (15, 15))
     for i in range(3):
@@ -113,7 +113,7 @@ def test_other_folder_is_resized_to_the_shape_of_the_run(tmp_path, capsys):
     for command in ("reconstruct", "evaluate"):
         assert cli.main([command, str(tmp_path / "run"), "--data", str(tmp_path / "other")]) == 0
         assert "2 validation images" in capsys.readouterr().out
-    # Its own folder by its name is no other one: what was trained on is not held out.
+    # Naming the run's own folder does not turn its training images into validation images.
     assert len(image.load(tmp_path / "run", data=str(tmp_path / "own")).images.val) == 2
 
 
@@ -192,7 +192,7 @@ def test_load_folder_chooses_size_and_colour(tmp_path):
 
 
 def fake_datasets(monkeypatch, splits, features) -> list[str]:
-    """A module in the place of `datasets`, of which the images are bytes."""
+    """Install a fake module `datasets` whose images are encoded bytes."""
     fake = types.ModuleType("datasets")
     fake.Image = type("Image", (), {"__init__": lambda self, decode=True: setattr(self, "decode", decode)})
     fake.ClassLabel = type("ClassLabel", (), {"names": [f"kind {i}" for i in range(100)]})
@@ -277,7 +277,7 @@ def test_val_batches_of_large_images_are_small():
 
 
 def test_val_batch_size_counts_decoder_outputs():
-    """Of dmol ten numbers for each of 10 components of a pixel, of which there are 64 x 64."""
+    """For dmol the decoder outputs ten numbers for each of 10 components of 64 x 64 pixels."""
 
     def size(likelihood, channels, **options):
         return loader.val_batch_size(

@@ -52,7 +52,7 @@ def test_pixels_layer_starts_with_equal_pixels():
 
 
 def test_conv_lstm_has_a_step_per_line_of_the_feature_map():
-    """And the encoder's: a change in the last row of an image is a change in the last step alone."""
+    """In the encoder, a change in the last line of an image only changes the last step."""
     encoder, decoder = ConvLSTM(latent=4, channels=4, hidden=8).build((28, 28, 1))
     inputs_seen: list[torch.Tensor] = []
     encoder.lstm.register_forward_pre_hook(lambda module, inputs: inputs_seen.append(inputs[0]))

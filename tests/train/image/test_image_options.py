@@ -74,7 +74,7 @@ def test_photos_resizes_folders_but_not_files(pictures, tmp_path, capsys):
     assert "32 x 32 x 3, 20 training images, 4 validation images" in capsys.readouterr().out
     assert train_images("photos", tmp_path / "other", pictures, "--epochs", "1") == 0
     assert "64 x 64 x 3" in capsys.readouterr().out
-    # A file's images are taken as they are, whatever the default of --size.
+    # Images of a file keep their size, whatever the default of --size.
     np.savez(tmp_path / "x.npz", x_train=np.zeros((9, 16, 16, 3), np.uint8))
     assert train_images("photos", tmp_path / "third", tmp_path / "x.npz", "--epochs", "1") == 0
     assert load(tmp_path / "third").settings.size == 0
@@ -95,7 +95,7 @@ def test_augment_mirrors_and_shifts():
     mirrored = (places[:, 2] > 32).float().mean()
     assert 0.3 < mirrored < 0.7
     assert torch.equal(augmented, loader.augment(x, seeded_generator(0)))
-    # What a shift uncovers repeats the edge.
+    # Uncovered pixels repeat the edge.
     edge = torch.zeros(100, 32, 32, 1, dtype=torch.uint8)
     edge[:, 0] = 7
     moved = loader.augment(edge, seeded_generator(1))

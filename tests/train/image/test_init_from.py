@@ -21,13 +21,13 @@ def test_init_from_run_copies_its_best_weights(colours, tmp_path, capsys):
     assert f"init: copied 100% of the weights from {first}" in capsys.readouterr().out
     for name, weight in copied.items():
         torch.testing.assert_close(weight, source[name], rtol=0, atol=1e-6, msg=name)
-    # A run that has begun goes on without them.
+    # A run that has started no longer needs those weights.
     (first / "checkpoints" / "best.ckpt").unlink()
     (first / "checkpoints" / "last.ckpt").unlink()
     assert cli.main(["resume", str(second), "--epochs", "2"]) == 0
     assert train_images("resnet", tmp_path / "third", colours, "--init-from", str(first)) == 2
     assert f"--init-from {first}: {first}" in error_line(capsys)
-    # One that has not cannot, and says where that is written.
+    # A run without checkpoints needs them, and the error names the line in config.toml.
     for name in ("best", "last"):
         (second / "checkpoints" / f"{name}.ckpt").unlink()
     assert cli.main(["resume", str(second)]) == 2

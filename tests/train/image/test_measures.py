@@ -1,4 +1,4 @@
-"""PSNR and SSIM, against their formulas."""
+"""PSNR and SSIM, compared with their formulas."""
 
 import math
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_psnr_and_ssim_agree_with_their_formulas(shape):
     rng = np.random.default_rng(0)
     a = rng.random(shape)
-    a[-1, :, :, :9] = 1  # a part without any variance
+    a[-1, :, :, :9] = 1  # a part with zero variance
     b = a + rng.normal(0, 0.1, shape) * np.linspace(0.2, 3, shape[0])[:, None, None, None]
     clipped = b.clip(0, 1)
     assert (clipped != b).any()
@@ -33,7 +33,7 @@ def test_psnr_and_ssim_of_equal_images_have_their_maximum():
     levels = torch.arange(256.0).view(1, 1, 16, 16)
     assert evaluate.ssim(x, x).tolist() == pytest.approx([1, 1, 1])
     assert evaluate.psnr(x, x).tolist() == pytest.approx([10 * math.log10(12 * 255**2)] * 3)
-    # What rounding to bytes leaves is about the bound; a whole level is far from it.
+    # The error of rounding to bytes is close to the bound; an error of a whole level is far from it.
     noise = torch.linspace(-0.5, 0.5, 256).view(1, 1, 16, 16)
     near = levels.clamp(1, 254)
     assert evaluate.psnr((near + noise) / 255, near / 255).item() == pytest.approx(58.9, abs=0.05)

@@ -1,4 +1,4 @@
-"""The recipe `vae-gan`: what each update changes, and its runs."""
+"""The recipe `vae-gan`: the gradients of its updates, and its runs."""
 
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
 @pytest.fixture
 def steps(colours, tmp_path, monkeypatch) -> list[tuple[str, dict[str, torch.Tensor]]]:
-    """Of one epoch of a VAE-GAN: at each step of an optimiser, its name and every gradient there is."""
+    """Train a VAE-GAN for one epoch, and return the network and all gradients of each optimiser step."""
     recorded: list[tuple[str, dict[str, torch.Tensor]]] = []
     step = torch.optim.Adam.step
 
@@ -31,7 +31,7 @@ def steps(colours, tmp_path, monkeypatch) -> list[tuple[str, dict[str, torch.Ten
         own = {id(p) for group in self.param_groups for p in group["params"]}
         named = dict(model[0].named_parameters())
         mine = [name for name, p in named.items() if id(p) in own]
-        network = mine[0].partition(".")[0]  # scales come after the decoder's weights
+        network = mine[0].partition(".")[0]  # the scales come after the decoder's weights
         recorded.append((network, {name: p.grad.clone() for name, p in named.items() if p.grad is not None}))
         return step(self, *args, **kwargs)
 
@@ -44,7 +44,7 @@ def steps(colours, tmp_path, monkeypatch) -> list[tuple[str, dict[str, torch.Ten
 
 
 def test_each_update_has_gradients_of_its_networks_only(steps):
-    """Of the discriminator's, no weight of the others; of the others', no weight of the discriminator."""
+    """The discriminator's update has no gradients of the other networks, and the reverse."""
     assert [network for network, _ in steps] == ["discriminator", "encoder", "decoder"] * 3
     for network, gradients in steps:
         parts = {name.partition(".")[0] for name in gradients}
@@ -68,7 +68,7 @@ def new_vae_gan(**changes) -> "nn.Module":
 
 
 class Recorder:
-    """In an optimiser's place: keeps the gradients, and moves nothing."""
+    """Stands for an optimiser: it keeps the gradients and changes no weights."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.param_groups = [{"params": parameters}]
@@ -87,7 +87,7 @@ class Recorder:
     ("batch_idx", "steps_done", "clip"), [(0, 10**6, 0.0), (1, 10**6, 0.0), (16, 125, 0.0), (1, 10**6, 0.5)]
 )
 def test_step_gradients_agree_with_autograd_of_written_out_losses(monkeypatch, batch_idx, steps_done, clip):
-    """Of each network, against what the three losses, written out, give by autograd."""
+    """Compares the gradients of each network with those of the three losses by autograd."""
     model = new_vae_gan(adversarial=0.7, penalty=3.0, beta=5.0, clip=clip)
     monkeypatch.setattr(Module, "steps_done", steps_done)
     scales = [*model.elbo.parameters(), *model.pixels.parameters()]
@@ -151,7 +151,7 @@ def test_step_gradients_agree_with_autograd_of_written_out_losses(monkeypatch, b
 
 
 def test_learning_rates_follow_config_after_resume(colours, tmp_path, monkeypatch):
-    """Also after a run was resumed with another one: the scales' tenfold, the discriminator's twice the others'."""
+    """The scales have ten times the learning rate and the discriminator twice, also after it was changed."""
     out = tmp_path / "run"
     assert train_images("vae-gan", out, colours, "--epochs", "1", "--lr", "0.001") == 0
     config = out / "config.toml"
@@ -264,7 +264,7 @@ def test_evaluate_with_other_data_draws_no_neighbours(gan_run, colours, tmp_path
 
 
 def test_nearest_neighbours_include_mirrored_images(gan_run, tmp_path, monkeypatch):
-    """Mirrored ones too."""
+    """The nearest image of the first example is mirrored."""
     run = load(gan_run)
     train = run.images.train
     shown = torch.stack([train[7].flip(1), train[3]]) / 255
@@ -300,7 +300,7 @@ def test_non_finite_step_is_skipped(colours, tmp_path, monkeypatch, capsys):
 
     def spoil(self, loss, share):
         add(self, loss, share)
-        if self.global_step < 3:  # the first batch
+        if self.global_step < 3:  # only for the first batch
             next(self.decoder.parameters()).grad.fill_(math.nan)
 
     monkeypatch.setattr(Module, "_add_adversarial", spoil)
@@ -310,7 +310,7 @@ def test_non_finite_step_is_skipped(colours, tmp_path, monkeypatch, capsys):
 
 
 def test_epoch_of_non_finite_steps_fails(colours, tmp_path, monkeypatch, capsys):
-    """The discriminator has stepped meanwhile: the learning rate may be the cause from the first epoch on."""
+    """The discriminator has already made a step, so the learning rate may be the cause even in the first epoch."""
     add = Module._add_adversarial
 
     def spoil(self, loss, share):

@@ -1,4 +1,4 @@
-"""A small corpus and a run that was trained on it."""
+"""A small corpus, and a run that was trained on it."""
 
 import itertools
 import shutil
@@ -9,7 +9,7 @@ from run_files import train_text
 
 
 def write_corpus(path: Path) -> Path:
-    """180 different sentences of 4 to 6 tokens; the comma is a token too."""
+    """Write 180 different sentences of 4 to 6 tokens."""
     subjects = ("the cat", "a dog", "my old friend", "nobody")
     verbs = ("sees", "likes", "hears", "wants", "finds")
     objects = ("it", "the house", "a tree", "water", "the big moon", "them", "music", "us", "red wine")
@@ -32,5 +32,5 @@ def trained_run(tmp_path_factory, corpus_file) -> Path:
 
 @pytest.fixture
 def run(trained_run, tmp_path) -> Path:
-    """A copy, to write into."""
+    """A copy of the run, which a test may change."""
     return Path(shutil.copytree(trained_run, tmp_path / "run"))

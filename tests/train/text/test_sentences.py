@@ -86,7 +86,7 @@ def test_word_dropout_hides_a_share_of_the_decoder_input():
     table = sentences.token_table([[5 + i % 90 for i in range(200)]] * 50 + [[4]])
     batch = sentences.make_batch(table, 0.3, torch.Generator().manual_seed(0))
     assert (batch.before[:, 0] == START).all()
-    assert torch.equal(batch.words, sentences.make_batch(table).words)  # the encoder sees all
+    assert torch.equal(batch.words, sentences.make_batch(table).words)  # the encoder gets all words
     assert torch.equal(batch.after, sentences.make_batch(table).after)
     hidden = batch.before[:50, 1:] == UNKNOWN
     assert hidden.float().mean().item() == pytest.approx(0.3, abs=0.02)
@@ -96,7 +96,7 @@ def test_word_dropout_hides_a_share_of_the_decoder_input():
 
 
 def test_training_batches_contain_sentences_of_similar_length():
-    """Every sentence once an epoch, like lengths together, another order in every epoch and the same in every run."""
+    """Every epoch contains each sentence once, in an order that depends on the epoch but not on the run."""
     lengths = [1 + i * 7 % 40 for i in range(1000)]
     table = sentences.token_table([[4 + i % 50] * n for i, n in enumerate(lengths)])
     loader = sentence_loader.SentenceData(table, table, Text(data="x", batch_size=16))
@@ -115,14 +115,14 @@ def test_training_batches_contain_sentences_of_similar_length():
 
 def test_unigram_perplexity_agrees_with_its_formula():
     table = sentences.token_table([[4, 4], [5]])
-    # Shares of the tokens 1, 3, 4, 5 (of 6): counts 0, 2, 2, 1, and one more each.
+    # The tokens 1, 3, 4 and 5 (of 6) occur 0, 2, 2 and 1 times, and one is added to each count.
     counts = {UNKNOWN: 1, END: 3, 4: 3, 5: 2}
     nats = -sum(math.log(counts[token] / 9) for token in (4, 4, END, 5, END))
     assert sentences.unigram_perplexity(table, table, 6) == pytest.approx(math.exp(nats / 5))
 
 
 def test_read_lines_splits_only_at_line_ends(tmp_path):
-    """Not what str.splitlines takes for one: scraped text holds line separators and form feeds."""
+    """str.splitlines would also split at line separators and form feeds, which occur in scraped text."""
     path = tmp_path / "lines.txt"
     odd = "\u2028\u2029\u0085\x0c\x0b\x1c"
     path.write_bytes(f"a{odd}b\nc\r\nd\re\n".encode())
@@ -149,7 +149,7 @@ def test_read_lines_drops_blank_lines_and_byte_order_mark(tmp_path):
 
 
 def fake_datasets(monkeypatch, **splits: dict[str, list[Any]]) -> None:
-    """A stand-in for the package `datasets`: columns of texts and of integers."""
+    """Install a fake module `datasets` with columns of strings and integers."""
 
     class Split(dict):  # type: ignore[type-arg]
         @property

@@ -30,7 +30,7 @@ OPTIONS = [{"cell": c, "bidirectional": b} for c in ("lstm", "gru") for b in (Tr
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @torch.no_grad()
 def test_model_is_independent_of_padding(options):
-    """A sentence gives the same alone and beside longer ones."""
+    """A sentence gives the same result alone and in a batch with longer ones."""
     model = small_model(**options)
     alone = sentences.make_batch(sentences.token_table([[5, 6, 7]]))
     beside = sentences.make_batch(sentences.token_table([[5, 6, 7], [8, 9, 10, 11, 4, 5, 6]]))
@@ -54,20 +54,20 @@ def test_decoder_step_by_step_agrees_with_full_sequence(options):
 
 
 def log_prob(model: Any, z: torch.Tensor, tokens: list[int], longest: int) -> float:
-    """Of writing these, with the END where there is room, from the tokens that may be written."""
+    """Return the log-probability of decoding these tokens, followed by END if there is room."""
     after = [*tokens, END] if len(tokens) < longest else tokens
     logits = model.decoder(z, torch.tensor([[START, *after[:-1]]]))[0].double()
-    log_probs = logits.log_softmax(-1)  # as beam search scores them
+    log_probs = logits.log_softmax(-1)  # scores as in beam search
     return sum(log_probs[t, token].item() for t, token in enumerate(after))
 
 
 @pytest.mark.parametrize("end", [1.0, -30.0], ids=["some end", "none end"])
 @torch.no_grad()
 def test_beam_search_with_all_beams_finds_the_best_sentence(end):
-    """With as many beams as there are beginnings it is an exhaustive search."""
+    """With as many beams as there are prefixes, beam search is exhaustive."""
     model = small_model()
     for parameter in model.decoder.parameters():
-        parameter *= 3  # so that what was written before matters
+        parameter *= 3  # makes the output depend more on the previous tokens
     model.decoder.rnn.weight_hh_l0 *= 5
     model.decoder.logits.bias[END] = end
     longest, words = 3, range(4, 12)
@@ -90,9 +90,9 @@ def test_greedy_and_nucleus_decoding_avoid_special_tokens():
     z = torch.randn(40, 3)
     greedy = decoding.decode(model, z, decoding.Decoding("greedy", longest=12))
     assert decoding.decode(model, z, decoding.Decoding("beam", beams=1, longest=12)) == greedy
-    # A nucleus so small that it holds the likeliest token alone.
+    # This nucleus is so small that it contains only the likeliest token.
     assert decoding.decode(model, z, decoding.Decoding("nucleus", top_p=1e-6, longest=12)) == greedy
-    model.decoder.logits.bias[[PAD, UNKNOWN, START]] = 50.0  # whatever the model says
+    model.decoder.logits.bias[[PAD, UNKNOWN, START]] = 50.0  # the model strongly prefers special tokens
     draws = [
         decoding.decode(
             model, z, decoding.Decoding("nucleus", top_p=1.0, longest=12), torch.Generator().manual_seed(s)
@@ -123,13 +123,13 @@ def test_nucleus_decoding_samples_from_the_top_p_tokens():
 def test_mutual_information_agrees_with_known_values():
     torch.manual_seed(0)
     mu = torch.randn(700, 2)
-    # As far from one another as can be told: log N. All alike: nothing.
+    # Posteriors that do not overlap give log N, and equal ones give 0.
     far = torch.arange(700.0).unsqueeze(1).expand(700, 2) * 100
     apart = information.mutual_information(far, torch.zeros(700, 2), far + torch.randn(700, 2))
     assert apart == pytest.approx(math.log(700), abs=1e-6)
     same = torch.zeros(700, 2)
     assert information.mutual_information(same, same, torch.randn(700, 2)) == pytest.approx(0, abs=1e-9)
-    # Of jointly normal x and z, with var(mu) = 1 and a posterior variance v, it is log(1 + 1 / v) / 2 a dimension.
+    # If x and z are jointly normal with var(mu) = 1 and posterior variance v, it is log(1 + 1 / v) / 2 per dimension.
     v = 0.5
     z = mu + v**0.5 * torch.randn(700, 2)
     got = information.mutual_information(mu, torch.full((700, 2), math.log(v)), z)

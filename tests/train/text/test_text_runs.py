@@ -74,7 +74,7 @@ def test_free_bits_change_the_loss_but_not_the_kl(tmp_path, corpus_file):
     assert train_text(tmp_path / "run", corpus_file, *options) == 0
     (row,) = read_metrics(tmp_path / "run")
     assert float(row["train_kl"]) < 8
-    # Three dimensions below 4 nats each count as 4.
+    # Three dimensions with less than 4 nats count as 4 each.
     assert float(row["train_loss"]) == pytest.approx(float(row["train_nll"]) + 12, rel=1e-5)
 
 
@@ -110,7 +110,7 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, corpus_file, options, mo
         for out in (whole, moved)
     ]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    # The file may move as well.
+    # The text file may be moved as well.
     other = shutil.copy(corpus_file, tmp_path / "other.txt")
     assert cli.main(["resume", str(moved), "--epochs", "4", "--data", str(other)]) == 0
     assert len(read_metrics(moved)) == 4
@@ -185,7 +185,7 @@ def test_evaluate_agrees_with_training_metrics(run, capsys):
 
 @torch.no_grad()
 def test_bound_agrees_with_explicit_importance_weights(run):
-    """`bounds` on sentences, against log-sum-exp of the weights written out."""
+    """The expected value is the log-sum-exp of explicit weights."""
     opened = text_runs.load(run)
     numbers = opened.vocabulary.encode(opened.corpus.val[:5])
     x = sentences.make_batch(sentences.token_table(numbers))
