@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from fastvae import __version__
 from fastvae.train.errors import InputError
-from fastvae.train.files import reason
+from fastvae.train.files import error_reason
 
 from .doctor import doctor
 from .failures import Interrupted, fail
@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except OSError:
-        if (why := _output_error()) is None:
+        if (cause := _output_error()) is None:
             raise
-        return fail(f"standard output: cannot be written: {why}")
+        return fail(f"cannot write to standard output: {cause}")
     except SystemExit as end:
         # rich raises this when the reader of a pipe has gone, after it has replaced standard output with the null
         # device. The console is global, so it would print nothing in the rest of this process.
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import rich
 
         rich.reconfigure()
-        return fail("standard output: cannot be written: broken pipe")
+        return fail("cannot write to standard output: broken pipe")
 
 
 def _output_error() -> str | None:
@@ -69,7 +69,7 @@ def _output_error() -> str | None:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, sys.stdout.fileno())
             os.close(null)
-        return reason(error)
+        return error_reason(error)
     return None
 
 
@@ -79,7 +79,9 @@ def _run(arguments: Sequence[str]) -> int:
             try:
                 argument.encode()
             except UnicodeEncodeError:
-                raise InputError(f"{argument!a}: not in UTF-8; rename the file, or link to it") from None
+                raise InputError(
+                    f"{argument!a}: not valid UTF-8; rename the file, or create a link to it"
+                ) from None
         if arguments == ["doctor"]:
             return doctor()  # bypasses typer, which may be one of the missing packages
         code = app()(arguments, prog_name="fastvae", standalone_mode=False)
@@ -87,10 +89,10 @@ def _run(arguments: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in _NEEDED:
-            return fail(f"{package} is not installed; get it with: pip install {package}")
+            return fail(f"{package} is not installed; install it with: pip install {package}")
         if package not in _EXTRA:
             raise
-        return fail(f'{package} is not installed; get it with: pip install "fastvae-elbo[train]"')
+        return fail(f'{package} is not installed; install it with: pip install "fastvae-elbo[train]"')
     except Interrupted as stop:
         return fail(str(stop) or "interrupted", code=130)
     except KeyboardInterrupt:  # raised before a command started, while modules were being imported
@@ -102,7 +104,7 @@ def _run(arguments: Sequence[str]) -> int:
     except Exception as error:
         # Typer's own errors (an unknown option, a bad number). Their class has moved between versions of typer.
         if callable(message := getattr(error, "format_message", None)):
-            return fail(f"{message()} (fastvae --help)")
+            return fail(f"{message()} (see fastvae --help)")
         raise
 
 
@@ -118,8 +120,8 @@ def app() -> "typer.Typer":
         pretty_exceptions_enable=False,
     )
 
-    def print_version(asked: bool) -> None:
-        if asked:
+    def print_version(value: bool) -> None:
+        if value:
             print(f"fastvae {__version__}")
             raise typer.Exit
 

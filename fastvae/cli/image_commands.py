@@ -65,8 +65,8 @@ def interpolate(
     out: Path | None,
 ) -> None:
     out = out or run / "interpolations.png"
-    loaded = image.load(run, data=data, checkpoint=checkpoint)
-    pairs = generate.interpolate(loaded, out, starts=starts, ends=ends, steps=steps)
+    opened = image.load(run, data=data, checkpoint=checkpoint)
+    pairs = generate.interpolate(opened, out, starts=starts, ends=ends, steps=steps)
     pairs_text = ", ".join(f"{i} to {j}" for i, j in pairs)
     messages.print_line(
         f"{out}: validation images {pairs_text}, with {steps} decoded images between the two originals"
@@ -84,8 +84,8 @@ def traverse(
     out: Path | None,
 ) -> None:
     out = out or run / "traversals.png"
-    loaded = image.load(run, data=data, checkpoint=checkpoint)
-    order = generate.traverse(loaded, out, image=image_index, n=n, steps=steps)
+    opened = image.load(run, data=data, checkpoint=checkpoint)
+    order = generate.traverse(opened, out, image=image_index, n=n, steps=steps)
     dimensions = messages.pluralize(len(order), "dimension")
     messages.print_line(
         f"{out}: validation image {image_index}, varied from -3 to 3 along {dimensions}, the most active first"
@@ -104,7 +104,7 @@ def inpaint(
     out: Path | None,
 ) -> None:
     out = out or run / "inpainting.png"
-    loaded = image.load(run, data=data, checkpoint=checkpoint)
-    count = generate.inpaint(loaded, out, mask=mask, steps=steps, n=n, seed=seed)
+    opened = image.load(run, data=data, checkpoint=checkpoint)
+    count = generate.inpaint(opened, out, mask=mask, steps=steps, n=n, seed=seed)
     images = messages.pluralize(count, "validation image")
     messages.print_line(f"{out}: {images}, each masked, inpainted and as it was")

@@ -94,7 +94,7 @@ def sample(
     """Generate new images or sentences."""
     kind = _kind(run)
     text = kind == "text"
-    how = _decoding(text, "nucleus", decoding, top_p, beams)
+    options = _decoding(text, "nucleus", decoding, top_p, beams)
     for name, value in (("--best", best), ("--of", of)):
         if kind != "image" and value is not None:
             raise InputError(f"{name} only applies to runs of images; this is a run of {kind}")
@@ -106,7 +106,7 @@ def sample(
         from . import text_commands
 
         text_commands.sample(
-            run, how, n=n, temperature=temperature, seed=seed, checkpoint=checkpoint, out=out
+            run, options, n=n, temperature=temperature, seed=seed, checkpoint=checkpoint, out=out
         )
         return
     from . import image_commands
@@ -130,11 +130,11 @@ def reconstruct(
 ) -> None:
     """Encode and decode validation images or sentences, or the sentences of a text file."""
     text = _kind(run) == "text"
-    how = _decoding(text, "greedy", decoding, top_p, beams)
+    options = _decoding(text, "greedy", decoding, top_p, beams)
     if text:
         from . import text_commands
 
-        text_commands.reconstruct(run, how, n=n, data=data, seed=seed, checkpoint=checkpoint, out=out)
+        text_commands.reconstruct(run, options, n=n, data=data, seed=seed, checkpoint=checkpoint, out=out)
         return
     from . import image_commands
 
@@ -175,7 +175,7 @@ def interpolate(
 ) -> None:
     """Interpolate between two images, or between two sentences, in the latent space."""
     text = _kind(run) == "text"
-    how = _decoding(text, "greedy", decoding, top_p, beams)
+    options = _decoding(text, "greedy", decoding, top_p, beams)
     if text:
         if first is None or second is None:
             raise InputError(f'a run of text needs two sentences: fastvae interpolate {run} "FIRST" "SECOND"')
@@ -186,7 +186,7 @@ def interpolate(
         from . import text_commands
 
         text_commands.interpolate(
-            run, how, first, second, steps=steps, seed=seed, checkpoint=checkpoint, out=out
+            run, options, first, second, steps=steps, seed=seed, checkpoint=checkpoint, out=out
         )
         return
     if first is not None:
@@ -275,8 +275,8 @@ def _kind(run: Path) -> str:
 
 def _decoding(text: bool, default: Any, method: Any, top_p: float | None, beams: int | None) -> Any:
     """Return how to decode sentences, or None for a run of images, which refuses these options."""
-    given = {"--decoding": method, "--top-p": top_p, "--beams": beams}
-    given_names = [name for name, value in given.items() if value is not None]
+    option_values = {"--decoding": method, "--top-p": top_p, "--beams": beams}
+    given_names = [name for name, value in option_values.items() if value is not None]
     if not text:
         if given_names:
             raise InputError(f"{given_names[0]} only applies to runs of text; this is a run of images")
@@ -287,9 +287,9 @@ def _decoding(text: bool, default: Any, method: Any, top_p: float | None, beams:
     for name, value, needed in (("--top-p", top_p, "nucleus"), ("--beams", beams, "beam")):
         if value is not None and method != needed:
             raise InputError(f"{name} only applies to --decoding {needed}, got {method}")
-    how = Decoding(method)
-    how = how._replace(
-        top_p=how.top_p if top_p is None else top_p, beams=how.beams if beams is None else beams
+    options = Decoding(method)
+    options = options._replace(
+        top_p=options.top_p if top_p is None else top_p, beams=options.beams if beams is None else beams
     )
-    how.check()
-    return how
+    options.check()
+    return options

@@ -16,7 +16,7 @@ Checkpoint = Literal["best", "last"]
 
 def sample(
     run: Path,
-    how: Decoding,
+    decoding: Decoding,
     *,
     n: int | None,
     temperature: float,
@@ -24,10 +24,10 @@ def sample(
     checkpoint: Checkpoint,
     out: Path | None,
 ) -> None:
-    loaded = text.load(run, checkpoint=checkpoint)
+    opened = text.load(run, checkpoint=checkpoint)
     path = _text_out(out, run / "samples.txt")
     n = 20 if n is None else n
-    lines = generate.sample(loaded, how, n=n, temperature=temperature, seed=seed)
+    lines = generate.sample(opened, decoding, n=n, temperature=temperature, seed=seed)
     _print_lines(lines, out)
     generate.save_lines(path, lines)
     messages.print_line(
@@ -37,7 +37,7 @@ def sample(
 
 def reconstruct(
     run: Path,
-    how: Decoding,
+    decoding: Decoding,
     *,
     n: int,
     data: str | None,
@@ -52,17 +52,17 @@ def reconstruct(
     given = sentences.read_lines(Path(str(data)).expanduser()) if is_file else []
     for note in generate.warnings_about(opened, given[:n]):
         messages.print_line(f"warning: {data}: {note}")
-    pairs = generate.reconstruct(opened, how, n=n, seed=seed, lines=given)
-    lines = [line for original, made in pairs for line in (original, f"  {made}")]
+    pairs = generate.reconstruct(opened, decoding, n=n, seed=seed, lines=given)
+    lines = [line for original, reconstruction in pairs for line in (original, f"  {reconstruction}")]
     _print_lines(lines, out)
     generate.save_lines(path, lines)
-    whose = "sentence" if is_file else "validation sentence"
-    messages.print_line(f"{path}: {messages.pluralize(len(pairs), whose)}, each above its reconstruction")
+    noun = "sentence" if is_file else "validation sentence"
+    messages.print_line(f"{path}: {messages.pluralize(len(pairs), noun)}, each above its reconstruction")
 
 
 def interpolate(
     run: Path,
-    how: Decoding,
+    decoding: Decoding,
     first: str,
     second: str,
     *,
@@ -75,8 +75,8 @@ def interpolate(
     path = _text_out(out, run / "interpolations.txt")
     for note in generate.warnings_about(opened, [first, second]):
         messages.print_line(f"warning: {note}")
-    written = generate.interpolate(opened, how, first, second, steps=steps, seed=seed)
-    lines = [first, *(f"  {line}" for line in written), second]
+    between = generate.interpolate(opened, decoding, first, second, steps=steps, seed=seed)
+    lines = [first, *(f"  {line}" for line in between), second]
     _print_lines(lines, out)
     generate.save_lines(path, lines)
     messages.print_line(f"{path}: {messages.pluralize(steps, 'sentence')} between the two that were given")

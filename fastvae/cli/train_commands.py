@@ -65,8 +65,8 @@ def _train_command(recipe: type[Settings]) -> Callable[..., None]:
         parameter("overwrite", bool, False, overwrite),
     ]
     for field in dataclasses.fields(recipe):
-        shown = typer.Option(help=field.metadata["help"], rich_help_panel=field.metadata["group"])
-        parameters.append(parameter(field.name, kinds[field.name], field.default, shown))
+        typer_option = typer.Option(help=field.metadata["help"], rich_help_panel=field.metadata["group"])
+        parameters.append(parameter(field.name, kinds[field.name], field.default, typer_option))
     # Typer reads the signature.
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}

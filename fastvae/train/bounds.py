@@ -56,9 +56,11 @@ def estimate_bounds(
         noise = torch.tensor([seed, 4 * k], device=mu.device)
         z, kl = functional.reparameterize_kl(mu, logvar, seed=noise, row_offset=first_row)
         nll = model.nll(z, x).double()
-        at = z.double().flatten(1)
+        z_double = z.double().flatten(1)
         # log p(z) - log q(z | x) at the z that was decoded, which differs from mu + sigma eps by float32 rounding.
-        ratio = ((at - mean).square() * torch.exp(-log_variance) + log_variance - at.square()).sum(1) / 2
+        ratio = (
+            (z_double - mean).square() * torch.exp(-log_variance) + log_variance - z_double.square()
+        ).sum(1) / 2
         total = torch.logaddexp(total, ratio - nll)
         reconstruction += nll
         advance()

@@ -88,7 +88,7 @@ class ProgressTable(Checkpoint):
         }
         self.records.append({name: record[name] for name in metric_columns(model) if name in record})
         self.kl_records.append([trainer.current_epoch + 1, *model.kl_per_dimension.tolist()])
-        self.print_line(_line(record, model.table_columns))
+        self.print_line(_format_line(record, model.table_columns))
         if skipped := int(record["skipped_steps"]):
             steps = int(trainer.num_training_batches)
             what = f"{model.first_skipped} is not finite"
@@ -111,19 +111,22 @@ class ProgressTable(Checkpoint):
         if trainer.is_global_zero:
             names = [f"kl_{i}" for i in range(len(self.kl_records[0]) - 1)]
             files.write(
-                self.folder / "metrics.csv", _csv([list(self.records[0]), *map(_cells, self.records)])
+                self.folder / "metrics.csv", _csv([list(self.records[0]), *map(_format_cells, self.records)])
             )
             files.write(
                 self.folder / "kl_per_dimension.csv",
                 _csv(
-                    [["epoch", *names], *([int(epoch), *map(_number, kl)] for epoch, *kl in self.kl_records)]
+                    [
+                        ["epoch", *names],
+                        *([int(epoch), *map(_format_number, kl)] for epoch, *kl in self.kl_records),
+                    ]
                 ),
             )
             if should_save_examples(trainer):
                 figures.save_loss_curve(self.records, self.folder / "loss.png", model.unit)
 
 
-def _number_in(width: int, places: int, value: float) -> str:
+def _align_number(width: int, places: int, value: float) -> str:
     """Right-align a number with a blank before it, however large it is, so that columns never run together."""
     text = f"{value:.{places}f}"
     if len(text) >= width:
@@ -131,34 +134,34 @@ def _number_in(width: int, places: int, value: float) -> str:
     return text.rjust(width)
 
 
-def _line(record: dict[str, float], columns: tuple[tuple[str, str, int], ...]) -> str:
+def _format_line(record: dict[str, float], columns: tuple[tuple[str, str, int], ...]) -> str:
     values = [record[f"train_{name}"] for name in ("loss", "nll", "kl")]
     val = [record[f"val_{name}"] for name in ("neg_elbo", "nll", "kl")]
     last = "".join(
-        _number_in(max(8, len(head) + 2), places, record.get(name, math.nan))
+        _align_number(max(8, len(head) + 2), places, record.get(name, math.nan))
         for head, name, places in columns
     )
     return (
         f"{record['epoch']:5}"
-        + "".join(" " + "".join(_number_in(10, 2, value) for value in part) for part in (values, val))
+        + "".join(" " + "".join(_align_number(10, 2, value) for value in part) for part in (values, val))
         + f"{last}{record['active_units']:8.0f}{record['seconds']:9.1f}"
     )
 
 
-def _cells(record: dict[str, float]) -> list[str]:
+def _format_cells(record: dict[str, float]) -> list[str]:
     return [
-        f"{value:.0f}" if name in _WHOLE else f"{value:.2f}" if name == "seconds" else _number(value)
+        f"{value:.0f}" if name in _WHOLE else f"{value:.2f}" if name == "seconds" else _format_number(value)
         for name, value in record.items()
     ]
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     return f"{value:.9g}"  # enough digits to represent any float32 exactly
 
 
-def _csv(rows: list[list[Any]]) -> bytes:
+def _csv(lines: list[list[Any]]) -> bytes:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows(lines)
     return text.getvalue().encode()
 
 
@@ -220,7 +223,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
-        part = files.beside(path)
+        part = files.temporary_path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
@@ -233,7 +236,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
                 raise
-            raise InputError(f"{path}: cannot be written: {files.reason(cause)}") from error
+            raise InputError(f"{path}: cannot be written: {files.error_reason(cause)}") from error
         finally:
             part.unlink(missing_ok=True)
 

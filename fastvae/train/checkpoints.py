@@ -71,7 +71,7 @@ def open_checkpoint(file: Path) -> dict[str, Any]:
         if not all(isinstance(weight, Tensor) for weight in checkpoint["state_dict"].values()):
             raise TypeError
     except (PermissionError, IsADirectoryError) as error:
-        raise InputError(f"{file}: cannot be read: {files.reason(error)}") from error
+        raise InputError(f"{file}: cannot be read: {files.error_reason(error)}") from error
     # Damaged or foreign files make pickle, zipfile and torch raise many types of errors.
     except Exception as error:
         raise InputError(f"{file}: not a fastvae checkpoint, or damaged") from error

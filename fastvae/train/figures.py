@@ -95,11 +95,11 @@ def save_latents(
     indices = torch.linspace(0, len(mu) - 1, min(len(mu), _POINTS)).long()
     points, axis_names = mu[indices], ["z0", "z1"]
     if mu.shape[1] > 2:
-        directions, shares = _principal(mu)
+        directions, shares = _principal_components(mu)
         points = (points - mu.mean(0)) @ directions
         axis_names = [
-            f"{place} principal component ({share:.0%} of the variance)"
-            for place, share in zip(("first", "second"), shares.tolist(), strict=True)
+            f"{ordinal} principal component ({share:.0%} of the variance)"
+            for ordinal, share in zip(("first", "second"), shares.tolist(), strict=True)
         ]
     classes = torch.zeros(len(indices)) if labels is None else labels[indices]
     present = classes.unique().tolist() or [0]
@@ -132,7 +132,7 @@ def save_latents(
     _save(figure, path)
 
 
-def _principal(mu: Tensor) -> tuple[Tensor, Tensor]:
+def _principal_components(mu: Tensor) -> tuple[Tensor, Tensor]:
     """Return the two directions (L, 2) of largest variance of (N, L), and their shares of the total variance (2,)."""
     centred = mu - mu.mean(0)
     variances, vectors = torch.linalg.eigh(centred.T @ centred)  # in ascending order

@@ -6,19 +6,19 @@ from pathlib import Path
 
 from .errors import InputError
 
-__all__ = ["beside", "prepare_folder", "reason", "remove_partial", "write"]
+__all__ = ["error_reason", "prepare_folder", "remove_partial", "temporary_path", "write"]
 
 _PARTIAL = ".part"
 
 
-def beside(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """Return the temporary path that is renamed to `path` once it is complete."""
     return path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
 
 
 def write(path: Path, content: bytes) -> None:
     """Write a temporary file and rename it. Raises InputError if that fails."""
-    part = beside(path)
+    part = temporary_path(path)
     try:
         try:
             part.write_bytes(content)
@@ -26,7 +26,7 @@ def write(path: Path, content: bytes) -> None:
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {reason(error)}") from error
+        raise InputError(f"{path}: cannot be written: {error_reason(error)}") from error
 
 
 def remove_partial(folder: Path) -> None:
@@ -47,13 +47,13 @@ def prepare_folder(folder: Path, names: Sequence[str]) -> None:
         probe.unlink()
     except OSError as error:
         # If the path is a file, `mkdir` only says "File exists".
-        why = "it is a file" if folder.is_file() else reason(error)
+        why = "it is a file" if folder.is_file() else error_reason(error)
         raise InputError(f"{folder}: cannot be written to: {why}") from error
     for name in names:
         if (folder / name).is_dir():
             raise InputError(f"{folder / name}: cannot be written: it is a folder")
 
 
-def reason(error: OSError) -> str:
+def error_reason(error: OSError) -> str:
     text = error.strerror or type(error).__name__
     return text[:1].lower() + text[1:]

@@ -132,13 +132,13 @@ class Kind(ABC, Generic[S, F, D, R]):
         """Return the form of a new run."""
 
     @abstractmethod
-    def read_form(self, path: Path, head: dict[str, Any]) -> F:
+    def read_form(self, path: Path, form_values: dict[str, Any]) -> F:
         """Return the form of a run, from the values of `form_keys` or from `form_files`. Raises InputError."""
 
     def write_form(self, out: Path, form: F) -> None:
         """Write `form_files`."""
 
-    def head_lines(self, form: F) -> str:
+    def form_lines(self, form: F) -> str:
         """Return the lines of `form_keys` for config.toml."""
         return ""
 

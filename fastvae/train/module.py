@@ -215,7 +215,7 @@ class VAE(LightningModule):
         if skipped.any():
             step = int(skipped.int().argmax())
             # Report the KL if both terms are bad: NaN in mu or logvar reaches the reconstruction as well.
-            terms = {"kl": steps.kl, "nll": steps.nll, "the loss": steps.losses}
+            terms = {"the KL": steps.kl, "the NLL": steps.nll, "the loss": steps.losses}
             bad = torch.stack([(~values[step].isfinite()).sum() for values in terms.values()]).cpu()
             names = [name for name, count in zip(terms, self._sum_over_processes(bad), strict=True) if count]
             self.first_skipped = f"{[*names, 'the gradient'][0]} of step {step + 1}"

@@ -24,14 +24,14 @@ class NpzFile:
             with path.open("rb") as file:
                 start = file.read(64)
             if not start.startswith(b"PK"):
-                raise InputError(f"{path}: not an .npz file: {_what_begins_with(start)}")
+                raise InputError(f"{path}: not an .npz file: {_describe_content(start)}")
             self._file: Any = np.load(path, allow_pickle=False)
         except InputError:
             raise
         except FileNotFoundError:
             raise InputError(f"{path}: no such file") from None
         except OSError as error:
-            raise InputError(f"{path}: cannot be read: {files.reason(error)}") from error
+            raise InputError(f"{path}: cannot be read: {files.error_reason(error)}") from error
         except (ValueError, zipfile.BadZipFile) as error:
             raise InputError(f"{path}: not an .npz file that numpy can read: {_first_line(error)}") from error
         self.names: tuple[str, ...] = tuple(self._file.files)
@@ -68,7 +68,7 @@ class NpzFile:
         return ", ".join(self.names) or "nothing"
 
 
-def _what_begins_with(start: bytes) -> str:
+def _describe_content(start: bytes) -> str:
     if start.startswith(b"\x93NUMPY"):
         return "it is a single array (.npy); save it with np.savez(path, name=array)"
     if not start:

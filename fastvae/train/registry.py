@@ -56,5 +56,5 @@ def read_run(path: Path) -> tuple[AnyKind, Settings, dict[str, Any]]:
     if name not in known:
         raise InputError(f"{file}: `recipe` must be one of {', '.join(known)}, got {name!r}")
     kind = _KINDS[known[name].kind]
-    head = {key: table.pop(key, None) for key in kind.form_keys}
-    return kind, known[name].read(table, str(file)), head
+    form_values = {key: table.pop(key, None) for key in kind.form_keys}
+    return kind, known[name].read(table, str(file)), form_values

@@ -105,12 +105,12 @@ def remove_partial(path: Path) -> None:
         files.remove_partial(folder)
 
 
-def write_config(out: Path, settings: Settings, head: str = "") -> None:
+def write_config(out: Path, settings: Settings, form_lines: str = "") -> None:
     """Write config.toml; the lines of `head` come before the settings."""
     import tomli_w
 
     first = {"recipe": settings.recipe, "fastvae": fastvae.__version__, "format": FORMAT}
-    text = tomli_w.dumps(first) + head + "\n" + tomli_w.dumps(dataclasses.asdict(settings))
+    text = tomli_w.dumps(first) + form_lines + "\n" + tomli_w.dumps(dataclasses.asdict(settings))
     files.write(out / CONFIG, text.encode())
 
 
@@ -128,6 +128,6 @@ def read_config(path: Path) -> dict[str, Any]:
         what = "not a run directory: config.toml is missing" if path.is_dir() else "no such run directory"
         raise InputError(f"{path}: {what}") from None
     except OSError as error:
-        raise InputError(f"{file}: cannot be read: {files.reason(error)}") from error
+        raise InputError(f"{file}: cannot be read: {files.error_reason(error)}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not valid TOML: {error}") from error

@@ -34,10 +34,10 @@ def load(
     Raises InputError if the folder is not a run of this kind, if its config.toml is wrong, or if its checkpoint is
     missing, damaged or belongs to another model.
     """
-    found, its_settings, head = registry.read_run(path)
+    found, stored_settings, form_values = registry.read_run(path)
     if found is not kind:
         raise InputError(f"{path}: {found.wrong_kind_message}")
-    settings, form = cast("S", its_settings), kind.read_form(path, head)
+    settings, form = cast("S", stored_settings), kind.read_form(path, form_values)
     other_data = data is not None and Path(data).expanduser().resolve() != Path(settings.data)
     if data is not None:
         settings = dataclasses.replace(settings, data=data)
@@ -78,7 +78,7 @@ def train(settings: Settings, out: Path, *, overwrite: bool = False) -> None:
         if processes.is_main_process():
             run_folder.remove_outputs(out, names)
             kind.write_form(out, form)
-            run_folder.write_config(out, settings, kind.head_lines(form))
+            run_folder.write_config(out, settings, kind.form_lines(form))
         _fit(kind, lightning_trainer, model, data, form, settings, out, 0)
 
 
@@ -89,26 +89,26 @@ def resume(path: Path, *, epochs: int | None = None, data: str | None = None) ->
 
     Raises InputError if the run cannot be continued or is complete, and KeyboardInterrupt as `train` does.
     """
-    given = {"epochs": epochs, "data": data}
-    changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    kind, settings, head = registry.read_run(path)
-    form = kind.read_form(path, head)
-    settings = kind.resolve_on_resume(dataclasses.replace(settings, **changed), form)
+    options = {"epochs": epochs, "data": data}
+    updates: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    kind, settings, form_values = registry.read_run(path)
+    form = kind.read_form(path, form_values)
+    settings = kind.resolve_on_resume(dataclasses.replace(settings, **updates), form)
     settings.check()
-    loaded = _load_data(kind, settings, form, path)
-    model = new_model(kind, settings, form, loaded)
+    run_data = _load_data(kind, settings, form, path)
+    model = new_model(kind, settings, form, run_data)
     done = checkpoints.epochs_done(model, path, settings)
     if not done:
         kind.init_from_run(model, settings, path, resumed=True)
     lightning_trainer = trainer.make_trainer(
-        settings, path, kind.examples_callback(loaded, form, settings, path), resumed=True
+        settings, path, kind.examples_callback(run_data, form, settings, path), resumed=True
     )
     with run_folder.lock(path, (*kind.form_files, *kind.training_files)):
         if processes.is_main_process():
             run_folder.remove_partial(path)
-            if changed:
-                run_folder.write_config(path, settings, kind.head_lines(form))
-        _fit(kind, lightning_trainer, model, loaded, form, settings, path, done)
+            if updates:
+                run_folder.write_config(path, settings, kind.form_lines(form))
+        _fit(kind, lightning_trainer, model, run_data, form, settings, path, done)
 
 
 def new_model(kind: Kind[S, F, D, R], settings: S, form: F, data: D) -> "VAE":
@@ -154,5 +154,5 @@ def _fit(
         done,
         introduction,
         kind.training_files,
-        sampled=kind.can_sample,
+        can_sample=kind.can_sample,
     )

@@ -69,7 +69,11 @@ class Settings:
         below=1,
     )
     seed: int = option(
-        0, "Random seed for the weights, the batches and the noise.", "Training", at_least=0, at_most=2**32 - 1
+        0,
+        "Random seed for the weights, the batches and the noise.",
+        "Training",
+        at_least=0,
+        at_most=2**32 - 1,
     )
 
     beta: float = option(1.0, "Weight of the KL.", "Objective", at_least=0)
@@ -105,12 +109,12 @@ class Settings:
 
     def refuse_unused(self) -> None:
         """Raises InputError for options that have no effect together with the others."""
-        given = {
+        changed = {
             name for name in ("cycles", "warmup_epochs") if getattr(self, name) != getattr(type(self), name)
         }
-        if "cycles" in given and self.warmup != "cyclical":
+        if "cycles" in changed and self.warmup != "cyclical":
             raise InputError("--cycles only applies to --warmup cyclical")
-        if "warmup_epochs" in given and self.warmup == "none":
+        if "warmup_epochs" in changed and self.warmup == "none":
             raise InputError("--warmup-epochs only applies to --warmup linear, cyclical or sigmoid")
 
     def module_options(self) -> dict[str, Any]:
@@ -134,8 +138,12 @@ class Settings:
         values: dict[str, Any] = {}
         for key, value in table.items():
             if key not in kinds:
-                near = difflib.get_close_matches(key, kinds, n=1)
-                hint = f"; did you mean `{near[0]}`?" if near else f"; the settings are {', '.join(kinds)}"
+                close_matches = difflib.get_close_matches(key, kinds, n=1)
+                hint = (
+                    f"; did you mean `{close_matches[0]}`?"
+                    if close_matches
+                    else f"; the settings are {', '.join(kinds)}"
+                )
                 raise InputError(f"{where}: unknown setting `{key}`{hint}")
             kind = kinds[key]
             if kind is float and type(value) is int:
@@ -159,20 +167,20 @@ class Settings:
         hint = get_type_hints(cls)[name]
         return get_args(hint) if get_origin(hint) is Literal else ()
 
-    def check_values(self, called: Callable[[str], str]) -> None:
-        """Raises InputError if a value is out of range. `called` returns the name of a setting in the message."""
+    def check_values(self, display_name: Callable[[str], str]) -> None:
+        """Raises InputError if a value is out of range. `display_name` names a setting in the message."""
         for f in dataclasses.fields(self):
             value, bounds = getattr(self, f.name), f.metadata["bounds"]
             if (words := self.choices(f.name)) and value not in words:
-                raise InputError(f"{called(f.name)} must be one of {', '.join(words)}, got {value!r}")
-            if bounds and not all(_holds(value, word, bound) for word, bound in bounds.items()):
+                raise InputError(f"{display_name(f.name)} must be one of {', '.join(words)}, got {value!r}")
+            if bounds and not all(_satisfies(value, word, bound) for word, bound in bounds.items()):
                 text = " and ".join(f"{word} {bound:.10g}" for word, bound in bounds.items())
                 if not math.isfinite(value):
                     text += " and finite"
-                raise InputError(f"{called(f.name)} must be {text}, got {value:.10g}")
+                raise InputError(f"{display_name(f.name)} must be {text}, got {value:.10g}")
 
 
-def _holds(value: float, word: str, bound: float) -> bool:
+def _satisfies(value: float, word: str, bound: float) -> bool:
     if not math.isfinite(value):
         return False
     compare = {"at least": operator.ge, "above": operator.gt, "below": operator.lt, "at most": operator.le}

@@ -36,7 +36,7 @@ def make_trainer(
     settings: Settings, folder: Path, save_examples: "Callback", *, resumed: bool = False
 ) -> "Trainer":
     """Return a Trainer whose callback for examples is `save_examples`. Raises InputError for bad options."""
-    dashes = f"{folder / CONFIG}: " if resumed else "--"  # name the options as the user gave them
+    prefix = f"{folder / CONFIG}: " if resumed else "--"  # name the options as the user gave them
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
@@ -52,7 +52,7 @@ def make_trainer(
     if settings.logger == "tensorboard":
         if not (importlib.util.find_spec("tensorboard") or importlib.util.find_spec("tensorboardX")):
             raise InputError(
-                f"{dashes}logger tensorboard needs the package tensorboard: pip install tensorboard"
+                f"{prefix}logger tensorboard needs the package tensorboard: pip install tensorboard"
             )
         logger = TensorBoardLogger(folder, name=None, version=TENSORBOARD)
     bar = sys.stdout.isatty()
@@ -88,17 +88,17 @@ def make_trainer(
             if getattr(settings, name) != getattr(Settings, name)
         ]
         raise InputError(
-            f"Lightning does not accept {dashes}{(', ' if resumed else ' --').join(given)}: "
+            f"Lightning does not accept {prefix}{(', ' if resumed else ' --').join(given)}: "
             f"{str(error).strip().splitlines()[0]}"
         ) from error
     if trainer.precision == "16-true":
         raise InputError(
-            f"{dashes}precision 16-true: Adam's squared gradients overflow or underflow in float16; use bf16-true or "
+            f"{prefix}precision 16-true: Adam's squared gradients overflow or underflow in float16; use bf16-true or "
             "16-mixed"
         )
     if settings.ema and trainer.precision in ("bf16-true", "64-true"):
         raise InputError(
-            f"{dashes}ema needs precision 32-true, bf16-mixed or 16-mixed, got {trainer.precision}: the average is "
+            f"{prefix}ema needs precision 32-true, bf16-mixed or 16-mixed, got {trainer.precision}: the average is "
             "kept in float32"
         )
     return trainer
@@ -114,14 +114,14 @@ def fit(
     introduction: Sequence[str],
     names: Sequence[str],
     *,
-    sampled: bool,
+    can_sample: bool,
 ) -> None:
     """Train, and print what the user should know before and after.
 
-    `names` are the files that a run leaves besides its tables. `sampled` says whether the command `sample` can use the
-    run. The weights after `done` epochs are in last.ckpt.
+    `names` are the files that a run leaves besides its tables. `can_sample` says whether the command `sample` supports
+    the run. The weights after `done` epochs are in last.ckpt.
     """
-    for line in (*introduction, *_plan(settings, out, done)):
+    for line in (*introduction, *_describe_plan(settings, out, done)):
         processes.print_once(line)
     last = out / CHECKPOINTS / "last.ckpt"
     handler = signal.getsignal(signal.SIGINT)
@@ -151,12 +151,12 @@ def fit(
     )
     processes.print_once(
         f"next: {shell_command('evaluate', out)}, "
-        + (f"{shell_command('sample', out)}, " if sampled else "")
+        + (f"{shell_command('sample', out)}, " if can_sample else "")
         + shell_command("resume", out, "--epochs", 2 * settings.epochs)
     )
 
 
-def _plan(settings: Settings, out: Path, done: int) -> Iterator[str]:
+def _describe_plan(settings: Settings, out: Path, done: int) -> Iterator[str]:
     yield f"run: {out}, {pluralize(settings.epochs, 'epoch')}" + (f", {done} of them done" if done else "")
     if settings.warmup != "none" and settings.warmup_epochs > settings.epochs:
         yield (

@@ -24,8 +24,8 @@ PICTURES = ["reconstructions.png", "samples.png"]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    measured = demo.interleaved
-    monkeypatch.setattr(demo, "interleaved", lambda calls, seconds: measured(calls, 0.05))
+    measured = demo.time_alternately
+    monkeypatch.setattr(demo, "time_alternately", lambda calls, seconds: measured(calls, 0.05))
     # Threads do not help such a small model, and slow it down while other tests are running.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -234,7 +234,10 @@ FILES = {
     ),
     "rank 2": (_saved(x_train=good[0]), "must be (N, H, W) or (N, H, W, C), got shape (4, 4)"),
     "rank 5": (_saved(x_train=good[None, None]), "must be (N, H, W) or (N, H, W, C)"),
-    "channels first": (_saved(x_train=np.zeros((5, 2, 8, 8), np.uint8)), "1 or 3 channels, last"),
+    "channels first": (
+        _saved(x_train=np.zeros((5, 2, 8, 8), np.uint8)),
+        "1 or 3 channels in the last dimension",
+    ),
     "planes first": (_saved(x_train=np.zeros((5, 3, 8, 8), np.uint8)), "store x_train.transpose(0, 2, 3, 1)"),
     "no images": (_saved(x_train=good[:0]), "is empty"),
     "no pixels": (_saved(x_train=good[:, :0]), "is empty"),
@@ -318,7 +321,7 @@ def test_unknown_command_fails(capsys):
 def test_missing_package_is_named_with_its_install_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     line = command_error(capsys, "demo", "--out", str(tmp_path / "out"))
-    assert line == 'fastvae: sklearn is not installed; get it with: pip install "fastvae-elbo[train]"\n'
+    assert line == 'fastvae: sklearn is not installed; install it with: pip install "fastvae-elbo[train]"\n'
     monkeypatch.setitem(sys.modules, "typer", None)
     assert "typer is not installed" in command_error(capsys, "demo")
     assert cli.main(["doctor"]) == 0  # it must also work if packages are missing

@@ -23,7 +23,7 @@ def test_output_to_closed_pipe_fails_in_one_line(
         with os.fdopen(writing, "w") as pipe, monkeypatch.context() as patched:
             patched.setattr(sys, "stdout", pipe)
             assert cli.main(arguments) == 2
-        assert error_line(capsys) == "fastvae: standard output: cannot be written: broken pipe\n"
+        assert error_line(capsys) == "fastvae: cannot write to standard output: broken pipe\n"
         rich.print("What this process prints afterwards is shown.")
         assert capsys.readouterr().out == "What this process prints afterwards is shown.\n"
 
@@ -35,7 +35,7 @@ def test_output_to_full_disk_fails_in_one_line(
     with open("/dev/full", "w") as full, monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", full)
         assert cli.main(["--version"]) == 2
-    assert error_line(capsys) == "fastvae: standard output: cannot be written: no space left on device\n"
+    assert error_line(capsys) == "fastvae: cannot write to standard output: no space left on device\n"
 
 
 def test_closed_output_fails_in_one_line(
@@ -60,7 +60,10 @@ def test_other_os_error_is_not_reported_as_output_error(
 
 def test_path_that_is_not_utf_8_fails_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*DIGITS, "--out", os.fsdecode(b"caf\xe9")]) == 2
-    assert error_line(capsys) == "fastvae: 'caf\\udce9': not in UTF-8; rename the file, or link to it\n"
+    assert (
+        error_line(capsys)
+        == "fastvae: 'caf\\udce9': not valid UTF-8; rename the file, or create a link to it\n"
+    )
 
 
 IMPORTS = """
@@ -81,7 +84,7 @@ sys.exit(main(["doctor"]))
         (
             'ModuleNotFoundError("No module named \'torch\'", name="torch")',
             2,
-            "torch is not installed; get it with: pip install torch",
+            "torch is not installed; install it with: pip install torch",
         ),
         ("KeyboardInterrupt", 130, "interrupted"),
     ],

@@ -83,7 +83,7 @@ def test_latents_legend_names_the_classes(tmp_path, monkeypatch, points):
 def test_principal_finds_the_largest_variances():
     scales = torch.tensor([0.1, 5.0, 0.2, 2.0]).double()
     mu = torch.randn(4000, 4).double() * scales + 3
-    directions, shares = figures._principal(mu)
+    directions, shares = figures._principal_components(mu)
     torch.testing.assert_close(directions[[1, 3], [0, 1]], torch.ones(2).double(), rtol=0, atol=1e-2)
     expected = scales[[1, 3]].square() / scales.square().sum()
     torch.testing.assert_close(shares, expected, rtol=0.05, atol=0)

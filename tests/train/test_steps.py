@@ -14,7 +14,7 @@ from fastvae.train.image import module
 pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
 
-@pytest.mark.parametrize("term", ["nll", "kl", "the gradient"])
+@pytest.mark.parametrize("term", ["the NLL", "the KL", "the gradient"])
 @pytest.mark.parametrize("clip", [(), ("--clip", "1")], ids=["", "clipped"])
 def test_non_finite_step_is_skipped_counted_and_named(tmp_path, capsys, monkeypatch, term, clip):
     after = []
@@ -26,7 +26,7 @@ def test_non_finite_step_is_skipped_counted_and_named(tmp_path, capsys, monkeypa
     def is_bad_step(self):
         return self.training and (self.current_epoch, self.trainer.fit_loop.batch_idx) == (0, 4)
 
-    if term == "nll":
+    if term == "the NLL":
         corrupt("decode", lambda self, recon: recon * math.nan if is_bad_step(self) else recon)
     elif term == "the gradient":
 
@@ -82,7 +82,7 @@ def test_epoch_without_a_finite_step_fails(tmp_path, capsys, monkeypatch, epoch,
     monkeypatch.setattr(module.ImageVAE, "decode", decode)
     assert train(tmp_path / "run", "--epochs", "2") == 2
     line = error_line(capsys)
-    assert f"every step of epoch {epoch} was skipped because nll of step 1 is not finite; " in line
+    assert f"every step of epoch {epoch} was skipped because the NLL of step 1 is not finite; " in line
     assert advice in line
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists() == (epoch > 1)
 
@@ -121,7 +121,7 @@ def test_progress_table_with_huge_numbers_keeps_columns_apart():
     names = ("train_loss", "train_nll", "train_kl", "val_neg_elbo", "val_nll", "val_kl")
     values = (1234567.891, -1e12, math.inf, 3.4e38, 99999.994, 0.5)
     row = {"epoch": 3, "active_units": 4, "seconds": 1.5, **dict(zip(names, values, strict=True))}
-    line = callbacks._line(row, (("perplexity", "perplexity", 2), ("skipped", "x", 0)))
+    line = callbacks._format_line(row, (("perplexity", "perplexity", 2), ("skipped", "x", 0)))
     got = line.split()
     assert got[:7] == ["3", "1.23e+06", "-1.00e+12", "inf", "3.40e+38", "99999.99", "0.50"]
     assert len(got) == len(line.replace("\n", "").split()) == 11

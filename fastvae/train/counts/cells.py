@@ -77,10 +77,10 @@ def load(settings: CountsSettings) -> Cells:
     suffix = path.suffix.lower()
     if suffix not in (".npz", ".h5ad"):
         raise InputError(f"{path}: the file must end in .npz or .h5ad")
-    with _npz(path) if suffix == ".npz" else _h5ad(path) as file:
-        counts = _checked_counts(path, file.matrix)
-        labels, label_names = _column(path, file, settings.label, "--label", _LABELS, counts.shape[0])
-        batches, batch_names = _column(path, file, settings.batch, "--batch", _BATCHES, counts.shape[0])
+    with _open_npz(path) if suffix == ".npz" else _open_h5ad(path) as file:
+        counts = _check_counts(path, file.matrix)
+        labels, label_names = _read_column(path, file, settings.label, "--label", _LABELS, counts.shape[0])
+        batches, batch_names = _read_column(path, file, settings.batch, "--batch", _BATCHES, counts.shape[0])
 
     library = np.asarray(counts.sum(1)).ravel()
     nonempty = np.flatnonzero(library > 0)
@@ -129,7 +129,7 @@ _SPARSE = {
 
 
 @contextmanager
-def _npz(path: Path) -> Iterator[_File]:
+def _open_npz(path: Path) -> Iterator[_File]:
     with NpzFile(path) as arrays:
         kind = "csr"
         if "format" in arrays:
@@ -137,7 +137,7 @@ def _npz(path: Path) -> Iterator[_File]:
             kind = stored.decode("ascii", "replace") if isinstance(stored, bytes) else str(stored)
         used = _SPARSE.get(kind, ())
         if used and all(name in arrays for name in used):
-            matrix = _sparse(path, kind, {name: arrays.read(name) for name in used})
+            matrix = _make_sparse(path, kind, {name: arrays.read(name) for name in used})
             used = (*used, "format", "_is_array")
         elif used := tuple(name for name in _MATRIX if name in arrays)[:1]:
             matrix = arrays.read(used[0])
@@ -150,7 +150,7 @@ def _npz(path: Path) -> Iterator[_File]:
         yield _File(matrix, tuple(name for name in arrays.names if name not in used), arrays.read)
 
 
-def _sparse(path: Path, kind: str, parts: dict[str, Any]) -> Any:
+def _make_sparse(path: Path, kind: str, parts: dict[str, Any]) -> Any:
     """Rebuild the matrix from the arrays of scipy.sparse.save_npz."""
     from scipy import sparse
 
@@ -172,7 +172,7 @@ def _without_half(values: Any) -> Any:
 
 
 @contextmanager
-def _h5ad(path: Path) -> Iterator[_File]:
+def _open_h5ad(path: Path) -> Iterator[_File]:
     """Read the raw counts (`layers["counts"]` if there is one, otherwise X) and the columns of obs."""
     try:
         import anndata
@@ -202,7 +202,7 @@ def _h5ad(path: Path) -> Iterator[_File]:
     yield _File(matrix, tuple(map(str, data.obs.columns)), read)
 
 
-def _checked_counts(path: Path, matrix: Any) -> Any:
+def _check_counts(path: Path, matrix: Any) -> Any:
     """Return the counts as a CSR array of float32. Raises InputError unless all are non-negative whole numbers."""
     from scipy import sparse
 
@@ -233,13 +233,13 @@ def _checked_counts(path: Path, matrix: Any) -> Any:
     ):
         if bad.any():
             position = int(bad.argmax())
-            row = int(np.searchsorted(counts.indptr, position, side="right")) - 1
+            cell = int(np.searchsorted(counts.indptr, position, side="right")) - 1
             column = int(counts.indices[position])
-            raise InputError(f"{path}: a count is {what}: {values[position]:g} in cell {row}, gene {column}")
+            raise InputError(f"{path}: a count is {what}: {values[position]:g} in cell {cell}, gene {column}")
     return counts.astype(np.float32)
 
 
-def _column(
+def _read_column(
     path: Path, file: _File, key: str, option: str, usual: tuple[str, ...], cells: int
 ) -> tuple[Tensor | None, tuple[str, ...]]:
     """Return the values of a column as integers, and their names. Without `key`, use a column with a usual name."""

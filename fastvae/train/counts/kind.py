@@ -55,13 +55,13 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
     def make_form(self, settings: Counts, data: Cells) -> Sizes:
         return Sizes(data.genes, data.batch_names)
 
-    def read_form(self, path: Path, head: dict[str, Any]) -> Sizes:
+    def read_form(self, path: Path, form_values: dict[str, Any]) -> Sizes:
         file = path / GENES
         try:
             table = json.loads(file.read_bytes())
             return Sizes(int(table["genes"]), tuple(map(str, table["batches"])))
         except OSError as error:
-            raise InputError(f"{file}: cannot be read: {files.reason(error)}") from error
+            raise InputError(f"{file}: cannot be read: {files.error_reason(error)}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file}: damaged: it must have the keys `genes` and `batches`") from error
 

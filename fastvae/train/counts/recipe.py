@@ -78,7 +78,7 @@ class Encoder(nn.Module):
 
     def forward(self, cells: Batch) -> Tensor:
         x = torch.log1p(cells.counts)
-        return self.posterior(self.layers(_beside(x, cells.batch, self.batches)))
+        return self.posterior(self.layers(_append_batch(x, cells.batch, self.batches)))
 
 
 class Decoder(nn.Module):
@@ -91,7 +91,7 @@ class Decoder(nn.Module):
         self.heads = nn.ModuleList([nn.Linear(hidden[-1], genes) for _ in range(heads)])
 
     def forward(self, z: Tensor, batch: Tensor) -> tuple[Tensor, ...]:
-        h = self.layers(_beside(z, batch, self.batches))
+        h = self.layers(_append_batch(z, batch, self.batches))
         return tuple(head(h) for head in self.heads)
 
 
@@ -107,7 +107,7 @@ def _width(batches: int) -> int:
     return batches if batches > 1 else 0  # a single batch carries no information
 
 
-def _beside(x: Tensor, batch: Tensor, batches: int) -> Tensor:
+def _append_batch(x: Tensor, batch: Tensor, batches: int) -> Tensor:
     if batches < 2:
         return x
     return torch.cat((x, F.one_hot(batch, batches).to(x.dtype)), 1)

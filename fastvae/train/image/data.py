@@ -110,11 +110,11 @@ def load_npz(path: Path, seed: int) -> Images:
                 f"{path}: the array `x_train` is missing, found only {arrays.contents()}; save images with "
                 "np.savez(path, x_train=images), uint8 (N, H, W) or (N, H, W, C)"
             )
-        train = _images(path, "x_train", arrays.read("x_train"))
-        val = _images(path, "x_test", arrays.read("x_test")) if "x_test" in arrays else None
+        train = _check_images(path, "x_train", arrays.read("x_train"))
+        val = _check_images(path, "x_test", arrays.read("x_test")) if "x_test" in arrays else None
         notes: list[str] = []
-        train_labels = _labels(arrays, "y_train", len(train), notes)
-        val_labels = None if val is None else _labels(arrays, "y_test", len(val), notes)
+        train_labels = _check_labels(arrays, "y_train", len(train), notes)
+        val_labels = None if val is None else _check_labels(arrays, "y_test", len(val), notes)
     if val is None:
         if len(train) < 2:
             raise InputError(
@@ -129,7 +129,7 @@ def load_npz(path: Path, seed: int) -> Images:
     return Images(path.name, train, val, train_labels, val_labels, tuple(notes))
 
 
-def _images(path: Path, name: str, array: Any) -> Tensor:
+def _check_images(path: Path, name: str, array: Any) -> Tensor:
     if array.dtype != np.uint8:
         how = (
             f"if they lie between 0 and 1, store (255 * {name}).round().astype(np.uint8)"
@@ -142,14 +142,16 @@ def _images(path: Path, name: str, array: Any) -> Tensor:
     if array.ndim == 4 and array.shape[3] not in (1, 3):
         first = array.shape[1] in (1, 3)
         hint = f"; store {name}.transpose(0, 2, 3, 1)" if first else ""
-        raise InputError(f"{path}: `{name}` must have 1 or 3 channels, last, got shape {array.shape}{hint}")
+        raise InputError(
+            f"{path}: `{name}` must have 1 or 3 channels in the last dimension, got shape {array.shape}{hint}"
+        )
     if array.size == 0:
         raise InputError(f"{path}: `{name}` is empty, got shape {array.shape}")
     images = torch.from_numpy(np.ascontiguousarray(array))
     return images if images.dim() == 4 else images.unsqueeze(-1)
 
 
-def _labels(arrays: NpzFile, name: str, n: int, notes: list[str]) -> Tensor | None:
+def _check_labels(arrays: NpzFile, name: str, n: int, notes: list[str]) -> Tensor | None:
     """Return the labels, or None with a note if they are unusable: they only colour a picture."""
     if name not in arrays:
         return None
@@ -191,7 +193,7 @@ def load_folder(
 
     suffixes = Image.registered_extensions()
     try:
-        below = list(_walk(path))
+        below = list(_walk_files(path))
         runs = {
             file.parent
             for file in below
@@ -221,16 +223,16 @@ def load_folder(
     return _split(path.name, images, seed, labels, notes)._replace(label_names=tuple(names))
 
 
-def _walk(top: Path) -> Iterator[Path]:
+def _walk_files(top: Path) -> Iterator[Path]:
     """Yield all files below a folder. Links are followed, but no folder is entered twice."""
-    entered = set()
+    visited = set()
     for folder, folders, names in os.walk(top, followlinks=True, onerror=_raise):
         folders.sort()
         where = os.path.realpath(folder)
-        if where in entered:
+        if where in visited:
             folders.clear()
             continue
-        entered.add(where)
+        visited.add(where)
         yield from (Path(folder, name) for name in names)
 
 
@@ -246,10 +248,10 @@ def load_hugging_face(name: str, seed: int, size: int = 0, shape: Shape | None =
 
     Raises InputError if the package `datasets` is missing, or if the dataset cannot be loaded or has no images.
     """
-    loaded = hub.load_splits(name)
+    splits = hub.load_splits(name)
     import datasets
 
-    train = loaded["train"]
+    train = splits["train"]
     column = next((key for key, kind in train.features.items() if isinstance(kind, datasets.Image)), None)
     if column is None:
         raise InputError(f"{name}: this dataset has no column of images, only {', '.join(train.features)}")
@@ -261,19 +263,19 @@ def load_hugging_face(name: str, seed: int, size: int = 0, shape: Shape | None =
         # Decoding in `datasets` would stop at the first damaged image.
         raw = split.cast_column(column, datasets.Image(decode=False))[column]
         sources = [
-            io.BytesIO(row["bytes"]) if row and row["bytes"] is not None else row and row["path"]
-            for row in raw
+            io.BytesIO(item["bytes"]) if item and item["bytes"] is not None else item and item["path"]
+            for item in raw
         ]
         if label is None:
             return sources, None
         return sources, torch.tensor([-1 if kind is None else kind for kind in split[label]])
 
-    other = next((key for key in ("test", "validation") if key in loaded), None)
+    other = next((key for key in ("test", "validation") if key in splits), None)
     sources, labels = read_split(train)
     first = len(sources)
     names = [f"train[{i}]" for i in range(first)]
     if other is not None:
-        more, more_labels = read_split(loaded[other])
+        more, more_labels = read_split(splits[other])
         sources += more
         names += [f"{other}[{i}]" for i in range(len(more))]
         labels = torch.cat([labels, more_labels]) if labels is not None and more_labels is not None else None
@@ -330,7 +332,7 @@ def _decode(
             results = dict(zip(indices, pool.map(attempt, indices), strict=True))
         return {index: result for index, result in results.items() if result is not None}
 
-    headers = decode_all(_header, range(len(sources)))
+    headers = decode_all(_read_header, range(len(sources)))
     shapes = {(header.height, header.width) for header in headers.values()}
     height, width = size or DEFAULT_SIDE, size or DEFAULT_SIDE
     if not size and len(shapes) == 1 and max(own := shapes.pop()) <= DEFAULT_SIDE:
@@ -338,7 +340,7 @@ def _decode(
     grey = all(header.grey for header in headers.values())
     if shape is not None:
         height, width, grey = *shape[:2], shape[2] == 1
-    decoded = decode_all(partial(_pixels, height=height, width=width, grey=grey), list(headers))
+    decoded = decode_all(partial(_read_pixels, height=height, width=width, grey=grey), list(headers))
 
     notes: tuple[str, ...] = ()
     if unreadable:
@@ -365,7 +367,7 @@ def _why_unreadable(error: Exception) -> str:
     return str(error).partition("\n")[0] if isinstance(error, OSError) else type(error).__name__
 
 
-def _open(source: Any) -> Any:
+def _open_image(source: Any) -> Any:
     from PIL import Image
 
     if source is None:
@@ -375,8 +377,8 @@ def _open(source: Any) -> Any:
     return Image.open(source)
 
 
-def _header(source: Any) -> _Header:
-    with _open(source) as image:
+def _read_header(source: Any) -> _Header:
+    with _open_image(source) as image:
         # In a PNG these modes have at most 16 bits; in other formats, and for floats, the value of white is unknown.
         if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
             raise OSError(f"pixels of mode {image.mode}, whose range is unknown")
@@ -387,12 +389,12 @@ def _header(source: Any) -> _Header:
         )
 
 
-def _pixels(source: Any, height: int, width: int, grey: bool) -> Any:
+def _read_pixels(source: Any, height: int, width: int, grey: bool) -> Any:
     from PIL import Image, ImageOps
 
-    with _open(source) as opened:
-        opened.draft(None, (4 * width, 4 * height))  # avoids decoding a large JPEG in full
-        image = ImageOps.exif_transpose(opened)
+    with _open_image(source) as file_image:
+        file_image.draft(None, (4 * width, 4 * height))  # avoids decoding a large JPEG in full
+        image = ImageOps.exif_transpose(file_image)
         if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 255
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
         if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:

@@ -153,7 +153,7 @@ def train(
             )  # the next noise; without `seed=`, torch's generator takes care of it
             losses.append((len(x), out.nll.mean().item(), out.kl.mean().item()))
             advance()
-        yield Epoch(_mean(losses), evaluate(model, objective, images.val, settings.seed))
+        yield Epoch(_mean_losses(losses), evaluate(model, objective, images.val, settings.seed))
 
 
 @torch.no_grad()
@@ -165,10 +165,10 @@ def evaluate(model: VAE, objective: Objective, images: Tensor, seed: int) -> Los
         z, kl = objective.reparameterize(mu, logvar, seed=torch.tensor([seed + 1, 4 * i]))
         out = objective(model.decode(z), x, kl=kl)
         losses.append((len(x), out.nll.mean().item(), out.kl.mean().item()))
-    return _mean(losses)
+    return _mean_losses(losses)
 
 
-def _mean(losses: list[tuple[int, float, float]]) -> Losses:
+def _mean_losses(losses: list[tuple[int, float, float]]) -> Losses:
     total = sum(count for count, _, _ in losses)
     return Losses(sum(n * nll for n, nll, _ in losses) / total, sum(n * kl for n, _, kl in losses) / total)
 
@@ -187,7 +187,7 @@ class Timing(NamedTuple):
     """The largest ratio of a median to the fastest tenth of the same calls. It is 1.0 to 1.3 on a quiet machine."""
 
 
-def interleaved(calls: list[Callable[[], object]], seconds: float) -> Timing:
+def time_alternately(calls: list[Callable[[], object]], seconds: float) -> Timing:
     """Time the calls alternately, after a warm-up."""
     times: list[list[float]] = [[] for _ in calls]
     started, warm = time.perf_counter(), False
@@ -205,7 +205,7 @@ def interleaved(calls: list[Callable[[], object]], seconds: float) -> Timing:
     return Timing(medians, len(times[0]), max(m / f for m, f in zip(medians, fastest, strict=True)))
 
 
-def loss_part(model: VAE, x: Tensor, objectives: list[Objective]) -> list[Callable[[], object]]:
+def loss_calls(model: VAE, x: Tensor, objectives: list[Objective]) -> list[Callable[[], object]]:
     """Return one call per objective that runs only its part of a training step, on the tensors of this batch.
 
     This part is sampling, KL and reconstruction, and their backward pass to the decoder's output, mu and logvar. Each
@@ -227,7 +227,7 @@ def loss_part(model: VAE, x: Tensor, objectives: list[Objective]) -> list[Callab
     return [call(objective) for objective in objectives]
 
 
-def whole_step(model: VAE, x: Tensor, objectives: list[Objective]) -> list[Callable[[], object]]:
+def step_calls(model: VAE, x: Tensor, objectives: list[Objective]) -> list[Callable[[], object]]:
     """Return one call per objective that runs a whole training step on a copy of the model."""
 
     def call(objective: Objective) -> Callable[[], object]:
@@ -318,8 +318,8 @@ def run(settings: Settings, console: Console) -> None:
         print_line("epoch" + f"  {'by hand':>9}{'fastvae':>9}{'diff':>9}" * 2)
         task = bar.add_task("by hand", total=steps)
         worst = 0.0
-        again = train(by_hand, HandWritten(), images, settings, epochs, lambda: bar.advance(task))
-        for number, (epoch, before) in enumerate(zip(again, curve, strict=True), 1):
+        epochs_by_hand = train(by_hand, HandWritten(), images, settings, epochs, lambda: bar.advance(task))
+        for number, (epoch, before) in enumerate(zip(epochs_by_hand, curve, strict=True), 1):
             pairs = [(a.neg_elbo, b.neg_elbo) for a, b in zip(epoch, before, strict=True)]
             worst = max(worst, *(abs(a - b) / abs(b) for a, b in pairs))
             print_line(
@@ -338,10 +338,10 @@ def run(settings: Settings, console: Console) -> None:
     objectives: list[Objective] = [fused, HandWritten()]
     unsteady = 1.0
     for label, calls in (
-        ("the loss part (*)", loss_part(model, x, objectives)),
-        ("the whole training step", whole_step(model, x, objectives)),
+        ("the loss part (*)", loss_calls(model, x, objectives)),
+        ("the whole training step", step_calls(model, x, objectives)),
     ):
-        (ours, theirs), rounds, spread = interleaved(calls, 1.0)
+        (ours, theirs), rounds, spread = time_alternately(calls, 1.0)
         unsteady = max(unsteady, spread)
         print_line(f"{label:27}{ours * 1e6:9.0f} µs{theirs * 1e6:9.0f} µs{theirs / ours:8.1f}x{rounds:9}")
     if unsteady > 1.5:
@@ -366,12 +366,12 @@ def _pictures(model: VAE, elbo: fastvae.ELBO, images: data.Images, settings: Set
     """Save the pictures; their grey values are the probabilities that a pixel is 1."""
     shape = images.train.shape[1:]
 
-    def shown(z: Tensor) -> Tensor:
+    def decode_means(z: Tensor) -> Tensor:
         return elbo.likelihood.mean(model.decode(z)).view(-1, *shape)  # type: ignore[operator]
 
     originals = images.val[:30]
-    recon = shown(model.encode(binarise(originals))[0])
+    recon = decode_means(model.encode(binarise(originals))[0])
     pictures.save_reconstructions(originals / 255, recon, settings.out / PICTURES[0])
 
     z = torch.randn(64, model.latents, generator=torch.Generator().manual_seed(settings.seed))
-    pictures.save_samples(shown(z), settings.out / PICTURES[1])
+    pictures.save_samples(decode_means(z), settings.out / PICTURES[1])

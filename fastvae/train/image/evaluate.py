@@ -43,8 +43,8 @@ def psnr(reconstruction: Tensor, original: Tensor) -> Tensor:
 def ssim(reconstruction: Tensor, original: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004) of images (B, C, H, W) in [0, 1], float64 (B,); 1 for equal images.
 
-    This is the mean over all windows of 11 x 11 pixels inside the image, weighted by a Gaussian of 1.5 and computed for
-    each channel separately. Values outside [0, 1] are clamped.
+    This is the mean over all windows of 11 x 11 pixels inside the image, weighted by a Gaussian with sigma 1.5 and
+    computed for each channel separately. Values outside [0, 1] are clamped.
     """
     edge = WINDOW // 2
     parts = []

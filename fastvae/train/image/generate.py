@@ -71,21 +71,21 @@ def sample_best(
     _check("--temperature", temperature, 0)
     _prepare_output(path)
     z = temperature * _prior_samples(run, of, seed)
-    shown = _decode_means(run, z).clamp(0, 1)
+    images = _decode_means(run, z).clamp(0, 1)
     realism = getattr(run.model, "realism", None)
     if realism is not None:
-        parts = (part.permute(0, 3, 1, 2).to(run.device) for part in _batches(run, shown))
+        parts = (part.permute(0, 3, 1, 2).to(run.device) for part in _batches(run, images))
         values = torch.cat([realism(part).double().cpu() for part in parts])
         measure, unit, decimals = "the discriminator's score", "", 4
     else:
-        values = _nll(run, (shown * 255).round().to(torch.uint8), seed)
+        values = _nll(run, (images * 255).round().to(torch.uint8), seed)
         measure, unit, decimals = f"likelihood under the model ({_DRAWS} importance samples)", " nats", 2
         if run.model.bits_offset is not None:
             values = run.model.bits_per_dim(values)
             unit, decimals = " bits per dimension", 4
     # NaN is sorted last in both cases.
     order = (values if realism is None else -values).argsort(stable=True)
-    pictures.save_samples(shown[order[:n]], path)
+    pictures.save_samples(images[order[:n]], path)
     return Ranking(measure, unit, decimals, values[order])
 
 
@@ -112,14 +112,16 @@ def reconstruct(run: ImageRun, path: Path, *, n: int = 30) -> int:
 
 
 def compare_with_real(run: ImageRun, path: Path, *, n: int = 40, seed: int = 0) -> None:
-    """Draw n new images, and below them as many validation images, or as many as there are."""
+    """Draw n new images and, below them, at most n validation images."""
     _prepare_output(path)
     new, real = _decode_means(run, _prior_samples(run, n, seed)), _to_unit_range(run.images.val[:n])
     grid_rows = [*new.split(_COLUMNS), *real.split(_COLUMNS)]
     pictures.save_grid(grid_rows, path, group=len(new.split(_COLUMNS)))
 
 
-def nearest_neighbours(run: ImageRun, path: Path, *, n: int = 10, near: int = 3, seed: int = 0) -> None:
+def nearest_neighbours(
+    run: ImageRun, path: Path, *, n: int = 10, num_neighbours: int = 3, seed: int = 0
+) -> None:
     """Draw n new images, each above the nearest training images in pixels, which shows whether the model copies any.
 
     Mirrored training images also count if training mirrored them.
@@ -130,7 +132,7 @@ def nearest_neighbours(run: ImageRun, path: Path, *, n: int = 10, near: int = 3,
     for image in new:
         views = [image, image.flip(1)] if run.settings.augment else [image]
         distance = torch.stack([_distances(run, view) for view in views]).amin(0)
-        indices.append(distance.topk(min(near, len(train)), largest=False).indices)
+        indices.append(distance.topk(min(num_neighbours, len(train)), largest=False).indices)
     nearest = torch.stack(indices, 1)  # (near, n)
     pictures.save_grid([new, *(_to_unit_range(train[indices]) for indices in nearest)], path)
 
@@ -165,10 +167,10 @@ def interpolate(
     _prepare_output(path)
     first, second = (val[list(indices)] for indices in zip(*pairs, strict=True))
     start, end = _posterior_means(run, first), _posterior_means(run, second)
-    way = torch.stack(
+    z = torch.stack(
         [start.lerp(end, t) for t in torch.linspace(0, 1, steps).tolist()], 1
     )  # (pairs, steps, L)
-    between = _decode_means(run, way.flatten(0, 1)).unflatten(0, (-1, steps))
+    between = _decode_means(run, z.flatten(0, 1)).unflatten(0, (-1, steps))
     grid_rows = torch.cat([_to_unit_range(first)[:, None], between, _to_unit_range(second)[:, None]], 1)
     pictures.save_grid(list(grid_rows), path, ends_apart=True)
     return pairs

@@ -62,17 +62,19 @@ def init_from_run(model: ImageVAE, settings: ImageSettings, out: Path, *, resume
 
     Raises InputError if there is no checkpoint, if none of its weights fit, or if the new run would replace it.
     """
-    given = f"--init-from {settings.init_from}"
+    source = f"--init-from {settings.init_from}"
     if resumed:
-        given = f"{out / CONFIG}: init_from {settings.init_from}"
+        source = f"{out / CONFIG}: init_from {settings.init_from}"
     elif Path(settings.init_from).is_relative_to(out.resolve()):
-        raise InputError(f"{given}: this path is inside the run that would be replaced; choose another --out")
+        raise InputError(
+            f"{source}: this path is inside the run that would be replaced; choose another --out"
+        )
     path = file = Path(settings.init_from)
     if path.is_dir():
         candidates = [path / CHECKPOINTS / f"{name}.ckpt" for name in ("best", "last")]
         file = next((candidate for candidate in candidates if candidate.exists()), candidates[0])
     if not file.exists():
-        raise InputError(f"{given}: {file if path.is_dir() else 'this path'} does not exist")
+        raise InputError(f"{source}: {file if path.is_dir() else 'this path'} does not exist")
     weights = open_checkpoint(file)["state_dict"]
     parameters = dict(model.named_parameters())
     names = [name for name in parameters if name in weights and weights[name].shape == parameters[name].shape]
@@ -83,7 +85,7 @@ def init_from_run(model: ImageVAE, settings: ImageSettings, out: Path, *, resume
             last, _ = last_layer(model)
             names = [name for name in names if not name.startswith(("elbo.", f"{last}."))]
     if all(name.startswith("elbo.") for name in names):
-        raise InputError(f"{given}: none of its weights has a name and shape that this model has")
+        raise InputError(f"{source}: none of its weights has a name and shape that this model has")
     for name in names:
         if not weights[name].isfinite().all():
             raise InputError(f"{file}: `{name}` contains NaN or infinity, so the weights cannot be used")

@@ -66,8 +66,8 @@ class ImageKind(Kind[ImageSettings, Shape, Images, ImageRun]):
     def make_form(self, settings: ImageSettings, data: Images) -> Shape:
         return shape_of(data)
 
-    def read_form(self, path: Path, head: dict[str, Any]) -> Shape:
-        shape = head["shape"]
+    def read_form(self, path: Path, form_values: dict[str, Any]) -> Shape:
+        shape = form_values["shape"]
         if not (isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)):
             raise InputError(
                 f"{path / run_folder.CONFIG}: `shape` must be [height, width, channels], got {shape!r}"
@@ -75,7 +75,7 @@ class ImageKind(Kind[ImageSettings, Shape, Images, ImageRun]):
         height, width, channels = shape
         return height, width, channels
 
-    def head_lines(self, form: Shape) -> str:
+    def form_lines(self, form: Shape) -> str:
         return f"shape = {list(form)}  # height, width and channels of an image\n"
 
     def adapt_data(self, data: Images, form: Shape, settings: ImageSettings, path: Path) -> Images:

@@ -13,19 +13,19 @@ __all__ = [
     "Pixels",
     "Residual",
     "Side",
+    "channel_counts",
     "dense",
-    "double",
-    "halved",
+    "halving_sides",
     "residual_decoder",
     "residual_encoder",
-    "widths",
+    "upsampling_layer",
 ]
 
 Side = tuple[int, int]
 """Height and width."""
 
 
-def halved(recipe: str, height: int, width: int) -> list[Side]:
+def halving_sides(recipe: str, height: int, width: int) -> list[Side]:
     """Return the sides of an image and of its feature maps, each half as large, until the smaller side is 4 to 7.
 
     Odd sides are rounded up. Raises InputError for images with fewer than 8 pixels on a side.
@@ -40,7 +40,7 @@ def halved(recipe: str, height: int, width: int) -> list[Side]:
     return sides
 
 
-def double(before: int, after: int, side: Side) -> nn.Module:
+def upsampling_layer(before: int, after: int, side: Side) -> nn.Module:
     """Return a transposed convolution that doubles a feature map to exactly this side.
 
     A side n becomes 2n - 1 if the result must be odd, and 2n otherwise. A kernel of 4 covers every pixel equally often;
@@ -81,7 +81,7 @@ class Residual(nn.Module):
 
 def residual_encoder(sides: list[Side], inputs: int, outputs: int, channels: int, blocks: int) -> nn.Module:
     """Map images (B, inputs, *sides[0]) to (B, outputs). Each halving has `blocks` blocks and doubles the channels."""
-    sizes = [inputs, *widths(channels, len(sides) - 1)]
+    sizes = [inputs, *channel_counts(channels, len(sides) - 1)]
     layers: list[nn.Module] = []
     for (before, after), (height, width) in zip(pairwise(sizes), sides, strict=False):
         if layers:
@@ -96,14 +96,14 @@ def residual_encoder(sides: list[Side], inputs: int, outputs: int, channels: int
 
 def residual_decoder(sides: list[Side], latent: int, outputs: int, channels: int, blocks: int) -> nn.Module:
     """Map z (B, latent) to (B, outputs, *sides[0]), mirroring the encoder."""
-    sizes = widths(channels, len(sides) - 1)
+    sizes = channel_counts(channels, len(sides) - 1)
     small = (sizes[-1], *sides[-1])
     layers: list[nn.Module] = [nn.Linear(latent, prod(small)), nn.Unflatten(1, small)]
     for level in range(len(sides) - 1, 0, -1):
         width = sizes[level - 1]
         layers += [*(Residual(width) for _ in range(blocks)), nn.SiLU()]
         if level > 1:
-            layers.append(double(width, sizes[level - 2], sides[level - 1]))
+            layers.append(upsampling_layer(width, sizes[level - 2], sides[level - 1]))
     return nn.Sequential(*layers, Pixels(sizes[0], outputs, sides[0]))
 
 
@@ -126,6 +126,6 @@ class Pixels(nn.Module):
         return F.pixel_shuffle(self.convolution(x), 2)[:, :, :height, :width]
 
 
-def widths(channels: int, halves: int) -> list[int]:
+def channel_counts(channels: int, halves: int) -> list[int]:
     """Return the number of channels after each halving: doubled each time, up to eight times the first."""
     return [channels * min(2**i, 8) for i in range(halves)]

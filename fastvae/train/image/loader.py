@@ -61,8 +61,8 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     mirrored = torch.rand(count, 1, generator=generator) < 0.5
 
     def shifted(side: int) -> Tensor:
-        most = side // 32
-        shift = torch.randint(-most, most + 1, (count, 1), generator=generator)
+        max_shift = side // 32
+        shift = torch.randint(-max_shift, max_shift + 1, (count, 1), generator=generator)
         return (torch.arange(side) + shift).clamp(0, side - 1)  # (B, side)
 
     indices, columns = shifted(height), shifted(width)

@@ -16,7 +16,7 @@ __all__ = ["ImageVAE", "unbounded_logvar"]
 def unbounded_logvar(logvar: Tensor, bounds: Sequence[float]) -> Tensor:
     """Return the unbounded value whose bounded log-variance is `logvar`: the inverse of `reference.bounded_logvar`.
 
-    The result stays within 95 % of the way to a bound, because the gradient nearly vanishes beyond.
+    The result stays within 95% of the distance to a bound, because the gradient nearly vanishes beyond.
     """
     lo, hi = bounds
     mid, half = (lo + hi) / 2, (hi - lo) / 2

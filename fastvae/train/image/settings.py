@@ -91,11 +91,11 @@ class ImageSettings(Settings):
         "Data",
     )
 
-    def check_values(self, called: Callable[[str], str]) -> None:
-        super().check_values(called)
+    def check_values(self, display_name: Callable[[str], str]) -> None:
+        super().check_values(display_name)
         if not self.logvar_min < self.logvar_max:
             raise InputError(
-                f"{called('logvar_min')} must be below {called('logvar_max')} {self.logvar_max:g}, got "
+                f"{display_name('logvar_min')} must be below {display_name('logvar_max')} {self.logvar_max:g}, got "
                 f"{self.logvar_min:g}"
             )
 

@@ -38,7 +38,7 @@ class Decoding(NamedTuple):
 
 @torch.no_grad()
 def decode(
-    model: TextVAE, z: Tensor, how: Decoding, generator: torch.Generator | None = None
+    model: TextVAE, z: Tensor, options: Decoding, generator: torch.Generator | None = None
 ) -> list[list[int]]:
     """Decode a sentence from each row of z (N, L) and return its tokens without END.
 
@@ -47,12 +47,12 @@ def decode(
     sentences: list[list[int]] = []
     for part in z.split(_CHUNK):
         part = part.to(model.device)
-        if how.method == "beam":
-            tokens = _beam(model, part, how.beams, how.longest)
+        if options.method == "beam":
+            tokens = _beam_search(model, part, options.beams, options.longest)
         else:
-            tokens = _step_by_step(model, part, _make_chooser(how, generator), how.longest)
-        for row in tokens.tolist():
-            sentences.append(row[: row.index(END)] if END in row else row)
+            tokens = _step_by_step(model, part, _make_chooser(options, generator), options.longest)
+        for sentence in tokens.tolist():
+            sentences.append(sentence[: sentence.index(END)] if END in sentence else sentence)
     return sentences
 
 
@@ -60,7 +60,7 @@ def _decoder(model: TextVAE) -> Any:
     return model.decoder
 
 
-def _next(
+def _next_log_probs(
     model: TextVAE, z: Tensor, last: Tensor, state: tuple[Tensor, ...]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     logits, state = _decoder(model).advance(z, last.unsqueeze(1), state)
@@ -69,14 +69,14 @@ def _next(
     return log_probs, state
 
 
-def _make_chooser(how: Decoding, generator: torch.Generator | None) -> Callable[[Tensor], Tensor]:
-    if how.method == "greedy":
+def _make_chooser(options: Decoding, generator: torch.Generator | None) -> Callable[[Tensor], Tensor]:
+    if options.method == "greedy":
         return lambda log_probs: log_probs.argmax(-1)
 
     def nucleus(log_probs: Tensor) -> Tensor:
         probs, order = log_probs.softmax(-1).cpu().sort(-1, descending=True)
         # Drop tokens if the likelier ones already reach the probability mass.
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= how.top_p, 0.0)
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= options.top_p, 0.0)
         return (
             order.gather(-1, torch.multinomial(probs, 1, generator=generator))
             .squeeze(-1)
@@ -87,11 +87,11 @@ def _make_chooser(how: Decoding, generator: torch.Generator | None) -> Callable[
 
 
 def _step_by_step(model: TextVAE, z: Tensor, choose: Callable[[Tensor], Tensor], longest: int) -> Tensor:
-    state = _decoder(model).begin(z)
+    state = _decoder(model).initial_state(z)
     last = torch.full((len(z),), START, device=z.device)
     output = torch.full((len(z), longest), END, device=z.device)
     for t in range(longest):
-        log_probs, state = _next(model, z, last, state)
+        log_probs, state = _next_log_probs(model, z, last, state)
         last = torch.where(last == END, END, choose(log_probs)) if t else choose(log_probs)
         output[:, t] = last
         if (last == END).all():
@@ -99,11 +99,11 @@ def _step_by_step(model: TextVAE, z: Tensor, choose: Callable[[Tensor], Tensor],
     return output
 
 
-def _beam(model: TextVAE, z: Tensor, beams: int, longest: int) -> Tensor:
+def _beam_search(model: TextVAE, z: Tensor, beams: int, longest: int) -> Tensor:
     """Return the sentences that maximise log p / ((5 + n) / 6)^0.6 for n tokens (Wu et al. 2016, equation 14)."""
     n = len(z)
-    each = z.repeat_interleave(beams, 0)
-    state = _decoder(model).begin(each)
+    repeated_z = z.repeat_interleave(beams, 0)
+    state = _decoder(model).initial_state(repeated_z)
     last = torch.full((n * beams,), START, device=z.device)
     scores = torch.full((n, beams), -torch.inf, device=z.device)
     scores[:, 0] = 0.0  # all beams start equal, so only one may be extended
@@ -111,13 +111,13 @@ def _beam(model: TextVAE, z: Tensor, beams: int, longest: int) -> Tensor:
     lengths = torch.zeros(n, beams, device=z.device)
     first = torch.arange(n, device=z.device).unsqueeze(1) * beams
     for t in range(longest):
-        log_probs, state = _next(model, each, last, state)
+        log_probs, state = _next_log_probs(model, repeated_z, last, state)
         ended = last == END
         log_probs[ended] = -torch.inf
         log_probs[ended, END] = 0.0  # a finished sentence stays as it is
         total = scores.unsqueeze(2) + log_probs.view(n, beams, -1)
-        scores, places = total.flatten(1).topk(beams, 1)
-        parent, token = places // log_probs.shape[1], places % log_probs.shape[1]
+        scores, positions = total.flatten(1).topk(beams, 1)
+        parent, token = positions // log_probs.shape[1], positions % log_probs.shape[1]
         output = output.gather(1, parent.unsqueeze(2).expand_as(output))
         output[:, :, t] = token
         lengths = lengths.gather(1, parent) + (~ended).view(n, beams).gather(1, parent)

@@ -113,8 +113,10 @@ def evaluate(
         posteriors.append(torch.stack(model.encode(x)).cpu())
     nll, reconstruction, kl = torch.cat(parts, 1)
     mu, logvar = torch.cat(posteriors, 1)
-    compared = torch.linspace(0, len(mu) - 1, min(len(mu), _MI_SENTENCES)).round().long()
-    z, _ = fastvae.functional.reparameterize_kl(mu[compared], logvar[compared], seed=torch.tensor([seed, 0]))
+    indices_for_mi = torch.linspace(0, len(mu) - 1, min(len(mu), _MI_SENTENCES)).round().long()
+    z, _ = fastvae.functional.reparameterize_kl(
+        mu[indices_for_mi], logvar[indices_for_mi], seed=torch.tensor([seed, 0])
+    )
     tokens_per_sentence = val.mean_tokens
     neg_elbo, iw_nll = (reconstruction + kl).mean().item(), nll.mean().item()
     return TextEvaluation(
@@ -132,14 +134,16 @@ def evaluate(
         reconstruction=reconstruction.mean().item(),
         kl=kl.mean().item(),
         iw_nll=iw_nll,
-        perplexity=_exp(neg_elbo / tokens_per_sentence),
-        iw_perplexity=_exp(iw_nll / tokens_per_sentence),
+        perplexity=_safe_exp(neg_elbo / tokens_per_sentence),
+        iw_perplexity=_safe_exp(iw_nll / tokens_per_sentence),
         unigram_perplexity=sentences.unigram_perplexity(train, val, len(vocabulary)),
         active_units=int((mu.double().var(0, correction=0) > ACTIVE).sum()),
         latents=model.latents,
-        mutual_information=mutual_information(mu[compared], logvar[compared], z[: len(compared)]),
+        mutual_information=mutual_information(
+            mu[indices_for_mi], logvar[indices_for_mi], z[: len(indices_for_mi)]
+        ),
     )
 
 
-def _exp(nats: float) -> float:
+def _safe_exp(nats: float) -> float:
     return math.exp(min(nats, 700)) if math.isfinite(nats) else math.nan

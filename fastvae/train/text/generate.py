@@ -19,18 +19,20 @@ from .run import TextRun
 __all__ = ["interpolate", "reconstruct", "sample", "save_lines", "warnings_about"]
 
 
-def sample(run: TextRun, how: Decoding, *, n: int = 20, seed: int = 0, temperature: float = 1.0) -> list[str]:
+def sample(
+    run: TextRun, decoding: Decoding, *, n: int = 20, seed: int = 0, temperature: float = 1.0
+) -> list[str]:
     """Return n new sentences, decoded from z ~ N(0, temperature^2 I)."""
     _check("-n", n, 1, 100_000)
     _check("--seed", seed, 0, 2**32 - 1)
     _check("--temperature", temperature, 0)
     draws = torch.Generator().manual_seed(seed)
     z = temperature * torch.randn(n, run.model.latents, generator=draws)
-    return _decode_texts(run, z, how, draws)
+    return _decode_texts(run, z, decoding, draws)
 
 
 def reconstruct(
-    run: TextRun, how: Decoding, *, n: int = 30, seed: int = 0, lines: Sequence[str] = ()
+    run: TextRun, decoding: Decoding, *, n: int = 30, seed: int = 0, lines: Sequence[str] = ()
 ) -> list[tuple[str, str]]:
     """Return at most n of `lines`, or of the validation sentences if there are none, each with its reconstruction.
 
@@ -40,13 +42,13 @@ def reconstruct(
     _check("--seed", seed, 0, 2**32 - 1)
     originals = list(lines or run.corpus.val)[:n]
     reconstructions = _decode_texts(
-        run, posterior_means(run, originals), how, torch.Generator().manual_seed(seed)
+        run, posterior_means(run, originals), decoding, torch.Generator().manual_seed(seed)
     )
     return list(zip(originals, reconstructions, strict=True))
 
 
 def interpolate(
-    run: TextRun, how: Decoding, first: str, second: str, *, steps: int = 8, seed: int = 0
+    run: TextRun, decoding: Decoding, first: str, second: str, *, steps: int = 8, seed: int = 0
 ) -> list[str]:
     """Return `steps` sentences on the straight line between the posterior means of two sentences."""
     _check("--steps", steps, 2, 1000)
@@ -56,7 +58,7 @@ def interpolate(
             raise InputError("a sentence to interpolate must not be empty")
     start, end = posterior_means(run, [first, second])
     z = torch.stack([start.lerp(end, t) for t in torch.linspace(0, 1, steps).tolist()])
-    return _decode_texts(run, z, how, torch.Generator().manual_seed(seed))
+    return _decode_texts(run, z, decoding, torch.Generator().manual_seed(seed))
 
 
 def warnings_about(run: TextRun, lines: Sequence[str]) -> list[str]:
@@ -81,7 +83,7 @@ def posterior_means(run: TextRun, lines: Sequence[str]) -> Tensor:
     numbers = run.vocabulary.encode(lines)
     for line, tokens in zip(lines, numbers, strict=True):
         if not tokens:
-            raise InputError(f"there are no words in {line!r}")
+            raise InputError(f"the sentence {line!r} contains no words")
     parts = []
     for first in range(0, len(numbers), 200):
         batch = sentences.make_batch(sentences.token_table(numbers[first : first + 200]))
@@ -90,10 +92,10 @@ def posterior_means(run: TextRun, lines: Sequence[str]) -> Tensor:
     return torch.cat(parts)
 
 
-def _decode_texts(run: TextRun, z: Tensor, how: Decoding, draws: torch.Generator) -> list[str]:
-    how = how._replace(longest=2 * run.settings.max_words)
-    how.check()
-    return [run.vocabulary.decode(tokens) for tokens in decode(run.model, z, how, draws)]
+def _decode_texts(run: TextRun, z: Tensor, decoding: Decoding, draws: torch.Generator) -> list[str]:
+    decoding = decoding._replace(longest=2 * run.settings.max_words)
+    decoding.check()
+    return [run.vocabulary.decode(tokens) for tokens in decode(run.model, z, decoding, draws)]
 
 
 def save_lines(path: Path, lines: Sequence[str]) -> None:

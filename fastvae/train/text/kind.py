@@ -54,7 +54,7 @@ class TextKind(Kind[Text, Vocabulary, Corpus, TextRun]):
     def make_form(self, settings: Text, data: Corpus) -> Vocabulary:
         return Vocabulary.train(data.train, settings)
 
-    def read_form(self, path: Path, head: dict[str, Any]) -> Vocabulary:
+    def read_form(self, path: Path, form_values: dict[str, Any]) -> Vocabulary:
         """Read the tokenizer that was trained when the run was started."""
         return Vocabulary.read(path / TOKENIZER)
 

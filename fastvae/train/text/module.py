@@ -62,8 +62,10 @@ class TextVAE(VAE):
         super().on_validation_epoch_end()
         mu, logvar = (torch.cat(parts).float() for parts in zip(*self._posteriors, strict=True))
         # The batches are sorted by length, so take sentences evenly from all of them.
-        indices = torch.linspace(0, len(mu) - 1, min(len(mu), _MI_SENTENCES)).round().long().to(mu.device)
-        mu, logvar = mu[indices], logvar[indices]
+        indices_for_mi = (
+            torch.linspace(0, len(mu) - 1, min(len(mu), _MI_SENTENCES)).round().long().to(mu.device)
+        )
+        mu, logvar = mu[indices_for_mi], logvar[indices_for_mi]
         seed = torch.tensor([self.seed + 2, 0], device=mu.device)
         z, _ = fastvae.functional.reparameterize_kl(mu, logvar, seed=seed)
         self.log("mutual_information", mutual_information(mu, logvar, z))

@@ -53,7 +53,10 @@ class Text(TextSettings):
     )
     clip: float = option(5.0, "Clip the gradient to this norm; 0 turns clipping off.", "Training", at_least=0)
     free_bits: float = option(
-        0.25, "KL in nats that each latent dimension may have at no cost (free bits).", "Objective", at_least=0
+        0.25,
+        "KL in nats that each latent dimension may have at no cost (free bits).",
+        "Objective",
+        at_least=0,
     )
     warmup: Literal["none", "linear", "cyclical", "sigmoid"] = option(
         "linear", "Warm-up of the KL's weight to beta: none, linear, cyclical or sigmoid.", "Objective"
@@ -109,7 +112,7 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.state = nn.Linear(latent, (2 if cell == "lstm" else 1) * hidden)
         self.rnn = _CELLS[cell](embedding + latent, hidden, batch_first=True)
-        self.narrow = nn.Linear(hidden + latent, embedding)
+        self.to_embedding = nn.Linear(hidden + latent, embedding)
         # Input and output share one matrix (Press and Wolf 2017), which halves the parameters and lowers perplexity.
         self.logits = nn.Linear(embedding, vocabulary)
         nn.init.normal_(self.embedding.weight, std=embedding**-0.5)
@@ -117,9 +120,9 @@ class Decoder(nn.Module):
         nn.init.zeros_(self.logits.bias)
 
     def forward(self, z: Tensor, tokens: Tensor) -> Tensor:
-        return self.advance(z, tokens, self.begin(z))[0]
+        return self.advance(z, tokens, self.initial_state(z))[0]
 
-    def begin(self, z: Tensor) -> State:
+    def initial_state(self, z: Tensor) -> State:
         """Return the state before the first token."""
         return tuple(part.unsqueeze(0) for part in torch.tanh(self.state(z)).split(self.rnn.hidden_size, 1))
 
@@ -129,8 +132,8 @@ class Decoder(nn.Module):
         read = torch.cat((self.dropout(self.embedding(tokens)), beside), 2)
         lstm = len(state) == 2
         out, after = self.rnn(read, state if lstm else state[0])
-        narrow = self.narrow(torch.cat((self.dropout(out), beside), 2))
-        return self.logits(narrow), after if lstm else (after,)
+        to_embedding = self.to_embedding(torch.cat((self.dropout(out), beside), 2))
+        return self.logits(to_embedding), after if lstm else (after,)
 
 
 _CELLS: dict[str, Any] = {"lstm": nn.LSTM, "gru": nn.GRU}

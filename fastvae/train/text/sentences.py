@@ -86,18 +86,18 @@ def load(settings: TextSettings) -> Corpus:
     if path.exists() or path.suffix == ".txt":
         name, train, val = path.name, read_lines(path), None
     elif re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", spec):
-        name, (train, val) = spec, _hugging_face(spec, settings.column)
+        name, (train, val) = spec, _load_hugging_face(spec, settings.column)
     else:
         raise InputError(f"{spec}: no such file")
 
-    pieces = _tokenizer(settings)
+    pieces = _make_tokenizer(settings)
     lines = len(train) + len(val or ())
     train, short, long = _filter_by_length(train, pieces, settings)
     if val is None:
         _check_enough_lines(spec, train, settings, short, long, 2)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-        few = max(1, len(train) // 6)
-        train, val = [train[i] for i in order[few:]], [train[i] for i in order[:few]]
+        num_val = max(1, len(train) // 6)
+        train, val = [train[i] for i in order[num_val:]], [train[i] for i in order[:num_val]]
     else:
         val, more_short, more_long = _filter_by_length(val, pieces, settings)
         short, long = short + more_short, long + more_long
@@ -125,7 +125,7 @@ def read_lines(path: Path) -> list[str]:
         raise InputError(f"{path}: not UTF-8 text: byte 0x{raw[error.start]:02x} in line {line}") from error
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
-        what = "no such file" if missing else f"cannot be read: {files.reason(error)}"
+        what = "no such file" if missing else f"cannot be read: {files.error_reason(error)}"
         raise InputError(f"{path}: {what}") from error
     lines = [line.strip() for line in _LINE_END.split(text) if line.strip()]
     if not lines:
@@ -138,7 +138,7 @@ def write_lines(path: Path, lines: Sequence[str]) -> None:
     files.write(path, ("\n".join(lines) + "\n").encode())
 
 
-def _hugging_face(name: str, column: str) -> tuple[list[str], list[str] | None]:
+def _load_hugging_face(name: str, column: str) -> tuple[list[str], list[str] | None]:
     splits = hub.load_splits(name)
     features = splits["train"].features
     texts = [
@@ -175,13 +175,14 @@ def _filter_by_length(
 
 
 def _check_enough_lines(
-    where: str, lines: list[str], settings: TextSettings, short: int, long: int, least: int
+    where: str, lines: list[str], settings: TextSettings, short: int, long: int, minimum: int
 ) -> None:
-    if len(lines) < least:
+    if len(lines) < minimum:
         if not short and not long:
             found = f"{len(lines)} sentence{'s' if len(lines) != 1 else ''}"
             raise InputError(
-                f"{where}: expected at least {least} sentences, one per line, for training and validation, got {found}"
+                f"{where}: expected at least {minimum} sentences, one per line, for training and validation, got "
+                f"{found}"
             )
         why = f"{short} have fewer than {settings.min_words} words and {long} more than {settings.max_words}"
         raise InputError(
@@ -195,7 +196,7 @@ def _check_enough_lines(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _tokenizer(settings: TextSettings) -> "Tokenizer":
+def _make_tokenizer(settings: TextSettings) -> "Tokenizer":
     """Untrained."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
@@ -226,7 +227,7 @@ class Vocabulary:
     def train(cls, lines: Sequence[str], settings: TextSettings) -> "Vocabulary":
         from tokenizers import trainers
 
-        tokenizer = _tokenizer(settings)
+        tokenizer = _make_tokenizer(settings)
         kind = trainers.WordLevelTrainer if settings.tokens == "words" else trainers.BpeTrainer
         trainer = kind(vocab_size=settings.vocabulary, special_tokens=list(_SPECIAL), show_progress=False)
         tokenizer.train_from_iterator(lines, trainer)
@@ -243,7 +244,7 @@ class Vocabulary:
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; the run needs it") from None
         except OSError as error:
-            raise InputError(f"{path}: cannot be read: {files.reason(error)}") from error
+            raise InputError(f"{path}: cannot be read: {files.error_reason(error)}") from error
         except Exception as error:  # tokenizers raises no class of its own
             raise InputError(f"{path}: not a tokenizer, or damaged") from error
         if special != list(_SPECIAL):
@@ -306,8 +307,8 @@ def make_batch(table: TokenTable, hidden: float = 0.0, draws: torch.Generator | 
     after = torch.cat((words, torch.full((n, 1), PAD)), 1)
     after[torch.arange(n), table.lengths] = END
     if hidden:
-        drawn = torch.rand(words.shape, generator=draws) < hidden
-        before[:, 1:][drawn & (words != PAD)] = UNKNOWN
+        is_hidden = torch.rand(words.shape, generator=draws) < hidden
+        before[:, 1:][is_hidden & (words != PAD)] = UNKNOWN
     return Batch(words, before, after)
 
 
@@ -325,5 +326,5 @@ def unigram_perplexity(train: TokenTable, val: TokenTable, vocabulary: int) -> f
     shares = counts(train) + 1
     shares[[PAD, START]] = 0  # these are never predicted
     log_probs = (shares / shares.sum()).log().nan_to_num(neginf=0.0)
-    seen = counts(val)
-    return float(torch.exp(-(seen * log_probs).sum() / seen.sum()))
+    val_counts = counts(val)
+    return float(torch.exp(-(val_counts * log_probs).sum() / val_counts.sum()))

@@ -32,8 +32,8 @@ def test_train_on_tiny_images_fails(recipe, tmp_path, capsys):
 
 
 def test_halved_rounds_sides_up():
-    assert layers.halved("", 28, 28) == [(28, 28), (14, 14), (7, 7)]
-    assert layers.halved("", 15, 33) == [(15, 33), (8, 17), (4, 9)]
+    assert layers.halving_sides("", 28, 28) == [(28, 28), (14, 14), (7, 7)]
+    assert layers.halving_sides("", 15, 33) == [(15, 33), (8, 17), (4, 9)]
 
 
 def test_residual_block_is_initially_the_identity():

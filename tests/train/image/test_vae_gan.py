@@ -193,12 +193,12 @@ def test_init_from_images_sets_feature_variances():
 
 def test_discriminator_returns_features_and_score():
     torch.manual_seed(0)
-    discriminator = Discriminator(layers.halved("", 33, 64), 3, 4)
+    discriminator = Discriminator(layers.halving_sides("", 33, 64), 3, 4)
     features, score = discriminator(torch.rand(5, 3, 33, 64))
     assert score.shape == (5,)
     assert list(features) == discriminator.feature_names == ["layer0", "layer1", "layer2"]
     assert features["layer1"].shape == (5, 8, 8, 16)
-    small = Discriminator(layers.halved("", 8, 8), 1, 4)
+    small = Discriminator(layers.halving_sides("", 8, 8), 1, 4)
     assert list(small(torch.rand(2, 1, 8, 8))[0]) == ["layer0"]
 
 
@@ -271,7 +271,7 @@ def test_nearest_neighbours_include_mirrored_images(gan_run, tmp_path, monkeypat
     monkeypatch.setattr(generate, "_decode_means", lambda run, z: shown + 0.01)
     prior_z = []
     monkeypatch.setattr(generate.pictures, "save_grid", lambda rows, path: prior_z.extend(rows))
-    generate.nearest_neighbours(run, tmp_path / "x.png", n=2, near=2)
+    generate.nearest_neighbours(run, tmp_path / "x.png", n=2, num_neighbours=2)
     new, first, second = prior_z
     assert torch.equal(new, shown + 0.01)
     assert torch.equal(first, train[[7, 3]] / 255)

@@ -46,7 +46,7 @@ def test_decoder_step_by_step_agrees_with_full_sequence(options):
     model = small_model(**options)
     decoder, z = model.decoder, torch.randn(2, 3)
     tokens = torch.tensor([[START, 5, 6], [START, 7, 8]])
-    state, logits = decoder.begin(z), []
+    state, logits = decoder.initial_state(z), []
     for t in range(3):
         now, state = decoder.advance(z, tokens[:, t : t + 1], state)
         logits.append(now)

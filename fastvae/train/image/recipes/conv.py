@@ -9,7 +9,7 @@ from math import prod
 
 from torch import nn
 
-from fastvae.train.image.layers import dense, double, halved
+from fastvae.train.image.layers import dense, halving_sides, upsampling_layer
 from fastvae.train.image.settings import ImageSettings
 from fastvae.train.settings import option
 
@@ -29,7 +29,7 @@ class Conv(ImageSettings):
 
     def build(self, shape: tuple[int, int, int]) -> tuple[nn.Module, nn.Module]:
         height, width, colours = shape
-        sides = halved(self.recipe, height, width)
+        sides = halving_sides(self.recipe, height, width)
         widths = [colours] + [self.channels * 2**i for i in range(len(sides) - 1)]
         down: list[nn.Module] = []
         for before, after in pairwise(widths):
@@ -40,5 +40,5 @@ class Conv(ImageSettings):
         widths[0] = self.output_channels(colours)
         up: list[nn.Module] = [*dense(self.latent, self.hidden, flat), nn.Unflatten(1, small)]
         for i in range(len(sides) - 1, 0, -1):
-            up += [nn.SiLU(), double(widths[i], widths[i - 1], sides[i - 1])]
+            up += [nn.SiLU(), upsampling_layer(widths[i], widths[i - 1], sides[i - 1])]
         return encoder, nn.Sequential(*up)

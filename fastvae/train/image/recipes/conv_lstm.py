@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from fastvae.train.image.layers import Side, double, halved
+from fastvae.train.image.layers import Side, halving_sides, upsampling_layer
 from fastvae.train.image.settings import ImageSettings
 from fastvae.train.settings import option
 
@@ -29,7 +29,7 @@ class ConvLSTM(ImageSettings):
 
     def build(self, shape: tuple[int, int, int]) -> tuple[nn.Module, nn.Module]:
         height, width, colours = shape
-        sides = halved(self.recipe, height, width)[:3]
+        sides = halving_sides(self.recipe, height, width)[:3]
         widths = [self.channels * 2**i for i in range(len(sides) - 1)]
         return (
             Encoder(sides, [colours, *widths], self.hidden, 2 * self.latent),
@@ -64,13 +64,13 @@ class Decoder(nn.Module):
         (self.height, width), channels = sides[-1], widths[-1]
         self.lstm = nn.LSTM(latent, hidden, batch_first=True)
         self.line = nn.Linear(hidden, channels * width)
-        self.apart = nn.Unflatten(2, (channels, width))
+        self.unflatten = nn.Unflatten(2, (channels, width))
         layers: list[nn.Module] = []
         for i in range(len(sides) - 1, 0, -1):
-            layers += [nn.SiLU(), double(widths[i], widths[i - 1], sides[i - 1])]
+            layers += [nn.SiLU(), upsampling_layer(widths[i], widths[i - 1], sides[i - 1])]
         self.convolutions = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
         states, _ = self.lstm(z.unsqueeze(1).expand(-1, self.height, -1))
-        features = self.apart(self.line(states)).transpose(1, 2)  # (B, C, h, w)
+        features = self.unflatten(self.line(states)).transpose(1, 2)  # (B, C, h, w)
         return self.convolutions(features)

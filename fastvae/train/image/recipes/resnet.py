@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from fastvae.train.image.layers import halved, residual_decoder, residual_encoder
+from fastvae.train.image.layers import halving_sides, residual_decoder, residual_encoder
 from fastvae.train.image.settings import ImageSettings
 from fastvae.train.settings import option
 
@@ -53,7 +53,7 @@ class ResNet(ImageSettings):
 
     def build(self, shape: tuple[int, int, int]) -> tuple[nn.Module, nn.Module]:
         height, width, colours = shape
-        sides = halved(self.recipe, height, width)
+        sides = halving_sides(self.recipe, height, width)
         size = (self.channels, self.blocks)
         encoder = residual_encoder(sides, colours, 2 * self.latent, *size)
         decoder = residual_decoder(sides, self.latent, self.output_channels(colours), *size)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fastvae
 from fastvae.likelihoods import Gaussian, Product
 from fastvae.train.errors import InputError
-from fastvae.train.image.layers import Side, halved, widths
+from fastvae.train.image.layers import Side, channel_counts, halving_sides
 from fastvae.train.settings import option
 
 from .resnet import Photos
@@ -82,7 +82,7 @@ class VAEGAN(Photos):
 
         encoder, decoder = self.build(shape)
         height, width, colours = shape
-        discriminator = Discriminator(halved(self.recipe, height, width), colours, self.channels)
+        discriminator = Discriminator(halving_sides(self.recipe, height, width), colours, self.channels)
         discriminator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         bounds = (self.logvar_min, self.logvar_max)
         features = Product(
@@ -109,7 +109,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, sides: list[Side], inputs: int, channels: int) -> None:
         super().__init__()
-        sizes = [inputs, *widths(channels, len(sides) - 1)]
+        sizes = [inputs, *channel_counts(channels, len(sides) - 1)]
         layers = (nn.Conv2d(before, after, 4, 2, padding=1) for before, after in pairwise(sizes))
         self.layers = nn.ModuleList(layers)
         small = prod(side // 2 ** len(self.layers) for side in sides[0])
