@@ -99,7 +99,7 @@ def sample(
         if kind != "image" and value is not None:
             raise InputError(f"{name} only applies to runs of images; this is a run of {kind}")
     if best is None and of is not None:
-        raise InputError(f"--of only applies with --best; give the number of images to keep, out of {of}")
+        raise InputError(f"--of {of} only applies together with --best, the number of images to keep")
     if best is not None and n is not None:
         raise InputError("-n and --best cannot be used together; --best already sets the number of images")
     if text:

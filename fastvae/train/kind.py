@@ -90,7 +90,7 @@ class Kind(ABC, Generic[S, F, D, R]):
     training_files: ClassVar[tuple[str, ...]] = ()
     """Files that training writes."""
     command_files: ClassVar[tuple[str, ...]] = ()
-    """Files that the commands on a run write."""
+    """Files that the commands using a run write."""
 
     default_samples: ClassVar[int]
     """Default number of importance samples of `evaluate`."""

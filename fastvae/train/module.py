@@ -52,7 +52,7 @@ class VAE(LightningModule):
     table_columns: tuple[tuple[str, str, int], ...] = ()
 
     has_dropout = False
-    """If set, each step seeds torch's generator, which dropout draws from, because a resumed run has lost its state."""
+    """If set, each step seeds torch's generator for dropout, because its state is lost when a run is resumed."""
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["fit", "make_trainer"]
 
-# Beginnings of warnings about things that are intended.
+# The beginnings of warnings that can be ignored here.
 _EXPECTED_WARNINGS = (
     "Checkpoint directory .* exists and is not empty",
     "The number of training batches .* is smaller than the logging interval",  # nothing is logged between epochs

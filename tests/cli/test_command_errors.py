@@ -31,7 +31,7 @@ BAD = [
     (["sample", "--best", "1", "--of", "0"], "--of must be between 1 and 10000, got 0"),
     (["sample", "--best", "1", "--of", "10001"], "--of must be between 1 and 10000, got 10001"),
     (["sample", "--best", "4", "-n", "4"], "-n and --best cannot be used together"),
-    (["sample", "--of", "8"], "--of only applies with --best; give the number of images to keep, out of 8"),
+    (["sample", "--of", "8"], "--of 8 only applies together with --best, the number of images to keep"),
     (["sample", "--best", "4", "--seed", "-1"], "--seed must be between 0 and 4294967295, got -1"),
     (["sample", "--best", "4", "--temperature", "-1"], "--temperature must be at least 0, got -1"),
     (["reconstruct", "-n", "0"], "-n must be between 1 and 10000, got 0"),
