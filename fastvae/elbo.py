@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, likelihoods
-from ._warn import warn
 from .functional.checks import check_choice, check_kl, is_dense, layout_message
 from .functional.loss import nll as loss_and_nll
+from .functional.ranges import has_values, look
 from .likelihoods import Bernoulli, Likelihood
 from .reference import REDUCTIONS, free_bits
 
@@ -76,6 +76,9 @@ class ELBO(nn.Module):
 
     beta: Tensor
 
+    # TorchScript compiles a model that holds an ELBO, as long as what it compiles does not call it.
+    __jit_unused_properties__ = ("free_bits",)
+
     def __init__(
         self,
         likelihood: str | nn.Module,
@@ -97,12 +100,20 @@ class ELBO(nn.Module):
         self.register_buffer(
             "beta", torch.tensor(self._beta, dtype=torch.float32, device=device), persistent=False
         )
-        self._looked = False
+        self._first_batch_checked = False
 
     def reset_parameters(self) -> None:
         """Writes `beta` anew, the last that was given as a number: a module made on the meta device has none after
         `to_empty`, and no checkpoint brings it."""
         self.beta.fill_(self._beta)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        # `load_state_dict(assign=True)` fills a model made on the meta device, and no checkpoint holds beta.
+        if self.beta.is_meta and local_metadata.get("assign_to_params_buffers", False):
+            self._buffers["beta"] = torch.tensor(self._beta, dtype=torch.float32, device="cpu")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ELBO":
         before = self.beta
@@ -168,6 +179,7 @@ class ELBO(nn.Module):
             kl = functional.gaussian_kl(mu, logvar, prior_mu, prior_logvar, reduction="none")
         return z, kl
 
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
     def forward(
         self,
         recon: Any,
@@ -213,14 +225,15 @@ class ELBO(nn.Module):
         likelihood: Any = self._modules["likelihood"]
         beta: Any = self._buffers["beta"]
         if not torch.compiler.is_compiling() and beta.is_cpu and isinstance(kl, Tensor) and not kl.is_cpu:
-            _move(beta, kl)
+            _move_beta(beta, kl)
         if not isinstance(likelihood, Likelihood) or type(likelihood).nll is not Likelihood.nll:
             composed = _compose(likelihood.nll(recon, x), kl, beta, self._reduction)
             return composed._replace(kl=true_kl)
-        name, params, constants = likelihood.row(recon)
+        name, params, constants = likelihood.kernel_call(recon)
         loss, nll = loss_and_nll(name, params, x, constants, kl, beta, self._reduction, caller="ELBO")
-        if isinstance(likelihood, Bernoulli) and not torch.compiler.is_compiling() and not self._looked:
-            self._looked = _look(likelihood, recon, x)
+        if not self._first_batch_checked and not torch.compiler.is_compiling():
+            given = recon if isinstance(likelihood, Bernoulli) and likelihood.from_probs else None
+            self._first_batch_checked = look("ELBO", ("recon", "x"), name, params, x, constants, given)
         return ELBOOutput(loss, nll, true_kl)
 
     def extra_repr(self) -> str:
@@ -229,23 +242,16 @@ class ELBO(nn.Module):
         return f"beta={beta}, reduction={self.reduction!r}{free}"
 
 
-def _move(beta: Tensor, kl: Tensor) -> None:
+def _move_beta(beta: Tensor, kl: Tensor) -> None:
     """Moves a beta on the CPU, once, to the GPU of the loss.
 
     A copy in every call would make Python wait for the GPU, and no graph can capture one. It stays the tensor that
     others hold, and goes back only with `elbo.to()`, because a captured graph reads it where it is.
     """
-    if _has_values(kl) and _has_values(beta):
+    if has_values(kl) and has_values(beta):
         # A tensor made in inference mode could not be written to afterwards.
         with torch.inference_mode(False), torch.no_grad():
             beta.data = beta.to(kl.device)
-
-
-def _has_values(t: Tensor) -> bool:
-    """Not of fake and meta tensors, and of those that stand for others in traces and transforms."""
-    if torch._C._len_torch_dispatch_stack() > 0 or t.is_meta:
-        return False
-    return type(t) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 def _check_dimensions(kl: Any) -> None:
@@ -298,53 +304,3 @@ def _compose(nll: Tensor, kl: Tensor, beta: Tensor, reduction: int) -> ELBOOutpu
     elif reduction == REDUCTIONS["mean"]:
         loss = loss.mean()
     return ELBOOutput(loss, nll, kl)
-
-
-# Kinds of warning that were given: each once per process.
-_warned: set[str] = set()
-
-
-def _look(likelihood: Bernoulli, recon: Tensor, x: Tensor) -> bool:
-    """Warn of probabilities in place of logits (or the reverse) and of data outside [0, 1].
-
-    One pass over the first batch of each ELBO. Returns whether it could look.
-    """
-    # No values to look at: fake and meta tensors, traces, transforms, a CUDA graph being captured, nothing at all.
-    if not _has_values(recon) or not _has_values(x) or recon.numel() == 0:
-        return False
-    if recon.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    low, high = (bound.item() for bound in torch.aminmax(recon.detach()))
-    # A decoder that starts at zero gives exact zeros, and they are logits. So may a few values be that fell in [0, 1].
-    if not likelihood.from_probs and low >= 0 and 0 < high <= 1 and recon.numel() >= 64:
-        _warn(
-            "probabilities",
-            "every value of `recon` lies in [0, 1], which looks like probabilities where logits are meant; drop the "
-            "decoder's sigmoid, or use fastvae.ELBO(fastvae.likelihoods.Bernoulli(from_probs=True))",
-        )
-    if likelihood.from_probs and (low < 0 or high > 1):
-        _warn(
-            "logits",
-            "`recon` leaves [0, 1], which looks like logits where Bernoulli(from_probs=True) means probabilities; "
-            "use fastvae.ELBO('bernoulli')",
-        )
-    if x.is_floating_point():
-        low, high = (bound.item() for bound in torch.aminmax(x.detach()))
-        if low < 0 or high > 1:
-            _warn(
-                "target",
-                f"`x` leaves [0, 1] (it spans {low:.4g} to {high:.4g}), where the Bernoulli likelihood means nothing; "
-                f"rescale the data, or use fastvae.ELBO('gaussian')",
-            )
-    elif x.dtype == torch.uint8 and x.max().item() == 1:
-        _warn(
-            "binary",
-            "`x` is uint8 with no value above 1, and uint8 is read as x / 255; for binary data pass x.bool()",
-        )
-    return True
-
-
-def _warn(kind: str, message: str) -> None:
-    if kind not in _warned:
-        _warned.add(kind)
-        warn(f"fastvae.ELBO: {message}", UserWarning)

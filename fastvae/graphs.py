@@ -100,8 +100,8 @@ class _Step(Generic[Batch, Result]):
         leaves, structure = pytree.tree_flatten(batch)
         self._check(batch, leaves, structure)
         if self._device is None:
-            _say_eager()
-            return _detached(self._step_fn(batch))
+            _warn_that_it_runs_eagerly()
+            return _detach(self._step_fn(batch))
         with torch.no_grad():
             for slot, leaf in zip(self._slots, leaves, strict=True):
                 if isinstance(slot, Tensor):
@@ -122,8 +122,8 @@ class _Step(Generic[Batch, Result]):
     def _check(self, batch: Batch, leaves: list[Any], structure: pytree.TreeSpec) -> None:
         if structure != self._structure:
             raise ValueError(
-                f"fastvae.graph_step: the batch must be nested as `example_batch`, {_described(self._structure)}, "
-                f"got {_described(structure)}"
+                f"fastvae.graph_step: the batch must be nested as `example_batch`, {_nesting_of(self._structure)}, "
+                f"got {_nesting_of(structure)}"
             )
         for number, (slot, leaf) in enumerate(zip(self._slots, leaves, strict=True)):
             if isinstance(slot, Tensor) and isinstance(leaf, Tensor):
@@ -137,9 +137,9 @@ class _Step(Generic[Batch, Result]):
                     "a tensor" if isinstance(value, Tensor) else repr(value) for value in (slot, leaf)
                 )
             raise ValueError(
-                f"fastvae.graph_step: {_place(batch, number)} must be as in `example_batch`, {wanted}, got {found}; "
-                "a last batch of another size is left out by DataLoader(drop_last=True), or taken by calling "
-                "`step_fn` itself"
+                f"fastvae.graph_step: {_name_of_leaf(batch, number)} must be as in `example_batch`, {wanted}, "
+                f"got {found}; a last batch of another size is left out by DataLoader(drop_last=True), or taken by "
+                "calling `step_fn` itself"
             )
 
     def _static(self) -> Any:
@@ -149,8 +149,8 @@ class _Step(Generic[Batch, Result]):
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream), _looking_at_optimizers():
-                result = _detached(self._step_fn(self._static()))
+            with torch.cuda.stream(self._stream), _capturable_optimizers_only():
+                result = _detach(self._step_fn(self._static()))
             current.wait_stream(self._stream)
         self._warmups_left -= 1
         return result
@@ -168,7 +168,7 @@ class _Step(Generic[Batch, Result]):
                 torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
             ):
                 try:
-                    self._result = _detached(self._step_fn(self._static()))
+                    self._result = _detach(self._step_fn(self._static()))
                 except RuntimeError as error:
                     cause = error
                     raise
@@ -208,16 +208,16 @@ def _slot(leaf: Any, device: torch.device | None) -> Any:
     return torch.empty_like(leaf, requires_grad=False)
 
 
-def _described(structure: pytree.TreeSpec) -> str:
+def _nesting_of(structure: pytree.TreeSpec) -> str:
     return str(pytree.tree_unflatten(["*"] * structure.num_leaves, structure)).replace("'*'", "*")
 
 
-def _place(batch: Any, number: int) -> str:
+def _name_of_leaf(batch: Any, number: int) -> str:
     paths, _ = pytree.tree_flatten_with_path(batch)
     return f"`batch{pytree.keystr(paths[number][0])}`"
 
 
-def _detached(result: Any) -> Any:
+def _detach(result: Any) -> Any:
     """Nobody is to go backward through a step that is done; and its graph would hold on to memory."""
     return pytree.tree_map_only(Tensor, Tensor.detach, result)
 
@@ -226,19 +226,19 @@ def _detached(result: Any) -> Any:
 # What users get wrong
 # ---------------------------------------------------------------------------------------------------------------------
 
-_said = False
+_eager_warned = False
 
 
-def _say_eager() -> None:
-    global _said
-    if not _said:
-        _said = True
+def _warn_that_it_runs_eagerly() -> None:
+    global _eager_warned
+    if not _eager_warned:
+        _eager_warned = True
         reason = "`example_batch` is on the CPU" if torch.cuda.is_available() else "torch sees no GPU"
         warn(f"fastvae.graph_step: no CUDA graph, the step runs as it is: {reason}", UserWarning)
 
 
 @contextmanager
-def _looking_at_optimizers() -> Iterator[None]:
+def _capturable_optimizers_only() -> Iterator[None]:
     """Refuses, before its first step, an optimiser that a capture would stop at some steps later."""
 
     def look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

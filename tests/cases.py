@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae._spec import ROWS
+from fastvae._spec import VARIANTS
 
 Inputs = dict[str, Tensor]
 
@@ -490,7 +490,9 @@ CASES = (
 WITH_TARGET = tuple(case for case in CASES if "target" in case.inputs((1, 1)))
 
 # Rows whose elements are not each for themselves, and the files that test them.
-ELSEWHERE = {row.name: f"test_{row.family}.py" for row in ROWS.values() if not row.element}
+ELSEWHERE = {
+    variant.name: f"test_{variant.family}.py" for variant in VARIANTS.values() if not variant.element
+}
 
 by_id = {case.id: case for case in CASES}
 

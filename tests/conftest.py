@@ -125,6 +125,20 @@ def _seed() -> None:
     torch.manual_seed(20130614)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_range_warnings() -> None:
+    """Tests give all kinds of values; those of the warnings turn them on."""
+    fastvae.set_range_warnings(False)
+
+
+@pytest.fixture
+def range_warnings() -> Iterator[None]:
+    fastvae.functional.ranges._warned.clear()
+    fastvae.set_range_warnings(True)
+    yield
+    fastvae.set_range_warnings(False)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test on each backend that has kernels for the CPU. None of them may be missing."""

@@ -45,7 +45,7 @@ template <class V>
 math::Bins<V> bins_of(const LogisticArgs& args) {
   using C = typename math::Primitives<V>::Scalar;
   const auto all = [](double value) { return V(static_cast<C>(value)); };
-  return {all(args.levels), all(1 / args.levels), all(std::log(2 / args.levels)), all(args.log_scale_floor), all(args.small_mass)};
+  return {all(args.levels), all(1 / args.levels), all(std::log(2 / args.levels)), all(args.log_scale_floor), all(args.min_mass)};
 }
 
 // Planes: `channels` means, `channels` log-scales.

@@ -111,7 +111,7 @@ struct CategoricalArgs {
 struct LogisticArgs {
   bool in_double, alternate;
   int64_t rows, pixels, channels, components;
-  double levels, log_scale_floor, small_mass;
+  double levels, log_scale_floor, min_mass;
   Operand params;
   Operand target;  // u8: levels
   Result slopes;   // no data: not wanted

@@ -5,15 +5,15 @@
 
 namespace fastvae {
 
-void check_counts(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants);
+void check_counts(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants);
 
 // Writes the nll of each row and appends the gradients that `needs` asks for; that of row r is multiplied by weights[r * weight_stride].
-void evaluate_counts(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants, int64_t needs,
+void evaluate_counts(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants, int64_t needs,
                      const double* weights, int64_t weight_stride, std::vector<double>& nll, Tensors& gradients);
 
 // Writes the value of each element, and for each bit of `needs` its derivatives by that param, all of them times `weight`: (B, G), dense, of
 // the rows' type. Of rows whose params are not raw, and dense targets.
-void evaluate_count_elements(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
+void evaluate_count_elements(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
                              double weight, int64_t needs, const Tensor& values, const Tensors& derivatives);
 
 }  // namespace fastvae

@@ -20,13 +20,13 @@ constexpr Form kForms[] = {
     {"zero_inflated_negative_binomial_logits", true, 2, 3},
 };
 
-const Form& form_of(const LikelihoodRow& row) {
+const Form& form_of(const LikelihoodVariant& variant) {
   for (const auto& form : kForms)
-    if (form.name == row.name) return form;
-  TORCH_INTERNAL_ASSERT(false, "a row of counts without a form");
+    if (form.name == variant.name) return form;
+  TORCH_INTERNAL_ASSERT(false, "a variant of counts without a form");
 }
 
-bool is_sparse(const LikelihoodRow& row, at::TensorList params) { return int64_t(params.size()) == row.tensors + 2; }
+bool is_sparse(const LikelihoodVariant& variant, at::TensorList params) { return int64_t(params.size()) == variant.tensors + 2; }
 
 // Other people's sparse tensors are not known to be well-formed, and the kernel writes where they point.
 void check_positions(const int64_t* starts, const int64_t* columns, int64_t rows, int64_t genes, int64_t values) {
@@ -38,10 +38,10 @@ void check_positions(const int64_t* starts, const int64_t* columns, int64_t rows
 }
 
 // What the kernel reads; `kept` holds what the views point into.
-void fill_inputs(cpu::CountArgs& args, const LikelihoodRow& row, at::TensorList params, const Tensor& target,
+void fill_inputs(cpu::CountArgs& args, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target,
                  at::ArrayRef<double> constants, Tensors& kept) {
   constexpr auto order = at::MemoryFormat::Contiguous;
-  const auto& form = form_of(row);
+  const auto& form = form_of(variant);
   const Tensor& lead = params[0];
   const int64_t rows = lead.size(0), genes = lead.size(1);
   const auto keep = [&](const Tensor& t) -> const Tensor& { return kept.emplace_back(t); };
@@ -59,9 +59,9 @@ void fill_inputs(cpu::CountArgs& args, const LikelihoodRow& row, at::TensorList 
   if (args.inflated) args.zero_logits = operand(keep(dense_rows(params[form.zero_logits], order)));
   args.eps = constants.empty() ? 0 : constants[0];
 
-  if (is_sparse(row, params)) {
-    const Tensor &values = keep(target.contiguous()), &starts = keep(params[row.tensors].contiguous()),
-                 &columns = keep(params[row.tensors + 1].contiguous());
+  if (is_sparse(variant, params)) {
+    const Tensor &values = keep(target.contiguous()), &starts = keep(params[variant.tensors].contiguous()),
+                 &columns = keep(params[variant.tensors + 1].contiguous());
     args.starts = starts.const_data_ptr<int64_t>();
     args.columns = columns.const_data_ptr<int64_t>();
     check_positions(args.starts, args.columns, rows, genes, values.size(0));
@@ -73,12 +73,12 @@ void fill_inputs(cpu::CountArgs& args, const LikelihoodRow& row, at::TensorList 
 
 }  // namespace
 
-void check_counts(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants) {
-  const std::string name(row.name);
-  const auto& form = form_of(row);
-  TORCH_CHECK_VALUE(int64_t(params.size()) == row.tensors || is_sparse(row, params), "fastvae::nll: ", name, " takes ", row.tensors,
+void check_counts(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants) {
+  const std::string name(variant.name);
+  const auto& form = form_of(variant);
+  TORCH_CHECK_VALUE(int64_t(params.size()) == variant.tensors || is_sparse(variant, params), "fastvae::nll: ", name, " takes ", variant.tensors,
                     " params, and two more for the positions of a sparse target, got ", params.size());
-  TORCH_CHECK_VALUE(int64_t(constants.size()) == row.constants, "fastvae::nll: ", name, " takes ", row.constants, " constants, got ",
+  TORCH_CHECK_VALUE(int64_t(constants.size()) == variant.constants, "fastvae::nll: ", name, " takes ", variant.constants, " constants, got ",
                     constants.size());
   const Tensor& lead = params[0];
   TORCH_CHECK_VALUE(lead.dim() == 2, "fastvae::nll: the `params` of ", name, " must be (B, G), got ", lead.sizes());
@@ -86,7 +86,7 @@ void check_counts(const LikelihoodRow& row, at::TensorList params, const Tensor&
                    lead.scalar_type());
   const int64_t rows = lead.size(0), genes = lead.size(1);
   const int64_t of_gene[] = {genes}, of_row[] = {rows};
-  for (int i = 1; i < row.tensors; ++i) {
+  for (int i = 1; i < variant.tensors; ++i) {
     const Tensor& p = params[i];
     const bool of_genes = i == 1 && p.dim() == 1, of_rows = i == form.library;
     const at::IntArrayRef expected = of_genes ? at::IntArrayRef(of_gene) : of_rows ? at::IntArrayRef(of_row) : lead.sizes();
@@ -95,35 +95,35 @@ void check_counts(const LikelihoodRow& row, at::TensorList params, const Tensor&
     TORCH_CHECK_TYPE(p.scalar_type() == lead.scalar_type() || beside_half, "fastvae::nll: params[", i, "] must be ",
                      lead.scalar_type(), ", got ", p.scalar_type());
   }
-  TORCH_CHECK_TYPE(takes_target(row, lead.scalar_type(), target.scalar_type()), "fastvae::nll: a `target` of ", target.scalar_type(),
+  TORCH_CHECK_TYPE(takes_target(variant, lead.scalar_type(), target.scalar_type()), "fastvae::nll: a `target` of ", target.scalar_type(),
                    " does not go with params of ", lead.scalar_type());
-  if (!is_sparse(row, params)) {
+  if (!is_sparse(variant, params)) {
     TORCH_CHECK_VALUE(target.sizes() == lead.sizes(), "fastvae::nll: `target` must have the shape ", lead.sizes(), ", got ",
                       target.sizes());
     return;
   }
-  const Tensor &starts = params[row.tensors], &columns = params[row.tensors + 1];
+  const Tensor &starts = params[variant.tensors], &columns = params[variant.tensors + 1];
   TORCH_CHECK_TYPE(starts.scalar_type() == at::kLong && columns.scalar_type() == at::kLong,
                    "fastvae::nll: the positions of a sparse target must be int64");
   TORCH_CHECK_VALUE(starts.dim() == 1 && starts.size(0) == rows + 1 && target.dim() == 1 && columns.sizes() == target.sizes(),
                     "fastvae::nll: a sparse target of ", rows, " rows must have ", rows + 1, " crow_indices and as many col_indices as values");
 }
 
-void evaluate_counts(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants, int64_t needs,
+void evaluate_counts(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants, int64_t needs,
                      const double* weights, int64_t weight_stride, std::vector<double>& nll, Tensors& gradients) {
-  const auto& form = form_of(row);
+  const auto& form = form_of(variant);
   const Tensor& lead = params[0];
   const int64_t rows = lead.size(0), genes = lead.size(1);
   Tensors kept;
   cpu::CountArgs args{};
-  fill_inputs(args, row, params, target, constants, kept);
+  fill_inputs(args, variant, params, target, constants, kept);
   nll.resize(rows);
   std::vector<double> library;
   if (form.library >= 0) library = to_doubles(params[form.library]);
   args.library = library.data();
 
   std::vector<double> of_genes, of_rows;
-  for (int i = 0; i < row.tensors; ++i) {
+  for (int i = 0; i < variant.tensors; ++i) {
     if (!(needs >> i & 1)) continue;
     if (i == 1 && args.shared_dispersion) {
       of_genes.resize(genes);
@@ -144,7 +144,7 @@ void evaluate_counts(const LikelihoodRow& row, at::TensorList params, const Tens
   cpu::kernels().count_nll(args);
 
   auto gradient = gradients.begin();
-  for (int i = 0; i < row.tensors; ++i) {
+  for (int i = 0; i < variant.tensors; ++i) {
     if (!(needs >> i & 1)) continue;
     if (i == 1 && args.shared_dispersion) *gradient = from_doubles(of_genes, {genes}, params[i].scalar_type());
     else if (i == form.library) *gradient = from_doubles(of_rows, {rows}, params[i].scalar_type());
@@ -152,14 +152,14 @@ void evaluate_counts(const LikelihoodRow& row, at::TensorList params, const Tens
   }
 }
 
-void evaluate_count_elements(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
+void evaluate_count_elements(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
                              double weight, int64_t needs, const Tensor& values, const Tensors& derivatives) {
   Tensors kept;
   cpu::CountArgs args{};
-  fill_inputs(args, row, params, target, constants, kept);
+  fill_inputs(args, variant, params, target, constants, kept);
   cpu::Result* const by_param[] = {&args.d_mean, &args.d_dispersion, &args.d_zero_logits};
   auto derivative = derivatives.begin();
-  for (int i = 0; i < row.tensors; ++i)
+  for (int i = 0; i < variant.tensors; ++i)
     if (needs >> i & 1) *by_param[i] = result(*derivative++);
   args.values = result(values);
   args.weight = &weight;

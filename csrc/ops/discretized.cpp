@@ -5,12 +5,12 @@
 
 namespace fastvae {
 
-LogisticConstants logistic_constants(const LikelihoodRow& row, at::ArrayRef<double> constants) {
-  const bool mixture = row.constants == 4;
+LogisticConstants logistic_constants(const LikelihoodVariant& variant, at::ArrayRef<double> constants) {
+  const bool mixture = variant.constants == 4;
   const double components = mixture ? constants[0] : 0, bits = constants[mixture];
   TORCH_CHECK_VALUE(!mixture || (components >= 1 && components == std::floor(components)),
-                    "fastvae::nll: the components of ", std::string(row.name), " must be a whole number from 1 on, got ", components);
-  TORCH_CHECK_VALUE(bits >= 1 && bits <= 8 && bits == std::floor(bits), "fastvae::nll: the bits of ", std::string(row.name),
+                    "fastvae::nll: the components of ", std::string(variant.name), " must be a whole number from 1 on, got ", components);
+  TORCH_CHECK_VALUE(bits >= 1 && bits <= 8 && bits == std::floor(bits), "fastvae::nll: the bits of ", std::string(variant.name),
                     " must be a whole number from 1 to 8, got ", bits);
   // Beyond these a scale, or data in units of it, would leave fp32.
   const double floor = constants[mixture + 1], small = constants[mixture + 2];
@@ -21,19 +21,19 @@ LogisticConstants logistic_constants(const LikelihoodRow& row, at::ArrayRef<doub
 
 std::array<double, cpu::kMaxConstants> bins_of(const LogisticConstants& constants) {
   const double levels = static_cast<double>(constants.levels);
-  return {levels, 1 / levels, std::log(2 / levels), constants.log_scale_floor, constants.small_mass};
+  return {levels, 1 / levels, std::log(2 / levels), constants.log_scale_floor, constants.min_mass};
 }
 
-void check_discretized(const LikelihoodRow& row, const Tensor& params, const Tensor& target, at::ArrayRef<double> constants) {
-  const auto found = logistic_constants(row, constants);
+void check_discretized(const LikelihoodVariant& variant, const Tensor& params, const Tensor& target, at::ArrayRef<double> constants) {
+  const auto found = logistic_constants(variant, constants);
   TORCH_CHECK_TYPE(c10::isFloatingType(params.scalar_type()), "fastvae::nll: `params` must be floating point, got ",
                    params.scalar_type());
-  TORCH_CHECK_TYPE(target.scalar_type() == at::kByte, "fastvae::nll: the `target` of ", std::string(row.name),
+  TORCH_CHECK_TYPE(target.scalar_type() == at::kByte, "fastvae::nll: the `target` of ", std::string(variant.name),
                    " must be uint8, got ", target.scalar_type());
   TORCH_CHECK_VALUE(params.dim() >= 2 && target.dim() == params.dim(), "fastvae::nll: `params` (B, planes, ...) and `target` "
                     "(B, C, ...) must have one rank, got ", params.sizes(), " and ", target.sizes());
   const int64_t channels = target.size(1), components = found.components;
-  TORCH_CHECK_VALUE(components == 0 || channels == 1 || channels == 3, "fastvae::nll: the `target` of ", std::string(row.name),
+  TORCH_CHECK_VALUE(components == 0 || channels == 1 || channels == 3, "fastvae::nll: the `target` of ", std::string(variant.name),
                     " must have 1 or 3 channels, got ", channels);
   auto expected = target.sizes().vec();
   expected[1] = components == 0 ? 2 * channels : components * (channels == 3 ? 10 : 3);

@@ -6,10 +6,10 @@
 
 namespace fastvae {
 
-void evaluate_discretized(const LikelihoodRow& row, const Tensor& params, const Tensor& target, at::ArrayRef<double> constants,
+void evaluate_discretized(const LikelihoodVariant& variant, const Tensor& params, const Tensor& target, at::ArrayRef<double> constants,
                        bool wanted, const double* weights, int64_t weight_stride, std::vector<double>& nll, Tensors& gradients) {
   const auto order = memory_order(params);
-  const auto found = logistic_constants(row, constants);
+  const auto found = logistic_constants(variant, constants);
   const Tensor dense = dense_rows(params, order), dense_target = dense_rows(target, order);
   nll.resize(params.size(0));
   cpu::LogisticArgs args{};
@@ -25,7 +25,7 @@ void evaluate_discretized(const LikelihoodRow& row, const Tensor& params, const 
   }
   args.levels = static_cast<double>(found.levels);
   args.log_scale_floor = found.log_scale_floor;
-  args.small_mass = found.small_mass;
+  args.min_mass = found.min_mass;
   args.params = operand(dense);
   args.target = operand(dense_target);
   if (wanted) {

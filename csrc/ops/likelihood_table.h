@@ -27,7 +27,7 @@ enum class Integers : int8_t {
   classes,           // int64
 };
 
-struct LikelihoodRow {
+struct LikelihoodVariant {
   std::string_view name;
   Family family;
   cpu::Element element;  // what the loop over elements does with each
@@ -41,8 +41,8 @@ struct LikelihoodRow {
   constexpr bool elementwise() const { return element != cpu::Element::none; }
 };
 
-constexpr LikelihoodRow kLikelihoods[] = {
-#define FASTVAE_ROW(name, family, element, tensors, constants, packed, has_scalar, is_location, integers) \
+constexpr LikelihoodVariant kLikelihoods[] = {
+#define FASTVAE_VARIANT(name, family, element, tensors, constants, packed, has_scalar, is_location, integers) \
   {#name, Family::family, cpu::Element::element, tensors, constants, packed, has_scalar, is_location, Integers::integers},
 #include "../likelihoods.def"
 };
@@ -57,16 +57,16 @@ constexpr std::string_view name_of(cpu::Element element) {
   return "";
 }
 
-inline const LikelihoodRow& likelihood_row(std::string_view name) {
-  for (const auto& row : kLikelihoods)
-    if (row.name == name) return row;
+inline const LikelihoodVariant& likelihood_variant(std::string_view name) {
+  for (const auto& variant : kLikelihoods)
+    if (variant.name == name) return variant;
   TORCH_CHECK_VALUE(false, "fastvae: unknown likelihood '", std::string(name), "'");
 }
 
 // The bit of a param that serves all rows, whose gradient is a sum over them: with a factor for each it must be made again.
 template <class Params>
-int64_t shared_bit(const LikelihoodRow& row, const Params& params) {
-  return row.family == Family::counts && !row.elementwise() && params[1].dim() == 1 ? 2 : 0;
+int64_t shared_bit(const LikelihoodVariant& variant, const Params& params) {
+  return variant.family == Family::counts && !variant.elementwise() && params[1].dim() == 1 ? 2 : 0;
 }
 
 inline c10::ArrayRef<at::ScalarType> types_of(Integers integers) {
@@ -82,9 +82,9 @@ inline c10::ArrayRef<at::ScalarType> types_of(Integers integers) {
 }
 
 // Whether a target of that type goes with params of another.
-inline bool takes_target(const LikelihoodRow& row, at::ScalarType params, at::ScalarType target) {
+inline bool takes_target(const LikelihoodVariant& variant, at::ScalarType params, at::ScalarType target) {
   if (target == params || target == at::kFloat) return true;
-  for (const auto type : types_of(row.integers))
+  for (const auto type : types_of(variant.integers))
     if (type == target) return true;
   return false;
 }
@@ -105,9 +105,9 @@ inline double log_beta_half(double df) {
 // `constants`: those of the op; `scalar`: the value of the 0-dim tensor, of the rows that have one.
 using Normaliser = math::Normaliser<double>;
 
-inline Normaliser normaliser(const LikelihoodRow& row, c10::ArrayRef<double> constants, double scalar) {
-  const auto log_scale = [&](size_t i) { return row.has_scalar ? scalar : i < constants.size() ? std::log(constants[i]) : 0; };
-  switch (row.element) {
+inline Normaliser normaliser(const LikelihoodVariant& variant, c10::ArrayRef<double> constants, double scalar) {
+  const auto log_scale = [&](size_t i) { return variant.has_scalar ? scalar : i < constants.size() ? std::log(constants[i]) : 0; };
+  switch (variant.element) {
     case cpu::Element::bernoulli: case cpu::Element::continuous_bernoulli: case cpu::Element::poisson: return {0, {}};
     case cpu::Element::poisson_rate: return {0, {constants[0]}};
     case cpu::Element::gamma: return {std::lgamma(constants[0]), {constants[0], constants[0] - 1}};
@@ -117,7 +117,7 @@ inline Normaliser normaliser(const LikelihoodRow& row, c10::ArrayRef<double> con
       return {kHalfLog2Pi, {low + high, high - low, 1 / (high - low)}};
     }
     case cpu::Element::discretized_logistic: case cpu::Element::none: break;
-    case cpu::Element::gaussian: return math::at_scale<math::Gaussian>({kHalfLog2Pi, {1}}, row.has_scalar ? scalar : 2 * log_scale(0));
+    case cpu::Element::gaussian: return math::at_scale<math::Gaussian>({kHalfLog2Pi, {1}}, variant.has_scalar ? scalar : 2 * log_scale(0));
     case cpu::Element::laplace_per_element: return {kLog2, {}};
     case cpu::Element::laplace: return math::at_scale<math::Laplace>({kLog2, {1}}, log_scale(0));
     case cpu::Element::student_t_per_element: case cpu::Element::student_t: {
@@ -130,9 +130,9 @@ inline Normaliser normaliser(const LikelihoodRow& row, c10::ArrayRef<double> con
 }
 
 // The derivative of a row by the 0-dim tensor, from what the kernel summed.
-inline double scalar_slope(const LikelihoodRow& row, int64_t size, double nll_less_normaliser, double pull) {
+inline double scalar_slope(const LikelihoodVariant& variant, int64_t size, double nll_less_normaliser, double pull) {
   const double n = static_cast<double>(size);
-  switch (row.element) {
+  switch (variant.element) {
     case cpu::Element::gaussian: return math::Gaussian::scalar_slope(n, nll_less_normaliser, pull);
     case cpu::Element::laplace: return math::Laplace::scalar_slope(n, nll_less_normaliser, pull);
     default: return math::StudentT::scalar_slope(n, nll_less_normaliser, pull);

@@ -26,18 +26,42 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> forward_op(std::string_view likeliho
   return handle.call(likelihood, params, target, constants, kl, beta, reduction, needs);
 }
 
+// The saved gradients times the factors that the backward brings, in torch's own ops: a compiler fuses them with what reads the
+// gradients next, for which a kernel of ours would write them once more.
+Tensors scaled_in_torch(at::TensorList gradients, const Tensor& grad_loss, const Tensor& grad_nll, const c10::SymInt& rows,
+                        int64_t reduction) {
+  const bool of_each_row = reduction == kNone || grad_nll.defined();
+  Tensor factor = grad_loss;
+  if (grad_nll.defined()) {
+    // The forward has multiplied the weight in, which nll itself does not have.
+    Tensor own = reduction == kMean ? grad_nll.mul(c10::Scalar(rows)) : grad_nll;
+    factor = grad_loss.defined() ? grad_loss.add(own) : own;
+  }
+  Tensors results;
+  for (const auto& gradient : gradients) {
+    Tensor there = factor;
+    if (of_each_row) {
+      std::vector<c10::SymInt> sizes(gradient.dim(), 1);
+      sizes[0] = rows;
+      there = factor.view_symint(sizes);
+    }
+    results.push_back(gradient.mul(there).to(gradient.scalar_type()));
+  }
+  return results;
+}
+
 struct NllFunction : torch::autograd::Function<NllFunction> {
   static variable_list forward(AutogradContext* ctx, const std::string& likelihood, at::TensorList params, const Tensor& target,
                                at::ArrayRef<double> constants, const OptionalTensor& kl, const OptionalTensor& beta,
                                int64_t reduction) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    const auto& row = likelihood_row(likelihood);
+    const auto& variant = likelihood_variant(likelihood);
     int64_t needs = 0;
     for (size_t i = 0; i < params.size(); ++i) needs |= int64_t(params[i].requires_grad()) << i;
-    const int64_t scalar_bit = row.has_scalar ? int64_t(1) << (params.size() - 1) : 0;
+    const int64_t scalar_bit = variant.has_scalar ? int64_t(1) << (params.size() - 1) : 0;
     const int64_t computed = needs | int64_t(target.requires_grad());  // the target's comes from the mean's
     // The gradient of a param that serves all rows is saved for one factor, and made again, from the inputs, for a factor of each.
-    const int64_t shared = needs & shared_bit(row, params);
+    const int64_t shared = needs & shared_bit(variant, params);
     const bool at_once = gradient_in_forward(params[0].scalar_type()) && !(shared && reduction == kNone);
     const bool keep_inputs = !at_once || shared;
     auto [loss, nll, gradients, scalar_rows] =
@@ -73,11 +97,11 @@ struct NllFunction : torch::autograd::Function<NllFunction> {
     if (!grads[0].defined() && !grads[1].defined()) return once_differentiable(std::move(results));
 
     const variable_list saved = ctx->get_saved_variables();
-    const auto& row = likelihood_row(ctx->saved_data["likelihood"].toStringRef());
+    const auto& variant = likelihood_variant(ctx->saved_data["likelihood"].toStringRef());
     const int64_t needs = ctx->saved_data["needs"].toInt(), elementwise = ctx->saved_data["elementwise"].toInt();
     const int64_t reduction = ctx->saved_data["reduction"].toInt(), params = ctx->saved_data["params"].toInt();
     const bool need_kl = ctx->saved_data["need_kl"].toBool(), need_beta = ctx->saved_data["need_beta"].toBool();
-    const bool need_scalar = row.has_scalar && (needs >> (params - 1) & 1);
+    const bool need_scalar = variant.has_scalar && (needs >> (params - 1) & 1);
     const auto inputs = saved.end() - (ctx->saved_data["keep_inputs"].toBool() ? params + 1 : 0);  // the params and the target
     const Tensors ready(saved.begin() + 3, inputs);
     const bool at_once = ctx->saved_data["at_once"].toBool() && !(inputs != saved.end() && grads[1].defined());
@@ -95,11 +119,14 @@ struct NllFunction : torch::autograd::Function<NllFunction> {
       const Tensor& any = grads[0].defined() ? grads[0] : grads[1];
       if (!at_once) {
         if (elementwise)
-          gradients = gradient.call(row.name, Tensors(inputs, inputs + params), saved.back(),
+          gradients = gradient.call(variant.name, Tensors(inputs, inputs + params), saved.back(),
                                     ctx->saved_data["constants"].toDoubleVector(), optional(grads[0]), optional(grads[1]), reduction,
                                     elementwise);
         extras = scaled(new_tensors, {});
-      } else if (traced(any) || torch::autograd::get_current_graph_task_keep_graph()) {
+      } else if (traced(any)) {
+        gradients = scaled_in_torch(ready, grads[0], grads[1], ctx->saved_data["rows"].toSymInt(), reduction);
+        if (need_scalar || need_kl || need_beta) extras = scaled(new_tensors, {});
+      } else if (torch::autograd::get_current_graph_task_keep_graph()) {
         gradients = scaled(new_tensors, ready);
         extras.assign(gradients.begin() + ready.size(), gradients.end());
         gradients.resize(ready.size());
@@ -115,7 +142,7 @@ struct NllFunction : torch::autograd::Function<NllFunction> {
       if (!(elementwise >> i & 1)) continue;
       if (i == 0 && ctx->saved_data.count("target_dtype")) {
         Tensor mean = gradients[next];
-        if (row.packed) mean = mean.narrow_symint(1, 0, mean.sym_size(1) / 2);
+        if (variant.packed) mean = mean.narrow_symint(1, 0, mean.sym_size(1) / 2);
         results[params + 1] = mean.neg().to(ctx->saved_data["target_dtype"].toScalarType());
       }
       if (needs >> i & 1) results[1 + i] = gradients[next];
@@ -152,22 +179,22 @@ std::tuple<Tensor, Tensor> nll_autograd(std::string_view likelihood, at::TensorL
     const at::AutoDispatchBelowADInplaceOrView guard;
     return nll_without_graph(likelihood, params, target, constants, kl, beta, reduction);
   }
-  TORCH_CHECK_VALUE(!target.requires_grad() || likelihood_row(likelihood).is_location, "fastvae::nll: the `target` of ",
+  TORCH_CHECK_VALUE(!target.requires_grad() || likelihood_variant(likelihood).is_location, "fastvae::nll: the `target` of ",
                     std::string(likelihood), " has no gradient here; pass target.detach()");
   const auto out = NllFunction::apply(std::string(likelihood), params, target, constants, kl, beta, reduction);
   return {out[0], out[1]};
 }
 
-Tensor empty_gradient(const LikelihoodRow& row, at::TensorList params, size_t i) {
-  if (row.family == Family::counts && !row.elementwise()) return at::empty_symint(params[i].sym_sizes(), params[i].options());
-  const auto order = row.family == Family::categorical ? at::MemoryFormat::Contiguous : memory_order(params[0]);
+Tensor empty_gradient(const LikelihoodVariant& variant, at::TensorList params, size_t i) {
+  if (variant.family == Family::counts && !variant.elementwise()) return at::empty_symint(params[i].sym_sizes(), params[i].options());
+  const auto order = variant.family == Family::categorical ? at::MemoryFormat::Contiguous : memory_order(params[0]);
   return at::empty_like(params[0], params[0].options(), order);
 }
 
 std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_meta(std::string_view likelihood, at::TensorList params,
                                                              const Tensor& target, at::ArrayRef<double>, const OptionalTensor& kl,
                                                              const OptionalTensor&, int64_t reduction, int64_t needs) {
-  const auto& row = likelihood_row(likelihood);
+  const auto& variant = likelihood_variant(likelihood);
   const Tensor& lead = params[0];
   const c10::SymInt rows = lead.sym_size(0);
   const auto nll_dtype = row_dtype(lead.scalar_type());
@@ -176,10 +203,10 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_meta(std::string_view li
     return at::empty_symint(sizes, lead.options().dtype(dtype));
   };
   Tensors gradients;
-  const size_t elementwise = params.size() - row.has_scalar;
+  const size_t elementwise = params.size() - variant.has_scalar;
   for (size_t i = 0; i < elementwise; ++i)
-    if (needs >> i & 1) gradients.push_back(empty_gradient(row, params, i));
-  const bool scalar = row.has_scalar && (needs >> elementwise & 1);
+    if (needs >> i & 1) gradients.push_back(empty_gradient(variant, params, i));
+  const bool scalar = variant.has_scalar && (needs >> elementwise & 1);
   return {reduction == kNone ? make(loss_dtype, {rows}) : make(loss_dtype, {}), make(nll_dtype, {rows}), gradients,
           scalar ? make(nll_dtype, {rows}) : make(nll_dtype, {0})};
 }
@@ -188,7 +215,7 @@ Tensors nll_gradient_meta(std::string_view likelihood, at::TensorList params, co
                           const OptionalTensor&, int64_t, int64_t needs) {
   Tensors gradients;
   for (int64_t i = 0; i < int64_t(params.size()); ++i)
-    if (needs >> i & 1) gradients.push_back(empty_gradient(likelihood_row(likelihood), params, i));
+    if (needs >> i & 1) gradients.push_back(empty_gradient(likelihood_variant(likelihood), params, i));
   return gradients;
 }
 
@@ -212,15 +239,15 @@ Tensors nll_backward_meta(const OptionalTensor& grad_loss, const OptionalTensor&
   return all;
 }
 
-void check_elements(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants) {
-  TORCH_CHECK_VALUE(int64_t(params.size()) == row.tensors, "fastvae::nll: ", std::string(row.name), " takes ", row.tensors,
+void check_elements(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants) {
+  TORCH_CHECK_VALUE(int64_t(params.size()) == variant.tensors, "fastvae::nll: ", std::string(variant.name), " takes ", variant.tensors,
                     " params, got ", params.size());
-  TORCH_CHECK_VALUE(int64_t(constants.size()) == row.constants, "fastvae::nll: ", std::string(row.name), " takes ", row.constants,
+  TORCH_CHECK_VALUE(int64_t(constants.size()) == variant.constants, "fastvae::nll: ", std::string(variant.name), " takes ", variant.constants,
                     " constants, got ", constants.size());
   const Tensor& lead = params[0];
   TORCH_CHECK_VALUE(lead.dim() >= 1, "fastvae::nll: `params` need a batch dimension");
   auto expected = lead.sizes().vec();
-  if (row.packed) {
+  if (variant.packed) {
     TORCH_CHECK_VALUE(lead.dim() >= 2 && expected[1] % 2 == 0, "fastvae::nll: a packed head needs an even dimension 1, got ",
                       lead.sizes());
     expected[1] /= 2;
@@ -230,10 +257,10 @@ void check_elements(const LikelihoodRow& row, at::TensorList params, const Tenso
   TORCH_CHECK_TYPE(c10::isFloatingType(lead.scalar_type()), "fastvae::nll: `params` must be floating point, got ",
                    lead.scalar_type());
   const auto type = target.scalar_type();
-  TORCH_CHECK_TYPE(takes_target(row, lead.scalar_type(), type),
+  TORCH_CHECK_TYPE(takes_target(variant, lead.scalar_type(), type),
                    "fastvae::nll: a `target` of ", type, " does not go with params of ", lead.scalar_type());
   for (size_t i = 1; i < params.size(); ++i) {
-    const bool scalar = row.has_scalar && i + 1 == params.size();
+    const bool scalar = variant.has_scalar && i + 1 == params.size();
     TORCH_CHECK_VALUE(scalar ? params[i].numel() == 1 : params[i].sizes() == lead.sizes(), "fastvae::nll: params[", i,
                       "] has the shape ", params[i].sizes());
     TORCH_CHECK_TYPE(scalar || params[i].scalar_type() == lead.scalar_type(), "fastvae::nll: params[", i, "] must be ",
@@ -243,16 +270,16 @@ void check_elements(const LikelihoodRow& row, at::TensorList params, const Tenso
 
 }  // namespace
 
-void check_nll(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
+void check_nll(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
                const OptionalTensor& kl, const OptionalTensor& beta, int64_t reduction) {
   TORCH_CHECK_VALUE(reduction >= kNone && reduction <= kMean, "fastvae::nll: `reduction` must be 0, 1 or 2, got ", reduction);
-  if (row.elementwise()) {
-    check_elements(row, params, target, constants);
+  if (variant.elementwise()) {
+    check_elements(variant, params, target, constants);
   } else {
-    switch (row.family) {
-      case Family::counts: check_counts(row, params, target, constants); break;
+    switch (variant.family) {
+      case Family::counts: check_counts(variant, params, target, constants); break;
       case Family::categorical: check_categorical(params[0], target, constants); break;
-      case Family::discretized: check_discretized(row, params[0], target, constants); break;
+      case Family::discretized: check_discretized(variant, params[0], target, constants); break;
       case Family::continuous: break;  // all of them are elementwise
     }
   }

@@ -30,10 +30,10 @@ using NllBackward = Tensors(const OptionalTensor&, const OptionalTensor&, at::Te
 // large ones to infinity. nll_gradient makes those when the factor is known.
 inline bool gradient_in_forward(at::ScalarType params) { return params != at::kHalf; }
 
-struct LikelihoodRow;
+struct LikelihoodVariant;
 
 // Raises for what no kernel may be given. Python has checked already (fastvae/functional), with better words.
-void check_nll(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
+void check_nll(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
                const OptionalTensor& kl, const OptionalTensor& beta, int64_t reduction);
 
 // What the reduction multiplies the loss of a row by.

@@ -21,36 +21,36 @@ struct Evaluation {
 };
 
 // Runs the kernel; the gradient of row r is multiplied by weights[r * weight_stride].
-Evaluation evaluate_elements(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
+Evaluation evaluate_elements(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
                              int64_t needs, const double* weights, int64_t weight_stride) {
   Evaluation out;
-  out.normaliser = normaliser(row, constants, row.has_scalar ? to_doubles(params.back())[0] : 0);
+  out.normaliser = normaliser(variant, constants, variant.has_scalar ? to_doubles(params.back())[0] : 0);
   out.nll.resize(params[0].size(0));
-  out.pull.resize(row.has_scalar ? params[0].size(0) : 0);
+  out.pull.resize(variant.has_scalar ? params[0].size(0) : 0);
   cpu::NllArgs args{};
   args.in_double = params[0].scalar_type() == at::kDouble;
   std::copy_n(out.normaliser.constants, cpu::kMaxConstants, args.constants);
   args.weight = weights;
   args.weight_stride = weight_stride;
   args.row_nll = out.nll.data();
-  args.row_pull = row.has_scalar ? out.pull.data() : nullptr;
+  args.row_pull = variant.has_scalar ? out.pull.data() : nullptr;
   Tensors kept;
-  out.gradients = fill_elements(args, row, params, target, needs, kept);
+  out.gradients = fill_elements(args, variant, params, target, needs, kept);
   cpu::kernels().nll(args);
   return out;
 }
 
-Evaluation evaluate(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
+Evaluation evaluate(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
                     int64_t needs, const double* weights, int64_t weight_stride) {
-  if (row.elementwise()) return evaluate_elements(row, params, target, constants, needs, weights, weight_stride);
+  if (variant.elementwise()) return evaluate_elements(variant, params, target, constants, needs, weights, weight_stride);
   Evaluation out{};
-  switch (row.family) {
-    case Family::counts: evaluate_counts(row, params, target, constants, needs, weights, weight_stride, out.nll, out.gradients); break;
+  switch (variant.family) {
+    case Family::counts: evaluate_counts(variant, params, target, constants, needs, weights, weight_stride, out.nll, out.gradients); break;
     case Family::categorical:
       evaluate_categorical(params[0], target, constants, needs & 1, weights, weight_stride, out.nll, out.gradients);
       break;
     case Family::discretized:
-      evaluate_discretized(row, params[0], target, constants, needs & 1, weights, weight_stride, out.nll, out.gradients);
+      evaluate_discretized(variant, params[0], target, constants, needs & 1, weights, weight_stride, out.nll, out.gradients);
       break;
     case Family::continuous: break;  // all of them are elementwise
   }
@@ -61,18 +61,18 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cpu(std::string_view lik
                                                             const Tensor& target, at::ArrayRef<double> constants,
                                                             const OptionalTensor& kl, const OptionalTensor& beta,
                                                             int64_t reduction, int64_t needs) {
-  const auto& row = likelihood_row(likelihood);
-  check_nll(row, params, target, constants, kl, beta, reduction);
+  const auto& variant = likelihood_variant(likelihood);
+  check_nll(variant, params, target, constants, kl, beta, reduction);
   const Tensor& lead = params[0];
   const int64_t rows = lead.size(0), size = event_size(target);
   const double weight = weight_of(reduction, rows);
-  auto [nll, pull, gradients, norm] = evaluate(row, params, target, constants, needs, &weight, 0);
+  auto [nll, pull, gradients, norm] = evaluate(variant, params, target, constants, needs, &weight, 0);
 
   const auto dtype = row_dtype(lead.scalar_type());
   Tensor scalar_rows = at::empty({0}, lead.options().dtype(dtype));
-  if (row.has_scalar && (needs >> (params.size() - 1) & 1)) {
+  if (variant.has_scalar && (needs >> (params.size() - 1) & 1)) {
     std::vector<double> slope(rows);
-    for (int64_t r = 0; r < rows; ++r) slope[r] = scalar_slope(row, size, nll[r], pull[r]);
+    for (int64_t r = 0; r < rows; ++r) slope[r] = scalar_slope(variant, size, nll[r], pull[r]);
     scalar_rows = from_doubles(slope, {rows}, dtype);
   }
   const auto loss_dtype = kl && kl->scalar_type() == at::kDouble ? at::kDouble : dtype;
@@ -139,10 +139,10 @@ Tensors extras(const RowGradients& g, const OptionalTensor& scalar_rows, const O
 
 Tensors nll_gradient_cpu(std::string_view likelihood, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
                          const OptionalTensor& grad_loss, const OptionalTensor& grad_nll, int64_t reduction, int64_t needs) {
-  const auto& row = likelihood_row(likelihood);
-  check_nll(row, params, target, constants, {}, {}, reduction);
+  const auto& variant = likelihood_variant(likelihood);
+  check_nll(variant, params, target, constants, {}, {}, reduction);
   const auto g = row_gradients(grad_loss, grad_nll, params[0].size(0), reduction);
-  return evaluate(row, params, target, constants, needs, g.by_nll.data(), !g.uniform).gradients;
+  return evaluate(variant, params, target, constants, needs, g.by_nll.data(), !g.uniform).gradients;
 }
 
 // out[i] = gradients[i] times what the forward has not already multiplied in.

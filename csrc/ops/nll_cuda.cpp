@@ -18,19 +18,19 @@ cuda::NllArgs& common(Args& args) {
   return std::visit([](auto& of_family) -> cuda::NllArgs& { return of_family; }, args);
 }
 
-Tensors fill_elementwise(Args& args, const LikelihoodRow& row, at::TensorList params, const Tensor& target,
+Tensors fill_elementwise(Args& args, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target,
                          at::ArrayRef<double> constants, int64_t needs, Tensors& kept) {
   auto& elements = args.emplace<cuda::NllArgs>();
-  const auto norm = normaliser(row, constants, 0);
+  const auto norm = normaliser(variant, constants, 0);
   std::copy_n(norm.constants, cuda::kMaxConstants, elements.constants);
   elements.normaliser = norm.per_element;
-  if (row.has_scalar) elements.scalar = number(params.back(), "params");
-  return fill_elements(elements, row, params, target, needs, kept);
+  if (variant.has_scalar) elements.scalar = number(params.back(), "params");
+  return fill_elements(elements, variant, params, target, needs, kept);
 }
 
-Tensors fill_discretized(Args& args, const LikelihoodRow& row, at::TensorList params, const Tensor& target,
+Tensors fill_discretized(Args& args, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target,
                       at::ArrayRef<double> constants, int64_t needs, Tensors& kept) {
-  const auto found = logistic_constants(row, constants);
+  const auto found = logistic_constants(variant, constants);
   if (found.components > 0) {
     auto& mixture = args.emplace<cuda::MixtureArgs>();
     mixture.components = found.components;
@@ -40,7 +40,7 @@ Tensors fill_discretized(Args& args, const LikelihoodRow& row, at::TensorList pa
   }
   const auto bins = bins_of(found);
   std::copy(bins.begin(), bins.end(), common(args).constants);
-  Tensors gradients = fill_elements(common(args), row, params, target, needs, kept);
+  Tensors gradients = fill_elements(common(args), variant, params, target, needs, kept);
   common(args).element = cpu::Element::discretized_logistic;  // a single one goes through the loop over elements here
   return gradients;
 }
@@ -62,19 +62,19 @@ Tensors fill_categorical(Args& args, const Tensor& logits, const Tensor& target,
 }
 
 // Everything but the results of the rows.
-Tensors fill(Args& args, const OnDevice& device, const LikelihoodRow& row, at::TensorList params, const Tensor& target,
+Tensors fill(Args& args, const OnDevice& device, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target,
              at::ArrayRef<double> constants, int64_t reduction, int64_t needs, Tensors& kept) {
   for (const auto& p : params) device.expect(p, "params");
   device.expect(target, "target");
   Tensors gradients;
-  if (row.elementwise()) {
-    gradients = fill_elementwise(args, row, params, target, constants, needs, kept);
+  if (variant.elementwise()) {
+    gradients = fill_elementwise(args, variant, params, target, constants, needs, kept);
   } else {
-    switch (row.family) {
-      case Family::discretized: gradients = fill_discretized(args, row, params, target, constants, needs, kept); break;
+    switch (variant.family) {
+      case Family::discretized: gradients = fill_discretized(args, variant, params, target, constants, needs, kept); break;
       case Family::categorical: gradients = fill_categorical(args, params[0], target, constants, needs, kept); break;
       default:
-        TORCH_CHECK_NOT_IMPLEMENTED(false, "fastvae::nll: there is no CUDA kernel for ", std::string(row.name),
+        TORCH_CHECK_NOT_IMPLEMENTED(false, "fastvae::nll: there is no CUDA kernel for ", std::string(variant.name),
                                     " yet; fastvae.set_backend(\"auto\") takes what there is");
     }
   }
@@ -101,18 +101,18 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cuda(std::string_view li
                                                              const Tensor& target, at::ArrayRef<double> constants,
                                                              const OptionalTensor& kl, const OptionalTensor& beta,
                                                              int64_t reduction, int64_t needs) {
-  const auto& row = likelihood_row(likelihood);
-  check_nll(row, params, target, constants, kl, beta, reduction);
+  const auto& variant = likelihood_variant(likelihood);
+  check_nll(variant, params, target, constants, kl, beta, reduction);
   const OnDevice device(target);
   device.expect(kl, "kl");
   device.expect(beta, "beta");
 
   Args of_family;
   Tensors kept;
-  Tensors gradients = fill(of_family, device, row, params, target, constants, reduction, needs, kept);
+  Tensors gradients = fill(of_family, device, variant, params, target, constants, reduction, needs, kept);
   cuda::NllArgs& args = common(of_family);
   const auto options = target.options().dtype(row_dtype(params[0].scalar_type()));
-  const bool with_scalar = row.has_scalar && (needs >> (params.size() - 1) & 1);
+  const bool with_scalar = variant.has_scalar && (needs >> (params.size() - 1) & 1);
   const Tensor nll = uninitialized({args.rows}, options), scalar_rows = uninitialized({with_scalar ? args.rows : 0}, options);
   const int64_t sizes[] = {args.rows};
   const Tensor loss = uninitialized(at::IntArrayRef(sizes, reduction == kNone ? 1 : 0),
@@ -129,14 +129,14 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cuda(std::string_view li
 
 Tensors nll_gradient_cuda(std::string_view likelihood, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
                           const OptionalTensor& grad_loss, const OptionalTensor& grad_nll, int64_t reduction, int64_t needs) {
-  const auto& row = likelihood_row(likelihood);
-  check_nll(row, params, target, constants, {}, {}, reduction);
+  const auto& variant = likelihood_variant(likelihood);
+  check_nll(variant, params, target, constants, {}, {}, reduction);
   const OnDevice device(target);
   device.expect(grad_loss, "grad_loss");
   device.expect(grad_nll, "grad_nll");
   Args of_family;
   Tensors kept;
-  Tensors gradients = fill(of_family, device, row, params, target, constants, reduction, needs, kept);
+  Tensors gradients = fill(of_family, device, variant, params, target, constants, reduction, needs, kept);
   common(of_family).grad_loss = numbers(grad_loss, "grad_loss");
   common(of_family).grad_nll = numbers(grad_nll, "grad_nll");
   launch(of_family, device);

@@ -128,13 +128,13 @@ Tensors elements_backward_in_place_meta(const Tensor&, at::TensorList derivative
 
 }  // namespace
 
-bool gives_elements(const LikelihoodRow& row) { return row.family == Family::counts && row.constants == 1; }
+bool gives_elements(const LikelihoodVariant& variant) { return variant.family == Family::counts && variant.constants == 1; }
 
-void check_nll_elements(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants) {
-  TORCH_CHECK_VALUE(gives_elements(row), "fastvae::nll_elements: there is no kernel for the elements of ", std::string(row.name));
-  TORCH_CHECK_VALUE(int64_t(params.size()) == row.tensors, "fastvae::nll_elements: ", std::string(row.name), " takes ", row.tensors,
+void check_nll_elements(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants) {
+  TORCH_CHECK_VALUE(gives_elements(variant), "fastvae::nll_elements: there is no kernel for the elements of ", std::string(variant.name));
+  TORCH_CHECK_VALUE(int64_t(params.size()) == variant.tensors, "fastvae::nll_elements: ", std::string(variant.name), " takes ", variant.tensors,
                     " params, got ", params.size());
-  check_nll(row, params, target, constants, {}, {}, kNone);
+  check_nll(variant, params, target, constants, {}, {}, kNone);
 }
 
 TORCH_LIBRARY_IMPL(fastvae, CompositeExplicitAutograd, m) { m.impl("nll_elements", elements_without_graph); }

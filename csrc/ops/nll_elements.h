@@ -23,10 +23,10 @@ using NllElementsBackward = Tensors(const Tensor&, at::TensorList, int64_t, at::
 using NllElementsBackwardInPlace = Tensors(const Tensor&, at::TensorList, int64_t);
 
 // Whether the ops serve a likelihood: that of counts by their mean.
-bool gives_elements(const LikelihoodRow& row);
+bool gives_elements(const LikelihoodVariant& variant);
 
 // Raises for what no kernel may be given.
-void check_nll_elements(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants);
+void check_nll_elements(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants);
 
 // The param that serves all rows; -1: none does.
 inline int64_t shared_param(at::TensorList params) { return params.size() > 1 && params[1].dim() == 1 ? 1 : -1; }

@@ -9,19 +9,19 @@
 namespace fastvae {
 namespace {
 
-void evaluate_each(const LikelihoodRow& row, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants, double weight,
+void evaluate_each(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants, double weight,
                    int64_t needs, const Tensor& values, const Tensors& derivatives) {
   const auto order = memory_order(params[0]);
   const Tensor lead = dense_rows(params[0], order), data = dense_rows(target, order);
   std::vector<double> nll(lead.size(0));
   cpu::NllArgs args{};
-  args.element = row.element;
+  args.element = variant.element;
   args.in_double = lead.scalar_type() == at::kDouble;
   args.rows = lead.size(0);
   args.size = event_size(lead);
   args.params[0] = operand(lead);
   args.target = count_operand(data);
-  const auto norm = normaliser(row, constants, 0);
+  const auto norm = normaliser(variant, constants, 0);
   std::copy_n(norm.constants, cpu::kMaxConstants, args.constants);
   if (needs) args.slopes[0] = result(derivatives[0]);
   args.weight = &weight;
@@ -32,17 +32,17 @@ void evaluate_each(const LikelihoodRow& row, at::TensorList params, const Tensor
 
 std::tuple<Tensor, Tensors> elements_forward_cpu(std::string_view likelihood, at::TensorList params, const Tensor& target,
                                         at::ArrayRef<double> constants, double weight, int64_t needs) {
-  const auto& row = likelihood_row(likelihood);
-  check_nll_elements(row, params, target, constants);
+  const auto& variant = likelihood_variant(likelihood);
+  check_nll_elements(variant, params, target, constants);
   const Tensor& lead = params[0];
   const auto options = lead.options().dtype(row_dtype(lead.scalar_type()));
   const auto order = memory_order(lead);
   Tensor values = pooled_empty(lead.sizes(), options, order);
   Tensors derivatives;
-  for (int i = 0; i < row.tensors; ++i)
+  for (int i = 0; i < variant.tensors; ++i)
     if (needs >> i & 1) derivatives.push_back(pooled_empty(lead.sizes(), options, order));
-  const auto evaluate = row.elementwise() ? evaluate_each : evaluate_count_elements;
-  evaluate(row, params, target, constants, weight, needs, values, derivatives);
+  const auto evaluate = variant.elementwise() ? evaluate_each : evaluate_count_elements;
+  evaluate(variant, params, target, constants, weight, needs, values, derivatives);
   return {std::move(values), std::move(derivatives)};
 }
 

@@ -20,22 +20,22 @@ View half_of_head(View whole, int64_t which, int64_t channels, bool channels_las
 // Fills in what is read and written of every element; gives the gradients that `needs` asks for. `kept` keeps copies alive that had
 // to be made, until the kernel is launched.
 template <class Args>
-Tensors fill_elements(Args& args, const LikelihoodRow& row, at::TensorList params, const Tensor& target, int64_t needs,
+Tensors fill_elements(Args& args, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, int64_t needs,
                       Tensors& kept) {
   const Tensor& lead = params[0];
   const auto order = memory_order(lead);
-  args.element = row.element;
+  args.element = variant.element;
   args.rows = lead.size(0);
   args.size = event_size(target);
   Tensors gradients;
-  for (size_t i = 0; i < params.size() - row.has_scalar; ++i) {
+  for (size_t i = 0; i < params.size() - variant.has_scalar; ++i) {
     kept.push_back(dense_rows(params[i], order));
     args.params[i] = operand(kept.back());
     if (!(needs >> i & 1)) continue;
     gradients.push_back(pooled_empty(lead.sizes(), lead, order));
     args.slopes[i] = result(gradients.back());
   }
-  if (row.packed) {
+  if (variant.packed) {
     const bool channels_last = order != at::MemoryFormat::Contiguous;
     for (int which = 1; which >= 0; --which) {
       args.params[which] = half_of_head(args.params[0], which, target.size(1), channels_last);
@@ -43,7 +43,7 @@ Tensors fill_elements(Args& args, const LikelihoodRow& row, at::TensorList param
     }
   }
   kept.push_back(dense_rows(target, order));
-  args.target = row.integers == Integers::counts ? count_operand(kept.back()) : operand(kept.back());
+  args.target = variant.integers == Integers::counts ? count_operand(kept.back()) : operand(kept.back());
   return gradients;
 }
 

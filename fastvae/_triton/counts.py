@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import ROWS
+from .._spec import VARIANTS
 from .element import Element
 from .elementary import exp, exp_minus_1_minus, log1p, log_factorial, polynomial
 from .launch import COMPUTE, dense_rows, divisor, kernel, launch, number, row_dtype, row_stride
@@ -412,7 +412,11 @@ def _form(tensors: Sequence[str]) -> Form:
     return Form("library" in place, place.get("zi_logits"), place.get("library"))
 
 
-FORMS = {row.name: _form(row.tensors) for row in ROWS.values() if row.family == "counts" and not row.element}
+FORMS = {
+    variant.name: _form(variant.tensors)
+    for variant in VARIANTS.values()
+    if variant.family == "counts" and not variant.element
+}
 
 
 def shared_bit(likelihood: str, params: Sequence[Tensor]) -> int:

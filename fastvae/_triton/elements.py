@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import ROWS
+from .._spec import VARIANTS
 from .launch import (
     COMPUTE,
     dense_rows,
@@ -83,7 +83,7 @@ def nll_elements_forward(
     needs: int,
 ) -> tuple[Tensor, list[Tensor]]:
     """(values, derivatives), as csrc/ops/nll_elements.h describes them."""
-    if not ROWS[likelihood].elements:
+    if not VARIANTS[likelihood].elements:
         raise ValueError(f"fastvae::nll_elements: there is no kernel for the elements of {likelihood}")
     lead = params[0]
     values = torch.empty_like(lead, dtype=row_dtype(lead), memory_format=memory_order(lead))

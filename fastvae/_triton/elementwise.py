@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import ROWS
+from .._spec import VARIANTS
 from . import continuous, counts
 from .elementary import combine_excess, log1p
 from .launch import (
@@ -31,9 +31,11 @@ from .launch import (
 from .tiles import first_column, fold_excess, fold_sum, row_factor, row_size, tile_columns, tile_rows
 from .tuning import choice
 
-# row -> its element.
+# variant -> its element.
 ELEMENTS = {
-    row.name: {**continuous.ELEMENTS, **counts.ELEMENTS}[row.element] for row in ROWS.values() if row.element
+    variant.name: {**continuous.ELEMENTS, **counts.ELEMENTS}[variant.element]
+    for variant in VARIANTS.values()
+    if variant.element
 }
 
 
@@ -173,22 +175,22 @@ def evaluate(
     Without `values`, only the gradients are made. `element_values` is where the value of each element is to go, and
     then gradients have its type.
     """
-    row, element, lead = ROWS[likelihood], ELEMENTS[likelihood], params[0]
+    variant, element, lead = VARIANTS[likelihood], ELEMENTS[likelihood], params[0]
     order, dtype = memory_order(lead), row_dtype(lead)
     like = lead if element_values is None else element_values
     rows, size = lead.shape[0], event_size(target)
     first, data = dense_rows(lead, order), dense_rows(target, order)
-    scalar = params[-1] if row.has_scalar else None
-    second = dense_rows(params[1], order) if len(params) - row.has_scalar > 1 else None
+    scalar = params[-1] if variant.has_scalar else None
+    second = dense_rows(params[1], order) if len(params) - variant.has_scalar > 1 else None
 
     slopes: list[Tensor | None] = [
         torch.empty_like(like, memory_format=order) if needs >> i & 1 else None for i in (0, 1)
     ]
-    if row.has_scalar:
+    if variant.has_scalar:
         slopes[1] = None
     gradients = [slope for slope in slopes if slope is not None]
     second_offset, run = 0, 0
-    if row.packed:
+    if variant.packed:
         # Dimension 1 holds the channels of the first, then those of the second. In channels_last order the two
         # alternate at every pixel.
         second, slopes[1] = first, slopes[0]
@@ -196,7 +198,7 @@ def evaluate(
         run = target.shape[1] if in_turns else 0
         second_offset = run if in_turns else size
 
-    slope_stride = size * (2 if row.packed else 1)
+    slope_stride = size * (2 if variant.packed else 1)
     second_stride = second.stride(0) if second is not None else 0
     unit = divisor(size, first.stride(0), second_stride, data.stride(0), slope_stride, second_offset)
     # The elements of one 128-bit access, or what the strides allow of it: those a thread holds side by side.
@@ -204,7 +206,7 @@ def evaluate(
     cut = partition(rows, size, choice("nll", rows * size, lead.device), narrowest=fold)
     row_sums = lead.new_empty((rows, cut.splits), dtype=dtype) if values else None
     scalar_sums = None
-    if row_sums is not None and row.has_scalar and needs >> (len(params) - 1) & 1:
+    if row_sums is not None and variant.has_scalar and needs >> (len(params) - 1) & 1:
         scalar_sums = torch.empty_like(row_sums)
     launch(
         nll_kernel,
@@ -237,7 +239,7 @@ def evaluate(
         cut.tiles,
         ELEMENT=element.function,
         LOG_TERM=element.log_term,
-        COUNTS=row.counts,
+        COUNTS=variant.counts,
         UNIT=unit,
         RUN=run,
         ROWS=cut.rows,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._spec import ROWS
+from .._spec import VARIANTS
 from . import latents
 from .launch import memory_order, row_dtype
 from .loss import NONE
@@ -21,8 +21,8 @@ def _empty_gradients(tensors: Sequence[Tensor], needs: int) -> list[Tensor]:
 
 def _dense_gradients(likelihood: str) -> bool:
     """Whether gradients come in the order of their dimensions, and not in that of the first tensor."""
-    row = ROWS[likelihood]
-    return not row.element and row.family in ("counts", "categorical")
+    variant = VARIANTS[likelihood]
+    return not variant.element and variant.family in ("counts", "categorical")
 
 
 def _gradients_of(likelihood: str, params: Sequence[Tensor], needs: int) -> list[Tensor]:
@@ -45,11 +45,11 @@ def nll_forward(
     reduction: int,
     needs: int,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    row, lead = ROWS[likelihood], params[0]
+    variant, lead = VARIANTS[likelihood], params[0]
     rows, dtype = lead.shape[0], row_dtype(lead)
     loss_dtype = torch.float64 if kl is not None and kl.dtype == torch.float64 else dtype
-    elementwise = params[:-1] if row.has_scalar else params
-    with_scalar = row.has_scalar and needs >> len(elementwise) & 1
+    elementwise = params[:-1] if variant.has_scalar else params
+    with_scalar = variant.has_scalar and needs >> len(elementwise) & 1
     return (
         lead.new_empty((rows,) if reduction == NONE else (), dtype=loss_dtype),
         lead.new_empty((rows,), dtype=dtype),

@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .._spec import ROWS
+from .._spec import VARIANTS
 from . import categorical, counts, discretized, elementwise
 from .launch import (
     COMPUTE,
@@ -30,7 +30,7 @@ from .tuning import choice
 
 NONE, SUM, MEAN = 0, 1, 2  # `reduction`
 
-# What runs a row's kernel: see elementwise.evaluate.
+# What runs a variant's kernel: see elementwise.evaluate.
 Evaluate = Callable[..., tuple[list[Tensor], Tensor | None, Tensor | None]]
 FAMILIES: dict[str, Evaluate] = {
     "counts": counts.evaluate,
@@ -38,7 +38,8 @@ FAMILIES: dict[str, Evaluate] = {
     "discretized": discretized.evaluate,
 }
 EVALUATE: dict[str, Evaluate] = {
-    row.name: elementwise.evaluate if row.element else FAMILIES[row.family] for row in ROWS.values()
+    variant.name: elementwise.evaluate if variant.element else FAMILIES[variant.family]
+    for variant in VARIANTS.values()
 }
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._spec import ROWS
+from .._spec import VARIANTS
 from . import elements, fakes, latents, loss
 from .counts import shared_bit
 from .launch import memory_order, row_dtype
-from .loss import NONE
+from .loss import MEAN, NONE
 from .runtime import INTERPRETED
 
 _library = torch.library.Library("fastvae_triton", "DEF")
@@ -101,6 +101,32 @@ def _traced(tensor: Tensor | None) -> bool:
     return type(tensor) is not Tensor
 
 
+def _scaled_in_torch(
+    gradients: Sequence[Tensor],
+    grad_loss: Tensor | None,
+    grad_nll: Tensor | None,
+    rows: int,
+    reduction: int,
+) -> list[Tensor]:
+    """The saved gradients times the factors that the backward brings, in torch's own ops.
+
+    A compiler fuses them with what reads the gradients next, for which a kernel of ours would write them once more.
+    """
+    factor = grad_loss
+    if grad_nll is not None:
+        # The forward has multiplied the weight in, which nll itself does not have.
+        own = grad_nll * rows if reduction == MEAN else grad_nll
+        factor = own if grad_loss is None else grad_loss + own
+    assert factor is not None
+    of_each_row = reduction == NONE or grad_nll is not None
+    return [
+        (gradient * (factor.view(-1, *[1] * (gradient.dim() - 1)) if of_each_row else factor)).to(
+            gradient.dtype
+        )
+        for gradient in gradients
+    ]
+
+
 class _Nll(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -113,9 +139,9 @@ class _Nll(torch.autograd.Function):
         beta: Tensor | None,
         *params: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        row = ROWS[likelihood]
+        variant = VARIANTS[likelihood]
         needs = _bits(*params)
-        scalar_bit = 1 << len(params) - 1 if row.has_scalar else 0
+        scalar_bit = 1 << len(params) - 1 if variant.has_scalar else 0
         computed = needs | int(target.requires_grad)  # the target's comes from the first parameter's
         # fp16 cannot hold a gradient before the factor that the backward brings: with 1/B small ones would round to
         # zero, without it large ones to infinity. nll_gradient makes those when the factor is known.
@@ -135,7 +161,7 @@ class _Nll(torch.autograd.Function):
                 computed if at_once else computed & scalar_bit,
             )
         ctx.set_materialize_grads(False)
-        ctx.row, ctx.needs, ctx.elementwise, ctx.at_once = row, needs, computed & ~scalar_bit, at_once
+        ctx.variant, ctx.needs, ctx.elementwise, ctx.at_once = variant, needs, computed & ~scalar_bit, at_once
         ctx.call = likelihood, constants, reduction
         ctx.rows, ctx.tensors, ctx.keeps_inputs = params[0].shape[0], len(params), keeps_inputs
         ctx.need_scalar = needs & scalar_bit != 0
@@ -189,7 +215,11 @@ class _Nll(torch.autograd.Function):
                         ctx.elementwise,
                     )
                 extras = _ops.nll_backward.default(grad_loss, grad_nll, [], *rest)
-            elif _traced(grad_loss if grad_loss is not None else grad_nll) or _keeps_graph():
+            elif _traced(grad_loss if grad_loss is not None else grad_nll):
+                gradients = _scaled_in_torch(saved, grad_loss, grad_nll, ctx.rows, reduction)
+                wanted = ctx.need_scalar or ctx.need_kl or ctx.need_beta
+                extras = _ops.nll_backward.default(grad_loss, grad_nll, [], *rest) if wanted else []
+            elif _keeps_graph():
                 both = _ops.nll_backward.default(grad_loss, grad_nll, saved, *rest)
                 gradients, extras = both[: len(saved)], both[len(saved) :]
             else:
@@ -203,7 +233,7 @@ class _Nll(torch.autograd.Function):
                     continue
                 gradient = next(made)
                 if i == 0 and ctx.target_dtype is not None:
-                    location = gradient.chunk(2, 1)[0] if ctx.row.packed else gradient
+                    location = gradient.chunk(2, 1)[0] if ctx.variant.packed else gradient
                     results[3] = location.neg().to(ctx.target_dtype)
                 if ctx.needs >> i & 1:
                     results[6 + i] = gradient
@@ -228,7 +258,7 @@ def _nll(
     if not torch.is_grad_enabled() or not _requires_grad(target, kl, beta, *params):
         with _below_autograd():
             return _nll_without_graph(likelihood, params, target, constants, kl, beta, reduction)
-    if target.requires_grad and not ROWS[likelihood].is_location:
+    if target.requires_grad and not VARIANTS[likelihood].is_location:
         raise ValueError(
             f"fastvae::nll: the `target` of {likelihood} has no gradient here; pass target.detach()"
         )

@@ -3,7 +3,7 @@
 import torch
 
 from . import native, triton
-from .base import DEVICES, LACKING, OPS, Backend, Missing
+from .base import DEVICES, OPS, OPS_LACKING, Backend, Missing
 from .reference import REFERENCE
 
 LOADERS = {"native": native.load, "triton": triton.load}
@@ -26,7 +26,7 @@ def load(name: str) -> Backend | None:
 def has_kernels(name: str, device_type: str) -> bool:
     """Whether a loaded backend of ops has every kernel for a device type, but those that it is known to lack."""
     has_kernel, prefix = torch._C._dispatch_has_kernel_for_dispatch_key, NAMESPACES[name]
-    ops = [op for op in OPS if (name, device_type) not in LACKING.get(op, ())]
+    ops = [op for op in OPS if (name, device_type) not in OPS_LACKING.get(op, ())]
     return all(has_kernel(f"{prefix}::{op}_forward", DEVICES[device_type]) for op in ops)
 
 

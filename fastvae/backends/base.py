@@ -9,7 +9,7 @@ NAMES = ("auto", "reference", "native", "triton")
 OPS = ("reparameterize_kl", "gaussian_kl", "nll", "nll_elements")
 
 # op -> the (backend, type of device) that have no kernel for it. "auto" takes the next backend that has.
-LACKING: dict[str, tuple[tuple[str, str], ...]] = {"nll_elements": (("native", "cuda"),)}
+OPS_LACKING: dict[str, tuple[tuple[str, str], ...]] = {"nll_elements": (("native", "cuda"),)}
 
 # Tensors of every other device type go to the reference, whatever the setting.
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}

@@ -13,30 +13,30 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .._spec import ROWS
+from .._spec import VARIANTS
 from .._warn import warn
 from . import available, native
-from .base import DEVICES, LACKING, NAMES, Backend
+from .base import DEVICES, NAMES, OPS_LACKING, Backend
 from .reference import REFERENCE
 
 # None outside of torch.func's transforms.
 transform_level = torch._C._functorch.maybe_current_level
 
 # (backend, type of device) -> the likelihoods that it has no kernel for. "auto" takes the next backend that has.
-LACKS: dict[tuple[str, str], tuple[str, ...]] = {
-    place: tuple(row.name for row in ROWS.values() if place in row.lacks)
-    for place in dict.fromkeys(place for row in ROWS.values() for place in row.lacks)
+LIKELIHOODS_LACKING: dict[tuple[str, str], tuple[str, ...]] = {
+    place: tuple(variant.name for variant in VARIANTS.values() if place in variant.lacks)
+    for place in dict.fromkeys(place for variant in VARIANTS.values() for place in variant.lacks)
 }
 
 setting = "auto"
-_told: set[str] = set()  # what fell back to the reference, and was warned of
-_gpu: tuple[int, int] | None = None  # its compute capability; see `_meet_gpu`
+_fallbacks_warned: set[str] = set()  # what fell back to the reference, and was warned of
+_gpu_capability: tuple[int, int] | None = None  # its compute capability; see `_choose_for_gpu`
 serving: dict[str, Backend] = {}  # device type -> backend under the current setting, where one was found
 # Where the native backend serves CPU tensors: the ops for calls as a training loop makes them, checks included, also of
 # CUDA tensors where it serves those. They return None for whatever is not plain and fitting, and are not for
 # torch.compile to trace.
-plain: Any = None
-_warned = False
+fast_path: Any = None
+_unserved_warned = False
 
 
 def serve(name: str, device_type: str) -> Backend | None:
@@ -53,21 +53,25 @@ def serve(name: str, device_type: str) -> Backend | None:
         backend = available.load(candidate)
         if backend is None or not available.has_kernels(candidate, device_type):
             continue
-        if (candidate, device_type) == ("native", "cuda") and _gpu is not None and not native.built_for(_gpu):
+        if (
+            (candidate, device_type) == ("native", "cuda")
+            and _gpu_capability is not None
+            and not native.built_for(_gpu_capability)
+        ):
             continue
         return backend
     return None
 
 
-def _meet_gpu() -> None:
+def _choose_for_gpu() -> None:
     """Look whether the extension's CUDA kernels run on this GPU, and choose anew where they do not.
 
     Torch calls it when it initialises CUDA, before there is a CUDA tensor: to ask at import would be to initialise it,
     and then the process could not fork; to ask in `for_tensor`, a step more in every call and a branch in every trace.
     """
-    global _gpu
-    _gpu = torch.cuda.get_device_capability()
-    if not native.built_for(_gpu):
+    global _gpu_capability
+    _gpu_capability = torch.cuda.get_device_capability()
+    if not native.built_for(_gpu_capability):
         set_backend(setting)
 
 
@@ -81,7 +85,7 @@ def set_backend(name: str) -> None:
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for a backend that is not there.
     """
-    global setting, plain
+    global setting, fast_path
     if name not in NAMES:
         raise ValueError(
             f"fastvae.set_backend: `name` must be one of {', '.join(map(repr, NAMES))}, got {name!r}"
@@ -95,9 +99,9 @@ def set_backend(name: str) -> None:
     serving.clear()
     serving.update({device_type: backend for device_type, backend in found.items() if backend is not None})
     native_on = [device_type for device_type, backend in serving.items() if backend.name == "native"]
-    plain = importlib.import_module("fastvae._C").plain if "cpu" in native_on else None
-    if plain is not None:
-        plain.serve_cuda("cuda" in native_on)
+    fast_path = importlib.import_module("fastvae._C").fast_path if "cpu" in native_on else None
+    if fast_path is not None:
+        fast_path.serve_cuda("cuda" in native_on)
 
 
 @contextmanager
@@ -129,7 +133,7 @@ def with_kernel(op: str, device_type: str) -> Backend | None:
     """The backend that serves an op on a type of device under the current setting; None where only the reference would,
     unasked, or nothing."""
     backend = serving.get(device_type)
-    if backend is None or (backend.name, device_type) not in LACKING.get(op, ()):
+    if backend is None or (backend.name, device_type) not in OPS_LACKING.get(op, ()):
         return backend
     return serve("triton", device_type) if setting == "auto" and device_type == "cuda" else None
 
@@ -142,8 +146,8 @@ def for_tensor(tensor: Tensor, likelihood: str = "", op: str = "nll") -> Backend
     if backend is None:
         return _unserved(device_type)
     place = (backend.name, device_type)
-    if likelihood in LACKS.get(place, ()) or place in LACKING.get(op, ()):
-        backend = _instead(*place, likelihood, op)
+    if likelihood in LIKELIHOODS_LACKING.get(place, ()) or place in OPS_LACKING.get(op, ()):
+        backend = _substitute(*place, likelihood, op)
     # Compiled ops cannot cross these: torch's own message for a transform names no way out, and forward-mode AD would
     # get no tangent at all, in silence.
     if (
@@ -159,7 +163,7 @@ def for_tensor(tensor: Tensor, likelihood: str = "", op: str = "nll") -> Backend
 
 
 def _unserved(device_type: str) -> Backend:
-    global _warned
+    global _unserved_warned
     if device_type not in DEVICES:
         return REFERENCE
     if setting != "auto":
@@ -168,9 +172,9 @@ def _unserved(device_type: str) -> Backend:
             f"{available.reason(setting, device_type)}; fastvae.set_backend('auto') takes what there is"
         )
     # A warning cannot be traced; compiled code gets the reference silently (and fused by the compiler). This order,
-    # so that a trace does not depend on `_warned`.
-    if not torch.compiler.is_compiling() and not _warned:
-        _warned = True
+    # so that a trace does not depend on `_unserved_warned`.
+    if not torch.compiler.is_compiling() and not _unserved_warned:
+        _unserved_warned = True
         reasons = [available.reason("native", device_type)]
         if device_type == "cuda":
             reasons.append(f"Triton: {available.reason('triton', device_type)}")
@@ -182,7 +186,7 @@ def _unserved(device_type: str) -> Backend:
     return REFERENCE
 
 
-def _instead(name: str, device_type: str, likelihood: str, op: str) -> Backend:
+def _substitute(name: str, device_type: str, likelihood: str, op: str) -> Backend:
     what = f"the likelihood {likelihood!r}"
     if op == "nll_elements":
         what = f"the elements of {what}"
@@ -195,8 +199,8 @@ def _instead(name: str, device_type: str, likelihood: str, op: str) -> Backend:
         triton = serve("triton", "cuda")
         if triton is not None:
             return triton
-    if not torch.compiler.is_compiling() and what not in _told:
-        _told.add(what)
+    if not torch.compiler.is_compiling() and what not in _fallbacks_warned:
+        _fallbacks_warned.add(what)
         warn(
             f"fastvae runs {what} on its pure-PyTorch reference, which is slow "
             f"(fastvae.set_backend('reference') accepts that silently): there is no kernel for it on {device_type} "
@@ -209,6 +213,6 @@ def _instead(name: str, device_type: str, likelihood: str, op: str) -> Backend:
 set_backend("auto")
 if "native" in available.loaded and available.has_kernels("native", "cuda"):
     if torch.cuda.is_initialized():
-        _meet_gpu()
+        _choose_for_gpu()
     else:
-        torch.cuda._lazy_call(_meet_gpu)
+        torch.cuda._lazy_call(_choose_for_gpu)

@@ -77,7 +77,7 @@ def show_config() -> str:
             ]
     absent += [
         f"  {name} on {device_type}: no kernel yet for {', '.join(names)}"
-        for (name, device_type), names in choose.LACKS.items()
+        for (name, device_type), names in choose.LIKELIHOODS_LACKING.items()
         if available.load(name) is not None and available.serves(name, device_type)
     ]
     if absent:

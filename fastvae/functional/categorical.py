@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._spec import Row
+from .._spec import Variant
 from ..backends import choose
 from . import loss
-from .checks import check_floating, device_message, is_dense, layout_message, name_of
+from .checks import check_floating, device_message, dtype_name, is_dense, layout_message
 
 __all__ = ["categorical_nll"]
 
@@ -47,7 +47,7 @@ def checked_index(where: str, index: Any) -> float:
 def _check(
     where: str,
     names: Sequence[str],
-    row: Row,
+    variant: Variant,
     params: Sequence[Any],
     target: Any,
     name: str,
@@ -70,7 +70,7 @@ def _check_classes(where: str, name: str, logits: Tensor, target_name: str, targ
         raise TypeError(f"fastvae.{where}: `{target_name}` must be a Tensor, got {type(target).__name__}")
     if target.dtype != torch.int64:
         raise TypeError(
-            f"fastvae.{where}: `{target_name}` must be int64, the classes' numbers, got {name_of(target.dtype)}; "
+            f"fastvae.{where}: `{target_name}` must be int64, the classes' numbers, got {dtype_name(target.dtype)}; "
             f"did you mean {target_name}.long()?"
         )
     if target.device != logits.device:

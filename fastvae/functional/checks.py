@@ -1,6 +1,6 @@
 """What is checked before any work, and the words for what does not fit.
 
-They run in every call that `choose.plain` leaves to them: comparisons, and no work for the message until one fails.
+They run in every call that `choose.fast_path` leaves to them: comparisons, and no work for the message until one fails.
 """
 
 import math
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._spec import Row
+from .._spec import Variant
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def name_of(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def names_of(dtypes: Sequence[torch.dtype]) -> str:
-    names = [name_of(dtype) for dtype in dict.fromkeys(dtypes)]
+def dtype_names(dtypes: Sequence[torch.dtype]) -> str:
+    names = [dtype_name(dtype) for dtype in dict.fromkeys(dtypes)]
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
@@ -91,7 +91,7 @@ def checked_scale(where: str, scale: Any) -> float:
     return checked_positive(where, "scale", scale)
 
 
-def whole(where: str, name: str, value: Any, least: int, most: int | None) -> int:
+def checked_int(where: str, name: str, value: Any, least: int, most: int | None) -> int:
     """`value`, an int between the two."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"fastvae.{where}: `{name}` must be an int, got {value!r}")
@@ -108,7 +108,9 @@ def check_floating(where: str, name: str, value: Any) -> None:
     if not is_dense(value):
         raise TypeError(layout_message(where, name, value))
     if value.dtype not in FLOATS:
-        raise TypeError(f"fastvae.{where}: `{name}` must be {names_of(FLOATS)}, got {name_of(value.dtype)}")
+        raise TypeError(
+            f"fastvae.{where}: `{name}` must be {dtype_names(FLOATS)}, got {dtype_name(value.dtype)}"
+        )
     if value.dim() == 0:
         raise ValueError(
             f"fastvae.{where}: `{name}` must have a batch dimension, got a 0-dimensional tensor; "
@@ -116,7 +118,7 @@ def check_floating(where: str, name: str, value: Any) -> None:
         )
 
 
-def _widened(value: Tensor, like: Tensor) -> bool:
+def _is_float32_beside_half(value: Tensor, like: Tensor) -> bool:
     """Whether `value` is float32 beside a half `like`, as autocast makes of a model with a float32 layer."""
     return value.dtype == torch.float32 and like.dtype in (torch.float16, torch.bfloat16)
 
@@ -131,12 +133,12 @@ def check_like(where: str, name: str, value: Any, like_name: str, like: Tensor) 
         # The digits are kept by widening the other. Noise has none to keep.
         hint = (
             f"{like_name}.float()"
-            if _widened(value, like) and name != "eps"
+            if _is_float32_beside_half(value, like) and name != "eps"
             else f"{name}.to({like_name}.dtype)"
         )
         raise TypeError(
-            f"fastvae.{where}: `{name}` must be {name_of(like.dtype)} as `{like_name}`, got {name_of(value.dtype)}; "
-            f"did you mean {hint}?"
+            f"fastvae.{where}: `{name}` must be {dtype_name(like.dtype)} as `{like_name}`, got "
+            f"{dtype_name(value.dtype)}; did you mean {hint}?"
         )
     if value.device != like.device:
         raise ValueError(device_message(where, name, value, like_name, like))
@@ -160,10 +162,10 @@ def check_beside(where: str, name: str, value: Any, like_name: str, like: Tensor
         raise TypeError(f"fastvae.{where}: `{name}` must be a Tensor, got {type(value).__name__}")
     if not is_dense(value):
         raise TypeError(layout_message(where, name, value))
-    if value.dtype != like.dtype and not _widened(value, like):
+    if value.dtype != like.dtype and not _is_float32_beside_half(value, like):
         raise TypeError(
-            f"fastvae.{where}: `{name}` must be {name_of(like.dtype)} as `{like_name}`, got {name_of(value.dtype)}; "
-            f"did you mean {name}.to({like_name}.dtype)?"
+            f"fastvae.{where}: `{name}` must be {dtype_name(like.dtype)} as `{like_name}`, got "
+            f"{dtype_name(value.dtype)}; did you mean {name}.to({like_name}.dtype)?"
         )
     if value.device != like.device:
         raise ValueError(device_message(where, name, value, like_name, like))
@@ -183,7 +185,7 @@ def check_learned(where: str, name: str, value: Any, like_name: str, like: Tenso
 def check_elements(
     where: str,
     names: Sequence[str],
-    row: Row,
+    variant: Variant,
     params: Sequence[Any],
     target: Any,
     name: str,
@@ -196,34 +198,36 @@ def check_elements(
     first = params[0]
     check_floating(where, names[0], first)
     for i in range(1, len(params)):
-        check = check_learned if row.has_scalar and i == len(params) - 1 else check_like
+        check = check_learned if variant.has_scalar and i == len(params) - 1 else check_like
         check(where, names[i], params[i], names[0], first)
     if isinstance(target, Tensor) and not is_dense(target):
         raise TypeError(layout_message(where, name, target))
-    check_target(where, names, row, first, target, name)
-    if row.packed:
-        _check_head(where, names[0], first, row.halves, name, target)
+    check_target(where, names, variant, first, target, name)
+    if variant.packed:
+        _check_head(where, names[0], first, variant.halves, name, target)
     elif target.shape != first.shape:
         raise ValueError(shape_message(where, name, target, names[0], first, tuple(first.shape)))
     return params
 
 
-def check_target(where: str, names: Sequence[str], row: Row, first: Tensor, target: Any, name: str) -> None:
+def check_target(
+    where: str, names: Sequence[str], variant: Variant, first: Tensor, target: Any, name: str
+) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"fastvae.{where}: `{name}` must be a Tensor, got {type(target).__name__}")
     dtype = target.dtype
-    if dtype != first.dtype and dtype != torch.float32 and dtype not in row.integers:
-        accepted = names_of((first.dtype, torch.float32, *row.integers))
+    if dtype != first.dtype and dtype != torch.float32 and dtype not in variant.integers:
+        accepted = dtype_names((first.dtype, torch.float32, *variant.integers))
         raise TypeError(
-            f"fastvae.{where}: `{name}` must be {accepted} for a {name_of(first.dtype)} `{names[0]}`, "
-            f"got {name_of(dtype)}; did you mean {name}.to({names[0]}.dtype)?"
+            f"fastvae.{where}: `{name}` must be {accepted} for a {dtype_name(first.dtype)} `{names[0]}`, "
+            f"got {dtype_name(dtype)}; did you mean {name}.to({names[0]}.dtype)?"
         )
     if target.device != first.device:
         raise ValueError(device_message(where, name, target, names[0], first))
-    if target.requires_grad and not row.is_location and torch.is_grad_enabled():
+    if target.requires_grad and not variant.is_location and torch.is_grad_enabled():
         raise ValueError(
             f"fastvae.{where}: `{name}` requires a gradient, which this likelihood does not give; "
-            f"pass {name}.detach(), or differentiate fastvae.reference.{row.function}"
+            f"pass {name}.detach(), or differentiate fastvae.reference.{variant.function}"
         )
 
 
@@ -244,7 +248,7 @@ def check_kl(where: str, kl: Any, like_name: str, like: Tensor) -> None:
     if not is_dense(kl):
         raise TypeError(layout_message(where, "kl", kl))
     if kl.dtype not in FLOATS:
-        raise TypeError(f"fastvae.{where}: `kl` must be {names_of(FLOATS)}, got {name_of(kl.dtype)}")
+        raise TypeError(f"fastvae.{where}: `kl` must be {dtype_names(FLOATS)}, got {dtype_name(kl.dtype)}")
     if kl.dim() != 1 or kl.shape[0] != like.shape[0]:
         raise ValueError(
             f"fastvae.{where}: `kl` must have one value per row of `{like_name}`, shape ({like.shape[0]},), "

@@ -101,7 +101,7 @@ def gaussian_nll(
         return loss.nll("gaussian_bounded_per_element", [mean, logvar], target, list(bounds))[0]
     check_floating("gaussian_nll", "mean", mean)
     check_learned("gaussian_nll", "logvar", logvar, "mean", mean)
-    return loss.nll("gaussian_learned", [mean, bounded(logvar, bounds)], target, [])[0]
+    return loss.nll("gaussian_learned", [mean, smooth_clamp(logvar, bounds)], target, [])[0]
 
 
 def gaussian_head_nll(
@@ -128,7 +128,7 @@ def gaussian_head_nll(
     return loss.nll("gaussian_bounded_head", [params], target, list(bounds))[0]
 
 
-def bounded(logvar: Tensor, bounds: Sequence[float]) -> Tensor:
+def smooth_clamp(logvar: Tensor, bounds: Sequence[float]) -> Tensor:
     """`bounded_logvar` of a tensor that may be half, in float32."""
     return bounded_logvar(logvar if logvar.dtype == torch.float64 else logvar.float(), bounds)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._spec import ROWS, Row
+from .._spec import VARIANTS, Variant
 from . import loss
 from .checks import (
     check_beside,
@@ -53,7 +53,7 @@ def poisson_nll(log_rate: Tensor, target: Tensor, *, validate: bool = False) -> 
             that is none.
     """
     if validate:
-        check_elements("poisson_nll", ("log_rate",), ROWS["poisson"], [log_rate], target, "target", ())
+        check_elements("poisson_nll", ("log_rate",), VARIANTS["poisson"], [log_rate], target, "target", ())
         _check_counts("poisson_nll", "target", target)
     return loss.nll("poisson", [log_rate], target)[0]
 
@@ -87,11 +87,11 @@ def poisson_rate_nll(
     eps = checked_not_negative("poisson_rate_nll", "eps", eps)
     check_choice("poisson_rate_nll", "reduction", reduction, ("event", "none"))
     if validate:
-        row = ROWS["poisson_rate"]
-        check_elements(row.function, row.tensors, row, [rate], target, "target", (eps,))
-        _check_counts(row.function, "target", target)
+        variant = VARIANTS["poisson_rate"]
+        check_elements(variant.function, variant.tensors, variant, [rate], target, "target", (eps,))
+        _check_counts(variant.function, "target", target)
         _check_values(
-            row.function, "rate", rate, (rate >= 0) & (rate < math.inf), "finite numbers, 0 or more"
+            variant.function, "rate", rate, (rate >= 0) & (rate < math.inf), "finite numbers, 0 or more"
         )
     if reduction == "none":
         return loss.nll_elements("poisson_rate", [rate], target, (eps,))
@@ -176,7 +176,7 @@ def negative_binomial_logits_nll(
 
     Returns and raises as `negative_binomial_nll` does.
     """
-    return _genes_nll("negative_binomial_logits", (logits, log_dispersion, library), target, validate)
+    return _dispersed_nll("negative_binomial_logits", (logits, log_dispersion, library), target, validate)
 
 
 def zero_inflated_negative_binomial_logits_nll(
@@ -197,44 +197,44 @@ def zero_inflated_negative_binomial_logits_nll(
     Returns and raises as `negative_binomial_nll` does.
     """
     params = (logits, log_dispersion, zi_logits, library)
-    return _genes_nll("zero_inflated_negative_binomial_logits", params, target, validate)
+    return _dispersed_nll("zero_inflated_negative_binomial_logits", params, target, validate)
 
 
 def _mean_nll(
     likelihood: str, params: Sequence[Tensor], target: Tensor, eps: float, reduction: str, validate: bool
 ) -> Tensor:
-    row = ROWS[likelihood]
-    eps = checked_not_negative(row.function, "eps", eps)
-    check_choice(row.function, "reduction", reduction, ("event", "none"))
+    variant = VARIANTS[likelihood]
+    eps = checked_not_negative(variant.function, "eps", eps)
+    check_choice(variant.function, "reduction", reduction, ("event", "none"))
     if validate:
-        _check_all_values(row, params, target, eps)
+        _check_all_values(variant, params, target, eps)
     if reduction == "none":
         return loss.nll_elements(likelihood, params, target, (eps,))
     return loss.nll(likelihood, params, target, (eps,))[0]
 
 
-def _genes_nll(likelihood: str, params: Sequence[Tensor], target: Tensor, validate: bool) -> Tensor:
+def _dispersed_nll(likelihood: str, params: Sequence[Tensor], target: Tensor, validate: bool) -> Tensor:
     if validate:
-        _check_all_values(ROWS[likelihood], params, target)
+        _check_all_values(VARIANTS[likelihood], params, target)
     return loss.nll(likelihood, params, target)[0]
 
 
-def _check_all_values(row: Row, params: Sequence[Tensor], target: Tensor, eps: float = 0.0) -> None:
-    _check_genes(row.function, row.tensors, row, params, target, "target")
-    _check_counts(row.function, "target", target)
-    for name, value in zip(row.tensors, params, strict=True):
+def _check_all_values(variant: Variant, params: Sequence[Tensor], target: Tensor, eps: float = 0.0) -> None:
+    _check_counts_call(variant.function, variant.tensors, variant, params, target, "target")
+    _check_counts(variant.function, "target", target)
+    for name, value in zip(variant.tensors, params, strict=True):
         good, what = value.isfinite(), "finite numbers"
         if name == "mean" and eps > 0:
             good, what = good & (value >= 0), "finite numbers, 0 or more"
         elif name in ("mean", "inverse_dispersion", "library"):
             good, what = good & (value > 0), "positive, finite numbers"
-        _check_values(row.function, name, value, good, what)
+        _check_values(variant.function, name, value, good, what)
 
 
-def _check_genes(
+def _check_counts_call(
     where: str,
     names: Sequence[str],
-    row: Row,
+    variant: Variant,
     params: Sequence[Any],
     target: Any,
     name: str,
@@ -246,11 +246,11 @@ def _check_genes(
     check_floating(where, names[0], first)
     if first.dim() != 2:
         raise ValueError(
-            f"fastvae.{where}: `{names[0]}` must have shape (B, G), cells and genes, got {tuple(first.shape)}"
+            f"fastvae.{where}: `{names[0]}` must have shape (B, G), rows and features, got {tuple(first.shape)}"
         )
-    rows, genes = first.shape
+    rows, features = first.shape
     checked = [first]
-    for argument, label, value in zip(row.tensors[1:], names[1:], params[1:], strict=True):
+    for argument, label, value in zip(variant.tensors[1:], names[1:], params[1:], strict=True):
         if argument == "library":
             check_beside(where, label, value, names[0], first)
             if value.shape not in ((rows,), (rows, 1)):
@@ -261,10 +261,10 @@ def _check_genes(
             value = value.reshape(rows)
         elif argument.endswith("dispersion") and isinstance(value, Tensor) and value.dim() == 1:
             check_beside(where, label, value, names[0], first)
-            if value.shape[0] != genes:
+            if value.shape[0] != features:
                 raise ValueError(
-                    f"fastvae.{where}: `{label}` must have the shape ({genes},), one for every gene of `{names[0]}`, "
-                    f"or {tuple(first.shape)}, got {tuple(value.shape)}"
+                    f"fastvae.{where}: `{label}` must have the shape ({features},), one for every feature of "
+                    f"`{names[0]}`, or {tuple(first.shape)}, got {tuple(value.shape)}"
                 )
         else:
             check_like(where, label, value, names[0], first)
@@ -276,13 +276,13 @@ def _check_genes(
             else f"{target.layout}; did you mean {name}.to_sparse_csr()?"
         )
         raise TypeError(f"fastvae.{where}: `{name}` must be dense or torch.sparse_csr, got {found}")
-    check_target(where, names, row, first, target, name)
+    check_target(where, names, variant, first, target, name)
     if target.shape != first.shape:
         raise ValueError(shape_message(where, name, target, names[0], first, tuple(first.shape)))
     return tuple(checked)
 
 
-loss.CHECKS["counts"] = _check_genes
+loss.CHECKS["counts"] = _check_counts_call
 
 
 def _check_counts(where: str, name: str, counts: Tensor) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._spec import Row
+from .._spec import Variant
 from . import loss
-from .checks import check_floating, device_message, is_dense, layout_message, name_of, whole
+from .checks import check_floating, checked_int, device_message, dtype_name, is_dense, layout_message
 
 __all__ = ["discretized_logistic_mixture_nll", "discretized_logistic_nll"]
 
@@ -19,14 +19,14 @@ def discretized_logistic_nll(
     *,
     bits: int = 8,
     log_scale_floor: float = -7.0,
-    small_mass: float = 1e-5,
+    min_mass: float = 1e-5,
     validate: bool = False,
 ) -> Tensor:
     """-log P(target | params) of every row under discretised logistics, in nats: a true likelihood of bytes.
 
     Data of 2^`bits` levels are scaled to x in [-1, 1]; a level has the mass that a logistic puts into its bin, which
     reaches half way to its neighbours and, at both ends, to infinity (Salimans et al. 2017, equation 2; Kingma et al.
-    2016). As in the code of PixelCNN++, a mass below `small_mass` is that of the density in the middle of the bin, so
+    2016). As in the code of PixelCNN++, a mass below `min_mass` is that of the density in the middle of the bin, so
     that its logarithm and gradient stay finite.
 
     Args:
@@ -34,7 +34,7 @@ def discretized_logistic_nll(
         target: uint8 (B, C, ...), the levels 0, ..., 2^bits - 1 as they are. Higher ones count as the highest.
         bits: 1 to 8.
         log_scale_floor: log-scales below it count as it, and get no gradient; between -60 and 60.
-        small_mass: at least 0 and below 1; with 0 every mass is that of its bin, and the masses of all levels sum to
+        min_mass: at least 0 and below 1; with 0 every mass is that of its bin, and the masses of all levels sum to
             1 exactly.
         validate: look for levels above the highest, and raise. It reads the target once more, and waits for a GPU.
 
@@ -46,7 +46,7 @@ def discretized_logistic_nll(
         ValueError: a shape, device or number that does not fit; with `validate`, a level out of range.
     """
     where = "discretized_logistic_nll"
-    constants = logistic_constants(where, bits, log_scale_floor, small_mass)
+    constants = logistic_constants(where, bits, log_scale_floor, min_mass)
     if validate:
         _check_range(where, "target", target, bits)
     return loss.nll("discretized_logistic", [params], target, constants)[0]
@@ -59,7 +59,7 @@ def discretized_logistic_mixture_nll(
     components: int,
     bits: int = 8,
     log_scale_floor: float = -7.0,
-    small_mass: float = 1e-5,
+    min_mass: float = 1e-5,
     validate: bool = False,
 ) -> Tensor:
     """-log P(target | params) of every row under mixtures of discretised logistics, in nats: PixelCNN++'s likelihood.
@@ -74,7 +74,7 @@ def discretized_logistic_mixture_nll(
             green's) and c (in blue's). (B, 3K, ...) for one channel: K logits, K means, K log-scales.
         target: uint8 (B, 3, ...) or (B, 1, ...), as there.
         components: K, at least 1.
-        bits, log_scale_floor, small_mass, validate: as there.
+        bits, log_scale_floor, min_mass, validate: as there.
 
     Returns:
         (B,), float32 (float64 for float64 params).
@@ -85,27 +85,27 @@ def discretized_logistic_mixture_nll(
     """
     where = "discretized_logistic_mixture_nll"
     constants = [
-        whole(where, "components", components, 1, None),
-        *logistic_constants(where, bits, log_scale_floor, small_mass),
+        checked_int(where, "components", components, 1, None),
+        *logistic_constants(where, bits, log_scale_floor, min_mass),
     ]
     if validate:
         _check_range(where, "target", target, bits)
     return loss.nll("discretized_logistic_mixture", [params], target, constants)[0]
 
 
-def logistic_constants(where: str, bits: Any, log_scale_floor: Any, small_mass: Any) -> list[float]:
-    whole(where, "bits", bits, 1, 8)
-    for name, value in (("log_scale_floor", log_scale_floor), ("small_mass", small_mass)):
+def logistic_constants(where: str, bits: Any, log_scale_floor: Any, min_mass: Any) -> list[float]:
+    checked_int(where, "bits", bits, 1, 8)
+    for name, value in (("log_scale_floor", log_scale_floor), ("min_mass", min_mass)):
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise TypeError(f"fastvae.{where}: `{name}` must be a float, got {value!r}")
     if not -60 <= log_scale_floor <= 60:
         raise ValueError(
             f"fastvae.{where}: `log_scale_floor` must be between -60 and 60, got {log_scale_floor}"
         )
-    if not 0 <= small_mass < 1:
-        raise ValueError(f"fastvae.{where}: `small_mass` must be at least 0 and below 1, got {small_mass}")
+    if not 0 <= min_mass < 1:
+        raise ValueError(f"fastvae.{where}: `min_mass` must be at least 0 and below 1, got {min_mass}")
     # Whole numbers stay int: torch.compile takes a module's ints for constants, and its floats for inputs.
-    return [bits, float(log_scale_floor), float(small_mass)]
+    return [bits, float(log_scale_floor), float(min_mass)]
 
 
 def mixture_planes(components: int, channels: int) -> int:
@@ -116,7 +116,7 @@ def mixture_planes(components: int, channels: int) -> int:
 def _check(
     where: str,
     names: Sequence[str],
-    row: Row,
+    variant: Variant,
     params: Sequence[Any],
     target: Any,
     name: str,
@@ -148,7 +148,7 @@ def _check_levels(
             )
         raise TypeError(
             f"fastvae.{where}: `{target_name}` must be uint8, the levels of the data as they are, got "
-            f"{name_of(target.dtype)}; {hint}"
+            f"{dtype_name(target.dtype)}; {hint}"
         )
     if target.device != params.device:
         raise ValueError(device_message(where, target_name, target, name, params))

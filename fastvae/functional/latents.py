@@ -12,9 +12,9 @@ from .checks import (
     check_floating,
     check_like,
     device_message,
+    dtype_name,
     is_dense,
     layout_message,
-    name_of,
 )
 
 __all__ = ["gaussian_kl", "reparameterize_kl"]
@@ -56,11 +56,11 @@ def reparameterize_kl(
         TypeError: a dtype or kind that does not fit, or half a prior.
         ValueError: a shape, device or value that does not fit, or two sources of noise.
     """
-    if choose.plain is not None and not torch.compiler.is_compiling():
+    if choose.fast_path is not None and not torch.compiler.is_compiling():
         usual = prior_mu is None and prior_logvar is None and samples is None
         usual = usual and generator is None and seed is None and eps is None
         if usual and type(row_offset) is int and row_offset == 0:
-            result = choose.plain.reparameterize_kl(mu, logvar)
+            result = choose.fast_path.reparameterize_kl(mu, logvar)
             if result is not None:
                 return result
     where = "reparameterize_kl"
@@ -129,8 +129,8 @@ def gaussian_kl(
         ValueError: a shape or device that does not fit, or an unknown reduction.
     """
     usual = prior_mu is None and prior_logvar is None and reduction in ("event", "none")
-    if usual and choose.plain is not None and not torch.compiler.is_compiling():
-        result = choose.plain.gaussian_kl(mu, logvar, reduction == "none")
+    if usual and choose.fast_path is not None and not torch.compiler.is_compiling():
+        result = choose.fast_path.gaussian_kl(mu, logvar, reduction == "none")
         if result is not None:
             return result
     _check_posterior("gaussian_kl", mu, logvar, prior_mu, prior_logvar)
@@ -160,7 +160,7 @@ def _check_seed(where: str, seed: Any, mu: Tensor) -> None:
     if not is_dense(seed):
         raise TypeError(layout_message(where, "seed", seed))
     if seed.dtype != torch.int64:
-        raise TypeError(f"fastvae.{where}: `seed` must be int64, got {name_of(seed.dtype)}")
+        raise TypeError(f"fastvae.{where}: `seed` must be int64, got {dtype_name(seed.dtype)}")
     if seed.dim() != 1 or seed.shape[0] != 2:
         raise ValueError(
             f"fastvae.{where}: `seed` must have shape (2,): (seed, offset), got {tuple(seed.shape)}"

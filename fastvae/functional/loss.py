@@ -1,13 +1,15 @@
 """The call that every likelihood ends in: its checks, and the backend that serves it."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._spec import ROWS
+from .._spec import VARIANTS
 from ..backends import choose
 from ..reference import REDUCTIONS
+from . import ranges
 from .checks import check_elements, check_kl, is_dense, layout_message
 
 # By family, what checks a call of a likelihood that is not elementwise, with the arguments and the result of
@@ -25,23 +27,26 @@ def nll(
     reduction: int = REDUCTIONS["none"],
     *,
     caller: str | None = None,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, nll): nll (B,) of a likelihood's row, loss = reduce(nll + beta kl); one call of the backend for all of it.
 
     `reduction` is a value of `REDUCTIONS`. With a `caller` ("ELBO"), messages name it and its arguments, `recon` and
-    `x`, in place of the likelihood's function and its.
+    `x`, in place of the likelihood's function and its. `given`: the probabilities that logits were made from.
     """
-    row = ROWS[likelihood]
-    if choose.plain is not None and not torch.compiler.is_compiling():
-        result = choose.plain.nll(likelihood, params, target, constants, kl, beta, reduction)
+    variant = VARIANTS[likelihood]
+    if caller is None and not torch.compiler.is_compiling() and likelihood in ranges.unseen:
+        return _first_nll(likelihood, params, target, constants, kl, beta, reduction, given)
+    if choose.fast_path is not None and not torch.compiler.is_compiling():
+        result = choose.fast_path.nll(likelihood, params, target, constants, kl, beta, reduction)
         if result is not None:
             return result
     if caller is None:
-        where, names, name = row.function, row.tensors, "target"
+        where, names, name = variant.function, variant.tensors, "target"
     else:
-        where, names, name = caller, ("recon", *row.tensors[1:]), "x"
-    check = check_elements if row.element else CHECKS[row.family]
-    params = check(where, names, row, params, target, name, constants)
+        where, names, name = caller, ("recon", *variant.tensors[1:]), "x"
+    check = check_elements if variant.element else CHECKS[variant.family]
+    params = check(where, names, variant, params, target, name, constants)
     first = params[0]
     if kl is not None:
         check_kl(where, kl, names[0], first)
@@ -60,6 +65,24 @@ def nll(
     return chosen.nll(likelihood, params, target, constants, kl, beta, reduction)
 
 
+def _first_nll(
+    likelihood: str, params: Sequence[Tensor], target: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """`nll`, and a look at the values; where there were none to look at, the next call is the first."""
+    variant = VARIANTS[likelihood]
+    *others, given = rest
+    ranges.unseen.discard(likelihood)
+    looked = False
+    try:
+        result = nll(likelihood, params, target, *others)
+        names = variant.tensors[0], "target"
+        looked = ranges.look(variant.function, names, likelihood, params, target, others[0], given)
+    finally:
+        if not looked:
+            ranges.unseen.add(likelihood)
+    return result
+
+
 def nll_elements(
     likelihood: str,
     params: Sequence[Tensor],
@@ -71,11 +94,11 @@ def nll_elements(
 
     It is multiplied by `weight`, as are its gradients, at no cost: -1 makes log-probabilities.
     """
-    row = ROWS[likelihood]
+    variant = VARIANTS[likelihood]
     if isinstance(target, Tensor) and not is_dense(target):
-        message = layout_message(row.function, "target", target)
+        message = layout_message(variant.function, "target", target)
         raise TypeError(f"{message} (sparse targets go with reduction='event')")
-    check = check_elements if row.element else CHECKS[row.family]
-    params = check(row.function, row.tensors, row, params, target, "target", constants)
+    check = check_elements if variant.element else CHECKS[variant.family]
+    params = check(variant.function, variant.tensors, variant, params, target, "target", constants)
     chosen = choose.for_tensor(params[0], likelihood, "nll_elements")
     return chosen.nll_elements(likelihood, params, target, constants, weight)

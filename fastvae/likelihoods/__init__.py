@@ -1,12 +1,12 @@
 """Likelihoods: what the decoder's output means. Each is a small module that an `ELBO` takes by name or by object.
 
 Your own: any `nn.Module` with `nll(params, target) -> (B,)` works in `fastvae.ELBO`. Subclass `Likelihood` and give
-`row` instead of `nll` to have a fused kernel serve it.
+`kernel_call` instead of `nll` to have a fused kernel serve it.
 """
 
 from . import base, categorical, continuous, counts, discretized, product
 from .base import *
-from .base import Row as Row
+from .base import KernelCall as KernelCall
 from .categorical import *
 from .continuous import *
 from .counts import *

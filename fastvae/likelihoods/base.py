@@ -10,23 +10,24 @@ from ..functional import loss
 __all__ = ["Likelihood"]
 
 # A backend's row: the likelihood's name there, its tensors and its constants.
-Row = tuple[str, list[Tensor], list[float]]
+KernelCall = tuple[str, list[Tensor], list[float]]
 
 
 class Likelihood(nn.Module):
     """p(data | params): the base of the likelihood modules. `params` is what the decoder returns.
 
-    A subclass gives `row`, `mean` and `sample`, or replaces `nll` altogether.
+    A subclass gives `kernel_call`, `mean` and `sample`, or replaces `nll` altogether.
     """
 
-    def row(self, params: Any) -> Row:
+    def kernel_call(self, params: Any) -> KernelCall:
         """The kernel that serves this likelihood: (name, tensors, constants) for the backend."""
-        raise NotImplementedError(f"{type(self).__name__} must define `row` or `nll`")
+        raise NotImplementedError(f"{type(self).__name__} must define `kernel_call` or `nll`")
 
     def nll(self, params: Any, target: Tensor) -> Tensor:
         """-log p(target | params) of every row, (B,), in nats."""
-        name, tensors, constants = self.row(params)
-        return loss.nll(name, tensors, target, constants)[0]
+        name, tensors, constants = self.kernel_call(params)
+        given = params if getattr(self, "from_probs", False) else None
+        return loss.nll(name, tensors, target, constants, given=given)[0]
 
     def mean(self, params: Any) -> Tensor:
         """The expected data, differentiable: what to show as a reconstruction."""

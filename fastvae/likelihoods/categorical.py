@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..functional.categorical import checked_index
-from .base import Likelihood, Row
+from .base import KernelCall, Likelihood
 
 __all__ = ["Categorical"]
 
@@ -21,7 +21,7 @@ class Categorical(Likelihood):
         checked_index("likelihoods.Categorical", ignore_index)
         self.ignore_index = ignore_index
 
-    def row(self, params: Tensor) -> Row:
+    def kernel_call(self, params: Tensor) -> KernelCall:
         return "categorical", [params], [float(self.ignore_index)]
 
     def mean(self, params: Tensor) -> Tensor:

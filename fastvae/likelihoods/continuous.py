@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.checks import checked_positive, checked_scale, is_dense
-from ..functional.continuous import bounded, checked_bounds
+from ..functional.continuous import checked_bounds, smooth_clamp
 from ..reference.continuous import BERNOULLI_NUMBERS
-from .base import Likelihood, Row, is_pair, widest
+from .base import KernelCall, Likelihood, is_pair, widest
 
 __all__ = ["Bernoulli", "ContinuousBernoulli", "Gamma", "Gaussian", "Laplace", "StudentT"]
 
@@ -26,7 +26,7 @@ class Bernoulli(Likelihood):
         super().__init__()
         self.from_probs = from_probs
 
-    def row(self, params: Tensor) -> Row:
+    def kernel_call(self, params: Tensor) -> KernelCall:
         return "bernoulli", [_logit(params) if self.from_probs else params], []
 
     def mean(self, params: Tensor) -> Tensor:
@@ -96,10 +96,10 @@ class Gaussian(Likelihood):
         if self.scale == "learned":
             nn.init.zeros_(self.logvar)
 
-    def row(self, params: Any) -> Row:
+    def kernel_call(self, params: Any) -> KernelCall:
         bounds = self.logvar_bounds
         if self.scale == "learned":
-            logvar = self.logvar if bounds is None else bounded(self.logvar, bounds)
+            logvar = self.logvar if bounds is None else smooth_clamp(self.logvar, bounds)
             return "gaussian_learned", [params, logvar], []
         if self.scale == "per_element":
             family, constants = ("gaussian", []) if bounds is None else ("gaussian_bounded", list(bounds))
@@ -128,7 +128,7 @@ class Gaussian(Likelihood):
     def _std(self, logvar: Tensor) -> Tensor:
         if self.logvar_bounds is None:
             return torch.exp(logvar / 2)
-        return torch.exp(bounded(logvar, self.logvar_bounds) / 2).to(logvar.dtype)
+        return torch.exp(smooth_clamp(logvar, self.logvar_bounds) / 2).to(logvar.dtype)
 
     def channels(self, c: int) -> int:
         return 2 * c if self.scale == "per_element" else c
@@ -174,7 +174,7 @@ class _ScaleFamily(Likelihood):
         if self.scale == "learned":
             nn.init.zeros_(self.log_scale)
 
-    def row(self, params: Any) -> Row:
+    def kernel_call(self, params: Any) -> KernelCall:
         if self.scale == "learned":
             return f"{self.family}_learned", [params, self._bounded(self.log_scale)], []
         if self.scale == "per_element":
@@ -187,7 +187,7 @@ class _ScaleFamily(Likelihood):
     def _bounded(self, log_scale: Any) -> Any:
         if self.log_scale_bounds is None or not isinstance(log_scale, Tensor):
             return log_scale
-        return bounded(log_scale, self.log_scale_bounds).to(log_scale.dtype)
+        return smooth_clamp(log_scale, self.log_scale_bounds).to(log_scale.dtype)
 
     def mean(self, params: Any) -> Tensor:
         return self._location_and_scale(params)[0]
@@ -260,8 +260,8 @@ class StudentT(_ScaleFamily):
         super().__init__(scale, log_scale_bounds=log_scale_bounds)
         self.df = checked_positive("likelihoods.StudentT", "df", df)
 
-    def row(self, params: Any) -> Row:
-        name, tensors, constants = super().row(params)
+    def kernel_call(self, params: Any) -> KernelCall:
+        name, tensors, constants = super().kernel_call(params)
         return name, tensors, [self.df, *constants]
 
     def _standard(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -283,7 +283,7 @@ class ContinuousBernoulli(Likelihood):
     1 / (1 - e^-a) - 1 / a for a logit a: `mean` gives it.
     """
 
-    def row(self, params: Tensor) -> Row:
+    def kernel_call(self, params: Tensor) -> KernelCall:
         return "continuous_bernoulli", [params], []
 
     def mean(self, params: Tensor) -> Tensor:
@@ -319,7 +319,7 @@ class Gamma(Likelihood):
         super().__init__()
         self.shape = checked_positive("likelihoods.Gamma", "shape", shape)
 
-    def row(self, params: Tensor) -> Row:
+    def kernel_call(self, params: Tensor) -> KernelCall:
         return "gamma", [params], [self.shape]
 
     def mean(self, params: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.checks import check_choice
-from .base import Likelihood, Row
+from .base import KernelCall, Likelihood
 
 __all__ = ["NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
 
@@ -18,7 +18,7 @@ class Poisson(Likelihood):
     looks whether they are.
     """
 
-    def row(self, params: Tensor) -> Row:
+    def kernel_call(self, params: Tensor) -> KernelCall:
         return "poisson", [params], []
 
     def mean(self, params: Tensor) -> Tensor:
@@ -54,8 +54,8 @@ class NegativeBinomial(Likelihood):
     """Counts of genes in cells, with the variance mean + mean^2 / theta (Lopez et al. 2018, scvi-tools).
 
     `params` is a tuple of the decoder's raw outputs: `(logits, library)`, with `dispersion="gene-cell"` also
-    `log_dispersion` (B, genes): mean = library * softmax(logits) over the genes, theta = e^log_dispersion. `logits`
-    (B, genes); `library` (B,) or (B, 1), usually the cell's total count. The data are counts, integer or floating,
+    `log_dispersion` (B, features): mean = library * softmax(logits) over the genes, theta = e^log_dispersion. `logits`
+    (B, features); `library` (B,) or (B, 1), usually the cell's total count. The data are counts, integer or floating,
     dense or torch.sparse_csr.
 
     `dispersion="gene"`: one theta for every gene, trained: `log_dispersion`, a parameter of this module that starts at
@@ -64,17 +64,17 @@ class NegativeBinomial(Likelihood):
 
     _inflated = False
 
-    def __init__(self, genes: int, dispersion: str = "gene") -> None:
+    def __init__(self, features: int, dispersion: str = "gene") -> None:
         super().__init__()
         where = f"likelihoods.{type(self).__name__}"
-        if not isinstance(genes, int) or isinstance(genes, bool):
-            raise TypeError(f"fastvae.{where}: `genes` must be an int, got {type(genes).__name__}")
-        if genes < 1:
-            raise ValueError(f"fastvae.{where}: `genes` must be at least 1, got {genes}")
+        if not isinstance(features, int) or isinstance(features, bool):
+            raise TypeError(f"fastvae.{where}: `features` must be an int, got {type(features).__name__}")
+        if features < 1:
+            raise ValueError(f"fastvae.{where}: `features` must be at least 1, got {features}")
         check_choice(where, "dispersion", dispersion, ("gene", "gene-cell"))
-        self.genes, self.dispersion = genes, dispersion
+        self.features, self.dispersion = features, dispersion
         if dispersion == "gene":
-            self.log_dispersion = nn.Parameter(torch.empty(genes))
+            self.log_dispersion = nn.Parameter(torch.empty(features))
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -82,7 +82,7 @@ class NegativeBinomial(Likelihood):
         if self.dispersion == "gene":
             nn.init.zeros_(self.log_dispersion)
 
-    def row(self, params: Any) -> Row:
+    def kernel_call(self, params: Any) -> KernelCall:
         logits, library, log_dispersion, zi_logits = self._parts(params)
         if zi_logits is None:
             return "negative_binomial_logits", [logits, log_dispersion, library], []
@@ -128,13 +128,13 @@ class NegativeBinomial(Likelihood):
         return c * (1 + (self.dispersion == "gene-cell") + self._inflated)
 
     def extra_repr(self) -> str:
-        return f"{self.genes}, dispersion={self.dispersion!r}"
+        return f"{self.features}, dispersion={self.dispersion!r}"
 
 
 class ZeroInflatedNegativeBinomial(NegativeBinomial):
     """`NegativeBinomial` where a count is 0 with probability sigmoid(zi_logits) besides (Risso et al. 2018).
 
-    `params` ends with `zi_logits` (B, genes): `(logits, library, zi_logits)`, with `dispersion="gene-cell"`
+    `params` ends with `zi_logits` (B, features): `(logits, library, zi_logits)`, with `dispersion="gene-cell"`
     `(logits, library, log_dispersion, zi_logits)`.
     """
 

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional.checks import check_floating, whole
+from ..functional.checks import check_floating, checked_int
 from ..functional.discretized import logistic_constants, mixture_planes
 from ..reference.discretized import mixture_means, mixture_parts
-from .base import Likelihood, Row
+from .base import KernelCall, Likelihood
 
 __all__ = ["DiscretizedLogistic", "DiscretizedLogisticMixture"]
 
@@ -32,15 +32,15 @@ class DiscretizedLogistic(Likelihood):
         bits: int = 8,
         *,
         log_scale_floor: float = -7.0,
-        small_mass: float = 1e-5,
+        min_mass: float = 1e-5,
     ) -> None:
         super().__init__()
         self.constants = logistic_constants(
-            f"likelihoods.{type(self).__name__}", bits, log_scale_floor, small_mass
+            f"likelihoods.{type(self).__name__}", bits, log_scale_floor, min_mass
         )
-        self.bits, self.log_scale_floor, self.small_mass = bits, log_scale_floor, small_mass
+        self.bits, self.log_scale_floor, self.min_mass = bits, log_scale_floor, min_mass
 
-    def row(self, params: Tensor) -> Row:
+    def kernel_call(self, params: Tensor) -> KernelCall:
         return "discretized_logistic", [params], self.constants
 
     def mean(self, params: Tensor) -> Tensor:
@@ -82,16 +82,17 @@ class DiscretizedLogistic(Likelihood):
         return torch.round((x + 1) / 2 * highest).clamp(0, highest)
 
     def extra_repr(self) -> str:
-        options = {"log_scale_floor": (self.log_scale_floor, -7.0), "small_mass": (self.small_mass, 1e-5)}
+        options = {"log_scale_floor": (self.log_scale_floor, -7.0), "min_mass": (self.min_mass, 1e-5)}
         set_ones = [f"{name}={value}" for name, (value, default) in options.items() if value != default]
         return ", ".join([f"bits={self.bits}", *set_ones])
 
 
 class DiscretizedLogisticMixture(DiscretizedLogistic):
-    """PixelCNN++'s likelihood of bytes, and NVAE's and VDVAE's: `k` logistics for each pixel (Salimans et al. 2017).
+    """PixelCNN++'s likelihood of bytes, and NVAE's and VDVAE's (Salimans et al. 2017).
 
-    `params` is (B, 10k, ...) for colour and (B, 3k, ...) for grey images, in the order of PixelCNN++'s code; data are
-    uint8 (B, 3, ...) or (B, 1, ...), read as they are. Green depends on the pixel's red, blue on both. Options as in
+    Each pixel has a mixture of `components` logistics. `params` is (B, 10 components, ...) for colour and
+    (B, 3 components, ...) for grey images, in the order of PixelCNN++'s code; data are uint8, (B, 3, ...) or
+    (B, 1, ...), read as they are. Green depends on the pixel's red, blue on both. Options as in
     `fastvae.functional.discretized_logistic_mixture_nll`.
 
     With fewer than 8 `bits` higher levels in the data count as the highest one;
@@ -102,17 +103,19 @@ class DiscretizedLogisticMixture(DiscretizedLogistic):
 
     def __init__(
         self,
-        k: int = 10,
+        components: int = 10,
         bits: int = 8,
         *,
         log_scale_floor: float = -7.0,
-        small_mass: float = 1e-5,
+        min_mass: float = 1e-5,
     ) -> None:
-        super().__init__(bits, log_scale_floor=log_scale_floor, small_mass=small_mass)
-        self.k = whole("likelihoods.DiscretizedLogisticMixture", "k", k, 1, None)
-        self.constants = [k, *self.constants]
+        super().__init__(bits, log_scale_floor=log_scale_floor, min_mass=min_mass)
+        self.components = checked_int(
+            "likelihoods.DiscretizedLogisticMixture", "components", components, 1, None
+        )
+        self.constants = [components, *self.constants]
 
-    def row(self, params: Tensor) -> Row:
+    def kernel_call(self, params: Tensor) -> KernelCall:
         return "discretized_logistic_mixture", [params], self.constants
 
     def mean(self, params: Tensor) -> Tensor:
@@ -153,22 +156,23 @@ class DiscretizedLogisticMixture(DiscretizedLogistic):
             raise ValueError(
                 f"fastvae.likelihoods.DiscretizedLogisticMixture: data must have 1 or 3 channels, got {c}"
             )
-        return mixture_planes(self.k, c)
+        return mixture_planes(self.components, c)
 
     def _parts(self, params: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `reference.mixture_parts`, float32 at least."""
         params = self._wide(params)
         planes = params.shape[1] if params.dim() > 1 else 0
         for channels in (3, 1):
-            if planes == mixture_planes(self.k, channels):
-                return mixture_parts(params, self.k, channels)
+            if planes == mixture_planes(self.components, channels):
+                return mixture_parts(params, self.components, channels)
         raise ValueError(
-            f"fastvae.likelihoods.DiscretizedLogisticMixture: `params` must have shape (B, {10 * self.k}, ...) or "
-            f"(B, {3 * self.k}, ...) for {self.k} components, got {tuple(params.shape)}"
+            "fastvae.likelihoods.DiscretizedLogisticMixture: `params` must have shape "
+            f"(B, {10 * self.components}, ...) or (B, {3 * self.components}, ...) "
+            f"for {self.components} components, got {tuple(params.shape)}"
         )
 
     def extra_repr(self) -> str:
-        return f"k={self.k}, {super().extra_repr()}"
+        return f"components={self.components}, {super().extra_repr()}"
 
 
 def _clipped_mean(mean: Tensor, scale: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def zero_inflated_negative_binomial_nll(
 def negative_binomial_logits_nll(
     logits: Tensor, target: Tensor, log_dispersion: Tensor, library: Tensor
 ) -> Tensor:
-    """`negative_binomial_nll` from a decoder's raw outputs: mean = library * softmax(logits) over the genes of a cell,
+    """`negative_binomial_nll` from a decoder's raw outputs: mean = library * softmax(logits) over the features,
     inverse dispersion = e^log_dispersion ([L]). `library`: (B,) or (B, 1)."""
     dtype = _count_dtype(logits)
     log_mu, theta = _rates(logits.to(dtype), library.to(dtype)), torch.exp(log_dispersion.to(dtype))

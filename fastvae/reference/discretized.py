@@ -24,7 +24,7 @@ def discretized_logistic_nll(
     *,
     bits: int = 8,
     log_scale_floor: float = -7.0,
-    small_mass: float = 1e-5,
+    min_mass: float = 1e-5,
 ) -> Tensor:
     """-log of the mass of the target's levels under logistics, (B,) ([S17], equation 2, without the mixture).
 
@@ -33,7 +33,7 @@ def discretized_logistic_nll(
     dtype = compute_dtype(params)
     mean, log_scale = params.to(dtype).chunk(2, dim=1)
     x, half_bin = read_levels(target, bits, dtype)
-    return sum_event(-_log_mass(x, mean, log_scale, half_bin, log_scale_floor, small_mass))
+    return sum_event(-_log_mass(x, mean, log_scale, half_bin, log_scale_floor, min_mass))
 
 
 def discretized_logistic_mixture_nll(
@@ -43,7 +43,7 @@ def discretized_logistic_mixture_nll(
     components: int,
     bits: int = 8,
     log_scale_floor: float = -7.0,
-    small_mass: float = 1e-5,
+    min_mass: float = 1e-5,
 ) -> Tensor:
     """-log of the mass of each pixel under a mixture of logistics, (B,) ([S17], section 2.1 and equation 3).
 
@@ -54,7 +54,7 @@ def discretized_logistic_mixture_nll(
     logits, mean, log_scale, coefficients = mixture_parts(params.to(dtype), components, target.shape[1])
     x, half_bin = read_levels(target, bits, dtype)
     mean = torch.stack(mixture_means(mean, coefficients, x.unbind(1)), 1)
-    log_mass = _log_mass(x.unsqueeze(2), mean, log_scale, half_bin, log_scale_floor, small_mass)
+    log_mass = _log_mass(x.unsqueeze(2), mean, log_scale, half_bin, log_scale_floor, min_mass)
     mixed = torch.logsumexp(torch.log_softmax(logits, 1) + log_mass.sum(1), 1)
     return sum_event(-mixed)
 
@@ -95,12 +95,12 @@ def mixture_means(mean: Tensor, coefficients: Tensor, x: Sequence[Tensor]) -> li
 
 
 def _log_mass(
-    x: Tensor, mean: Tensor, log_scale: Tensor, half_bin: float, log_scale_floor: float, small_mass: float
+    x: Tensor, mean: Tensor, log_scale: Tensor, half_bin: float, log_scale_floor: float, min_mass: float
 ) -> Tensor:
     """log of the mass that a logistic puts between x - half_bin and x + half_bin, as [S17]'s code has it.
 
     With s the sigmoid, a and b the standardised ends of the bin: s(a) - s(b), where x = -1 and 1 take all that lies
-    beyond, s(a) and 1 - s(b); and where s(a) - s(b) is less than `small_mass`, the density at x times the bin.
+    beyond, s(a) and 1 - s(b); and where s(a) - s(b) is less than `min_mass`, the density at x times the bin.
     Log-scales are no lower than the floor. s(a) - s(b) = s(a) s(-b) (1 - e^(b - a)), in which nothing cancels.
     """
     log_scale = log_scale.clamp(min=log_scale_floor)
@@ -112,7 +112,7 @@ def _log_mass(
     narrow = bin_width < (1e-8 if x.dtype == torch.float64 else 1e-4)
     inner = F.logsigmoid(a) + F.logsigmoid(-b) + torch.log(-torch.expm1(-torch.where(narrow, 1.0, bin_width)))
     density = F.logsigmoid(middle) + F.logsigmoid(-middle) - log_scale + math.log(2 * half_bin)
-    small = narrow | (inner < (math.log(small_mass) if small_mass > 0 else -math.inf))
+    small = narrow | (inner < (math.log(min_mass) if min_mass > 0 else -math.inf))
     # Half way to the next level: x is exact to its last bit or two.
     lowest, highest = x < half_bin - 1, x > 1 - half_bin
     edge = torch.where(lowest, F.logsigmoid(a), F.logsigmoid(-b))

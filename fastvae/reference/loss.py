@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._spec import ROWS, Row
+from .._spec import VARIANTS, Variant
 from . import categorical, continuous, counts, discretized
 
 __all__ = ["REDUCTIONS", "nll", "nll_elements"]
@@ -18,10 +18,10 @@ FAMILIES: dict[str, Any] = {
 }
 
 
-def _entry(row: Row) -> Callable[..., Tensor]:
+def _entry(variant: Variant) -> Callable[..., Tensor]:
     """A row's function, called as backends are: nll(params, target, constants), with its further keywords."""
-    function = getattr(FAMILIES[row.family], row.function)
-    constants = row.constants
+    function = getattr(FAMILIES[variant.family], variant.function)
+    constants = variant.constants
 
     def nll(params: Sequence[Tensor], target: Tensor, numbers: Sequence[float], **keywords: Any) -> Tensor:
         i = 0
@@ -36,7 +36,7 @@ def _entry(row: Row) -> Callable[..., Tensor]:
     return nll
 
 
-LIKELIHOODS = {name: _entry(row) for name, row in ROWS.items()}
+LIKELIHOODS = {name: _entry(variant) for name, variant in VARIANTS.items()}
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
 

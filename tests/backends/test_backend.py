@@ -101,7 +101,7 @@ def test_plain_calls_skip_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
         return [z, kl, *out, of_bytes, per_element, *torch.autograd.grad(out.loss, (mu, logvar))]
 
     with monkeypatch.context() as patch:
-        patch.setattr(choose, "plain", None)
+        patch.setattr(choose, "fast_path", None)
         expected = call()
     monkeypatch.delattr(fv.latents, "_check_posterior")
     for name in ("check_elements", "check_kl", "CHECKS"):
@@ -121,7 +121,7 @@ def _transformed() -> object:
 
     def call(a: torch.Tensor) -> torch.Tensor:
         found.extend(
-            [choose.plain.gaussian_kl(a, a, False), choose.plain.gaussian_kl(B, B, False), _nll([A])]
+            [choose.fast_path.gaussian_kl(a, a, False), choose.fast_path.gaussian_kl(B, B, False), _nll([A])]
         )
         return a
 
@@ -131,7 +131,7 @@ def _transformed() -> object:
 
 def _with_tangent() -> object:
     with torch.autograd.forward_ad.dual_level():
-        return choose.plain.gaussian_kl(torch.autograd.forward_ad.make_dual(B, B), B, False)
+        return choose.fast_path.gaussian_kl(torch.autograd.forward_ad.make_dual(B, B), B, False)
 
 
 class Subclass(torch.Tensor):
@@ -140,7 +140,7 @@ class Subclass(torch.Tensor):
 
 def _nll(params: object, target: object = B, *rest: object, likelihood: str = "bernoulli") -> object:
     kl, beta = rest or (None, None)
-    return choose.plain.nll(likelihood, params, target, [], kl, beta, 0)
+    return choose.fast_path.nll(likelihood, params, target, [], kl, beta, 0)
 
 
 UNUSUAL: dict[str, Callable[[], object]] = {
@@ -167,9 +167,9 @@ UNUSUAL: dict[str, Callable[[], object]] = {
     "beta cast along": lambda: _nll([A], B, KL, ONE.half()),
     "counts": lambda: _nll([A, A], likelihood="negative_binomial"),
     "classes": lambda: _nll([A], torch.zeros(2, dtype=torch.int64), likelihood="categorical"),
-    "a posterior of two shapes": lambda: choose.plain.reparameterize_kl(A, A[:1]),
-    "a posterior of two dtypes": lambda: choose.plain.gaussian_kl(A, A.double(), False),
-    "no batch": lambda: choose.plain.reparameterize_kl(ONE, ONE),
+    "a posterior of two shapes": lambda: choose.fast_path.reparameterize_kl(A, A[:1]),
+    "a posterior of two dtypes": lambda: choose.fast_path.gaussian_kl(A, A.double(), False),
+    "no batch": lambda: choose.fast_path.reparameterize_kl(ONE, ONE),
     "a mode": lambda: _inside(FlopCounterMode(display=False), lambda: _nll([A])),
     "a function mode": lambda: _inside(torch.overrides.BaseTorchFunctionMode(), lambda: _nll([A])),
     "fake tensors": lambda: _inside(torch._subclasses.FakeTensorMode(), lambda: _nll([torch.zeros(2, 3)])),
@@ -191,10 +191,10 @@ def test_plain_calls_are_the_native_backend_s() -> None:
     for name in ("reference", "triton"):
         try:
             with fastvae.use_backend(name):
-                assert choose.plain is None
+                assert choose.fast_path is None
         except RuntimeError:
             assert name == "triton"
-    assert choose.plain is not None
+    assert choose.fast_path is not None
 
 
 # --- Missing ----------------------------------------------------------------------------------------------------------
@@ -325,13 +325,24 @@ def test_importing_builds_nothing_and_brings_no_trainer() -> None:
             f"the extension was built for torch 2.9.1+cu128 and this is torch {torch.__version__}; rebuild it with: "
             "pip install --no-build-isolation -e .",
         ),
+        (
+            {"TORCH_VERSION": "2.9.1+cu128", "WHEELS": "https://example.org"},
+            f"the extension was built for torch 2.9.1+cu128 and this is torch {torch.__version__}; install the "
+            "wheel for this torch with: pip install --find-links https://example.org "
+            f'"fastvae-elbo=={fastvae.__version__}+torch{".".join(torch.__version__.split(".")[:2])}"',
+        ),
+        (
+            {"WHY_PURE": "it is the pure wheel", "WHEELS": "https://example.org"},
+            "fastvae was installed without its compiled extension: it is the pure wheel; install the wheel for "
+            "this torch with: pip install --find-links https://example.org",
+        ),
         ({"PYTHON_VERSION": "3.9.2"}, "the extension was built for Python 3.9.2 and this is Python 3."),
         (
             {"CUDA_VERSION": "9.2"},
             f"the extension was built for CUDA 9.2 and this torch ({torch.__version__}) is for",
         ),
     ],
-    ids=["torch", "python", "cuda"],
+    ids=["torch", "wheel", "pure wheel", "python", "cuda"],
 )
 def test_an_extension_built_for_another_version(
     monkeypatch: pytest.MonkeyPatch, record: dict[str, str], message: str
@@ -399,7 +410,7 @@ def test_a_gpu_that_the_extension_was_not_built_for(
     if triton:
         monkeypatch.setitem(available.loaded, "triton", named["triton"])
     monkeypatch.setattr(available, "missing", {} if triton else {"triton": "it is not installed"})
-    for name in ("setting", "plain", "_gpu", "_warned"):
+    for name in ("setting", "fast_path", "_gpu_capability", "_unserved_warned"):
         monkeypatch.setattr(choose, name, getattr(choose, name))
     monkeypatch.setattr(choose, "serving", dict(choose.serving))
     monkeypatch.setattr(available, "has_kernels", lambda name, device: device == "cuda" or name == "native")
@@ -413,7 +424,7 @@ def test_a_gpu_that_the_extension_was_not_built_for(
     fastvae.set_backend("auto")
     assert choose.serving["cuda"].name == "native"  # before torch has met the GPU
     with fastvae.use_backend("native"):
-        choose._meet_gpu()
+        choose._choose_for_gpu()
         if covered:
             assert choose.for_tensor(CUDA).name == "native"
         else:
@@ -421,7 +432,7 @@ def test_a_gpu_that_the_extension_was_not_built_for(
                 choose.for_tensor(CUDA)
     expected = "native" if covered else "triton" if triton else "reference"
     if expected == "reference":
-        monkeypatch.setattr(choose, "_warned", False)
+        monkeypatch.setattr(choose, "_unserved_warned", False)
         major, minor = capability
         with pytest.warns(RuntimeWarning, match=rf"GPU has {major}\.{minor}.*Triton: it is not installed"):
             choose.for_tensor(CUDA)

@@ -168,7 +168,7 @@ def test_no_warning_and_no_look_inside_a_graph(backend: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="fastvae")
         compiled(torch.rand(4, D), torch.rand(4, D), kl=torch.zeros(4))
-    assert not elbo._looked
+    assert not elbo._first_batch_checked
 
 
 # --- opcheck: schema, autograd registration, fake kernels, tracing ----------------------------------------------------

@@ -531,10 +531,10 @@ def test_the_reference_serves_where_there_is_no_kernel(monkeypatch: pytest.Monke
         raise AssertionError("this backend has no such kernel")
 
     monkeypatch.setitem(choose.serving, "cpu", Backend("triton", *(missing,) * len(OPS)))
-    monkeypatch.setattr(choose, "plain", None)
+    monkeypatch.setattr(choose, "fast_path", None)
     logits, target = data((3, 4, 7), torch.float32)
-    monkeypatch.setattr(choose, "_told", set())
-    monkeypatch.setitem(choose.LACKS, ("triton", "cpu"), ("categorical",))
+    monkeypatch.setattr(choose, "_fallbacks_warned", set())
+    monkeypatch.setitem(choose.LIKELIHOODS_LACKING, ("triton", "cpu"), ("categorical",))
     with pytest.warns(RuntimeWarning, match="'categorical' on its pure-PyTorch reference"):
         nll = functional.categorical_nll(logits, target)
     assert torch.equal(nll, reference.categorical_nll(logits, target))

@@ -558,8 +558,8 @@ print("good")
 
 
 def test_the_table_says_which_rows_give_elements(native: None) -> None:
-    for name, row in fastvae._spec.ROWS.items():
-        assert row.elements == (name in FORMS)
+    for name, variant in fastvae._spec.VARIANTS.items():
+        assert variant.elements == (name in FORMS)
     with pytest.raises(ValueError, match="no kernel for the elements of bernoulli"):
         torch.ops.fastvae.nll_elements("bernoulli", [ONES], ONES, [], 1.0)
     with pytest.raises(ValueError, match="no kernel for the elements of negative_binomial_logits"):
@@ -567,8 +567,8 @@ def test_the_table_says_which_rows_give_elements(native: None) -> None:
 
 
 def test_a_backend_without_the_op_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(choose.LACKING, "nll_elements", (("native", "cpu"),))
-    monkeypatch.setattr(choose, "_told", set())
+    monkeypatch.setitem(choose.OPS_LACKING, "nll_elements", (("native", "cpu"),))
+    monkeypatch.setattr(choose, "_fallbacks_warned", set())
     inputs = make(NB)
     with fastvae.use_backend("auto"):
         with pytest.warns(

@@ -404,7 +404,7 @@ ERRORS: list[tuple[str, Callable[[Inputs], Inputs], type[Exception], str]] = [
         NB,
         lambda p: {"inverse_dispersion": torch.ones(3)},
         ValueError,
-        r"`inverse_dispersion` must have the shape \(37,\), one for every gene of `mean`, or \(5, 37\), got \(3,\)",
+        r"`inverse_dispersion` must have the shape \(37,\), one for every feature of `mean`, or \(5, 37\), got \(3,\)",
     ),
     (
         NB,
@@ -727,9 +727,9 @@ def test_samples_have_the_mean_and_the_variance() -> None:
 
 
 def test_module_errors() -> None:
-    with pytest.raises(TypeError, match="`genes` must be an int, got float"):
+    with pytest.raises(TypeError, match="`features` must be an int, got float"):
         likelihoods.NegativeBinomial(3.0)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="`genes` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`features` must be at least 1, got 0"):
         likelihoods.NegativeBinomial(0)
     with pytest.raises(ValueError, match="`dispersion` must be one of 'gene', 'gene-cell', got 'cell'"):
         likelihoods.NegativeBinomial(3, "cell")
@@ -741,8 +741,8 @@ def test_module_errors() -> None:
 
 
 def test_a_backend_without_the_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(fastvae.backends.choose.LACKS, ("native", "cpu"), (NB,))
-    monkeypatch.setattr(fastvae.backends.choose, "_told", set())
+    monkeypatch.setitem(fastvae.backends.choose.LIKELIHOODS_LACKING, ("native", "cpu"), (NB,))
+    monkeypatch.setattr(fastvae.backends.choose, "_fallbacks_warned", set())
     inputs = make(NB)
     with fastvae.use_backend("auto"):
         with pytest.warns(RuntimeWarning, match="'negative_binomial' on its pure-PyTorch reference"):

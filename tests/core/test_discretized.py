@@ -116,7 +116,7 @@ def test_the_stored_values_are_those_of_the_script() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("small_mass", [1e-5, 0.0])
+@pytest.mark.parametrize("min_mass", [1e-5, 0.0])
 @pytest.mark.parametrize("shape", [(3,), (2, 5), (4, 131), (2, 7, 9), (1, 40, 33), (2, 2, 3, 5)], ids=str)
 @kinds
 def test_float64_reference(
@@ -124,15 +124,15 @@ def test_float64_reference(
     components: int,
     channels: int,
     shape: tuple[int, ...],
-    small_mass: float,
+    min_mass: float,
     dtype: torch.dtype,
 ) -> None:
     """The reference in float64 is the formula; the stored values hold it to the published one."""
     only_some(backend, components, dtype, few=math.prod(shape) < 200)
     params, target = make(components, channels, shape)
     params = params.to(dtype)
-    got = value_and_gradient(functional, params, target, components, small_mass=small_mass)
-    want = value_and_gradient(reference, params.double(), target, components, small_mass=small_mass)
+    got = value_and_gradient(functional, params, target, components, min_mass=min_mass)
+    want = value_and_gradient(reference, params.double(), target, components, min_mass=min_mass)
     check(got, want, dtype)
 
 
@@ -195,11 +195,10 @@ def test_masses_of_a_channel_sum_to_one(backend: str, log_scale: float, componen
         shifted = params.clone()
         shifted[-2 * max(1, components) : -max(1, components)] += means
         rows = shifted.expand(256, -1)
-        mass = torch.exp(-nll(functional, rows, levels, components, small_mass=0.0))
+        mass = torch.exp(-nll(functional, rows, levels, components, min_mass=0.0))
         assert abs(mass.sum().item() - 1) < 1e-12
         assert (
-            abs(torch.exp(-nll(functional, rows.float(), levels, components, small_mass=0.0)).sum() - 1)
-            < 1e-6
+            abs(torch.exp(-nll(functional, rows.float(), levels, components, min_mass=0.0)).sum() - 1) < 1e-6
         )
         # As published it is a bit less than 1 where scales are much narrower than a bin.
         published = torch.exp(-nll(functional, rows, levels, components)).sum().item()
@@ -214,14 +213,14 @@ def test_masses_of_a_channel_sum_to_one_given_the_others(backend: str) -> None:
 
     def channel(level: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
         row = torch.stack((mean, log_scale)).expand(len(level), 2)
-        return torch.exp(-functional.discretized_logistic_nll(row, level.view(-1, 1), small_mass=0.0))
+        return torch.exp(-functional.discretized_logistic_nll(row, level.view(-1, 1), min_mass=0.0))
 
     for red, green in ((0, 255), (13, 200), (255, 0)):
         r, g = 2 * red / 255 - 1, 2 * green / 255 - 1
         pixels = torch.stack([torch.full_like(levels, red), torch.full_like(levels, green), levels], 1)
         joint = torch.exp(
             -functional.discretized_logistic_mixture_nll(
-                params.expand(256, 10), pixels, components=1, small_mass=0.0
+                params.expand(256, 10), pixels, components=1, min_mass=0.0
             )
         )
         red_green = channel(torch.tensor([red], dtype=torch.uint8), means[0], log_scales[0]) * channel(
@@ -238,7 +237,7 @@ def test_masses_of_all_pixels_sum_to_one(backend: str, dtype: torch.dtype) -> No
     pixels = torch.tensor(list(itertools.product(range(2**bits), repeat=3)), dtype=torch.uint8)
     params = torch.randn(1, 30, dtype=dtype) - 1
     rows = functional.discretized_logistic_mixture_nll(
-        params.expand(len(pixels), 30), pixels, components=3, bits=bits, small_mass=0.0
+        params.expand(len(pixels), 30), pixels, components=3, bits=bits, min_mass=0.0
     )
     assert abs(torch.exp(-rows.double()).sum().item() - 1) < (1e-12 if dtype == torch.float64 else 1e-6)
 
@@ -248,7 +247,7 @@ def test_masses_of_all_pixels_sum_to_one(backend: str, dtype: torch.dtype) -> No
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def exact(level: int, mean: float, log_scale: float, small_mass: float) -> tuple[float, float, float]:
+def exact(level: int, mean: float, log_scale: float, min_mass: float) -> tuple[float, float, float]:
     """-log mass and its derivatives by mean and log-scale, from 50 digits and more."""
 
     def log_mass(mean: Any, log_scale: Any) -> Any:
@@ -259,7 +258,7 @@ def exact(level: int, mean: float, log_scale: float, small_mass: float) -> tuple
         # The same on both sides of the mean, and far below it no difference of two numbers close to 1.
         middle = -abs(x - mean) * inverse
         above, below = (1 / (1 + mpmath.exp(-middle - side * half * inverse)) for side in (1, -1))
-        if above - below > small_mass:
+        if above - below > min_mass:
             return mpmath.log(above - below)
         return middle - log_scale - 2 * mpmath.log(1 + mpmath.exp(middle)) - mpmath.log(mpmath.mpf(255) / 2)
 
@@ -278,15 +277,15 @@ HARD = [
 ]
 
 
-@pytest.mark.parametrize("small_mass", [1e-5, 0.0])
-def test_fifty_digits(backend: str, small_mass: float) -> None:
+@pytest.mark.parametrize("min_mass", [1e-5, 0.0])
+def test_fifty_digits(backend: str, min_mass: float) -> None:
     """Edges, tiny and huge scales, far means: one row each. Inputs are exact in float32."""
-    want = torch.tensor([exact(*point, small_mass) for point in HARD], dtype=torch.float64)
+    want = torch.tensor([exact(*point, min_mass) for point in HARD], dtype=torch.float64)
     params = torch.tensor([point[1:] for point in HARD], dtype=torch.float64)
     target = torch.tensor([point[:1] for point in HARD], dtype=torch.uint8)
     for dtype in (torch.float64, torch.float32):
         leaf = params.to(dtype).requires_grad_()
-        value = functional.discretized_logistic_nll(leaf, target, small_mass=small_mass)
+        value = functional.discretized_logistic_nll(leaf, target, min_mass=min_mass)
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
         eps = torch.finfo(dtype).eps
         # u = (x - mean) / scale has the rounding of x, mean and 1 / scale: no way around it with inputs of this type.
@@ -432,7 +431,7 @@ def test_extremes(backend: str, components: int, dtype: torch.dtype) -> None:
     params = (
         pair if not components else torch.cat((torch.zeros(len(pair), 3), pair.repeat_interleave(3, 1)), 1)
     )
-    for options in ({}, {"small_mass": 0.0}, {"log_scale_floor": -60.0}):
+    for options in ({}, {"min_mass": 0.0}, {"log_scale_floor": -60.0}):
         leaf = params.to(dtype).requires_grad_()
         value = nll(functional, leaf, target, components, **options)
         want = nll(reference, params.to(dtype).double(), target, components, **options)
@@ -678,13 +677,13 @@ def test_mean_of_any_scale(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_elbo(backend: str, reduction: str, dtype: torch.dtype) -> None:
     params, target = make(3, 3, (4, 6, 5))
-    elbo = fastvae.ELBO(DiscretizedLogisticMixture(3, small_mass=0.0), beta=0.5, reduction=reduction)
+    elbo = fastvae.ELBO(DiscretizedLogisticMixture(3, min_mass=0.0), beta=0.5, reduction=reduction)
     leaf, kl = params.to(dtype).requires_grad_(), torch.rand(4).requires_grad_()
     out = elbo(leaf, target, kl=kl)
     (3 * out.loss.sum() + out.nll.square().mean() / 100).backward()
 
     exact_leaf, exact_kl = params.to(dtype).double().requires_grad_(), kl.detach().double().requires_grad_()
-    rows = nll(reference, exact_leaf, target, 3, small_mass=0.0)
+    rows = nll(reference, exact_leaf, target, 3, min_mass=0.0)
     loss = rows + 0.5 * exact_kl
     loss = loss if reduction == "none" else getattr(loss, reduction)()
     (3 * loss.sum() + rows.square().mean() / 100).backward()

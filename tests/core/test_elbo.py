@@ -31,8 +31,8 @@ def data() -> dict[str, Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def _warn_again() -> None:
-    fastvae.elbo._warned.clear()
+def _warn_again(range_warnings: None) -> None:
+    """What another test was warned of is warned of again."""
 
 
 def textbook_kl(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def test_a_beta_that_moves_stays_the_tensor_that_schedules_fill() -> None:
     elbo = fastvae.ELBO("gaussian")
     held = elbo.beta
     with torch.inference_mode():
-        fastvae.elbo._move(elbo.beta, torch.zeros(3))
+        fastvae.elbo._move_beta(elbo.beta, torch.zeros(3))
     assert elbo.beta is held
     held.fill_(0.25)
     assert copy.deepcopy(elbo).beta.item() == 0.25
@@ -342,7 +342,7 @@ def test_a_users_likelihood(backend: str, data: dict[str, Tensor], reduction: st
 
 def test_a_subclass_with_a_row_is_served_by_a_kernel(backend: str, data: dict[str, Tensor]) -> None:
     class Halved(Likelihood):
-        def row(self, params: Tensor) -> tuple[str, list[Tensor], list[float]]:
+        def kernel_call(self, params: Tensor) -> tuple[str, list[Tensor], list[float]]:
             return "gaussian", [params / 2], [0.5]
 
     out = fastvae.ELBO(Halved())(**data)
@@ -413,7 +413,7 @@ def test_sound_data_is_silent(name: str) -> None:
         fastvae.ELBO(likelihood)(recon, x, kl=torch.zeros(len(x)))
 
 
-def test_only_the_first_batch_is_looked_at() -> None:
+def test_elbo_checks_only_its_first_batch() -> None:
     elbo = fastvae.ELBO("bernoulli")
     elbo(LOGITS, UNIT, kl=torch.zeros(B))
     with warnings.catch_warnings():

@@ -162,7 +162,7 @@ WRONG = {
     "half a component": Wrong(
         lambda: DiscretizedLogisticMixture(2.5),
         TypeError,
-        "fastvae.likelihoods.DiscretizedLogisticMixture: `k` must be an int, got 2.5",
+        "fastvae.likelihoods.DiscretizedLogisticMixture: `components` must be an int, got 2.5",
     ),
     "nine bits": Wrong(
         lambda: DiscretizedLogistic(9),
@@ -175,9 +175,9 @@ WRONG = {
         "fastvae.likelihoods.DiscretizedLogistic: `log_scale_floor` must be between -60 and 60, got -inf",
     ),
     "small mass": Wrong(
-        lambda: fv.discretized_logistic_nll(HEAD, LEVELS, small_mass=1.0),
+        lambda: fv.discretized_logistic_nll(HEAD, LEVELS, min_mass=1.0),
         ValueError,
-        "fastvae.discretized_logistic_nll: `small_mass` must be at least 0 and below 1, got 1.0",
+        "fastvae.discretized_logistic_nll: `min_mass` must be at least 0 and below 1, got 1.0",
     ),
     "levels on another device": Wrong(
         lambda: fv.discretized_logistic_nll(HEAD, LEVELS.to("meta")),

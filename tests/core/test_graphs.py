@@ -16,8 +16,8 @@ from fastvae import graphs
 
 
 @pytest.fixture(autouse=True)
-def _said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "_said", True)
+def _eager_warned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_eager_warned", True)
 
 
 def twice(batch: Any) -> Any:
@@ -134,7 +134,7 @@ def test_optimisers_that_a_graph_cannot_hold() -> None:
     weight = torch.ones(2, requires_grad=True)
     weight.grad = torch.ones(2)
     adam, sgd = torch.optim.Adam([weight]), torch.optim.SGD([weight], lr=0.1)
-    with graphs._looking_at_optimizers():
+    with graphs._capturable_optimizers_only():
         sgd.step()
         before = weight.detach().clone()
         with pytest.raises(
@@ -212,7 +212,7 @@ def test_every_call_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(5):
         batch = {"x": torch.full((3,), float(i)), "n": 5}
         if i == 2:
-            monkeypatch.setattr(graphs, "_detached", lambda out: results.append(out.detach()) or results[-1])
+            monkeypatch.setattr(graphs, "_detach", lambda out: results.append(out.detach()) or results[-1])
         out = step(batch)
         assert torch.equal(out, 2 * batch["x"] + 5), i
     assert recorder.log == ["warm-up", "warm-up", "capture", "replay", "replay", "replay"]

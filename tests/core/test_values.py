@@ -23,7 +23,7 @@ from torch import Tensor
 
 import fastvae
 from fastvae import functional, reference
-from fastvae._spec import ROWS
+from fastvae._spec import VARIANTS
 
 # The smallest float16 steps: what is not much larger has few digits.
 STEP = {torch.float16: 2.0**-24}
@@ -69,7 +69,7 @@ def test_every_likelihood_has_its_tests(monkeypatch: pytest.MonkeyPatch) -> None
     for row, file in ELSEWHERE.items():
         text = (Path(__file__).parent / file).read_text()
         assert re.search(rf"\b{row}(_nll)?\b", text), f"{file} does not name {row}"
-    assert served | ELSEWHERE.keys() == ROWS.keys()
+    assert served | ELSEWHERE.keys() == VARIANTS.keys()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)

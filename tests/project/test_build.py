@@ -166,9 +166,9 @@ sys.argv = ["setup.py", "--version"]
 for environment in environments:
     if not os.fork():
         os.environ.update(environment)
-        code, errors = 0, io.StringIO()
+        code, errors, output = 0, io.StringIO(), io.StringIO()
         try:
-            with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(output):
                 runpy.run_path("setup.py")
         except SystemExit as stop:
             code = stop.code
@@ -178,16 +178,21 @@ for environment in environments:
         except BaseException:
             code = 1
             errors.write(traceback.format_exc())
-        print(json.dumps([code or 0, errors.getvalue()]), flush=True)
+        print(json.dumps([code or 0, errors.getvalue(), output.getvalue()]), flush=True)
         os._exit(0)
     os.wait()
 """
 
 
 def setup(cuda: str | None, *environments: dict[str, str]) -> list[tuple[int, str]]:
-    """Runs setup.py as far as its arguments, with a torch that says it was built for that version of CUDA.
+    """The exit code and what stands on stderr for each of the environments: see `version`."""
+    return [(code, errors) for code, errors, _ in version(cuda, *environments)]
 
-    Returns the exit code and what stands on stderr for each of the environments.
+
+def version(cuda: str | None, *environments: dict[str, str]) -> list[tuple[int, str, str]]:
+    """Runs `setup.py --version`, with a torch that says it was built for that version of CUDA.
+
+    Returns the exit code and what stands on stderr and stdout for each of the environments.
     """
     done = subprocess.run(
         [sys.executable, "-c", SETUP],
@@ -199,7 +204,7 @@ def setup(cuda: str | None, *environments: dict[str, str]) -> list[tuple[int, st
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    results = [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+    results = [(code, errors, output) for code, errors, output in map(json.loads, done.stdout.splitlines())]
     assert len(results) == len(environments), done.stderr
     return results
 
@@ -262,6 +267,28 @@ def test_gpus_that_are_too_old(toolkit: Path) -> None:
         "TORCH_CUDA_ARCH_LIST names 7.0, 7.5+PTX, and the CUDA kernels need compute capability 8.0; name a newer one, "
         "or leave them out with FASTVAE_CUDA=0" in errors
     )
+
+
+def test_the_version_of_a_wheel_names_what_it_is_for(toolkit: Path) -> None:
+    """Of a wheel for a release alone: PyPI takes no versions with a local part."""
+    nvcc = toolkit / "bin" / "nvcc"
+    nvcc.write_text(TOOLKIT.format(version="13.0"))
+    nvcc.chmod(0o755)
+    wheels = {"FASTVAE_WHEELS": "https://example.org"}
+    results = version(
+        "13.0",
+        {"FASTVAE_CUDA": "0"},
+        {"FASTVAE_CUDA": "0"} | wheels,
+        {"FASTVAE_CUDA": "1", "CUDA_HOME": str(toolkit)} | wheels,
+        {"FASTVAE_NATIVE": "0"} | wheels,
+    )
+    minor = ".".join(torch.__version__.split(".")[:2])
+    assert [output.split()[-1] for _, _, output in results] == [
+        fastvae.__version__,
+        f"{fastvae.__version__}+torch{minor}",
+        f"{fastvae.__version__}+torch{minor}.cu130",
+        fastvae.__version__,
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

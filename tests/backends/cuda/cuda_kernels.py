@@ -20,7 +20,7 @@ import compiled
 import torch
 from torch import Tensor
 
-from fastvae._spec import ROWS
+from fastvae._spec import VARIANTS
 
 ROOT = Path(__file__).parents[3]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -32,7 +32,7 @@ COUNTS = {torch.uint8: 6, torch.uint16: 7, torch.int32: 8, torch.int64: 9}  # of
 LIST = ROOT / "csrc" / "likelihoods.def"
 # csrc/cpu/kernels.h's Element, in its order.
 ENUM = re.findall(r"^FASTVAE_(?:CUDA_)?ELEMENT\((\w+), \w+\)$", LIST.read_text(), re.MULTILINE)
-ELEMENTS = {row.name: ENUM.index(row.element) for row in ROWS.values() if row.element}
+ELEMENTS = {variant.name: ENUM.index(variant.element) for variant in VARIANTS.values() if variant.element}
 LOGISTIC = ENUM.index("discretized_logistic")
 KEPT: list[Tensor] = []  # what the pointers of the last call point at
 
@@ -385,7 +385,7 @@ class Kernels:
         elementwise = list(params)
         if likelihood.endswith("_learned"):
             args.scalar = numbers(elementwise.pop())
-        args.target = operand(target, COUNTS if ROWS[likelihood].counts else {})
+        args.target = operand(target, COUNTS if VARIANTS[likelihood].counts else {})
         slopes = [poisoned_like(p) if needs >> i & 1 else None for i, p in enumerate(elementwise)]
         if likelihood.endswith("_head"):
             args.params[:2] = halves(params[0], target.shape[1])

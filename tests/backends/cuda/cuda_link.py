@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 import fastvae
 from fastvae import _build_info
 from fastvae.backends import OPS, choose
-from fastvae.backends.base import LACKING
+from fastvae.backends.base import OPS_LACKING
 from fastvae.reference import REDUCTIONS
 
 
@@ -30,7 +30,7 @@ def check_kernels() -> int:
     # Those that users' calls run hand on to the others.
     working = [op for op in ops if re.search("_(forward|backward_?|gradient)$", op)]
     assert len(ops) == len(working) + len(OPS), ops
-    lacking = tuple(op for op, places in LACKING.items() if ("native", "cuda") in places)
+    lacking = tuple(op for op, places in OPS_LACKING.items() if ("native", "cuda") in places)
     for op in working:
         if op.removeprefix("fastvae::").startswith(lacking):
             continue

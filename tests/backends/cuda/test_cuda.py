@@ -236,17 +236,17 @@ def test_an_elbo_that_nobody_moved(device: torch.device, likelihood: str) -> Non
 def test_plain_tensors_take_the_short_cut(device: torch.device) -> None:
     """And what does not fit is left to the checks, which have words for it."""
     _, (recon, mu, logvar), x = step_inputs()
-    assert choose.plain.reparameterize_kl(mu, logvar) is not None
-    assert choose.plain.nll("bernoulli", [recon], x, [], None, None, 0) is not None
-    assert choose.plain.nll("bernoulli", [recon], x.cpu(), [], None, None, 0) is None
+    assert choose.fast_path.reparameterize_kl(mu, logvar) is not None
+    assert choose.fast_path.nll("bernoulli", [recon], x, [], None, None, 0) is not None
+    assert choose.fast_path.nll("bernoulli", [recon], x.cpu(), [], None, None, 0) is None
     assert (
-        choose.plain.nll("bernoulli", [recon], x, [], torch.ones(128, device=device), torch.ones(()), 2)
+        choose.fast_path.nll("bernoulli", [recon], x, [], torch.ones(128, device=device), torch.ones(()), 2)
         is None
     )
     with pytest.raises(ValueError, match="`target` must be on the device of `logits`, cuda:0, got cpu"):
         functional.bernoulli_nll(recon, x.cpu())
     with fastvae.use_backend("reference"):
-        assert choose.plain is None
+        assert choose.fast_path is None
 
 
 def test_the_seed_that_a_call_draws_for_itself(device: torch.device) -> None:
@@ -339,7 +339,7 @@ FIRST = """
 import torch, fastvae
 fastvae.set_backend("native")
 elbo = fastvae.ELBO("bernoulli").cuda()
-elbo._looked = True
+elbo._first_batch_checked = True
 recon, x = torch.randn(64, 40_000, device="cuda"), torch.rand(64, 40_000, device="cuda")
 kl = torch.rand(64, device="cuda")
 with torch.no_grad():

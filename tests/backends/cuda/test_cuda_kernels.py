@@ -893,7 +893,7 @@ class Kernel(NamedTuple):
         return re.findall(rf"\b{operation}\.E\S*", self.code)
 
     @property
-    def whole(self) -> bool:
+    def checked_int(self) -> bool:
         """Whether it is the variant that reads and writes 128 bits at a time."""
         return not re.search(r"Any|, 1>$|, 4, false|mixture", self.name)
 
@@ -981,6 +981,7 @@ REGISTERS = (
     (r"mixture_kernel<1", 80),
     (r"nll_kernel<\w+, double", 128),
     (r"nll_kernel<(DiscretizedLogistic|PoissonRate), .* 1>", 128),
+    (r"nll_kernel<Gaussian, (half|bf16), Any", 128),
     (r"nll_kernel<DiscretizedLogistic", 80),
     (r"nll_kernel<(Poisson|ContinuousBernoulli|StudentT), ((half|bf16)|\w+, Any)", 128),
     (r"nll_kernel<(Poisson|ContinuousBernoulli|StudentT|\w+PerElement|GaussianBounded)", 80),

