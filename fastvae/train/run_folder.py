@@ -106,7 +106,7 @@ def remove_partial(path: Path) -> None:
 
 
 def write_config(out: Path, settings: Settings, form_lines: str = "") -> None:
-    """Write config.toml; the lines of `head` come before the settings."""
+    """Write config.toml; `form_lines` come before the settings."""
     import tomli_w
 
     first = {"recipe": settings.recipe, "fastvae": fastvae.__version__, "format": FORMAT}

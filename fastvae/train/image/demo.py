@@ -275,7 +275,7 @@ def run(settings: Settings, console: Console) -> None:
         f"data: {images.name}, {size}, {len(images.train)} training images, {len(images.val)} validation images,"
     )
     print_line(
-        "      binarised at half of the range, because the Bernoulli likelihood is one of zeros and ones"
+        "      binarised at half of the range, because the Bernoulli likelihood is defined for zeros and ones"
     )
 
     torch.manual_seed(settings.seed)

@@ -70,8 +70,8 @@ class Corpus(NamedTuple):
 def load(settings: TextSettings) -> Corpus:
     """Load the lines of `--data`: a text file, or the name of a Hugging Face dataset.
 
-    A sixth of the lines of a file, drawn by the seed, is for validation. A dataset is treated alike if it has no split
-    `test` or `validation`. Lines with too few or too many words are skipped; `notes` has their number.
+    A sixth of the lines of a file, drawn by the seed, is for validation. So is a sixth of a dataset that has no
+    split `test` or `validation`. Lines with too few or too many words are skipped; `notes` has their number.
 
     Raises InputError if the data cannot be read, or if too few lines are left.
     """
@@ -111,7 +111,7 @@ def load(settings: TextSettings) -> Corpus:
         )
         if count
     ]
-    notes = (f"skipped, out of {lines} lines: {' and '.join(skipped)}",) if skipped else ()
+    notes = (f"skipped {short + long} of {lines} lines: {' and '.join(skipped)}",) if skipped else ()
     return Corpus(name, train, val, notes)
 
 

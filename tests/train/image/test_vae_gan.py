@@ -44,7 +44,7 @@ def steps(colours, tmp_path, monkeypatch) -> list[tuple[str, dict[str, torch.Ten
 
 
 def test_each_update_has_gradients_of_its_networks_only(steps):
-    """The discriminator's update has no gradients of the other networks, and the reverse."""
+    """The discriminator's update has no gradients of the other networks, and vice versa."""
     assert [network for network, _ in steps] == ["discriminator", "encoder", "decoder"] * 3
     for network, gradients in steps:
         parts = {name.partition(".")[0] for name in gradients}
