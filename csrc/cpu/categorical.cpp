@@ -124,7 +124,7 @@ void run(const CategoricalArgs& args) {
       const int64_t row = task / positions, t = task % positions;
       const Operand logits = shifted(args.logits, row * args.row_stride + t * classes);
       const Result slopes = shifted(args.slopes, task * classes);
-      const int64_t target = args.target[row * args.target_row_stride + t];
+      const int64_t target = args.target[target_row(args, row) * args.target_row_stride + t];
       if (target != args.ignored) {
         nll[task] = position<C>(logits, slopes, classes, target, args.weight[row * args.weight_stride], in_buffer, out_buffer);
       } else if (slopes.data) {

@@ -361,7 +361,7 @@ void run(const LogisticArgs& args) {
           const int64_t next_row = here ? row : (task + 1) / blocks, next = here ? begin + kTile : (task + 1) % blocks * Model::kPixels;
           tile.coming = ahead(args.params, next_row, next, std::min(kTile, args.pixels - next), planes, args.pixels);
         }
-        half_bins(args.target, row, begin, n, args.channels, args.pixels, args.alternate, int(args.levels), kTile, data.data());
+        half_bins(args.target, target_row(args, row), begin, n, args.channels, args.pixels, args.alternate, int(args.levels), kTile, data.data());
         if (!wanted) {
           sum += model.template nll<false>(tile);
           continue;

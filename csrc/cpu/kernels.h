@@ -41,6 +41,12 @@ inline __attribute__((always_inline)) View shifted(View view, int64_t elements) 
   return view;
 }
 
+// The target of a row. One of `target_rows` rows serves several draws, which lie one behind the other; 0: each row has its own.
+template <class Args>
+constexpr int64_t target_row(const Args& args, int64_t row) {
+  return args.target_rows ? row % args.target_rows : row;
+}
+
 constexpr int kMaxParams = 3;
 constexpr int kMaxConstants = 5;
 
@@ -57,6 +63,7 @@ struct NllArgs {
   int64_t rows, size;
   Operand params[kMaxParams];
   Operand target;
+  int64_t target_rows;  // see target_row
   double constants[kMaxConstants];
   Result slopes[kMaxParams];
   const double* weight;
@@ -77,6 +84,7 @@ struct CountArgs {
   double eps;  // added to the mean
   const double* library;
   Operand target;  // read where there are no `starts`; else row r holds target_values of columns[i], i from starts[r] to starts[r + 1]
+  int64_t target_rows;  // see target_row
   const int64_t *starts, *columns;
   Operand target_values;  // one row
   // Derivatives times weight[row * weight_stride]; what has no data is not wanted.
@@ -97,6 +105,7 @@ struct CategoricalArgs {
   Operand logits;
   int64_t row_stride;
   const int64_t* target;
+  int64_t target_rows;  // see target_row
   int64_t target_row_stride;
   int64_t ignored;
   Result slopes;  // no data: not wanted
@@ -114,6 +123,7 @@ struct LogisticArgs {
   double levels, log_scale_floor, min_mass;
   Operand params;
   Operand target;  // u8: levels
+  int64_t target_rows;  // see target_row
   Result slopes;   // no data: not wanted
   const double* weight;
   int64_t weight_stride;

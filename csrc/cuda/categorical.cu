@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
       const int64_t position = begin + its_position;
       const bool inside = has_row && position < part.end;
       int64_t target = args.ignored;
-      if (inside) target = __ldg(static_cast<const long long*>(args.target.data) + row * args.target.row_stride + position);
+      if (inside) target = __ldg(static_cast<const long long*>(args.target.data) + cpu::target_row(args, row) * args.target.row_stride + position);
       const bool counted = inside && target != args.ignored, exists = target >= 0 && target < args.classes;
       const T* logits = static_cast<const T*>(args.params[0].data) + row * args.params[0].row_stride + position * args.classes;
       const uint32_t own = exists ? static_cast<uint32_t>(target) : classes;

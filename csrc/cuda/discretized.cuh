@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, mixture_resident(kChannels, sizeof(T
       if (inside) {
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) {
-          const uint8_t level = __ldg(target + row * args.target.row_stride + pixel * data_step + c * channel_step);
+          const uint8_t level = __ldg(target + cpu::target_row(args, row) * args.target.row_stride + pixel * data_step + c * channel_step);
           n[c] = math::DiscretizedLogistic::half_bins(static_cast<C>(level), bins.levels);
         }
         one = One(at, K * plane_step, n, bins);

@@ -110,7 +110,7 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
     slope[k] = static_cast<T*>(args.slopes[k].data);
     if (slope[k]) slope[k] += row * args.slopes[k].row_stride + (kRuns ? 0 : begin);
   }
-  const int64_t target_begin = row * args.target.row_stride + begin;
+  const int64_t target_begin = cpu::target_row(args, row) * args.target.row_stride + begin;
   const char* target = static_cast<const char*>(args.target.data) + target_begin * cpu::item_size(args.target.type);
 
   C sum(0);

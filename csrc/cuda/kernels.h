@@ -49,6 +49,7 @@ struct NllArgs {
   int64_t rows = 0, size = 0;
   Operand params[kMaxParams];
   Operand target;
+  int64_t target_rows = 0;  // see cpu::target_row
   double constants[kMaxConstants] = {};  // these as csrc/ops/likelihood_table.h has them, at the scale 1 where `scalar` is given
   double normaliser = 0;                 // per element
   Numbers scalar;                        // a learned log-scale (the Gaussian's log-variance) for all elements

@@ -15,7 +15,7 @@ from .runtime import INTERPRETED
 @kernel
 def categorical_kernel(
     logits,  # (rows, positions, classes), any stride of rows
-    target,  # (rows, positions), int64, any stride of rows
+    target,  # (target_rows, positions), int64, any stride of rows
     slopes,  # out, or None: as the logits, dense
     sums,  # out, or None: (rows, positions) in C
     grad_loss,  # see row_factor in tiles.py
@@ -25,9 +25,11 @@ def categorical_kernel(
     classes: "number",  # this and the logits' stride in units of UNIT elements
     logits_stride: "number",
     target_stride: "number",
+    target_rows: "number",  # see elementwise.py
     ignored: "number",
     grad_loss_stride: "number",
     grad_nll_stride: "number",
+    REPEATED: tl.constexpr,
     UNIT: tl.constexpr,
     COLUMNS: tl.constexpr,
     C: tl.constexpr,
@@ -36,7 +38,10 @@ def categorical_kernel(
     row, position = program // positions, program % positions
     classes = classes * UNIT
     logits += row * logits_stride * UNIT + position * classes
-    chosen = tl.load(target + row * target_stride + position)
+    data_row = row
+    if REPEATED:
+        data_row = row % target_rows
+    chosen = tl.load(target + data_row * target_stride + position)
     if grad_loss is None and grad_nll is None:
         factor = tl.full((), weight, C)
     else:
@@ -109,7 +114,7 @@ def evaluate(
     lead = params[0]
     dtype, classes = row_dtype(lead), lead.shape[-1]
     logits, chosen = dense_rows(lead), dense_rows(target)
-    rows, positions = target.shape[0], event_size(target)
+    rows, positions = lead.shape[0], event_size(target)
     slopes = torch.empty_like(lead, memory_format=torch.contiguous_format) if needs & 1 else None
     sums = lead.new_empty((rows, positions), dtype=dtype) if values else None
     widest = 4096 if INTERPRETED or dtype == torch.float32 else 2048
@@ -130,9 +135,11 @@ def evaluate(
         classes // unit,
         logits.stride(0) // unit,
         chosen.stride(0),
+        chosen.shape[0],
         int(constants[0]),
         row_stride(grad_loss),
         row_stride(grad_nll),
+        REPEATED=chosen.shape[0] != rows,
         UNIT=unit,
         COLUMNS=columns,
         C=COMPUTE[dtype],

@@ -148,7 +148,7 @@ def component(
 @kernel
 def logistic_kernel(
     first,  # (rows, planes * pixels), any stride of rows
-    target,  # uint8 levels (rows, channels * pixels), the same
+    target,  # uint8 levels (target_rows, channels * pixels), the same
     slopes,  # out, or None: as `first`
     row_sums,  # out, or None: (rows, splits) in C
     levels: tl.float64,  # 2^bits - 1
@@ -162,6 +162,7 @@ def logistic_kernel(
     pixels: "number",  # this and all strides in units of UNIT elements
     params_stride: "number",
     target_stride: "number",
+    target_rows: "number",  # see elementwise.py
     slopes_stride: "number",
     planes: "number",
     K: "number",  # components; 0: no mixture
@@ -170,6 +171,7 @@ def logistic_kernel(
     grad_nll_stride: "number",
     splits: "number",
     tiles: "number",
+    REPEATED: tl.constexpr,
     MIXED: tl.constexpr,  # the channels of a mixture, or 0
     ALTERNATE: tl.constexpr,  # planes take turns at every pixel: channels_last
     UNIT: tl.constexpr,
@@ -183,7 +185,10 @@ def logistic_kernel(
     inside_rows = rows < row_count
     size = row_size(pixels, UNIT, WIDE)
     first += rows[:, None] * params_stride * UNIT
-    target += rows[:, None] * target_stride * UNIT
+    data_rows = rows
+    if REPEATED:
+        data_rows = rows % target_rows
+    target += data_rows[:, None] * target_stride * UNIT
     if slopes is not None:
         slopes += rows[:, None] * slopes_stride * UNIT
     if grad_loss is None and grad_nll is None:
@@ -352,6 +357,7 @@ def evaluate(
         pixels // unit,
         first.stride(0) // unit,
         data.stride(0) // unit,
+        target.shape[0],
         slopes_stride // unit,
         planes,
         components,
@@ -360,6 +366,7 @@ def evaluate(
         row_stride(grad_nll),
         cut.splits,
         cut.tiles,
+        REPEATED=target.shape[0] != rows,
         MIXED=channels if components else 0,
         ALTERNATE=alternate,
         UNIT=unit,

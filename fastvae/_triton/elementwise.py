@@ -43,7 +43,7 @@ ELEMENTS = {
 def nll_kernel(
     first,  # parameters: (rows, size), any stride of rows
     second,  # None where the likelihood has one
-    target,  # (rows, size), any dtype
+    target,  # (target_rows, size), any dtype
     scalar,  # one number, or None: then `scalar_value` is it
     scalar_value: tl.float64,
     shape: tl.float64,  # see element.py
@@ -61,6 +61,7 @@ def nll_kernel(
     first_stride: "number",
     second_stride: "number",
     target_stride: "number",
+    target_rows: "number",  # of which row r reads row r % target_rows where REPEATED, that is, one serves several draws
     slope_stride: "number",
     second_offset: "number",  # of the second half of a packed head
     grad_loss_stride: "number",
@@ -69,6 +70,7 @@ def nll_kernel(
     tiles: "number",
     ELEMENT: tl.constexpr,
     LOG_TERM: tl.constexpr,
+    REPEATED: tl.constexpr,
     COUNTS: tl.constexpr,  # integers are numbers, uint8 too
     UNIT: tl.constexpr,
     RUN: tl.constexpr,  # 0, or the channels of a packed head in channels_last order, where the halves alternate
@@ -84,7 +86,10 @@ def nll_kernel(
     first += rows[:, None] * first_stride * UNIT
     if second is not None:
         second += rows[:, None] * second_stride * UNIT + second_offset.to(tl.int64) * UNIT
-    target += rows[:, None] * target_stride * UNIT
+    data_rows = rows
+    if REPEATED:
+        data_rows = rows % target_rows
+    target += data_rows[:, None] * target_stride * UNIT
     if first_slope is not None:
         first_slope += rows[:, None] * slope_stride * UNIT
     if second_slope is not None:
@@ -231,6 +236,7 @@ def evaluate(
         first.stride(0) // unit,
         second_stride // unit,
         data.stride(0) // unit,
+        target.shape[0],
         slope_stride // unit,
         second_offset // unit,
         row_stride(grad_loss),
@@ -239,6 +245,7 @@ def evaluate(
         cut.tiles,
         ELEMENT=element.function,
         LOG_TERM=element.log_term,
+        REPEATED=target.shape[0] != rows,
         COUNTS=variant.counts,
         UNIT=unit,
         RUN=run,

@@ -167,6 +167,7 @@ class _Nll(torch.autograd.Function):
         ctx.need_scalar = needs & scalar_bit != 0
         ctx.need_kl, ctx.need_beta = _requires_grad(kl), _requires_grad(beta)
         ctx.target_dtype = target.dtype if target.requires_grad else None
+        ctx.target_rows = target.shape[0]
         with_kl = ctx.need_kl or ctx.need_beta
         # scalar_rows is an output that nobody sees but this node: unpacked in the backward, it leads back here.
         ctx.save_for_backward(
@@ -234,6 +235,8 @@ class _Nll(torch.autograd.Function):
                 gradient = next(made)
                 if i == 0 and ctx.target_dtype is not None:
                     location = gradient.chunk(2, 1)[0] if ctx.variant.packed else gradient
+                    if ctx.target_rows != ctx.rows:  # it served several draws
+                        location = location.unflatten(0, (-1, ctx.target_rows)).sum(0)
                     results[3] = location.neg().to(ctx.target_dtype)
                 if ctx.needs >> i & 1:
                     results[6 + i] = gradient

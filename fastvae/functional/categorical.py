@@ -14,7 +14,9 @@ from .checks import check_floating, device_message, dtype_name, is_dense, layout
 __all__ = ["categorical_nll"]
 
 
-def categorical_nll(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
+def categorical_nll(
+    logits: Tensor, target: Tensor, *, ignore_index: int = -100, draws: int | None = None
+) -> Tensor:
     """-log Categorical(target | softmax(logits)) of every row, in nats, summed over its positions.
 
     Per position log sum_v e^a_v - a_t for logits a and the class t (Bishop 2006, equations 4.104 and 4.108): what
@@ -33,7 +35,9 @@ def categorical_nll(logits: Tensor, target: Tensor, *, ignore_index: int = -100)
         TypeError: a dtype or kind that does not fit.
         ValueError: a shape or device that does not fit, or (of tensors on the CPU) a class that there is not.
     """
-    return loss.nll("categorical", [logits], target, [checked_index("categorical_nll", ignore_index)])[0]
+    return loss.nll(
+        "categorical", [logits], target, [checked_index("categorical_nll", ignore_index)], draws=draws
+    )[0]
 
 
 def checked_index(where: str, index: Any) -> float:

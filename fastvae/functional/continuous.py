@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 
-def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
+def bernoulli_nll(logits: Tensor, target: Tensor, *, draws: int | None = None) -> Tensor:
     """-log Bernoulli(target | sigmoid(logits)) of every row, in nats.
 
     Per element max(a, 0) - a t + log(1 + e^-|a|) for logit a and target t (Kingma and Welling 2014, appendix C.1).
@@ -42,7 +42,7 @@ def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
         TypeError: a dtype or kind that does not fit.
         ValueError: a shape or device that does not fit, or a target that requires a gradient.
     """
-    return loss.nll("bernoulli", [logits], target, [])[0]
+    return loss.nll("bernoulli", [logits], target, [], draws=draws)[0]
 
 
 def gaussian_nll(
@@ -52,6 +52,7 @@ def gaussian_nll(
     *,
     scale: float = 1.0,
     logvar_bounds: tuple[float, float] | None = None,
+    draws: int | None = None,
 ) -> Tensor:
     """-log N(target | mean, variance) of every row, in nats, with the constant 1/2 log 2 pi of each element.
 
@@ -86,7 +87,7 @@ def gaussian_nll(
             raise ValueError(
                 f"fastvae.gaussian_nll: `logvar_bounds` bound a `logvar`, which is missing, got {logvar_bounds!r}"
             )
-        return loss.nll("gaussian", [mean], target, [scale])[0]
+        return loss.nll("gaussian", [mean], target, [scale], draws=draws)[0]
     if scale != 1.0:
         raise ValueError(
             f"fastvae.gaussian_nll: `logvar` and `scale` exclude each other, got `scale` {scale}"
@@ -94,18 +95,22 @@ def gaussian_nll(
     learned = isinstance(logvar, Tensor) and isinstance(mean, Tensor) and logvar.shape != mean.shape
     if logvar_bounds is None:
         return loss.nll(
-            "gaussian_learned" if learned else "gaussian_per_element", [mean, logvar], target, []
+            "gaussian_learned" if learned else "gaussian_per_element", [mean, logvar], target, [], draws=draws
         )[0]
     bounds = checked_bounds("gaussian_nll", logvar_bounds)
     if not learned:
-        return loss.nll("gaussian_bounded_per_element", [mean, logvar], target, list(bounds))[0]
+        return loss.nll("gaussian_bounded_per_element", [mean, logvar], target, list(bounds), draws=draws)[0]
     check_floating("gaussian_nll", "mean", mean)
     check_learned("gaussian_nll", "logvar", logvar, "mean", mean)
-    return loss.nll("gaussian_learned", [mean, smooth_clamp(logvar, bounds)], target, [])[0]
+    return loss.nll("gaussian_learned", [mean, smooth_clamp(logvar, bounds)], target, [], draws=draws)[0]
 
 
 def gaussian_head_nll(
-    params: Tensor, target: Tensor, *, logvar_bounds: tuple[float, float] | None = None
+    params: Tensor,
+    target: Tensor,
+    *,
+    logvar_bounds: tuple[float, float] | None = None,
+    draws: int | None = None,
 ) -> Tensor:
     """`gaussian_nll` with mean and log-variance packed in one tensor, whose gradient comes packed too.
 
@@ -123,9 +128,9 @@ def gaussian_head_nll(
         ValueError: a shape, device or bounds that do not fit.
     """
     if logvar_bounds is None:
-        return loss.nll("gaussian_head", [params], target, [])[0]
+        return loss.nll("gaussian_head", [params], target, [], draws=draws)[0]
     bounds = checked_bounds("gaussian_head_nll", logvar_bounds)
-    return loss.nll("gaussian_bounded_head", [params], target, list(bounds))[0]
+    return loss.nll("gaussian_bounded_head", [params], target, list(bounds), draws=draws)[0]
 
 
 def smooth_clamp(logvar: Tensor, bounds: Sequence[float]) -> Tensor:
@@ -149,7 +154,12 @@ def checked_bounds(where: str, bounds: Any, name: str = "logvar_bounds") -> tupl
 
 
 def laplace_nll(
-    loc: Tensor, target: Tensor, log_scale: Tensor | None = None, *, scale: float = 1.0
+    loc: Tensor,
+    target: Tensor,
+    log_scale: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    draws: int | None = None,
 ) -> Tensor:
     """-log Laplace(target | loc, scale) of every row, in nats: the normalised form of an L1 loss.
 
@@ -169,10 +179,10 @@ def laplace_nll(
         ValueError: a shape, device or scale that does not fit, or both `log_scale` and `scale`.
     """
     name, params, fixed = _scale_row("laplace", loc, log_scale, scale)
-    return loss.nll(name, params, target, fixed)[0]
+    return loss.nll(name, params, target, fixed, draws=draws)[0]
 
 
-def laplace_head_nll(params: Tensor, target: Tensor) -> Tensor:
+def laplace_head_nll(params: Tensor, target: Tensor, *, draws: int | None = None) -> Tensor:
     """`laplace_nll` with location and log-scale packed in one tensor, whose gradient comes packed too.
 
     Args:
@@ -186,11 +196,17 @@ def laplace_head_nll(params: Tensor, target: Tensor) -> Tensor:
         TypeError: a dtype or kind that does not fit.
         ValueError: a shape or device that does not fit.
     """
-    return loss.nll("laplace_head", [params], target)[0]
+    return loss.nll("laplace_head", [params], target, draws=draws)[0]
 
 
 def student_t_nll(
-    loc: Tensor, target: Tensor, log_scale: Tensor | None = None, *, df: float, scale: float = 1.0
+    loc: Tensor,
+    target: Tensor,
+    log_scale: Tensor | None = None,
+    *,
+    df: float,
+    scale: float = 1.0,
+    draws: int | None = None,
 ) -> Tensor:
     """-log of Student's t with `df` degrees of freedom, of every row, in nats: robust where a Gaussian is not.
 
@@ -213,10 +229,10 @@ def student_t_nll(
     """
     df = checked_positive("student_t_nll", "df", df)
     name, params, fixed = _scale_row("student_t", loc, log_scale, scale)
-    return loss.nll(name, params, target, [df, *fixed])[0]
+    return loss.nll(name, params, target, [df, *fixed], draws=draws)[0]
 
 
-def student_t_head_nll(params: Tensor, target: Tensor, *, df: float) -> Tensor:
+def student_t_head_nll(params: Tensor, target: Tensor, *, df: float, draws: int | None = None) -> Tensor:
     """`student_t_nll` with location and log-scale packed in one tensor, whose gradient comes packed too.
 
     Args:
@@ -231,7 +247,9 @@ def student_t_head_nll(params: Tensor, target: Tensor, *, df: float) -> Tensor:
         TypeError: a dtype or kind that does not fit.
         ValueError: a shape, device or df that does not fit.
     """
-    return loss.nll("student_t_head", [params], target, [checked_positive("student_t_head_nll", "df", df)])[0]
+    return loss.nll(
+        "student_t_head", [params], target, [checked_positive("student_t_head_nll", "df", df)], draws=draws
+    )[0]
 
 
 def _scale_row(family: str, loc: Any, log_scale: Any, scale: Any) -> tuple[str, list[Tensor], list[float]]:
@@ -251,7 +269,7 @@ def _scale_row(family: str, loc: Any, log_scale: Any, scale: Any) -> tuple[str, 
     return f"{family}_learned" if learned else f"{family}_per_element", [loc, log_scale], []
 
 
-def continuous_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
+def continuous_bernoulli_nll(logits: Tensor, target: Tensor, *, draws: int | None = None) -> Tensor:
     """-log of the continuous Bernoulli of every row, in nats: a density of grey values, which `bernoulli_nll` is not.
 
     Per element log((e^a - 1) / a) - a t for logit a and target t in [0, 1] (Loaiza-Ganem and Cunningham 2019), which
@@ -269,10 +287,10 @@ def continuous_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
         TypeError: a dtype or kind that does not fit.
         ValueError: a shape or device that does not fit, or a target that requires a gradient.
     """
-    return loss.nll("continuous_bernoulli", [logits], target)[0]
+    return loss.nll("continuous_bernoulli", [logits], target, draws=draws)[0]
 
 
-def gamma_nll(log_scale: Tensor, target: Tensor, *, shape: float) -> Tensor:
+def gamma_nll(log_scale: Tensor, target: Tensor, *, shape: float, draws: int | None = None) -> Tensor:
     """-log Gamma(target | shape, e^log_scale) of every row, in nats: positive data whose spread grows with its mean.
 
     Per element, for shape k and log-scale s: log Gamma(k) + k s - (k - 1) log x + x e^-s. The mean is k e^s.
@@ -296,4 +314,6 @@ def gamma_nll(log_scale: Tensor, target: Tensor, *, shape: float) -> Tensor:
         ValueError: a shape or device that does not fit, a `shape` that is not positive, or a target that requires a
             gradient.
     """
-    return loss.nll("gamma", [log_scale], target, [checked_positive("gamma_nll", "shape", shape)])[0]
+    return loss.nll(
+        "gamma", [log_scale], target, [checked_positive("gamma_nll", "shape", shape)], draws=draws
+    )[0]

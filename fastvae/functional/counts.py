@@ -31,7 +31,9 @@ __all__ = [
 ]
 
 
-def poisson_nll(log_rate: Tensor, target: Tensor, *, validate: bool = False) -> Tensor:
+def poisson_nll(
+    log_rate: Tensor, target: Tensor, *, validate: bool = False, draws: int | None = None
+) -> Tensor:
     """-log Poisson(target | e^log_rate) of every row, in nats, with its term log t!.
 
     Per element e^a - t a + log t! for log-rate a and count t. The three terms of a large count, which cancel, are not
@@ -53,13 +55,22 @@ def poisson_nll(log_rate: Tensor, target: Tensor, *, validate: bool = False) -> 
             that is none.
     """
     if validate:
-        check_elements("poisson_nll", ("log_rate",), VARIANTS["poisson"], [log_rate], target, "target", ())
+        if draws is None:  # else the loss checks shapes
+            check_elements(
+                "poisson_nll", ("log_rate",), VARIANTS["poisson"], [log_rate], target, "target", ()
+            )
         _check_counts("poisson_nll", "target", target)
-    return loss.nll("poisson", [log_rate], target)[0]
+    return loss.nll("poisson", [log_rate], target, draws=draws)[0]
 
 
 def poisson_rate_nll(
-    rate: Tensor, target: Tensor, *, eps: float = 0.0, reduction: str = "event", validate: bool = False
+    rate: Tensor,
+    target: Tensor,
+    *,
+    eps: float = 0.0,
+    reduction: str = "event",
+    validate: bool = False,
+    draws: int | None = None,
 ) -> Tensor:
     """-log Poisson(target | rate + eps) in nats, with its term log t!: `poisson_nll` by the rate itself.
 
@@ -88,14 +99,16 @@ def poisson_rate_nll(
     check_choice("poisson_rate_nll", "reduction", reduction, ("event", "none"))
     if validate:
         variant = VARIANTS["poisson_rate"]
-        check_elements(variant.function, variant.tensors, variant, [rate], target, "target", (eps,))
+        if draws is None:  # else the loss checks shapes
+            check_elements(variant.function, variant.tensors, variant, [rate], target, "target", (eps,))
         _check_counts(variant.function, "target", target)
         _check_values(
             variant.function, "rate", rate, (rate >= 0) & (rate < math.inf), "finite numbers, 0 or more"
         )
     if reduction == "none":
+        _check_no_draws("poisson_rate_nll", draws)
         return loss.nll_elements("poisson_rate", [rate], target, (eps,))
-    return loss.nll("poisson_rate", [rate], target, (eps,))[0]
+    return loss.nll("poisson_rate", [rate], target, (eps,), draws=draws)[0]
 
 
 def negative_binomial_nll(
@@ -106,6 +119,7 @@ def negative_binomial_nll(
     eps: float = 0.0,
     reduction: str = "event",
     validate: bool = False,
+    draws: int | None = None,
 ) -> Tensor:
     """-log NB(target | mean + eps, inverse dispersion) in nats, as scvi-tools parametrises it.
 
@@ -134,7 +148,7 @@ def negative_binomial_nll(
         ValueError: a shape, device or value that does not fit, an unknown reduction, an eps below 0, or a target that
             requires a gradient.
     """
-    return _mean_nll("negative_binomial", (mean, inverse_dispersion), target, eps, reduction, validate)
+    return _mean_nll("negative_binomial", (mean, inverse_dispersion), target, eps, reduction, validate, draws)
 
 
 def zero_inflated_negative_binomial_nll(
@@ -146,6 +160,7 @@ def zero_inflated_negative_binomial_nll(
     eps: float = 0.0,
     reduction: str = "event",
     validate: bool = False,
+    draws: int | None = None,
 ) -> Tensor:
     """`negative_binomial_nll` of counts that are 0 with probability sigmoid(zi_logits) besides.
 
@@ -158,11 +173,17 @@ def zero_inflated_negative_binomial_nll(
     Returns and raises as `negative_binomial_nll` does.
     """
     params = (mean, inverse_dispersion, zi_logits)
-    return _mean_nll("zero_inflated_negative_binomial", params, target, eps, reduction, validate)
+    return _mean_nll("zero_inflated_negative_binomial", params, target, eps, reduction, validate, draws)
 
 
 def negative_binomial_logits_nll(
-    logits: Tensor, target: Tensor, log_dispersion: Tensor, library: Tensor, *, validate: bool = False
+    logits: Tensor,
+    target: Tensor,
+    log_dispersion: Tensor,
+    library: Tensor,
+    *,
+    validate: bool = False,
+    draws: int | None = None,
 ) -> Tensor:
     """`negative_binomial_nll` from a decoder's raw outputs, softmax and exponential in the same pass.
 
@@ -176,7 +197,9 @@ def negative_binomial_logits_nll(
 
     Returns and raises as `negative_binomial_nll` does.
     """
-    return _dispersed_nll("negative_binomial_logits", (logits, log_dispersion, library), target, validate)
+    return _dispersed_nll(
+        "negative_binomial_logits", (logits, log_dispersion, library), target, validate, draws
+    )
 
 
 def zero_inflated_negative_binomial_logits_nll(
@@ -187,6 +210,7 @@ def zero_inflated_negative_binomial_logits_nll(
     library: Tensor,
     *,
     validate: bool = False,
+    draws: int | None = None,
 ) -> Tensor:
     """`negative_binomial_logits_nll` of counts that are 0 with probability sigmoid(zi_logits) besides.
 
@@ -197,30 +221,50 @@ def zero_inflated_negative_binomial_logits_nll(
     Returns and raises as `negative_binomial_nll` does.
     """
     params = (logits, log_dispersion, zi_logits, library)
-    return _dispersed_nll("zero_inflated_negative_binomial_logits", params, target, validate)
+    return _dispersed_nll("zero_inflated_negative_binomial_logits", params, target, validate, draws)
 
 
 def _mean_nll(
-    likelihood: str, params: Sequence[Tensor], target: Tensor, eps: float, reduction: str, validate: bool
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    eps: float,
+    reduction: str,
+    validate: bool,
+    draws: int | None,
 ) -> Tensor:
     variant = VARIANTS[likelihood]
     eps = checked_not_negative(variant.function, "eps", eps)
     check_choice(variant.function, "reduction", reduction, ("event", "none"))
     if validate:
-        _check_all_values(variant, params, target, eps)
+        _check_all_values(variant, params, target, draws, eps)
     if reduction == "none":
+        _check_no_draws(variant.function, draws)
         return loss.nll_elements(likelihood, params, target, (eps,))
-    return loss.nll(likelihood, params, target, (eps,))[0]
+    return loss.nll(likelihood, params, target, (eps,), draws=draws)[0]
 
 
-def _dispersed_nll(likelihood: str, params: Sequence[Tensor], target: Tensor, validate: bool) -> Tensor:
+def _check_no_draws(where: str, draws: int | None) -> None:
+    if draws is not None:
+        raise ValueError(
+            f"fastvae.{where}: `draws` must be None with `reduction` 'none', got {draws!r}; sum the elements of each "
+            "draw with 'event'"
+        )
+
+
+def _dispersed_nll(
+    likelihood: str, params: Sequence[Tensor], target: Tensor, validate: bool, draws: int | None
+) -> Tensor:
     if validate:
-        _check_all_values(VARIANTS[likelihood], params, target)
-    return loss.nll(likelihood, params, target)[0]
+        _check_all_values(VARIANTS[likelihood], params, target, draws)
+    return loss.nll(likelihood, params, target, draws=draws)[0]
 
 
-def _check_all_values(variant: Variant, params: Sequence[Tensor], target: Tensor, eps: float = 0.0) -> None:
-    _check_counts_call(variant.function, variant.tensors, variant, params, target, "target")
+def _check_all_values(
+    variant: Variant, params: Sequence[Tensor], target: Tensor, draws: int | None, eps: float = 0.0
+) -> None:
+    if draws is None:  # else the loss checks shapes
+        _check_counts_call(variant.function, variant.tensors, variant, params, target, "target")
     _check_counts(variant.function, "target", target)
     for name, value in zip(variant.tensors, params, strict=True):
         good, what = value.isfinite(), "finite numbers"

@@ -21,6 +21,7 @@ def discretized_logistic_nll(
     log_scale_floor: float = -7.0,
     min_mass: float = 1e-5,
     validate: bool = False,
+    draws: int | None = None,
 ) -> Tensor:
     """-log P(target | params) of every row under discretised logistics, in nats: a true likelihood of bytes.
 
@@ -49,7 +50,7 @@ def discretized_logistic_nll(
     constants = logistic_constants(where, bits, log_scale_floor, min_mass)
     if validate:
         _check_range(where, "target", target, bits)
-    return loss.nll("discretized_logistic", [params], target, constants)[0]
+    return loss.nll("discretized_logistic", [params], target, constants, draws=draws)[0]
 
 
 def discretized_logistic_mixture_nll(
@@ -61,6 +62,7 @@ def discretized_logistic_mixture_nll(
     log_scale_floor: float = -7.0,
     min_mass: float = 1e-5,
     validate: bool = False,
+    draws: int | None = None,
 ) -> Tensor:
     """-log P(target | params) of every row under mixtures of discretised logistics, in nats: PixelCNN++'s likelihood.
 
@@ -90,7 +92,7 @@ def discretized_logistic_mixture_nll(
     ]
     if validate:
         _check_range(where, "target", target, bits)
-    return loss.nll("discretized_logistic_mixture", [params], target, constants)[0]
+    return loss.nll("discretized_logistic_mixture", [params], target, constants, draws=draws)[0]
 
 
 def logistic_constants(where: str, bits: Any, log_scale_floor: Any, min_mass: Any) -> list[float]:

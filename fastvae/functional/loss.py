@@ -10,7 +10,7 @@ from .._spec import VARIANTS
 from ..backends import choose
 from ..reference import REDUCTIONS
 from . import ranges
-from .checks import check_elements, check_kl, is_dense, layout_message
+from .checks import check_elements, check_kl, checked_int, is_dense, layout_message
 
 # By family, what checks a call of a likelihood that is not elementwise, with the arguments and the result of
 # `check_elements`. The files of the families add theirs.
@@ -28,12 +28,17 @@ def nll(
     *,
     caller: str | None = None,
     given: Tensor | None = None,
+    draws: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, nll): nll (B,) of a likelihood's row, loss = reduce(nll + beta kl); one call of the backend for all of it.
 
     `reduction` is a value of `REDUCTIONS`. With a `caller` ("ELBO"), messages name it and its arguments, `recon` and
     `x`, in place of the likelihood's function and its. `given`: the probabilities that logits were made from.
+    With `draws`, see `_nll_of_draws`; there is neither KL nor reduction then.
     """
+    if draws is not None:
+        rows = _nll_of_draws(likelihood, params, target, constants, draws)
+        return rows, rows
     variant = VARIANTS[likelihood]
     if caller is None and not torch.compiler.is_compiling() and likelihood in ranges.unseen:
         return _first_nll(likelihood, params, target, constants, kl, beta, reduction, given)
@@ -63,6 +68,41 @@ def nll(
         positions = (target.crow_indices().long(), target.col_indices().long())
         params, target = (*params, *positions), target.values()
     return chosen.nll(likelihood, params, target, constants, kl, beta, reduction)
+
+
+def _nll_of_draws(
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float],
+    draws: int,
+) -> Tensor:
+    """nll (K, B) of K = `draws` draws of the parameters, (K, B, ...), against one target, (B, ...), read in place."""
+    variant = VARIANTS[likelihood]
+    where, names = variant.function, variant.tensors
+    checked_int(where, "draws", draws, 1, None)
+    flat, of_one = list(params), list(params)
+    for i, (name, value) in enumerate(zip(names, params, strict=True)):
+        # A learned scale has no dimension, and a dispersion of every feature one: they serve all rows of all draws.
+        if i > 0 and isinstance(value, Tensor) and value.dim() < 2:
+            continue
+        if not isinstance(value, Tensor) or not is_dense(value) or value.dim() < 2 or value.shape[0] != draws:
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"fastvae.{where}: `{name}` must have shape (K, B, ...) with K = `draws` = {draws}, got {found}"
+            )
+        flat[i], of_one[i] = value.flatten(0, 1), value[0]
+    check = check_elements if variant.element else CHECKS[variant.family]
+    of_one = list(check(where, names, variant, of_one, target, "target", constants))
+    for i, value in enumerate(of_one):  # a library of (B, 1) is checked, and has become (B,)
+        if flat[i].dim() != value.dim():
+            flat[i] = flat[i].flatten()
+    chosen = choose.for_tensor(flat[0], likelihood)
+    if target.layout == torch.sparse_csr and chosen.name != "reference":
+        positions = (target.crow_indices().long(), target.col_indices().long())
+        flat, target = [*flat, *positions], target.values()
+    rows = chosen.nll(likelihood, flat, target, constants, None, None, REDUCTIONS["none"])[1]
+    return rows.unflatten(0, (draws, -1))
 
 
 def _first_nll(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._spec import VARIANTS, Variant
@@ -51,8 +52,11 @@ def nll(
 ) -> tuple[Tensor, Tensor]:
     """(loss, nll): nll (B,) of the likelihood, loss = reduce(nll + beta kl): the negative ELBO ([KW], equation 3).
 
-    `reduction` is a value of `REDUCTIONS`; the mean is over the batch. Without `kl`, loss = reduce(nll).
+    `reduction` is a value of `REDUCTIONS`; the mean is over the batch. Without `kl`, loss = reduce(nll). A target of
+    fewer rows than the parameters have serves several draws, which lie one behind the other.
     """
+    if target.shape[0] != params[0].shape[0]:
+        target = _repeated(target, params[0].shape[0] // target.shape[0])
     rows = LIKELIHOODS[likelihood](params, target, constants)
     total = rows
     if kl is not None:
@@ -62,6 +66,11 @@ def nll(
     elif reduction == REDUCTIONS["mean"]:
         total = total.mean()
     return total, rows
+
+
+def _repeated(target: Tensor, draws: int) -> Tensor:
+    dense = target if target.layout == torch.strided else target.to_dense()
+    return dense.expand(draws, *dense.shape).flatten(0, 1)
 
 
 def nll_elements(

@@ -39,7 +39,10 @@ on_gpu = pytest.mark.skipif(not GPU, reason="only a GPU can show this")
 @pytest.mark.parametrize("shard", ["0/2", "1/2"])
 def test_in_the_interpreter(shard: str, which_tests: list[str]) -> None:
     tests = Path(__file__).parents[2]
-    files = [str(tests / name) for name in ("backends/triton/test_triton.py", "core/test_autograd.py")]
+    files = [
+        str(tests / name)
+        for name in ("backends/triton/test_triton.py", "core/test_autograd.py", "core/test_draws.py")
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", "triton", "--shard", shard, *which_tests, *files],
         cwd=tests.parent,
