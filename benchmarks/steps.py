@@ -147,8 +147,7 @@ class ImportanceWeighted(VAE):
 
     @staticmethod
     def _fused_nll(recon: Tensor, x: Tensor) -> Tensor:
-        rows = fastvae.functional.bernoulli_nll(recon.flatten(0, 1), x.expand_as(recon).flatten(0, 1))
-        return rows.unflatten(0, recon.shape[:2])
+        return fastvae.functional.bernoulli_nll(recon, x, draws=len(recon))
 
     @staticmethod
     def _written_nll(recon: Tensor, x: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ def categorical_nll(
         logits: (B, ..., V).
         target: (B, ...), int64: the class of each position, 0 to V - 1, or `ignore_index`.
         ignore_index: positions of this target (padding) add nothing and pass no gradient.
+        draws: K says that the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read and not
+            repeated; the result is (K, B). A learned scale or a (G,) dispersion serves all draws.
 
     Returns:
         (B,), float32 (float64 for float64 logits).

@@ -34,6 +34,8 @@ def bernoulli_nll(logits: Tensor, target: Tensor, *, draws: int | None = None) -
         logits: (B, ...), before the sigmoid.
         target: the shape of `logits`, in [0, 1]: floating, bool, or uint8 read as x / 255. It must not require a
             gradient.
+        draws: K says that the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read and not
+            repeated; the result is (K, B). A learned scale or a (G,) dispersion serves all draws.
 
     Returns:
         (B,), float32 (float64 for float64 logits).
@@ -67,6 +69,8 @@ def gaussian_nll(
             half = (hi - lo) / 2. Where a model fits some data exactly, flat parts of an image, the best variance is
             0 and the loss has no lower end; this smooth clamp gives it one. In the middle it is v, and it has a
             gradient outside of the bounds too.
+        draws: K says that the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read and not
+            repeated; the result is (K, B). A learned scale or a (G,) dispersion serves all draws.
 
     Returns:
         (B,), float32 (float64 for a float64 mean).
@@ -119,6 +123,8 @@ def gaussian_head_nll(
         target: (B, C, ...): floating, or uint8 read as x / 255. Its gradient is given where it requires one.
         logvar_bounds: (lo, hi): a smooth clamp of the log-variance, mid + half tanh((v - mid) / half), as for
             `gaussian_nll`; it takes no memory.
+        draws: K says that the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read and not
+            repeated; the result is (K, B). A learned scale or a (G,) dispersion serves all draws.
 
     Returns:
         (B,) in nats, float32 (float64 for float64 params).
@@ -170,6 +176,8 @@ def laplace_nll(
         target: the shape of `loc`: floating, or uint8 read as x / 255. Its gradient is given where it requires one.
         log_scale: log b: the shape of `loc` (per element), or 0-dimensional (one learned scale).
         scale: b where there is no `log_scale`; a positive number.
+        draws: K says that the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read and not
+            repeated; the result is (K, B). A learned scale or a (G,) dispersion serves all draws.
 
     Returns:
         (B,), float32 (float64 for a float64 loc).
@@ -188,6 +196,8 @@ def laplace_head_nll(params: Tensor, target: Tensor, *, draws: int | None = None
     Args:
         params: (B, 2C, ...): the C channels of the location, then the C channels of the log-scale.
         target: (B, C, ...): floating, or uint8 read as x / 255. Its gradient is given where it requires one.
+        draws: K says that the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read and not
+            repeated; the result is (K, B). A learned scale or a (G,) dispersion serves all draws.
 
     Returns:
         (B,) in nats, float32 (float64 for float64 params).
@@ -219,6 +229,8 @@ def student_t_nll(
         log_scale: log s: the shape of `loc` (per element), or 0-dimensional (one learned scale).
         df: the degrees of freedom v, a positive number: 1 is the Cauchy, and towards infinity it is the Gaussian.
         scale: s where there is no `log_scale`; a positive number.
+        draws: K says that the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read and not
+            repeated; the result is (K, B). A learned scale or a (G,) dispersion serves all draws.
 
     Returns:
         (B,), float32 (float64 for a float64 loc).
@@ -239,6 +251,8 @@ def student_t_head_nll(params: Tensor, target: Tensor, *, df: float, draws: int 
         params: (B, 2C, ...): the C channels of the location, then the C channels of the log-scale.
         target: (B, C, ...): floating, or uint8 read as x / 255. Its gradient is given where it requires one.
         df: the degrees of freedom, a positive number.
+        draws: K says that the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read and not
+            repeated; the result is (K, B). A learned scale or a (G,) dispersion serves all draws.
 
     Returns:
         (B,) in nats, float32 (float64 for float64 params).
@@ -279,6 +293,8 @@ def continuous_bernoulli_nll(logits: Tensor, target: Tensor, *, draws: int | Non
     Args:
         logits: (B, ...), before the sigmoid. The mean is not their sigmoid: see likelihoods.ContinuousBernoulli.
         target: the shape of `logits`, in [0, 1]: floating, or uint8 read as x / 255. It must not require a gradient.
+        draws: K says that the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read and not
+            repeated; the result is (K, B). A learned scale or a (G,) dispersion serves all draws.
 
     Returns:
         (B,), float32 (float64 for float64 logits).
@@ -305,6 +321,8 @@ def gamma_nll(log_scale: Tensor, target: Tensor, *, shape: float, draws: int | N
             zero is data like any other for `shape` 1. Elsewhere its value is the limit, +inf for a larger shape and
             -inf for a smaller, and its gradient is finite. It must not require a gradient.
         shape: k, a positive number.
+        draws: K says that the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read and not
+            repeated; the result is (K, B). A learned scale or a (G,) dispersion serves all draws.
 
     Returns:
         (B,), float32 (float64 for a float64 log_scale).

@@ -45,6 +45,8 @@ def poisson_nll(
             require a gradient.
         validate: look for counts that are negative, fractional or not finite, which otherwise give meaningless numbers.
             This reads the values, which on a GPU waits for them.
+        draws: K says that the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read and not
+            repeated; the result is (K, B). A learned scale or a (G,) dispersion serves all draws.
 
     Returns:
         (B,), float32 (float64 for a float64 log_rate).
@@ -86,6 +88,8 @@ def poisson_rate_nll(
         reduction: `"event"` sums every row to (B,); `"none"` keeps the elements.
         validate: look for rates below 0 and counts that are negative, fractional or not finite. This reads the values,
             which on a GPU waits for them. Without it fractional counts are evaluated as they are.
+        draws: K says that the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read and not
+            repeated; the result is (K, B). A learned scale or a (G,) dispersion serves all draws.
 
     Returns:
         (B,), or the shape of `rate`; float32 (float64 for a float64 rate).
@@ -139,6 +143,8 @@ def negative_binomial_nll(
         reduction: `"event"` sums every row to (B,); `"none"` keeps the elements.
         validate: look at every value first, and name the first that is no count (a whole number, 0 or more) or leaves
             its domain. Without it fractional counts are evaluated as they are.
+        draws: K says that the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read and not
+            repeated; the result is (K, B). A learned scale or a (G,) dispersion serves all draws.
 
     Returns:
         (B,), or with `reduction="none"` (B, G); float32 (float64 for a float64 mean).
@@ -167,7 +173,7 @@ def zero_inflated_negative_binomial_nll(
     Per element -log( p [t = 0] + (1 - p) NB(t) ), p = sigmoid(zi_logits) (Risso et al. 2018; Lopez et al. 2018).
 
     Args:
-        mean, target, inverse_dispersion, eps, reduction, validate: as for `negative_binomial_nll`.
+        mean, target, inverse_dispersion, eps, reduction, validate, draws: as for `negative_binomial_nll`.
         zi_logits: (B, G), logits of the additional zeros.
 
     Returns and raises as `negative_binomial_nll` does.
@@ -191,7 +197,7 @@ def negative_binomial_logits_nll(
 
     Args:
         logits: (B, G).
-        target, validate: as for `negative_binomial_nll`.
+        target, validate, draws: as for `negative_binomial_nll`.
         log_dispersion: (G,) or (B, G).
         library: (B,) or (B, 1), above 0: the expected total of a cell. Its gradient is given where it requires one.
 
@@ -215,7 +221,7 @@ def zero_inflated_negative_binomial_logits_nll(
     """`negative_binomial_logits_nll` of counts that are 0 with probability sigmoid(zi_logits) besides.
 
     Args:
-        logits, target, log_dispersion, library, validate: as for `negative_binomial_logits_nll`.
+        logits, target, log_dispersion, library, validate, draws: as for `negative_binomial_logits_nll`.
         zi_logits: (B, G), logits of the additional zeros.
 
     Returns and raises as `negative_binomial_nll` does.

@@ -38,6 +38,8 @@ def discretized_logistic_nll(
         min_mass: at least 0 and below 1; with 0 every mass is that of its bin, and the masses of all levels sum to
             1 exactly.
         validate: look for levels above the highest, and raise. It reads the target once more, and waits for a GPU.
+        draws: K says that the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read and not
+            repeated; the result is (K, B). A learned scale or a (G,) dispersion serves all draws.
 
     Returns:
         (B,), float32 (float64 for float64 params).
@@ -77,6 +79,8 @@ def discretized_logistic_mixture_nll(
         target: uint8 (B, 3, ...) or (B, 1, ...), as there.
         components: K, at least 1.
         bits, log_scale_floor, min_mass, validate: as there.
+        draws: K says that the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read and not
+            repeated; the result is (K, B). A learned scale or a (G,) dispersion serves all draws.
 
     Returns:
         (B,), float32 (float64 for float64 params).
