@@ -156,7 +156,8 @@ class IWAE(ELBO):
             draws: what `sample` returned, in place of the posterior.
 
         Raises:
-            TypeError: neither posterior nor draws, or both; a decoder's output without draws; `chunk` without a function.
+            TypeError: neither posterior nor draws, or both; a decoder's output without draws; `chunk` without a
+                function.
             ValueError: a shape or device that does not fit.
         """
         if (mu is None) != (logvar is None) or (mu is None) == (draws is None):
@@ -200,11 +201,10 @@ class IWAE(ELBO):
         log_weights = -nll - beta * kl
         weights = torch.softmax(log_weights.detach(), 0)
         bound = torch.logsumexp(log_weights.detach(), 0) - math.log(self.samples)
-        if self.estimator == "dreg":
-            if z.requires_grad:
-                of_z = weights.reshape(*weights.shape, *[1] * (z.dim() - 2)).to(z.dtype)
-                # The path through z carries the square of the weight, everything else the weight itself.
-                z.register_hook(lambda grad: grad * of_z)
+        if self.estimator == "dreg" and z.requires_grad:
+            of_z = weights.reshape(*weights.shape, *[1] * (z.dim() - 2)).to(z.dtype)
+            # The path through z carries the square of the weight, everything else the weight itself.
+            z.register_hook(lambda grad: grad * of_z)
         rows = _with_gradient(-bound, -(weights * log_weights).sum(0))
         loss = rows
         if self._reduction == REDUCTIONS["sum"]:

@@ -225,7 +225,7 @@ def test_small_posterior_scales_keep_the_digits_of_log_q() -> None:
 
 
 def test_compiled_bounds_give_the_same() -> None:
-    for estimator in ("iwae", "stl"):
+    for estimator in ESTIMATORS:
         model = Model(estimator)
 
         def loss(x: Tensor, seed: Tensor, model: Model = model) -> Tensor:
