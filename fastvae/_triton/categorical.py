@@ -1,4 +1,4 @@
-"""The categorical: the kernel of one position, whose classes share a normaliser, and its launch."""
+"""The categorical likelihood: a kernel for one position, whose classes share a normaliser, and its launch."""
 
 from collections.abc import Sequence
 
@@ -16,13 +16,13 @@ from .runtime import INTERPRETED
 def categorical_kernel(
     logits,  # (rows, positions, classes), any stride of rows
     target,  # (target_rows, positions), int64, any stride of rows
-    slopes,  # out, or None: as the logits, dense
-    sums,  # out, or None: (rows, positions) in C
+    slopes,  # output or None: shaped like the logits, dense
+    sums,  # output or None: (rows, positions) in C
     grad_loss,  # see row_factor in tiles.py
     grad_nll,
     weight: tl.float64,
     positions: "number",
-    classes: "number",  # this and the logits' stride in units of UNIT elements
+    classes: "number",  # this and logits_stride are in units of UNIT elements
     logits_stride: "number",
     target_stride: "number",
     target_rows: "number",  # see elementwise.py
@@ -60,8 +60,8 @@ def categorical_kernel(
                 columns = start + tl.arange(0, COLUMNS)
                 tl.store(slopes + program * classes + columns, nothing, columns < classes)
     else:
-        # The chosen class apart: with it in the sum, the logarithm of a sure prediction would lose the rest. NaN where
-        # there is no class of that number.
+        # The chosen class is left out of the sum: if it were included, the nll of a confident prediction would lose
+        # the other classes to rounding. A class number out of range gives NaN.
         exists = (chosen >= 0) & (chosen < classes)
         own = tl.load(logits + tl.where(exists, chosen, 0)).to(C)
         own = tl.where(exists, own, float("nan"))
@@ -72,14 +72,14 @@ def categorical_kernel(
             inside = columns < classes
             other = inside & (
                 columns != chosen
-            )  # not the mask of the load, which would go element by element
+            )  # as the mask of the load, this would make it go element by element
             x = tl.where(other, tl.load(logits + columns, inside, 0.0).to(C), -3.0e38)
             higher = tl.where(x > tops, x, tops)
             rests = rests * exp(tops - higher) + tl.where(other, exp(x - higher), 0.0)
             tops = higher
         highest = tl.max(tops, 0)
         top = tl.where(highest > own, highest, own)
-        rest = tl.sum(rests * exp(tops - top), 0)  # this and what follows in units of exp(top)
+        rest = tl.sum(rests * exp(tops - top), 0)  # in units of exp(top), as are the next two
         mine = exp(own - top)
         total = mine + rest
         if sums is not None:
@@ -110,7 +110,7 @@ def evaluate(
     grad_nll: Tensor | None = None,
     values: bool = True,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """What elementwise.evaluate is to elements: runs categorical_kernel, a program for each position."""
+    """Runs categorical_kernel with one program per position; see elementwise.evaluate for the arguments."""
     lead = params[0]
     dtype, classes = row_dtype(lead), lead.shape[-1]
     logits, chosen = dense_rows(lead), dense_rows(target)
