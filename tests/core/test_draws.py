@@ -78,7 +78,15 @@ CASES = {
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        pytest.param(torch.float64, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", CASES)
 def test_draws_give_what_calls_one_by_one_give(backend: str, name: str, dtype: torch.dtype) -> None:
     function, drawn, shared, target, options = CASES[name]
