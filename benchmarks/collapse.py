@@ -17,10 +17,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PANELS = (
-    ("held_out_kl", "KL, nats"),
+    ("val_kl", "KL, nats"),
     ("mutual_information", "mutual information of x and z, nats"),
     ("active_units", "active units"),
-    ("held_out_perplexity", "perplexity (upper bound)"),
+    ("val_perplexity", "perplexity (upper bound)"),
 )
 
 

@@ -85,7 +85,8 @@ py::object nll(std::string_view likelihood, const py::sequence& params, py::hand
   }
   if (variant.has_scalar && (tensors.back().dim() != 0 || tensors.back().scalar_type() != tensors[0].scalar_type())) return py::none();
   const Tensor* data = plain_tensor(target);
-  if (!data) return py::none();
+  // Only Python says whether a target may serve several rows.
+  if (!data || data->dim() == 0 || tensors[0].dim() == 0 || data->size(0) != tensors[0].size(0)) return py::none();
   OptionalTensor row_kl, weight;
   if (!kl.is_none()) {
     const Tensor *k = plain_floats(kl), *b = plain_floats(beta);

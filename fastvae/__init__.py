@@ -13,13 +13,16 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import functional, likelihoods, reference
     from .backends import empty_cache, set_backend, show_config, use_backend
+    from .bounds import IWAE, IWAEOutput
     from .elbo import ELBO, ELBOOutput
     from .functional.ranges import set_range_warnings
     from .graphs import graph_step
 
 __all__ = [
     "ELBO",
+    "IWAE",
     "ELBOOutput",
+    "IWAEOutput",
     "__version__",
     "empty_cache",
     "functional",
@@ -34,10 +37,12 @@ __all__ = [
 
 # These names are imported on first access because they need torch: `fastvae --help` then does not wait for it, and
 # `fastvae doctor` can report that it is missing.
-_MODULES = ("backends", "elbo", "functional", "graphs", "likelihoods", "reference")
+_MODULES = ("backends", "bounds", "elbo", "functional", "graphs", "likelihoods", "reference")
 _MODULE_OF_NAME = {
     "ELBO": "elbo",
     "ELBOOutput": "elbo",
+    "IWAE": "bounds",
+    "IWAEOutput": "bounds",
     "empty_cache": "backends",
     "graph_step": "graphs",
     "set_backend": "backends",

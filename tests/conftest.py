@@ -198,12 +198,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def drawn() -> None:
+def with_pictures() -> None:
     """Let runs draw pictures, for tests of the pictures."""
 
 
 @pytest.fixture
 def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep runs from drawing pictures, which takes most of the time of such short runs."""
-    if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("fastvae.train.callbacks.is_drawn", lambda trainer: False)
+    if "with_pictures" not in request.fixturenames:
+        monkeypatch.setattr("fastvae.train.callbacks.should_save_examples", lambda trainer: False)

@@ -1,4 +1,4 @@
-// One pass over the logits of a categorical: the nll of each row and, where wanted, the gradient.
+// The categorical likelihood: computes the nll of each row of logits and, if requested, its gradient.
 #include <ATen/Parallel.h>
 
 #include <cmath>
@@ -13,7 +13,7 @@ namespace {
 template <class C>
 constexpr C kNothing = -std::numeric_limits<C>::infinity();
 
-// The sum of exp(x) over some logits, as exp(max) * sum: nothing overflows, and no more is read than once.
+// The sum of exp(x) over some logits, stored as exp(max) * sum: it cannot overflow, and the logits are read only once.
 struct Scaled {
   double max = kNothing<double>, sum = 0;
 
@@ -43,7 +43,7 @@ C max_of(const C* x, int64_t n) {
   return result;
 }
 
-// Sum of exp(x - max), x <= max.
+// The sum of exp(x - max), where no x is above max.
 template <class C>
 double sum_of_exp(const C* x, C max, int64_t n) {
   using V = Vec<C>;
@@ -59,7 +59,7 @@ double sum_of_exp(const C* x, C max, int64_t n) {
   return sum.total();
 }
 
-// slope[i] = factor exp(x[i] - max).
+// slope[i] = factor * exp(x[i] - max).
 template <class C>
 void softmax(const C* x, C max, C factor, C* slope, int64_t n) {
   using V = Vec<C>;
@@ -71,8 +71,8 @@ void softmax(const C* x, C max, C factor, C* slope, int64_t n) {
   if (i < n) store_lanes(P::exp_bounded(load_lanes(x + i, n - i) - shift) * f, slope + i, n - i);
 }
 
-// The nll of one position: log(exp(a_t) + sum of the others') - a_t. The others are summed by themselves, so that a sure and
-// right prediction keeps the digits of its nll and of its slope, p - 1.
+// The nll of one position: log(exp(a_t) + sum of exp(a_i) over the other classes i) - a_t. The other classes are summed separately,
+// so that a confident, correct prediction does not lose the digits of its nll and of its gradient, p - 1.
 template <class C>
 double position(const Operand& logits, const Result& slopes, int64_t classes, int64_t target, double weight,
                 Buffer<C>& in_buffer, Buffer<C>& out_buffer) {
@@ -89,7 +89,7 @@ double position(const Operand& logits, const Result& slopes, int64_t classes, in
       x = in_buffer.data;
     }
     const C max = max_of(x, n);
-    if (max == kNothing<C>) {  // nothing, unless it hides a NaN
+    if (max == kNothing<C>) {  // the block adds nothing to the sum, but it may contain a NaN
       for (int64_t i = 0; i < n; ++i) broken |= std::isnan(x[i]);
       continue;
     }
@@ -124,11 +124,11 @@ void run(const CategoricalArgs& args) {
       const int64_t row = task / positions, t = task % positions;
       const Operand logits = shifted(args.logits, row * args.row_stride + t * classes);
       const Result slopes = shifted(args.slopes, task * classes);
-      const int64_t target = args.target[row * args.target_row_stride + t];
+      const int64_t target = args.target[target_row(args, row) * args.target_row_stride + t];
       if (target != args.ignored) {
         nll[task] = position<C>(logits, slopes, classes, target, args.weight[row * args.weight_stride], in_buffer, out_buffer);
       } else if (slopes.data) {
-        // All bits zero is zero in every type.
+        // Zero bytes represent the number 0 in every type.
         std::fill_n(static_cast<char*>(slopes.data), classes * item_size(slopes.type), char(0));
       }
     }

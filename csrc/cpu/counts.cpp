@@ -322,8 +322,9 @@ struct Kernel {
     const int64_t genes = args.genes;
     Row<C> row{C(1), 0, static_cast<C>(args.weight[r * args.weight_stride]), args.eps};
     if constexpr (kRaw) softmax(args, r, row, scratch);
+    const int64_t source = target_row(args, r);
     if (args.starts)
-      for (int64_t i = args.starts[r]; i < args.starts[r + 1]; ++i) {
+      for (int64_t i = args.starts[source]; i < args.starts[source + 1]; ++i) {
         C value = 0;
         convert_in(args.target_values.data, args.target_values.type, i, &value, 1);
         scratch.target[args.columns[i]] += value;
@@ -350,7 +351,7 @@ struct Kernel {
         b.pi = load(args.zero_logits, r, begin, b.n, genes, scratch.pi);
         b.d_pi = destination(args.d_zero_logits, r, begin, genes, scratch.d_pi);
       }
-      b.target = !args.starts ? load(args.target, r, begin, b.n, genes, scratch.counts) : scratch.target.data() + begin;
+      b.target = !args.starts ? load(args.target, source, begin, b.n, genes, scratch.counts) : scratch.target.data() + begin;
       if constexpr (kRaw) b.d_mean = args.d_mean.data ? scratch.slopes.data() + begin : nullptr;
       else b.d_mean = destination(args.d_mean, r, begin, genes, scratch.d_mean);
 
@@ -373,7 +374,7 @@ struct Kernel {
     if (args.d_library) args.d_library[r] = static_cast<double>(row.weight) * slope / args.library[r];
     if (kRaw && args.d_mean.data) through_softmax(args, r, row, slope, scratch);
     if (args.starts)
-      for (int64_t i = args.starts[r]; i < args.starts[r + 1]; ++i) scratch.target[args.columns[i]] = 0;
+      for (int64_t i = args.starts[source]; i < args.starts[source + 1]; ++i) scratch.target[args.columns[i]] = 0;
   }
 
   // By logit g: the derivative by log mu_g, less the share of g in the sum of all.

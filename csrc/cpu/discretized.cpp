@@ -1,5 +1,5 @@
-// The discretised logistic and the mixtures of it: one pass over the parameters of each pixel, a lane for each of a few pixels.
-// What the gradient needs of K components is kept for those pixels alone, in the L1 cache.
+// The discretised logistic and mixtures of it. The parameters are read in one pass, with one pixel in each lane of a vector. What the
+// gradient needs of the K components is kept only for the pixels in progress, so that it stays in the L1 cache.
 #include "../math/discretized.h"
 
 #include <ATen/Parallel.h>
@@ -12,7 +12,7 @@
 namespace fastvae::cpu::FASTVAE_ISA {
 namespace {
 
-// A plane for each parameter, of consecutive pixels.
+// One plane of consecutive pixels for each parameter.
 template <class C>
 struct Planes {
   C* data;
@@ -21,7 +21,8 @@ struct Planes {
   C* at(int64_t plane, int64_t pixel) const { return data + plane * stride + pixel; }
 };
 
-// Memory that comes next: asked for plane by plane between the arithmetic, all at once would stall it. The L1 cache has no room for it.
+// Memory that will be needed soon. It is prefetched plane by plane between the arithmetic, because requesting all of it at once would
+// stall the arithmetic, and only into the L2 cache, because the L1 cache has no room for it.
 struct Ahead {
   const char* next;
   int64_t stride, bytes, planes;
@@ -34,11 +35,11 @@ struct Ahead {
 template <class C>
 struct Tile {
   Planes<const C> params;
-  Planes<const C> data;  // a plane for each channel, in half bins: 2 level - levels
+  Planes<const C> data;  // one plane per channel, in half bins: 2 * level - levels
   Planes<C> slopes;
   int64_t pixels;
   C weight;
-  Ahead results, coming;  // the slopes' place in memory, and the params of the next tile
+  Ahead results, coming;  // where the gradients will be written, and the params of the next tile
 };
 
 template <class V>
@@ -48,7 +49,7 @@ math::Bins<V> bins_of(const LogisticArgs& args) {
   return {all(args.levels), all(1 / args.levels), all(std::log(2 / args.levels)), all(args.log_scale_floor), all(args.min_mass)};
 }
 
-// Planes: `channels` means, `channels` log-scales.
+// The planes are `channels` means followed by `channels` log-scales.
 template <class C>
 struct Single {
   using V = Vec<C>;
@@ -70,7 +71,8 @@ struct Single {
       math::Log1pSum<V> logs;
       V over(1);
       int count = 0;
-      // Of two vectors, the second `second` elements further on; the last few elements go alone, twice.
+      // Handles two vectors, the second of which starts `second` elements after the first. The last few elements have no second
+      // vector and are computed twice.
       const auto step = [&](int64_t i, int64_t second, auto lanes) FASTVAE_INLINE {
         Two n, distance, log_scale;
         for (int k = 0; k < 2; ++k) {
@@ -96,7 +98,7 @@ struct Single {
           over = over * mass.over.lane[k];
           sum.add(k, mass.linear.lane[k]);
         }
-        // Eight factors of 5e3 each (in fp64, 5e7), 62 of 4: see LogisticLogs.
+        // `over` collects 8 factors of at most 5e3 each (5e7 in fp64), `logs` 62 of at most 4 each: see LogisticLogs.
         if (++count % 4 == 0) {
           sum.add(2, P::log(over));
           over = V(1);
@@ -123,25 +125,27 @@ struct Single {
   int64_t channels;
 };
 
-// Planes, as PixelCNN++ has them: K logits, and then for each channel K means, K log-scales and, of three channels, K coefficients:
-// that of channel 0 in the mean of 1, that of 0 in the mean of 2, that of 1 in the mean of 2.
+// The planes are in the order of PixelCNN++: K logits, then for each channel K means, K log-scales and, if there are three channels, K
+// coefficients. The coefficients are those of channel 0 in the mean of channel 1, of channel 0 in the mean of channel 2, and of
+// channel 1 in the mean of channel 2.
 template <class C, int kChannels>
 struct Mixture {
   using V = Vec<C>;
-  static constexpr int64_t kPixels = 256;  // of a task
-  // Staged at a time: in fp32, a hundred planes of so many, in and out, are 25 KiB, which the L1 cache holds.
+  static constexpr int64_t kPixels = 256;  // pixels per task
+  // Pixels staged at a time. In fp32, the input and output of a hundred planes of this many pixels take 25 KiB, which fits in the L1
+  // cache.
   static constexpr int64_t kTile = 32;
-  // In the caller's memory, planes whose distance is a power of two would share a few sets of the cache.
+  // The planes are copied, because planes in the caller's memory that are a power of two apart would compete for a few cache sets.
   static constexpr bool kInPlace = false;
   static constexpr int kBlocks = kChannels == 3 ? 3 : 2;
-  // Planes for each component of each vector: so many that a whole tile's are all asked for.
+  // Planes to prefetch for each component of each vector: enough to cover all planes by the end of a tile.
   static constexpr int64_t kFetched = ((1 + kBlocks * kChannels) * V::size() + kTile - 1) / kTile;
 
   using Each = math::Pack<V, kChannels>;
 
   struct Component {
-    V logit, linear, factor;  // the logit less the highest of them
-    V by_mean[kChannels], by_log_scale[kChannels], by_coefficient[3];  // of its log-mass; the means in half bins
+    V logit, linear, factor;  // the logit is relative to the pixel's highest
+    V by_mean[kChannels], by_log_scale[kChannels], by_coefficient[3];  // derivatives of its log-mass, with means in half bins
   };
 
   static int64_t planes(const LogisticArgs& args) { return args.components * (1 + kBlocks * kChannels); }
@@ -153,7 +157,7 @@ struct Mixture {
     constexpr std::integral_constant<int64_t, V::size()> whole;
     Sum<C> sum;
     int64_t i = 0;
-    // Two vectors at a time: the second is looked at while the first waits for its last component.
+    // Two vectors are processed at a time, so that work on the second can fill the wait for the last component of the first.
     for (; i + 2 * whole <= tile.pixels; i += 2 * whole) {
       const V top[2] = {look<kSlopes>(tile, i, whole, first.data()), look<kSlopes>(tile, i + whole, whole, second.data())};
       sum.add(0, finish<kSlopes>(tile, i, whole, first.data(), top[0]));
@@ -167,7 +171,7 @@ struct Mixture {
     return sum.total();
   }
 
-  // What is to be known of each component; returns the highest `linear`.
+  // Evaluates all components into `components` and returns the highest `linear`.
   template <bool kSlopes, class Lanes>
   V look(Tile<C>& tile, int64_t i, Lanes lanes, Component* components) {
     Each n;
@@ -181,7 +185,8 @@ struct Mixture {
   V look(Tile<C>& tile, int64_t i, Lanes lanes, Component* components, const math::Level<Each>& level, Bool any_edge) {
     using P = math::Primitives<V>;
     const Each& n = level.n;
-    // From a component to the next, and from a block of planes to the next: the addresses of a hundred planes take few instructions.
+    // `next` is the distance to the next component, `block` the distance to the next block of K planes. Advancing a few pointers takes
+    // fewer instructions than computing the addresses of a hundred planes.
     const int64_t next = tile.params.stride, block = K * next;
     const C* logits = tile.params.at(0, i);
     V top_logit = load_lanes(logits, lanes), top;
@@ -227,12 +232,12 @@ struct Mixture {
     return top;
   }
 
-  // The slopes, from what is known of each component; returns the nll.
+  // Writes the gradients, from what `look` left in `components`, and returns the nll.
   template <bool kSlopes, class Lanes>
   V finish(Tile<C>& tile, int64_t i, Lanes lanes, Component* components, V top) {
     using P = math::Primitives<V>;
     const int64_t block = K * tile.slopes.stride;
-    V weights(0), masses(0);  // sum of e^logit; of e^(linear - top) factor
+    V weights(0), masses(0);  // the sums of e^logit and of e^(linear - top) * factor
     for (int64_t k = 0; k < K; ++k) {
       Component& component = components[k];
       component.logit = P::exp_bounded(component.logit);
@@ -263,17 +268,18 @@ struct Mixture {
   math::Bins<V> bins;
   math::Bins<Each> all;
   int64_t K;
-  std::vector<Component> first, second;  // of two vectors
+  std::vector<Component> first, second;  // the components of the two vectors in progress
 };
 
-// In place of a memcpy for each plane, which takes longer to be called than to copy.
+// This replaces one memcpy per plane, which would spend more time on the call than on the copy.
 template <int64_t kTile, class C>
 void copy_tile(const C* from, int64_t from_stride, C* to, int64_t to_stride, int64_t planes) {
   for (; planes > 0; --planes, from += from_stride, to += to_stride)
     for (int64_t i = 0; i < kTile; i += Vec<C>::size()) Vec<C>::loadu(from + i).store(to + i);
 }
 
-// Pixels [begin, begin + n) of a row, by planes, from data whose planes lie one behind the other or, channels_last, alternate.
+// Copies pixels [begin, begin + n) of a row into planes. In the source the planes are stored one after another or, in channels_last
+// layout, interleaved.
 template <class Model, class C>
 void gather(const Operand& view, int64_t row, int64_t begin, int64_t n, int64_t planes, int64_t pixels, bool alternate, C* out,
             C* line) {
@@ -314,7 +320,7 @@ void scatter(const C* in, const Result& view, int64_t row, int64_t begin, int64_
   }
 }
 
-// Levels as they are, in half bins; those above the highest count as the highest.
+// Converts levels to half bins. Levels above the highest count as the highest.
 template <class C>
 void half_bins(const Operand& view, int64_t row, int64_t begin, int64_t n, int64_t channels, int64_t pixels, bool alternate,
                int levels, int64_t stride, C* out) {
@@ -361,7 +367,7 @@ void run(const LogisticArgs& args) {
           const int64_t next_row = here ? row : (task + 1) / blocks, next = here ? begin + kTile : (task + 1) % blocks * Model::kPixels;
           tile.coming = ahead(args.params, next_row, next, std::min(kTile, args.pixels - next), planes, args.pixels);
         }
-        half_bins(args.target, row, begin, n, args.channels, args.pixels, args.alternate, int(args.levels), kTile, data.data());
+        half_bins(args.target, target_row(args, row), begin, n, args.channels, args.pixels, args.alternate, int(args.levels), kTile, data.data());
         if (!wanted) {
           sum += model.template nll<false>(tile);
           continue;

@@ -100,7 +100,7 @@ void run(const NllArgs& args) {
         param[k] = load(args.params[k], row, begin, n, args.size, param_buffer[k]);
         slope[k] = destination(args.slopes[k], row, begin, args.size, slope_buffer[k]);
       }
-      const C* target = load(args.target, row, begin, n, args.size, target_buffer);
+      const C* target = load(args.target, target_row(args, row), begin, n, args.size, target_buffer);
       C* values = kWhole<L> ? destination(args.values, row, begin, args.size, value_buffer) : nullptr;
       const double weight = args.weight[row * args.weight_stride];
       const BlockSums of_block = wanted || kWhole<L> ? block<L, C, true>(param, target, slope, values, args.constants, weight, n)

@@ -1,10 +1,11 @@
-// What csrc/ops asks of the CPU: plain structs in, results through pointers. No torch types, no instruction sets.
+// The interface between csrc/ops and the CPU kernels. Arguments are plain structs, and results are written through pointers. Neither
+// torch types nor instruction sets appear here.
 #pragma once
 #include <cstdint>
 
 namespace fastvae::cpu {
 
-// u8 is a pixel, read as x / 255; byte is a number, read as it is, as are the wider integers.
+// u8 is a pixel and is read as x / 255; byte and the wider integers are read as plain numbers.
 enum class DType : int8_t { f32, f64, f16, bf16, u8, boolean, byte, u16, i32, i64 };
 
 constexpr int64_t item_size(DType type) {
@@ -16,8 +17,8 @@ constexpr int64_t item_size(DType type) {
   }
 }
 
-// A (rows, size) operand, strides counted in elements. Within a row its elements lie in runs of `run` consecutive ones that start
-// `run_stride` apart; a dense row is a single run. (A packed head in channels_last layout has a run for each pixel.)
+// A (rows, size) operand, whose strides are counted in elements. Each row consists of runs of `run` consecutive elements that start
+// `run_stride` apart; a dense row is a single run. (A packed head in channels_last layout has one run per pixel.)
 struct Operand {
   const void* data = nullptr;
   DType type = DType::f32;
@@ -34,98 +35,115 @@ struct Result {
   int64_t run_stride = 0;
 };
 
-// The same view, `elements` further on.
+// The same view, moved forward by `elements`.
 template <class View>
 inline __attribute__((always_inline)) View shifted(View view, int64_t elements) {
   if (view.data) view.data = const_cast<char*>(static_cast<const char*>(view.data)) + elements * item_size(view.type);
   return view;
 }
 
+// The target row that belongs to a row of the params. With several draws, which are stored one after another, the draws share
+// `target_rows` rows; `target_rows` is 0 if every row has its own target.
+template <class Args>
+constexpr int64_t target_row(const Args& args, int64_t row) {
+  return args.target_rows ? row % args.target_rows : row;
+}
+
 constexpr int kMaxParams = 3;
 constexpr int kMaxConstants = 5;
 
 enum class Element : int8_t {
-  none = -1,  // the elements are not each for themselves
+  none = -1,  // the likelihood is not a sum of independent elements
 #define FASTVAE_ELEMENT(name, Struct) name,
 #include "../likelihoods.def"
 };
 
-// row_nll[r] = sum over the row of Element's value; slopes[i] (where wanted) = its derivative times weight[r * weight_stride].
+// row_nll[r] is the sum of the element's values over the row. slopes[i], if requested, is the derivative of each element times
+// weight[r * weight_stride].
 struct NllArgs {
   Element element;
   bool in_double;
   int64_t rows, size;
   Operand params[kMaxParams];
   Operand target;
+  int64_t target_rows;  // see target_row
   double constants[kMaxConstants];
   Result slopes[kMaxParams];
   const double* weight;
   int64_t weight_stride;
   double* row_nll;
-  double* row_pull;  // of an Element that has_pull: the sum of (params[0] - target) times its unweighted derivative; may be null
-  Result values;     // the value of each element, weighted; no data: not wanted. Of those alone whose `element` is the whole of it
+  // For an Element that has_pull, the sum of (params[0] - target) times the unweighted derivative; may be null.
+  double* row_pull;
+  // The weighted value of each element; null data if not requested. Supported only where `element` gives the complete value.
+  Result values;
 };
 
-// Negative binomial counts of (rows, genes), see math/counts.h.
+// Negative binomial counts of shape (rows, genes); see math/counts.h.
 struct CountArgs {
   bool in_double;
-  bool raw;       // mean holds logits and dispersion logarithms: the mean is library[row] * softmax(logits) over the row
-  bool inflated;  // there are additional zeros, of logits `zero_logits`
+  bool raw;       // mean holds logits, dispersion holds logarithms, and the mean is library[row] * softmax(logits) over the row
+  bool inflated;  // the distribution is zero-inflated, with logits `zero_logits`
   int64_t rows, genes;
-  Operand mean, dispersion, zero_logits;  // a dispersion of one row serves all rows (row_stride 0)
+  Operand mean, dispersion, zero_logits;  // a dispersion with one row is shared by all rows (row_stride 0)
   bool shared_dispersion;
   double eps;  // added to the mean
   const double* library;
-  Operand target;  // read where there are no `starts`; else row r holds target_values of columns[i], i from starts[r] to starts[r + 1]
+  // The dense target. It is read only if `starts` is null; otherwise row r has target_values[i] in column columns[i], for i from
+  // starts[r] to starts[r + 1].
+  Operand target;
+  int64_t target_rows;  // see target_row
   const int64_t *starts, *columns;
-  Operand target_values;  // one row
-  // Derivatives times weight[row * weight_stride]; what has no data is not wanted.
-  Result d_mean, d_dispersion, d_zero_logits;  // d_dispersion: of each element, of a shared one too
+  Operand target_values;  // a single row
+  // Derivatives times weight[row * weight_stride]; those with null data are not requested.
+  Result d_mean, d_dispersion, d_zero_logits;  // d_dispersion is per element, even if the dispersion is shared
   double* d_shared_dispersion;  // (genes,), summed over the rows
   double* d_library;            // (rows,)
   const double* weight;
   int64_t weight_stride;
   double* row_nll;
-  Result values;  // of each element, weighted; no data: not wanted
+  Result values;  // the weighted value of each element; null data if not requested
 };
 
-// logits (rows, positions, classes), positions and classes dense; the views are those of the first position, and slopes are dense.
-// A position whose target is `ignored` adds nothing.
+// The logits have shape (rows, positions, classes), where positions and classes are dense. The views describe the first position, and
+// slopes are dense. A position whose target is `ignored` adds nothing.
 struct CategoricalArgs {
   bool in_double;
   int64_t rows, positions, classes;
   Operand logits;
   int64_t row_stride;
   const int64_t* target;
+  int64_t target_rows;  // see target_row
   int64_t target_row_stride;
   int64_t ignored;
-  Result slopes;  // no data: not wanted
+  Result slopes;  // null data if not requested
   const double* weight;
   int64_t weight_stride;
   double* row_nll;
 };
 
-// The discretised logistic (components == 0) and the mixtures of it, of 1 or 3 channels; params and slopes have a plane of `pixels`
-// for each of what the kernel's struct lists (discretized.cpp). In memory planes lie one behind the other or, where `alternate`, take
-// turns at every pixel (channels_last); the target's channels likewise.
+// The discretised logistic (components == 0) and mixtures of it with 1 or 3 channels. params and slopes consist of planes of `pixels`
+// elements; the structs in discretized.cpp list the planes. In memory, the planes are stored one after another or, if `alternate`,
+// interleaved at every pixel (channels_last). The same holds for the target's channels.
 struct LogisticArgs {
   bool in_double, alternate;
   int64_t rows, pixels, channels, components;
   double levels, log_scale_floor, min_mass;
   Operand params;
   Operand target;  // u8: levels
-  Result slopes;   // no data: not wanted
+  int64_t target_rows;  // see target_row
+  Result slopes;   // null data if not requested
   const double* weight;
   int64_t weight_stride;
   double* row_nll;
 };
 
-// The noise of Philox4x32-10: see math/philox.h.
+// Where the noise of Philox4x32-10 starts; see math/philox.h.
 struct NoiseKey {
   uint64_t seed, offset, row_offset;
 };
 
-// A diagonal Gaussian posterior and its prior (no data: N(0, I)), `draws` samples of it, and the noise: `eps` or drawn from `key`.
+// A diagonal Gaussian posterior with `draws` samples, and its prior, which is N(0, I) if prior_mu has null data. The noise is `eps` if
+// that is given, and is otherwise drawn from `key`.
 struct Latents {
   bool in_double;
   int64_t rows, size, draws;
@@ -135,21 +153,21 @@ struct Latents {
 };
 
 struct SampleArgs : Latents {
-  Result z;  // no data where draws == 0
+  Result z;  // null data if draws == 0
   int64_t z_draw_stride;
   double* row_kl;     // may be null
-  Result element_kl;  // may have no data
+  Result element_kl;  // data may be null
 };
 
 struct SampleGradArgs : Latents {
-  Operand grad_z;  // no data: zero
+  Operand grad_z;  // null data stands for zero
   int64_t grad_z_draw_stride;
-  Operand grad_kl;  // per element, or a single value per row (run == 1, run_stride == 0); no data: zero
-  Result grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar, grad_eps;  // no data: not wanted
+  Operand grad_kl;  // one value per element, or per row (run == 1, run_stride == 0); null data stands for zero
+  Result grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar, grad_eps;  // null data if not requested
   int64_t grad_eps_draw_stride;
 };
 
-// out = in * factor[row * factor_stride]; out may be in.
+// out = in * factor[row * factor_stride]; `out` may be the same memory as `in`.
 struct ScaleArgs {
   int64_t rows, size;
   Operand in;
@@ -158,14 +176,14 @@ struct ScaleArgs {
   int64_t factor_stride;
 };
 
-// out[k] = factor * in[k], element by element, where out[k] may be in[k]; or where there are sums[k], in their place, the sum over rows.
-// What is read is of the type that is computed in, and `in` is dense.
+// out[k] = factor * in[k], element by element, where out[k] may be the same memory as in[k]. If sums[k] is given, the sum of the
+// products over rows is written there instead. `in` is dense, and inputs have the type of the computation.
 struct ScaleElementsArgs {
   bool in_double;
   int64_t rows, size;
   const void* factor;
-  int64_t factor_stride;  // of rows
-  bool factor_per_row;    // a row has one, and not one for each element
+  int64_t factor_stride;  // between rows
+  bool factor_per_row;    // each row has a single factor, not one per element
   int count;
   const void* in[kMaxParams];
   Result out[kMaxParams];

@@ -1,4 +1,5 @@
-// One pass over a posterior: z and its KL forward; the gradients of both backward, from the same noise drawn again.
+// Reads a posterior once. The forward computes the samples z and the KL; the backward computes the gradients of both and draws the
+// same noise again.
 #include <ATen/Parallel.h>
 
 #include <vector>
@@ -10,7 +11,7 @@
 namespace fastvae::cpu::FASTVAE_ISA {
 namespace {
 
-// Rows are cut into blocks of kBlock elements; short rows are taken several at a time, so that their noise, which lies in
+// Rows are cut into blocks of kBlock elements. Short rows are processed several at a time, so that their noise, which comes from
 // consecutive counters, is drawn in one sweep.
 struct Tiling {
   int64_t size, counters_per_row, blocks, group, tasks;
@@ -24,7 +25,7 @@ struct Tiling {
 };
 
 struct Tile {
-  int64_t first_row, rows, begin, n, stride;  // stride: between rows of the tile in a buffer
+  int64_t first_row, rows, begin, n, stride;  // stride: the distance between rows of the tile in a buffer
 
   Tile(const Tiling& tiling, const Latents& args, int64_t task)
       : first_row(task / tiling.blocks * tiling.group),
@@ -37,17 +38,17 @@ struct Tile {
 template <class F>
 void for_tiles(const Latents& args, const F& f) {
   const Tiling tiling(args);
-  const int64_t work = 4 * tiling.group * std::min(args.size, kBlock);  // noise: four times the work of a likelihood
+  const int64_t work = 4 * tiling.group * std::min(args.size, kBlock);  // noise makes it four times the work of a likelihood
   at::parallel_for(0, tiling.tasks, grain(work), [&](int64_t first, int64_t last) { f(tiling, first, last); });
 }
 
-// The noise of a tile in draw k: given by the user, or drawn.
+// The noise of a tile for draw k, either given by the user or drawn here.
 template <class C>
 class Noise {
  public:
   Noise(const Latents& args, const Tiling& tiling) : args_(args), tiling_(tiling) {}
 
-  // `next`: operands whose tile is read after this one's noise is drawn, and loaded into the cache meanwhile.
+  // `next` lists operands that are read for the same tile afterwards; they are prefetched while the noise is drawn.
   void draw(const Tile& tile, int64_t k, std::initializer_list<Operand> next) {
     given_ = shifted(args_.eps, k * args_.eps_draw_stride);
     if (given_.data) return;
@@ -76,7 +77,7 @@ class Noise {
   Buffer<C> buffer_;
 };
 
-// Steps through n elements a vector at a time; f(index, lanes), where `lanes` is a constant for all but the last.
+// Calls f(index, lanes) for each vector of n elements. `lanes` is a compile-time constant except for an incomplete last vector.
 template <class C, class F>
 inline void for_lanes(int64_t n, const F& f) {
   constexpr int64_t W = Vec<C>::size();
@@ -85,7 +86,7 @@ inline void for_lanes(int64_t n, const F& f) {
   if (i < n) f(i, n - i);
 }
 
-// The parts of sigma = exp(logvar / 2).
+// sigma = exp(logvar / 2), with the intermediate results that the KL reuses.
 template <class C>
 auto scale_of(Vec<C> logvar) {
   return math::Primitives<Vec<C>>::exp_parts(logvar * Vec<C>(0.5));
@@ -208,7 +209,7 @@ void sample_grad_as(const SampleGradArgs& args) {
           const V m = load_lanes(mu + j, lanes), v = load_lanes(logvar + j, lanes);
           const auto s = scale_of<C>(v);
           V d_mu(0), d_logvar(0), d_prior_logvar(0);
-          // Not 0 times its slopes: a KL that nobody asked for may overflow.
+          // A KL that is not needed is skipped rather than multiplied by 0, because its gradients may overflow.
           if (with_kl) {
             const V w = weight ? load_lanes(weight + j, lanes) : V(row_weight);
             const auto kl = prior_mu ? math::prior_kl(m, v, load_lanes(prior_mu + j, lanes), load_lanes(prior_logvar + j, lanes))

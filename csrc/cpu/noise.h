@@ -1,20 +1,20 @@
-// math/philox.h, a vector of counters at a time.
+// A vectorised version of math/philox.h, which handles one vector of counters at a time.
 #pragma once
 #include "../math/normals.h"
 #include "staging.h"
 
 namespace fastvae::cpu::FASTVAE_ISA {
 
-// W 32-bit words: the same lane of W consecutive counters.
+// A vector of W 32-bit words, one for each of W consecutive counters.
 constexpr int64_t kWords = Vec<float>::size();
 using Words = uint32_t __attribute__((vector_size(4 * kWords)));
 using Integers = int32_t __attribute__((vector_size(4 * kWords)));
 using Floats = float __attribute__((vector_size(4 * kWords)));
-using Wide = uint64_t __attribute__((vector_size(4 * kWords)));  // half as many 64-bit lanes
+using Wide = uint64_t __attribute__((vector_size(4 * kWords)));  // half as many lanes of 64 bits
 
 inline Vec<float> to_vec(Floats x) { return Vec<float>::loadu(&x); }
 
-// 32 x 32 -> 64 bits of the low halves; the high halves of a and b may hold anything.
+// The 64-bit products of the low 32 bits of each lane. The high halves of a and b may hold anything.
 inline Wide multiply(Wide a, Wide b) {
 #if defined(CPU_CAPABILITY_AVX512)
   return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
@@ -25,7 +25,7 @@ inline Wide multiply(Wide a, Wide b) {
 #endif
 }
 
-// The low halves of `even` and `odd`, interleaved.
+// Interleaves the low halves of `even` and `odd`.
 inline Words interleave(Wide even, Wide odd) {
 #if defined(CPU_CAPABILITY_AVX512)
   return (Words)_mm512_mask_blend_epi32(0xAAAA, (__m512i)even, (__m512i)(odd << 32));
@@ -36,7 +36,8 @@ inline Words interleave(Wide even, Wide odd) {
 #endif
 }
 
-// The keys of all rounds. In 64 bits, so that a vector of one is a load and not work for the ports that the rounds keep busy.
+// The keys of all rounds. They are stored in 64 bits, so that broadcasting one is a load and does not compete for the execution ports
+// that the rounds keep busy.
 struct KeySchedule {
   uint64_t key[math::kPhiloxRounds][2];
 
@@ -51,12 +52,12 @@ struct KeySchedule {
   }
 };
 
-// Which of W consecutive counters goes through lane i of a Words: the one that puts the results in order of memory when the 4 x 4
-// blocks of four Words are transposed (in_order).
+// Which of the W consecutive counters is in lane i of a Words. This order makes the results contiguous in memory once the 4 x 4 blocks
+// of four Words are transposed (store_in_order).
 constexpr int64_t counter_of_lane(int64_t i) { return kWords / 4 * (i % 4) + i / 4; }
 
-// Word i of W counters from (low, high) on in word[i]. Even and odd lanes go through the rounds as 64-bit lanes, because the
-// multiplication needs the room.
+// Writes word i of W consecutive counters, starting at (low, high), to word[i]. Even and odd lanes go through the rounds separately, as
+// 64-bit lanes, because the products need 64 bits.
 inline void philox(const KeySchedule& keys, uint64_t low, uint64_t high, Words (&word)[4]) {
   Wide c[2][4];
   for (int half = 0; half < 2; ++half) {
@@ -82,7 +83,8 @@ inline void philox(const KeySchedule& keys, uint64_t low, uint64_t high, Words (
   for (int i = 0; i < 4; ++i) word[i] = interleave(c[0][i], c[1][i]);
 }
 
-// In every 128 bits: the low or high two words of a and b in turns; the low or high pairs of words of a, then of b.
+// Within each 128-bit block, low_words and high_words interleave the two low or high words of a and b; low_pairs and high_pairs
+// concatenate the low or high pair of words of a and that of b.
 #if defined(CPU_CAPABILITY_AVX512)
 inline Floats low_words(Floats a, Floats b) { return (Floats)_mm512_unpacklo_ps((__m512)a, (__m512)b); }
 inline Floats high_words(Floats a, Floats b) { return (Floats)_mm512_unpackhi_ps((__m512)a, (__m512)b); }
@@ -95,7 +97,7 @@ inline Floats low_pairs(Floats a, Floats b) { return (Floats)_mm256_unpacklo_pd(
 inline Floats high_pairs(Floats a, Floats b) { return (Floats)_mm256_unpackhi_pd((__m256d)a, (__m256d)b); }
 #endif
 
-// Stores the four normals of each counter one behind the other: within every 128 bits, a transpose of 4 x 4.
+// Stores the four normals of each counter next to each other, by transposing a 4 x 4 matrix within each 128-bit block.
 inline void store_in_order(const Floats (&n)[4], float* out) {
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
   const Floats low01 = low_words(n[0], n[1]), low23 = low_words(n[2], n[3]);
@@ -108,7 +110,7 @@ inline void store_in_order(const Floats (&n)[4], float* out) {
 #endif
 }
 
-// For math/normals.h.
+// The template argument N of math/normals.h, for vectors.
 struct Lanes {
   using Floats = cpu::FASTVAE_ISA::Floats;
   using Words = cpu::FASTVAE_ISA::Words;
@@ -124,8 +126,8 @@ struct Lanes {
   }
 };
 
-// Four normals for each of `counters` consecutive counters from `high` on; writes up to 4 * kWords - 4 numbers past them. fetch(i, n) is
-// called before the numbers [i, i + n) are made: so much arithmetic leaves room to load memory meanwhile.
+// Writes four normals for each of `counters` consecutive counters, starting at `high`, and up to 4 * kWords - 4 numbers past their end.
+// fetch(i, n) is called before the numbers [i, i + n) are generated, so that it can prefetch memory during the arithmetic.
 template <class Fetch>
 inline void normals(uint64_t seed, uint64_t low, uint64_t high, int64_t counters, float* out, const Fetch& fetch) {
   static_assert(4 * kWords <= kBufferSlack);

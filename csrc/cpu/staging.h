@@ -1,6 +1,6 @@
-// Operands reach the arithmetic as dense arrays of the compute type (float or double). What lies in memory like that is used in
-// place; everything else (half types, integers, interleaved channels) is converted through a buffer that stays in the L1 cache,
-// so the kernels are written, and compiled, once per compute type and not once per mix of types.
+// The kernels read operands as dense arrays of the compute type (float or double). Memory that already has this form is used in place;
+// everything else (half types, integers, interleaved channels) is converted through a buffer that stays in the L1 cache. The kernels are
+// therefore written and compiled once per compute type, not once per combination of types.
 #pragma once
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -13,11 +13,11 @@
 
 namespace fastvae::cpu::FASTVAE_ISA {
 
-constexpr int64_t kBlock = 1024;  // elements of a row that one task handles at a time
+constexpr int64_t kBlock = 1024;  // the number of elements of a row that a task handles at a time
 constexpr int64_t kBufferSlack = 64;
-constexpr int64_t kGrain = 32768;  // elements that are worth another thread
+constexpr int64_t kGrain = 32768;  // the number of elements that justifies another thread
 
-// How many tasks of `work` elements each to give a thread at least.
+// The minimum number of tasks per thread, where each task has `work` elements.
 inline int64_t grain(int64_t work) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work)); }
 
 template <class C>
@@ -140,7 +140,7 @@ inline const C* load(const Operand& view, int64_t row, int64_t begin, int64_t n,
   return buffer.data;
 }
 
-// Where to write those elements; `store` afterwards brings them home from the buffer.
+// Where to write those elements. If that is the buffer, `store` must be called afterwards to copy them to the result.
 template <class C>
 inline C* destination(const Result& view, int64_t row, int64_t begin, int64_t size, Buffer<C>& buffer) {
   if (!view.data) return nullptr;
@@ -155,7 +155,7 @@ inline void store(const Result& view, int64_t row, int64_t begin, int64_t n, int
   });
 }
 
-// `n` lanes from p, the rest zero.
+// Loads `n` lanes from p and sets the others to zero.
 template <class C>
 inline Vec<C> load_lanes(const C* p, int64_t n) {
   return n >= Vec<C>::size() ? Vec<C>::loadu(p) : Vec<C>::loadu(p, n);
@@ -167,20 +167,20 @@ inline void store_lanes(Vec<C> v, C* p, int64_t n) {
   else v.store(p, static_cast<int>(n));
 }
 
-// Asks for the cache lines of [p, p + bytes): for the L1 cache, or for the L2 cache alone.
+// Prefetches the cache lines of [p, p + bytes) into the L1 cache, or only into the L2 cache.
 template <bool kL2 = false>
 inline void prefetch(const void* p, int64_t bytes) {
   for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(p) + line, 0, kL2 ? 2 : 3);
 }
 
-// A sum whose value does not depend on how the row is split over threads: blocks always have the same borders, four vectors of
-// partial sums are folded in a fixed order, and blocks are added up in double.
+// A sum whose value does not depend on how a row is split among threads. Block boundaries are fixed, four vectors of partial sums are
+// added in a fixed order, and the sums of blocks are added in double precision.
 template <class C>
 struct Sum {
   Vec<C> part[4] = {Vec<C>(0), Vec<C>(0), Vec<C>(0), Vec<C>(0)};
 
   void add(int slot, Vec<C> v) { part[slot] = part[slot] + v; }
-  // The first n lanes of v.
+  // Adds only the first n lanes of v.
   void add_lanes(Vec<C> v, int64_t n) { part[0] = part[0] + (n < Vec<C>::size() ? Vec<C>::set(Vec<C>(0), v, n) : v); }
   double total() const {
     const Vec<C> folded = (part[0] + part[1]) + (part[2] + part[3]);

@@ -1,11 +1,11 @@
-// The categorical: the nll of each row of positions, the loss and, where wanted, the gradient. The logits of a position are read twice,
-// for their sum and for their slopes: the second time from the cache.
+// The categorical likelihood: computes the nll of each row of positions, the loss and, if requested, the gradient. The logits of a
+// position are read twice, first for their sum and then, from the cache, for the gradient.
 #include "rows.cuh"
 
 namespace fastvae::cuda {
 namespace {
 
-constexpr int kUnroll = 2;  // accesses that a thread has under way at a time
+constexpr int kUnroll = 2;  // the number of accesses that a thread has in flight
 
 constexpr int resident(int64_t item_size) { return item_size == 8 ? 2 : 4; }
 
@@ -26,10 +26,10 @@ TilePlan plan_for(const CategoricalArgs& args) {
   return plan;
 }
 
-// The sum of exp(x) over some logits, as e^top sum.
+// The sum of exp(x) over some logits, stored as exp(top) * sum.
 template <class C>
 struct Scaled {
-  C top = C(-3e38f), sum = C(0);  // below any: minus infinity has no distance from itself
+  C top = C(-3e38f), sum = C(0);  // below any logit, but finite, because -inf - -inf is NaN
 
   FASTVAE_DEVICE void add(const Scaled& other) {
     using P = math::Primitives<C>;
@@ -39,7 +39,7 @@ struct Scaled {
   }
 };
 
-// That of all threads of a group, for each of them. `scratch` has two numbers for each warp.
+// Combines the sums of all threads of a group and returns the total to each of them. `scratch` has two numbers for each warp.
 template <class C>
 FASTVAE_DEVICE Scaled<C> group_total(Scaled<C> mine, int lanes, C* scratch) {
   for (int offset = (lanes < kWarp ? lanes : kWarp) / 2; offset > 0; offset /= 2) {
@@ -50,7 +50,7 @@ FASTVAE_DEVICE Scaled<C> group_total(Scaled<C> mine, int lanes, C* scratch) {
   }
   if (lanes <= kWarp) return mine;
   const int warp = threadIdx.x / kWarp, first = threadIdx.x / lanes * (lanes / kWarp);
-  __syncthreads();  // who reads what is there from the last time has done so
+  __syncthreads();  // all threads must have read what the previous call left in `scratch`
   if (threadIdx.x % kWarp == 0) scratch[2 * warp] = mine.top, scratch[2 * warp + 1] = mine.sum;
   __syncthreads();
   Scaled<C> all;
@@ -91,12 +91,13 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
       const int64_t position = begin + its_position;
       const bool inside = has_row && position < part.end;
       int64_t target = args.ignored;
-      if (inside) target = __ldg(static_cast<const long long*>(args.target.data) + row * args.target.row_stride + position);
+      if (inside) target = __ldg(static_cast<const long long*>(args.target.data) + cpu::target_row(args, row) * args.target.row_stride + position);
       const bool counted = inside && target != args.ignored, exists = target >= 0 && target < args.classes;
       const T* logits = static_cast<const T*>(args.params[0].data) + row * args.params[0].row_stride + position * args.classes;
       const uint32_t own = exists ? static_cast<uint32_t>(target) : classes;
 
-      // All but the target's by themselves, so that a sure and right prediction keeps the digits of its nll and of its slope, p - 1.
+      // The target's class is left out of this sum, so that a confident, correct prediction does not lose the digits of its nll and of
+      // its gradient, p - 1.
       Scaled<C> others;
 #pragma unroll 1
       for (uint32_t i = uint32_t(lane) * N; counted && i < classes; i += step * kUnroll) {
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
         continue;
       }
 
-      // There is no asking for a class that does not exist; its nll and its slopes are not numbers.
+      // The logit of a class that does not exist must not be read; the nll and the gradients of such a target are NaN.
       const C a = exists ? static_cast<C>(widened(__ldg(logits + own))) : C(NAN);
       const C top = others.top < a ? a : others.top, rest = others.sum * P::exp(others.top - top), total = P::exp(a - top) + rest;
       if (lane == 0) sum += static_cast<double>(top - a) + static_cast<double>(a >= others.top ? P::log1p(rest) : P::log(total));

@@ -1,4 +1,4 @@
-// What the kernels share: types in memory, accesses of up to 128 bits, sums over threads and over blocks.
+// What the kernels share: the types in memory, accesses of up to 128 bits, and sums over threads and over blocks.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -13,7 +13,7 @@
 
 #define FASTVAE_DEVICE __device__ __forceinline__
 
-// Tests compile these files with headers of their own, as C++ for the CPU, where a launch and shared memory are something else.
+// Tests compile these files as C++ for the CPU, with their own headers, which define launches and shared memory differently.
 #ifndef FASTVAE_LAUNCH
 #define FASTVAE_LAUNCH(kernel, blocks, stream, ...) \
   ((kernel)<<<(blocks), fastvae::cuda::kThreads, 0, (stream)>>>(__VA_ARGS__), cudaGetLastError())
@@ -29,12 +29,12 @@ namespace fastvae::cuda {
 using Half = __half;
 using BFloat16 = __nv_bfloat16;
 
-// Data of uint8, read as x / 255, or bool.
+// An element of uint8 data, which is read as x / 255, or of bool data.
 struct Byte {
   uint8_t value;
 };
 
-// Data of the type that a Converter is told when it is made.
+// An element whose type is known only at run time, when the Converter is constructed.
 struct Any {};
 
 template <class T>
@@ -52,7 +52,7 @@ FASTVAE_DEVICE float widened(float x) { return x; }
 FASTVAE_DEVICE double widened(double x) { return x; }
 FASTVAE_DEVICE float widened(Half x) { return __half2float(x); }
 FASTVAE_DEVICE float widened(BFloat16 x) { return __bfloat162float(x); }
-FASTVAE_DEVICE int widened(uint8_t x) { return x; }  // counts
+FASTVAE_DEVICE int widened(uint8_t x) { return x; }  // this and the other integers are counts
 FASTVAE_DEVICE int widened(uint16_t x) { return x; }
 FASTVAE_DEVICE int32_t widened(int32_t x) { return x; }
 FASTVAE_DEVICE int64_t widened(int64_t x) { return x; }
@@ -75,7 +75,7 @@ FASTVAE_DEVICE void narrow_two(float x, float y, BFloat16& a, BFloat16& b) {
   b = both.y;
 }
 
-// Values of memory's type T as numbers of type C.
+// Converts values from the type T that they have in memory to the compute type C.
 template <class T, class C>
 struct Converter {
   explicit FASTVAE_DEVICE Converter(DType) {}
@@ -90,7 +90,7 @@ struct Converter<Byte, C> {
   explicit FASTVAE_DEVICE Converter(DType type)
       : limit(type == DType::u8 ? 255 : 1), divisor(C(limit)), reciprocal(type == DType::u8 ? C(1.0 / 255) : C(1)) {}
 
-  // x / 255, exactly rounded, in three instructions.
+  // Computes x / 255, correctly rounded, in three instructions.
   FASTVAE_DEVICE C operator()(Byte byte) const {
     using P = math::Primitives<C>;
     const C x = static_cast<C>(byte.value < limit ? byte.value : limit), quotient = x * reciprocal;
@@ -102,7 +102,7 @@ struct Converter<Byte, C> {
 // Memory
 // ---------------------------------------------------------------------------------------------------------------------------------
 
-// Writes 16 bytes. An assignment may be taken apart into four of 4 bytes when the compiler has moved code about.
+// Writes 16 bytes at once. After it has reordered code, the compiler may split a plain assignment into four stores of 4 bytes.
 FASTVAE_DEVICE void store_chunk(uint4* p, uint4 x) {
 #ifdef __CUDA_ARCH__
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
@@ -116,7 +116,7 @@ FASTVAE_DEVICE void store_chunk(Chunk* p, Chunk x) {
   *p = x;
 }
 
-// N values side by side, in one access where they are 128 bits or less.
+// N adjacent values, which take a single access if they have 128 bits or fewer.
 template <class T, int N>
 struct Pack {
   static constexpr int kBytes = N * int(sizeof(T));
@@ -132,12 +132,12 @@ struct Pack {
   };
 
   FASTVAE_DEVICE Pack() {}
-  // Memory that this kernel does not write.
+  // Loads from memory that this kernel does not write.
   FASTVAE_DEVICE void load(const T* p) {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) chunk[i] = __ldg(reinterpret_cast<const Chunk*>(p) + i);
   }
-  // Memory that it may write.
+  // Loads from memory that this kernel may also write.
   FASTVAE_DEVICE void load_own(const T* p) {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) chunk[i] = reinterpret_cast<const Chunk*>(p)[i];
@@ -151,7 +151,7 @@ struct Pack {
   FASTVAE_DEVICE void fill(const C (&x)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      // One instruction for two.
+      // One instruction converts two values.
       if constexpr (sizeof(T) == 2 && N > 1) {
         if (i % 2 == 0) narrow_two(x[i], x[i + 1], value[i], value[i + 1]);
       } else {
@@ -161,10 +161,10 @@ struct Pack {
   }
 };
 
-// Where element i of a row lies.
+// Maps the index of an element in its row to its offset in memory.
 struct Runs {
-  int64_t gap;       // between the end of a run and the next one; 0 where the row is dense
-  uint64_t inverse;  // 2^63 / run, rounded up: i / run is then the high half of 2 i inverse, as long as i run is below 2^63
+  int64_t gap;       // the distance from the end of a run to the next run; 0 if the row is dense
+  uint64_t inverse;  // 2^63 / run, rounded up, so that i / run is the high half of 2 * i * inverse while i * run is below 2^63
 
   explicit Runs(const Operand& view)
       : gap(view.run_stride ? view.run_stride - view.run : 0), inverse(view.run > 0 ? ((uint64_t(1) << 63) - 1) / view.run + 1 : 0) {}
@@ -173,7 +173,7 @@ struct Runs {
   }
 };
 
-// A number of a row, fp32 or fp64.
+// Reads the number of a row, which is fp32 or fp64.
 FASTVAE_DEVICE double number(const Numbers& numbers, int64_t row) {
   const int64_t i = row * numbers.stride;
   return numbers.type == DType::f64 ? static_cast<const double*>(numbers.data)[i] : static_cast<const float*>(numbers.data)[i];
@@ -184,7 +184,7 @@ FASTVAE_DEVICE void put(const Output& out, int64_t i, double value) {
   else static_cast<float*>(out.data)[i] = static_cast<float>(value);
 }
 
-// A single number of any floating type.
+// Reads a single number of any floating-point type.
 FASTVAE_DEVICE double number(const Numbers& single) {
   if (single.type == DType::f16) return __half2float(*static_cast<const Half*>(single.data));
   if (single.type == DType::bf16) return __bfloat162float(*static_cast<const BFloat16*>(single.data));
@@ -197,7 +197,7 @@ FASTVAE_DEVICE void put(const Output& single, double value) {
   else put(single, 0, value);
 }
 
-// d objective / d nll of a row: weight * grad_loss + grad_nll, of those that are given.
+// d objective / d nll of a row: weight * grad_loss + grad_nll, where a gradient that is not given counts as 0.
 FASTVAE_DEVICE double row_factor(const Numbers& grad_loss, const Numbers& grad_nll, double weight, int64_t row) {
   double factor = 0;
   if (grad_loss.data) factor = weight * number(grad_loss, row);
@@ -205,7 +205,7 @@ FASTVAE_DEVICE double row_factor(const Numbers& grad_loss, const Numbers& grad_n
   return factor;
 }
 
-// The part of a row that a thread of an item sees to, together with the others of its group.
+// The part of a row that a thread processes together with the other threads of its group.
 struct Part {
   int64_t row, begin;
   uint32_t count;
@@ -227,8 +227,8 @@ struct Part {
 // Sums
 // ---------------------------------------------------------------------------------------------------------------------------------
 
-// Adds `value` up over groups of `lanes` neighbouring threads, a power of two; the first of each group has the sum. All threads of a
-// block call it, with different `scratch` (a number for each warp) where a call may follow another.
+// Sums `value` over groups of `lanes` adjacent threads, a power of two, and returns the sum to the first thread of each group. All
+// threads of a block must call it. `scratch` has one number for each warp; two calls in succession must not use the same one.
 template <class C>
 FASTVAE_DEVICE C group_sum(C value, int lanes, C* scratch) {
   for (int offset = (lanes < kWarp ? lanes : kWarp) / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffff, value, offset);
@@ -241,8 +241,9 @@ FASTVAE_DEVICE C group_sum(C value, int lanes, C* scratch) {
   return value;
 }
 
-// Counts from 0 to `last` and begins again. Who takes a number sees what those wrote who took one before: an ordering that costs less
-// than two __threadfence(), which would put all of the device's memory in one order.
+// Increments a counter that wraps around to 0 after `last`, and returns its previous value. A thread sees everything that was written
+// by the threads that incremented the counter before it. This acquire-release ordering costs less than two __threadfence(), which
+// would order all of the device's memory accesses.
 FASTVAE_DEVICE uint32_t take_number(uint32_t* counter, uint32_t last) {
 #ifdef __CUDA_ARCH__
   uint32_t number;
@@ -256,8 +257,8 @@ FASTVAE_DEVICE uint32_t take_number(uint32_t* counter, uint32_t last) {
 #endif
 }
 
-// Whether this block is the last of `blocks` to come here; what the first threads of the others wrote before is then there to read
-// (by load_written).
+// Whether this block is the last of `blocks` to get here. If so, it can read, with load_written, what the first threads of the other
+// blocks wrote before.
 FASTVAE_DEVICE bool is_last_block(uint32_t* counter, uint32_t blocks) {
   FASTVAE_SHARED(bool, last, 1);
   if (threadIdx.x == 0) last[0] = take_number(counter, blocks - 1) == blocks - 1;
@@ -265,13 +266,13 @@ FASTVAE_DEVICE bool is_last_block(uint32_t* counter, uint32_t blocks) {
   return last[0];
 }
 
-// Past the L1 cache, which may hold what was there before.
+// Bypasses the L1 cache, which may hold stale data.
 template <class C>
 FASTVAE_DEVICE C load_written(const C* p) {
   return __ldcg(p);
 }
 
-// The sum of count numbers that other blocks wrote, over all threads of this one; the first thread has it.
+// Sums `count` numbers that other blocks wrote, with all threads of this block, and returns the sum to the first thread.
 FASTVAE_DEVICE double sum_written(const double* numbers, int count, double* scratch) {
   double sum = 0;
 #pragma unroll 4
@@ -283,9 +284,9 @@ FASTVAE_DEVICE double sum_written(const double* numbers, int count, double* scra
 // Launches
 // ---------------------------------------------------------------------------------------------------------------------------------
 
-// How many blocks of `per_processor` the current device runs at a time.
+// The number of blocks that the current device runs at a time, given the number per multiprocessor.
 inline int64_t slots(int per_processor) {
-  static int processors[64];  // of each device; written with the same number by whoever comes first
+  static int processors[64];  // the multiprocessors of each device; concurrent writers store the same number
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= 64) return 64 * per_processor;
   int count = __atomic_load_n(&processors[device], __ATOMIC_RELAXED);

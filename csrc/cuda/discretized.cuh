@@ -1,8 +1,8 @@
-// Mixtures of discretised logistics (see Mixture in cpu/discretized.cpp for the planes): the nll of each row, the loss and, where wanted,
-// the gradient. A file for each number of channels includes this.
+// Mixtures of discretised logistics: computes the nll of each row, the loss and, if requested, the gradient. The planes are those of
+// Mixture in cpu/discretized.cpp. One source file for each number of channels includes this header.
 //
-// A component of a pixel costs some 400 instructions for its 20 numbers, so it is worked out once: a thread has a component of a pixel
-// and keeps it in registers until its neighbours have theirs, and the pixel's sum over components is known.
+// A component of a pixel costs some 400 instructions for its 20 numbers and is therefore computed only once: each thread has one
+// component of a pixel and keeps it in registers until the pixel's sum over all components is known.
 #pragma once
 #include "rows.cuh"
 //
@@ -10,14 +10,14 @@
 
 namespace fastvae::cuda {
 
-// `slots` threads for each pixel.
+// `slots` is the number of threads per pixel.
 struct MixturePlan : TilePlan {
   int slots;
 };
 
-constexpr int kSide = 8;  // pixels of a tile, or a multiple: 32 bytes of fp32
+constexpr int kSide = 8;  // a tile has a multiple of this number of pixels: 32 bytes of fp32
 
-// Blocks that share a multiprocessor's registers.
+// The number of blocks that share a multiprocessor's registers.
 constexpr int mixture_resident(int64_t channels, int64_t item_size) { return item_size == 8 ? 1 : channels == 3 ? 2 : 3; }
 
 inline MixturePlan plan_for(const MixtureArgs& args) {
@@ -28,19 +28,19 @@ inline MixturePlan plan_for(const MixtureArgs& args) {
   return plan;
 }
 
-// What is known of a component once it has been looked at; the slopes are those of its log-mass.
+// The results for one component of a pixel; the derivatives are those of its log-mass.
 template <class C, int kChannels>
 struct Component {
   static constexpr int kBlocks = kChannels == 3 ? 3 : 2;
 
-  // Its share of the pixel's mass is e^(logit + linear) factor, over the sum of all e^logit. Added up, the two would lose the digits of
-  // `linear` where logits are large.
+  // The component contributes e^(logit + linear) * factor, divided by the sum of all e^logit, to the pixel's mass. `logit` and `linear`
+  // are kept apart, because their sum would lose the digits of `linear` if logits are large.
   C logit, linear, factor;
   C by_mean[kChannels], by_log_scale[kChannels], by_coefficient[3];
 
   Component() = default;
 
-  // `at`: its logit; its other params follow at every `step`.
+  // `at` points to the logit; the other params follow at intervals of `step`.
   template <class T>
   FASTVAE_DEVICE Component(const T* at, int64_t step, const C (&n)[kChannels], const math::Bins<C>& bins) {
     using P = math::Primitives<C>;
@@ -53,7 +53,8 @@ struct Component {
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
       C distance = P::fma(-widened(raw[1 + c * kBlocks]), bins.levels, n[c]);
-      // Channel 1 looks at 0 by the first coefficient, channel 2 at 0 and 1 by the others.
+      // The mean of channel 1 depends on channel 0 through the first coefficient, and that of channel 2 on channels 0 and 1 through the
+      // other two.
       C slope[2];
 #pragma unroll
       for (int k = 0; k < c; ++k) {
@@ -83,8 +84,8 @@ struct Component {
   }
 };
 
-// The sums of some components, as multiples of exponentials: e^(logit + linear) masses, of the component with the highest of these, and
-// e^top_logit weights.
+// The sums over some components, stored as multiples of exponentials: e^(logit + linear) * masses, where logit and linear are those of
+// the component with the highest logit + linear, and e^top_logit * weights.
 template <class C>
 struct Mixed {
   C logit, linear, masses, top_logit, weights;
@@ -104,14 +105,15 @@ struct Mixed {
     if (add(weights, other.weights, other.top_logit - top_logit, other.top_logit)) top_logit = other.top_logit;
   }
 
-  // How far a component is above the highest.
+  // The logit + linear of a component, relative to the highest.
   FASTVAE_DEVICE C above(C its_logit, C its_linear) const { return (its_logit - logit) + (its_linear - linear); }
 
  private:
-  // The other's exponent is `above` this one's. True: it is the higher, and the sum's from now on.
+  // Adds another sum, whose exponent exceeds this one's by `above`. Returns true if the other exponent is the higher one; the caller
+  // must then adopt it for the sum.
   static FASTVAE_DEVICE bool add(C& sum, C other_sum, C above, C other_exponent) {
     using P = math::Primitives<C>;
-    // Two that are switched off, at minus infinity, have no distance.
+    // If both exponents are minus infinity, because the components are disabled, their difference is NaN.
     const C lowest(-1e38f);
     above = other_exponent < lowest ? lowest : above;
     const bool higher = above > C(0);
@@ -127,20 +129,20 @@ __global__ void __launch_bounds__(kThreads, mixture_resident(kChannels, sizeof(T
   using C = Compute<T>;
   using P = math::Primitives<C>;
   using One = Component<C, kChannels>;
-  FASTVAE_SHARED(C, parts, 5 * kThreads);  // a Mixed of each thread
-  FASTVAE_SHARED(C, whole, 5 * kThreads);  // of each pixel: a Mixed, but for its sums the factors of the components' terms
+  FASTVAE_SHARED(C, parts, 5 * kThreads);  // one Mixed per thread
+  FASTVAE_SHARED(C, whole, 5 * kThreads);  // one Mixed per pixel, whose sums are replaced by the factors of the components' terms
   FASTVAE_SHARED(double, sums, kThreads);
   FASTVAE_SHARED(double, row_scratch, 2 * kThreads / kWarp);
   FASTVAE_SHARED(double, loss_scratch, kThreads / kWarp);
   const int thread = threadIdx.x, tile = plan.tile, slots = plan.slots, K = static_cast<int>(args.components);
   const bool values = args.loss.data;
 
-  // Neighbouring threads are at neighbouring places in memory.
+  // Adjacent threads access adjacent memory.
   const int slot = args.alternate ? thread % slots : thread / tile, place = args.alternate ? thread / slots : thread % tile;
   const int slot_step = args.alternate ? 1 : tile, place_step = args.alternate ? slots : 1;
   const bool has_slot = slot < slots && place < tile;
   const int its_row = place / plan.width, its_pixel = place - its_row * plan.width;
-  // And the first `tile` threads have a pixel to sum up.
+  // In addition, each of the first `tile` threads sums the components of one pixel.
   const int pixel_row = thread / plan.width, pixel_pixel = thread - pixel_row * plan.width;
 
   const int64_t planes = int64_t(K) * (1 + One::kBlocks * kChannels);
@@ -178,12 +180,13 @@ __global__ void __launch_bounds__(kThreads, mixture_resident(kChannels, sizeof(T
       if (inside) {
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) {
-          const uint8_t level = __ldg(target + row * args.target.row_stride + pixel * data_step + c * channel_step);
+          const uint8_t level = __ldg(target + cpu::target_row(args, row) * args.target.row_stride + pixel * data_step + c * channel_step);
           n[c] = math::DiscretizedLogistic::half_bins(static_cast<C>(level), bins.levels);
         }
         one = One(at, K * plane_step, n, bins);
         Mixed<C> some(one);
-        // More components than there are threads for a pixel: all but the last are worked out again.
+        // If there are more components than threads per pixel, a thread goes through several, and all but the last are computed again
+        // for the gradient.
 #pragma unroll 1
         for (; k + slots < K; k += slots) {
           at += slots * plane_step;

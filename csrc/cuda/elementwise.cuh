@@ -16,8 +16,8 @@ constexpr int resident(int64_t item_size, int unit) {
   constexpr bool is_long = std::is_same_v<L, math::Poisson> || std::is_same_v<L, math::ContinuousBernoulli> ||
                            std::is_same_v<L, math::StudentT>;
   // Where a thread takes one element at a time.
-  constexpr bool is_long_alone = std::is_same_v<L, math::DiscretizedLogistic> || std::is_same_v<L, math::PoissonRate> ||
-                                 (std::is_same_v<L, math::Gaussian> && item_size == 2);
+  const bool is_long_alone = std::is_same_v<L, math::DiscretizedLogistic> || std::is_same_v<L, math::PoissonRate> ||
+                             (std::is_same_v<L, math::Gaussian> && item_size == 2);
   const int most = item_size == 8 ? 2 : L::params > 1 || is_long || unit == 1 ? 3 : 4;
   return (is_long && (item_size == 2 || unit == 1)) || (is_long_alone && unit == 1) ? 2 : most;
 }
@@ -110,7 +110,7 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
     slope[k] = static_cast<T*>(args.slopes[k].data);
     if (slope[k]) slope[k] += row * args.slopes[k].row_stride + (kRuns ? 0 : begin);
   }
-  const int64_t target_begin = row * args.target.row_stride + begin;
+  const int64_t target_begin = cpu::target_row(args, row) * args.target.row_stride + begin;
   const char* target = static_cast<const char*>(args.target.data) + target_begin * cpu::item_size(args.target.type);
 
   C sum(0);

@@ -1,6 +1,6 @@
-// What csrc/ops asks of CUDA: plain structs in, results through pointers. No torch types. One launch for each function, on `stream`
-// of the current device; nothing is allocated and nobody waits. Every pointer is device memory, and what is a value in a tensor
-// stays there: the kernels read it.
+// The interface between csrc/ops and the CUDA kernels. Arguments are plain structs without torch types, and results are written through
+// pointers. Each function makes one launch on `stream` of the current device, and neither allocates memory nor synchronises. All
+// pointers are to device memory; values that are held in tensors are read by the kernels, never by the host.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -15,75 +15,76 @@ using cpu::Result;
 using cpu::kMaxConstants;
 using cpu::kMaxParams;
 
-// A number for every row, fp32 or fp64, `stride` elements apart (0: one for all), or a single one of any floating type. No data: none
-// is given.
+// One fp32 or fp64 number per row, `stride` elements apart (0 if all rows share one), or a single number of any floating-point type. Null
+// data means that none is given.
 struct Numbers {
   const void* data = nullptr;
   DType type = DType::f32;
   int64_t stride = 0;
 };
 
-// The same to write, one behind the other. No data: not wanted.
+// The same as an output, where the numbers are contiguous. Null data means that it is not requested.
 struct Output {
   void* data = nullptr;
   DType type = DType::f32;
 };
 
-// Where blocks leave what the last of them adds up. `scratch`: as many bytes as the function's ..._scratch says of the same
-// arguments, aligned to 16, with any contents. `counter`: zero, and zero again afterwards; launches that may run at the same time must
-// not share it. Both may be null where ..._scratch says 0.
+// Where blocks leave partial results for the last block to add up. `scratch` has as many bytes as the function's ..._scratch returns for
+// the same arguments; it is aligned to 16 bytes and its contents do not matter. `counter` must be zero before the launch and is zero
+// again afterwards; launches that may run at the same time must not share it. Both may be null if ..._scratch returns 0.
 struct Workspace {
   void* scratch = nullptr;
   uint32_t* counter = nullptr;
 };
 
-// Rows are fp32 where the params are not fp64, else fp64.
+// Results per row are fp64 if the params are, and fp32 otherwise.
 //   nll[r]         = sum of the row's elements + size * normaliser
-//   loss           = nll[r] + beta kl[r] for each row, or, where `reduced`, weight times their sum
-//   slopes[i]      = d element / d params[i], times `weight`; where grad_loss or grad_nll is given, times
-//                    weight * grad_loss[r] + grad_nll[r] of those that are
+//   loss           = nll[r] + beta kl[r] for each row, or, if `reduced`, weight times their sum
+//   slopes[i]      = d element / d params[i], times `weight`; if grad_loss or grad_nll is given, times
+//                    weight * grad_loss[r] + grad_nll[r] instead, where one that is not given counts as 0
 //   scalar_rows[r] = d nll[r] / d scalar
-// The params and slopes of a packed head are two views with the same runs. The target's rows are a single run.
+// A packed head has two views with the same runs for its params, and two for its slopes. Each row of the target is a single run.
 struct NllArgs {
   Element element = Element::bernoulli;
   int64_t rows = 0, size = 0;
   Operand params[kMaxParams];
   Operand target;
-  double constants[kMaxConstants] = {};  // these as csrc/ops/likelihood_table.h has them, at the scale 1 where `scalar` is given
+  int64_t target_rows = 0;  // see cpu::target_row
+  double constants[kMaxConstants] = {};  // as computed by csrc/ops/likelihood_table.h; for a scale of 1 if `scalar` is given
   double normaliser = 0;                 // per element
-  Numbers scalar;                        // a learned log-scale (the Gaussian's log-variance) for all elements
+  Numbers scalar;                        // a learned log-scale (for the Gaussian, log-variance) for all elements
   Result slopes[kMaxParams];
   double weight = 1;
   Numbers grad_loss, grad_nll;
   Numbers kl, beta;
   bool reduced = false;
-  Output loss;  // no data: the slopes alone are made
+  Output loss;  // null data if only the slopes are requested
   Output nll, scalar_rows;
   Workspace workspace;
 };
 
-// Mixtures of discretised logistics, of 1 or 3 channels: params[0], slopes[0] and the target (u8) are dense rows, of planes that lie one
-// behind the other or, where `alternate`, take turns at every pixel (channels_last). size = channels * pixels; the constants are those
-// of math::DiscretizedLogistic.
+// Mixtures of discretised logistics with 1 or 3 channels. The rows of params[0], slopes[0] and the target (u8) are dense and consist of
+// planes, which are stored one after another or, if `alternate`, interleaved at every pixel (channels_last). size = channels * pixels;
+// the constants are those of math::DiscretizedLogistic.
 struct MixtureArgs : NllArgs {
   int64_t pixels = 0, channels = 0, components = 0;
   bool alternate = false;
 };
 
-// params[0] and slopes[0] are dense rows of logits (positions, classes), target of class numbers (i64); a position whose number is
-// `ignored` adds nothing, and one whose number is no class is not a number. size = positions.
+// The rows of params[0] and slopes[0] are dense logits (positions, classes), and those of the target are class numbers (i64). A position
+// whose target is `ignored` adds nothing; one whose target is not a class gives NaN. size = positions.
 struct CategoricalArgs : NllArgs {
   int64_t positions = 0, classes = 0, ignored = 0;
 };
 
-// results[i] = gradients[i] times (weight * grad_loss[r] + grad_nll[r]) / weight, untouched where they are the same memory and the
-// factor is 1. Dense tensors of (rows, size), all of one type.
+// results[i] = gradients[i] times (weight * grad_loss[r] + grad_nll[r]) / weight. Nothing is written if both are the same memory and the
+// factor is 1. All are dense tensors of shape (rows, size) and of one type.
 //   scalar_gradient = sum of (weight * grad_loss[r] + grad_nll[r]) scalar_rows[r]
 //   kl_gradient[r]  = weight * grad_loss[r] * beta
 //   beta_gradient   = sum of weight * grad_loss[r] kl[r]
 struct NllBackwardArgs {
   int64_t rows = 0, size = 0;
-  Operand gradients[kMaxParams];  // no data: there is none
+  Operand gradients[kMaxParams];  // null data after the last
   Result results[kMaxParams];
   double weight = 1;  // as in NllArgs
   Numbers grad_loss, grad_nll;
@@ -92,10 +93,9 @@ struct NllBackwardArgs {
   Workspace workspace;
 };
 
-// Where the noise of math/philox.h starts.
-//   tensor   (seed, offset), int64, or null; then
-//   captured the numbers are at seed_pointer and offset_pointer (plus offset_intragraph), else they are `seed` and `offset`
-// That is at::PhiloxCudaState. Draw k uses offset + 4 k: ask the generator for 4 * draws.
+// The seed and the offset for math/philox.h. If `tensor` is not null, it holds (seed, offset) as int64. Otherwise they are `*seed_pointer`
+// and `*offset_pointer + offset_intragraph` if `captured`, and `seed` and `offset` if not, as in at::PhiloxCudaState. Draw k uses
+// offset + 4 k, so the generator must be asked for 4 * draws.
 struct NoiseSource {
   const int64_t* tensor = nullptr;
   uint64_t seed = 0, offset = 0;
@@ -105,31 +105,32 @@ struct NoiseSource {
   int64_t row_offset = 0;
 };
 
-// A diagonal Gaussian posterior and its prior (no data: N(0, I)), and `draws` samples of it. All of one type, every row a single run.
+// A diagonal Gaussian posterior with `draws` samples, and its prior, which is N(0, I) if prior_mu has null data. All operands have the
+// same type, and every row is a single run.
 struct Latents {
   int64_t rows = 0, size = 0, draws = 0;
   Operand mu, logvar, prior_mu, prior_logvar;
-  Operand eps;  // no data: drawn from `noise`
+  Operand eps;  // null data if it is to be drawn from `noise`
   int64_t eps_draw_stride = 0;
   NoiseSource noise;
 };
 
-// kl is fp32 where mu is not fp64, else fp64.
+// The KL is fp64 if mu is, and fp32 otherwise.
 struct SampleArgs : Latents {
-  Result z;  // no data where draws == 0
+  Result z;  // null data if draws == 0
   int64_t z_draw_stride = 0;
   Output row_kl;
-  Result element_kl;             // (rows, size); no data: not wanted
-  int64_t* used_seed = nullptr;  // out, or null: the (seed, offset) that the backward is to give as `tensor`
+  Result element_kl;             // (rows, size); null data if not requested
+  int64_t* used_seed = nullptr;  // output, or null: the (seed, offset) that the backward passes as `tensor`
   Workspace workspace;
 };
 
 struct SampleGradArgs : Latents {
-  Operand grad_z;  // no data: zero
+  Operand grad_z;  // null data stands for zero
   int64_t grad_z_draw_stride = 0;
-  Numbers grad_kl;          // per row; no data: zero
-  Operand element_grad_kl;  // per element, instead
-  Result grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar, grad_eps;  // no data: not wanted
+  Numbers grad_kl;          // per row; null data stands for zero
+  Operand element_grad_kl;  // per element; an alternative to grad_kl
+  Result grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar, grad_eps;  // null data if not requested
   int64_t grad_eps_draw_stride = 0;
 };
 

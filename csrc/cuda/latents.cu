@@ -1,10 +1,10 @@
-// One pass over a posterior: z and the KL.
+// Computes samples z and the KL of a posterior in one pass over it.
 #include "latents.cuh"
 
 namespace fastvae::cuda {
 namespace {
 
-// gridDim.y > 1: each takes `draws_each` draws; the first makes the KL.
+// Along gridDim.y, each block takes `draws_each` draws, and the first one also computes the KL.
 struct SamplePlan {
   Plan plan;
   int64_t draws_each;
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
           }
           if (wants_kl) {
             if (args.element_kl.data) write<C, N, kWhole>(row_of<C>(args.element_kl, part) + i, left, kl);
-            // Past the end of a row all numbers are 0, and so is their KL.
+            // Past the end of a row all inputs are read as 0, for which the KL is 0.
 #pragma unroll
             for (int j = 0; j < N; ++j) sum += kl[j];
           }
@@ -116,7 +116,7 @@ SamplePlan sample_plan(const SampleArgs& args) {
   const int64_t item_size = cpu::item_size(args.mu.type), at_a_time = slots(resident(item_size));
   const int unit = is_whole(args) ? whole_unit(item_size) : 4;
   how.plan = plan_for(args.rows, args.size, unit, 1, at_a_time, turns(unit));
-  // Draws are shared out where rows alone leave the device idle.
+  // Draws are distributed over blocks if the rows alone would leave the device partly idle.
   const int64_t groups = std::max<int64_t>(1, std::min({args.draws, 2 * at_a_time / how.plan.blocks, int64_t(65535)}));
   how.draws_each = (args.draws + groups - 1) / groups;
   how.draw_blocks = static_cast<int>(how.draws_each ? (args.draws + how.draws_each - 1) / how.draws_each : 1);

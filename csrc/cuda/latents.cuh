@@ -1,4 +1,4 @@
-// What the two kernels of a posterior share: noise, and access to a row.
+// What the forward and the backward kernel of a posterior share: noise, and access to rows.
 #pragma once
 #include "device.cuh"
 //
@@ -25,7 +25,7 @@ struct NoiseKey {
   }
 };
 
-// For math/normals.h.
+// The template argument N of math/normals.h, for a single lane.
 struct Lane {
   using Floats = float;
   using Words = uint32_t;
@@ -35,7 +35,7 @@ struct Lane {
   static FASTVAE_DEVICE uint32_t as_words(float x) { return __float_as_uint(x); }
   static FASTVAE_DEVICE float to_floats(int32_t x) { return static_cast<float>(x); }
   static FASTVAE_DEVICE int32_t to_integers(float x) { return static_cast<int32_t>(x); }
-  static FASTVAE_DEVICE float sqrt(float x) { return x * math::inverse_root_approximately(x); }  // of no zero
+  static FASTVAE_DEVICE float sqrt(float x) { return x * math::inverse_root_approximately(x); }  // x is never 0
 };
 
 FASTVAE_DEVICE void box_muller(uint32_t x0, uint32_t x1, float& n0, float& n1) {
@@ -45,7 +45,7 @@ FASTVAE_DEVICE void box_muller(uint32_t x0, uint32_t x1, float& n0, float& n1) {
   n0 = radius * cosine;
   n1 = radius * sine;
 }
-// Without the slow path that a cosine has for large angles.
+// sincospi avoids the slow path that a cosine has for large angles.
 FASTVAE_DEVICE void box_muller(uint32_t x0, uint32_t x1, double& n0, double& n1) {
   const double radius = sqrt(-2.0 * log(math::open_unit<double>(x0)));
   double sine, cosine;
@@ -54,7 +54,7 @@ FASTVAE_DEVICE void box_muller(uint32_t x0, uint32_t x1, double& n0, double& n1)
   n1 = radius * sine;
 }
 
-// The normals of N neighbouring elements, from the counter of the first on. `keys` are those of `key.seed`.
+// The normals of N adjacent elements, where `counter` belongs to the first one. `keys` are derived from `key.seed`.
 template <class C, int N>
 FASTVAE_DEVICE void normals(const NoiseKey& key, const math::PhiloxKeys& keys, int64_t draw, uint64_t counter, C (&out)[N]) {
 #pragma unroll
@@ -65,7 +65,8 @@ FASTVAE_DEVICE void normals(const NoiseKey& key, const math::PhiloxKeys& keys, i
   }
 }
 
-// N neighbouring values of type T: in one access, or those that the row has.
+// Reads N adjacent values of type T. If kWhole, this takes one access; otherwise only the `left` values that remain in the row are read,
+// and the others are 0.
 template <class T, int N, bool kWhole>
 FASTVAE_DEVICE void read(const T* p, uint32_t left, Compute<T> (&out)[N]) {
   Pack<T, N> pack;
@@ -92,23 +93,24 @@ FASTVAE_DEVICE void write(T* p, uint32_t left, const C (&in)[N]) {
   }
 }
 
-// Where part of a row begins.
+// Where a part of a row begins.
 template <class T, class View>
 FASTVAE_DEVICE auto row_of(const View& view, const Part& part) {
   using P = std::conditional_t<std::is_same_v<View, Operand>, const T*, T*>;
   return view.data ? static_cast<P>(view.data) + part.row * view.row_stride + part.begin : nullptr;
 }
 
-// The high half of its noise's first counter.
+// The high half of the first noise counter of a part of a row.
 FASTVAE_DEVICE uint64_t first_counter(const Latents& args, const Part& part) {
   const uint64_t row = static_cast<uint64_t>(args.noise.row_offset + part.row);
   return row * static_cast<uint64_t>((args.size + 3) / 4) + static_cast<uint64_t>(part.begin / 4);
 }
 
-// The elements that a thread takes at a time: those of one counter, or of two where they make an access of 128 bits.
+// The number of elements that a thread processes at a time: those of one counter, or of two counters if that makes a 128-bit access.
 constexpr int whole_unit(int64_t item_size) { return item_size == 2 ? 8 : 4; }
 
-// Of rows in plenty a thread takes 32 elements. To find the row, to add up its KL and to write that takes as long as some ten elements.
+// If there are enough rows, a thread processes 32 elements of one. Finding the row and summing and writing its KL takes as long as some
+// ten elements.
 constexpr int turns(int unit) { return 32 / unit; }
 
 inline bool allows(const Latents& args, int unit) {
@@ -116,7 +118,7 @@ inline bool allows(const Latents& args, int unit) {
          allows(args.prior_logvar, args.size, unit) && allows(args.eps, args.size, unit) && args.eps_draw_stride % unit == 0;
 }
 
-// f(type, whether whole units are read and written).
+// Calls f(type, whole), where `whole` says whether whole units are read and written.
 template <class T, class F>
 cudaError_t with_access(bool whole, const F& f) {
   return whole ? f(T(), std::true_type()) : f(T(), std::false_type());

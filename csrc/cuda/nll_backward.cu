@@ -1,5 +1,5 @@
-// The backward of a reconstruction loss whose gradient the forward has made: scales it, unless the factor is 1, and makes the small
-// gradients: of the scalar, of the kl and of beta.
+// The backward of a reconstruction loss whose gradient the forward has already computed. It scales that gradient, unless the factor is 1,
+// and computes the small gradients: those of the scalar, of the KL and of beta.
 #include "device.cuh"
 
 namespace fastvae::cuda {
@@ -7,8 +7,8 @@ namespace {
 
 constexpr int kUnroll = 4;
 
-// The first `row_blocks` blocks make the small gradients, `rows_each` rows each; the others scale as `plan` says, which counts a
-// factor that is the same for all rows as a single row.
+// The first `row_blocks` blocks compute the small gradients, for `rows_each` rows each. The other blocks scale according to `plan`, which
+// treats all rows as a single one if they share a factor (`uniform`).
 struct BackwardPlan {
   int row_blocks;
   int64_t rows_each;
@@ -128,7 +128,7 @@ BackwardPlan backward_plan(const NllBackwardArgs& args) {
   how.over_weight = 1 / args.weight;
   if (!args.gradients[0].data || args.rows * args.size == 0) return how;
   const int64_t at_a_time = slots(resident(cpu::item_size(args.gradients[0].type)));
-  // Often there is nothing to do, and then every block costs: half as many as elsewhere.
+  // Often the factor is 1 and the launch of the blocks is all that it costs, so this uses half as many blocks as other kernels.
   how.plan = plan_for(how.uniform ? 1 : args.rows, how.uniform ? args.rows * args.size : args.size, unit_of(args), kUnroll,
                       std::max<int64_t>(1, at_a_time / 2));
   if (how.plan.splits == 1) how.plan.blocks = static_cast<int>(std::min<int64_t>(how.plan.blocks, 2 * at_a_time));

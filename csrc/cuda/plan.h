@@ -1,5 +1,5 @@
-// How (rows, size) is cut up: a function of the shape and of the device's figures alone, as is then the order in which numbers are
-// added up.
+// How work of shape (rows, size) is divided. The division, and with it the order in which numbers are added, depends only on the shape
+// and on the properties of the device.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -9,30 +9,30 @@ namespace fastvae::cuda {
 #ifndef FASTVAE_THREADS
 #define FASTVAE_THREADS 256
 #endif
-constexpr int kThreads = FASTVAE_THREADS;  // of a block
+constexpr int kThreads = FASTVAE_THREADS;  // threads per block
 constexpr int kWarp = 32;
-constexpr int64_t kLongest = int64_t(1) << 30;  // no split is longer, so that 32 bits count its elements
+constexpr int64_t kLongest = int64_t(1) << 30;  // the maximum length of a split, so that 32 bits can count its elements
 
-// A block takes kThreads / lanes rows at a time, `lanes` threads each; of long rows, a split. That is an item; block b takes the items
-// b, b + blocks, ...
+// A block processes one item at a time: kThreads / lanes rows with `lanes` threads each or, if rows are long, one split of a row. Block b
+// takes the items b, b + blocks, ...
 struct Plan {
   int lanes, lanes_log2;
-  int splits;          // of a row; more than one only where lanes == kThreads, and then 32 bits count the items
+  int splits;          // splits per row; more than one only if lanes == kThreads, and then 32 bits can count the items
   int64_t split_size;  // in elements
   int64_t items;
   int blocks;
 };
 
-// Rows of `size` cut up into whole steps where that keeps the device busy: many blocks, so that the last ones to end leave little idle;
-// but not more than the last one can sum up in no time.
+// Splits rows of `size` elements into multiples of `step` if that keeps the device busier. There should be many blocks, so that little of
+// the device is idle while the last ones finish, but no more than the last block can sum in negligible time.
 inline void split_rows(Plan& plan, int64_t rows, int64_t size, int64_t step, int64_t slots) {
   const int64_t steps = (size + step - 1) / step;
   if (steps <= 1 || rows == 0 || (rows >= 4 * slots && size <= kLongest)) return;
-  // Short rows that nearly fill the device: the last of them leave it idle for less time than one block takes to sum up all splits.
+  // If short rows nearly fill the device, it is idle at the end for less time than one block would take to sum all splits.
   if (4 * rows >= 3 * slots && steps <= 8) return;
   const int64_t wanted = std::min(steps, std::max<int64_t>(1, 4 * slots / rows));
   int64_t each = std::min((steps + wanted - 1) / wanted, kLongest / step);
-  // Of few steps, the number that leaves the last split the least short.
+  // If a split has few steps, choose their number such that the last split is as full as possible.
   const auto missing = [&](int64_t n) { return (n - steps % n) % n; };
   if (each < 16)
     for (int64_t fewer = each - 1, least = (each + 1) / 2; fewer >= least; --fewer)
@@ -47,14 +47,14 @@ inline void count_blocks(Plan& plan, int64_t slots) {
   plan.blocks = static_cast<int>(std::max<int64_t>(1, (plan.items + each - 1) / each));
 }
 
-// `unit`: the elements of one access; `unroll`: accesses that a thread has under way at a time; `slots`: blocks that the device runs
-// at a time; `turns`: how often a thread goes on to the next accesses of a row, where there are rows enough, for what it does once for
-// a row to be little beside that.
+// `unit` is the number of elements per access, `unroll` the number of accesses that a thread has in flight, and `slots` the number of
+// blocks that the device runs at a time. If there are enough rows, a thread goes through `turns` rounds of accesses per row, so that its
+// fixed work per row is small in comparison.
 inline Plan plan_for(int64_t rows, int64_t size, int unit, int unroll, int64_t slots, int turns = 1) {
   const int64_t accesses = std::max<int64_t>(1, (size + unit - 1) / unit);
   Plan plan{};
   plan.lanes = 1;
-  // As few threads as keep `unroll` accesses under way `turns` times, or as many as there are, while the device has room.
+  // Use the fewest threads that still have `turns` rounds of `unroll` accesses, but more, up to one per access, while the device has room.
   const auto more = [&] {
     return plan.lanes * unroll * turns < accesses || (plan.lanes < accesses && rows <= slots * kThreads / (2 * plan.lanes));
   };

@@ -1,4 +1,4 @@
-// The end of every pass over a reconstruction: from the sums of rows, or of their splits, to the nll of each and the loss.
+// The last step of every reconstruction loss: turns the sums of rows, or of their splits, into the nll of each row and the loss.
 #pragma once
 #include "device.cuh"
 
@@ -7,7 +7,7 @@ namespace fastvae::cuda {
 FASTVAE_DEVICE double beta_of(const NllArgs& args) { return args.kl.data && args.beta.data ? number(args.beta) : 1.0; }
 FASTVAE_DEVICE double kl_of(const NllArgs& args, int64_t row) { return args.kl.data ? number(args.kl, row) : 0.0; }
 
-// Writes the nll of a row, and its loss where that is wanted; returns its part of the loss. `weighted_kl` is added to that.
+// Writes the nll of a row and, unless the loss is reduced, its loss, to which `weighted_kl` is added. Returns the row's loss.
 FASTVAE_DEVICE double put_row(const NllArgs& args, int64_t row, double value, double weighted_kl) {
   put(args.nll, row, value);
   if (args.kl.data) value += weighted_kl;
@@ -15,8 +15,8 @@ FASTVAE_DEVICE double put_row(const NllArgs& args, int64_t row, double value, do
   return value;
 }
 
-// Rows of places that several threads each see to: a block takes a tile of `tile` neighbouring places at a time, `width` of each of
-// `rows_each` rows; an item is the tiles of those rows, or of a split of one.
+// A plan for rows of places (pixels or positions), each of which several threads process together. A block takes a tile of `tile`
+// adjacent places at a time, `width` in each of `rows_each` rows. An item consists of the tiles of these rows, or of one split of a row.
 struct TilePlan : Plan {
   int tile, width, rows_each;
 };
@@ -42,9 +42,9 @@ struct TileItem {
   }
 };
 
-// All threads of a block call this when an item's tiles are done. `place`: which of a tile's this thread has summed up in `sum`; negative
-// where it has none, and the sum is then 0. `sums` has kThreads numbers, that nobody uses any more, `scratch` one for each warp; returns
-// this thread's part of the loss.
+// All threads of a block call this when the tiles of an item are done. `place` is the place in the tile for which this thread has `sum`;
+// it is negative if there is none, and `sum` must then be 0. `sums` has kThreads numbers, which no thread may still be using, and
+// `scratch` has one for each warp. Returns this thread's part of the loss.
 FASTVAE_DEVICE double finish_item(const NllArgs& args, const TilePlan& plan, int64_t item, int64_t first_row, int place, double sum,
                                   double* sums, double* scratch) {
   if (plan.rows_each == 1) {
@@ -66,9 +66,9 @@ FASTVAE_DEVICE double finish_item(const NllArgs& args, const TilePlan& plan, int
   return loss;
 }
 
-// All threads of a block call this when its items are done. Where rows are split, its sums of splits (of type C) lie in the scratch, by
-// items, and, where `pulls`, as many more behind them; else `loss` is this thread's part of the loss.
-// finish_row(row, sum, pull) writes what there is of a row, and returns its part of the loss.
+// All threads of a block call this when its items are done. If rows are split, the sums of the splits (of type C) are in the scratch,
+// one per item, and if `pulls`, as many further sums follow them; otherwise `loss` is this thread's part of the loss.
+// finish_row(row, sum, pull) writes the results of a row and returns its part of the loss.
 template <class C, class F>
 FASTVAE_DEVICE void finish(const NllArgs& args, const Plan& plan, bool pulls, double loss, double* loss_scratch, const F& finish_row) {
   if (plan.splits > 1) {

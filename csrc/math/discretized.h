@@ -1,26 +1,27 @@
-// The discretised logistic (Salimans et al. 2017, equation 2; Kingma et al. 2016): the mass that a logistic density puts into the
-// bin of a level, the bins at the ends open.
+// The discretised logistic (Salimans et al. 2017, equation 2; Kingma et al. 2016): the mass that a logistic density assigns to the bin
+// of a level. The first and the last bin extend to infinity.
 //
-// Data are counted in half bins: level l of 0 .. levels is n = 2 l - levels, an integer, where the papers have x = n / levels in
-// [-1, 1]. With h = exp(-log_scale) / levels, half a bin in units of the scale, and u = h (n - middle), the mass between u - h and
-// u + h is, where t = |u|,
+// Data are measured in half bins: level l in 0 .. levels becomes the integer n = 2 l - levels, where the papers use x = n / levels in
+// [-1, 1]. Let h = exp(-log_scale) / levels be half the width of a bin in units of the scale, u = h (n - middle) and t = |u|. The mass
+// between u - h and u + h is then
 //
 //     sinh h / (cosh h + cosh t) = e^-relu(t - h) (1 - e^-2h) / ((1 + e^-|t - h|) (1 + e^-(t + h)))
 //
-// of which every factor keeps its digits, however small the mass, or what is left of it: no difference of two sigmoids. An edge has the
-// mass on its side of u + h (or u - h), a sigmoid.
+// Unlike a difference of two sigmoids, every factor is accurate, no matter how close the mass is to 0 or to 1. An edge bin has all the
+// mass below u + h (or above u - h), which is a single sigmoid.
 #pragma once
 #include "elementary.h"
 
 namespace fastvae::math {
 inline namespace FASTVAE_ISA {
 
-// What is the same for all elements. A mass below `small` (1e-5 in the papers) is that of the density in the middle of the bin.
+// The values that all elements share. If the mass is below `small` (1e-5 in the papers), the density at the middle of the bin times the
+// width of the bin replaces it.
 template <class V>
 struct Bins {
-  V levels, half_width, log_width;  // 2^bits - 1; in x: 1 / levels, log(2 / levels)
-  V floor, small;                   // of log-scales; of masses
-  bool any_wide;                    // whether the floor allows half bins of 40 scales
+  V levels, half_width, log_width;  // 2^bits - 1; 1 / levels and log(2 / levels), measured in x
+  V floor, small;                   // lower bounds of the log-scale and of the mass
+  bool any_wide;                    // whether the floor allows a half bin to be wider than 40 scales
 
   FASTVAE_HD Bins(V levels_, V half_width_, V log_width_, V floor_, V small_)
       : levels(levels_), half_width(half_width_), log_width(log_width_), floor(floor_), small(small_) {
@@ -29,7 +30,7 @@ struct Bins {
   }
 };
 
-// A level in half bins, and whether its bin is one of the open ones at the ends.
+// A level in half bins, and whether its bin is one of the two at the edges.
 template <class V>
 struct Level {
   V n;
@@ -40,13 +41,13 @@ struct Level {
       : n(n_), edge(Primitives<V>::less(bins.levels - V(1), Primitives<V>::abs(n_))), any_edge(Primitives<V>::any(edge)) {}
 };
 
-// A level in units of the scale: u and h.
+// The position u of a level and its half bin h, in units of the scale.
 template <class V>
 struct Standardised {
   V u, h, log_scale;
   decltype(Primitives<V>::less(V(0), V(0))) floored;
 
-  // `distance` of the level from the mean, in half bins.
+  // `distance` is the level minus the mean, in half bins.
   FASTVAE_HD Standardised(V distance, V raw_log_scale, const Bins<V>& bins) : floored(Primitives<V>::less(raw_log_scale, bins.floor)) {
     using P = Primitives<V>;
     log_scale = P::at_least(raw_log_scale, bins.floor);
@@ -55,23 +56,23 @@ struct Standardised {
   }
 };
 
-// -log mass = linear + log(1 + e) + log(over), 0 <= e <= 3 and 1 <= over.
+// -log mass = linear + log(1 + e) + log(over), where 0 <= e <= 3 and over >= 1.
 template <class V>
 struct LogMass {
   V linear, e, over;
   V one_over;                 // 1 / ((1 + e) over)
-  V by_middle, by_log_scale;  // slopes of log mass
+  V by_middle, by_log_scale;  // derivatives of log mass
 
   FASTVAE_HD LogMass(const Level<V>& level, const Standardised<V>& x, const Bins<V>& bins) : LogMass(level, x, bins, level.any_edge) {}
 
-  // `any_edge` may be a constant, so that vectors without edges, most of them, have code of their own.
+  // `any_edge` may be a compile-time constant, so that vectors without edge bins, which are the majority, get specialised code.
   template <class Bool>
   FASTVAE_HD LogMass(const Level<V>& level, const Standardised<V>& x, const Bins<V>& bins, Bool any_edge) {
     using P = Primitives<V>;
     constexpr bool in_double = sizeof(typename P::Scalar) == 8;
     const V zero(0), one(1), h = x.h, size = P::abs(x.u), y = size - h;
     const ExpPair<V> r = P::exp_pair(P::neg(h)), q = P::exp_pair(P::neg(size));
-    // e^-relu(size - h) and e^-relu(h - size), of which one is exactly 1: the other is e^-|size - h|.
+    // `tail` is e^-relu(size - h) and `inside` is e^-relu(h - size). One of them is exactly 1, and the other is e^-|size - h|.
     const V larger = P::at_least(q.exp, r.exp);
     V tail = P::divide(q.exp, larger), inside = P::divide(r.exp, larger);
     if (bins.any_wide) {
@@ -82,7 +83,7 @@ struct LogMass {
     const V near = P::at_most(tail, inside), far = q.exp * r.exp;
     const V e_exact = P::fma(near, far, near + far), narrowing = P::fnma(r.minus_1, one + r.exp, zero);
 
-    // In bins so narrow that this would have to be tiny, the density in the middle is the mass to all digits.
+    // In bins so narrow that `narrowing` would be tiny, the mass equals density times width to full precision.
     const auto is_small =
         P::either(P::less(h, V(in_double ? 1e-8 : 1e-4)), P::less(tail * narrowing, P::fma(bins.small, e_exact, bins.small)));
     const V one_if_small = P::keep_where(is_small, one);
@@ -93,13 +94,13 @@ struct LogMass {
     const V divisor = one + e, inverse = P::divide(one, divisor * factor), one_over_divisor = inverse * factor;
     over = inverse * divisor;
     one_over = factor * one_over_divisor;
-    // Of -log mass by t: sinh t / (cosh h + cosh t).
+    // The derivative of -log mass by t: sinh t / (cosh h + cosh t).
     const V slope = P::fnma(q.minus_1, one + q.exp, zero) * P::at_least(inside, one_if_small) * one_over_divisor;
     const V inner = P::fnma(tail, one_over, P::fma(r.exp, r.exp, one) * over);  // coth h - mass
     by_middle = P::with_sign(h * slope, x.u);
     by_log_scale = size * slope - (P::zero_where(is_small, h * inner) + one_if_small);
 
-    // Open bins in place of these.
+    // Edge bins have their own formulas.
     if (any_edge) {
       const V outward = P::with_sign(one, level.n) * x.u, beyond = outward - h;
       const V rest = P::select(P::less(outward, zero), far, near), inverse = P::divide(one, one + rest);
@@ -115,11 +116,11 @@ struct LogMass {
   }
 };
 
-// What is left of the values of a few elements: one logarithm for all of their log(1 + e), and one for eight of their log(over), each of
-// which is no more than 5e3 (in fp64, 5e7).
+// Collects the logarithms in the values of a few elements, so that all their terms log(1 + e) take one logarithm, and every eight terms
+// log(over) take one. Each `over` is at most 5e3 (5e7 in fp64).
 template <class V>
 struct LogisticLogs {
-  static constexpr int most = 63;  // 1 + e may be 4
+  static constexpr int most = 63;  // 1 + e can be as large as 4
   Log1pSum<V> excess;
   V over = V(1), sum = V(0);
   int count = 0;
@@ -134,11 +135,11 @@ struct LogisticLogs {
   FASTVAE_HD V value() const { return sum + Primitives<V>::log(over) + excess.value(); }
 };
 
-// The same for CUDA as one of the structs that element.h describes. Params are mean and log-scale; t is a level, and the highest where
-// it is above.
+// The discretised logistic as a struct of the kind that element.h describes; only CUDA uses it. The params are mean and log-scale. The
+// target t is a level; levels above the highest count as the highest.
 struct DiscretizedLogistic {
   static constexpr int params = 2;
-  static constexpr int constants = 5;  // what Bins are made from
+  static constexpr int constants = 5;  // the members of Bins
   static constexpr bool has_log1p = true;
   static constexpr bool has_pull = false;
 

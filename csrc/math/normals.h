@@ -1,8 +1,8 @@
-// Box & Muller's two normals in fp32 by additions and multiplications, for any number of lanes at a time; math/philox.h has them by the
-// standard library's functions, for fp64.
+// The Box-Muller transform in fp32, for any number of lanes at a time. It uses polynomials in place of the logarithm, sine and cosine of
+// the standard library, which the version for fp64 in math/philox.h calls.
 //
-// N names the lanes: Floats, Words and Integers of 32 bits; as_floats and as_words, which keep the bits; to_floats and to_integers,
-// which keep the number (and cut its fraction); and sqrt.
+// The template argument N describes the lanes. It has the 32-bit types Floats, Words and Integers; as_floats and as_words, which
+// reinterpret bits; to_floats and to_integers, which convert numbers (truncating fractions); and sqrt.
 #pragma once
 #include "philox.h"
 
@@ -32,14 +32,14 @@ FASTVAE_HD typename N::Floats radius(typename N::Words x) {
   const Words biased = N::as_words(u) - 0x3f3504f3u;
   const Floats n = N::to_floats((typename N::Integers)biased >> 23);
   const Floats f = N::as_floats((biased & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
-  // log(1 + f) / f, Chebyshev fit on that interval, relative error 8e-9.
+  // A Chebyshev fit of log(1 + f) / f on that interval, with relative error 8e-9.
   constexpr float fit[] = {-0.0745118633f, 0.128066108f,  -0.132660314f, 0.141996503f,  -0.166083694f,
                            0.200009391f,   -0.250015795f, 0.333333462f,  -0.499999881f, 1.0f};
   const Floats log_m = f * horner(f, fit);
   return N::sqrt(-2.0f * (n * 0.693147180559945f + log_m));
 }
 
-// Cosine and sine of 2 pi u.
+// The cosine and sine of 2 pi u.
 template <class N>
 FASTVAE_HD void circle(typename N::Words x, typename N::Floats& cosine, typename N::Floats& sine) {
   using Floats = typename N::Floats;
@@ -48,7 +48,7 @@ FASTVAE_HD void circle(typename N::Words x, typename N::Floats& cosine, typename
   const auto quadrant = N::to_integers(turns + 0.5f);
   const Floats f = turns - N::to_floats(quadrant);  // in [-1/2, 1/2], exact
   const Floats y = f * f;
-  // Chebyshev fits in y of sin(f pi / 2) / f and cos(f pi / 2), relative errors 3e-8 and 1e-8.
+  // Chebyshev fits in y of sin(f pi / 2) / f and cos(f pi / 2), with relative errors 3e-8 and 1e-8.
   constexpr float of_sine[] = {0.000158206298f, -0.00468126638f, 0.0796925798f, -0.645964086f, 1.57079637f};
   constexpr float of_cosine[] = {0.000903628068f, -0.0208600704f, 0.253669202f, -1.23370051f, 1.0f};
   const Words s = N::as_words(f * horner(y, of_sine)), c = N::as_words(horner(y, of_cosine));

@@ -1,13 +1,13 @@
-// Philox4x32-10 (Salmon, Moraes, Dror & Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"), a counter-based generator: the
-// noise of an element is a function of its place, so nothing is stored and the backward draws the same numbers again.
+// Philox4x32-10 (Salmon, Moraes, Dror & Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"), a counter-based generator. The noise
+// of an element is a function of its position, so nothing needs to be stored and the backward can draw the same numbers again.
 //
-// The noise of (seed, offset, draw k, row r, element d of D):
+// The noise for (seed, offset), draw k, row r and element d of D uses
 //   key     = seed
 //   counter = low 64 bits  offset / 4 + k
 //             high 64 bits (row_offset + r) * ceil(D / 4) + d / 4
 //   lane    = d % 4
-// Lanes (0, 1) and (2, 3) each make two normals by Box & Muller (1958), from u = (2 (x >> 9) + 1) 2^-24: strictly inside (0, 1) and
-// exact in fp32, so that every precision starts from the same number.
+// Lanes (0, 1) and (2, 3) each give two normals by Box & Muller (1958). Their uniforms u = (2 (x >> 9) + 1) 2^-24 are strictly inside
+// (0, 1) and exact in fp32, so that every precision starts from the same number.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -27,7 +27,7 @@ struct PhiloxWords {
 
 FASTVAE_HD uint64_t wide_product(uint32_t a, uint32_t b) {
 #ifdef __CUDA_ARCH__
-  // nvcc would carry the zeros above a and b through sums and products of their own.
+  // nvcc would spend additions and multiplications on the zero high halves of a and b.
   uint64_t product;
   asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
   return product;
@@ -36,7 +36,7 @@ FASTVAE_HD uint64_t wide_product(uint32_t a, uint32_t b) {
 #endif
 }
 
-// The keys of all rounds, to be made once for many counters.
+// The keys of all rounds, which are computed once for many counters.
 struct PhiloxKeys {
   uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
 
@@ -45,7 +45,7 @@ struct PhiloxKeys {
       k0[round] = uint32_t(seed) + uint32_t(round) * kPhiloxWeyl0;
       k1[round] = uint32_t(seed >> 32) + uint32_t(round) * kPhiloxWeyl1;
 #ifdef __CUDA_ARCH__
-      // nvcc would rather add them up anew in every loop, one instruction for each.
+      // Without this, nvcc would recompute the keys in every loop, at one instruction per key.
       asm volatile("" : "+r"(k0[round]), "+r"(k1[round]));
 #endif
     }
@@ -67,7 +67,7 @@ FASTVAE_HD T open_unit(uint32_t x) {
   return T(2 * (x >> 9) + 1) * T(5.9604644775390625e-08);
 }
 
-// Two normals from two words.
+// Converts two random words to two normals.
 template <class T>
 FASTVAE_HD void box_muller(uint32_t x0, uint32_t x1, T& n0, T& n1) {
   const T radius = std::sqrt(T(-2) * std::log(open_unit<T>(x0)));

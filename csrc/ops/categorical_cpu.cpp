@@ -3,6 +3,7 @@
 
 #include "buffer_pool.h"
 #include "cpu_kernels.h"
+#include "nll.h"
 
 namespace fastvae {
 
@@ -19,9 +20,10 @@ void evaluate_categorical(const Tensor& logits, const Tensor& target, at::ArrayR
   args.row_stride = dense.stride(0);
   args.logits.row_stride = args.logits.run = args.classes;
   args.target = dense_target.const_data_ptr<int64_t>();
+  args.target_rows = repeated_rows(target.size(0), args.rows);
   args.target_row_stride = dense_target.stride(0);
   args.ignored = static_cast<int64_t>(constants[0]);
-  for (int64_t row = 0; row < args.rows; ++row)
+  for (int64_t row = 0; row < target.size(0); ++row)
     for (int64_t t = 0; t < args.positions; ++t) {
       const int64_t number = args.target[row * args.target_row_stride + t];
       TORCH_CHECK_VALUE((number >= 0 && number < args.classes) || number == args.ignored,

@@ -64,10 +64,13 @@ void fill_inputs(cpu::CountArgs& args, const LikelihoodVariant& variant, at::Ten
                  &columns = keep(params[variant.tensors + 1].contiguous());
     args.starts = starts.const_data_ptr<int64_t>();
     args.columns = columns.const_data_ptr<int64_t>();
-    check_positions(args.starts, args.columns, rows, genes, values.size(0));
+    const int64_t target_rows = starts.size(0) - 1;
+    check_positions(args.starts, args.columns, target_rows, genes, values.size(0));
     args.target_values = count_operand(values);
+    args.target_rows = repeated_rows(target_rows, rows);
   } else {
     args.target = count_operand(keep(dense_rows(target, order)));
+    args.target_rows = repeated_rows(target.size(0), rows);
   }
 }
 
@@ -98,14 +101,14 @@ void check_counts(const LikelihoodVariant& variant, at::TensorList params, const
   TORCH_CHECK_TYPE(takes_target(variant, lead.scalar_type(), target.scalar_type()), "fastvae::nll: a `target` of ", target.scalar_type(),
                    " does not go with params of ", lead.scalar_type());
   if (!is_sparse(variant, params)) {
-    TORCH_CHECK_VALUE(target.sizes() == lead.sizes(), "fastvae::nll: `target` must have the shape ", lead.sizes(), ", got ",
+    TORCH_CHECK_VALUE(target.dim() == 2 && serves_rows(target.size(0), rows) && target.size(1) == genes, "fastvae::nll: `target` must have the shape ", lead.sizes(), ", got ",
                       target.sizes());
     return;
   }
   const Tensor &starts = params[variant.tensors], &columns = params[variant.tensors + 1];
   TORCH_CHECK_TYPE(starts.scalar_type() == at::kLong && columns.scalar_type() == at::kLong,
                    "fastvae::nll: the positions of a sparse target must be int64");
-  TORCH_CHECK_VALUE(starts.dim() == 1 && starts.size(0) == rows + 1 && target.dim() == 1 && columns.sizes() == target.sizes(),
+  TORCH_CHECK_VALUE(starts.dim() == 1 && serves_rows(starts.size(0) - 1, rows) && target.dim() == 1 && columns.sizes() == target.sizes(),
                     "fastvae::nll: a sparse target of ", rows, " rows must have ", rows + 1, " crow_indices and as many col_indices as values");
 }
 

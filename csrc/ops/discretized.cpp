@@ -36,6 +36,7 @@ void check_discretized(const LikelihoodVariant& variant, const Tensor& params, c
   TORCH_CHECK_VALUE(components == 0 || channels == 1 || channels == 3, "fastvae::nll: the `target` of ", std::string(variant.name),
                     " must have 1 or 3 channels, got ", channels);
   auto expected = target.sizes().vec();
+  if (serves_rows(expected[0], params.size(0))) expected[0] = params.size(0);
   expected[1] = components == 0 ? 2 * channels : components * (channels == 3 ? 10 : 3);
   TORCH_CHECK_VALUE(params.sizes() == at::IntArrayRef(expected), "fastvae::nll: `params` must have the shape ",
                     at::IntArrayRef(expected), ", got ", params.sizes());

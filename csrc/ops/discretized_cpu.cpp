@@ -28,6 +28,7 @@ void evaluate_discretized(const LikelihoodVariant& variant, const Tensor& params
   args.min_mass = found.min_mass;
   args.params = operand(dense);
   args.target = operand(dense_target);
+  args.target_rows = repeated_rows(target.size(0), args.rows);
   if (wanted) {
     gradients.push_back(pooled_empty(params.sizes(), params, order));
     args.slopes = result(gradients.back());

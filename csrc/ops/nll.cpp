@@ -80,7 +80,10 @@ struct NllFunction : torch::autograd::Function<NllFunction> {
     ctx->saved_data["rows"] = params[0].sym_size(0);
     ctx->saved_data["need_kl"] = need_kl;
     ctx->saved_data["need_beta"] = need_beta;
-    if (target.requires_grad()) ctx->saved_data["target_dtype"] = target.scalar_type();
+    if (target.requires_grad()) {
+      ctx->saved_data["target_dtype"] = target.scalar_type();
+      ctx->saved_data["target_rows"] = target.sym_size(0);
+    }
     const bool with_kl = need_kl || need_beta;
     variable_list saved = {scalar_rows, with_kl ? *kl : Tensor(), with_kl ? beta.value_or(Tensor()) : Tensor()};
     if (at_once) saved.insert(saved.end(), gradients.begin(), gradients.end());
@@ -143,6 +146,8 @@ struct NllFunction : torch::autograd::Function<NllFunction> {
       if (i == 0 && ctx->saved_data.count("target_dtype")) {
         Tensor mean = gradients[next];
         if (variant.packed) mean = mean.narrow_symint(1, 0, mean.sym_size(1) / 2);
+        const c10::SymInt rows = mean.sym_size(0), target_rows = ctx->saved_data["target_rows"].toSymInt();
+        if (rows != target_rows) mean = mean.unflatten_symint(0, {rows / target_rows, target_rows}).sum(0);
         results[params + 1] = mean.neg().to(ctx->saved_data["target_dtype"].toScalarType());
       }
       if (needs >> i & 1) results[1 + i] = gradients[next];
@@ -252,6 +257,7 @@ void check_elements(const LikelihoodVariant& variant, at::TensorList params, con
                       lead.sizes());
     expected[1] /= 2;
   }
+  if (target.dim() > 0 && serves_rows(target.size(0), expected[0])) expected[0] = target.size(0);
   TORCH_CHECK_VALUE(target.sizes() == at::IntArrayRef(expected), "fastvae::nll: `target` must have the shape ",
                     at::IntArrayRef(expected), ", got ", target.sizes());
   TORCH_CHECK_TYPE(c10::isFloatingType(lead.scalar_type()), "fastvae::nll: `params` must be floating point, got ",

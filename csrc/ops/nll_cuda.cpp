@@ -55,6 +55,7 @@ Tensors fill_categorical(Args& args, const Tensor& logits, const Tensor& target,
   kept = {dense_rows(logits, at::MemoryFormat::Contiguous), dense_rows(target, at::MemoryFormat::Contiguous)};
   positions.params[0] = operand(kept[0]);
   positions.target = operand(kept[1]);
+  positions.target_rows = repeated_rows(target.size(0), positions.rows);
   if (!(needs & 1)) return {};
   Tensor gradient = pooled_empty(logits.sizes(), logits);
   positions.slopes[0] = result(gradient);

@@ -44,6 +44,7 @@ Tensors fill_elements(Args& args, const LikelihoodVariant& variant, at::TensorLi
   }
   kept.push_back(dense_rows(target, order));
   args.target = variant.integers == Integers::counts ? count_operand(kept.back()) : operand(kept.back());
+  args.target_rows = repeated_rows(target.size(0), args.rows);
   return gradients;
 }
 

@@ -1,25 +1,25 @@
-"""The Triton backend: the ops of `fastvae::*` as `fastvae_triton::*`, for every GPU that Triton knows.
+"""The Triton backend: the ops of `fastvae::*` as `fastvae_triton::*`, for every GPU that Triton supports.
 
-Nothing is compiled when it is installed: Triton compiles a kernel at its first call and keeps it on disk. Importing
-this package registers the ops (ops.py); `fastvae.backends` does so when it needs them, and turns an ImportError from
-here into the reason that users see.
+Nothing is compiled at installation: Triton compiles a kernel when it is first called and caches it on disk. Importing
+this package registers the ops (ops.py). `fastvae.backends` imports it when it needs the ops, and turns an ImportError
+from here into the reason that users see.
 
     continuous.py, counts.py, categorical.py, discretized.py, latents.py
-                              the elements, or the kernels, of each family
+                              the elements or the kernels of each family
     elementwise.py            the kernel that all elements share
-    loss.py                   what is done with a likelihood's rows, and the ops of the loss
-    elements.py               the ops of the value of each element
-    elementary.py, noise.py   functions of a number, and the random numbers
+    loss.py                   the reduction of a likelihood's rows, and the ops of the loss
+    elements.py               the ops for the value of each element
+    elementary.py, noise.py   elementary functions, and random numbers
     tiles.py, launch.py, tuning.py
-                              how work is cut up and launched
+                              how work is partitioned and launched
     ops.py, fakes.py          schemas, autograd, fake kernels
-    runtime.py                which Triton there is
+    runtime.py                the check of the installed Triton
 
-With TRITON_INTERPRET=1 in the environment before the first import of Triton, the kernels run on CPU tensors, slowly:
-that is how they are tested where there is no GPU.
+If TRITON_INTERPRET=1 is set before Triton is first imported, the kernels run on CPU tensors, slowly. This is how they
+are tested without a GPU.
 """
 
-from .runtime import INTERPRETED as INTERPRETED  # first: it says what is wrong where there is no Triton
+from .runtime import INTERPRETED as INTERPRETED  # imported first, because it explains a missing Triton
 
 # isort: split
 

@@ -1,4 +1,4 @@
-"""The categorical: the kernel of one position, whose classes share a normaliser, and its launch."""
+"""The categorical likelihood: a kernel for one position, whose classes share a normaliser, and its launch."""
 
 from collections.abc import Sequence
 
@@ -15,19 +15,21 @@ from .runtime import INTERPRETED
 @kernel
 def categorical_kernel(
     logits,  # (rows, positions, classes), any stride of rows
-    target,  # (rows, positions), int64, any stride of rows
-    slopes,  # out, or None: as the logits, dense
-    sums,  # out, or None: (rows, positions) in C
+    target,  # (target_rows, positions), int64, any stride of rows
+    slopes,  # output or None: shaped like the logits, dense
+    sums,  # output or None: (rows, positions) in C
     grad_loss,  # see row_factor in tiles.py
     grad_nll,
     weight: tl.float64,
     positions: "number",
-    classes: "number",  # this and the logits' stride in units of UNIT elements
+    classes: "number",  # this and logits_stride are in units of UNIT elements
     logits_stride: "number",
     target_stride: "number",
+    target_rows: "number",  # see elementwise.py
     ignored: "number",
     grad_loss_stride: "number",
     grad_nll_stride: "number",
+    REPEATED: tl.constexpr,
     UNIT: tl.constexpr,
     COLUMNS: tl.constexpr,
     C: tl.constexpr,
@@ -36,7 +38,10 @@ def categorical_kernel(
     row, position = program // positions, program % positions
     classes = classes * UNIT
     logits += row * logits_stride * UNIT + position * classes
-    chosen = tl.load(target + row * target_stride + position)
+    data_row = row
+    if REPEATED:
+        data_row = row % target_rows
+    chosen = tl.load(target + data_row * target_stride + position)
     if grad_loss is None and grad_nll is None:
         factor = tl.full((), weight, C)
     else:
@@ -55,8 +60,8 @@ def categorical_kernel(
                 columns = start + tl.arange(0, COLUMNS)
                 tl.store(slopes + program * classes + columns, nothing, columns < classes)
     else:
-        # The chosen class apart: with it in the sum, the logarithm of a sure prediction would lose the rest. NaN where
-        # there is no class of that number.
+        # The chosen class is left out of the sum: if it were included, the nll of a confident prediction would lose
+        # the other classes to rounding. A class number out of range gives NaN.
         exists = (chosen >= 0) & (chosen < classes)
         own = tl.load(logits + tl.where(exists, chosen, 0)).to(C)
         own = tl.where(exists, own, float("nan"))
@@ -67,14 +72,14 @@ def categorical_kernel(
             inside = columns < classes
             other = inside & (
                 columns != chosen
-            )  # not the mask of the load, which would go element by element
+            )  # as the mask of the load, this would make it go element by element
             x = tl.where(other, tl.load(logits + columns, inside, 0.0).to(C), -3.0e38)
             higher = tl.where(x > tops, x, tops)
             rests = rests * exp(tops - higher) + tl.where(other, exp(x - higher), 0.0)
             tops = higher
         highest = tl.max(tops, 0)
         top = tl.where(highest > own, highest, own)
-        rest = tl.sum(rests * exp(tops - top), 0)  # this and what follows in units of exp(top)
+        rest = tl.sum(rests * exp(tops - top), 0)  # in units of exp(top), as are the next two
         mine = exp(own - top)
         total = mine + rest
         if sums is not None:
@@ -105,11 +110,11 @@ def evaluate(
     grad_nll: Tensor | None = None,
     values: bool = True,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """What elementwise.evaluate is to elements: runs categorical_kernel, a program for each position."""
+    """Runs categorical_kernel with one program per position; see elementwise.evaluate for the arguments."""
     lead = params[0]
     dtype, classes = row_dtype(lead), lead.shape[-1]
     logits, chosen = dense_rows(lead), dense_rows(target)
-    rows, positions = target.shape[0], event_size(target)
+    rows, positions = lead.shape[0], event_size(target)
     slopes = torch.empty_like(lead, memory_format=torch.contiguous_format) if needs & 1 else None
     sums = lead.new_empty((rows, positions), dtype=dtype) if values else None
     widest = 4096 if INTERPRETED or dtype == torch.float32 else 2048
@@ -130,9 +135,11 @@ def evaluate(
         classes // unit,
         logits.stride(0) // unit,
         chosen.stride(0),
+        chosen.shape[0],
         int(constants[0]),
         row_stride(grad_loss),
         row_stride(grad_nll),
+        REPEATED=chosen.shape[0] != rows,
         UNIT=unit,
         COLUMNS=columns,
         C=COMPUTE[dtype],

@@ -232,8 +232,10 @@ def count_kernel(
     zero_stride: "number",
     library_stride: "number",
     target_stride: "number",
+    target_rows: "number",  # see elementwise.py
     grad_loss_stride: "number",
     grad_nll_stride: "number",
+    REPEATED: tl.constexpr,
     RAW: tl.constexpr,
     UNIT: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -244,7 +246,10 @@ def count_kernel(
     genes = genes * UNIT
     mean += row * mean_stride * UNIT
     dispersion += row * dispersion_stride * UNIT
-    target += row * target_stride * UNIT
+    data_row = row
+    if REPEATED:
+        data_row = row % target_rows
+    target += data_row * target_stride * UNIT
     if zero_logits is not None:
         zero_logits += row * zero_stride * UNIT
     dense = row * genes
@@ -449,7 +454,8 @@ def evaluate(
     rows, genes = lead.shape
     dtype = row_dtype(lead)
     if len(params) > form.tensors:
-        target = _dense(target, params[-2], params[-1], lead.shape)
+        starts, columns = params[-2:]
+        target = _dense(target, starts, columns, torch.Size((starts.numel() - 1, genes)))
     mean, data = dense_rows(lead), dense_rows(target)
     shared = params[1].dim() == 1
     dispersion = params[1].contiguous() if shared else dense_rows(params[1])
@@ -506,8 +512,10 @@ def evaluate(
         strides[2] // unit,
         library.stride(0) if library is not None else 0,
         strides[3] // unit,
+        data.shape[0],
         row_stride(grad_loss),
         row_stride(grad_nll),
+        REPEATED=data.shape[0] != rows,
         RAW=form.raw,
         UNIT=unit,
         COLUMNS=columns,

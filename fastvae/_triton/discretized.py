@@ -1,8 +1,8 @@
-"""The discretised logistic and the mixtures of it: what elementwise.py is to the likelihoods of one element.
+"""The discretised logistic and mixtures of it: their kernel and its launch.
 
-A program takes a tile of pixels and goes over their components twice: for the sum of the mixture, and, when that is
-known, for the gradient. Everything is computed again in between, for nothing of a component is kept. Formulas, and what
-is counted in half bins, are those of csrc/math/discretized.h.
+A program processes a tile of pixels and goes over their components twice: once for the sum of the mixture and, once
+that is known, again for the gradient. Components are recomputed the second time, because none of their values are kept.
+csrc/math/discretized.h has the formulas, and says what is measured in half bins.
 """
 
 import math
@@ -34,22 +34,23 @@ from .tuning import choice
 # An element
 # ---------------------------------------------------------------------------------------------------------------------
 
-# A bin narrower than this, in units of the scale, has the mass of the density in its middle to all digits.
+# The mass of a bin narrower than this, in units of the scale, equals density times width to full precision.
 _NARROW_32: tl.constexpr = tl.constexpr(1e-4)
 _NARROW_64: tl.constexpr = tl.constexpr(1e-8)
 
 
 @triton.jit
 def one_minus_square(x, e):
-    """1 - e^-2x for x >= 0 and e = e^-x."""
+    """1 - e^-2x, given x >= 0 and e = e^-x."""
     return tl.where(x < 1.0, x - exp_minus_1_minus(-x, e), 1.0 - e) * (1.0 + e)
 
 
 @triton.jit
 def log_mass(n, distance, raw_log_scale, levels, log_width, floor, small):
-    """(linear, e1, e2, factor, factor / ((1 + e1) (1 + e2)), slope by the mean, slope by log-scale) of log mass.
+    """The parts of log mass = log(factor) - linear - log(1 + e1) - log(1 + e2), and its derivatives.
 
-    log mass = log(factor) - linear - log(1 + e1) - log(1 + e2). `distance` of the level from the mean, in half bins.
+    Returns (linear, e1, e2, factor, factor / ((1 + e1) (1 + e2)), derivative by the mean, derivative by the log-scale).
+    `distance` is the level minus the mean, in half bins.
     """
     floored = raw_log_scale < floor
     log_scale = tl.where(floored, floor, raw_log_scale)
@@ -107,9 +108,10 @@ def store_plane(slopes, places, plane, step, inside, value):
 def component(
     first, places, k, K, step, inside, n0, n1, n2, levels, log_width, floor, small, CHANNELS: tl.constexpr
 ):
-    """(logit, linear, factor, nine slopes of its log-mass) of component k: see Component in csrc/cuda/discretized.cuh.
+    """(logit, linear, factor, nine derivatives of the log-mass) of component k; see csrc/cuda/discretized.cuh.
 
-    Slopes are by means, by log-scales and by coefficients; of one channel the first and the fourth are there.
+    The derivatives are by three means, three log-scales and three coefficients. With a single channel, only the first
+    mean and the first log-scale have meaningful ones.
     """
     C: tl.constexpr = n0.dtype
     logit = load_plane(first, places, k, step, inside, C)
@@ -147,31 +149,33 @@ def component(
 
 @kernel
 def logistic_kernel(
-    first,  # (rows, planes * pixels), any stride of rows
-    target,  # uint8 levels (rows, channels * pixels), the same
-    slopes,  # out, or None: as `first`
-    row_sums,  # out, or None: (rows, splits) in C
+    first,  # the parameters (rows, planes * pixels), with any stride of rows
+    target,  # uint8 levels (target_rows, channels * pixels), with any stride of rows
+    slopes,  # output or None: shaped like `first`
+    row_sums,  # output or None: (rows, splits) in C
     levels: tl.float64,  # 2^bits - 1
     log_width: tl.float64,  # log(2 / levels)
     floor: tl.float64,
     small: tl.float64,
-    grad_loss,  # see row_factor in tiles.py; with neither of the two, slopes are multiplied by `weight`
+    grad_loss,  # see row_factor in tiles.py; without this and grad_nll, slopes are multiplied by `weight`
     grad_nll,
     weight: tl.float64,
     row_count: "number",
-    pixels: "number",  # this and all strides in units of UNIT elements
+    pixels: "number",  # in units of UNIT elements, like all strides but the last two
     params_stride: "number",
     target_stride: "number",
+    target_rows: "number",  # see elementwise.py
     slopes_stride: "number",
     planes: "number",
-    K: "number",  # components; 0: no mixture
+    K: "number",  # the number of components; 0 if there is no mixture
     channels: "number",
     grad_loss_stride: "number",
     grad_nll_stride: "number",
     splits: "number",
     tiles: "number",
-    MIXED: tl.constexpr,  # the channels of a mixture, or 0
-    ALTERNATE: tl.constexpr,  # planes take turns at every pixel: channels_last
+    REPEATED: tl.constexpr,
+    MIXED: tl.constexpr,  # the number of channels of a mixture, or 0
+    ALTERNATE: tl.constexpr,  # planes are interleaved at every pixel (channels_last)
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -183,7 +187,10 @@ def logistic_kernel(
     inside_rows = rows < row_count
     size = row_size(pixels, UNIT, WIDE)
     first += rows[:, None] * params_stride * UNIT
-    target += rows[:, None] * target_stride * UNIT
+    data_rows = rows
+    if REPEATED:
+        data_rows = rows % target_rows
+    target += data_rows[:, None] * target_stride * UNIT
     if slopes is not None:
         slopes += rows[:, None] * slopes_stride * UNIT
     if grad_loss is None and grad_nll is None:
@@ -229,13 +236,14 @@ def logistic_kernel(
                     2.0 * tl.minimum(tl.load(target + data_places + 2 * data_step, inside, 0).to(C), highest)
                     - highest
                 )
-            # As Mixed in csrc/cuda/discretized.cuh. The first are below any; with -inf, a first component of weight 0
-            # would make -inf less -inf.
+            # This works like Mixed in csrc/cuda/discretized.cuh. The initial values are lower than any logit but
+            # finite: if they were -inf, a first component of weight 0 would give -inf - -inf.
             top = tl.full((ROWS, COLUMNS), -1e38, C)
             top_linear = tl.zeros((ROWS, COLUMNS), C)
             top_logit = top
-            masses = tl.zeros((ROWS, COLUMNS), C)  # sum of e^((logit - top) + (linear - top_linear)) factor
-            priors = tl.zeros((ROWS, COLUMNS), C)  # sum of e^(logit - top_logit)
+            # The sums of e^((logit - top) + (linear - top_linear)) * factor and of e^(logit - top_logit).
+            masses = tl.zeros((ROWS, COLUMNS), C)
+            priors = tl.zeros((ROWS, COLUMNS), C)
             for k in range(0, K):
                 logit, linear, factor, _, _, _, _, _, _, _, _, _ = component(
                     first, places, k, K, step, inside, n0, n1, n2, highest, width, least, smallest, MIXED
@@ -251,7 +259,8 @@ def logistic_kernel(
                 higher = above > 0.0
                 priors = priors * tl.where(higher, ratio, 1.0) + tl.where(higher, 1.0, ratio)
                 top_logit = tl.where(higher, logit, top_logit)
-            top_linear += top - top_logit  # from here on, beside the highest logit: one number less to keep
+            # From here on, top_linear is relative to the highest logit, so that `top` need not be kept.
+            top_linear += top - top_logit
             sums += tl.where(inside, tl.log(priors / masses) - top_linear, 0.0)
             if slopes is not None:
                 posterior = -weights / masses
@@ -310,7 +319,7 @@ def evaluate(
     grad_nll: Tensor | None = None,
     values: bool = True,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """What elementwise.evaluate is to elements: runs logistic_kernel."""
+    """Runs logistic_kernel; see elementwise.evaluate for the arguments."""
     components = int(constants[0]) if len(constants) == 4 else 0
     bits, floor, small = constants[-3:]
     levels = 2.0**bits - 1
@@ -320,7 +329,7 @@ def evaluate(
     rows, planes, channels = lead.shape[0], lead.shape[1], target.shape[1]
     alternate = order != torch.contiguous_format
     pixels = event_size(target) // max(1, channels)
-    if not components and not alternate:  # every channel is for itself: one long plane
+    if not components and not alternate:  # channels are independent and form one long plane
         pixels, planes, channels = pixels * channels, 2, 1
 
     slopes = torch.empty_like(lead, memory_format=order) if needs & 1 else None
@@ -328,10 +337,10 @@ def evaluate(
     unit = divisor(pixels, first.stride(0), data.stride(0), slopes_stride)
     fold = min(16 // lead.element_size(), unit)
     cut = partition(rows, pixels, choice("logistic", rows * pixels, lead.device), narrowest=fold)
-    # A plane's place is counted in 32 bits, and there are many.
+    # Offsets of planes are 32-bit too, so what counts is the size of all planes together.
     wide = slopes_stride > 2**31 - 2**20
     row_sums = lead.new_empty((rows, cut.splits), dtype=dtype) if values else None
-    # What a thread holds of float64, or where no access is wide, must be fewer pixels.
+    # A thread must hold fewer pixels in float64, and where accesses are not vectorised.
     spread = 2 if dtype == torch.float64 or alternate else 1
     launch(
         logistic_kernel,
@@ -352,6 +361,7 @@ def evaluate(
         pixels // unit,
         first.stride(0) // unit,
         data.stride(0) // unit,
+        target.shape[0],
         slopes_stride // unit,
         planes,
         components,
@@ -360,6 +370,7 @@ def evaluate(
         row_stride(grad_nll),
         cut.splits,
         cut.tiles,
+        REPEATED=target.shape[0] != rows,
         MIXED=channels if components else 0,
         ALTERNATE=alternate,
         UNIT=unit,

@@ -1,7 +1,7 @@
 """The functions behind the ops fastvae_triton::nll_elements*: the value of each element, and its derivatives.
 
-The likelihoods' kernels (counts.py, elementwise.py) write both at a time. The backward multiplies the derivatives by
-what arrives, which is read where it is: one number for a row where it was expanded.
+The kernels of the likelihoods (counts.py, elementwise.py) write both in one launch. The backward multiplies the
+derivatives by the incoming gradient, which is read without a copy: if it was expanded, as one number per row.
 """
 
 from collections.abc import Sequence
@@ -27,20 +27,20 @@ from .loss import EVALUATE
 
 @kernel
 def scale_elements_kernel(
-    grad,  # (rows, size), or where PER_ROW (rows,)
-    first,  # derivatives (rows, size), dense, as is all that follows; any may be None
+    grad,  # (rows, size), or (rows,) if PER_ROW
+    first,  # derivatives (rows, size); these and all later tensors are dense, and any may be None
     second,
     third,
-    first_result,  # out: `first` times grad; `first` itself to scale in place
+    first_result,  # output: `first` times grad; the same tensor as `first` to scale in place
     second_result,
     third_result,
-    summed,  # a derivative whose product is added up over rows, or None
-    sums,  # out: (chunks, size), of the rows of each program
+    summed,  # a derivative whose product with grad is summed over rows, or None
+    sums,  # output: (chunks, size), the sums over the rows of each chunk
     row_count: "number",
-    size: "number",  # this and the stride in units of UNIT elements
+    size: "number",  # this is in units of UNIT elements, as is grad_stride unless PER_ROW
     grad_stride: "number",
     rows_per_chunk: "number",
-    blocks: "number",  # of COLUMNS columns
+    blocks: "number",  # the number of blocks of COLUMNS columns
     PER_ROW: tl.constexpr,
     UNIT: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -96,7 +96,7 @@ def nll_elements_forward(
 def nll_elements_backward(
     grad: Tensor, derivatives: Sequence[Tensor], shared: int, dtype: torch.dtype
 ) -> list[Tensor]:
-    """The derivatives times `grad`, in `dtype`; of derivatives[shared] the sum over rows, in its own."""
+    """The derivatives times `grad`, in `dtype`; derivatives[shared] is summed over rows and keeps its own dtype."""
     gradients = [
         derivative if i == shared else torch.empty_like(derivative, dtype=dtype)
         for i, derivative in enumerate(derivatives)
@@ -108,7 +108,7 @@ def nll_elements_backward(
 
 
 def nll_elements_backward_(grad: Tensor, derivatives: Sequence[Tensor], shared: int) -> list[Tensor]:
-    """nll_elements_backward in place, which returns the sum alone, where there is one."""
+    """nll_elements_backward in place, which returns only the sum over rows, if there is one."""
     return _scale(grad, derivatives, derivatives, shared)
 
 
@@ -126,7 +126,7 @@ def _scale(
     unit = divisor(size, 0 if per_row else grad.stride(0))
     columns = 1024 if lead.dtype == torch.float32 else 512
     blocks = -(-size // columns)
-    # By the shape alone: it decides in which order numbers are added up.
+    # This determines the order of summation and must therefore depend only on the shape.
     rows_per_chunk = max(1, min(32, rows * blocks // 1024)) if shared < 0 else max(8, -(-rows // 32))
     chunks = -(-rows // rows_per_chunk)
     sums = lead.new_empty((chunks, size)) if shared >= 0 else None

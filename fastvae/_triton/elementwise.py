@@ -1,9 +1,9 @@
-"""The likelihoods whose elements are each for themselves: one kernel, which is handed the function of an element.
+"""The likelihoods with independent elements: one kernel, which takes the function of an element as an argument.
 
-It reads parameters and data once, and writes the gradient, weighted by the reduction, and partial sums of rows.
+The kernel reads parameters and data once, and writes the gradient, weighted by the reduction, and partial sums of rows.
 
-Everything is computed in float32, or float64 for float64 parameters: C below. Sums are made in an order that the shape
-decides. Offsets are 64-bit where rows are counted, and 32-bit within a row unless it is longer than that.
+Everything is computed in the type C, which is float64 for float64 parameters and float32 otherwise. The order of
+summation is determined by the shape. Offsets of rows are 64-bit; those within a row are 32-bit unless it is too long.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from .launch import (
 from .tiles import first_column, fold_excess, fold_sum, row_factor, row_size, tile_columns, tile_rows
 from .tuning import choice
 
-# variant -> its element.
+# Maps each variant to its element.
 ELEMENTS = {
     variant.name: {**continuous.ELEMENTS, **counts.ELEMENTS}[variant.element]
     for variant in VARIANTS.values()
@@ -41,37 +41,39 @@ ELEMENTS = {
 
 @kernel
 def nll_kernel(
-    first,  # parameters: (rows, size), any stride of rows
-    second,  # None where the likelihood has one
-    target,  # (rows, size), any dtype
-    scalar,  # one number, or None: then `scalar_value` is it
+    first,  # the parameters: (rows, size), with any stride of rows
+    second,  # None if the likelihood has only one
+    target,  # (target_rows, size), any dtype
+    scalar,  # one number, or None to use `scalar_value`
     scalar_value: tl.float64,
     shape: tl.float64,  # see element.py
     offset: tl.float64,
-    first_slope,  # out, or None: (rows, size) as the parameters
+    first_slope,  # output or None: (rows, size), stored like the parameters
     second_slope,
-    row_sums,  # out, or None: (rows, splits) in C
-    scalar_sums,  # out, or None: the same of the derivative by `scalar`
-    element_values,  # out, or None: (rows, size) in C, dense, multiplied as the slopes are
-    grad_loss,  # see row_factor; with neither of the two, slopes are multiplied by `weight`
+    row_sums,  # output or None: (rows, splits) in C
+    scalar_sums,  # output or None: the same sums of the derivative by `scalar`
+    element_values,  # output or None: (rows, size) in C, dense, with the same factor as the slopes
+    grad_loss,  # see row_factor; without this and grad_nll, slopes are multiplied by `weight`
     grad_nll,
     weight: tl.float64,
     row_count: "number",
-    size: "number",  # this and all strides in units of UNIT elements
+    size: "number",  # in units of UNIT elements, like second_offset and all strides but the last two
     first_stride: "number",
     second_stride: "number",
     target_stride: "number",
+    target_rows: "number",  # if REPEATED, several draws share a target: row r reads target row r % target_rows
     slope_stride: "number",
-    second_offset: "number",  # of the second half of a packed head
+    second_offset: "number",  # where the second half of a packed head starts
     grad_loss_stride: "number",
     grad_nll_stride: "number",
     splits: "number",
     tiles: "number",
     ELEMENT: tl.constexpr,
     LOG_TERM: tl.constexpr,
-    COUNTS: tl.constexpr,  # integers are numbers, uint8 too
+    REPEATED: tl.constexpr,
+    COUNTS: tl.constexpr,  # integers are plain numbers, even uint8
     UNIT: tl.constexpr,
-    RUN: tl.constexpr,  # 0, or the channels of a packed head in channels_last order, where the halves alternate
+    RUN: tl.constexpr,  # 0, or half the channels of a packed head in channels_last order, whose halves are interleaved
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     FOLD: tl.constexpr,
@@ -84,7 +86,10 @@ def nll_kernel(
     first += rows[:, None] * first_stride * UNIT
     if second is not None:
         second += rows[:, None] * second_stride * UNIT + second_offset.to(tl.int64) * UNIT
-    target += rows[:, None] * target_stride * UNIT
+    data_rows = rows
+    if REPEATED:
+        data_rows = rows % target_rows
+    target += data_rows[:, None] * target_stride * UNIT
     if first_slope is not None:
         first_slope += rows[:, None] * slope_stride * UNIT
     if second_slope is not None:
@@ -111,12 +116,12 @@ def nll_kernel(
     for i in range(0, tiles):
         columns = tile_columns(start + i * COLUMNS, COLUMNS, WIDE)[None, :]
         inside = inside_rows[:, None] & (columns < size)
-        # What is outside counts as 0, and is taken out of the sums below.
+        # Elements outside the row are read as 0 and excluded from the sums below.
         if RUN > 0:
             places = columns + columns // RUN * RUN
         else:
-            # FOLD neighbours make a 128-bit access of the parameters. Left to itself Triton would have a thread hold
-            # the 16 that make one of uint8 data, and pass everything else through shared memory.
+            # FOLD adjacent elements make a 128-bit access to the parameters. Without this hint, Triton would give each
+            # thread 16, which make such an access to uint8 data, and pass everything else through shared memory.
             places = tl.max_contiguous(columns, (1, FOLD))
         a = tl.load(first + places, inside, 0.0).to(C)
         if second is not None:
@@ -144,7 +149,7 @@ def nll_kernel(
             scalar_slopes += fold_sum(tl.where(inside, slope_shared, 0.0), ROWS, COLUMNS, FOLD)
         if LOG_TERM and row_sums is not None:
             excess = combine_excess(excess, fold_excess(tl.where(inside, e, 0.0), ROWS, COLUMNS, FOLD))
-            # 64 factors, each at most 2, fit in float32.
+            # The product of 64 factors of at most 2 each fits in float32.
             if (i + 1) * FOLD % 64 == 0:
                 sums += log1p(excess)
                 excess = tl.zeros((ROWS, COLUMNS // FOLD), C)
@@ -170,10 +175,10 @@ def evaluate(
     values: bool = True,
     element_values: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """Runs nll_kernel: (gradients that `needs` asks for, sums (rows, splits) of rows, the same of scalar slopes).
+    """Runs nll_kernel and returns (gradients, row sums (rows, splits), the same sums of the derivative by the scalar).
 
-    Without `values`, only the gradients are made. `element_values` is where the value of each element is to go, and
-    then gradients have its type.
+    Bit i of `needs` requests the gradient of params[i]. Without `values`, only gradients are computed. The value of
+    each element is written to `element_values` if that is given, and the gradients then have its dtype.
     """
     variant, element, lead = VARIANTS[likelihood], ELEMENTS[likelihood], params[0]
     order, dtype = memory_order(lead), row_dtype(lead)
@@ -191,8 +196,8 @@ def evaluate(
     gradients = [slope for slope in slopes if slope is not None]
     second_offset, run = 0, 0
     if variant.packed:
-        # Dimension 1 holds the channels of the first, then those of the second. In channels_last order the two
-        # alternate at every pixel.
+        # Dimension 1 holds the channels of the first parameter, then those of the second. In channels_last order the
+        # two are interleaved at every pixel.
         second, slopes[1] = first, slopes[0]
         in_turns = order != torch.contiguous_format
         run = target.shape[1] if in_turns else 0
@@ -201,7 +206,7 @@ def evaluate(
     slope_stride = size * (2 if variant.packed else 1)
     second_stride = second.stride(0) if second is not None else 0
     unit = divisor(size, first.stride(0), second_stride, data.stride(0), slope_stride, second_offset)
-    # The elements of one 128-bit access, or what the strides allow of it: those a thread holds side by side.
+    # A thread holds this many adjacent elements: those of a 128-bit access, or fewer if the strides require it.
     fold = min(16 // lead.element_size(), unit)
     cut = partition(rows, size, choice("nll", rows * size, lead.device), narrowest=fold)
     row_sums = lead.new_empty((rows, cut.splits), dtype=dtype) if values else None
@@ -231,6 +236,7 @@ def evaluate(
         first.stride(0) // unit,
         second_stride // unit,
         data.stride(0) // unit,
+        target.shape[0],
         slope_stride // unit,
         second_offset // unit,
         row_stride(grad_loss),
@@ -239,6 +245,7 @@ def evaluate(
         cut.tiles,
         ELEMENT=element.function,
         LOG_TERM=element.log_term,
+        REPEATED=target.shape[0] != rows,
         COUNTS=variant.counts,
         UNIT=unit,
         RUN=run,

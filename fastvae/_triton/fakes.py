@@ -1,4 +1,4 @@
-"""The fake kernels: shapes and types of what an op returns, called as the op is."""
+"""The fake kernels, which take the arguments of an op and return empty results of the right shapes and types."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ def _empty_gradients(tensors: Sequence[Tensor], needs: int) -> list[Tensor]:
 
 
 def _dense_gradients(likelihood: str) -> bool:
-    """Whether gradients come in the order of their dimensions, and not in that of the first tensor."""
+    """Whether gradients are contiguous, rather than in the memory order of the first tensor."""
     variant = VARIANTS[likelihood]
     return not variant.element and variant.family in ("counts", "categorical")
 

@@ -1,4 +1,4 @@
-"""How an op becomes launches: dense views of its tensors, a partition of its work, and the call itself."""
+"""What it takes to launch a kernel: dense views of tensors, a partition of the work, and the call itself."""
 
 import inspect
 import math
@@ -19,16 +19,16 @@ from .tuning import Choice
 
 
 def row_dtype(tensor: Tensor) -> torch.dtype:
-    """Sums and results per row are float32 whatever the input, float64 for float64."""
+    """The type of sums and results per row: float64 for float64 inputs, and float32 for all others."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-# The types of computation, for the kernels.
+# Maps the type of rows to the type that kernels compute in.
 COMPUTE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def memory_order(lead: Tensor) -> torch.memory_format:
-    """The order that rows are read and gradients written in: the lead operand's own where it is dense."""
+    """The order in which rows are read and gradients written: that of the lead operand, if it is dense."""
     if not lead.is_contiguous():
         if lead.dim() == 4 and lead.is_contiguous(memory_format=torch.channels_last):
             return torch.channels_last
@@ -38,9 +38,9 @@ def memory_order(lead: Tensor) -> torch.memory_format:
 
 
 def dense_rows(tensor: Tensor, order: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """`tensor` with its event dimensions dense in `order`, a copy where they are not.
+    """Returns `tensor` with its event dimensions dense in `order`, and copies it only if they are not.
 
-    Any stride of the batch will do, so that slices of a packed head and expanded data pass as they are.
+    The batch may have any stride, so that slices of a packed head and expanded data are not copied.
     """
     if tensor.is_contiguous(memory_format=order):
         return tensor
@@ -62,15 +62,15 @@ def event_size(tensor: Tensor) -> int:
 
 
 def row_stride(tensor: Tensor | None) -> int:
-    """Of a (B,) tensor; 0 of a single number, which then serves for all rows, and of none."""
+    """The stride of a (B,) tensor; 0 for a single number, which all rows then share, and for None."""
     return tensor.stride(0) if tensor is not None and tensor.dim() else 0
 
 
 def divisor(*numbers: int) -> int:
     """The largest power of two up to 16 that divides all sizes and strides.
 
-    Kernels are given these in units of it. So the compiler knows that rows start, and end, where a 128-bit access may;
-    of plain arguments it would look only for 16.
+    Kernels receive sizes and strides in units of this number, which tells the compiler that rows start and end where a
+    128-bit access may. For plain arguments, Triton would only check for divisibility by 16.
     """
     return math.gcd(16, *numbers)
 
@@ -81,7 +81,10 @@ def divisor(*numbers: int) -> int:
 
 
 class Partition(NamedTuple):
-    """A program takes `rows` rows and of them `tiles` tiles of `columns` columns: split number (program % splits)."""
+    """How work is divided: each program processes one split of `rows` rows, number (program % splits).
+
+    A split consists of `tiles` tiles of `columns` columns.
+    """
 
     rows: int
     columns: int
@@ -94,13 +97,14 @@ class Partition(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def partition(rows: int, size: int, choice: Choice, narrowest: int = 1) -> Partition:
-    """Cuts (rows, size) up: short rows are taken several at a time, long ones are split.
+    """Divides work of shape (rows, size): several short rows share a program, and long rows are split.
 
-    A function of the shape and the table alone, as is then the order in which numbers are added up. `narrowest` is the
-    fewest columns of a tile.
+    The partition, and with it the order of summation, depends only on the shape and on the tuning table.
+    `narrowest` is the minimum number of columns of a tile.
     """
     columns = _columns(size, choice.tile, narrowest)
-    # Not fewer for fewer rows: a kernel is compiled for the group, and a small last batch must not wait for that.
+    # The group does not shrink if there are few rows: the kernel is compiled for its size, and a small last batch must
+    # not wait for a compilation.
     group = max(1, choice.tile // columns)
     row_groups = -(-rows // group)
     row_tiles = -(-size // columns)
@@ -112,12 +116,12 @@ def partition(rows: int, size: int, choice: Choice, narrowest: int = 1) -> Parti
 
 
 def _power_of_two(n: int) -> int:
-    """The smallest that is at least n."""
+    """The smallest power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
 
 
 def _columns(size: int, tile: int, narrowest: int) -> int:
-    """The widest tile of a row of `size` elements that wastes little more at the row's end than others would."""
+    """The widest tile that wastes little more at the end of a row of `size` elements than narrower tiles would."""
     if size <= 256 or narrowest >= tile:
         return min(tile, max(narrowest, _power_of_two(size)))
     candidates = [1 << i for i in range(8, tile.bit_length()) if 1 << i <= max(256, _power_of_two(size))]
@@ -127,9 +131,10 @@ def _columns(size: int, tile: int, narrowest: int) -> int:
 
 
 def splits_at_a_time(splits: int) -> int:
-    """How many of a row's partial sums are added up at a time.
+    """How many partial sums of a row are added at a time.
 
-    Few values, because a kernel is compiled for each, and the number of splits differs from batch to batch.
+    There are only a few possible values, because a kernel is compiled for each, while the number of splits varies from
+    batch to batch.
     """
     return 1 if splits == 1 else 16 if splits <= 16 else 256
 
@@ -139,16 +144,16 @@ def splits_at_a_time(splits: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# Marks the sizes and strides among a kernel's parameters; the type follows from the value. Written in quotes, because
-# Triton looks at annotations too.
+# Annotates the sizes and strides among the parameters of a kernel, whose types follow from their values. It is used in
+# quotes, because Triton evaluates annotations too.
 number = Any
 
 
 def kernel(function: Callable[..., None]) -> Any:
-    """`triton.jit` that compiles once for all values of the parameters marked `number`.
+    """`triton.jit` that compiles once for all values of the parameters annotated with "number".
 
-    Triton would compile anew for a 1, and for what 16 divides. What matters of sizes and strides is in `divisor`, and a
-    last batch of another size must not make a training loop wait.
+    By default, Triton recompiles for a value of 1 and for multiples of 16, and a last batch of a different size would
+    then make a training loop wait. What the compiler needs to know about sizes and strides is given by `divisor`.
     """
     parameters = inspect.signature(function).parameters.values()
     numbers = [parameter.name for parameter in parameters if parameter.annotation == "number"]
@@ -158,7 +163,7 @@ def kernel(function: Callable[..., None]) -> Any:
 def launch(
     function: Any, programs: int, device: torch.device, *args: Any, num_warps: int, **constants: Any
 ) -> None:
-    """Runs a kernel on the tensors' device, which need not be the current one, and on its current stream."""
+    """Launches a kernel on the current stream of `device`, which need not be the current device."""
     if programs == 0:
         return
     if device.type == "cuda" and device.index != torch.cuda.current_device():

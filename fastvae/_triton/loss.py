@@ -1,8 +1,8 @@
-"""The reconstruction loss: what all likelihoods share of it, and the functions behind the ops fastvae_triton::nll_*.
+"""The reconstruction loss: what all likelihoods share, and the functions behind the ops fastvae_triton::nll_*.
 
-A loss is three launches. The likelihood's kernel (elementwise.py, counts.py, categorical.py, discretized.py) writes the
-gradient and partial sums of rows; `finish_kernel` adds those up to the rows' nll and to the loss; in the backward
-`scale_kernel` looks at the factor that arrives, on the device, and returns at once where it is 1.
+A loss takes three launches. The kernel of the likelihood (elementwise.py, counts.py, categorical.py, discretized.py)
+writes the gradient and partial sums of rows. `finish_kernel` adds these up to the nll of each row and to the loss. In
+the backward, `scale_kernel` reads the incoming factor on the device, and returns immediately if it is 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,9 +28,9 @@ from .launch import (
 from .tiles import first_column, row_factor, row_size, row_totals, tile_columns, tile_rows
 from .tuning import choice
 
-NONE, SUM, MEAN = 0, 1, 2  # `reduction`
+NONE, SUM, MEAN = 0, 1, 2  # the values of `reduction`
 
-# What runs a variant's kernel: see elementwise.evaluate.
+# A function that runs the kernel of a variant; see elementwise.evaluate.
 Evaluate = Callable[..., tuple[list[Tensor], Tensor | None, Tensor | None]]
 FAMILIES: dict[str, Evaluate] = {
     "counts": counts.evaluate,
@@ -46,12 +46,12 @@ EVALUATE: dict[str, Evaluate] = {
 @kernel
 def finish_kernel(
     row_sums,  # (rows, splits) in C
-    scalar_sums,  # the same, or None
+    scalar_sums,  # (rows, splits) in C, or None
     kl,  # (rows,), or None
     beta,  # one number, or None
-    nll,  # out: (rows,) in C
-    scalar_rows,  # out, or None: (rows,) in C
-    loss,  # out: (rows,), or where REDUCE (programs,): the sum of each program's, times `weight`
+    nll,  # output: (rows,) in C
+    scalar_rows,  # output or None: (rows,) in C
+    loss,  # output: (rows,), or if REDUCE (programs,), the sum over each program's rows times `weight`
     weight: tl.float64,
     row_count: "number",
     splits: "number",
@@ -61,7 +61,7 @@ def finish_kernel(
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """What is summed over columns becomes nll, loss = nll + beta kl, and the loss that is reduced over rows."""
+    """Adds up the splits of each row to its nll; writes loss = nll + beta kl, or if REDUCE its sum over rows."""
     L: tl.constexpr = loss.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     end = tl.minimum(row_count, (program + 1) * rows_per_program)
@@ -91,7 +91,7 @@ def finish_kernel(
 
 @kernel
 def total_kernel(partials, result, weight: tl.float64, count: "number", BLOCK: tl.constexpr):
-    """result = weight * the sum of `count` numbers, by a single program."""
+    """Computes weight times the sum of `count` numbers in a single program."""
     C: tl.constexpr = partials.dtype.element_ty
     total = tl.zeros((BLOCK,), C)
     for start in range(0, count, BLOCK):
@@ -104,23 +104,23 @@ def total_kernel(partials, result, weight: tl.float64, count: "number", BLOCK: t
 def scale_kernel(
     first,  # gradients (rows, size), or None
     second,  # another, or None
-    first_result,  # out; `first` itself to scale in place
+    first_result,  # output; the same tensor as `first` to scale in place
     second_result,
-    kl_gradient,  # out, or None: (kl_rows,)
+    kl_gradient,  # output or None: (kl_rows,)
     beta,  # one number, or None
     grad_loss,  # see row_factor
     grad_nll,
-    weight: tl.float64,  # that of the reduction, which is in `first` and `second` already
+    weight: tl.float64,  # the weight of the reduction, which `first` and `second` already include
     one_over_weight: tl.float64,
     kl_rows: "number",
     row_count: "number",
-    size: "number",  # this and the stride in units of UNIT elements
+    size: "number",  # this and `stride` are in units of UNIT elements
     stride: "number",
     grad_loss_stride: "number",
     grad_nll_stride: "number",
     splits: "number",
     tiles: "number",
-    UNIFORM: tl.constexpr,  # one factor for all rows, which are then seen as one
+    UNIFORM: tl.constexpr,  # all rows share one factor and are treated as a single row
     IN_PLACE: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -129,7 +129,7 @@ def scale_kernel(
     KL_ROWS: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Multiplies what the forward made by what the backward brings, unless that is 1; and writes the KL's gradient."""
+    """Multiplies the gradients from the forward by the incoming factor, unless it is 1; writes the KL's gradient."""
     if kl_gradient is not None:
         for start in range(
             tl.program_id(0).to(tl.int64) * KL_ROWS, kl_rows, tl.num_programs(0).to(tl.int64) * KL_ROWS
@@ -172,8 +172,8 @@ def scale_kernel(
 def dot_kernel(
     scalar_rows,  # (rows,), or None
     kl,  # (rows,), or None
-    scalar_results,  # out: (programs,), of each program's rows the sum of their d objective / d nll * scalar_rows
-    beta_results,  # out: (programs,), the same of d objective / d loss * kl
+    scalar_results,  # output: (programs,), the sum of d objective / d nll * scalar_rows over each program's rows
+    beta_results,  # output: (programs,), the same sum of d objective / d loss * kl
     grad_loss,
     grad_nll,
     weight: tl.float64,
@@ -184,7 +184,7 @@ def dot_kernel(
     grad_nll_stride: "number",
     ROWS: tl.constexpr,
 ):
-    """The gradients of a learned scale and of beta: one number each, summed over rows."""
+    """Computes the gradients of a learned scale and of beta, each of which is a sum over rows."""
     program = tl.program_id(0).to(tl.int64)
     end = tl.minimum(row_count, (program + 1) * rows_per_program)
     if scalar_rows is not None:
@@ -210,12 +210,12 @@ def dot_kernel(
         tl.store(beta_results + program, tl.sum(beta_sum, 0).to(beta_results.dtype.element_ty))
 
 
-# Up to so many rows, what is done once per row is done by a single program, in one launch.
+# Up to this number of rows, a single program does the work per row, so that one launch suffices.
 _ROWS_PER_PROGRAM = 8192
 
 
 def weight_of(reduction: int, rows: int) -> float:
-    """What the reduction multiplies every row's loss by. The mean of no rows is not a number."""
+    """The factor by which the reduction multiplies the loss of every row. The mean over no rows is NaN."""
     if reduction != MEAN:
         return 1.0
     return 1.0 / rows if rows else float("nan")
@@ -233,8 +233,9 @@ def nll_forward(
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     """(loss, nll, gradients, scalar_rows), as csrc/ops/nll.h describes them.
 
-    `needs`: bit i is set where params[i] wants its gradient. Gradients, one for each such tensor of the data's shape,
-    are multiplied by the reduction's weight already; scalar_rows: (B,) derivatives of the rows by the 0-dim tensor.
+    Bit i of `needs` is set if params[i] needs a gradient. There is one gradient for each such tensor of the data's
+    shape, and they already include the weight of the reduction. scalar_rows (B,) has the derivatives of the rows by
+    the 0-dim tensor.
     """
     lead = params[0]
     rows = lead.shape[0]
@@ -248,7 +249,8 @@ def nll_forward(
     scalar_rows = row_sums.new_empty(rows if scalar_sums is not None else 0)
     loss_dtype = torch.float64 if kl is not None and kl.dtype == torch.float64 else row_sums.dtype
     reduces = reduction != NONE
-    # Where a single program sees all rows it writes the loss itself; else there is a sum of each program's rows to add.
+    # A single program that handles all rows writes the loss itself. Several programs each write the sum of their rows,
+    # and these sums remain to be added.
     parts = max(1, -(-rows // _ROWS_PER_PROGRAM)) if reduces else -(-rows // 1024)
     loss = nll.new_empty((parts,) if reduces and parts > 1 else () if reduces else (rows,), dtype=loss_dtype)
     tile = splits_at_a_time(splits)
@@ -279,7 +281,7 @@ def nll_forward(
 
 
 def _total(partials: Tensor, dtype: torch.dtype, weight: float = 1.0) -> Tensor:
-    """weight * the sum of a (n,) tensor: one number."""
+    """`weight` times the sum of a tensor (n,), as a 0-dim tensor."""
     result = partials.new_empty((), dtype=dtype)
     launch(
         total_kernel, 1, partials.device, partials, result, weight, partials.numel(), BLOCK=1024, num_warps=4
@@ -297,7 +299,7 @@ def nll_gradient(
     reduction: int,
     needs: int,
 ) -> list[Tensor]:
-    """The gradients of the objective, for what the forward cannot make yet: fp16 must know the factor first."""
+    """The gradients of the objective, if the forward could not compute them: fp16 needs the incoming factor first."""
     gradients, *_ = EVALUATE[likelihood](
         likelihood,
         params,
@@ -324,7 +326,7 @@ def nll_backward(
     need_kl: bool,
     need_beta: bool,
 ) -> list[Tensor]:
-    """The scaled gradients, then those of the scalar (where there are scalar_rows), kl and beta that are wanted."""
+    """The scaled gradients, followed by those of the scalar (if there are scalar_rows), kl and beta if needed."""
     scaled = [torch.empty_like(gradient) for gradient in gradients]
     return scaled + _scale(
         scaled, grad_loss, grad_nll, gradients, scalar_rows, kl, beta, rows, reduction, need_kl, need_beta
@@ -343,7 +345,7 @@ def nll_backward_(
     need_kl: bool,
     need_beta: bool,
 ) -> list[Tensor]:
-    """nll_backward that scales the gradients in place and does not return them."""
+    """A version of nll_backward that scales the gradients in place and does not return them."""
     return _scale(
         gradients, grad_loss, grad_nll, gradients, scalar_rows, kl, beta, rows, reduction, need_kl, need_beta
     )
@@ -368,7 +370,7 @@ def _scale(
         torch.empty_like(kl, memory_format=torch.contiguous_format) if need_kl and kl is not None else None
     )
     factors = (grad_loss, grad_nll)
-    # A launch scales two gradients of one shape, and makes that of kl.
+    # One launch scales two gradients of the same shape, and the first launch also computes that of kl.
     pairs = [(i, i + 1) for i in range(0, len(gradients), 2)]
     if any(gradient.shape != gradients[0].shape for gradient in gradients):
         pairs = [(i, len(gradients)) for i in range(len(gradients))]
@@ -379,19 +381,20 @@ def _scale(
         any_tensor = first if first is not None else kl_gradient
         if any_tensor is None:
             break
-        # Gradients are dense: where one factor serves for all, they are a single long row.
+        # Gradients are dense, so they form a single long row if all rows share a factor.
         uniform = reduction != NONE and grad_nll is None
         size = first.numel() if first is not None else 0
         row_count = 1 if uniform else rows
         size = size // max(1, row_count)
         device = any_tensor.device
         chosen = choice("scale", row_count * size, device)
-        # A single row ends within a tile, whatever the batch: its tiles are whole ones.
+        # A single row may end within a tile for any batch size, so its tiles always have full width.
         cut = partition(row_count, size, chosen, narrowest=chosen.tile if uniform else 1)
         programs = cut.programs if size else 0
         if makes_kl:
             programs = max(programs, min(-(-rows // 1024), 64))
-        # Of a row, not of all that lies behind it: that changes from batch to batch, and with it what is compiled.
+        # The divisor is that of one row's size even if all rows are treated as one: the total size changes from batch
+        # to batch, and each different divisor would compile the kernel again.
         of_rows = first is not None and first.shape[0] == rows
         unit = divisor(event_size(first) if of_rows and first is not None else size)
         launch(
@@ -439,7 +442,7 @@ def _dots(
     weight: float,
     rows: int,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of the scalar and of beta, where there are scalar_rows, and kl."""
+    """The gradients of the scalar, if there are scalar_rows, and of beta, if there is kl."""
     parts = max(1, -(-rows // _ROWS_PER_PROGRAM))
     shape = () if parts == 1 else (parts,)
     last = beta.dtype if parts == 1 and beta is not None else kl.dtype if kl is not None else None

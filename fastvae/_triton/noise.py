@@ -1,8 +1,8 @@
-"""The noise of `fastvae.reference`, in Triton: the same integers of Philox4x32-10, and normals made of them.
+"""The noise of `fastvae.reference` in Triton: the same integers from Philox4x32-10, and normals made from them.
 
-Philox: Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. Normals: Box and Muller
-1958. In float32, logarithm, sine and cosine are polynomials: those of the hardware are off by 2^-21 absolutely, which
-close to u = 1 is all of log(u).
+Philox is described in Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, and the
+transform to normals in Box and Muller 1958. In float32, logarithm, sine and cosine are polynomials: the hardware's
+functions have an absolute error of 2^-21, which close to u = 1 is as large as log(u) itself.
 """
 
 import triton
@@ -11,7 +11,8 @@ import triton.language as tl
 from .elementary import polynomial
 
 _MINUS_2_LN_2: tl.constexpr = tl.constexpr(-1.38629436111989)
-# -2 log(1 + f) / f for 1 + f in [sqrt(1/2), sqrt(2)), relative error 8e-9; highest power first, as all of these.
+# A fit of -2 log(1 + f) / f for 1 + f in [sqrt(1/2), sqrt(2)), with relative error 8e-9. Like all polynomials here, it
+# has the coefficient of the highest power first.
 _MINUS_2_LOG: tl.constexpr = tl.constexpr(
     (
         0.149023727,
@@ -26,8 +27,8 @@ _MINUS_2_LOG: tl.constexpr = tl.constexpr(
         -2.0,
     )
 )
-# In y = f^2, f in [-1/2, 1/2]: sin(f pi / 2) / f and cos(f pi / 2); fits with relative errors 3e-8 and 1e-8, and the
-# Taylor series, which are exact in float64.
+# Polynomials in y = f^2 for sin(f pi / 2) / f and cos(f pi / 2), where f is in [-1/2, 1/2]. For float32 they are fits
+# with relative errors 3e-8 and 1e-8; for float64 they are Taylor series, which are accurate to full precision.
 _SINE_32: tl.constexpr = tl.constexpr(
     (0.000158206298, -0.00468126638, 0.0796925798, -0.645964086, 1.57079637)
 )
@@ -63,7 +64,7 @@ _COSINE_64: tl.constexpr = tl.constexpr(
 
 @triton.jit
 def philox(key, low, high):
-    """Four random words (uint32 tiles) of each counter: `low` (a scalar) and `high` (a tile) are its halves, uint64."""
+    """Four random words (uint32 tiles) per counter, whose uint64 halves are `low` (a scalar) and `high` (a tile)."""
     c0 = low.to(tl.uint32)
     c1 = (low >> 32).to(tl.uint32)
     c2 = high.to(tl.uint32)
@@ -71,7 +72,7 @@ def philox(key, low, high):
     k0 = key.to(tl.uint32)
     k1 = (key >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
-        # One multiplication of 32 by 32 to 64 bits each.
+        # Each product compiles to a single multiplication of two 32-bit numbers with a 64-bit result.
         p0 = c0.to(tl.uint64) * 0xD2511F53
         p1 = c2.to(tl.uint64) * 0xCD9E8D57
         c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
@@ -97,9 +98,10 @@ def _radius_32(word):
 
 @triton.jit
 def _circle(word, DTYPE: tl.constexpr):
-    """Cosine and sine of 2 pi u, by the nearest quarter turn and what is left of it."""
+    """The cosine and sine of 2 pi u, from the nearest quarter turn and the remainder."""
     quarter = (word + 0x20000000) >> 30
-    # Without its two highest bits, and signed: 4 u less the nearest whole number, in [-1/2, 1/2], exact.
+    # Without its two highest bits and read as signed, the word gives exactly 4 u minus the nearest integer, which is in
+    # [-1/2, 1/2].
     f = ((word << 2).to(tl.int32, bitcast=True) >> 11).to(
         DTYPE
     ) * 4.76837158203125e-07 + 2.384185791015625e-07
@@ -118,7 +120,7 @@ def _circle(word, DTYPE: tl.constexpr):
 
 @triton.jit
 def box_muller(word0, word1, DTYPE: tl.constexpr):
-    """Two independent standard normals from two words."""
+    """Two independent standard normals from two random words."""
     if DTYPE == tl.float64:
         u = (2 * (word0 >> 9) + 1).to(tl.float64) * 5.9604644775390625e-08
         radius = tl.sqrt(-2.0 * tl.log(u))
@@ -132,14 +134,14 @@ def box_muller(word0, word1, DTYPE: tl.constexpr):
 def normals(seed, draw, block, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):
     """A tile (ROWS, COLUMNS) of standard normals.
 
-    seed    pointer to (seed, offset), int64
-    draw    which of the samples
-    block   (ROWS, COLUMNS / 4), int64: of each four neighbours, (row_offset + row) * ceil(dims / 4) + element // 4
+    seed    a pointer to (seed, offset), int64
+    draw    the number of the sample
+    block   (ROWS, COLUMNS / 4), int64: (row_offset + row) * ceil(dims / 4) + element // 4 for each group of four
     """
     key = (tl.load(seed) & 0x7FFFFFFFFFFFFFFF).to(tl.uint64)
     low = ((tl.load(seed + 1) & 0x7FFFFFFFFFFFFFFF) >> 2) + draw
     w0, w1, w2, w3 = philox(key, low.to(tl.uint64), block.to(tl.uint64))
     n0, n1 = box_muller(w0, w1, DTYPE)
     n2, n3 = box_muller(w2, w3, DTYPE)
-    # The last two dimensions of the joined tile count 0, 1, 2, 3: neighbours in a row.
+    # The last two dimensions of the joined tile count 0, 1, 2, 3, so that the four normals are adjacent in a row.
     return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (ROWS, COLUMNS))

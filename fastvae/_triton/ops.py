@@ -1,11 +1,13 @@
-"""The ops `fastvae_triton::*`: schemas and autograd; the same as those of csrc/ops, in Python.
+"""The schemas and the autograd of the ops `fastvae_triton::*`, which mirror those of csrc/ops in Python.
 
-What a user's call runs is the op without a suffix, which records the graph; its _forward and _backward do the work on
-the device (loss.py, elements.py, latents.py), or tell its shapes where there is none (fakes.py). They are ops of a
-plain torch.library.Library, because every layer on top costs host time in each call: an autograd.Function over such ops
-comes closest to C++, `torch.library.custom_op` takes half as long again, and `triton_op`, which would show the kernels
-to Inductor, is built on that. There is little for Inductor to fuse them with: they stand between a decoder's last layer
-and its backward.
+A user's call runs the op without a suffix, which records the graph. The ops with suffixes _forward and _backward do the
+work on the device (loss.py, elements.py, latents.py), or return only the shapes of the results if there is no device
+(fakes.py).
+
+The ops belong to a plain torch.library.Library, because every layer on top of it costs host time in each call. An
+autograd.Function over such ops comes closest to C++. `torch.library.custom_op` takes half as long again, and
+`triton_op`, which would expose the kernels to Inductor, is built on that. Inductor would find little to fuse with these
+kernels anyway, because they run between the last layer of a decoder and its backward.
 """
 
 from collections.abc import Sequence
@@ -76,15 +78,15 @@ def _requires_grad(*tensors: Tensor | None) -> bool:
 
 
 def _bits(*tensors: Tensor | None) -> int:
-    """Bit i is set where tensors[i] wants a gradient."""
+    """A number whose bit i is set if tensors[i] needs a gradient."""
     return sum(1 << i for i, t in enumerate(tensors) if t is not None and t.requires_grad)
 
 
 def _once_differentiable(gradients: list[Tensor | None], *anchors: Tensor) -> tuple[Tensor | None, ...]:
-    """Where the graph is to be differentiated again, gradients that raise when somebody does.
+    """If the backward itself records a graph, returns gradients that raise an error when they are differentiated.
 
-    `anchors` are tensors from which this backward's inputs can be reached. torch.autograd.grad(..., inputs) follows
-    only what leads to its inputs: without them it would leave this path out, in silence.
+    `anchors` are tensors whose graph leads to the inputs of this backward. torch.autograd.grad(..., inputs) only
+    follows paths that lead to its inputs, so that without the anchors it would silently skip this one.
     """
     given = [gradient for gradient in gradients if gradient is not None]
     if not torch.is_grad_enabled() or not given:
@@ -97,7 +99,7 @@ def _once_differentiable(gradients: list[Tensor | None], *anchors: Tensor) -> tu
 
 
 def _traced(tensor: Tensor | None) -> bool:
-    """Under torch.compile and other tracers, where ops must not write to their inputs."""
+    """Whether torch.compile or another tracer is active, under which ops must not write to their inputs."""
     return type(tensor) is not Tensor
 
 
@@ -108,13 +110,14 @@ def _scaled_in_torch(
     rows: int,
     reduction: int,
 ) -> list[Tensor]:
-    """The saved gradients times the factors that the backward brings, in torch's own ops.
+    """The saved gradients times the incoming factors, computed with torch's own ops.
 
-    A compiler fuses them with what reads the gradients next, for which a kernel of ours would write them once more.
+    A compiler can fuse these with whatever reads the gradients next, whereas a kernel of ours would write the gradients
+    to memory once more.
     """
     factor = grad_loss
     if grad_nll is not None:
-        # The forward has multiplied the weight in, which nll itself does not have.
+        # The saved gradients include the weight of the reduction, which does not apply to nll itself.
         own = grad_nll * rows if reduction == MEAN else grad_nll
         factor = own if grad_loss is None else grad_loss + own
     assert factor is not None
@@ -142,10 +145,11 @@ class _Nll(torch.autograd.Function):
         variant = VARIANTS[likelihood]
         needs = _bits(*params)
         scalar_bit = 1 << len(params) - 1 if variant.has_scalar else 0
-        computed = needs | int(target.requires_grad)  # the target's comes from the first parameter's
-        # fp16 cannot hold a gradient before the factor that the backward brings: with 1/B small ones would round to
-        # zero, without it large ones to infinity. nll_gradient makes those when the factor is known.
-        # What serves all rows has its gradient saved for one factor, and made again, from the inputs, for one of each.
+        computed = needs | int(target.requires_grad)  # the target's gradient is minus the first parameter's
+        # In fp16, gradients cannot be stored before the incoming factor is known: with the weight 1/B, small ones would
+        # round to zero, and without it, large ones would overflow. nll_gradient computes them in the backward.
+        # The gradient of a parameter that all rows share is saved for the case that all rows have the same factor. If
+        # each row has its own factor, it is computed again from the inputs.
         shared = needs & shared_bit(likelihood, params)
         at_once = params[0].dtype != torch.float16 and not (shared and reduction == NONE)
         keeps_inputs = not at_once or shared != 0
@@ -167,8 +171,10 @@ class _Nll(torch.autograd.Function):
         ctx.need_scalar = needs & scalar_bit != 0
         ctx.need_kl, ctx.need_beta = _requires_grad(kl), _requires_grad(beta)
         ctx.target_dtype = target.dtype if target.requires_grad else None
+        ctx.target_rows = target.shape[0]
         with_kl = ctx.need_kl or ctx.need_beta
-        # scalar_rows is an output that nobody sees but this node: unpacked in the backward, it leads back here.
+        # scalar_rows is an output that only this node uses. When the backward unpacks it, its graph leads to this node,
+        # so that it can serve as an anchor.
         ctx.save_for_backward(
             scalar_rows,
             kl if with_kl else None,
@@ -223,7 +229,8 @@ class _Nll(torch.autograd.Function):
                 both = _ops.nll_backward.default(grad_loss, grad_nll, saved, *rest)
                 gradients, extras = both[: len(saved)], both[len(saved) :]
             else:
-                # Once the graph is freed nobody else can read the saved gradient: it becomes the result.
+                # The graph is about to be freed, after which nothing else can read the saved gradient, so the gradient
+                # is scaled in place and returned.
                 gradients = saved
                 extras = _ops.nll_backward_.default(grad_loss, grad_nll, gradients, *rest)
 
@@ -234,6 +241,8 @@ class _Nll(torch.autograd.Function):
                 gradient = next(made)
                 if i == 0 and ctx.target_dtype is not None:
                     location = gradient.chunk(2, 1)[0] if ctx.variant.packed else gradient
+                    if ctx.target_rows != ctx.rows:  # several draws share the target
+                        location = location.unflatten(0, (-1, ctx.target_rows)).sum(0)
                     results[3] = location.neg().to(ctx.target_dtype)
                 if ctx.needs >> i & 1:
                     results[6 + i] = gradient
@@ -288,9 +297,9 @@ class _NllElements(torch.autograd.Function):
         shared = len(params) > 1 and params[1].dim() == 1 and needs & 2
         ctx.set_materialize_grads(False)
         ctx.needs, ctx.tensors, ctx.dtype = needs, len(params), params[0].dtype
-        ctx.shared = (needs & 1) if shared else -1  # its place among the derivatives
+        ctx.shared = (needs & 1) if shared else -1  # its index among the derivatives
         ctx.shared_dtype = params[1].dtype if shared else None
-        # An output that nobody sees but this node: unpacked in the backward, it leads back here.
+        # This output is used only by this node; see scalar_rows in _Nll.
         anchor = values.new_empty(0)
         ctx.save_for_backward(anchor, *derivatives)
         return values, anchor
@@ -301,14 +310,14 @@ class _NllElements(torch.autograd.Function):
             return (None,) * (4 + ctx.tensors)
         anchor, *derivatives = ctx.saved_tensors
         with _below_autograd(), torch.no_grad():
-            # Nothing to do, unless a hook of the user's has made others of them.
+            # This copies only if a saved-tensor hook of the user has replaced them by tensors of another layout.
             derivatives = [d.contiguous(memory_format=memory_order(d)) for d in derivatives]
             gradients: list[Tensor]
-            # fp16 and bf16 have derivatives in float32.
+            # The derivatives of fp16 and bf16 parameters are float32 and cannot become the result.
             if ctx.dtype != row_dtype(grad) or _traced(grad) or _keeps_graph():
                 gradients = _ops.nll_elements_backward.default(grad, derivatives, ctx.shared, ctx.dtype)
             else:
-                # Once the graph is freed nobody else can read what was saved: it becomes the result.
+                # As in _Nll, nothing else will read the saved derivatives, so they are scaled in place and returned.
                 gradients = derivatives
                 sums = _ops.nll_elements_backward_.default(grad, gradients, ctx.shared)
                 if sums:
@@ -406,7 +415,7 @@ class _Kl(torch.autograd.Function):
 def _placed(
     gradients: Sequence[Tensor], needs: int, inputs: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """A place for each input: its gradient, or None."""
+    """A tuple with one entry for each input, which is its gradient or None."""
     made = iter(gradients)
     placed = [next(made) if needs >> i & 1 else None for i in range(len(inputs))]
     return _once_differentiable(placed, *(t for t in inputs if t is not None))
@@ -475,7 +484,7 @@ for _function in (
     latents.gaussian_kl_forward,
     latents.gaussian_kl_backward,
 ):
-    # The key of ROCm's tensors is CUDA too.
+    # Tensors of ROCm have the dispatch key CUDA too.
     for _key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
         _library.impl(_function.__name__, _function, _key)
     _library.impl(_function.__name__, getattr(fakes, _function.__name__), "Meta")

@@ -1,4 +1,4 @@
-"""How the kernels walk over rows and columns: which are a program's, and how what it finds there is added up."""
+"""How the kernels iterate over rows and columns: which of them belong to a program, and how values are summed."""
 
 import triton
 import triton.language as tl
@@ -8,14 +8,14 @@ from .elementary import combine_excess
 
 @triton.jit
 def tile_rows(splits, ROWS: tl.constexpr):
-    """(row numbers of this program, int64 (ROWS,); its split)."""
+    """(the row numbers of this program, int64 (ROWS,); the number of its split)."""
     program = tl.program_id(0).to(tl.int64)
     return program // splits * ROWS + tl.arange(0, ROWS), program % splits
 
 
 @triton.jit
 def row_size(units, UNIT: tl.constexpr, WIDE: tl.constexpr):
-    """The elements of a row; the number of units may fit into 32 bits where this does not."""
+    """The number of elements of a row, which may need 64 bits even if the number of units does not."""
     if WIDE:
         units = units.to(tl.int64)
     return units * UNIT
@@ -23,7 +23,7 @@ def row_size(units, UNIT: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def first_column(split, tiles, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
-    """Where a split begins; 32 bits, unless a row has too many columns for that."""
+    """The column where a split begins, in 32 bits unless a row has too many columns for that."""
     start = split * tiles * COLUMNS
     if not WIDE:
         start = start.to(tl.int32)
@@ -40,9 +40,9 @@ def tile_columns(start, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def row_factor(grad_loss, grad_nll, weight, rows, inside, grad_loss_stride, grad_nll_stride, C: tl.constexpr):
-    """d objective / d nll of each row: weight * grad_loss + grad_nll, of which one may be missing; (ROWS,) in C.
+    """d objective / d nll of each row, weight * grad_loss + grad_nll, (ROWS,) in C. Either gradient may be None.
 
-    A reduced loss has a grad_loss of one number, which is read with stride 0.
+    The grad_loss of a reduced loss is a single number, which is read with stride 0.
     """
     factor = tl.zeros(rows.shape, C)
     if grad_loss is not None:
@@ -54,13 +54,13 @@ def row_factor(grad_loss, grad_nll, weight, rows, inside, grad_loss_stride, grad
 
 @triton.jit
 def fold_sum(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr):
-    """(ROWS, COLUMNS) -> (ROWS, COLUMNS / FOLD): adds up neighbours, which one thread holds."""
+    """(ROWS, COLUMNS) -> (ROWS, COLUMNS / FOLD): sums adjacent elements, which are held by the same thread."""
     return tl.sum(tl.reshape(x, (ROWS, COLUMNS // FOLD, FOLD)), 2)
 
 
 @triton.jit
 def fold_excess(e, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr):
-    """The same for products: see combine_excess."""
+    """The same as fold_sum, for products of terms 1 + e; see combine_excess."""
     for i in tl.static_range(0, 4):
         if 2 << i <= FOLD:
             even, odd = tl.split(tl.reshape(e, (ROWS, COLUMNS >> (i + 1), 2)))
@@ -70,7 +70,7 @@ def fold_excess(e, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr
 
 @triton.jit
 def row_totals(partials, rows, inside, splits, ROWS: tl.constexpr, SPLITS: tl.constexpr):
-    """Adds up what the splits of each row left: (ROWS,)."""
+    """Sums the partial results of the splits of each row, (ROWS,)."""
     total = tl.zeros((ROWS, SPLITS), partials.dtype.element_ty)
     for start in range(0, splits, SPLITS):
         split = start + tl.arange(0, SPLITS)[None, :]

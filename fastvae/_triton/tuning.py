@@ -1,7 +1,7 @@
-"""How the kernels cut up their work: a table by architecture and class of shape. Data, measured by `make gpu`.
+"""How the kernels divide their work: a table of measurements from `make gpu`, by architecture and class of shape.
 
-Nothing is tuned while a user's program runs. Results depend on this table in their last bits (it says which numbers are
-added up where), and on nothing else of the machine: not on how many processors are free, nor on what ran before.
+Nothing is tuned while a user's program runs. The last bits of results depend on this table, because it determines the
+order of summation, but on nothing else about the machine, such as how many processors are free or what ran before.
 """
 
 from functools import cache
@@ -13,20 +13,20 @@ from .runtime import INTERPRETED
 
 
 class Choice(NamedTuple):
-    tile: int  # elements that a program handles at a time, a power of two
-    warps: int  # that share a full tile
-    programs: int  # that fill the chip: rows are split until there are about as many
+    tile: int  # the number of elements that a program handles at a time, a power of two
+    warps: int  # the number of warps that share a full tile
+    programs: int  # the number of programs that fill the chip; rows are split until there are about this many
 
 
 KERNELS = ("nll", "logistic", "scale", "sample", "sample_gradient")
 
-# What a class of shapes is called, and how many elements (rows * size) it ends at.
+# Shapes with at most this many elements (rows * size) are in the class "small", all others in "large".
 SMALL = 1 << 20
 
 _DEFAULT = {
     ("nll", "small"): Choice(1024, 4, 1024),
     ("nll", "large"): Choice(2048, 4, 2048),
-    # Of pixels: many planes for each, and much to compute.
+    # These tiles are in pixels, each of which has many planes and much to compute.
     ("logistic", "small"): Choice(256, 2, 1024),
     ("logistic", "large"): Choice(512, 4, 2048),
     ("scale", "small"): Choice(1024, 4, 1024),
@@ -37,21 +37,21 @@ _DEFAULT = {
     ("sample_gradient", "large"): Choice(1024, 4, 2048),
 }
 
-# architecture -> (kernel, class) -> choice. Where there is no entry, that of "default" is taken. Threads of a full tile
-# have 16 elements, so that eight 128-bit loads of two operands are under way in each, or 8, where there is more to
-# compute. Small shapes take small tiles, because a chip has more than a hundred processors to give them to.
+# Maps architecture -> (kernel, class) -> choice. If there is no entry, that of "default" is used. In a full tile, a
+# thread has 16 elements, so that it has eight 128-bit loads of two operands in flight, or 8 elements where there is
+# more to compute. Small shapes use small tiles, because a chip has more than a hundred processors to keep busy.
 TABLE: dict[str, dict[tuple[str, str], Choice]] = {
     "default": _DEFAULT,
-    # A warp has 64 threads here, on every gfx9.
+    # A warp has 64 threads on every gfx9.
     "gfx9": {key: choice._replace(warps=max(1, choice.warps // 2)) for key, choice in _DEFAULT.items()},
-    # Triton's interpreter takes a millisecond or two for a program, however large.
+    # Triton's interpreter takes a millisecond or two per program, no matter how large the tile is.
     "interpreter": {(kernel, size): Choice(4096, 4, 4) for kernel in KERNELS for size in ("small", "large")},
 }
 
 
 @cache
 def architecture(device: torch.device) -> str:
-    """sm_90 for an H100 or H200, gfx942 for an MI300; "default" for what is neither NVIDIA's nor AMD's."""
+    """For example sm_90 for an H100 or H200 and gfx942 for an MI300; "default" if it is neither from NVIDIA nor AMD."""
     if INTERPRETED:
         return "interpreter"
     if device.type != "cuda":
@@ -63,7 +63,7 @@ def architecture(device: torch.device) -> str:
 
 
 def choice(kernel: str, elements: int, device: torch.device) -> Choice:
-    """What the table has for a kernel and so many elements: for the architecture, its family, or any."""
+    """The table's choice for a kernel and a number of elements, for the architecture, its family or the default."""
     key = kernel, "small" if elements <= SMALL else "large"
     name = architecture(device)
     for place in (name, name[:4]):

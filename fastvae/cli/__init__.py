@@ -1,6 +1,6 @@
-"""The command line: `fastvae train`, what is done with a run, `fastvae demo` and `fastvae doctor`.
+"""The command line: `fastvae train`, the commands that use a run, `fastvae demo` and `fastvae doctor`.
 
-Whatever a user can mend is told in one line on stderr, with exit code 2 and no traceback.
+An error that the user can fix is printed as one line on stderr, with exit code 2 and no traceback.
 """
 
 import contextlib
@@ -12,26 +12,26 @@ from typing import TYPE_CHECKING, Annotated
 
 from fastvae import __version__
 from fastvae.train.errors import InputError
-from fastvae.train.files import reason
+from fastvae.train.files import error_reason
 
 from .doctor import doctor
-from .ending import Interrupted, fail
+from .failures import Interrupted, fail
 
 if TYPE_CHECKING:
     import typer
 
 __all__ = ["app", "main"]
 
-# Without them there is nothing to run.
+# Nothing works without these packages.
 _NEEDED = {"torch", "numpy"}
-# The packages of the extra `train`, as they are imported.
+# The import names of the packages in the extra `train`.
 _EXTRA = {
     "typer", "rich", "PIL", "matplotlib", "sklearn", "lightning", "torchmetrics", "tokenizers", "tomli", "tomli_w",
 }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (without the program's name; None takes the process's) and return its exit code."""
+    """Run a command line (without the program's name; by default that of the process) and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments in ([], ["train"]):
         arguments.append("--help")
@@ -39,28 +39,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail("standard output is closed")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without "·" or "µ" is no reason to fail
+            stream.reconfigure(errors="replace")  # some terminals cannot print "·" or "µ"
     try:
         code = _run(arguments)
         sys.stdout.flush()
         return code
     except OSError:
-        if (why := _lost_output()) is None:
+        if (cause := _output_error()) is None:
             raise
-        return fail(f"standard output: cannot be written: {why}")
+        return fail(f"cannot write to standard output: {cause}")
     except SystemExit as end:
-        # What rich makes of a reader that has gone; it has put the null device in the place of standard output. Its
-        # console, which belongs to the whole process, would print nothing more.
+        # rich raises this when the reader of a pipe has gone, after it has replaced standard output with the null
+        # device. The console is global, so it would print nothing in the rest of this process.
         if not isinstance(end.__context__, BrokenPipeError):
             raise
         import rich
 
         rich.reconfigure()
-        return fail("standard output: cannot be written: broken pipe")
+        return fail("cannot write to standard output: broken pipe")
 
 
-def _lost_output() -> str | None:
-    """Why standard output takes nothing more, if that is so; what is still to be written is given up then."""
+def _output_error() -> str | None:
+    """Return why standard output cannot be written to, or None if it can; pending output is then dropped."""
     try:
         sys.stdout.write("\n")
         sys.stdout.flush()
@@ -69,7 +69,7 @@ def _lost_output() -> str | None:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, sys.stdout.fileno())
             os.close(null)
-        return reason(error)
+        return error_reason(error)
     return None
 
 
@@ -79,60 +79,64 @@ def _run(arguments: Sequence[str]) -> int:
             try:
                 argument.encode()
             except UnicodeEncodeError:
-                raise InputError(f"{argument!a}: not in UTF-8; rename the file, or link to it") from None
+                raise InputError(
+                    f"{argument!a}: not valid UTF-8; rename the file, or create a link to it"
+                ) from None
         if arguments == ["doctor"]:
-            return doctor()  # without typer too: this is the command to run when something is missing
+            return doctor()  # bypasses typer, which may be one of the missing packages
         code = app()(arguments, prog_name="fastvae", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in _NEEDED:
-            return fail(f"{package} is not installed; get it with: pip install {package}")
+            return fail(f"{package} is not installed; install it with: pip install {package}")
         if package not in _EXTRA:
             raise
-        return fail(f'{package} is not installed; get it with: pip install "fastvae-elbo[train]"')
+        return fail(f'{package} is not installed; install it with: pip install "fastvae-elbo[train]"')
     except Interrupted as stop:
         return fail(str(stop) or "interrupted", code=130)
-    except KeyboardInterrupt:  # before a command has begun: imports take their time
+    except KeyboardInterrupt:  # raised before a command started, while modules were being imported
         return fail("interrupted", code=130)
     except InputError as error:
         return fail(str(error))
     except OSError:
-        raise  # `main` looks whether it is standard output's
+        raise  # `main` checks whether standard output is the cause
     except Exception as error:
-        # Typer's own (an unknown option, a number that is none), whose class has moved between its versions.
+        # Typer's own errors (an unknown option, a bad number). Their class has moved between versions of typer.
         if callable(message := getattr(error, "format_message", None)):
-            return fail(f"{message()} (fastvae --help)")
+            return fail(f"{message()} (see fastvae --help)")
         raise
 
 
 def app() -> "typer.Typer":
-    """The commands. A function, because typer is only there with the extra `train`."""
+    """Return the typer app. It is built here because typer is only installed with the extra `train`."""
     import typer
 
-    from . import demo, training, using
+    from . import demo, run_commands, train_commands
 
-    made = typer.Typer(
-        help="The ELBO at memory speed: fused kernels in place of the hand-written VAE loss.",
+    typer_app = typer.Typer(
+        help="Fused VAE losses for PyTorch: train VAEs and use them.",
         add_completion=False,
         pretty_exceptions_enable=False,
     )
 
-    def say_version(asked: bool) -> None:
-        if asked:
+    def print_version(value: bool) -> None:
+        if value:
             print(f"fastvae {__version__}")
             raise typer.Exit
 
-    @made.callback()
+    @typer_app.callback()
     def options(
         version: Annotated[
             bool,
-            typer.Option("--version", callback=say_version, is_eager=True, help="Say the version and end."),
+            typer.Option(
+                "--version", callback=print_version, is_eager=True, help="Show the version and exit."
+            ),
         ] = False,
     ) -> None: ...
 
-    training.add(made)
-    using.add(made)
-    demo.add(made)
-    made.command()(doctor)
-    return made
+    train_commands.add(typer_app)
+    run_commands.add(typer_app)
+    demo.add(typer_app)
+    typer_app.command()(doctor)
+    return typer_app

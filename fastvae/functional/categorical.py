@@ -14,7 +14,9 @@ from .checks import check_floating, device_message, dtype_name, is_dense, layout
 __all__ = ["categorical_nll"]
 
 
-def categorical_nll(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
+def categorical_nll(
+    logits: Tensor, target: Tensor, *, ignore_index: int = -100, draws: int | None = None
+) -> Tensor:
     """Compute -log Categorical(target | softmax(logits)) of every row, in nats, summed over its positions.
 
     Per position, log sum_v e^a_v - a_t for logits a and class t (Bishop 2006, equations 4.104 and 4.108), which is what
@@ -26,6 +28,8 @@ def categorical_nll(logits: Tensor, target: Tensor, *, ignore_index: int = -100)
         logits: (B, ..., V).
         target: (B, ...), int64: the class of each position, 0 to V - 1, or `ignore_index`.
         ignore_index: positions with this target (padding) add nothing to the loss and get no gradient.
+        draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
+            repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
 
     Returns:
         (B,), float32 (float64 for float64 logits).
@@ -34,7 +38,9 @@ def categorical_nll(logits: Tensor, target: Tensor, *, ignore_index: int = -100)
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or device is wrong, or a class does not exist (checked for tensors on the CPU only).
     """
-    return loss.nll("categorical", [logits], target, [checked_index("categorical_nll", ignore_index)])[0]
+    return loss.nll(
+        "categorical", [logits], target, [checked_index("categorical_nll", ignore_index)], draws=draws
+    )[0]
 
 
 def checked_index(where: str, index: Any) -> float:

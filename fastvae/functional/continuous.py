@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 
-def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
+def bernoulli_nll(logits: Tensor, target: Tensor, *, draws: int | None = None) -> Tensor:
     """Compute -log Bernoulli(target | sigmoid(logits)) of every row, in nats.
 
     Per element, max(a, 0) - a t + log(1 + e^-|a|) for logit a and target t (Kingma and Welling 2014, appendix C.1).
@@ -35,6 +35,8 @@ def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
         logits: (B, ...), before the sigmoid.
         target: the shape of `logits`, in [0, 1]: floating, bool, or uint8 read as x / 255. It must not require a
             gradient.
+        draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
+            repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
 
     Returns:
         (B,), float32 (float64 for float64 logits).
@@ -43,7 +45,7 @@ def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or device is wrong, or the target requires a gradient.
     """
-    return loss.nll("bernoulli", [logits], target, [])[0]
+    return loss.nll("bernoulli", [logits], target, [], draws=draws)[0]
 
 
 def gaussian_nll(
@@ -53,6 +55,7 @@ def gaussian_nll(
     *,
     scale: float = 1.0,
     logvar_bounds: tuple[float, float] | None = None,
+    draws: int | None = None,
 ) -> Tensor:
     """Compute -log N(target | mean, variance) of every row, in nats, with the constant 1/2 log 2 pi of each element.
 
@@ -67,6 +70,8 @@ def gaussian_nll(
             mid = (lo + hi) / 2 and half = (hi - lo) / 2. If a model fits some data exactly, such as flat parts of an
             image, the best variance is 0 and the loss has no lower bound; the clamp gives it one. It is close to the
             identity in the middle, and has a gradient outside the bounds too.
+        draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
+            repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
 
     Returns:
         (B,), float32 (float64 for a float64 mean).
@@ -87,7 +92,7 @@ def gaussian_nll(
             raise ValueError(
                 f"fastvae.gaussian_nll: `logvar_bounds` requires `logvar`, got `logvar_bounds` {logvar_bounds!r} alone"
             )
-        return loss.nll("gaussian", [mean], target, [scale])[0]
+        return loss.nll("gaussian", [mean], target, [scale], draws=draws)[0]
     if scale != 1.0:
         raise ValueError(
             f"fastvae.gaussian_nll: `logvar` and `scale` exclude each other, got `scale` {scale}"
@@ -95,18 +100,22 @@ def gaussian_nll(
     learned = isinstance(logvar, Tensor) and isinstance(mean, Tensor) and logvar.shape != mean.shape
     if logvar_bounds is None:
         return loss.nll(
-            "gaussian_learned" if learned else "gaussian_per_element", [mean, logvar], target, []
+            "gaussian_learned" if learned else "gaussian_per_element", [mean, logvar], target, [], draws=draws
         )[0]
     bounds = checked_bounds("gaussian_nll", logvar_bounds)
     if not learned:
-        return loss.nll("gaussian_bounded_per_element", [mean, logvar], target, list(bounds))[0]
+        return loss.nll("gaussian_bounded_per_element", [mean, logvar], target, list(bounds), draws=draws)[0]
     check_floating("gaussian_nll", "mean", mean)
     check_learned("gaussian_nll", "logvar", logvar, "mean", mean)
-    return loss.nll("gaussian_learned", [mean, smooth_clamp(logvar, bounds)], target, [])[0]
+    return loss.nll("gaussian_learned", [mean, smooth_clamp(logvar, bounds)], target, [], draws=draws)[0]
 
 
 def gaussian_head_nll(
-    params: Tensor, target: Tensor, *, logvar_bounds: tuple[float, float] | None = None
+    params: Tensor,
+    target: Tensor,
+    *,
+    logvar_bounds: tuple[float, float] | None = None,
+    draws: int | None = None,
 ) -> Tensor:
     """Compute `gaussian_nll` from mean and log-variance packed in one tensor, whose gradient is packed in the same way.
 
@@ -114,6 +123,8 @@ def gaussian_head_nll(
         params: (B, 2C, ...): the C channels of the mean, then the C channels of the log-variance.
         target: (B, C, ...): floating, or uint8 read as x / 255. It gets a gradient if it requires one.
         logvar_bounds: (lo, hi), a smooth clamp of the log-variance, as in `gaussian_nll`; it needs no extra memory.
+        draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
+            repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
 
     Returns:
         (B,) in nats, float32 (float64 for float64 params).
@@ -123,9 +134,9 @@ def gaussian_head_nll(
         ValueError: If a shape, a device or the bounds are wrong.
     """
     if logvar_bounds is None:
-        return loss.nll("gaussian_head", [params], target, [])[0]
+        return loss.nll("gaussian_head", [params], target, [], draws=draws)[0]
     bounds = checked_bounds("gaussian_head_nll", logvar_bounds)
-    return loss.nll("gaussian_bounded_head", [params], target, list(bounds))[0]
+    return loss.nll("gaussian_bounded_head", [params], target, list(bounds), draws=draws)[0]
 
 
 def smooth_clamp(logvar: Tensor, bounds: Sequence[float]) -> Tensor:
@@ -149,7 +160,12 @@ def checked_bounds(where: str, bounds: Any, name: str = "logvar_bounds") -> tupl
 
 
 def laplace_nll(
-    loc: Tensor, target: Tensor, log_scale: Tensor | None = None, *, scale: float = 1.0
+    loc: Tensor,
+    target: Tensor,
+    log_scale: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    draws: int | None = None,
 ) -> Tensor:
     """Compute -log Laplace(target | loc, scale) of every row, in nats: the normalised form of an L1 loss.
 
@@ -160,6 +176,8 @@ def laplace_nll(
         target: the shape of `loc`: floating, or uint8 read as x / 255. It gets a gradient if it requires one.
         log_scale: log b: the shape of `loc` (per element), or 0-dimensional (one learned scale).
         scale: b if there is no `log_scale`; a positive number.
+        draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
+            repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
 
     Returns:
         (B,), float32 (float64 for a float64 loc).
@@ -169,15 +187,17 @@ def laplace_nll(
         ValueError: If a shape, device or `scale` is wrong, or `log_scale` and `scale` are both passed.
     """
     name, params, constants = _scale_variant("laplace", loc, log_scale, scale)
-    return loss.nll(name, params, target, constants)[0]
+    return loss.nll(name, params, target, constants, draws=draws)[0]
 
 
-def laplace_head_nll(params: Tensor, target: Tensor) -> Tensor:
+def laplace_head_nll(params: Tensor, target: Tensor, *, draws: int | None = None) -> Tensor:
     """Compute `laplace_nll` from location and log-scale packed in one tensor, whose gradient is packed in the same way.
 
     Args:
         params: (B, 2C, ...): the C channels of the location, then the C channels of the log-scale.
         target: (B, C, ...): floating, or uint8 read as x / 255. It gets a gradient if it requires one.
+        draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
+            repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
 
     Returns:
         (B,) in nats, float32 (float64 for float64 params).
@@ -186,11 +206,17 @@ def laplace_head_nll(params: Tensor, target: Tensor) -> Tensor:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or device is wrong.
     """
-    return loss.nll("laplace_head", [params], target)[0]
+    return loss.nll("laplace_head", [params], target, draws=draws)[0]
 
 
 def student_t_nll(
-    loc: Tensor, target: Tensor, log_scale: Tensor | None = None, *, df: float, scale: float = 1.0
+    loc: Tensor,
+    target: Tensor,
+    log_scale: Tensor | None = None,
+    *,
+    df: float,
+    scale: float = 1.0,
+    draws: int | None = None,
 ) -> Tensor:
     """Compute -log of Student's t density with `df` degrees of freedom, of every row, in nats.
 
@@ -205,6 +231,8 @@ def student_t_nll(
         df: the degrees of freedom v, a positive number. 1 gives the Cauchy; towards infinity, it approaches the
             Gaussian.
         scale: s if there is no `log_scale`; a positive number.
+        draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
+            repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
 
     Returns:
         (B,), float32 (float64 for a float64 loc).
@@ -215,16 +243,18 @@ def student_t_nll(
     """
     df = checked_positive("student_t_nll", "df", df)
     name, params, constants = _scale_variant("student_t", loc, log_scale, scale)
-    return loss.nll(name, params, target, [df, *constants])[0]
+    return loss.nll(name, params, target, [df, *constants], draws=draws)[0]
 
 
-def student_t_head_nll(params: Tensor, target: Tensor, *, df: float) -> Tensor:
+def student_t_head_nll(params: Tensor, target: Tensor, *, df: float, draws: int | None = None) -> Tensor:
     """Compute `student_t_nll` from location and log-scale packed in one tensor, whose gradient is packed likewise.
 
     Args:
         params: (B, 2C, ...): the C channels of the location, then the C channels of the log-scale.
         target: (B, C, ...): floating, or uint8 read as x / 255. It gets a gradient if it requires one.
         df: the degrees of freedom, a positive number.
+        draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
+            repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
 
     Returns:
         (B,) in nats, float32 (float64 for float64 params).
@@ -233,7 +263,9 @@ def student_t_head_nll(params: Tensor, target: Tensor, *, df: float) -> Tensor:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape, device or `df` is wrong.
     """
-    return loss.nll("student_t_head", [params], target, [checked_positive("student_t_head_nll", "df", df)])[0]
+    return loss.nll(
+        "student_t_head", [params], target, [checked_positive("student_t_head_nll", "df", df)], draws=draws
+    )[0]
 
 
 def _scale_variant(
@@ -255,7 +287,7 @@ def _scale_variant(
     return f"{density}_learned" if learned else f"{density}_per_element", [loc, log_scale], []
 
 
-def continuous_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
+def continuous_bernoulli_nll(logits: Tensor, target: Tensor, *, draws: int | None = None) -> Tensor:
     """Compute -log of the continuous Bernoulli of every row, in nats: unlike `bernoulli_nll`, a density of grey values.
 
     Per element, log((e^a - 1) / a) - a t for logit a and target t in [0, 1] (Loaiza-Ganem and Cunningham 2019), which
@@ -265,6 +297,8 @@ def continuous_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
     Args:
         logits: (B, ...), before the sigmoid, which is not the mean here: see likelihoods.ContinuousBernoulli.
         target: the shape of `logits`, in [0, 1]: floating, or uint8 read as x / 255. It must not require a gradient.
+        draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
+            repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
 
     Returns:
         (B,), float32 (float64 for float64 logits).
@@ -273,10 +307,10 @@ def continuous_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or device is wrong, or the target requires a gradient.
     """
-    return loss.nll("continuous_bernoulli", [logits], target)[0]
+    return loss.nll("continuous_bernoulli", [logits], target, draws=draws)[0]
 
 
-def gamma_nll(log_scale: Tensor, target: Tensor, *, shape: float) -> Tensor:
+def gamma_nll(log_scale: Tensor, target: Tensor, *, shape: float, draws: int | None = None) -> Tensor:
     """Compute -log Gamma(target | shape, e^log_scale) of every row, in nats, for positive data.
 
     The spread of such data grows with their mean, k e^s. Per element, for shape k and log-scale s:
@@ -292,6 +326,8 @@ def gamma_nll(log_scale: Tensor, target: Tensor, *, shape: float) -> Tensor:
             target of 0 is valid for `shape` 1. Otherwise its value is the limit, +inf for a larger shape and -inf for a
             smaller one, and its gradient is finite. It must not require a gradient.
         shape: k, a positive number.
+        draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
+            repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
 
     Returns:
         (B,), float32 (float64 for a float64 log_scale).
@@ -301,4 +337,6 @@ def gamma_nll(log_scale: Tensor, target: Tensor, *, shape: float) -> Tensor:
         ValueError: If a shape or device is wrong, the argument `shape` is not positive, or the target requires a
             gradient.
     """
-    return loss.nll("gamma", [log_scale], target, [checked_positive("gamma_nll", "shape", shape)])[0]
+    return loss.nll(
+        "gamma", [log_scale], target, [checked_positive("gamma_nll", "shape", shape)], draws=draws
+    )[0]

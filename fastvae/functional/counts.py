@@ -31,7 +31,9 @@ __all__ = [
 ]
 
 
-def poisson_nll(log_rate: Tensor, target: Tensor, *, validate: bool = False) -> Tensor:
+def poisson_nll(
+    log_rate: Tensor, target: Tensor, *, validate: bool = False, draws: int | None = None
+) -> Tensor:
     """Compute -log Poisson(target | e^log_rate) of every row, in nats, including the term log t!.
 
     Per element, e^a - t a + log t! for log-rate a and count t. For large counts these terms cancel, so they are not
@@ -43,6 +45,8 @@ def poisson_nll(log_rate: Tensor, target: Tensor, *, validate: bool = False) -> 
             not require a gradient.
         validate: check for counts that are negative, fractional or not finite, which otherwise give meaningless
             results. Reading the values waits for the GPU.
+        draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
+            repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
 
     Returns:
         (B,), float32 (float64 for a float64 log_rate).
@@ -52,13 +56,22 @@ def poisson_nll(log_rate: Tensor, target: Tensor, *, validate: bool = False) -> 
         ValueError: If a shape or device is wrong, the target requires a gradient, or `validate` finds an invalid count.
     """
     if validate:
-        check_elements("poisson_nll", ("log_rate",), VARIANTS["poisson"], [log_rate], target, "target", ())
+        if draws is None:  # else the loss checks shapes
+            check_elements(
+                "poisson_nll", ("log_rate",), VARIANTS["poisson"], [log_rate], target, "target", ()
+            )
         _check_counts("poisson_nll", "target", target)
-    return loss.nll("poisson", [log_rate], target)[0]
+    return loss.nll("poisson", [log_rate], target, draws=draws)[0]
 
 
 def poisson_rate_nll(
-    rate: Tensor, target: Tensor, *, eps: float = 0.0, reduction: str = "event", validate: bool = False
+    rate: Tensor,
+    target: Tensor,
+    *,
+    eps: float = 0.0,
+    reduction: str = "event",
+    validate: bool = False,
+    draws: int | None = None,
 ) -> Tensor:
     """Compute -log Poisson(target | rate + eps) in nats, including the term log t!: `poisson_nll` of the rate itself.
 
@@ -74,6 +87,8 @@ def poisson_rate_nll(
         reduction: `"event"` sums every row to (B,); `"none"` keeps the elements.
         validate: check for rates below 0 and for counts that are negative, fractional or not finite. Reading the values
             waits for the GPU. Without it, fractional counts are evaluated as they are.
+        draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
+            repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
 
     Returns:
         (B,), or the shape of `rate`; float32 (float64 for a float64 rate).
@@ -87,7 +102,8 @@ def poisson_rate_nll(
     check_choice("poisson_rate_nll", "reduction", reduction, ("event", "none"))
     if validate:
         variant = VARIANTS["poisson_rate"]
-        check_elements(variant.function, variant.tensors, variant, [rate], target, "target", (eps,))
+        if draws is None:  # else the loss checks shapes
+            check_elements(variant.function, variant.tensors, variant, [rate], target, "target", (eps,))
         _check_counts(variant.function, "target", target)
         _check_values(
             variant.function,
@@ -97,8 +113,9 @@ def poisson_rate_nll(
             "finite numbers that are at least 0",
         )
     if reduction == "none":
+        _check_no_draws("poisson_rate_nll", draws)
         return loss.nll_elements("poisson_rate", [rate], target, (eps,))
-    return loss.nll("poisson_rate", [rate], target, (eps,))[0]
+    return loss.nll("poisson_rate", [rate], target, (eps,), draws=draws)[0]
 
 
 def negative_binomial_nll(
@@ -109,6 +126,7 @@ def negative_binomial_nll(
     eps: float = 0.0,
     reduction: str = "event",
     validate: bool = False,
+    draws: int | None = None,
 ) -> Tensor:
     """Compute -log NB(target | mean + eps, inverse dispersion) in nats, as scvi-tools parametrises it.
 
@@ -127,6 +145,8 @@ def negative_binomial_nll(
         reduction: `"event"` sums every row to (B,); `"none"` keeps the elements.
         validate: check every value first, and report the first that is not a count (a whole number, at least 0) or is
             out of its domain. Without it, fractional counts are evaluated as they are.
+        draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
+            repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
 
     Returns:
         (B,), or with `reduction="none"` (B, G); float32 (float64 for a float64 mean).
@@ -136,7 +156,7 @@ def negative_binomial_nll(
         ValueError: If a shape, device or value is wrong, `reduction` is unknown, `eps` is below 0, or the target
             requires a gradient.
     """
-    return _mean_nll("negative_binomial", (mean, inverse_dispersion), target, eps, reduction, validate)
+    return _mean_nll("negative_binomial", (mean, inverse_dispersion), target, eps, reduction, validate, draws)
 
 
 def zero_inflated_negative_binomial_nll(
@@ -148,23 +168,30 @@ def zero_inflated_negative_binomial_nll(
     eps: float = 0.0,
     reduction: str = "event",
     validate: bool = False,
+    draws: int | None = None,
 ) -> Tensor:
     """Compute `negative_binomial_nll` of counts with additional zeros, which have the probability sigmoid(zi_logits).
 
     Per element, -log( p [t = 0] + (1 - p) NB(t) ) with p = sigmoid(zi_logits) (Risso et al. 2018; Lopez et al. 2018).
 
     Args:
-        mean, target, inverse_dispersion, eps, reduction, validate: as for `negative_binomial_nll`.
+        mean, target, inverse_dispersion, eps, reduction, validate, draws: as for `negative_binomial_nll`.
         zi_logits: (B, G), logits of the additional zeros.
 
     Returns and Raises are those of `negative_binomial_nll`.
     """
     params = (mean, inverse_dispersion, zi_logits)
-    return _mean_nll("zero_inflated_negative_binomial", params, target, eps, reduction, validate)
+    return _mean_nll("zero_inflated_negative_binomial", params, target, eps, reduction, validate, draws)
 
 
 def negative_binomial_logits_nll(
-    logits: Tensor, target: Tensor, log_dispersion: Tensor, library: Tensor, *, validate: bool = False
+    logits: Tensor,
+    target: Tensor,
+    log_dispersion: Tensor,
+    library: Tensor,
+    *,
+    validate: bool = False,
+    draws: int | None = None,
 ) -> Tensor:
     """Compute `negative_binomial_nll` from a decoder's raw outputs, with softmax and exponential in the same pass.
 
@@ -172,13 +199,14 @@ def negative_binomial_logits_nll(
 
     Args:
         logits: (B, G).
-        target, validate: as for `negative_binomial_nll`.
+        target, validate, draws: as for `negative_binomial_nll`.
         log_dispersion: (G,) or (B, G).
         library: (B,) or (B, 1), above 0: the expected total of a cell. It gets a gradient if it requires one.
 
     Returns and Raises are those of `negative_binomial_nll`.
     """
-    return _logits_nll("negative_binomial_logits", (logits, log_dispersion, library), target, validate)
+    params = (logits, log_dispersion, library)
+    return _logits_nll("negative_binomial_logits", params, target, validate, draws)
 
 
 def zero_inflated_negative_binomial_logits_nll(
@@ -189,40 +217,61 @@ def zero_inflated_negative_binomial_logits_nll(
     library: Tensor,
     *,
     validate: bool = False,
+    draws: int | None = None,
 ) -> Tensor:
     """Compute `negative_binomial_logits_nll` of counts with additional zeros of the probability sigmoid(zi_logits).
 
     Args:
-        logits, target, log_dispersion, library, validate: as for `negative_binomial_logits_nll`.
+        logits, target, log_dispersion, library, validate, draws: as for `negative_binomial_logits_nll`.
         zi_logits: (B, G), logits of the additional zeros.
 
     Returns and Raises are those of `negative_binomial_nll`.
     """
     params = (logits, log_dispersion, zi_logits, library)
-    return _logits_nll("zero_inflated_negative_binomial_logits", params, target, validate)
+    return _logits_nll("zero_inflated_negative_binomial_logits", params, target, validate, draws)
 
 
 def _mean_nll(
-    likelihood: str, params: Sequence[Tensor], target: Tensor, eps: float, reduction: str, validate: bool
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    eps: float,
+    reduction: str,
+    validate: bool,
+    draws: int | None,
 ) -> Tensor:
     variant = VARIANTS[likelihood]
     eps = checked_not_negative(variant.function, "eps", eps)
     check_choice(variant.function, "reduction", reduction, ("event", "none"))
     if validate:
-        _check_all_values(variant, params, target, eps)
+        _check_all_values(variant, params, target, draws, eps)
     if reduction == "none":
+        _check_no_draws(variant.function, draws)
         return loss.nll_elements(likelihood, params, target, (eps,))
-    return loss.nll(likelihood, params, target, (eps,))[0]
+    return loss.nll(likelihood, params, target, (eps,), draws=draws)[0]
 
 
-def _logits_nll(likelihood: str, params: Sequence[Tensor], target: Tensor, validate: bool) -> Tensor:
+def _check_no_draws(where: str, draws: int | None) -> None:
+    if draws is not None:
+        raise ValueError(
+            f"fastvae.{where}: `draws` must be None with `reduction` 'none', got {draws!r}; sum the elements of each "
+            "draw with 'event'"
+        )
+
+
+def _logits_nll(
+    likelihood: str, params: Sequence[Tensor], target: Tensor, validate: bool, draws: int | None
+) -> Tensor:
     if validate:
-        _check_all_values(VARIANTS[likelihood], params, target)
-    return loss.nll(likelihood, params, target)[0]
+        _check_all_values(VARIANTS[likelihood], params, target, draws)
+    return loss.nll(likelihood, params, target, draws=draws)[0]
 
 
-def _check_all_values(variant: Variant, params: Sequence[Tensor], target: Tensor, eps: float = 0.0) -> None:
-    _check_counts_call(variant.function, variant.tensors, variant, params, target, "target")
+def _check_all_values(
+    variant: Variant, params: Sequence[Tensor], target: Tensor, draws: int | None, eps: float = 0.0
+) -> None:
+    if draws is None:  # else the loss checks shapes
+        _check_counts_call(variant.function, variant.tensors, variant, params, target, "target")
     _check_counts(variant.function, "target", target)
     for name, value in zip(variant.tensors, params, strict=True):
         valid, required = value.isfinite(), "finite numbers"

@@ -21,6 +21,7 @@ def discretized_logistic_nll(
     log_scale_floor: float = -7.0,
     min_mass: float = 1e-5,
     validate: bool = False,
+    draws: int | None = None,
 ) -> Tensor:
     """Compute -log P(target | params) of every row under discretised logistics, in nats: a true likelihood of bytes.
 
@@ -38,6 +39,8 @@ def discretized_logistic_nll(
             levels sum to exactly 1.
         validate: raise an error for values above the highest level. This reads the target once more, and waits for the
             GPU.
+        draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
+            repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
 
     Returns:
         (B,), float32 (float64 for float64 params).
@@ -50,7 +53,7 @@ def discretized_logistic_nll(
     constants = logistic_constants(where, bits, log_scale_floor, min_mass)
     if validate:
         _check_range(where, "target", target, bits)
-    return loss.nll("discretized_logistic", [params], target, constants)[0]
+    return loss.nll("discretized_logistic", [params], target, constants, draws=draws)[0]
 
 
 def discretized_logistic_mixture_nll(
@@ -62,6 +65,7 @@ def discretized_logistic_mixture_nll(
     log_scale_floor: float = -7.0,
     min_mass: float = 1e-5,
     validate: bool = False,
+    draws: int | None = None,
 ) -> Tensor:
     """Compute -log P(target | params) of every row under mixtures of discretised logistics, in nats, as in PixelCNN++.
 
@@ -76,6 +80,8 @@ def discretized_logistic_mixture_nll(
         target: uint8 (B, 3, ...) or (B, 1, ...), as for `discretized_logistic_nll`.
         components: K, at least 1.
         bits, log_scale_floor, min_mass, validate: as for `discretized_logistic_nll`.
+        draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
+            repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
 
     Returns:
         (B,), float32 (float64 for float64 params).
@@ -91,7 +97,7 @@ def discretized_logistic_mixture_nll(
     ]
     if validate:
         _check_range(where, "target", target, bits)
-    return loss.nll("discretized_logistic_mixture", [params], target, constants)[0]
+    return loss.nll("discretized_logistic_mixture", [params], target, constants, draws=draws)[0]
 
 
 def logistic_constants(where: str, bits: Any, log_scale_floor: Any, min_mass: Any) -> list[float]:

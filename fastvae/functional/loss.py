@@ -10,7 +10,7 @@ from .._spec import VARIANTS
 from ..backends import choose
 from ..reference import REDUCTIONS
 from . import ranges
-from .checks import check_elements, check_kl, is_dense, layout_message
+from .checks import check_elements, check_kl, checked_int, is_dense, layout_message
 
 # For each family, the function that checks the arguments of a likelihood that is not elementwise. It has the signature
 # of `check_elements` and returns the same. The modules of the families register theirs here.
@@ -28,13 +28,17 @@ def nll(
     *,
     caller: str | None = None,
     probs: Tensor | None = None,
+    draws: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute (loss, nll) in one call of the backend: nll (B,) of a variant, and loss = reduce(nll + beta kl).
 
     `reduction` is a value of `REDUCTIONS`. If there is a `caller` ("ELBO"), messages name it and its arguments `recon`
     and `x` instead of the likelihood's function and arguments. `probs` holds the probabilities from which logits were
-    computed.
+    computed. With `draws`, see `_nll_of_draws`, there is neither KL nor reduction.
     """
+    if draws is not None:
+        rows = _nll_of_draws(likelihood, params, target, constants, draws)
+        return rows, rows
     variant = VARIANTS[likelihood]
     if caller is None and not torch.compiler.is_compiling() and likelihood in ranges.unchecked:
         return _first_nll(likelihood, params, target, constants, kl, beta, reduction, probs)
@@ -64,6 +68,41 @@ def nll(
         positions = (target.crow_indices().long(), target.col_indices().long())
         params, target = (*params, *positions), target.values()
     return chosen.nll(likelihood, params, target, constants, kl, beta, reduction)
+
+
+def _nll_of_draws(
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float],
+    draws: int,
+) -> Tensor:
+    """Compute the nll (K, B) of K = `draws` draws of the parameters, (K, B, ...), and one target, (B, ...)."""
+    variant = VARIANTS[likelihood]
+    where, names = variant.function, variant.tensors
+    checked_int(where, "draws", draws, 1, None)
+    merged, first_draw = list(params), list(params)
+    for i, (name, value) in enumerate(zip(names, params, strict=True)):
+        # A learned scale (0-dimensional) or a dispersion per feature (1-dimensional) is shared by all draws.
+        if i > 0 and isinstance(value, Tensor) and value.dim() < 2:
+            continue
+        if not isinstance(value, Tensor) or not is_dense(value) or value.dim() < 2 or value.shape[0] != draws:
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"fastvae.{where}: `{name}` must have shape (K, B, ...) with K = `draws` = {draws}, got {found}"
+            )
+        merged[i], first_draw[i] = value.flatten(0, 1), value[0]
+    check = check_elements if variant.element else CHECKS[variant.family]
+    first_draw = list(check(where, names, variant, first_draw, target, "target", constants))
+    for i, value in enumerate(first_draw):  # the check returns a library of (B, 1) as (B,)
+        if merged[i].dim() != value.dim():
+            merged[i] = merged[i].flatten()
+    chosen = choose.for_tensor(merged[0], likelihood)
+    if target.layout == torch.sparse_csr and chosen.name != "reference":
+        positions = (target.crow_indices().long(), target.col_indices().long())
+        merged, target = [*merged, *positions], target.values()
+    rows = chosen.nll(likelihood, merged, target, constants, None, None, REDUCTIONS["none"])[1]
+    return rows.unflatten(0, (draws, -1))
 
 
 def _first_nll(

@@ -1,15 +1,15 @@
-"""The specification: what every backend computes, in plain PyTorch.
+"""The specification of what every backend computes, in plain PyTorch.
 
-Read this package to learn what a number means; run it to check a kernel against it. Everything here is differentiable
-twice and runs on any device. It is slow on purpose (the noise is integer arithmetic on tensors), and it checks nothing:
-`fastvae.functional` checks its inputs and then calls either these functions or a compiled backend.
+Read this package to learn what a number means, and run it to check a kernel against it. Everything here is twice
+differentiable and runs on any device. It favours clarity over speed (the noise is integer arithmetic on tensors) and
+does not validate anything: `fastvae.functional` checks its inputs and then calls these functions or a compiled backend.
 
-Conventions, everywhere:
+These conventions hold throughout:
 
-- Dimension 0 is the batch; every further dimension belongs to the event and is summed. Results are in nats.
-- float16 and bfloat16 are read into float32, computed there, and rounded once at the end where the result is of the
-  input's type (`z`, gradients). Per-row results are float32, or float64 for float64 inputs.
-- Variances travel as logarithms: `logvar` is log sigma^2.
+- Dimension 0 is the batch; all other dimensions belong to the event and are summed over. Results are in nats.
+- float16 and bfloat16 inputs are converted to float32 for the computation. Results of the input's type (`z`, gradients)
+  are rounded once, at the end. Per-row results are float32, or float64 for float64 inputs.
+- Variances are passed as logarithms: `logvar` is log sigma^2.
 
 Sources:
   [KW]  Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014.

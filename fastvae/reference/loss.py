@@ -1,8 +1,9 @@
-"""One entry for every likelihood, the shape that all backends share: `nll`."""
+"""`nll` and `nll_elements`, which evaluate any likelihood through the interface that all backends share."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._spec import VARIANTS, Variant
@@ -19,7 +20,7 @@ FAMILIES: dict[str, Any] = {
 
 
 def _entry(variant: Variant) -> Callable[..., Tensor]:
-    """A row's function, called as backends are: nll(params, target, constants), with its further keywords."""
+    """Wraps a variant's function in the interface of backends: nll(params, target, constants, **keywords)."""
     function = getattr(FAMILIES[variant.family], variant.function)
     constants = variant.constants
 
@@ -49,10 +50,13 @@ def nll(
     beta: Tensor | None = None,
     reduction: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, nll): nll (B,) of the likelihood, loss = reduce(nll + beta kl): the negative ELBO ([KW], equation 3).
+    """(loss, nll), where loss = reduce(nll + beta kl) is the negative ELBO ([KW], equation 3) and nll is (B,).
 
-    `reduction` is a value of `REDUCTIONS`; the mean is over the batch. Without `kl`, loss = reduce(nll).
+    `reduction` is a value of `REDUCTIONS`; the mean is over the batch. Without `kl`, loss = reduce(nll). A target with
+    fewer rows than the parameters is shared by several draws, which are stored one after another.
     """
+    if target.shape[0] != params[0].shape[0]:
+        target = _repeated(target, params[0].shape[0] // target.shape[0])
     rows = LIKELIHOODS[likelihood](params, target, constants)
     total = rows
     if kl is not None:
@@ -64,9 +68,14 @@ def nll(
     return total, rows
 
 
+def _repeated(target: Tensor, draws: int) -> Tensor:
+    dense = target if target.layout == torch.strided else target.to_dense()
+    return dense.expand(draws, *dense.shape).flatten(0, 1)
+
+
 def nll_elements(
     likelihood: str, params: Sequence[Tensor], target: Tensor, constants: Sequence[float], weight: float = 1.0
 ) -> Tensor:
-    """`weight` times the nll of each element, of a likelihood whose function knows `reduction="none"`."""
+    """`weight` times the nll of each element, for a likelihood whose function supports `reduction="none"`."""
     values = LIKELIHOODS[likelihood](params, target, constants, reduction="none")
     return values if weight == 1 else weight * values

@@ -1,4 +1,4 @@
-"""The noise of every backend: integers from a counter, and the normals made of them."""
+"""The noise of every backend: random integers computed from a counter, and normals made from them."""
 
 import math
 
@@ -11,28 +11,29 @@ _WORD = 0xFFFFFFFF  # the low 32 bits
 
 
 def draw_seed(device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> Tensor:
-    """A fresh (seed, offset), int64 (2,), from torch's generator: `torch.manual_seed` works as for `torch.randn`.
+    """A new (seed, offset), int64 (2,), from torch's generator, so that `torch.manual_seed` works as for `torch.randn`.
 
-    The native kernels draw the same on the CPU. On a GPU this is a launch of its own, and they take the generator's
-    seed and offset themselves: after one `torch.manual_seed` their noise is another than that of a seed from here.
+    On the CPU, the native kernels draw the same seed. On a GPU, drawing it takes a launch of its own, so the native
+    kernels use the generator's own seed and offset instead; after the same `torch.manual_seed`, their noise therefore
+    differs from the noise of a seed drawn here.
     """
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
 
 
 def philox(seed: Tensor, row_offset: int, rows: int, dims: int, draws: int = 1) -> Tensor:
-    """The random integers of every (draw, row, element): Philox4x32-10 ([S]).
+    """The random integers for every (draw, row, element), from Philox4x32-10 ([S]).
 
-    A counter-based generator: each output is a pure function of its coordinates, so that any thread of any device
-    can make any part of the noise, and the backward pass can make it again.
+    Philox is a counter-based generator: each output is a pure function of its coordinates, so that any thread of any
+    device can compute any part of the noise, and the backward pass can compute it again.
 
-    `seed` is int64 (2,): the key, and an offset into the counter (both are used modulo 2^63). One call of Philox turns
-    a counter of four 32-bit words into four random words; they serve four neighbouring elements of a row:
+    `seed`, int64 (2,), contains the key and an offset into the counter; both are used modulo 2^63. One call of Philox
+    turns a counter of four 32-bit words into four random words, which four adjacent elements of a row use:
 
-        words 0, 1 of the counter: low and high half of  offset // 4 + draw
-        words 2, 3 of the counter: low and high half of  (row_offset + row) * ceil(dims / 4) + element // 4
-        element uses output word  element % 4
+        words 0, 1 of the counter are the low and high half of  offset // 4 + draw
+        words 2, 3 of the counter are the low and high half of  (row_offset + row) * ceil(dims / 4) + element // 4
+        an element uses the output word  element % 4
 
-    Returns int64 (draws, rows, dims) holding values in [0, 2^32).
+    Returns int64 (draws, rows, dims) with values in [0, 2^32).
     """
     blocks = -(-dims // 4)
     key, offset = (seed & 0x7FFFFFFFFFFFFFFF).unbind()
@@ -41,8 +42,8 @@ def philox(seed: Tensor, row_offset: int, rows: int, dims: int, draws: int = 1) 
 
     draw = draw.view(draws, 1)
     block = block.view(1, rows * blocks)
-    # Words are kept as int64 in [0, 2^32). A product of two of them wraps modulo 2^64 and its sign means nothing:
-    # masking after the shift removes the copies of the sign bit.
+    # Words are stored as int64 in [0, 2^32). A product of two of them wraps modulo 2^64, so its sign is meaningless,
+    # and masking after the shift removes the copies of the sign bit.
     k0, k1 = key & _WORD, key >> 32
     c0, c1, c2, c3 = draw & _WORD, (draw >> 32) & _WORD, block & _WORD, (block >> 32) & _WORD
     for _ in range(10):
@@ -59,10 +60,10 @@ def philox(seed: Tensor, row_offset: int, rows: int, dims: int, draws: int = 1) 
 
 
 def uniform(integers: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """32-bit integers to the open interval (0, 1): the middles of 2^23 equal cells.
+    """Maps 32-bit integers to the open interval (0, 1), to the midpoints of 2^23 equal cells.
 
-    Every value is an odd multiple of 2^-24, which float32 holds exactly: all types start from the same number, and
-    neither 0 nor 1 can come out.
+    Every value is an odd multiple of 2^-24, which float32 represents exactly, so that all types start from the same
+    number. Neither 0 nor 1 can occur.
     """
     return (2 * (integers >> 9) + 1).to(dtype) * 2.0**-24
 
@@ -76,10 +77,11 @@ def box_muller(u0: Tensor, u1: Tensor) -> tuple[Tensor, Tensor]:
 def normal_noise(
     seed: Tensor, row_offset: int, rows: int, dims: int, draws: int = 1, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Standard normals (draws, rows, dims): the noise of every backend.
+    """Standard normals (draws, rows, dims), the noise of every backend.
 
-    Output words 0 and 1 of a Philox call make the normals of elements 0 and 1 of its four, words 2 and 3 those of 2
-    and 3. `dtype` float64 computes in float64 from the same integers, any other type in float32 (and returns that).
+    Output words 0 and 1 of a Philox call give the normals of elements 0 and 1 of its four, words 2 and 3 those of
+    elements 2 and 3. If `dtype` is float64, they are computed in float64 from the same integers; for any other type,
+    they are computed and returned in float32.
     """
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     padded = -(-dims // 4) * 4  # Box-Muller needs whole pairs

@@ -1,4 +1,4 @@
-"""What every training run has, whatever it is trained on. Needs the extra `train`.
+"""Training runs: everything that does not depend on the kind of data. Needs the extra `train`.
 
-A kind of data (`image`, `text`, `counts`) has a package of its own, which imports from here, never the reverse.
+Each kind of data (`image`, `text`, `counts`) has a package of its own, which imports from here and never the reverse.
 """

@@ -1,4 +1,4 @@
-"""Batches over one or several processes, for Lightning."""
+"""Batches for Lightning, divided between one or more processes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -10,16 +10,16 @@ __all__ = ["Batches"]
 
 
 class Batches(ABC):
-    """The batches of a run's training or held-out data: (batch, the place of its first row in the whole batch).
+    """The training or validation batches of a run, as pairs (batch, index of its first row in the whole batch).
 
-    They are the same in every run, and over any number of processes: everything is drawn by the seed, the epoch and
-    the number of the batch, for all of its rows, and each process takes a contiguous part. All parts are of one size,
-    as averaging gradients asks: the rows that do not divide by the number of processes, fewer than it in each batch,
-    are left out of that epoch. No held-out row is left out.
+    The batches are the same in every run and for any number of processes: all draws depend on the seed, the epoch and
+    the number of the batch, and are made for the whole batch, of which each process takes a contiguous part. All parts
+    of a training batch have the same size, because gradients are averaged; the rows that are left over, fewer than
+    there are processes, are dropped for that epoch. Validation drops no rows.
     """
 
-    def __init__(self, module: LightningDataModule, rows: int, size: int, held_out: bool) -> None:
-        self.rows, self.size, self.is_held_out = rows, size, held_out
+    def __init__(self, module: LightningDataModule, rows: int, size: int, val: bool) -> None:
+        self.rows, self.size, self.is_val = rows, size, val
         self._trainer = module.trainer
         self.rank, self.world = (
             (self._trainer.global_rank, self._trainer.world_size) if self._trainer else (0, 1)
@@ -27,17 +27,17 @@ class Batches(ABC):
 
     @property
     def epoch(self) -> int:
-        """To be read at the first batch of an epoch: Lightning makes the iterator before it counts the epoch."""
+        """The current epoch. It is only valid from the first batch on: Lightning creates the iterator earlier."""
         return self._trainer.current_epoch if self._trainer else 0
 
     def __len__(self) -> int:
         full, rest = divmod(self.rows, self.size)
-        return full + (rest >= (1 if self.is_held_out else self.world))
+        return full + (rest >= (1 if self.is_val else self.world))
 
-    def own(self, rows: int) -> slice:
-        """Of a whole batch of so many rows, those of this process."""
-        n = rows if self.is_held_out else rows - rows % self.world
-        return slice(*(place * n // self.world for place in (self.rank, self.rank + 1)))
+    def process_slice(self, rows: int) -> slice:
+        """Return the rows of a whole batch that belong to this process."""
+        n = rows if self.is_val else rows - rows % self.world
+        return slice(*(rank * n // self.world for rank in (self.rank, self.rank + 1)))
 
     @abstractmethod
     def __iter__(self) -> Iterator[tuple[Any, int]]: ...

@@ -1,4 +1,4 @@
-"""Estimators of the likelihood: the ELBO, and a closer bound by importance weighting."""
+"""Bounds on the likelihood: the ELBO, and the tighter importance-weighted bound."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,23 +13,23 @@ from fastvae import functional
 
 from .module import VAE
 
-__all__ = ["Bounds", "bounds", "in_batches"]
+__all__ = ["Bounds", "estimate_bounds", "estimate_in_batches"]
 
 B = TypeVar("B")
 
 
 class Bounds(NamedTuple):
-    """Of each image, in nats, float64 (B,)."""
+    """Values for each example in nats, float64 (B,)."""
 
     nll: Tensor
     """The importance-weighted bound on -log p(x)."""
     reconstruction: Tensor
-    """-log p(x | z), the mean over the draws."""
+    """-log p(x | z), averaged over the draws."""
     kl: Tensor
 
 
 @torch.no_grad()
-def bounds(
+def estimate_bounds(
     model: VAE,
     x: Any,
     samples: int,
@@ -38,15 +38,15 @@ def bounds(
     first_row: int = 0,
     advance: Callable[[], object] = lambda: None,
 ) -> tuple[Bounds, Tensor]:
-    """The ELBO's terms and the importance-weighted likelihood of x (B, ...), and the posterior means (B, L).
+    """Return the ELBO's terms and the importance-weighted bound for x (B, ...), and the posterior means (B, L).
 
-    The latter is the bound of Burda et al. 2016 (equation 8) with K = `samples` draws z_k from the posterior:
+    The bound is that of Burda et al. 2016 (equation 8) with K = `samples` draws z_k from the posterior:
 
         log p(x) >= E log 1/K sum_k w_k,    w_k = p(x | z_k) p(z_k) / q(z_k | x)
 
-    which is the ELBO for K = 1 and tends to log p(x). Each draw is of the whole batch, against one and the same x, and
-    its weights are summed as they come: the memory is that of one draw, whatever K is. Draw k of the row
-    `first_row` + r depends on nothing but `seed`, so batches of any size give the same numbers, up to rounding.
+    It equals the ELBO for K = 1 and tends to log p(x) as K grows. The draws are made one at a time for the whole batch,
+    so the memory does not depend on K. Draw k of row r depends only on `seed` and `first_row` + r, so all batch sizes
+    give the same numbers up to rounding.
     """
     mu, logvar = model.encode(x)
     mean, log_variance = mu.double().flatten(1), logvar.double().flatten(1)
@@ -56,16 +56,18 @@ def bounds(
         noise = torch.tensor([seed, 4 * k], device=mu.device)
         z, kl = functional.reparameterize_kl(mu, logvar, seed=noise, row_offset=first_row)
         nll = model.nll(z, x).double()
-        at = z.double().flatten(1)
-        # log p(z) - log q(z | x), of the very z that was decoded: rounded to float32 it is not mu + sigma eps any more.
-        ratio = ((at - mean).square() * torch.exp(-log_variance) + log_variance - at.square()).sum(1) / 2
+        z_double = z.double().flatten(1)
+        # log p(z) - log q(z | x) at the z that was decoded, which differs from mu + sigma eps by float32 rounding.
+        ratio = (
+            (z_double - mean).square() * torch.exp(-log_variance) + log_variance - z_double.square()
+        ).sum(1) / 2
         total = torch.logaddexp(total, ratio - nll)
         reconstruction += nll
         advance()
     return Bounds(math.log(samples) - total, reconstruction / samples, kl.double()), mu
 
 
-def in_batches(
+def estimate_in_batches(
     model: VAE,
     batches: Sequence[B],
     prepare: Callable[[B], Any],
@@ -75,10 +77,10 @@ def in_batches(
     console: Console,
     what: str,
 ) -> Iterator[tuple[B, Any, Bounds, Tensor]]:
-    """Of each batch, of `size` rows but for the last: it, what `prepare` makes of it, its bounds, posterior means.
+    """Yield each batch with the result of `prepare`, its bounds and its posterior means.
 
-    `seed` is of the draws of z; a progress bar on `console`, where there is a terminal to draw it on, says `what` is
-    done.
+    All batches but the last have `size` rows. `seed` seeds the draws of z. A progress bar with the description `what`
+    is shown if `console` is a terminal.
     """
     bar = Progress(
         TextColumn("{task.description}"),
@@ -93,7 +95,7 @@ def in_batches(
         task = bar.add_task(what, total=len(batches) * samples)
         for number, batch in enumerate(batches):
             x = prepare(batch)
-            found, mu = bounds(
+            found, mu = estimate_bounds(
                 model, x, samples, seed=seed, first_row=number * size, advance=lambda: bar.advance(task)
             )
             yield batch, x, found, mu

@@ -1,4 +1,4 @@
-"""The weights of a run, as a checkpoint keeps them: read with care, for anybody may have written the file."""
+"""Reading checkpoints. They may come from anyone, so their content is checked and no code in them is run."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import files, messages
 from .errors import InputError
-from .folder import CHECKPOINTS
+from .run_folder import CHECKPOINTS
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -18,12 +18,12 @@ __all__ = ["epochs_done", "open_checkpoint", "read_checkpoint", "restore"]
 
 
 def restore(model: "VAE", path: Path, settings: Settings, checkpoint: str) -> tuple[torch.device, int]:
-    """Give the model a run's weights: then it is in eval mode on the device, trained for so many epochs."""
+    """Load the weights of a run into the model, put it into eval mode on its device, and return device and epochs."""
     file = path / CHECKPOINTS / f"{checkpoint}.ckpt"
     if not file.exists():
         raise InputError(
-            f"{path}: there is no {file.relative_to(path)} yet: it comes with the first epoch whose held-out loss "
-            "is finite"
+            f"{path}: {file.relative_to(path)} does not exist yet; it is written after the first epoch with a finite "
+            "validation loss"
         )
     state = read_checkpoint(file, model)
     model.load_state_dict(state["state_dict"])
@@ -33,33 +33,33 @@ def restore(model: "VAE", path: Path, settings: Settings, checkpoint: str) -> tu
 
 
 def epochs_done(model: "VAE", path: Path, settings: Settings) -> int:
-    """How many epochs a stopped run has whole. Raises InputError where none are left to do."""
+    """Return the number of complete epochs of a stopped run. Raises InputError if there are none left to train."""
     file = path / CHECKPOINTS / "last.ckpt"
     done: int = read_checkpoint(file, model)["epoch"] + 1 if file.exists() else 0
     if done >= settings.epochs:
         raise InputError(
-            f"{path}: trained for {messages.count(done, 'epoch')} already; to go on, give a larger number of --epochs"
+            f"{path}: already trained for {messages.pluralize(done, 'epoch')}; to continue, give a larger --epochs"
         )
     return done
 
 
 def read_checkpoint(file: Path, model: "VAE") -> dict[str, Any]:
-    """Raises InputError for a file that is no checkpoint, and for one of another model."""
+    """Read a checkpoint. Raises InputError if the file is not one, or belongs to another model."""
     checkpoint = open_checkpoint(file)
     state = checkpoint["state_dict"]
     names = set(state)
     for name, tensor in model.state_dict().items():
         if name not in names:
-            raise InputError(f"{file}: a checkpoint of another model: there is no `{name}` in it")
+            raise InputError(f"{file}: this checkpoint belongs to another model: `{name}` is missing")
         if state[name].shape != tensor.shape:
             raise InputError(
-                f"{file}: a checkpoint of another model: `{name}` is {tuple(state[name].shape)} in it, and "
-                f"{tuple(tensor.shape)} by config.toml"
+                f"{file}: this checkpoint belongs to another model: `{name}` must be {tuple(tensor.shape)} for this "
+                f"config.toml, got {tuple(state[name].shape)}"
             )
         if not state[name].isfinite().all():
-            raise InputError(f"{file}: `{name}` holds NaN or infinity: these weights are of no use")
+            raise InputError(f"{file}: `{name}` contains NaN or infinity, so the weights cannot be used")
     if more := sorted(names - set(model.state_dict())):
-        raise InputError(f"{file}: a checkpoint of another model: `{more[0]}` is none of this one's")
+        raise InputError(f"{file}: this checkpoint belongs to another model: `{more[0]}` is not expected")
     return checkpoint
 
 
@@ -71,8 +71,8 @@ def open_checkpoint(file: Path) -> dict[str, Any]:
         if not all(isinstance(weight, Tensor) for weight in checkpoint["state_dict"].values()):
             raise TypeError
     except (PermissionError, IsADirectoryError) as error:
-        raise InputError(f"{file}: cannot be read: {files.reason(error)}") from error
-    # What a damaged or foreign file makes pickle, zipfile and torch raise is many things; each means the same here.
+        raise InputError(f"{file}: cannot be read: {files.error_reason(error)}") from error
+    # Damaged or foreign files make pickle, zipfile and torch raise many types of errors.
     except Exception as error:
-        raise InputError(f"{file}: not a checkpoint of fastvae, or damaged") from error
+        raise InputError(f"{file}: not a fastvae checkpoint, or damaged") from error
     return checkpoint

@@ -1,7 +1,7 @@
-"""What is wrong with what a user gave."""
+"""The error for bad user input."""
 
 __all__ = ["InputError"]
 
 
 class InputError(Exception):
-    """Something that a user can mend: the message is one line, to be shown without a traceback."""
+    """An error that the user can fix. The message is a single line, which is shown without a traceback."""

@@ -1,4 +1,4 @@
-"""`fastvae evaluate`: measure a run on its held-out data, whatever they are."""
+"""`fastvae evaluate` for all kinds of runs."""
 
 from pathlib import Path
 from typing import Literal
@@ -21,10 +21,10 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
 ) -> None:
-    """Measure a run, write evaluation.json into its folder, and say the numbers.
+    """Evaluate a run, write evaluation.json into its folder, and print the results.
 
-    `samples` are importance samples; None takes what is usual for the kind of data. `limit` takes the first held-out
-    data only. Raises InputError as `runs.load`, and for a number out of range.
+    `samples` is the number of importance samples; None takes the default of the kind of data. `limit` takes only the
+    first validation examples. Raises InputError as `runs.load` does, and if a number is out of range.
     """
     kind, *_ = registry.read_run(path)
     run = runs.load(kind, path, data=data, checkpoint=checkpoint)
@@ -33,14 +33,14 @@ def evaluate(
         run,
         get_console(),
         checkpoint=checkpoint,
-        samples=kind.samples if samples is None else samples,
+        samples=kind.default_samples if samples is None else samples,
         limit=limit,
         seed=seed,
     )
     done.write(path / EVALUATION)
-    of = f"{messages.count(done.count, f'held-out {kind.datum}')} of {done.data}"
-    messages.say(f"{path}: {of}; epoch {done.epoch} ({checkpoint})\n")
+    of = f"{messages.pluralize(done.num_examples, f'validation {kind.datum}')} of {done.data}"
+    messages.print_line(f"{path}: {of}; epoch {done.epoch} ({checkpoint})\n")
     get_console().print(done.table())
-    messages.say(f"\nwritten to {path / EVALUATION}")
+    messages.print_line(f"\nThe results were written to {path / EVALUATION}")
     for line in kind.after_evaluation(run, seed):
-        messages.say(line)
+        messages.print_line(line)

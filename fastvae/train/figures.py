@@ -1,4 +1,4 @@
-"""Figures of a run as PNG files, written beside and renamed: the course of the losses, the latent space."""
+"""Figures of a run as PNG files: the loss curves and the latent space."""
 
 import io
 import math
@@ -18,37 +18,37 @@ if TYPE_CHECKING:
 __all__ = ["save_latents", "save_loss_curve"]
 
 _DPI = 120
-_POINTS = 5000  # more of them would cover one another
-_CLASSES = 20  # as many as there are colours to tell apart
+_POINTS = 5000  # more points would cover each other
+_CLASSES = 20  # the number of colours that can be told apart
 
 
-def save_loss_curve(rows: Sequence[Mapping[str, float]], path: Path, unit: str = "datum") -> None:
-    """Draw the negative ELBO and its KL over the epochs, from rows of metrics.csv: nats per `unit`.
+def save_loss_curve(records: Sequence[Mapping[str, float]], path: Path, unit: str = "datum") -> None:
+    """Plot the negative ELBO and the KL over the epochs, in nats per `unit`, from the records of metrics.csv.
 
     Raises InputError if the file cannot be written.
     """
 
     def column(name: str) -> Any:
-        return np.array([row.get(name, np.nan) for row in rows], dtype=float)
+        return np.array([record.get(name, np.nan) for record in records], dtype=float)
 
     figure = _figure(9.6, 4.2)
     losses, divergences = figure.subplots(1, 2)
     epochs = column("epoch")
-    style: dict[str, Any] = {"lw": 1.8, "marker": "o" if len(rows) < 25 else "", "ms": 3.5}
-    train, held_out = {"color": "C0", "label": "train"}, {"color": "C1", "label": "held out"}
-    for axes, title, trained, kept in (
-        (losses, "negative ELBO", column("train_nll") + column("train_kl"), column("held_out_nelbo")),
-        (divergences, "KL of the posterior from the prior", column("train_kl"), column("held_out_kl")),
+    style: dict[str, Any] = {"lw": 1.8, "marker": "o" if len(records) < 25 else "", "ms": 3.5}
+    train, val = {"color": "C0", "label": "training"}, {"color": "C1", "label": "validation"}
+    for axes, title, train_values, val_values in (
+        (losses, "negative ELBO", column("train_nll") + column("train_kl"), column("val_neg_elbo")),
+        (divergences, "KL of the posterior from the prior", column("train_kl"), column("val_kl")),
     ):
-        axes.plot(epochs, trained, **style, **train)
-        axes.plot(epochs, kept, **style, **held_out)
+        axes.plot(epochs, train_values, **style, **train)
+        axes.plot(epochs, val_values, **style, **val)
         axes.set_title(title, fontsize=11)
         axes.set_ylabel(f"nats per {unit}")
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    _forget_the_start(losses)
+    _crop_first_epochs(losses)
     handles, names = losses.get_legend_handles_labels()
     beta = column("beta")
     if np.ptp(beta) > 0:
@@ -62,8 +62,8 @@ def save_loss_curve(rows: Sequence[Mapping[str, float]], path: Path, unit: str =
     _save(figure, path)
 
 
-def _forget_the_start(axes: Any) -> None:
-    """Let the first epochs leave the axes at the top if they would press all the others together."""
+def _crop_first_epochs(axes: Any) -> None:
+    """Let the curves of the first epochs leave the plot at the top if they would flatten the rest."""
     for count in (1, 2, 3):
         values = np.concatenate([line.get_ydata() for line in axes.lines])
         later = np.concatenate([line.get_ydata()[count:] for line in axes.lines])
@@ -79,45 +79,46 @@ def save_latents(
     path: Path,
     *,
     names: Sequence[str] = (),
-    what: str = "held-out data",
+    what: str = "validation data",
 ) -> None:
-    """Draw posterior means (N, L) as points, coloured by their labels (N,), the integers of a few classes.
+    """Plot posterior means (N, L) as points, coloured by their integer labels (N,).
 
-    `names` are the classes' names, by their integers; without them the legend shows the integers.
+    `names` are the names of the classes, indexed by label; without them the legend shows the labels themselves.
 
-    More than two dimensions are shown by their first two principal components; a single one as a histogram. Of very
-    many points an even choice is drawn. Raises InputError if the file cannot be written.
+    More than two dimensions are projected onto their first two principal components, and a single one becomes a
+    histogram. If there are too many points, an evenly spaced subset is plotted. Raises InputError if the file cannot
+    be written.
     """
     mu = mu.double().cpu()
     finite = mu.isfinite().all(1)
     mu, labels = mu[finite], None if labels is None else labels.cpu()[finite]
-    some = torch.linspace(0, len(mu) - 1, min(len(mu), _POINTS)).long()
-    points, axis_names = mu[some], ["z0", "z1"]
+    indices = torch.linspace(0, len(mu) - 1, min(len(mu), _POINTS)).long()
+    points, axis_names = mu[indices], ["z0", "z1"]
     if mu.shape[1] > 2:
-        directions, shares = _principal(mu)
+        directions, shares = _principal_components(mu)
         points = (points - mu.mean(0)) @ directions
         axis_names = [
-            f"{place} principal component ({share:.0%} of the variance)"
-            for place, share in zip(("first", "second"), shares.tolist(), strict=True)
+            f"{ordinal} principal component ({share:.0%} of the variance)"
+            for ordinal, share in zip(("first", "second"), shares.tolist(), strict=True)
         ]
-    classes = torch.zeros(len(some)) if labels is None else labels[some]
+    classes = torch.zeros(len(indices)) if labels is None else labels[indices]
     present = classes.unique().tolist() or [0]
     if len(present) > _CLASSES:
-        classes, present = torch.zeros(len(some)), [0]
+        classes, present = torch.zeros(len(indices)), [0]
     colours = _colours(len(present))
     groups = [points[classes == label].numpy() for label in present]
-    size = min(60.0, 6 + 6000 / max(1, len(points)))  # of a point, as an area
-    texts = _texts(present, names)
+    size = min(60.0, 6 + 6000 / max(1, len(points)))  # the area of a point
+    class_names = _class_names(present, names)
 
     figure = _figure(7.2, 6.4)
     axes = figure.subplots()
     if mu.shape[1] == 1:
         edges = np.histogram_bin_edges(points.numpy(), 60).tolist()
-        axes.hist([group[:, 0] for group in groups], edges, stacked=True, color=colours, label=texts)
+        axes.hist([group[:, 0] for group in groups], edges, stacked=True, color=colours, label=class_names)
         axes.set_xlabel("z0")
         axes.set_ylabel(what)
     else:
-        for group, colour, text in zip(groups, colours, texts, strict=True):
+        for group, colour, text in zip(groups, colours, class_names, strict=True):
             axes.scatter(group[:, 0], group[:, 1], size, alpha=0.7, lw=0, color=colour, label=text)
         axes.set_aspect("equal", "datalim")
         axes.set_xlabel(axis_names[0])
@@ -126,22 +127,22 @@ def save_latents(
     axes.set_title(f"posterior means of {what}", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     if len(present) > 1:
-        at: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
-        axes.legend(title="label", frameon=False, markerscale=math.sqrt(60 / size), **at)
+        position: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+        axes.legend(title="label", frameon=False, markerscale=math.sqrt(60 / size), **position)
     _save(figure, path)
 
 
-def _principal(mu: Tensor) -> tuple[Tensor, Tensor]:
-    """Directions (L, 2) of the two largest variances of (N, L), and their shares of all of it (2,)."""
+def _principal_components(mu: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the two directions (L, 2) of largest variance of (N, L), and their shares of the total variance (2,)."""
     centred = mu - mu.mean(0)
-    variances, vectors = torch.linalg.eigh(centred.T @ centred)  # ascending
+    variances, vectors = torch.linalg.eigh(centred.T @ centred)  # in ascending order
     directions = vectors[:, [-1, -2]]
-    # An eigenvector has no sign of its own; with one, the picture does not flip from epoch to epoch for no reason.
+    # The sign of an eigenvector is arbitrary. Fixing it keeps the picture from flipping between epochs.
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
     return directions * largest.sign(), variances[[-1, -2]].clamp(min=0) / variances.sum().clamp(min=1e-30)
 
 
-def _texts(present: list[Any], names: Sequence[str]) -> list[str]:
+def _class_names(present: list[Any], names: Sequence[str]) -> list[str]:
     return [names[int(n)][:24] if 0 <= n < len(names) else str(int(n)) for n in present]
 
 
@@ -152,7 +153,7 @@ def _colours(count: int) -> list[Any]:
 
 
 def _figure(width: float, height: float) -> "Figure":
-    # Not from pyplot: that would keep it, and might look for a screen.
+    # pyplot would keep the figure and might look for a display.
     from matplotlib.figure import Figure
 
     return Figure((width, height), dpi=_DPI, layout="constrained")

@@ -1,4 +1,4 @@
-"""Files that are never found half written."""
+"""Atomic file writing: a file is either complete or unchanged."""
 
 import os
 from collections.abc import Sequence
@@ -6,19 +6,19 @@ from pathlib import Path
 
 from .errors import InputError
 
-__all__ = ["beside", "prepare_folder", "reason", "remove_partial", "write"]
+__all__ = ["error_reason", "prepare_folder", "remove_partial", "temporary_path", "write"]
 
 _PARTIAL = ".part"
 
 
-def beside(path: Path) -> Path:
-    """Where to write what is then renamed to `path`."""
+def temporary_path(path: Path) -> Path:
+    """Return the temporary path that is renamed to `path` once it is complete."""
     return path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write beside and rename. Raises InputError if that fails."""
-    part = beside(path)
+    """Write a temporary file and rename it. Raises InputError if that fails."""
+    part = temporary_path(path)
     try:
         try:
             part.write_bytes(content)
@@ -26,19 +26,19 @@ def write(path: Path, content: bytes) -> None:
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {reason(error)}") from error
+        raise InputError(f"{path}: cannot be written: {error_reason(error)}") from error
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what processes that were killed while writing have left."""
+    """Remove temporary files that killed processes have left behind."""
     for part in folder.glob(f".*{_PARTIAL}"):
         part.unlink(missing_ok=True)
 
 
 def prepare_folder(folder: Path, names: Sequence[str]) -> None:
-    """Make a folder and see that files of these names can be written there: before the work, not after it.
+    """Create a folder and check that files with these names can be written to it, before any long work.
 
-    Raises InputError where they cannot.
+    Raises InputError if they cannot.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -46,14 +46,14 @@ def prepare_folder(folder: Path, names: Sequence[str]) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        # `mkdir` says "File exists" of a file in the folder's place.
-        why = "it is a file" if folder.is_file() else reason(error)
+        # If the path is a file, `mkdir` only says "File exists".
+        why = "it is a file" if folder.is_file() else error_reason(error)
         raise InputError(f"{folder}: cannot be written to: {why}") from error
     for name in names:
         if (folder / name).is_dir():
             raise InputError(f"{folder / name}: cannot be written: it is a folder")
 
 
-def reason(error: OSError) -> str:
+def error_reason(error: OSError) -> str:
     text = error.strerror or type(error).__name__
     return text[:1].lower() + text[1:]

@@ -1,17 +1,17 @@
-"""Datasets of the Hugging Face hub."""
+"""Loading datasets from the Hugging Face hub."""
 
 import logging
 from typing import Any
 
 from .errors import InputError
 
-__all__ = ["splits"]
+__all__ = ["load_splits"]
 
 
-def splits(name: str) -> Any:
-    """A dataset of the Hugging Face hub, by its splits, of which one is `train`.
+def load_splits(name: str) -> Any:
+    """Load a dataset of the Hugging Face hub as a dict of splits, one of which is `train`.
 
-    Raises InputError where the package `datasets` is missing, and for what cannot be loaded.
+    Raises InputError if the package `datasets` is missing or the dataset cannot be loaded.
     """
     try:
         import datasets
@@ -19,18 +19,16 @@ def splits(name: str) -> Any:
         if error.name != "datasets":
             raise
         raise InputError(
-            f"{name}: no such file or folder; if it is a Hugging Face dataset, get the package first: "
+            f"{name}: no such file or folder. If it is a Hugging Face dataset, install the package datasets first: "
             "pip install datasets"
         ) from None
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # it tells of every attempt without a network
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every attempt to connect
     try:
         found = datasets.load_dataset(name)
-    except Exception as error:  # whatever the network, the hub and the dataset's own files may raise
+    except Exception as error:  # the network, the hub and the dataset's files can raise many types
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(
-            f"{name}: no such file or folder, and it cannot be loaded as a Hugging Face dataset: {reason}"
+            f"{name}: no such file or folder, and not a Hugging Face dataset that can be loaded: {reason}"
         ) from error
     if "train" not in found:
         raise InputError(f"{name}: this dataset has no split `train`, only {', '.join(found)}")

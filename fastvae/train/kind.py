@@ -1,4 +1,4 @@
-"""What runs of one kind of data do in their own way. The rest, which they do alike, is in `runs` and `evaluate`."""
+"""The interface of a kind of data: what differs between kinds. What they share is in `runs` and `evaluate`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -22,7 +22,7 @@ __all__ = ["Data", "Kind", "Run"]
 
 
 class Data(Protocol):
-    """What a run is trained on and measured by."""
+    """The data of a run, in a training and a validation part."""
 
     @property
     def name(self) -> str: ...
@@ -31,7 +31,7 @@ class Data(Protocol):
     def train(self) -> Sized: ...
 
     @property
-    def held_out(self) -> Sized: ...
+    def val(self) -> Sized: ...
 
 
 S = TypeVar("S", bound=Settings)
@@ -41,106 +41,109 @@ D = TypeVar("D", bound=Data)
 
 @dataclass
 class Run(Generic[S, F, D]):
-    """A run, finished or stopped, ready to be used."""
+    """An opened run."""
 
     path: Path
     settings: S
     form: F
-    """What the model was built for, besides the settings."""
+    """What the model was built for besides the settings, for example the shape of an image."""
     model: Any
-    """In eval mode, on `device`; the averaged weights if there are any."""
+    """The model in eval mode on `device`, with the averaged weights if there are any."""
     device: torch.device
     epoch: int
-    """How many epochs the weights were trained for."""
-    others: bool
-    """Whether `settings.data` are other data than the run's."""
-    read: Callable[[], D]
+    """The number of epochs that the weights were trained for."""
+    is_other_data: bool
+    """Whether `settings.data` are not the data that the run was trained on."""
+    read_data: Callable[[], D]
 
     @cached_property
     def data(self) -> D:
-        """The run's data, read when first asked for.
+        """The data of the run, loaded when first used.
 
-        Raises InputError where they are gone, and for what the model does not take.
+        Raises InputError if the data are missing or the model cannot take them.
         """
-        return self.read()
+        return self.read_data()
 
 
 R = TypeVar("R", bound=Run[Any, Any, Any])
 
 
 class Kind(ABC, Generic[S, F, D, R]):
-    """A kind of data: its recipes, and what its runs do in their own way.
+    """A kind of data: its recipes, and everything that is specific to its runs.
 
-    Its type arguments are the settings S; the form F, which is what a model is built for besides the settings, as the
-    shape of an image; the data D; and the opened run R. Whatever takes long to import is imported in the methods:
-    `fastvae train --help` needs none of it.
+    The type arguments are the settings S; the form F, which is what a model is built for besides the settings, for
+    example the shape of an image; the data D; and the opened run R. Methods import slow packages themselves, so that
+    `fastvae train --help` stays fast.
     """
 
     name: ClassVar[str]
-    a_datum: ClassVar[str]
-    """With its article: "an image"."""
+    datum_with_article: ClassVar[str]
+    """The name of one example, with its article: "an image"."""
     recipes: ClassVar[Sequence[type[Settings]]]
     run: ClassVar[type[Any]]
     """The class R."""
 
-    head: ClassVar[tuple[str, ...]] = ()
-    """The keys of config.toml that hold the form."""
-    kept: ClassVar[tuple[str, ...]] = ()
-    """The files that hold the form."""
-    left: ClassVar[tuple[str, ...]] = ()
-    """The files that training leaves."""
-    later: ClassVar[tuple[str, ...]] = ()
-    """The files that the commands on a run leave."""
+    form_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys of config.toml that hold the form."""
+    form_files: ClassVar[tuple[str, ...]] = ()
+    """Files that hold the form."""
+    training_files: ClassVar[tuple[str, ...]] = ()
+    """Files that training writes."""
+    command_files: ClassVar[tuple[str, ...]] = ()
+    """Files that the commands using a run write."""
 
-    samples: ClassVar[int]
-    """How many importance samples `evaluate` takes if nobody says so."""
-    sampled: ClassVar[bool] = True
-    """Whether `fastvae sample` draws from it."""
-    elsewhere: ClassVar[str]
-    """What is said of a run of this kind where one of another kind is needed."""
+    default_samples: ClassVar[int]
+    """Default number of importance samples of `evaluate`."""
+    can_sample: ClassVar[bool] = True
+    """Whether `fastvae sample` supports this kind."""
+    wrong_kind_message: ClassVar[str]
+    """The message if a run of this kind is used where another kind is needed."""
 
     @property
     def datum(self) -> str:
-        return self.a_datum.partition(" ")[2]
+        return self.datum_with_article.partition(" ")[2]
 
     # -----------------------------------------------------------------------------------------------------------------
     # Settings, data, form
     # -----------------------------------------------------------------------------------------------------------------
 
     def check(self, settings: S) -> None:
-        """Before the data of a new run are read: raises InputError for settings that do not go together."""
+        """Raises InputError if settings contradict each other; called before the data are loaded."""
 
     @abstractmethod
-    def load(self, settings: S, form: F | None = None, *, others: bool = False) -> D:
-        """Read the data; with `form` those of a run that is there, or `others` in their place. Raises InputError."""
+    def load(self, settings: S, form: F | None = None, *, other_data: bool = False) -> D:
+        """Load the data. `form` is that of an existing run; `other_data` says that the data are not its own.
 
-    def settle(self, settings: S, data: D) -> S:
-        """The settings as a new run keeps them. Raises InputError for what does nothing with these data."""
-        settings = settings.located()
+        Raises InputError.
+        """
+
+    def resolve_settings(self, settings: S, data: D) -> S:
+        """Return the settings as a new run stores them. Raises InputError for options that do not fit the data."""
+        settings = settings.with_absolute_paths()
         settings.refuse_unused()
         return settings
 
-    def settle_again(self, settings: S, form: F) -> S:
-        """The settings as a run that goes on keeps them."""
-        return settings.located()
+    def resolve_on_resume(self, settings: S, form: F) -> S:
+        """Return the settings as a resumed run stores them."""
+        return settings.with_absolute_paths()
 
     @abstractmethod
     def make_form(self, settings: S, data: D) -> F:
-        """What the model of a new run is built for."""
+        """Return the form of a new run."""
 
     @abstractmethod
-    def read_form(self, path: Path, head: dict[str, Any]) -> F:
-        """That of a run: from the values of `head` in its config.toml, or from the files `kept`. Raises InputError."""
+    def read_form(self, path: Path, form_values: dict[str, Any]) -> F:
+        """Return the form of a run, from the values of `form_keys` or from `form_files`. Raises InputError."""
 
     def write_form(self, out: Path, form: F) -> None:
-        """Write the files `kept`."""
+        """Write `form_files`."""
 
-    def head_lines(self, form: F) -> str:
-        """The lines of `head` for config.toml."""
+    def form_lines(self, form: F) -> str:
+        """Return the lines of `form_keys` for config.toml."""
         return ""
 
-    def suit(self, data: D, form: F, settings: S, path: Path) -> D:
-        """The data of a run as its model takes them. Raises InputError where it does not."""
+    def adapt_data(self, data: D, form: F, settings: S, path: Path) -> D:
+        """Return the data in the form that the model of a run takes. Raises InputError if that is impossible."""
         return data
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -149,35 +152,35 @@ class Kind(ABC, Generic[S, F, D, R]):
 
     @abstractmethod
     def build(self, settings: S, form: F) -> "VAE":
-        """The model, with fresh weights from torch's generator."""
+        """Build the model with random weights from torch's generator."""
 
-    def begin(self, model: Any, settings: S, data: D) -> None:
-        """Set what a new model's weights should know of the data before the first step."""
+    def init_from_data(self, model: Any, settings: S, data: D) -> None:
+        """Initialise those weights of a new model that depend on the data."""
 
-    def initialise(self, model: Any, settings: S, out: Path, *, resumed: bool) -> None:
-        """Give a model that was not trained yet the weights of another run, where the settings say so."""
+    def init_from_run(self, model: Any, settings: S, out: Path, *, resumed: bool) -> None:
+        """Copy weights of another run into an untrained model, if the settings say so."""
 
     @abstractmethod
-    def drawer(self, data: D, form: F, settings: S, folder: Path) -> "Callback":
-        """What leaves samples in the folder of a run in training."""
+    def examples_callback(self, data: D, form: F, settings: S, folder: Path) -> "Callback":
+        """Return the callback that saves examples of the model's output during training."""
 
     @abstractmethod
     def batches(self, model: Any, data: D, form: F, settings: S) -> "LightningDataModule": ...
 
     @abstractmethod
-    def introduce(self, model: Any, data: D, form: F, settings: S, batches: Any) -> Iterator[str]:
-        """Lines about the data and the model, before the training."""
+    def describe_run(self, model: Any, data: D, form: F, settings: S, batches: Any) -> Iterator[str]:
+        """Yield lines about the data and the model, to be printed before training."""
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Measuring
+    # Evaluation
     # -----------------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def evaluate(
         self, run: R, console: "Console", *, checkpoint: str, samples: int, limit: int | None, seed: int
     ) -> "Report":
-        """Measure a run on its held-out data, or the first `limit` of them, with a progress bar on `console`."""
+        """Evaluate a run on its validation data, or the first `limit` examples, with a progress bar on `console`."""
 
     def after_evaluation(self, run: R, seed: int) -> Iterator[str]:
-        """Draw what belongs to an evaluation besides numbers, with a line about each."""
+        """Draw the pictures that belong to an evaluation, and yield a line about each."""
         return iter(())

@@ -1,6 +1,6 @@
-"""All kinds of data: whoever imports this can train and read runs of every recipe.
+"""All kinds of data. Importing this module registers them, so that runs of every recipe can be trained and read.
 
-Nothing else in `fastvae.train` names a kind; a new one is added here.
+Other modules in `fastvae.train` do not name any kind. A new kind is added here.
 """
 
 from importlib import import_module
@@ -11,8 +11,8 @@ from .registry import read_run, recipes
 __all__ = ["KINDS", "read_run", "recipes"]
 
 KINDS = ("image", "text", "counts")
-"""Their packages, in the order in which the command line lists their recipes."""
+"""The packages of the kinds, in the order in which the command line lists their recipes."""
 
 for _kind in KINDS:
     import_module(f"fastvae.train.{_kind}")
-registry.arrange(KINDS)
+registry.set_order(KINDS)

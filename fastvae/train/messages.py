@@ -1,4 +1,4 @@
-"""What is told to the user: lines on rich's own console, which a progress bar makes room for."""
+"""Messages to the user. They are printed on rich's global console, so that they do not break a progress bar."""
 
 import importlib
 import shlex
@@ -13,37 +13,37 @@ from fastvae import backends
 
 from .settings import Settings
 
-__all__ = ["backend_lines", "command", "count", "model_line", "prior", "say"]
+__all__ = ["describe_backend", "describe_model", "describe_prior", "pluralize", "print_line", "shell_command"]
 
 
-def say(line: str = "") -> None:
+def print_line(line: str = "") -> None:
     get_console().print(line.rstrip(" "), highlight=False, markup=False, soft_wrap=True)
 
 
-def count(n: int, what: str) -> str:
-    """n of them: "1 epoch", "2 epochs"."""
+def pluralize(n: int, what: str) -> str:
+    """Return a number with its noun: "1 epoch", "2 epochs"."""
     return f"{n} {what}{'s' if n != 1 else ''}"
 
 
-def command(*words: object) -> str:
-    """A command of ours, quoted for a shell."""
+def shell_command(*words: object) -> str:
+    """Return a fastvae command, quoted for a shell."""
     return shlex.join(["fastvae", *map(str, words)])
 
 
-def prior(temperature: float) -> str:
-    """What new data are decoded from."""
+def describe_prior(temperature: float) -> str:
+    """Return the distribution that new samples are decoded from."""
     return f"z ~ N(0, {temperature:g}² I)" if temperature != 1 else "z ~ N(0, I)"
 
 
-def model_line(model: nn.Module, settings: Settings, detail: str = "") -> str:
+def describe_model(model: nn.Module, settings: Settings, detail: str = "") -> str:
     parameters = sum(p.numel() for p in model.parameters())
     return f"model: {settings.recipe}{detail}, {settings.latent} latent dimensions, {parameters:,} parameters"
 
 
-def backend_lines(device: torch.device | str = "cpu") -> list[str]:
-    """Which backend runs there, and why it is the slow one if it is."""
+def describe_backend(device: torch.device | str = "cpu") -> list[str]:
+    """Return which backend runs on the device and, if that is the slow reference, why."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said below, in our own words
+        warnings.simplefilter("ignore")  # the same is reported below
         name = backends.for_tensor(torch.empty(0, device=device)).name
     kind = torch.device(device).type
     detail = kind
@@ -54,5 +54,5 @@ def backend_lines(device: torch.device | str = "cpu") -> list[str]:
             detail = f"{importlib.import_module('fastvae._C').cpu_capability()}, {detail}"
     lines = [f"fastvae {fastvae.__version__} · backend {name} ({detail})"]
     if name == "reference":
-        lines.append(f"This is the slow one: {backends.reason('native', kind)}")
+        lines.append(f"The reference backend is slow. Reason: {backends.reason('native', kind)}")
     return lines

@@ -1,4 +1,4 @@
-"""The model that is trained: an encoder, a decoder and a `fastvae.ELBO` as a LightningModule."""
+"""The LightningModule that is trained: an encoder, a decoder and a `fastvae.ELBO`."""
 
 import math
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fastvae
 from fastvae import functional
 
-from . import draws, warmup
+from . import seeding, warmup
 
 __all__ = ["ACTIVE", "VAE"]
 
@@ -23,36 +23,36 @@ ACTIVE = (
 class VAE(LightningModule):
     """A VAE for Lightning's Trainer.
 
-    The ELBO is a part of it, so that a learned scale is trained, and kept equal over processes, with the rest.
+    The ELBO is a submodule, so that a learned scale is trained and synchronised between processes like other weights.
 
     Args:
-        encoder: a batch -> (B, 2L), the posterior's mu and logvar.
-        decoder: z (B, L) -> the likelihood's parameters.
-        elbo: with reduction "mean". Its `beta` is where a warm-up ends.
-        latents: L.
+        encoder: maps a batch to (B, 2L), the posterior's mu and logvar.
+        decoder: maps z (B, L) to the parameters of the likelihood.
+        elbo: an ELBO with reduction "mean". Its `beta` is the final value of a warm-up.
+        latents: L, the number of latent dimensions.
         lr: the learning rate of Adam.
-        seed: of the noise. Step t of a run draws the same noise however often the run was stopped, and over however
-            many processes its batches are spread.
-        schedule, schedule_epochs, cycles: how beta rises; see `fastvae.train.warmup`.
+        seed: the seed of the noise. The noise of a step depends only on the seed and the number of the step, and not
+            on interruptions of the run or on the number of processes.
+        schedule, schedule_epochs, cycles: the warm-up of beta; see `fastvae.train.warmup`.
 
-    Logged at the end of each epoch, in nats per datum: train_loss (with beta), train_nll, train_kl; the same of the
-    held-out data, without beta: held_out_nelbo, held_out_nll, held_out_kl; beta, active_units and skipped_steps.
-    `kl_per_dimension` has the held-out KL of each latent dimension, (L,).
+    The following metrics are logged after each epoch, in nats per example. For the training data: train_loss (with
+    beta), train_nll and train_kl. For the validation data, without beta: val_neg_elbo, val_nll and val_kl. Also beta,
+    active_units and skipped_steps. `kl_per_dimension` (L,) holds the validation KL of each latent dimension.
 
-    A subclass says what it is of, and what else it logs: `unit` is what a datum is called, `measures` what `terms` has
-    besides for both parts of the data, `others` what it logs once, and `shown` what a line of progress ends with: a
-    heading, the metric and its decimals.
+    Class attributes of a subclass describe its data and its further metrics: `unit` is the name of one example,
+    `split_metrics` are the metrics that `terms` adds for both splits, `extra_metrics` are those that are logged once,
+    and `table_columns` are the last columns of the progress table: a heading, the metric and its decimals.
 
-    A step whose loss or gradient is not finite leaves the weights as they are; `first_skip` then says where it was.
+    A step whose loss or gradient is not finite leaves the weights unchanged; `first_skipped` describes the first one.
     """
 
     unit = "datum"
-    measures: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
-    shown: tuple[tuple[str, str, int], ...] = ()
+    split_metrics: tuple[str, ...] = ()
+    extra_metrics: tuple[str, ...] = ()
+    table_columns: tuple[tuple[str, str, int], ...] = ()
 
     has_dropout = False
-    """Then a step seeds torch's generator, which dropout draws from: a resumed run does not have its state."""
+    """If set, each step seeds torch's generator for dropout, because its state is lost when a run is resumed."""
 
     def __init__(
         self,
@@ -77,33 +77,33 @@ class VAE(LightningModule):
         self.schedule, self.schedule_epochs, self.cycles = schedule, schedule_epochs, cycles
         self.beta = float(elbo.beta)
         self.kl_per_dimension = torch.zeros(latents)
-        self.first_skip: str | None = None
+        self.first_skipped: str | None = None
 
     def encode(self, x: Any) -> tuple[Tensor, Tensor]:
-        """mu, logvar: (B, L) each."""
+        """Return mu and logvar of the posterior, (B, L) each."""
         mu, logvar = self.encoder(x).chunk(2, dim=1)
         return mu, logvar
 
     def decode(self, z: Tensor) -> Tensor:
-        """The parameters of the likelihood."""
+        """Return the parameters of the likelihood."""
         return self.decoder(z)
 
     @property
     def steps_done(self) -> int:
-        """How many batches the run has been trained on."""
+        """The number of batches that the run has been trained on."""
         return self.global_step
 
     @property
     def likelihood(self) -> Any:
-        """That of the data, given what `decode` returns."""
+        """The likelihood of the data given the output of `decode`."""
         return self.elbo.likelihood
 
     def nll(self, z: Tensor, x: Any) -> Tensor:
-        """-log p(x | z) of every row, (B,)."""
+        """Return -log p(x | z) for every row, (B,)."""
         return self.likelihood.nll(self.decode(z), x)
 
     def forward(self, x: Any, seed: Tensor, row_offset: int) -> tuple[fastvae.ELBOOutput, Tensor, Tensor]:
-        """The loss of a batch, and its posterior."""
+        """Return the loss of a batch, and mu and logvar of its posterior."""
         mu, logvar = self.encode(x)
         z, kl = self.elbo.reparameterize(mu, logvar, seed=seed, row_offset=row_offset)
         return self.elbo(self.decode(z), x, kl=kl), mu, logvar
@@ -111,17 +111,17 @@ class VAE(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         scale = list(self.elbo.parameters())
         rest = [*self.encoder.parameters(), *self.decoder.parameters()]
-        # Adam moves a parameter by about its rate in a step, and a log-variance has further to go than any weight.
-        groups = [self.group(rest)]
+        # Adam moves each parameter by about the learning rate per step, and a log-variance has a long way to go.
+        groups = [self.param_group(rest)]
         if scale:
-            groups.append(self.group(scale, times=10))
-        # The fused kernel also serves to skip steps. With a scaler, which skips them itself, Lightning cannot clip for
-        # it: it would have to unscale the gradients before.
+            groups.append(self.param_group(scale, times=10))
+        # The fused optimiser is needed to skip steps. A gradient scaler skips steps itself, and Lightning cannot clip
+        # with a fused optimiser then, because it would have to unscale the gradients first.
         fused = self._scaler is None or not self.trainer.gradient_clip_val
         return torch.optim.Adam(groups, lr=self.lr, fused=fused)
 
-    def group(self, parameters: Iterable[nn.Parameter], times: float = 1) -> dict[str, Any]:
-        """Of parameters, for an optimiser, with so many times the learning rate."""
+    def param_group(self, parameters: Iterable[nn.Parameter], times: float = 1) -> dict[str, Any]:
+        """Return a parameter group for an optimiser, with `times` the learning rate."""
         return {"params": list(parameters), "lr": times * self.lr}
 
     @property
@@ -136,33 +136,33 @@ class VAE(LightningModule):
         self._rates = [[group["lr"] for group in o.param_groups] for o in self.trainer.optimizers]
 
     def on_train_start(self) -> None:
-        # A checkpoint brings its own; what counts is what the run's settings say now.
+        # A checkpoint restores its own learning rates, but the current settings take precedence.
         for optimizer, rates in zip(self.trainer.optimizers, self._rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
 
     def on_train_epoch_start(self) -> None:
-        self.steps = Steps()
-        # Made again from the count of steps, and so the same in a run that was resumed.
+        self.steps = StepLog()
+        # Derived from the number of steps, so that a resumed run continues with the same noise.
         self.noise = torch.tensor([self.seed, 4 * self.steps_done], device=self.device)
         self.noise_step = torch.tensor([0, 4], device=self.device)
 
     def training_step(self, batch: tuple[Any, int], batch_idx: int) -> Tensor:
         if self.has_dropout:
-            torch.manual_seed(draws.generator(self.seed, 4, self.global_step).initial_seed())
+            torch.manual_seed(seeding.seeded_generator(self.seed, 4, self.global_step).initial_seed())
         x, first_row = batch
-        self.warm_up(batch_idx)
+        self.set_kl_weight(batch_idx)
         out, _, _ = self(x, self.noise, first_row)
-        self.noise = self.noise + self.noise_step  # not in place: the backward pass draws the noise again
+        self.noise = self.noise + self.noise_step  # not in place: the backward pass generates the noise again
         self.steps.add(out)
         return out.loss
 
-    def warm_up(self, batch_idx: int) -> None:
-        """Set the weight of the KL for a step."""
+    def set_kl_weight(self, batch_idx: int) -> None:
+        """Set the weight of the KL for this step."""
         if self.schedule != "none":
             passed = self.current_epoch + batch_idx / self.trainer.num_training_batches
-            # In place, as ELBO sees to.
-            self.elbo.beta = self.beta * warmup.weight(  # type: ignore[assignment]
+            # ELBO copies the value into its buffer in place.
+            self.elbo.beta = self.beta * warmup.kl_weight(  # type: ignore[assignment]
                 self.schedule, passed, self.schedule_epochs, self.cycles
             )
 
@@ -171,7 +171,7 @@ class VAE(LightningModule):
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         if (
             not scaled
-        ):  # a scaler looks itself, and comes down where a gradient has overflown by its scale alone
+        ):  # a scaler checks for itself, and lowers its scale when that alone made a gradient overflow
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             finite = finite & torch.isfinite(torch.nn.utils.get_total_norm(gradients))
         skip = (~finite).float()
@@ -179,7 +179,7 @@ class VAE(LightningModule):
             torch.distributed.all_reduce(skip, torch.distributed.ReduceOp.MAX)
         self.steps.skipped.append(skip)
         if self._scaler is None:
-            # What a GradScaler tells a fused optimizer: with a 1 here the step does nothing. The host need not know.
+            # A fused optimiser does nothing if this is 1, as with a GradScaler. The host does not have to wait for it.
             optimizer.found_inf = skip  # type: ignore[attr-defined]
 
     def configure_gradient_clipping(
@@ -189,7 +189,7 @@ class VAE(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         if gradient_clip_val and self.trainer.precision == "bf16-mixed":
-            # Lightning refuses to clip for a fused optimizer under mixed precision, because of a scaler; here is none.
+            # Lightning refuses to clip for fused optimisers under mixed precision because of scalers; bf16 has none.
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -198,47 +198,47 @@ class VAE(LightningModule):
         steps = self.steps
         skipped = torch.stack(steps.skipped).cpu() > 0
         rows = torch.tensor([len(nll) for nll in steps.nll])
-        kept = (~skipped).repeat_interleave(rows)
+        is_used = (~skipped).repeat_interleave(rows)
         total = torch.stack(
             [
-                kept.sum().double(),
+                is_used.sum().double(),
                 (torch.stack(steps.losses).cpu().double() * rows)[~skipped].sum(),
-                torch.cat(steps.nll).cpu().double()[kept].sum(),
-                torch.cat(steps.kl).cpu().double()[kept].sum(),
+                torch.cat(steps.nll).cpu().double()[is_used].sum(),
+                torch.cat(steps.kl).cpu().double()[is_used].sum(),
             ]
         )
-        count, *sums = self._over_processes(total).tolist()
+        count, *sums = self._sum_over_processes(total).tolist()
         loss, nll, kl = (s / count if count else math.nan for s in sums)
         metrics = {"train_loss": loss, **self.terms("train", nll, kl)}
         self.log_dict(metrics | {"beta": float(self.elbo.beta), "skipped_steps": float(skipped.sum())})
-        self.first_skip = None
+        self.first_skipped = None
         if skipped.any():
             step = int(skipped.int().argmax())
-            # Of two the KL: it comes first, and NaN in mu or logvar reaches the reconstruction too.
-            terms = {"kl": steps.kl, "nll": steps.nll, "the loss": steps.losses}
+            # Report the KL if both terms are bad: NaN in mu or logvar reaches the reconstruction as well.
+            terms = {"the KL": steps.kl, "the NLL": steps.nll, "the loss": steps.losses}
             bad = torch.stack([(~values[step].isfinite()).sum() for values in terms.values()]).cpu()
-            names = [name for name, count in zip(terms, self._over_processes(bad), strict=True) if count]
-            self.first_skip = f"{[*names, 'the gradient'][0]} of step {step + 1}"
+            names = [name for name, count in zip(terms, self._sum_over_processes(bad), strict=True) if count]
+            self.first_skipped = f"{[*names, 'the gradient'][0]} of step {step + 1}"
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Held-out data
+    # Validation
     # -----------------------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._held_out = Steps()
+        self._val_steps = StepLog()
         self._mu: list[Tensor] = []
         self._kl_sums: list[Tensor] = []
 
     def validation_step(self, batch: tuple[Any, int], batch_idx: int) -> None:
         x, first_row = batch
-        # The same noise every time, and not that of the training.
+        # The same noise in every epoch, different from the noise of training.
         seed = torch.tensor([self.seed + 1, 4 * batch_idx], device=self.device)
         out, mu, logvar = self(x, seed, first_row)
-        self._held_out.add(out)
-        self.keep_posterior(mu, logvar)
+        self._val_steps.add(out)
+        self.collect_posterior(mu, logvar)
 
-    def keep_posterior(self, mu: Tensor, logvar: Tensor) -> None:
-        """Of held-out data, for the end of the epoch."""
+    def collect_posterior(self, mu: Tensor, logvar: Tensor) -> None:
+        """Keep the posterior of a validation batch until the end of the epoch."""
         self._mu.append(mu)
         self._kl_sums.append(functional.gaussian_kl(mu, logvar, reduction="none").sum(0))
 
@@ -247,29 +247,29 @@ class VAE(LightningModule):
         total = torch.cat(
             [
                 torch.tensor([len(mu)]).double(),
-                torch.cat(self._held_out.nll).cpu().double().sum()[None],
-                torch.cat(self._held_out.kl).cpu().double().sum()[None],
+                torch.cat(self._val_steps.nll).cpu().double().sum()[None],
+                torch.cat(self._val_steps.kl).cpu().double().sum()[None],
                 torch.stack(self._kl_sums).cpu().double().sum(0),
                 mu.sum(0),
                 mu.square().sum(0),
             ]
         )
-        total = self._over_processes(total)
+        total = self._sum_over_processes(total)
         nll, kl, *_ = (total[1:3] / total[0]).tolist()
         self.kl_per_dimension, mean, square = (total[3:] / total[0]).view(3, -1)
         active = (square - mean.square() > ACTIVE).sum()
         metrics = {
-            "held_out_nelbo": nll + kl,
-            **self.terms("held_out", nll, kl),
+            "val_neg_elbo": nll + kl,
+            **self.terms("val", nll, kl),
             "active_units": float(active),
         }
         self.log_dict(metrics)
 
     def terms(self, part: str, nll: float, kl: float) -> dict[str, float]:
-        """What is logged of the training or the held-out data, by name: nll, kl and the `measures`."""
+        """Return the metrics of a split by name: nll, kl and the `split_metrics`."""
         return {f"{part}_nll": nll, f"{part}_kl": kl}
 
-    def _over_processes(self, total: Tensor) -> Tensor:
+    def _sum_over_processes(self, total: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
             return total
         total = total.to(self.device)
@@ -277,14 +277,14 @@ class VAE(LightningModule):
         return total.cpu()
 
 
-class Steps:
-    """What the steps of an epoch gave. Read when it is over: until then nothing waits for the device."""
+class StepLog:
+    """Records the results of each step of an epoch. They are read at its end, so that no step waits for the device."""
 
     def __init__(self) -> None:
         self.losses: list[Tensor] = []  # () each
         self.nll: list[Tensor] = []  # (B,)
         self.kl: list[Tensor] = []  # (B,)
-        self.skipped: list[Tensor] = []  # (): 1 or 0
+        self.skipped: list[Tensor] = []  # () each: 1 or 0
 
     def add(self, out: fastvae.ELBOOutput) -> None:
         self.losses.append(out.loss.detach())

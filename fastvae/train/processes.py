@@ -1,20 +1,19 @@
-"""Several processes train as one: which of them writes and speaks."""
-
-from collections.abc import Callable
+"""Helpers for training in several processes."""
 
 from . import messages
 
-__all__ = ["is_first", "speaker"]
+__all__ = ["is_main_process", "print_once"]
 
 
-def is_first() -> bool:
-    """Whether this process writes and speaks. Lightning starts the others as further runs of the program."""
+def is_main_process() -> bool:
+    """Return whether this is the process that writes files and prints messages. Lightning starts the others."""
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
     return rank == 0
 
 
-def speaker() -> Callable[[str], None]:
-    """What says a line to the user, once for all processes."""
-    return messages.say if is_first() else lambda line: None
+def print_once(line: str) -> None:
+    """Print a line in the main process only."""
+    if is_main_process():
+        messages.print_line(line)

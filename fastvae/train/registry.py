@@ -1,15 +1,15 @@
-"""The kinds of data that are there. Each registers itself when it is imported; `kinds` imports them all."""
+"""The registry of the kinds of data. Each kind registers itself when it is imported; `kinds` imports them all."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import folder
+from . import run_folder
 from .errors import InputError
 from .kind import Kind
 from .settings import Settings
 
-__all__ = ["arrange", "kind_of", "read_run", "recipes", "register"]
+__all__ = ["kind_of", "read_run", "recipes", "register", "set_order"]
 
 AnyKind = Kind[Any, Any, Any, Any]
 K = TypeVar("K", bound=AnyKind)
@@ -18,19 +18,19 @@ _KINDS: dict[str, AnyKind] = {}
 
 
 def register(kind: K) -> K:
-    """Let runs of this kind be trained and read; returns it."""
+    """Register a kind, so that its runs can be trained and read. Returns the kind."""
     _KINDS[kind.name] = kind
     return kind
 
 
-def arrange(names: Sequence[str]) -> None:
-    """Put the kinds in this order, in which their recipes are listed."""
+def set_order(names: Sequence[str]) -> None:
+    """Set the order in which the recipes of the kinds are listed."""
     for name in names:
         _KINDS[name] = _KINDS.pop(name)
 
 
 def recipes() -> dict[str, type[Settings]]:
-    """By their names."""
+    """Return all recipes by name."""
     return {recipe.recipe: recipe for kind in _KINDS.values() for recipe in kind.recipes}
 
 
@@ -39,16 +39,22 @@ def kind_of(settings: Settings) -> AnyKind:
 
 
 def read_run(path: Path) -> tuple[AnyKind, Settings, dict[str, Any]]:
-    """The kind of a run, its settings, and what its config.toml says of the form of its model (see `Kind.head`).
+    """Return the kind of a run, its settings, and the values of `Kind.form_keys` in its config.toml.
 
-    Raises InputError for a folder that is no run, and for a wrong key or value in config.toml.
+    Raises InputError if the folder is not a run, if another version of fastvae wrote it, and if config.toml has a wrong
+    key or value.
     """
-    file, known = path / folder.CONFIG, recipes()
-    table = folder.read_config(path)
+    file, known = path / run_folder.CONFIG, recipes()
+    table = run_folder.read_config(path)
     name = table.pop("recipe", None)
-    table.pop("fastvae", None)
+    version, run_format = table.pop("fastvae", "0.1"), table.pop("format", 1)
+    if name is not None and run_format != run_folder.FORMAT:
+        raise InputError(
+            f"{file}: fastvae {version} wrote this run in format {run_format}, but this version reads format "
+            f"{run_folder.FORMAT}; train the run again, or use the version that wrote it"
+        )
     if name not in known:
         raise InputError(f"{file}: `recipe` must be one of {', '.join(known)}, got {name!r}")
     kind = _KINDS[known[name].kind]
-    head = {key: table.pop(key, None) for key in kind.head}
-    return kind, known[name].read(table, str(file)), head
+    form_values = {key: table.pop(key, None) for key in kind.form_keys}
+    return kind, known[name].read(table, str(file)), form_values

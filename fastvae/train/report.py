@@ -1,4 +1,4 @@
-"""What an evaluation has measured, and the numbers that it is asked for."""
+"""The result of an evaluation, and the checks of its options."""
 
 import dataclasses
 import json
@@ -12,25 +12,25 @@ from rich.table import Table
 from . import files
 from .errors import InputError
 
-__all__ = ["Report", "check_numbers"]
+__all__ = ["Report", "check_options"]
 
 
 class Report(ABC):
-    """A dataclass of what was measured."""
+    """Base class for the dataclasses that hold the results of an evaluation."""
 
     data: str
     epoch: int
 
     @property
     @abstractmethod
-    def count(self) -> int:
-        """Of how many held-out data."""
+    def num_examples(self) -> int:
+        """The number of validation examples that were used."""
 
     @abstractmethod
     def table(self) -> Table: ...
 
     def write(self, path: Path) -> None:
-        """As JSON. Raises InputError where that cannot be written."""
+        """Write the results as JSON. Raises InputError if the file cannot be written."""
         # JSON has no NaN.
         values: dict[str, Any] = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -39,8 +39,8 @@ class Report(ABC):
         files.write(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
-def check_numbers(samples: int, limit: int | None, seed: int) -> None:
-    """Raises InputError for one out of range."""
+def check_options(samples: int, limit: int | None, seed: int) -> None:
+    """Raises InputError if an option is out of range."""
     if samples < 1:
         raise InputError(f"--samples must be at least 1, got {samples}")
     if limit is not None and limit < 1:

@@ -1,4 +1,4 @@
-"""The settings of a run: a dataclass for each recipe makes its command line, its config.toml and its defaults."""
+"""The settings of a run. The dataclass of a recipe defines its command line, its config.toml and its defaults."""
 
 import dataclasses
 import difflib
@@ -27,7 +27,7 @@ def option(
     below: float | None = None,
     at_most: float | None = None,
 ) -> Any:
-    """A dataclass field with what the command line says of it, and the bounds that its value must keep."""
+    """A dataclass field with its help text, its group on the command line, and the bounds of its value."""
     bounds = {"at least": at_least, "above": above, "below": below, "at most": at_most}
     return dataclasses.field(
         default=default,
@@ -41,76 +41,84 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What every recipe has; a recipe adds its own fields and makes its networks."""
+    """The settings that all recipes share. A recipe adds its own fields and builds its networks."""
 
     recipe: ClassVar[str]
 
     kind: ClassVar[str]
-    """What it models, by the name of its `Kind`."""
+    """The name of the `Kind` of data that the recipe models."""
 
-    automatic: ClassVar[bool] = True
-    """Whether Lightning takes the optimiser's steps, or the module itself."""
+    automatic_optimization: ClassVar[bool] = True
+    """Whether Lightning runs the optimisation steps; otherwise the module does."""
 
-    judged: ClassVar[bool] = True
-    """Whether the held-out negative ELBO tells which epoch is the best; else the last is."""
+    monitor: ClassVar[str | None] = "val_neg_elbo"
+    """The metric whose smallest value marks the best epoch. With None, the last epoch counts as the best."""
 
-    data: str = option("", "The data.", "Data")
-    latent: int = option(20, "Latent dimensions.", "Model", at_least=1)
+    data: str = option("", "Data to train on.", "Data")
+    latent: int = option(20, "Number of latent dimensions.", "Model", at_least=1)
 
-    epochs: int = option(20, "Passes over the data.", "Training", at_least=1)
-    batch_size: int = option(128, "Data in a batch, over all devices together.", "Training", at_least=1)
+    epochs: int = option(20, "Number of passes over the data.", "Training", at_least=1)
+    batch_size: int = option(128, "Examples per batch, over all devices together.", "Training", at_least=1)
     lr: float = option(1e-3, "Learning rate of Adam.", "Training", above=0)
-    clip: float = option(0.0, "Largest norm of the gradient; 0: not clipped.", "Training", at_least=0)
+    clip: float = option(0.0, "Clip the gradient to this norm; 0 turns clipping off.", "Training", at_least=0)
     ema: float = option(
-        0.0, "Decay of a moving average of the weights, as 0.999; 0: none.", "Training", at_least=0, below=1
+        0.0,
+        "Decay of an exponential moving average of the weights, for example 0.999; 0 turns it off.",
+        "Training",
+        at_least=0,
+        below=1,
     )
     seed: int = option(
-        0, "Of the weights, the batches and the noise.", "Training", at_least=0, at_most=2**32 - 1
+        0,
+        "Random seed for the weights, the batches and the noise.",
+        "Training",
+        at_least=0,
+        at_most=2**32 - 1,
     )
 
     beta: float = option(1.0, "Weight of the KL.", "Objective", at_least=0)
     free_bits: float = option(
-        0.0, "Nats of KL that each latent dimension has at no cost; 0: none.", "Objective", at_least=0
+        0.0, "KL in nats that each latent dimension may have at no cost (free bits).", "Objective", at_least=0
     )
     warmup: Literal["none", "linear", "cyclical", "sigmoid"] = option(
-        "none", "How the weight of the KL rises to beta: none, linear, cyclical or sigmoid.", "Objective"
+        "none", "Warm-up of the KL's weight to beta: none, linear, cyclical or sigmoid.", "Objective"
     )
-    warmup_epochs: float = option(10.0, "Over how many epochs.", "Objective", above=0)
-    cycles: int = option(4, "Of a cyclical warm-up: how many cycles.", "Objective", at_least=1)
+    warmup_epochs: float = option(10.0, "Length of the warm-up in epochs.", "Objective", above=0)
+    cycles: int = option(4, "Number of cycles of a cyclical warm-up.", "Objective", at_least=1)
 
-    devices: int = option(1, "How many devices, a process each.", "Machine", at_least=1)
-    accelerator: str = option("auto", "Lightning's: auto, cpu, gpu, ...", "Machine")
-    strategy: str = option("auto", "Lightning's: auto, ddp, fsdp, ...", "Machine")
+    devices: int = option(1, "Number of devices. Each has its own process.", "Machine", at_least=1)
+    accelerator: str = option("auto", "Lightning accelerator: auto, cpu, gpu, ...", "Machine")
+    strategy: str = option("auto", "Lightning strategy: auto, ddp, fsdp, ...", "Machine")
     precision: str = option(
         "32-true",
-        "Lightning's: 32-true, bf16-mixed, 16-mixed, or, without --ema, bf16-true and 64-true.",
+        "Lightning precision: 32-true, bf16-mixed or 16-mixed; without --ema also bf16-true and 64-true.",
         "Machine",
     )
     logger: Literal["csv", "tensorboard"] = option(
-        "csv", "csv, or tensorboard: its event files too.", "Machine"
+        "csv", "csv, or tensorboard to write event files as well.", "Machine"
     )
 
-    def located(self) -> "Self":
-        """With `data` so that it is found from any folder."""
+    def with_absolute_paths(self) -> "Self":
+        """Return the settings with an absolute path to the data."""
         path = Path(self.data).expanduser()
         return dataclasses.replace(self, data=str(path.resolve()) if path.exists() else self.data)
 
     def check(self) -> None:
-        """Raises InputError for a value out of its range."""
+        """Raises InputError if a value is out of range."""
         self.check_values(lambda name: f"--{name.replace('_', '-')}")
 
     def refuse_unused(self) -> None:
-        """Raises InputError for options that would do nothing."""
-        given = {
+        """Raises InputError for options that have no effect together with the others."""
+        changed = {
             name for name in ("cycles", "warmup_epochs") if getattr(self, name) != getattr(type(self), name)
         }
-        if "cycles" in given and self.warmup != "cyclical":
-            raise InputError("--cycles is of a cyclical warm-up: give --warmup cyclical")
-        if "warmup_epochs" in given and self.warmup == "none":
-            raise InputError("--warmup-epochs is of a warm-up: give --warmup linear, cyclical or sigmoid")
+        if "cycles" in changed and self.warmup != "cyclical":
+            raise InputError("--cycles only applies to --warmup cyclical")
+        if "warmup_epochs" in changed and self.warmup == "none":
+            raise InputError("--warmup-epochs only applies to --warmup linear, cyclical or sigmoid")
 
     def module_options(self) -> dict[str, Any]:
-        """What every `VAE` takes of them: its optimiser, its noise, its warm-up."""
+        """Return the arguments that every `VAE` takes: for its optimiser, its noise and its warm-up."""
         return {
             "latents": self.latent,
             "lr": self.lr,
@@ -122,17 +130,21 @@ class Settings:
 
     @classmethod
     def read(cls, table: Mapping[str, Any], where: str) -> "Self":
-        """The settings of a config file.
+        """Return the settings of a config file, given as a table.
 
-        Raises InputError for a key that is none, and for a value of another type or out of its range.
+        Raises InputError for an unknown key, and for a value that has the wrong type or is out of range.
         """
         kinds = cls.kinds()
         values: dict[str, Any] = {}
         for key, value in table.items():
             if key not in kinds:
-                near = difflib.get_close_matches(key, kinds, n=1)
-                hint = f"; did you mean `{near[0]}`?" if near else f"; there are {', '.join(kinds)}"
-                raise InputError(f"{where}: there is no setting `{key}`{hint}")
+                close_matches = difflib.get_close_matches(key, kinds, n=1)
+                hint = (
+                    f"; did you mean `{close_matches[0]}`?"
+                    if close_matches
+                    else f"; the settings are {', '.join(kinds)}"
+                )
+                raise InputError(f"{where}: unknown setting `{key}`{hint}")
             kind = kinds[key]
             if kind is float and type(value) is int:
                 value = float(value)
@@ -146,7 +158,7 @@ class Settings:
 
     @classmethod
     def kinds(cls) -> dict[str, type]:
-        """The type of each setting; one of several words is a str."""
+        """Return the type of each setting; settings with a list of choices are strings."""
         hints = get_type_hints(cls)
         return {f.name: str if cls.choices(f.name) else hints[f.name] for f in dataclasses.fields(cls)}
 
@@ -155,20 +167,20 @@ class Settings:
         hint = get_type_hints(cls)[name]
         return get_args(hint) if get_origin(hint) is Literal else ()
 
-    def check_values(self, called: Callable[[str], str]) -> None:
-        """Raises InputError for a value out of its range; `called` is how the user names a setting."""
+    def check_values(self, display_name: Callable[[str], str]) -> None:
+        """Raises InputError if a value is out of range. `display_name` names a setting in the message."""
         for f in dataclasses.fields(self):
             value, bounds = getattr(self, f.name), f.metadata["bounds"]
             if (words := self.choices(f.name)) and value not in words:
-                raise InputError(f"{called(f.name)} must be one of {', '.join(words)}, got {value!r}")
-            if bounds and not all(_holds(value, word, bound) for word, bound in bounds.items()):
+                raise InputError(f"{display_name(f.name)} must be one of {', '.join(words)}, got {value!r}")
+            if bounds and not all(_satisfies(value, word, bound) for word, bound in bounds.items()):
                 text = " and ".join(f"{word} {bound:.10g}" for word, bound in bounds.items())
                 if not math.isfinite(value):
                     text += " and finite"
-                raise InputError(f"{called(f.name)} must be {text}, got {value:.10g}")
+                raise InputError(f"{display_name(f.name)} must be {text}, got {value:.10g}")
 
 
-def _holds(value: float, word: str, bound: float) -> bool:
+def _satisfies(value: float, word: str, bound: float) -> bool:
     if not math.isfinite(value):
         return False
     compare = {"at least": operator.ge, "above": operator.gt, "below": operator.lt, "at most": operator.le}

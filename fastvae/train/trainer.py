@@ -1,4 +1,4 @@
-"""Lightning's Trainer for a run, and the training itself."""
+"""Lightning's Trainer for a run, and the call that trains."""
 
 import importlib.util
 import logging
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import processes
 from .errors import InputError
-from .folder import CHECKPOINTS, CONFIG, TABLES, TENSORBOARD
-from .messages import command, count
+from .messages import pluralize, shell_command
+from .run_folder import CHECKPOINTS, CONFIG, TABLES, TENSORBOARD
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -22,35 +22,37 @@ if TYPE_CHECKING:
 
 __all__ = ["fit", "make_trainer"]
 
-# Beginnings of warnings about what is meant here.
-_NOTHING_TO_MEND = (
+# The beginnings of warnings that can be ignored here.
+_EXPECTED_WARNINGS = (
     "Checkpoint directory .* exists and is not empty",
     "The number of training batches .* is smaller than the logging interval",  # nothing is logged between epochs
-    r"It is recommended to use `self\.log\(.*sync_dist",  # the module has summed over processes itself
-    ".*isinstance.treespec, LeafSpec.* is deprecated",  # Lightning's own
-    "Grad strides do not match bucket view strides",  # two descriptions of a kernel with one channel
+    r"It is recommended to use `self\.log\(.*sync_dist",  # the module sums over processes itself
+    ".*isinstance.treespec, LeafSpec.* is deprecated",  # raised inside Lightning
+    "Grad strides do not match bucket view strides",  # two strides of the same kernel with one channel
 )
 
 
-def make_trainer(settings: Settings, folder: Path, drawer: "Callback", *, resumed: bool = False) -> "Trainer":
-    """`drawer` leaves samples in the folder. Raises InputError for what Lightning refuses."""
-    dashes = f"{folder / CONFIG}: " if resumed else "--"  # where the user gave it
+def make_trainer(
+    settings: Settings, folder: Path, save_examples: "Callback", *, resumed: bool = False
+) -> "Trainer":
+    """Return a Trainer whose callback for examples is `save_examples`. Raises InputError for bad options."""
+    prefix = f"{folder / CONFIG}: " if resumed else "--"  # name the options as the user gave them
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from . import callbacks
 
-    # What Lightning tells by the way (hardware found and not used, tips, hints about loaders) is left out.
+    # Hide Lightning's hints about hardware, loaders and so on.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for message in _NOTHING_TO_MEND:
+    for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
     logger: Any = False
     if settings.logger == "tensorboard":
         if not (importlib.util.find_spec("tensorboard") or importlib.util.find_spec("tensorboardX")):
             raise InputError(
-                f"{dashes}logger tensorboard needs a package that is missing: pip install tensorboard"
+                f"{prefix}logger tensorboard needs the package tensorboard: pip install tensorboard"
             )
         logger = TensorBoardLogger(folder, name=None, version=TENSORBOARD)
     bar = sys.stdout.isatty()
@@ -62,15 +64,15 @@ def make_trainer(settings: Settings, folder: Path, drawer: "Callback", *, resume
             devices=settings.devices,
             strategy=settings.strategy,
             precision=settings.precision,  # type: ignore[arg-type]
-            gradient_clip_val=(settings.clip or None) if settings.automatic else None,
+            gradient_clip_val=(settings.clip or None) if settings.automatic_optimization else None,
             logger=logger,
             callbacks=[
-                *([callbacks.Bar()] if bar else []),
-                drawer,
-                *([callbacks.average(settings.ema)] if settings.ema else []),
-                callbacks.Metrics(folder, processes.speaker()),
-                callbacks.Best(checkpoints, callbacks.MONITOR if settings.judged else None),
-                callbacks.Last(checkpoints),
+                *([callbacks.ProgressBar()] if bar else []),
+                save_examples,
+                *([callbacks.weight_average(settings.ema)] if settings.ema else []),
+                callbacks.ProgressTable(folder, processes.print_once),
+                callbacks.SaveBest(checkpoints, settings.monitor),
+                callbacks.SaveLast(checkpoints),
             ],
             plugins=[callbacks.AtomicCheckpoints()],
             enable_progress_bar=bar,
@@ -86,17 +88,18 @@ def make_trainer(settings: Settings, folder: Path, drawer: "Callback", *, resume
             if getattr(settings, name) != getattr(Settings, name)
         ]
         raise InputError(
-            f"Lightning refuses {dashes}{(', ' if resumed else ' --').join(given)}: "
+            f"Lightning does not accept {prefix}{(', ' if resumed else ' --').join(given)}: "
             f"{str(error).strip().splitlines()[0]}"
         ) from error
     if trainer.precision == "16-true":
         raise InputError(
-            f"{dashes}precision 16-true: Adam's squares of gradients leave the range of float16; take bf16-true or "
+            f"{prefix}precision 16-true: Adam's squared gradients overflow or underflow in float16; use bf16-true or "
             "16-mixed"
         )
     if settings.ema and trainer.precision in ("bf16-true", "64-true"):
         raise InputError(
-            f"{dashes}ema averages weights in float32: give precision 32-true, got {trainer.precision}"
+            f"{prefix}ema needs precision 32-true, bf16-mixed or 16-mixed, got {trainer.precision}: the average is "
+            "kept in float32"
         )
     return trainer
 
@@ -111,16 +114,15 @@ def fit(
     introduction: Sequence[str],
     names: Sequence[str],
     *,
-    sampled: bool,
+    can_sample: bool,
 ) -> None:
-    """Train, with what is said before and after.
+    """Train, and print what the user should know before and after.
 
-    `names` are of the files that the run leaves beside its tables; `sampled` is whether there is a command `sample`
-    for it. `done` epochs are in last.ckpt.
+    `names` are the files that a run leaves besides its tables. `can_sample` says whether the command `sample` supports
+    the run. The weights after `done` epochs are in last.ckpt.
     """
-    say = processes.speaker()
-    for line in (*introduction, *_plan(settings, out, done)):
-        say(line)
+    for line in (*introduction, *_describe_plan(settings, out, done)):
+        processes.print_once(line)
     last = out / CHECKPOINTS / "last.ckpt"
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -131,31 +133,33 @@ def fit(
             weights_only=True,
         )
     except InputError:
-        if not processes.is_first():
-            raise SystemExit(2) from None  # the first process has the word
+        if not processes.is_main_process():
+            raise SystemExit(2) from None  # the main process prints the message
         raise
-    except SystemExit:  # what Lightning makes of Ctrl-C
+    except SystemExit:  # Lightning turns Ctrl-C into this
         if not trainer.interrupted:
             raise
-        kept = "the last whole epoch is kept" if last.exists() else "no epoch was whole yet"
-        raise KeyboardInterrupt(f"interrupted; {kept}; to go on: {command('resume', out)}") from None
+        progress = "the last complete epoch was saved" if last.exists() else "no epoch was complete yet"
+        raise KeyboardInterrupt(
+            f"interrupted; {progress}; continue with: {shell_command('resume', out)}"
+        ) from None
     finally:
         signal.signal(signal.SIGINT, handler)
-    say("")
-    say(
+    processes.print_once("")
+    processes.print_once(
         f"{out}: {', '.join((*TABLES[:1], *(name for name in names if (out / name).exists())))}, checkpoints/"
     )
-    say(
-        f"next: {command('evaluate', out)}, "
-        + (f"{command('sample', out)}, " if sampled else "")
-        + command("resume", out, "--epochs", 2 * settings.epochs)
+    processes.print_once(
+        f"next: {shell_command('evaluate', out)}, "
+        + (f"{shell_command('sample', out)}, " if can_sample else "")
+        + shell_command("resume", out, "--epochs", 2 * settings.epochs)
     )
 
 
-def _plan(settings: Settings, out: Path, done: int) -> Iterator[str]:
-    yield f"run: {out}, {count(settings.epochs, 'epoch')}" + (f", {done} of them done" if done else "")
+def _describe_plan(settings: Settings, out: Path, done: int) -> Iterator[str]:
+    yield f"run: {out}, {pluralize(settings.epochs, 'epoch')}" + (f", {done} of them done" if done else "")
     if settings.warmup != "none" and settings.warmup_epochs > settings.epochs:
         yield (
-            f"warning: the warm-up takes {settings.warmup_epochs:g} epochs and the run only {settings.epochs}: "
-            "the KL will not get its whole weight (--warmup-epochs)"
+            f"warning: the warm-up takes {settings.warmup_epochs:g} epochs, but the run has only {settings.epochs}, so "
+            "the KL will not reach its full weight (see --warmup-epochs)"
         )

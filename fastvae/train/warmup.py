@@ -1,18 +1,18 @@
-"""Schedules of the KL's weight: pure functions of how many epochs have passed."""
+"""Warm-up schedules for the weight of the KL, as functions of the number of epochs so far."""
 
 import math
 
-__all__ = ["weight"]
+__all__ = ["kl_weight"]
 
 
-def weight(schedule: str, passed: float, epochs: float, cycles: int = 1) -> float:
-    """What to multiply beta with, 0 to 1, when `passed` epochs are over.
+def kl_weight(schedule: str, passed: float, epochs: float, cycles: int = 1) -> float:
+    """Return the factor for beta, from 0 to 1, after `passed` epochs.
 
-    - linear: from 0 up to 1 over `epochs` (Sønderby et al. 2016, section 3.2).
-    - sigmoid: the logistic curve over the same span, from 0.0025 to 0.9975, then 1 (Bowman et al. 2016, figure 2).
-    - cyclical: `epochs` in `cycles` equal parts, each rising linearly over its first half and staying at 1 over its
-      second (Fu et al. 2019, equations 6 and 7, with R = 0.5); then 1.
-    - none: 1.
+    - linear: rises from 0 to 1 over `epochs` (Sønderby et al. 2016, section 3.2).
+    - sigmoid: follows a logistic curve from 0.0025 to 0.9975 over `epochs`, then 1 (Bowman et al. 2016, figure 2).
+    - cyclical: `epochs` is divided into `cycles` equal parts. Each part rises linearly over its first half and stays
+      at 1 over its second half; afterwards 1 (Fu et al. 2019, equations 6 and 7, with R = 0.5).
+    - none: always 1.
     """
     share = passed / epochs
     if schedule == "none" or share >= 1:

@@ -1,4 +1,4 @@
-"""The command line: `fastvae demo`, what it prints, what it leaves, and what bad input gets."""
+"""`fastvae demo`: its output, its pictures, and its errors."""
 
 import os
 import pickle
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_files import command_error
 
 import fastvae
 from fastvae import cli
@@ -23,9 +24,9 @@ PICTURES = ["reconstructions.png", "samples.png"]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    measured = demo.interleaved
-    monkeypatch.setattr(demo, "interleaved", lambda calls, seconds: measured(calls, 0.05))
-    # So small a model gains nothing from threads, and loses much to them where other tests run beside.
+    measured = demo.time_alternately
+    monkeypatch.setattr(demo, "time_alternately", lambda calls, seconds: measured(calls, 0.05))
+    # Threads do not help such a small model, and slow it down while other tests are running.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -33,7 +34,7 @@ def _quick(monkeypatch):
 
 
 def table(text: str, part: str) -> np.ndarray:
-    """The numbers of one of the two tables."""
+    """Return the numbers of one of the two tables."""
     lines = text.partition(part)[2].splitlines()
     rows = []
     for line in lines:
@@ -45,7 +46,7 @@ def table(text: str, part: str) -> np.ndarray:
 
 
 def images(n: int, *shape: int) -> np.ndarray:
-    """Bright squares on a dark ground: something to learn."""
+    """Return images with bright squares on a dark background, so that there is something to learn."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 60, (n, *shape), dtype=np.uint8)
     x[::2, 1 : shape[0] // 2] += 180
@@ -57,7 +58,7 @@ def images(n: int, *shape: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_digits(tmp_path, capsys):
+def test_demo_on_digits_prints_tables_and_saves_pictures(tmp_path, capsys):
     out = tmp_path / "runs" / "demo"
     assert cli.main(["demo", "--epochs", "3", "--out", str(out)]) == 0
     text, errors = capsys.readouterr()
@@ -71,12 +72,12 @@ def test_digits(tmp_path, capsys):
     trained = table(text, "1. Trained")
     assert trained.shape == (3, 7)
     assert list(trained[:, 0]) == [1, 2, 3]
-    for negative_elbo, recon, kl in (trained[:, 1:4].T, trained[:, 4:7].T):
-        assert (np.diff(negative_elbo) < 0).all()
-        np.testing.assert_allclose(negative_elbo, recon + kl, atol=0.011)
+    for neg_elbo, recon, kl in (trained[:, 1:4].T, trained[:, 4:7].T):
+        assert (np.diff(neg_elbo) < 0).all()
+        np.testing.assert_allclose(neg_elbo, recon + kl, atol=0.011)
         assert (kl > 0).all()
 
-    compared = table(text, "2. The same")
+    compared = table(text, "2. The same training")
     np.testing.assert_allclose(compared[:, [2, 5]], trained[:, [1, 4]], atol=1e-9)
     np.testing.assert_allclose(compared[:, [1, 4]], compared[:, [2, 5]], rtol=1e-3)
     for part in ("the loss part", "the whole training step"):
@@ -88,12 +89,12 @@ def test_digits(tmp_path, capsys):
             picture.load()
             assert picture.mode == "L"
             assert min(picture.size) > 200
-            assert picture.getextrema()[1] > 200  # there is something to see
+            assert picture.getextrema()[1] > 200  # the picture is not black
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (6, 8, 1), (8, 8, 3)])
 @pytest.mark.parametrize("with_test", [False, True])
-def test_npz(tmp_path, capsys, shape, with_test):
+def test_demo_on_npz_file_trains_and_saves_pictures(tmp_path, capsys, shape, with_test):
     file = tmp_path / "images.npz"
     arrays = {"x_train": images(60, *shape), "y_train": np.zeros(60, np.uint8)}
     if with_test:
@@ -117,33 +118,35 @@ def test_npz(tmp_path, capsys, shape, with_test):
     text, errors = capsys.readouterr()
     assert errors == ""
     size = " x ".join(map(str, shape if shape[2:] == (3,) else shape[:2]))
-    counts = "60 to train on, 7 held out" if with_test else "50 to train on, 10 held out"
-    assert f"images.npz, {size}: {counts}" in text
+    counts = (
+        "60 training images, 7 validation images" if with_test else "50 training images, 10 validation images"
+    )
+    assert f"images.npz, {size}, {counts}" in text
     assert (np.diff(table(text, "1. Trained")[:, [1, 4]], axis=0) < 0).all()
     assert sorted(os.listdir(out)) == PICTURES
     with Image.open(out / "samples.png") as picture:
         assert picture.mode == ("RGB" if shape[2:] == (3,) else "L")
 
 
-def test_two_images_are_enough(tmp_path):
+def test_demo_on_two_images_works(tmp_path):
     file = tmp_path / "two.npz"
     np.savez(file, x_train=images(2, 4, 4))
     assert cli.main(["demo", "--data", str(file), "--out", str(tmp_path / "out"), "--epochs", "1"]) == 0
     assert sorted(os.listdir(tmp_path / "out")) == PICTURES
 
 
-def test_same_seed_same_run():
-    kept = data.digits(0)
+def test_train_with_same_seed_gives_same_losses():
+    images_loaded = data.load_digits(0)
     runs = []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
         settings = demo.Settings(seed=seed)
-        runs.append(list(demo.train(demo.VAE(64), fastvae.ELBO("bernoulli"), kept, settings, 1)))
+        runs.append(list(demo.train(demo.VAE(64), fastvae.ELBO("bernoulli"), images_loaded, settings, 1)))
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
 
 
-def test_hand_written_is_the_elbo():
+def test_hand_written_loss_equals_elbo():
     torch.manual_seed(0)
     mu, logvar, logits = torch.randn(5, 3), torch.randn(5, 3), torch.randn(5, 8)
     x, seed = torch.rand(5, 8).round(), torch.tensor([1, 8])
@@ -154,7 +157,7 @@ def test_hand_written_is_the_elbo():
     torch.testing.assert_close(ours(logits, x, kl=kl).loss, theirs(logits, x, kl=kl_by_hand).loss)
 
 
-def test_on_the_reference(tmp_path, capsys):
+def test_demo_on_reference_backend_says_so(tmp_path, capsys):
     file = tmp_path / "images.npz"
     np.savez(file, x_train=images(20, 4, 4))
     with fastvae.use_backend("reference"):
@@ -163,19 +166,8 @@ def test_on_the_reference(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bad input: one line, exit code 2, nothing written
+# Errors: one line, exit code 2, and no files
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def refused(capsys, *arguments: str, code: int = 2) -> str:
-    """The one line that a refused command leaves."""
-    assert cli.main(arguments) == code
-    text, errors = capsys.readouterr()
-    assert text == ""
-    assert errors.startswith("fastvae: ")
-    assert errors.count("\n") == 1
-    assert "Traceback" not in errors
-    return errors
 
 
 def _raw(content: bytes):
@@ -230,7 +222,7 @@ FILES = {
     "truncated": (_truncated, "not an .npz file that numpy can read"),
     "no x_train": (
         _saved(images=good),
-        "no array `x_train` in this file, only images; images are stored with",
+        "the array `x_train` is missing, found only images; save images with",
     ),
     "objects": (
         _saved(x_train=np.array([[[{}]]], dtype=object)),
@@ -242,47 +234,55 @@ FILES = {
     ),
     "rank 2": (_saved(x_train=good[0]), "must be (N, H, W) or (N, H, W, C), got shape (4, 4)"),
     "rank 5": (_saved(x_train=good[None, None]), "must be (N, H, W) or (N, H, W, C)"),
-    "channels first": (_saved(x_train=np.zeros((5, 2, 8, 8), np.uint8)), "1 or 3 channels, last"),
+    "channels first": (
+        _saved(x_train=np.zeros((5, 2, 8, 8), np.uint8)),
+        "1 or 3 channels in the last dimension",
+    ),
     "planes first": (_saved(x_train=np.zeros((5, 3, 8, 8), np.uint8)), "store x_train.transpose(0, 2, 3, 1)"),
     "no images": (_saved(x_train=good[:0]), "is empty"),
     "no pixels": (_saved(x_train=good[:, :0]), "is empty"),
-    "one image": (_saved(x_train=good[:1]), "one image is too few"),
-    "another x_test": (_saved(x_train=good, x_test=good[:, :3]), "`x_test` must hold images of the size"),
+    "one image": (_saved(x_train=good[:1]), "one image is not enough"),
+    "another x_test": (
+        _saved(x_train=good, x_test=good[:, :3]),
+        "`x_test` must have images of the same size",
+    ),
     "empty x_test": (_saved(x_train=good, x_test=good[:0]), "`x_test` is empty"),
 }
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_bad_file(tmp_path, capsys, kind):
+def test_demo_with_bad_file_fails_in_one_line(tmp_path, capsys, kind):
     make, words = FILES[kind]
     file, out = tmp_path / "file.npz", tmp_path / "out"
     make(file)
-    line = refused(capsys, "demo", "--data", str(file), "--out", str(out), "--epochs", "1")
+    line = command_error(capsys, "demo", "--data", str(file), "--out", str(out), "--epochs", "1")
     assert str(file) in line
     assert words in line
     assert not out.exists()
 
 
 @pytest.mark.parametrize("below", [False, True])
-def test_folder_that_is_a_file(tmp_path, capsys, monkeypatch, below):
-    monkeypatch.setattr(demo, "train", None)  # refused before any training
+def test_demo_with_file_as_out_fails_before_training(tmp_path, capsys, monkeypatch, below):
+    monkeypatch.setattr(demo, "train", None)  # the error must come before any training
     file = tmp_path / "file"
     file.write_text("kept")
     out = file / "below" if below else file
-    line = refused(capsys, "demo", "--out", str(out))
+    line = command_error(capsys, "demo", "--out", str(out))
     assert line == f"fastvae: {out}: cannot be written to: {'not a directory' if below else 'it is a file'}\n"
     assert os.listdir(tmp_path) == ["file"]
     assert file.read_text() == "kept"
 
 
-def test_folder_in_the_place_of_a_picture(tmp_path, capsys, monkeypatch):
+def test_demo_with_folder_in_place_of_picture_fails(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "train", None)
     (tmp_path / "samples.png").mkdir()
-    assert "samples.png: cannot be written: it is a folder" in refused(capsys, "demo", "--out", str(tmp_path))
+    assert "samples.png: cannot be written: it is a folder" in command_error(
+        capsys, "demo", "--out", str(tmp_path)
+    )
     assert os.listdir(tmp_path) == ["samples.png"]
 
 
-def test_picture_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
+def test_failed_picture_write_keeps_the_old_file(tmp_path, monkeypatch):
     picture = tmp_path / "samples.png"
     picture.write_text("old")
 
@@ -309,27 +309,27 @@ def test_picture_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatc
         (["extra"], "extra"),
     ],
 )
-def test_bad_arguments(tmp_path, capsys, arguments, words):
-    assert words in refused(capsys, "demo", "--out", str(tmp_path / "out"), *arguments)
+def test_demo_with_bad_arguments_fails_in_one_line(tmp_path, capsys, arguments, words):
+    assert words in command_error(capsys, "demo", "--out", str(tmp_path / "out"), *arguments)
     assert os.listdir(tmp_path) == []
 
 
-def test_unknown_command(capsys):
-    assert "trane" in refused(capsys, "trane")
+def test_unknown_command_fails(capsys):
+    assert "trane" in command_error(capsys, "trane")
 
 
-def test_missing_package(tmp_path, capsys, monkeypatch):
+def test_missing_package_is_named_with_its_install_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    line = refused(capsys, "demo", "--out", str(tmp_path / "out"))
-    assert line == 'fastvae: sklearn is not installed; get it with: pip install "fastvae-elbo[train]"\n'
+    line = command_error(capsys, "demo", "--out", str(tmp_path / "out"))
+    assert line == 'fastvae: sklearn is not installed; install it with: pip install "fastvae-elbo[train]"\n'
     monkeypatch.setitem(sys.modules, "typer", None)
-    assert "typer is not installed" in refused(capsys, "demo")
-    assert cli.main(["doctor"]) == 0  # the command to run when something is missing
+    assert "typer is not installed" in command_error(capsys, "demo")
+    assert cli.main(["doctor"]) == 0  # it must also work if packages are missing
     assert os.listdir(tmp_path) == []
 
 
-def test_interrupt(tmp_path):
-    """A real Ctrl-C in the middle of training, in a process of its own."""
+def test_interrupted_demo_exits_with_130(tmp_path):
+    """Sends a real Ctrl-C to a process that is training."""
     command = [sys.executable, "-m", "fastvae", "demo", "--epochs", "10000", "--out", str(tmp_path / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -338,7 +338,7 @@ def test_interrupt(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        # A shell starts its background jobs deaf to Ctrl-C, and so would this one be if the tests are such a job.
+        # A shell starts background jobs with SIGINT ignored, and this process would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
@@ -353,11 +353,11 @@ def test_interrupt(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The rest
+# Help
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_help(capsys):
+def test_help_of_main_commands_is_printed(capsys):
     for arguments in ([], ["--help"], ["demo", "--help"], ["doctor", "--help"]):
         assert cli.main(arguments) == 0
     assert "--batch-size" in capsys.readouterr().out

@@ -145,7 +145,7 @@ def test_ops_with_wrong_input_raise() -> None:
     bounds."""
     ops = torch.ops.fastvae
     for wrong in (
-        lambda: ops.nll("bernoulli", [FLAT], FLAT[:2], [], None, None, 0),
+        lambda: ops.nll("bernoulli", [FLAT], FLAT[:3], [], None, None, 0),
         lambda: ops.nll("bernoulli", [FLAT, FLAT], FLAT, [], None, None, 0),
         lambda: ops.nll("gaussian", [FLAT], FLAT, [], None, None, 0),
         lambda: ops.nll("bernoulli", [FLAT], FLAT, [], ROWS[:2], None, 0),

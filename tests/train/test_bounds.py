@@ -1,4 +1,4 @@
-"""The importance-weighted bound, against likelihoods in closed form."""
+"""The importance-weighted bound, compared with likelihoods in closed form."""
 
 import math
 
@@ -14,10 +14,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def linear_gaussian(orthogonal: bool) -> tuple[VAE, Tensor, Tensor]:
-    """A model whose likelihood has a closed form, data from it, and their log p(x).
+    """Return a model whose likelihood has a closed form, data drawn from it, and their log p(x).
 
-    z ~ N(0, I), x | z ~ N(W z + b, s^2 I), so x ~ N(b, W W' + s^2 I). The encoder has the mean of the true posterior
-    and the best diagonal variances. With orthogonal columns of W the posterior is diagonal, and so this is it exactly.
+    z ~ N(0, I) and x | z ~ N(W z + b, s^2 I), so x ~ N(b, W W' + s^2 I). The encoder has the mean of the true posterior
+    and the best diagonal variances. If the columns of W are orthogonal, this posterior is exact.
     """
     latents, dimensions, scale = 3, 8, 0.6
     generator = torch.Generator().manual_seed(0)
@@ -45,44 +45,44 @@ def linear_gaussian(orthogonal: bool) -> tuple[VAE, Tensor, Tensor]:
     return model, x, marginal.log_prob(x.double())
 
 
-def test_exact_posterior_gives_the_exact_likelihood(backend):
-    """Every weight is then p(x): one sample is as good as many."""
+def test_bound_with_exact_posterior_equals_likelihood(backend):
+    """All weights are p(x) in this case, so the number of samples does not matter."""
     model, x, log_likelihood = linear_gaussian(orthogonal=True)
     for samples in (1, 20):
-        found, _ = bounds.bounds(model, x, samples)
+        found, _ = bounds.estimate_bounds(model, x, samples)
         torch.testing.assert_close(-found.nll, log_likelihood, rtol=0, atol=2e-5)
 
 
-def test_importance_weighting_approaches_the_likelihood_from_below(native):
+def test_bound_with_more_samples_approaches_likelihood_from_below(native):
     model, x, log_likelihood = linear_gaussian(orthogonal=False)
-    off = torch.tensor([0.3, 0.3, 0.3])
+    offset = torch.tensor([0.3, 0.3, 0.3])
     with torch.no_grad():
-        model.encoder.bias += torch.cat([off, off])  # the mean aside, and the variance too large
+        model.encoder.bias += torch.cat([offset, offset])  # a wrong mean, and too large a variance
     gaps = []
     for samples in (1, 10, 100, 3000):
-        found, mu = bounds.bounds(model, x, samples, seed=1)
+        found, mu = bounds.estimate_bounds(model, x, samples, seed=1)
         gaps.append((log_likelihood + found.nll).mean().item())
     assert gaps == sorted(gaps, reverse=True)
     assert gaps[0] > 10 * gaps[2] > 0
     assert 0 < gaps[3] < 0.01
 
-    # Without weights the gap is the divergence of the encoder from the true posterior.
+    # The gap of the ELBO is the divergence of the encoder from the true posterior.
     elbo = -(found.reconstruction + found.kl)
     normal = torch.distributions.MultivariateNormal
     precision = torch.eye(3) + model.decoder.weight.T @ model.decoder.weight / 0.6**2
     encoder = normal(mu[0], torch.diag_embed(model.encoder.bias[3:].exp()))
-    kl = torch.distributions.kl_divergence(encoder, normal(mu[0] - off, precision_matrix=precision)).item()
+    kl = torch.distributions.kl_divergence(encoder, normal(mu[0] - offset, precision_matrix=precision)).item()
     assert (log_likelihood - elbo).mean().item() == pytest.approx(kl, rel=0.01)
     assert kl > 0.3
 
 
-def test_weights_against_a_formula_of_its_own(native):
-    """log-mean-exp over all draws at once, from torch.distributions, in float64."""
+def test_bound_agrees_with_log_mean_exp_in_float64(native):
+    """The expected value is log-mean-exp over all draws at once, with torch.distributions in float64."""
     torch.manual_seed(0)
     encoder, decoder = nn.Linear(10, 8), nn.Linear(4, 10)
     model = VAE(encoder, decoder, fastvae.ELBO("bernoulli"), latents=4, dimensions=10)
     x = torch.rand(6, 10).round()
-    found, mu = bounds.bounds(model, x, 7, seed=5, first_row=3)
+    found, mu = bounds.estimate_bounds(model, x, 7, seed=5, first_row=3)
     normal = torch.distributions.Normal
     with torch.no_grad():
         mean, logvar = encoder(x).double().chunk(2, dim=1)
@@ -100,19 +100,21 @@ def test_weights_against_a_formula_of_its_own(native):
     torch.testing.assert_close(mu.double(), mean)
 
 
-def test_neither_the_batch_nor_its_place_matters(native):
+def test_bound_is_independent_of_batch_size(native):
     model, x, _ = linear_gaussian(orthogonal=False)
-    whole, _ = bounds.bounds(model, x, 5)
-    parts = [bounds.bounds(model, part, 5, first_row=90 * i)[0] for i, part in enumerate(x.split(90))]
+    whole, _ = bounds.estimate_bounds(model, x, 5)
+    parts = [
+        bounds.estimate_bounds(model, part, 5, first_row=90 * i)[0] for i, part in enumerate(x.split(90))
+    ]
     for value, pieces in zip(whole, zip(*parts, strict=True), strict=True):
         torch.testing.assert_close(value, torch.cat(pieces), rtol=1e-6, atol=1e-5)
 
 
-def test_far_weights_do_not_overflow(native):
-    """An encoder far from the posterior: log-weights of about -1e5, and 1e5 apart."""
+def test_bound_with_extreme_weights_is_finite(native):
+    """With an encoder far from the posterior, the log-weights are about -1e5 and differ by 1e5."""
     model, x, _ = linear_gaussian(orthogonal=False)
     with torch.no_grad():
         model.encoder.bias[:3] += 200
-    found, _ = bounds.bounds(model, x, 3)
+    found, _ = bounds.estimate_bounds(model, x, 3)
     assert found.nll.isfinite().all()
     assert (found.nll > 1e4).all()

@@ -1,4 +1,4 @@
-"""`fastvae resume`: how a stopped or killed run goes on, and what may be replaced."""
+"""`fastvae resume`: continuing stopped and killed runs. Also moving averages, and which files may be replaced."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_files import QUICK, assert_same_run, in_a_process, one_line, rows, train, weights
+from run_files import QUICK, assert_same_run, error_line, read_metrics, run_python, train, weights
 
 from fastvae import cli
 from fastvae.train import callbacks, files, image
@@ -29,19 +29,19 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
-def test_resumed_run_is_the_uninterrupted_one(tmp_path, recwarn, options):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train(whole, *options, "--epochs", "4") == 0
+def test_resumed_run_equals_uninterrupted_run(tmp_path, recwarn, options):
+    uninterrupted, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(uninterrupted, *options, "--epochs", "4") == 0
     assert train(parts, *options, "--epochs", "1") == 0
     assert cli.main(["resume", str(parts), "--epochs", "3"]) == 0
-    # Which epoch was the best is remembered where the run is found in another place.
+    # The best epoch is still known after the run folder was moved.
     moved = parts.rename(tmp_path / "moved")
     assert cli.main(["resume", str(moved), "--epochs", "4"]) == 0
-    assert_same_run(moved, whole)
+    assert_same_run(moved, uninterrupted)
     assert not [str(warning.message) for warning in recwarn if "lightning" in warning.filename]
 
 
-def test_moving_average_is_what_is_saved_and_validated(tmp_path):
+def test_moving_average_is_saved_and_validated(tmp_path):
     assert train(tmp_path / "run", "--ema", "0.99", "--epochs", "2") == 0
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     name = "encoder.1.weight"
@@ -50,30 +50,33 @@ def test_moving_average_is_what_is_saved_and_validated(tmp_path):
     assert torch.equal(run.model.state_dict()[name], saved["state_dict"][name])
 
 
-def test_moving_average_follows_at_first_and_then_decays():
-    update = callbacks.average(0.5)._kwargs["multi_avg_fn"]
+def test_moving_average_decays_faster_in_the_first_steps():
+    update = callbacks.weight_average(0.5)._kwargs["multi_avg_fn"]
     for steps, share in ((0, 0.9), (2, 1 - 3 / 12), (1000, 0.5)):
         averaged = [torch.zeros(3)]
         update(averaged, [torch.ones(3)], steps)
         assert torch.allclose(averaged[0], torch.full((3,), share))
 
 
-@pytest.mark.usefixtures("drawn")
-def test_moving_average_is_what_is_drawn(tmp_path, monkeypatch):
-    drawn = []
-    draw = image_callbacks.Pictures.draw
+@pytest.mark.usefixtures("with_pictures")
+def test_moving_average_is_used_for_pictures(tmp_path, monkeypatch):
+    weights_drawn = []
+    draw = image_callbacks.SaveImages.save_examples
     monkeypatch.setattr(
-        image_callbacks.Pictures,
-        "draw",
-        lambda self, model: (drawn.append(model.encoder[1].weight.detach().clone()), draw(self, model)),
+        image_callbacks.SaveImages,
+        "save_examples",
+        lambda self, model: (
+            weights_drawn.append(model.encoder[1].weight.detach().clone()),
+            draw(self, model),
+        ),
     )
     assert train(tmp_path / "run", "--ema", "0.99", "--epochs", "1") == 0
-    assert torch.equal(drawn[0], weights(tmp_path / "run")["encoder.1.weight"])
+    assert torch.equal(weights_drawn[0], weights(tmp_path / "run")["encoder.1.weight"])
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_clipping(tmp_path, precision):
-    """Adam divides by the gradients' size, save where they are far below its epsilon of 1e-8."""
+def test_clip_limits_the_gradient(tmp_path, precision):
+    """Adam divides by the size of the gradients, unless they are far below its epsilon of 1e-8."""
     assert train(tmp_path / "run", "--epochs", "1", "--clip", "1e-12", "--precision", precision) == 0
     settings = image.load(tmp_path / "run").settings
     torch.manual_seed(0)
@@ -83,7 +86,7 @@ def test_clipping(tmp_path, precision):
     assert (trained - fresh).abs().max() < 1e-5
 
 
-def test_each_step_draws_noise_of_its_own(tmp_path, monkeypatch):
+def test_each_step_has_its_own_noise_seed(tmp_path, monkeypatch):
     forward, seeds = module.ImageVAE.forward, []
 
     def record(self, x, seed, row_offset):
@@ -96,7 +99,7 @@ def test_each_step_draws_noise_of_its_own(tmp_path, monkeypatch):
     assert seeds == [[3, 4 * step] for step in range(24)]
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "metrics.csv"
     files.write(file, b"old")
     write = Path.write_bytes
@@ -112,7 +115,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_full_disk(tmp_path):
+def test_checkpoint_on_full_disk_keeps_the_old_file(tmp_path):
     resource = pytest.importorskip("resource")
     file = tmp_path / "last.ckpt"
     file.write_bytes(b"old")
@@ -127,7 +130,7 @@ def test_full_disk(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_interrupt(tmp_path, capsys, monkeypatch):
+def test_interrupted_run_can_be_resumed(tmp_path, capsys, monkeypatch):
     step = module.ImageVAE.training_step
 
     def interrupted(self, batch, batch_idx):
@@ -138,10 +141,10 @@ def test_interrupt(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module.ImageVAE, "training_step", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     assert train(tmp_path / "run", "--epochs", "3") == 130
-    assert f"fastvae resume {tmp_path / 'run'}" in one_line(capsys)
+    assert f"fastvae resume {tmp_path / 'run'}" in error_line(capsys)
     assert signal.getsignal(signal.SIGINT) is handler
     monkeypatch.undo()
-    monkeypatch.setattr("fastvae.train.callbacks.is_drawn", lambda trainer: False)
+    monkeypatch.setattr("fastvae.train.callbacks.should_save_examples", lambda trainer: False)
     assert cli.main(["resume", str(tmp_path / "run")]) == 0
     assert train(tmp_path / "whole", "--epochs", "3") == 0
     assert_same_run(tmp_path / "run", tmp_path / "whole")
@@ -156,7 +159,7 @@ from fastvae.train.image import module
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
-callbacks.is_drawn = lambda trainer: False
+callbacks.should_save_examples = lambda trainer: False
 place, *arguments = sys.argv[1:]
 step, save, saved = module.ImageVAE.training_step, torch.save, 0
 
@@ -169,7 +172,7 @@ def save_half(checkpoint, file):
     global saved
     saved += 1
     save(checkpoint, file)
-    # best.ckpt and last.ckpt of the first epoch; then those of the second.
+    # The first two are best.ckpt and last.ckpt of the first epoch, followed by those of the second.
     if saved == {"saving best": 3, "saving last": 4}.get(place):
         file.truncate(file.tell() // 2)
         die()
@@ -186,21 +189,21 @@ cli.main(arguments)
         *(pytest.param(place, marks=pytest.mark.slow) for place in ("first", "training", "saving best")),
     ],
 )
-def test_killed_run_goes_on(tmp_path, place):
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    died = in_a_process("-c", KILLED, place, "train", "mlp", "--out", str(run), *QUICK, "--epochs", "3")
-    assert died.returncode == -signal.SIGKILL, died.stderr
+def test_killed_run_can_be_resumed(tmp_path, place):
+    run, uninterrupted = tmp_path / "run", tmp_path / "whole"
+    process = run_python("-c", KILLED, place, "train", "mlp", "--out", str(run), *QUICK, "--epochs", "3")
+    assert process.returncode == -signal.SIGKILL, process.stderr
     parts = [path.name for path in run.rglob("*.part")]
     assert bool(parts) is place.startswith("saving")
 
     assert cli.main(["resume", str(run)]) == 0
     assert not list(run.rglob("*.part"))
-    assert train(whole, "--epochs", "3") == 0
-    assert_same_run(run, whole)
+    assert train(uninterrupted, "--epochs", "3") == 0
+    assert_same_run(run, uninterrupted)
 
 
 @pytest.mark.parametrize(("before", "after"), [("lr = 0.001", "lr = 0.01"), ("beta = 1.0", "beta = 0.25")])
-def test_edited_settings_count_when_resumed(tmp_path, before, after):
+def test_resume_uses_edited_settings(tmp_path, before, after):
     run = tmp_path / "run"
     assert train(run, "--epochs", "1", "--likelihood", "gaussian") == 0
     config = run / "config.toml"
@@ -210,10 +213,10 @@ def test_edited_settings_count_when_resumed(tmp_path, before, after):
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     rates = [group["lr"] for group in saved["optimizer_states"][0]["param_groups"]]
     assert rates == ([0.01, 0.1] if "lr" in after else [0.001, 0.01])
-    assert float(rows(run)[-1]["beta"]) == (1.0 if "lr" in after else 0.25)
+    assert float(read_metrics(run)[-1]["beta"]) == (1.0 if "lr" in after else 0.25)
 
 
-def test_two_processes_in_one_folder(tmp_path, capsys):
+def test_run_in_use_by_another_process_is_refused(tmp_path, capsys):
     fcntl = pytest.importorskip("fcntl")
     run = tmp_path / "run"
     assert train(run, "--epochs", "1") == 0
@@ -226,33 +229,33 @@ def test_two_processes_in_one_folder(tmp_path, capsys):
         ["train", "mlp", "--out", str(run), *QUICK, "--overwrite"],
     ):
         assert cli.main(command) == 2
-        assert f"{run}: this run is being trained, by another process" in one_line(capsys)
+        assert f"{run}: another process is training this run" in error_line(capsys)
     assert (run / "config.toml").read_bytes() == before
-    assert len(rows(run)) == 1
+    assert len(read_metrics(run)) == 1
     os.close(other)
     assert cli.main(["resume", str(run), "--epochs", "2"]) == 0
 
 
-def test_nothing_left_to_resume(tmp_path, capsys):
+def test_resume_of_complete_run_fails(tmp_path, capsys):
     assert train(tmp_path / "run", "--epochs", "1") == 0
     capsys.readouterr()
     assert cli.main(["resume", str(tmp_path / "run")]) == 2
-    assert "--epochs" in one_line(capsys)
+    assert "--epochs" in error_line(capsys)
 
 
-def test_existing_run_is_replaced_only_when_asked(tmp_path, capsys):
+def test_existing_run_is_replaced_only_with_overwrite(tmp_path, capsys):
     run = tmp_path / "run"
     assert train(run, "--epochs", "2") == 0
     (run / "notes.txt").write_text("mine")
     before = (run / "metrics.csv").read_text()
     capsys.readouterr()
     assert train(run, "--epochs", "1") == 2
-    error = one_line(capsys)
+    error = error_line(capsys)
     assert f"fastvae resume {run}" in error
     assert "--overwrite" in error
     assert (run / "metrics.csv").read_text() == before
     assert train(run, "--epochs", "1", "--overwrite") == 0
-    assert len(rows(run)) == 1
+    assert len(read_metrics(run)) == 1
     assert (run / "notes.txt").read_text() == "mine"
 
 
@@ -260,22 +263,26 @@ def test_existing_run_is_replaced_only_when_asked(tmp_path, capsys):
 @pytest.mark.parametrize(
     "name", ["checkpoints/other.ckpt", "tensorboard/events.1", "samples.png", "metrics.csv"]
 )
-def test_what_fastvae_did_not_make_is_not_touched(tmp_path, capsys, name, overwrite):
+def test_folder_with_foreign_files_is_refused(tmp_path, capsys, name, overwrite):
     file = tmp_path / "project" / name
     file.parent.mkdir(parents=True)
     file.write_text("mine")
     assert train(tmp_path / "project", "--epochs", "1", *overwrite) == 2
-    assert f"{tmp_path / 'project' / Path(name).parts[0]}: there already" in one_line(capsys)
+    assert f"{tmp_path / 'project' / Path(name).parts[0]}: this file would be replaced" in error_line(capsys)
     assert file.read_text() == "mine"
     assert not (tmp_path / "project" / "config.toml").exists()
 
 
-def test_overwrite_removes_only_what_a_run_leaves(tmp_path):
+def test_overwrite_removes_only_files_of_a_run(tmp_path):
     pytest.importorskip("tensorboard")
     run = tmp_path / "run"
     assert train(run, "--epochs", "1", "--logger", "tensorboard") == 0
-    mine = [run / "checkpoints" / "other.ckpt", run / "tensorboard" / "notes.txt", run / "data" / "x.npz"]
-    for path in mine:
+    own_files = [
+        run / "checkpoints" / "other.ckpt",
+        run / "tensorboard" / "notes.txt",
+        run / "data" / "x.npz",
+    ]
+    for path in own_files:
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
     (run / "checkpoints" / ".last.ckpt.1.part").write_text("half")
@@ -283,6 +290,6 @@ def test_overwrite_removes_only_what_a_run_leaves(tmp_path):
         assert cli.main([command, str(run)]) == 0
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     assert train(run, "--epochs", "1", "--overwrite") == 0
-    left = {path for path in run.rglob("*") if before.get(path) == path.stat().st_mtime_ns}
-    assert left == set(mine)
+    unchanged = {path for path in run.rglob("*") if before.get(path) == path.stat().st_mtime_ns}
+    assert unchanged == set(own_files)
     assert not list((run / "tensorboard").glob("events.*"))

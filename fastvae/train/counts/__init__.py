@@ -1,4 +1,4 @@
-"""Runs of counts: cells and their genes."""
+"""Training on counts of single cells."""
 
 from pathlib import Path
 from typing import Literal

@@ -1,4 +1,4 @@
-"""How good a model of counts is on cells that it has not seen."""
+"""Evaluation of count models on validation cells."""
 
 import math
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fastvae.train.bounds import in_batches
+from fastvae.train.bounds import estimate_in_batches
 from fastvae.train.module import ACTIVE
-from fastvae.train.report import Report, check_numbers
+from fastvae.train.report import Report, check_options
 
-from .cells import Batch, batch
+from .cells import Batch, make_batch
 from .run import CellRun
 
 __all__ = ["CellEvaluation", "evaluate"]
@@ -23,7 +23,7 @@ _BATCH = 500
 
 @dataclass(frozen=True)
 class CellEvaluation(Report):
-    """Means over the cells, in nats per cell where nothing else is said."""
+    """Means over the cells, in nats per cell unless noted otherwise."""
 
     run: str
     checkpoint: str
@@ -33,19 +33,19 @@ class CellEvaluation(Report):
     genes: int
     samples: int
     seed: int
-    nelbo: float
+    neg_elbo: float
     reconstruction: float
     kl: float
     iw_nll: float
-    """By importance weighting: at least the true one in expectation, at most the negative ELBO."""
+    """The importance-weighted bound: its expectation lies between the true NLL and the negative ELBO."""
     iw_nll_standard_error: float | None
-    """Of the mean over cells; None of a single one."""
+    """The standard error over cells; None for a single cell."""
     active_units: int
-    """Whose posterior mean varies over the cells by more than 0.01 (Burda et al. 2016, section 5.2)."""
+    """Units whose posterior mean varies over the cells by more than 0.01 (Burda et al. 2016, section 5.2)."""
     latents: int
 
     @property
-    def count(self) -> int:
+    def num_examples(self) -> int:
         return self.cells
 
     def table(self) -> Table:
@@ -53,7 +53,7 @@ class CellEvaluation(Report):
         table.add_column("")
         table.add_column("nats per cell", justify="right")
         for name, value in (
-            ("negative ELBO", self.nelbo),
+            ("negative ELBO", self.neg_elbo),
             ("  reconstruction", self.reconstruction),
             ("  KL", self.kl),
             (f"NLL, {self.samples} importance samples", self.iw_nll),
@@ -75,25 +75,25 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
 ) -> CellEvaluation:
-    """Evaluate a run on its held-out cells, or the first `limit` of them, with a progress bar on `console`.
+    """Evaluate a run on its validation cells, or the first `limit`, with a progress bar on `console`.
 
-    Raises InputError for a number out of range.
+    Raises InputError if a number is out of range.
     """
-    check_numbers(samples, limit, seed)
-    held_out = run.cells.held_out[:limit]
+    check_options(samples, limit, seed)
+    val = run.cells.val[:limit]
 
-    def prepared(rows: Tensor) -> Batch:
-        return Batch(*(part.to(run.device) for part in batch(run.cells, rows)))
+    def prepare(indices: Tensor) -> Batch:
+        return Batch(*(part.to(run.device) for part in make_batch(run.cells, indices)))
 
     parts, means = [], []
-    batches = held_out.split(_BATCH)
-    for _, _, part, mu in in_batches(
-        run.model, batches, prepared, _BATCH, samples, seed, console, "evaluating"
+    batches = val.split(_BATCH)
+    for _, _, part, mu in estimate_in_batches(
+        run.model, batches, prepare, _BATCH, samples, seed, console, "evaluating"
     ):
         parts.append(torch.stack(part).cpu())
         means.append(mu.double().cpu())
     nll, reconstruction, kl = torch.cat(parts, 1)
-    count = len(held_out)
+    count = len(val)
     return CellEvaluation(
         run=str(run.path),
         checkpoint=checkpoint,
@@ -103,7 +103,7 @@ def evaluate(
         genes=run.cells.genes,
         samples=samples,
         seed=seed,
-        nelbo=(reconstruction + kl).mean().item(),
+        neg_elbo=(reconstruction + kl).mean().item(),
         reconstruction=reconstruction.mean().item(),
         kl=kl.mean().item(),
         iw_nll=nll.mean().item(),

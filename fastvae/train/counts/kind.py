@@ -1,6 +1,6 @@
-"""Runs of counts: what they do in their own way.
+"""The kind of runs that are trained on counts.
 
-cells.json  latents.png  loss.png
+Files: cells.json  latents.png  loss.png
 """
 
 import dataclasses
@@ -36,47 +36,45 @@ GENES = "cells.json"
 
 class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
     name = "counts"
-    a_datum = "a cell"
+    datum_with_article = "a cell"
     recipes = (Counts,)
     run = CellRun
-    kept = (GENES,)
-    left = ("latents.png", "loss.png", "evaluation.json")
-    samples = 100
-    sampled = False
-    elsewhere = "a run of counts, and this is for images; there are evaluate and resume"
+    form_files = (GENES,)
+    training_files = ("latents.png", "loss.png", "evaluation.json")
+    default_samples = 100
+    can_sample = False
+    wrong_kind_message = "this is a run of counts, which supports only evaluate and resume"
 
     def check(self, settings: Counts) -> None:
         if settings.likelihood == "poisson" and settings.dispersion != "gene":
-            raise InputError("--dispersion is of zinb and nb, and --likelihood is poisson")
+            raise InputError("--dispersion only applies to --likelihood zinb or nb, got poisson")
 
-    def load(self, settings: Counts, form: Sizes | None = None, *, others: bool = False) -> Cells:
+    def load(self, settings: Counts, form: Sizes | None = None, *, other_data: bool = False) -> Cells:
         return cells.load(settings)
 
     def make_form(self, settings: Counts, data: Cells) -> Sizes:
         return Sizes(data.genes, data.batch_names)
 
-    def read_form(self, path: Path, head: dict[str, Any]) -> Sizes:
+    def read_form(self, path: Path, form_values: dict[str, Any]) -> Sizes:
         file = path / GENES
         try:
             table = json.loads(file.read_bytes())
             return Sizes(int(table["genes"]), tuple(map(str, table["batches"])))
         except OSError as error:
-            raise InputError(f"{file}: cannot be read: {files.reason(error)}") from error
+            raise InputError(f"{file}: cannot be read: {files.error_reason(error)}") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{file}: damaged: it must hold the numbers `genes` and `batches`") from error
+            raise InputError(f"{file}: damaged: it must have the keys `genes` and `batches`") from error
 
     def write_form(self, out: Path, form: Sizes) -> None:
         files.write(out / GENES, (json.dumps(dataclasses.asdict(form), indent=1) + "\n").encode())
 
-    def suit(self, data: Cells, form: Sizes, settings: Counts, path: Path) -> Cells:
+    def adapt_data(self, data: Cells, form: Sizes, settings: Counts, path: Path) -> Cells:
         if data.genes != form.genes:
-            raise InputError(
-                f"{settings.data}: {data.genes} genes, and the model of {path} is of {form.genes}"
-            )
+            raise InputError(f"{settings.data}: expected {form.genes} genes as in {path}, got {data.genes}")
         unknown = [name for name in data.batch_names if name not in form.batches]
         if unknown:
             raise InputError(
-                f"{settings.data}: the batch {unknown[0]!r} is none of those that {path} was trained on: "
+                f"{settings.data}: the batch {unknown[0]!r} is not one of those that {path} was trained on: "
                 f"{', '.join(map(repr, form.batches))}"
             )
         numbers = torch.tensor([form.batches.index(name) for name in data.batch_names])
@@ -90,41 +88,42 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
         elbo = fastvae.ELBO(likelihood, beta=settings.beta, free_bits=settings.free_bits)
         return CellVAE(encoder, decoder, elbo, **settings.module_options())
 
-    def begin(self, model: "CellVAE", settings: Counts, data: Cells) -> None:
-        """It gives every gene the share that it has in all cells together."""
+    def init_from_data(self, model: "CellVAE", settings: Counts, data: Cells) -> None:
+        """Initialise the decoder with the share of each gene in all counts."""
         totals = torch.from_numpy(data.counts[data.train.numpy()].sum(0)).double()
         share = (totals + 0.5) / (totals + 0.5).sum()
         model.decoder.heads[0].bias.copy_(share.log())  # type: ignore[index, union-attr]
 
-    def drawer(self, data: Cells, form: Sizes, settings: Counts, folder: Path) -> "Callback":
-        from .callbacks import Latents
+    def examples_callback(self, data: Cells, form: Sizes, settings: Counts, folder: Path) -> "Callback":
+        from .callbacks import SaveLatentPlot
 
-        return Latents(folder, data)
+        return SaveLatentPlot(folder, data)
 
     def batches(self, model: "CellVAE", data: Cells, form: Sizes, settings: Counts) -> "CellData":
         from .loader import CellData
 
         return CellData(data, settings)
 
-    def introduce(
+    def describe_run(
         self, model: "CellVAE", data: Cells, form: Sizes, settings: Counts, batches: "CellData"
     ) -> Iterator[str]:
         zeros = 1 - data.counts.nnz / (data.counts.shape[0] * data.genes)
         yield (
-            f"data: {data.name}: {messages.count(len(data.train), 'cell')} to train on, {len(data.held_out)} held out; "
-            f"{messages.count(data.genes, 'gene')}, {zeros:.1%} of the counts zero"
+            f"data: {data.name}, {messages.pluralize(len(data.train), 'training cell')}, "
+            f"{messages.pluralize(len(data.val), 'validation cell')}, {messages.pluralize(data.genes, 'gene')}, "
+            f"{zeros:.1%} of the counts are zero"
         )
         if len(data.batch_names) > 1:
             yield f"      {len(data.batch_names)} batches"
         if data.labels is not None:
-            yield f"      {messages.count(len(data.label_names), 'label')}, for latents.png only"
+            yield f"      {messages.pluralize(len(data.label_names), 'label')}, used only in latents.png"
         for note in data.notes:
             yield f"warning: {note}"
-        yield messages.model_line(model, settings)
+        yield messages.describe_model(model, settings)
         name = {"zinb": "zero-inflated negative binomial", "nb": "negative binomial", "poisson": "Poisson"}
         per = {"gene": "each gene", "gene-cell": "each gene in each cell"}[settings.dispersion]
         yield f"       {name[settings.likelihood]} likelihood" + (
-            "" if settings.likelihood == "poisson" else f", a dispersion for {per}"
+            "" if settings.likelihood == "poisson" else f", one dispersion for {per}"
         )
 
     def evaluate(

@@ -1,4 +1,4 @@
-"""Batches of cells, for Lightning."""
+"""Batches of cells for Lightning."""
 
 from collections.abc import Iterator
 
@@ -6,20 +6,20 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from fastvae.train.batches import Batches
-from fastvae.train.draws import generator
+from fastvae.train.seeding import seeded_generator
 
-from .cells import Batch, Cells, batch
+from .cells import Batch, Cells, make_batch
 from .recipe import Counts
 
 __all__ = ["CellData"]
 
-_HELD_OUT_BATCH = 500
+_VAL_BATCH_SIZE = 500
 
 
 class CellData(LightningDataModule):
-    """The cells of a run as batches (Batch, the place of its first row in the whole batch).
+    """The cells of a run as batches (Batch, index of its first row in the whole batch).
 
-    Epoch e shuffles by (seed, e); see `Batches`.
+    The order of epoch e depends on (seed, e); see `Batches`.
     """
 
     def __init__(self, cells: Cells, settings: Counts) -> None:
@@ -27,24 +27,24 @@ class CellData(LightningDataModule):
         self.cells, self.settings = cells, settings
 
     def train_dataloader(self) -> "CellBatches":
-        return CellBatches(self, held_out=False)
+        return CellBatches(self, val=False)
 
     def val_dataloader(self) -> "CellBatches":
-        return CellBatches(self, held_out=True)
+        return CellBatches(self, val=True)
 
 
 class CellBatches(Batches):
-    def __init__(self, data: CellData, held_out: bool) -> None:
+    def __init__(self, data: CellData, val: bool) -> None:
         self.cells, self.seed = data.cells, data.settings.seed
-        self.places = data.cells.held_out if held_out else data.cells.train
-        size = _HELD_OUT_BATCH if held_out else data.settings.batch_size
-        super().__init__(data, len(self.places), size, held_out)
+        self.indices = data.cells.val if val else data.cells.train
+        size = _VAL_BATCH_SIZE if val else data.settings.batch_size
+        super().__init__(data, len(self.indices), size, val)
 
     def __iter__(self) -> Iterator[tuple[Batch, int]]:
-        places = self.places
-        if not self.is_held_out:
-            draws = generator(self.seed, 0, self.epoch)
-            places = places[torch.randperm(len(places), generator=draws)]
-        for whole in places.split(self.size)[: len(self)]:
-            own = self.own(len(whole))
-            yield batch(self.cells, whole[own]), own.start
+        indices = self.indices
+        if not self.is_val:
+            draws = seeded_generator(self.seed, 0, self.epoch)
+            indices = indices[torch.randperm(len(indices), generator=draws)]
+        for full_batch in indices.split(self.size)[: len(self)]:
+            rows = self.process_slice(len(full_batch))
+            yield make_batch(self.cells, full_batch[rows]), rows.start

@@ -1,4 +1,4 @@
-"""The model of counts that is trained: `VAE` whose decoder also gets the cell's batch and its library size."""
+"""The LightningModule of counts: a `VAE` whose decoder also gets the batch and the library size of a cell."""
 
 from typing import Any
 
@@ -15,20 +15,20 @@ __all__ = ["CellVAE"]
 
 
 class CellVAE(VAE):
-    """A VAE of cells, for Lightning's Trainer; see `VAE`. Nats are per cell.
+    """A VAE of cells for Lightning's Trainer; see `VAE`. Nats are per cell.
 
-    The library size of a cell is the observed one, its counts summed (Lopez et al. 2018 may also infer it).
+    The library size of a cell is its observed total count (Lopez et al. 2018 can also infer it).
     """
 
     unit = "cell"
     has_dropout = True
 
     def decode(self, z: Tensor, x: Batch) -> Any:  # type: ignore[override]
-        """What the likelihood takes: (logits, library, ...), of the Poisson the log-rates; see `likelihoods`."""
-        logits, *others = self.decoder(z, x.batch)
+        """Return the likelihood's parameters: (logits, library, ...), or the log-rates for the Poisson."""
+        logits, *other_params = self.decoder(z, x.batch)
         if isinstance(self.elbo.likelihood, Poisson):
             return torch.log_softmax(logits.float(), 1) + torch.log(x.library)
-        return (logits, x.library, *others)
+        return (logits, x.library, *other_params)
 
     def nll(self, z: Tensor, x: Batch) -> Tensor:
         return self.likelihood.nll(self.decode(z, x), x.counts)

@@ -1,8 +1,8 @@
-"""The recipe for counts: `counts`, a VAE of cells and their genes after scVI (Lopez et al. 2018).
+"""The recipe `counts`: a VAE of cells and their genes after scVI (Lopez et al. 2018).
 
-To read as an example: the encoder sees log(1 + counts), the decoder gives for each cell the share of every gene as
-logits, which the likelihood turns into rates: library size x softmax. Both know the cell's batch, so that z need not.
-They meet a `fastvae.ELBO` in `fastvae.train.counts.module`.
+The encoder gets log(1 + counts). The decoder outputs logits for the share of each gene in a cell, which the likelihood
+turns into rates: library size x softmax. Both get the batch of the cell, so that z need not contain it.
+`fastvae.train.counts.module` joins them with a `fastvae.ELBO`.
 """
 
 from dataclasses import dataclass
@@ -24,27 +24,31 @@ __all__ = ["Counts", "Decoder", "Encoder"]
 
 @dataclass(frozen=True, kw_only=True)
 class Counts(CountsSettings):
-    """A VAE of counts, cells by genes: single-cell RNA, with a (zero-inflated) negative binomial."""
+    """VAE of single-cell RNA counts with a (zero-inflated) negative binomial or Poisson likelihood."""
 
     recipe = "counts"
 
     likelihood: Literal["zinb", "nb", "poisson"] = option(
-        "zinb", "zinb (zero-inflated negative binomial), nb (negative binomial) or poisson.", "Model"
+        "zinb",
+        "zinb (zero-inflated negative binomial), nb (negative binomial) or poisson.",
+        "Model",
     )
     dispersion: Literal["gene", "gene-cell"] = option(
-        "gene", "Of zinb and nb: one for each gene, or for each gene in each cell, from the decoder.", "Model"
+        "gene",
+        "Dispersion of zinb and nb: gene (one per gene) or gene-cell (from the decoder).",
+        "Model",
     )
-    latent: int = option(10, "Latent dimensions.", "Model", at_least=1)
-    hidden: int = option(128, "Units in a hidden layer.", "Model", at_least=1)
-    layers: int = option(1, "Hidden layers in the encoder, and in the decoder.", "Model", at_least=1)
-    dropout: float = option(0.1, "In the encoder, in training.", "Model", at_least=0, below=1)
+    latent: int = option(10, "Number of latent dimensions.", "Model", at_least=1)
+    hidden: int = option(128, "Units per hidden layer.", "Model", at_least=1)
+    layers: int = option(1, "Hidden layers in the encoder and in the decoder.", "Model", at_least=1)
+    dropout: float = option(0.1, "Dropout rate of the encoder.", "Model", at_least=0, below=1)
 
-    epochs: int = option(100, "Passes over the data.", "Training", at_least=1)
-    batch_size: int = option(128, "Cells in a batch, over all devices together.", "Training", at_least=1)
+    epochs: int = option(100, "Number of passes over the data.", "Training", at_least=1)
+    batch_size: int = option(128, "Cells per batch, over all devices together.", "Training", at_least=1)
     warmup: Literal["none", "linear", "cyclical", "sigmoid"] = option(
-        "linear", "How the weight of the KL rises to beta: none, linear, cyclical or sigmoid.", "Objective"
+        "linear", "Warm-up of the KL's weight to beta: none, linear, cyclical or sigmoid.", "Objective"
     )
-    warmup_epochs: float = option(20.0, "Over how many epochs.", "Objective", above=0)
+    warmup_epochs: float = option(20.0, "Length of the warm-up in epochs.", "Objective", above=0)
 
     def networks(self, genes: int, batches: int) -> tuple["Encoder", "Decoder"]:
         shared = (genes, batches, self.latent, [self.hidden] * self.layers)
@@ -64,7 +68,7 @@ class Counts(CountsSettings):
 
 
 class Encoder(nn.Module):
-    """A batch of cells to (B, 2 latent): the posterior's mu and logvar."""
+    """Maps a batch of cells to (B, 2 latent), the posterior's mu and logvar."""
 
     def __init__(self, genes: int, batches: int, latent: int, hidden: list[int], dropout: float) -> None:
         super().__init__()
@@ -74,11 +78,11 @@ class Encoder(nn.Module):
 
     def forward(self, cells: Batch) -> Tensor:
         x = torch.log1p(cells.counts)
-        return self.posterior(self.layers(_beside(x, cells.batch, self.batches)))
+        return self.posterior(self.layers(_append_batch(x, cells.batch, self.batches)))
 
 
 class Decoder(nn.Module):
-    """z (B, latent) and the batches (B,) to (B, G) each: the genes' logits, then what else the likelihood asks for."""
+    """Maps z (B, latent) and the batches (B,) to (B, G) each: the genes' logits and other parameters."""
 
     def __init__(self, genes: int, batches: int, latent: int, hidden: list[int], heads: int) -> None:
         super().__init__()
@@ -87,12 +91,12 @@ class Decoder(nn.Module):
         self.heads = nn.ModuleList([nn.Linear(hidden[-1], genes) for _ in range(heads)])
 
     def forward(self, z: Tensor, batch: Tensor) -> tuple[Tensor, ...]:
-        h = self.layers(_beside(z, batch, self.batches))
+        h = self.layers(_append_batch(z, batch, self.batches))
         return tuple(head(h) for head in self.heads)
 
 
 def _layers(inputs: int, hidden: list[int], dropout: float) -> nn.Sequential:
-    # A cell's neighbours in its batch do not enter LayerNorm, which therefore also serves several processes.
+    # LayerNorm, unlike BatchNorm, does not mix cells, so several processes give the same result.
     layers: list[nn.Module] = []
     for before, after in zip([inputs, *hidden[:-1]], hidden, strict=True):
         layers += [nn.Linear(before, after), nn.LayerNorm(after), nn.ReLU(), nn.Dropout(dropout)]
@@ -100,10 +104,10 @@ def _layers(inputs: int, hidden: list[int], dropout: float) -> nn.Sequential:
 
 
 def _width(batches: int) -> int:
-    return batches if batches > 1 else 0  # a single batch says nothing
+    return batches if batches > 1 else 0  # a single batch carries no information
 
 
-def _beside(x: Tensor, batch: Tensor, batches: int) -> Tensor:
+def _append_batch(x: Tensor, batch: Tensor, batches: int) -> Tensor:
     if batches < 2:
         return x
     return torch.cat((x, F.one_hot(batch, batches).to(x.dtype)), 1)

@@ -16,7 +16,7 @@ __all__ = ["CellRun", "Sizes"]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model is built for, kept with the run."""
+    """What the model of a run is built for."""
 
     genes: int
     batches: tuple[str, ...]
@@ -34,5 +34,5 @@ class CellRun(Run[Counts, Sizes, Cells]):
 
     @property
     def cells(self) -> Cells:
-        """The run's data, their batches numbered as the run's are."""
+        """The data of the run, with batches numbered as in training."""
         return self.data

@@ -1,4 +1,4 @@
-"""Runs of images."""
+"""Training on images."""
 
 from pathlib import Path
 from typing import Literal

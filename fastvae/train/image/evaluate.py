@@ -1,8 +1,4 @@
-"""How good a model is on images that it has not seen: the ELBO, the likelihood itself, its reconstructions.
-
-To read it: `evaluate` runs `fastvae.train.bounds` over the held-out images of a run; `psnr` and `ssim` measure what is
-seen.
-"""
+"""Evaluation of image models on validation images: the ELBO, the importance-weighted likelihood, PSNR and SSIM."""
 
 import math
 from collections.abc import Iterator
@@ -17,54 +13,61 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from fastvae.train import bounds
 from fastvae.train.bounds import Bounds
-from fastvae.train.draws import generator
 from fastvae.train.module import ACTIVE
-from fastvae.train.report import Report, check_numbers
+from fastvae.train.report import Report, check_options
+from fastvae.train.seeding import seeded_generator
 
-from .loader import held_out_batch, prepare
+from .loader import prepare, val_batch_size
 from .run import ImageRun
 from .settings import ImageSettings
 
-__all__ = ["Evaluation", "evaluate", "in_batches", "psnr", "ssim"]
+__all__ = ["Evaluation", "estimate_in_batches", "evaluate", "psnr", "ssim"]
 
-# In dB: the error that rounding to bytes leaves, 1 / (12 * 255^2) in the mean square. A smaller one cannot be seen.
+# In dB, for the mean squared error of rounding to bytes, 1 / (12 * 255^2). A smaller error cannot be seen.
 HIGHEST_PSNR = 10 * math.log10(12 * 255**2)
 WINDOW = 11  # pixels
 
 
-def psnr(shown: Tensor, original: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of images (B, C, H, W) in [0, 1], float64 (B,), in dB: -10 log10 of the squared error.
+def psnr(reconstruction: Tensor, original: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of images (B, C, H, W) in [0, 1], in dB, float64 (B,): -10 log10 of the squared error.
 
-    What leaves [0, 1] is clamped, as it is in a picture. At most 58.9 dB (`HIGHEST_PSNR`), which would be infinity for
-    equal images, and a mean over images then too.
+    Values outside [0, 1] are clamped, as they are in a picture. The ratio is limited to 58.9 dB (`HIGHEST_PSNR`),
+    because a single perfect image would make the mean infinite.
     """
     ratio = peak_signal_noise_ratio(
-        shown.double(), original.double(), data_range=(0.0, 1.0), reduction="none", dim=(1, 2, 3)
+        reconstruction.double(), original.double(), data_range=(0.0, 1.0), reduction="none", dim=(1, 2, 3)
     )
     return ratio.clamp(max=HIGHEST_PSNR)
 
 
-def ssim(shown: Tensor, original: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004) of images (B, C, H, W) in [0, 1], float64 (B,): 1 for equal ones.
+def ssim(reconstruction: Tensor, original: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of images (B, C, H, W) in [0, 1], float64 (B,); 1 for equal images.
 
-    The mean over all windows of 11 x 11 pixels that lie in the image, weighted by a Gaussian of 1.5, each channel for
-    itself. What leaves [0, 1] is clamped.
+    This is the mean over all windows of 11 x 11 pixels inside the image, weighted by a Gaussian with sigma 1.5 and
+    computed for each channel separately. Values outside [0, 1] are clamped.
     """
     edge = WINDOW // 2
     parts = []
-    # On the CPU: a GPU's TF32 would be too coarse for variances as E x^2 - (E x)^2, and float64 takes far longer.
-    for ours, theirs in zip(shown.float().cpu().split(64), original.float().cpu().split(64), strict=True):
+    # On the CPU: TF32 on a GPU is too coarse for variances as E x^2 - (E x)^2, and float64 is much slower.
+    for reconstructions, originals in zip(
+        reconstruction.float().cpu().split(64), original.float().cpu().split(64), strict=True
+    ):
         _, index = structural_similarity_index_measure(
-            ours, theirs, sigma=1.5, kernel_size=WINDOW, data_range=(0.0, 1.0), return_full_image=True
+            reconstructions,
+            originals,
+            sigma=1.5,
+            kernel_size=WINDOW,
+            data_range=(0.0, 1.0),
+            return_full_image=True,
         )
-        # The whole one has windows past the edges too, where the images are mirrored.
+        # The full image includes windows across the edges, where it is mirrored.
         parts.append(index[:, :, edge:-edge, edge:-edge].double().mean((1, 2, 3)))
     return torch.cat(parts)
 
 
 @dataclass(frozen=True)
 class Evaluation(Report):
-    """Means over the images, in nats per image where nothing else is said."""
+    """Means over the images, in nats per image unless noted otherwise."""
 
     run: str
     checkpoint: str
@@ -74,26 +77,26 @@ class Evaluation(Report):
     dimensions: int
     samples: int
     seed: int
-    nelbo: float
+    neg_elbo: float
     reconstruction: float
     kl: float
     iw_nll: float
-    """By importance weighting: at least the true one in expectation, at most the negative ELBO."""
+    """The importance-weighted bound: its expectation lies between the true NLL and the negative ELBO."""
     iw_nll_standard_error: float | None
-    """Of the mean over images; None of a single one."""
+    """The standard error over images; None for a single image."""
     bits_per_dim: float
-    """From `iw_nll`."""
-    nelbo_bits_per_dim: float
+    """Computed from `iw_nll`."""
+    neg_elbo_bits_per_dim: float
     active_units: int
-    """Whose posterior mean varies over the images by more than 0.01 (Burda et al. 2016, section 5.2)."""
+    """Units whose posterior mean varies over the images by more than 0.01 (Burda et al. 2016, section 5.2)."""
     latents: int
     psnr: float
-    """Of reconstructions from the posterior's mean, in dB; see `psnr`."""
+    """PSNR of reconstructions from the posterior mean, in dB; see `psnr`."""
     ssim: float | None
-    """The same; None of images with a side below 11 pixels."""
+    """SSIM of the same; None for images with a side of fewer than 11 pixels."""
 
     @property
-    def count(self) -> int:
+    def num_examples(self) -> int:
         return self.images
 
     def table(self) -> Table:
@@ -103,7 +106,7 @@ class Evaluation(Report):
         table.add_column("bits per dimension", justify="right")
         error = self.iw_nll_standard_error
         for name, value, bits in (
-            ("negative ELBO", self.nelbo, self.nelbo_bits_per_dim),
+            ("negative ELBO", self.neg_elbo, self.neg_elbo_bits_per_dim),
             ("  reconstruction", self.reconstruction, None),
             ("  KL", self.kl, None),
             (f"NLL, {self.samples} importance samples", self.iw_nll, self.bits_per_dim),
@@ -119,7 +122,7 @@ class Evaluation(Report):
         return table
 
 
-def in_batches(
+def estimate_in_batches(
     run: ImageRun,
     images: Tensor,
     settings: ImageSettings,
@@ -128,17 +131,17 @@ def in_batches(
     console: Console,
     what: str,
 ) -> Iterator[tuple[Tensor, Tensor, Bounds, Tensor]]:
-    """Of uint8 images (N, H, W, C), a batch at a time: they, as `settings` prepare them, their bounds, posterior means.
+    """Yield batches of uint8 images (N, H, W, C), each with its prepared version, its bounds and its posterior means.
 
-    `seed` is of all that is drawn; a progress bar on `console` says `what` is done.
+    `seed` seeds all draws. A progress bar on `console` has the description `what`.
     """
-    draws, size = generator(seed), held_out_batch(settings, images.shape[1:])
+    draws, size = seeded_generator(seed), val_batch_size(settings, images.shape[1:])
     batches = images.split(size)
 
-    def prepared(batch: Tensor) -> Tensor:
+    def prepare_batch(batch: Tensor) -> Tensor:
         return prepare(batch, settings, draws).to(run.device)
 
-    return bounds.in_batches(run.model, batches, prepared, size, samples, seed, console, what)
+    return bounds.estimate_in_batches(run.model, batches, prepare_batch, size, samples, seed, console, what)
 
 
 def evaluate(
@@ -150,26 +153,28 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """Evaluate a run on its held-out images, or the first `limit` of them, with a progress bar on `console`.
+    """Evaluate a run on its validation images, or the first `limit`, with a progress bar on `console`.
 
-    `seed` is of the draws of z and of what `prepare` draws: runs are compared on the same x.
+    `seed` seeds the draws of z and those in `prepare`, so that runs are compared on the same x.
 
-    Raises InputError for a number out of range.
+    Raises InputError if a number is out of range.
     """
-    check_numbers(samples, limit, seed)
-    held_out = run.images.held_out[:limit]
+    check_options(samples, limit, seed)
+    val = run.images.val[:limit]
     parts, means, ratios, similarities = [], [], [], []
-    for images, x, part, mu in in_batches(run, held_out, run.settings, samples, seed, console, "evaluating"):
+    for images, x, part, mu in estimate_in_batches(
+        run, val, run.settings, samples, seed, console, "evaluating"
+    ):
         parts.append(torch.stack(part).cpu())
         means.append(mu.double().cpu())
-        shown, original = _reconstruction(run, mu), _original(run, images, x)
-        ratios.append(psnr(shown, original))
+        reconstruction, original = _reconstruction(run, mu), _original(run, images, x)
+        ratios.append(psnr(reconstruction, original))
         if min(original.shape[2:]) >= WINDOW:
-            similarities.append(ssim(shown, original))
+            similarities.append(ssim(reconstruction, original))
     nll, reconstruction, kl = torch.cat(parts, 1)
-    count, dimensions = len(held_out), held_out[0].numel()
+    count, dimensions = len(val), val[0].numel()
     bits = run.model.bits_per_dim
-    nelbo, iw_nll = (reconstruction + kl).mean().item(), nll.mean().item()
+    neg_elbo, iw_nll = (reconstruction + kl).mean().item(), nll.mean().item()
     return Evaluation(
         run=str(run.path),
         checkpoint=checkpoint,
@@ -179,13 +184,13 @@ def evaluate(
         dimensions=dimensions,
         samples=samples,
         seed=seed,
-        nelbo=nelbo,
+        neg_elbo=neg_elbo,
         reconstruction=reconstruction.mean().item(),
         kl=kl.mean().item(),
         iw_nll=iw_nll,
         iw_nll_standard_error=nll.std().item() / math.sqrt(count) if count > 1 else None,
         bits_per_dim=bits(iw_nll),
-        nelbo_bits_per_dim=bits(nelbo),
+        neg_elbo_bits_per_dim=bits(neg_elbo),
         active_units=int((torch.cat(means).flatten(1).var(0, correction=0) > ACTIVE).sum()),
         latents=run.model.latents,
         psnr=torch.cat(ratios).mean().item(),
@@ -195,13 +200,13 @@ def evaluate(
 
 @torch.no_grad()
 def _reconstruction(run: ImageRun, mu: Tensor) -> Tensor:
-    """As pictures show it, (B, C, H, W) on the CPU."""
+    """Return the reconstructions as pictures show them, (B, C, H, W) on the CPU."""
     return run.model.likelihood.mean(run.model.decode(mu)).cpu()
 
 
 def _original(run: ImageRun, images: Tensor, x: Tensor) -> Tensor:
-    """What was to be reconstructed from x, in [0, 1] on the CPU: the zeros and ones of a Bernoulli, else the bytes.
+    """Return what x was to be reconstructed as, in [0, 1] on the CPU: zeros and ones for a Bernoulli, otherwise bytes.
 
-    For the Gaussian too, whose means are those of (byte + 1/2) / 256: no more than half a byte from byte / 255.
+    The means of a Gaussian estimate (byte + 1/2) / 256, which differs from byte / 255 by at most half a byte.
     """
     return x.cpu() if run.settings.likelihood == "bernoulli" else images.permute(0, 3, 1, 2) / 255

@@ -1,8 +1,7 @@
-"""Pictures drawn from a run: new images, reconstructions, ways between images, what a dimension does, inpainting.
+"""Pictures from a run: samples, reconstructions, interpolations, traversals of latent dimensions, and inpainting.
 
-To read it as an example: each function is a few lines on `ImageRun.model`, whose `encode` and `decode` are those of
-the recipe.
-What is shown are means of the likelihood; images come from the run's held-out part.
+Each function is short and builds on `encode` and `decode` of `ImageRun.model`, so it can serve as an example. The
+pictures show means of the likelihood, and input images are validation images.
 """
 
 import dataclasses
@@ -17,183 +16,188 @@ from rich import get_console
 from torch import Tensor
 
 from fastvae.train import files
-from fastvae.train.draws import generator
 from fastvae.train.errors import InputError
+from fastvae.train.seeding import seeded_generator
 
 from . import pictures
-from .evaluate import in_batches
-from .loader import held_out_batch, prepare
+from .evaluate import estimate_in_batches
+from .loader import prepare, val_batch_size
 from .run import ImageRun
 
 __all__ = [
-    "Ranking", "beside", "best", "inpaint", "interpolate", "neighbours", "reconstruct", "sample", "traverse",
+    "Ranking", "compare_with_real", "inpaint", "interpolate", "nearest_neighbours", "reconstruct", "sample",
+    "sample_best", "traverse",
 ]  # fmt: skip
 
 _COLUMNS = 10
-_DRAWS = 20  # of z for each image's likelihood
+_DRAWS = 20  # draws of z to estimate the likelihood of an image
 
 
 def sample(run: ImageRun, path: Path, *, n: int = 64, seed: int = 0, temperature: float = 1.0) -> None:
-    """n new images, decoded from z ~ N(0, temperature^2 I)."""
+    """Draw n new images, decoded from z ~ N(0, temperature^2 I)."""
     _check("-n", n, 1, 10_000)
     _check_seed(seed)
     _check("--temperature", temperature, 0)
-    _prepare(path)
-    z = temperature * _prior(run, n, seed)
-    pictures.save_samples(_shown(run, z), path)
+    _prepare_output(path)
+    z = temperature * _prior_samples(run, n, seed)
+    pictures.save_samples(_decode_means(run, z), path)
 
 
 class Ranking(NamedTuple):
-    """What images were ranked by, and what each of them got."""
+    """The measure that images were ranked by, and the value of each image."""
 
     measure: str
     unit: str
-    """To follow a value, with its space; a score has none."""
+    """The unit to print after a value, with a leading space; empty for a score."""
     decimals: int
     values: Tensor
-    """Of all that were drawn, the best first, float64."""
+    """The values of all images, best first, float64."""
 
 
 @torch.no_grad()
-def best(
+def sample_best(
     run: ImageRun, path: Path, *, n: int = 16, of: int = 256, seed: int = 0, temperature: float = 1.0
 ) -> Ranking:
-    """The n best, best first, of the `of` new images that `sample` would draw.
+    """Draw the n best, in order, of the `of` new images that `sample` would draw.
 
-    They are ranked by the importance-weighted bound on the likelihood that the model gives them, as bytes (for the
-    Bernoulli as zeros and ones). It prefers plain images, which cost few bits. Where the model has a method
-    `realism(images (B, C, H, W) in [0, 1]) -> (B,)`, a discriminator's score, that ranks instead: the highest first.
+    They are ranked by the importance-weighted bound on their likelihood under the model, as bytes (for the Bernoulli as
+    zeros and ones). This prefers plain images, which need few bits. If the model has a method
+    `realism(images (B, C, H, W) in [0, 1]) -> (B,)`, such as a discriminator's score, that ranks them instead.
     """
     _check("--of", of, 1, 10_000)
     if not 1 <= n <= of:
         raise InputError(f"--best must be between 1 and {of} (--of), got {n}")
     _check_seed(seed)
     _check("--temperature", temperature, 0)
-    _prepare(path)
-    z = temperature * _prior(run, of, seed)
-    shown = _shown(run, z).clamp(0, 1)
+    _prepare_output(path)
+    z = temperature * _prior_samples(run, of, seed)
+    images = _decode_means(run, z).clamp(0, 1)
     realism = getattr(run.model, "realism", None)
     if realism is not None:
-        parts = (part.permute(0, 3, 1, 2).to(run.device) for part in _parts(run, shown))
+        parts = (part.permute(0, 3, 1, 2).to(run.device) for part in _batches(run, images))
         values = torch.cat([realism(part).double().cpu() for part in parts])
         measure, unit, decimals = "the discriminator's score", "", 4
     else:
-        values = _nll(run, (shown * 255).round().to(torch.uint8), seed)
+        values = _nll(run, (images * 255).round().to(torch.uint8), seed)
         measure, unit, decimals = f"likelihood under the model ({_DRAWS} importance samples)", " nats", 2
         if run.model.bits_offset is not None:
             values = run.model.bits_per_dim(values)
             unit, decimals = " bits per dimension", 4
-    # In either direction NaN comes last.
+    # NaN is sorted last in both cases.
     order = (values if realism is None else -values).argsort(stable=True)
-    pictures.save_samples(shown[order[:n]], path)
+    pictures.save_samples(images[order[:n]], path)
     return Ranking(measure, unit, decimals, values[order])
 
 
 def _nll(run: ImageRun, images: Tensor, seed: int) -> Tensor:
-    """The importance-weighted bound on -log p of uint8 images (N, H, W, C): nats, (N,)."""
-    # A mean is brought to zeros and ones as its picture looks, not drawn.
+    """Return the importance-weighted bound on -log p of uint8 images (N, H, W, C) in nats, (N,)."""
+    # The means are binarised by a threshold, as their picture looks, even if training draws them.
     settings = dataclasses.replace(run.settings, binarize="threshold")
-    batches = in_batches(run, images, settings, _DRAWS, seed, get_console(), "ranking")
+    batches = estimate_in_batches(run, images, settings, _DRAWS, seed, get_console(), "ranking")
     return torch.cat([found.nll.cpu() for _, _, found, _ in batches])
 
 
 def reconstruct(run: ImageRun, path: Path, *, n: int = 30) -> int:
-    """The first n held-out images, or as many as there are, each above what the model makes of it.
+    """Draw the first n validation images, each above its reconstruction from the posterior mean.
 
-    The latter is decoded from the posterior's mean. Returns how many images there were.
+    Returns the number of images, which may be smaller than n.
     """
     _check("-n", n, 1, 10_000)
-    images = run.images.held_out[:n]
-    _prepare(path)
-    pictures.save_reconstructions(_grey(images), _shown(run, _means(run, images)), path)
+    images = run.images.val[:n]
+    _prepare_output(path)
+    pictures.save_reconstructions(
+        _to_unit_range(images), _decode_means(run, _posterior_means(run, images)), path
+    )
     return len(images)
 
 
-def beside(run: ImageRun, path: Path, *, n: int = 40, seed: int = 0) -> None:
-    """n new images, and below them, apart, as many held-out ones (or as many as there are)."""
-    _prepare(path)
-    new, real = _shown(run, _prior(run, n, seed)), _grey(run.images.held_out[:n])
-    rows = [*new.split(_COLUMNS), *real.split(_COLUMNS)]
-    pictures.save_grid(rows, path, group=len(new.split(_COLUMNS)))
+def compare_with_real(run: ImageRun, path: Path, *, n: int = 40, seed: int = 0) -> None:
+    """Draw n new images and, below them, at most n validation images."""
+    _prepare_output(path)
+    new, real = _decode_means(run, _prior_samples(run, n, seed)), _to_unit_range(run.images.val[:n])
+    grid_rows = [*new.split(_COLUMNS), *real.split(_COLUMNS)]
+    pictures.save_grid(grid_rows, path, group=len(new.split(_COLUMNS)))
 
 
-def neighbours(run: ImageRun, path: Path, *, n: int = 10, near: int = 3, seed: int = 0) -> None:
-    """n new images, and below each the training images nearest to it in their pixels: does it repeat one?
+def nearest_neighbours(
+    run: ImageRun, path: Path, *, n: int = 10, num_neighbours: int = 3, seed: int = 0
+) -> None:
+    """Draw n new images, each above the nearest training images in pixels, which shows whether the model copies any.
 
-    Mirrored ones count too where the run has mirrored them in training.
+    Mirrored training images also count if training mirrored them.
     """
-    _prepare(path)
-    new, train = _shown(run, _prior(run, n, seed)), run.images.train
-    rows = []
+    _prepare_output(path)
+    new, train = _decode_means(run, _prior_samples(run, n, seed)), run.images.train
+    indices = []
     for image in new:
         views = [image, image.flip(1)] if run.settings.augment else [image]
         distance = torch.stack([_distances(run, view) for view in views]).amin(0)
-        rows.append(distance.topk(min(near, len(train)), largest=False).indices)
-    nearest = torch.stack(rows, 1)  # (near, n)
-    pictures.save_grid([new, *(_grey(train[row]) for row in nearest)], path)
+        indices.append(distance.topk(min(num_neighbours, len(train)), largest=False).indices)
+    nearest = torch.stack(indices, 1)  # (near, n)
+    pictures.save_grid([new, *(_to_unit_range(train[indices]) for indices in nearest)], path)
 
 
 def _distances(run: ImageRun, image: Tensor) -> Tensor:
-    """Squared, of the run's training images from one (H, W, C) in [0, 1]."""
-    parts = _parts(run, run.images.train)
-    return torch.cat([(_grey(part) - image).square().flatten(1).sum(1) for part in parts])
+    """Return the squared distances of all training images from one image (H, W, C) in [0, 1]."""
+    parts = _batches(run, run.images.train)
+    return torch.cat([(_to_unit_range(part) - image).square().flatten(1).sum(1) for part in parts])
 
 
 def interpolate(
     run: ImageRun, path: Path, *, starts: Sequence[int] = (), ends: Sequence[int] = (), steps: int = 10
 ) -> list[tuple[int, int]]:
-    """From image to image, a row for each pair of `starts` and `ends`, which count the held-out images from 0.
+    """Interpolate between validation images; `starts` and `ends` are their indices.
 
-    A row is `steps` images, decoded on the straight line between the two posterior means, between the two originals.
-    Without pairs the first 16 images make 8 of them. Returns the pairs.
+    Each pair makes a line of the picture: `steps` images, decoded on the straight line between the two posterior means,
+    with the two originals at its ends. Without pairs, the first 16 images make 8 pairs. Returns the pairs.
     """
     _check("--steps", steps, 2, 100)
     if len(starts) != len(ends):
         raise InputError(
-            f"--from and --to make pairs: got {len(starts)} of the one and {len(ends)} of the other"
+            f"--from and --to must be given equally often, got {len(starts)} and {len(ends)} of them"
         )
-    held_out = run.images.held_out
-    _check_places("--from", starts, held_out)
-    _check_places("--to", ends, held_out)
+    val = run.images.val
+    _check_indices("--from", starts, val)
+    _check_indices("--to", ends, val)
     pairs = list(zip(starts, ends, strict=True))
     if not pairs:
-        # A single image leads to itself.
-        last = len(held_out) - 1
-        pairs = [(2 * i, min(2 * i + 1, last)) for i in range(min(8, max(1, len(held_out) // 2)))]
-    _prepare(path)
-    first, second = (held_out[list(places)] for places in zip(*pairs, strict=True))
-    start, end = _means(run, first), _means(run, second)
-    way = torch.stack(
+        # A single image is paired with itself.
+        last = len(val) - 1
+        pairs = [(2 * i, min(2 * i + 1, last)) for i in range(min(8, max(1, len(val) // 2)))]
+    _prepare_output(path)
+    first, second = (val[list(indices)] for indices in zip(*pairs, strict=True))
+    start, end = _posterior_means(run, first), _posterior_means(run, second)
+    z = torch.stack(
         [start.lerp(end, t) for t in torch.linspace(0, 1, steps).tolist()], 1
     )  # (pairs, steps, L)
-    between = _shown(run, way.flatten(0, 1)).unflatten(0, (-1, steps))
-    rows = torch.cat([_grey(first)[:, None], between, _grey(second)[:, None]], 1)
-    pictures.save_grid(list(rows), path, ends_apart=True)
+    between = _decode_means(run, z.flatten(0, 1)).unflatten(0, (-1, steps))
+    grid_rows = torch.cat([_to_unit_range(first)[:, None], between, _to_unit_range(second)[:, None]], 1)
+    pictures.save_grid(list(grid_rows), path, ends_apart=True)
     return pairs
 
 
 def traverse(run: ImageRun, path: Path, *, image: int = 0, n: int = 20, steps: int = 11) -> list[int]:
-    """What the dimensions do: a row for each, the most active first, in which it alone goes from -3 to 3.
+    """Vary each latent dimension from -3 to 3, starting with the most active one.
 
-    The others stay at the posterior's mean of a held-out image. Activity is the variance of the posterior's mean over
-    (at most 2000) held-out images. There are at most n rows. Returns the dimensions in their order.
+    The other dimensions keep the posterior mean of a validation image. The activity of a dimension is the variance of
+    its posterior mean over at most 2000 validation images. Returns the dimensions in their order, at most n.
     """
     _check("-n", n, 1)
     _check("--steps", steps, 2, 100)
-    _check_places("--image", [image], run.images.held_out)
-    _prepare(path)
-    mu = _means(run, run.images.held_out[:2000])
+    _check_indices("--image", [image], run.images.val)
+    _prepare_output(path)
+    mu = _posterior_means(run, run.images.val[:2000])
     order = mu.double().var(0, correction=0).argsort(descending=True)[:n].tolist()
-    z = _means(run, run.images.held_out[image : image + 1]).expand(len(order), steps, -1).clone()
-    for row, dimension in enumerate(order):
-        z[row, :, dimension] = torch.linspace(-3, 3, steps)
-    rows = _shown(run, z.flatten(0, 1)).unflatten(0, (-1, steps))
-    pictures.save_grid(list(rows), path, labels=[f"z{dimension}" for dimension in order])
+    z = _posterior_means(run, run.images.val[image : image + 1]).expand(len(order), steps, -1).clone()
+    for grid_row, dimension in enumerate(order):
+        z[grid_row, :, dimension] = torch.linspace(-3, 3, steps)
+    grid_rows = _decode_means(run, z.flatten(0, 1)).unflatten(0, (-1, steps))
+    pictures.save_grid(list(grid_rows), path, labels=[f"z{dimension}" for dimension in order])
     return order
 
 
 class Box(NamedTuple):
-    """The pixels from x0 to before x1, and from y0 to before y1; (0, 0) is at the top left."""
+    """Pixels with x0 <= x < x1 and y0 <= y < y1; (0, 0) is at the top left."""
 
     x0: int
     y0: int
@@ -202,7 +206,7 @@ class Box(NamedTuple):
 
 
 def box(mask: str, height: int, width: int) -> Box:
-    """What `--mask` means for an image of this size: half of it, its centre, or the corners of a box.
+    """Return the box of `--mask` in an image of this size: a half of it, its centre, or explicit corners.
 
     Raises InputError for anything else.
     """
@@ -222,8 +226,8 @@ def box(mask: str, height: int, width: int) -> Box:
     corners = Box(*map(int, mask.split(",")))
     if not (0 <= corners.x0 < corners.x1 <= width and 0 <= corners.y0 < corners.y1 <= height):
         raise InputError(
-            f"--mask {mask}: not a box in an image of {width} x {height} pixels (width x height): x0,y0,x1,y1 "
-            f"with 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}"
+            f"--mask {mask}: the box must lie inside the image of {width} x {height} pixels (width x height), so "
+            f"0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height} for x0,y0,x1,y1"
         )
     return corners
 
@@ -232,24 +236,24 @@ def box(mask: str, height: int, width: int) -> Box:
 def inpaint(
     run: ImageRun, path: Path, *, mask: str = "right", steps: int = 100, n: int = 10, seed: int = 0
 ) -> int:
-    """The first n held-out images, or as many as there are: with a part masked, with that part filled, and whole.
+    """Draw the first n validation images, each with a part masked, with that part inpainted, and as it was.
 
-    The masked part starts as noise. Each step encodes the image, draws z from the posterior and then the masked part
-    from the likelihood, so that it drifts to what the model holds likely given the rest (Rezende et al. 2014,
-    appendix F). The last step takes means. Returns how many images there were.
+    The masked part starts as noise. Each step encodes the image, draws z from the posterior, and draws the masked part
+    from the likelihood, so that it moves towards what the model finds likely given the rest (Rezende et al. 2014,
+    appendix F). The last step takes means. Returns the number of images, which may be smaller than n.
     """
     height, width, _ = run.shape
     x0, y0, x1, y1 = box(mask, height, width)
     _check("--steps", steps, 1)
     _check("-n", n, 1, 1000)
     _check_seed(seed)
-    images = run.images.held_out[:n]
-    _prepare(path)
+    images = run.images.val[:n]
+    _prepare_output(path)
     model, likelihood = run.model, run.model.likelihood
     draws = torch.Generator(run.device).manual_seed(seed)
-    x = prepare(images, run.settings, generator(seed)).to(run.device)
+    x = prepare(images, run.settings, seeded_generator(seed)).to(run.device)
     hidden = x[:, :, y0:y1, x0:x1]  # a view
-    if run.settings.of_bytes:
+    if run.settings.models_bytes:
         hidden.random_(0, 256, generator=draws)
     else:
         hidden.uniform_(generator=draws)
@@ -259,57 +263,57 @@ def inpaint(
             z, _ = model.elbo.reparameterize(mu, logvar, generator=draws)
             hidden.copy_(likelihood.sample(model.decode(z), draws)[:, :, y0:y1, x0:x1])
     filled = likelihood.mean(model.decode(mu))[:, :, y0:y1, x0:x1]
-    masked, whole = _grey(images), _grey(images)
+    masked, originals = _to_unit_range(images), _to_unit_range(images)
     masked[:, y0:y1, x0:x1] = pictures.BACKGROUND / 255
-    completed = whole.clone()
-    completed[:, y0:y1, x0:x1] = filled.float().cpu().permute(0, 2, 3, 1)
-    rows: list[Tensor] = []
-    for three in zip(*(part.split(_COLUMNS) for part in (masked, completed, whole)), strict=True):
-        rows += three
-    pictures.save_grid(rows, path, group=3)
+    inpainted = originals.clone()
+    inpainted[:, y0:y1, x0:x1] = filled.float().cpu().permute(0, 2, 3, 1)
+    grid_rows: list[Tensor] = []
+    for group in zip(*(part.split(_COLUMNS) for part in (masked, inpainted, originals)), strict=True):
+        grid_rows += group
+    pictures.save_grid(grid_rows, path, group=3)
     return len(images)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What they share
+# Helpers
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _parts(run: ImageRun, rows: Tensor) -> tuple[Tensor, ...]:
-    """As many images, or their z, at a time as memory is meant to hold."""
-    return rows.split(held_out_batch(run.settings, run.shape))
+def _batches(run: ImageRun, tensor: Tensor) -> tuple[Tensor, ...]:
+    """Split images, or their z, into batches that fit into memory."""
+    return tensor.split(val_batch_size(run.settings, run.shape))
 
 
-def _prior(run: ImageRun, n: int, seed: int) -> Tensor:
-    """z ~ N(0, I), (n, L), on the CPU."""
+def _prior_samples(run: ImageRun, n: int, seed: int) -> Tensor:
+    """Draw z ~ N(0, I), (n, L), on the CPU."""
     return torch.randn(n, run.model.latents, generator=torch.Generator().manual_seed(seed))
 
 
-def _grey(images: Tensor) -> Tensor:
-    """uint8 to [0, 1]."""
+def _to_unit_range(images: Tensor) -> Tensor:
+    """Convert uint8 to [0, 1]."""
     return images / 255
 
 
 @torch.no_grad()
-def _means(run: ImageRun, images: Tensor) -> Tensor:
-    """Posterior means (N, L) of uint8 images (N, H, W, C), on the CPU."""
-    draws = generator(run.settings.seed, 3)
-    parts = (prepare(part, run.settings, draws).to(run.device) for part in _parts(run, images))
+def _posterior_means(run: ImageRun, images: Tensor) -> Tensor:
+    """Return posterior means (N, L) of uint8 images (N, H, W, C), on the CPU."""
+    draws = seeded_generator(run.settings.seed, 3)
+    parts = (prepare(part, run.settings, draws).to(run.device) for part in _batches(run, images))
     return torch.cat([run.model.encode(part)[0].float().cpu() for part in parts])
 
 
 @torch.no_grad()
-def _shown(run: ImageRun, z: Tensor) -> Tensor:
-    """The likelihood's means (N, H, W, C) of z (N, L), on the CPU."""
+def _decode_means(run: ImageRun, z: Tensor) -> Tensor:
+    """Return the means of the likelihood (N, H, W, C) for z (N, L), on the CPU."""
     mean = run.model.likelihood.mean
-    parts = [mean(run.model.decode(part.to(run.device))) for part in _parts(run, z)]
+    parts = [mean(run.model.decode(part.to(run.device))) for part in _batches(run, z)]
     return torch.cat([part.float().cpu() for part in parts]).permute(0, 2, 3, 1)
 
 
-def _prepare(path: Path) -> None:
-    """See that a picture can be written there: before the work, not after it."""
+def _prepare_output(path: Path) -> None:
+    """Check that a picture can be written there, before any long work."""
     if path.suffix.lower() != ".png":
-        raise InputError(f"--out {path}: the picture is a PNG file, so its name must end in .png")
+        raise InputError(f"--out {path}: the picture is saved as PNG, so the name must end in .png")
     files.prepare_folder(path.parent, [path.name])
 
 
@@ -323,7 +327,10 @@ def _check_seed(seed: int) -> None:
     _check("--seed", seed, 0, 2**32 - 1)
 
 
-def _check_places(name: str, places: Sequence[int], images: Tensor) -> None:
-    for place in places:
-        if not 0 <= place < len(images):
-            raise InputError(f"{name} {place}: there are {len(images)} held-out images, counted from 0")
+def _check_indices(name: str, indices: Sequence[int], images: Tensor) -> None:
+    for index in indices:
+        if not 0 <= index < len(images):
+            raise InputError(
+                f"{name} must be between 0 and {len(images) - 1}, as there are {len(images)} validation images, got "
+                f"{index}"
+            )

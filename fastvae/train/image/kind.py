@@ -1,6 +1,6 @@
-"""Runs of images: what they do in their own way.
+"""The kind of runs that are trained on images.
 
-config.toml (with `shape`)  samples.png  reconstructions.png  loss.png  latents.png, and what `later` names
+Files: config.toml (with `shape`)  samples.png  reconstructions.png  loss.png  latents.png  and `command_files`
 """
 
 import dataclasses
@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvae.train import folder, messages
+from fastvae.train import messages, run_folder
 from fastvae.train.errors import InputError
 from fastvae.train.kind import Kind
 
 from . import data as image_data
-from .data import Images, Shape, shape_of, size_of
-from .recipes import MLP, VAEGAN, Colour, Conv, ConvLSTM, Photos
+from .data import Images, Shape, format_size, shape_of
+from .recipes import MLP, VAEGAN, Conv, ConvLSTM, Photos, ResNet
 from .run import ImageRun
 from .settings import ImageSettings
 
@@ -32,56 +32,57 @@ __all__ = ["ImageKind"]
 
 class ImageKind(Kind[ImageSettings, Shape, Images, ImageRun]):
     name = "image"
-    a_datum = "an image"
-    recipes = (MLP, Conv, ConvLSTM, Colour, Photos, VAEGAN)
+    datum_with_article = "an image"
+    recipes = (MLP, Conv, ConvLSTM, ResNet, Photos, VAEGAN)
     run = ImageRun
-    head = ("shape",)
-    left = ("samples.png", "reconstructions.png", "loss.png", "latents.png")
-    later = (
+    form_keys = ("shape",)
+    training_files = ("samples.png", "reconstructions.png", "loss.png", "latents.png")
+    command_files = (
         "evaluation.json", "interpolations.png", "traversals.png", "inpainting.png", "generated.png", "neighbours.png",
     )  # fmt: skip
-    samples = 500
-    elsewhere = "a run of images"
+    default_samples = 500
+    wrong_kind_message = "this is a run of images"
 
-    def load(self, settings: ImageSettings, form: Shape | None = None, *, others: bool = False) -> Images:
-        # Files are brought to the shape of a run that is there, whatever they would be by themselves.
+    def load(self, settings: ImageSettings, form: Shape | None = None, *, other_data: bool = False) -> Images:
+        # The files of an existing run are always resized to its shape.
         return image_data.load(
-            settings.data, seed=settings.seed, size=settings.size, shape=form, whole=others
+            settings.data, seed=settings.seed, size=settings.size, shape=form, validation_only=other_data
         )
 
-    def settle(self, settings: ImageSettings, data: Images) -> ImageSettings:
+    def resolve_settings(self, settings: ImageSettings, data: Images) -> ImageSettings:
         settings = settings.resolve(shape_of(data)[2])
         settings.refuse_unused()
         if settings.data == "digits" or settings.data.endswith(".npz"):
             if settings.size != type(settings).size:
                 raise InputError(
-                    f"--size is of folders and datasets: the images of {settings.data} are taken as they are"
+                    f"--size only applies to folders and datasets; the images of {settings.data} keep their size"
                 )
             settings = dataclasses.replace(settings, size=0)
         return settings
 
-    def settle_again(self, settings: ImageSettings, form: Shape) -> ImageSettings:
+    def resolve_on_resume(self, settings: ImageSettings, form: Shape) -> ImageSettings:
         return settings.resolve(form[2])
 
     def make_form(self, settings: ImageSettings, data: Images) -> Shape:
         return shape_of(data)
 
-    def read_form(self, path: Path, head: dict[str, Any]) -> Shape:
-        shape = head["shape"]
+    def read_form(self, path: Path, form_values: dict[str, Any]) -> Shape:
+        shape = form_values["shape"]
         if not (isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)):
             raise InputError(
-                f"{path / folder.CONFIG}: `shape` must be [height, width, channels], got {shape!r}"
+                f"{path / run_folder.CONFIG}: `shape` must be [height, width, channels], got {shape!r}"
             )
         height, width, channels = shape
         return height, width, channels
 
-    def head_lines(self, form: Shape) -> str:
-        return f"shape = {list(form)}  # of an image: height, width, channels\n"
+    def form_lines(self, form: Shape) -> str:
+        return f"shape = {list(form)}  # height, width and channels of an image\n"
 
-    def suit(self, data: Images, form: Shape, settings: ImageSettings, path: Path) -> Images:
+    def adapt_data(self, data: Images, form: Shape, settings: ImageSettings, path: Path) -> Images:
         if shape_of(data) != form:
             raise InputError(
-                f"{settings.data}: the images are {size_of(shape_of(data))}, those of {path} {size_of(form)}"
+                f"{settings.data}: the images must be {format_size(form)} as in {path}, got "
+                f"{format_size(shape_of(data))}"
             )
         return data
 
@@ -93,39 +94,41 @@ class ImageKind(Kind[ImageSettings, Shape, Images, ImageRun]):
                 bits_offset=8 if settings.likelihood == "gaussian" else 0,
                 **settings.module_options(),
             )
-        except RuntimeError as error:  # torch's, of sizes that no memory holds
-            raise InputError(f"this model cannot be made: {str(error).strip().splitlines()[0]}") from error
+        except RuntimeError as error:  # torch raises it for sizes that do not fit into memory
+            raise InputError(f"cannot build this model: {str(error).strip().splitlines()[0]}") from error
 
-    def begin(self, model: "ImageVAE", settings: ImageSettings, data: Images) -> None:
-        from . import start
+    def init_from_data(self, model: "ImageVAE", settings: ImageSettings, data: Images) -> None:
+        from . import init_weights
 
-        start.begin(model, settings, data)
+        init_weights.init_from_data(model, settings, data)
 
-    def initialise(self, model: "ImageVAE", settings: ImageSettings, out: Path, *, resumed: bool) -> None:
-        from . import start
+    def init_from_run(self, model: "ImageVAE", settings: ImageSettings, out: Path, *, resumed: bool) -> None:
+        from . import init_weights
 
         if settings.init_from:
-            start.initialise(model, settings, out, resumed=resumed)
+            init_weights.init_from_run(model, settings, out, resumed=resumed)
 
-    def drawer(self, data: Images, form: Shape, settings: ImageSettings, folder: Path) -> "Callback":
-        from .callbacks import Pictures
+    def examples_callback(
+        self, data: Images, form: Shape, settings: ImageSettings, folder: Path
+    ) -> "Callback":
+        from .callbacks import SaveImages
 
-        return Pictures(folder, data, settings)
+        return SaveImages(folder, data, settings)
 
     def batches(self, model: "ImageVAE", data: Images, form: Shape, settings: ImageSettings) -> "ImageData":
         from .loader import ImageData
 
         return ImageData(data, settings)
 
-    def introduce(
+    def describe_run(
         self, model: "ImageVAE", data: Images, form: Shape, settings: ImageSettings, batches: "ImageData"
     ) -> Iterator[str]:
-        size = size_of(form)
-        yield f"data: {data.name}, {size}: {len(data.train)} to train on, {len(data.held_out)} held out"
+        size = format_size(form)
+        yield f"data: {data.name}, {size}, {len(data.train)} training images, {len(data.val)} validation images"
         for note in data.notes:
             yield f"warning: {note}"
-        yield messages.model_line(model, settings)
-        yield f"       {settings.described}"
+        yield messages.describe_model(model, settings)
+        yield f"       {settings.likelihood_description}"
 
     def evaluate(
         self,
@@ -144,12 +147,12 @@ class ImageKind(Kind[ImageSettings, Shape, Images, ImageRun]):
     def after_evaluation(self, run: ImageRun, seed: int) -> Iterator[str]:
         from . import generate
 
-        if hasattr(run.model, "realism"):  # a GAN, which may have learned images by heart
+        if hasattr(run.model, "realism"):  # a GAN, which may have memorised images
             generated, neighbours = run.path / "generated.png", run.path / "neighbours.png"
-            generate.beside(run, generated, seed=seed)
-            yield f"{generated}: new images, above held-out ones"
-            if run.others:
-                yield "neighbours.png is not drawn: it is of the images trained on, and --data are others"
+            generate.compare_with_real(run, generated, seed=seed)
+            yield f"{generated}: new images, above validation images"
+            if run.is_other_data:
+                yield "neighbours.png is not drawn, because it shows training images and --data gives other data"
                 return
-            generate.neighbours(run, neighbours, seed=seed)
-            yield f"{neighbours}: new images, each above the nearest of those trained on"
+            generate.nearest_neighbours(run, neighbours, seed=seed)
+            yield f"{neighbours}: new images, each above the nearest training images"

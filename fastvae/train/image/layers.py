@@ -1,4 +1,4 @@
-"""What the networks of the image recipes share: sides halved and doubled again, dense layers, residual blocks."""
+"""Building blocks that the image recipes share: sizes of feature maps, dense layers and residual blocks."""
 
 from itertools import pairwise
 from math import prod
@@ -13,22 +13,22 @@ __all__ = [
     "Pixels",
     "Residual",
     "Side",
+    "channel_counts",
     "dense",
-    "double",
-    "halved",
+    "halving_sides",
     "residual_decoder",
     "residual_encoder",
-    "widths",
+    "upsampling_layer",
 ]
 
 Side = tuple[int, int]
 """Height and width."""
 
 
-def halved(recipe: str, height: int, width: int) -> list[Side]:
-    """The sides of an image and its halves, rounded up, until the smaller one is 4 to 7.
+def halving_sides(recipe: str, height: int, width: int) -> list[Side]:
+    """Return the sides of an image and of its feature maps, each half as large, until the smaller side is 4 to 7.
 
-    Raises InputError for images under 8 pixels, of which there is no half.
+    Odd sides are rounded up. Raises InputError for images with fewer than 8 pixels on a side.
     """
     if min(height, width) < 8:
         raise InputError(
@@ -40,18 +40,18 @@ def halved(recipe: str, height: int, width: int) -> list[Side]:
     return sides
 
 
-def double(before: int, after: int, side: Side) -> nn.Module:
-    """The convolution that brings half an image, of so many channels, back to its side.
+def upsampling_layer(before: int, after: int, side: Side) -> nn.Module:
+    """Return a transposed convolution that doubles a feature map to exactly this side.
 
-    Exactly: 2n - 1 from an odd one, 2n from an even one. Kernels of 4 cover every pixel equally often; others leave a
-    chequerboard.
+    A side n becomes 2n - 1 if the result must be odd, and 2n otherwise. A kernel of 4 covers every pixel equally often;
+    other kernels leave a chequerboard pattern.
     """
     odd = (side[0] % 2, side[1] % 2)
     return nn.ConvTranspose2d(before, after, 4, 2, padding=(1 + odd[0], 1 + odd[1]), output_padding=odd)
 
 
 def dense(*sizes: int) -> list[nn.Module]:
-    """Linear layers with a ReLU between each two."""
+    """Return linear layers with a ReLU between them."""
     layers: list[nn.Module] = []
     for before, after in pairwise(sizes):
         layers += [nn.Linear(before, after), nn.ReLU()]
@@ -59,9 +59,9 @@ def dense(*sizes: int) -> list[nn.Module]:
 
 
 class Residual(nn.Module):
-    """x plus two convolutions of it (He et al. 2016), the second of which starts at zero.
+    """x plus two convolutions of it (He et al. 2016), the second of which is initialised to zero.
 
-    So a deep network starts as a shallow one, and needs no normalisation to be trained (Zhang et al. 2019).
+    A deep network therefore starts as a shallow one and trains without normalisation (Zhang et al. 2019).
     """
 
     def __init__(self, channels: int) -> None:
@@ -80,12 +80,12 @@ class Residual(nn.Module):
 
 
 def residual_encoder(sides: list[Side], inputs: int, outputs: int, channels: int, blocks: int) -> nn.Module:
-    """Images (B, inputs, *sides[0]) to (B, outputs): each half has so many blocks, and twice as many channels."""
-    sizes = [inputs, *widths(channels, len(sides) - 1)]
+    """Map images (B, inputs, *sides[0]) to (B, outputs). Each halving has `blocks` blocks and doubles the channels."""
+    sizes = [inputs, *channel_counts(channels, len(sides) - 1)]
     layers: list[nn.Module] = []
     for (before, after), (height, width) in zip(pairwise(sizes), sides, strict=False):
         if layers:
-            # A kernel of 4, as on the way back; it takes an odd side for the even one below.
+            # A kernel of 4, as in the decoder. An odd side is padded to an even one.
             odd = [nn.ZeroPad2d((0, width % 2, 0, height % 2))] if width % 2 or height % 2 else []
             layers += [nn.SiLU(), *odd, nn.Conv2d(before, after, 4, 2, padding=1)]
         else:
@@ -95,22 +95,22 @@ def residual_encoder(sides: list[Side], inputs: int, outputs: int, channels: int
 
 
 def residual_decoder(sides: list[Side], latent: int, outputs: int, channels: int, blocks: int) -> nn.Module:
-    """z (B, latent) to (B, outputs, *sides[0]), the encoder's way back."""
-    sizes = widths(channels, len(sides) - 1)
+    """Map z (B, latent) to (B, outputs, *sides[0]), mirroring the encoder."""
+    sizes = channel_counts(channels, len(sides) - 1)
     small = (sizes[-1], *sides[-1])
     layers: list[nn.Module] = [nn.Linear(latent, prod(small)), nn.Unflatten(1, small)]
     for level in range(len(sides) - 1, 0, -1):
         width = sizes[level - 1]
         layers += [*(Residual(width) for _ in range(blocks)), nn.SiLU()]
         if level > 1:
-            layers.append(double(width, sizes[level - 2], sides[level - 1]))
+            layers.append(upsampling_layer(width, sizes[level - 2], sides[level - 1]))
     return nn.Sequential(*layers, Pixels(sizes[0], outputs, sides[0]))
 
 
 class Pixels(nn.Module):
-    """Half an image to the whole, four pixels from each (Shi et al. 2016): nothing wide is ever as large as the image.
+    """Upsamples to full size with four pixels per position (Shi et al. 2016), which avoids wide layers at full size.
 
-    The four start equal, so that training starts without a chequerboard (Aitken et al. 2017).
+    The four pixels are initialised equally, so that training starts without a chequerboard (Aitken et al. 2017).
     """
 
     def __init__(self, inputs: int, outputs: int, side: Side) -> None:
@@ -122,10 +122,10 @@ class Pixels(nn.Module):
                 parameter.copy_(parameter[::4].repeat_interleave(4, 0))
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = self.side  # which may be odd
+        height, width = self.side  # either may be odd
         return F.pixel_shuffle(self.convolution(x), 2)[:, :, :height, :width]
 
 
-def widths(channels: int, halves: int) -> list[int]:
-    """The channels of each half: twice those of the one before, up to eight times the first's."""
+def channel_counts(channels: int, halves: int) -> list[int]:
+    """Return the number of channels after each halving: doubled each time, up to eight times the first."""
     return [channels * min(2**i, 8) for i in range(halves)]

@@ -1,4 +1,4 @@
-"""The model of images that is trained: `VAE`, measured in bits per dimension too."""
+"""The LightningModule of images: a `VAE` that also measures bits per dimension."""
 
 import math
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ __all__ = ["ImageVAE", "unbounded_logvar"]
 
 
 def unbounded_logvar(logvar: Tensor, bounds: Sequence[float]) -> Tensor:
-    """Where to start a bounded log-variance that is to be `logvar`: the inverse of `reference.bounded_logvar`.
+    """Return the unbounded value whose bounded log-variance is `logvar`: the inverse of `reference.bounded_logvar`.
 
-    Within 0.95 of the way to a bound: further out there is little gradient to come back by.
+    The result stays within 95% of the distance to a bound, because the gradient nearly vanishes beyond.
     """
     lo, hi = bounds
     mid, half = (lo + hi) / 2, (hi - lo) / 2
@@ -24,21 +24,21 @@ def unbounded_logvar(logvar: Tensor, bounds: Sequence[float]) -> Tensor:
 
 
 class ImageVAE(VAE):
-    """A VAE of images, for Lightning's Trainer; see `VAE`.
+    """A VAE of images for Lightning's Trainer; see `VAE`.
 
     Args:
-        encoder: x (B, C, H, W) -> (B, 2L), the posterior's mu and logvar.
-        decoder: z (B, L) -> the likelihood's parameters, (B, P, H, W).
+        encoder: maps x (B, C, H, W) to (B, 2L), the posterior's mu and logvar.
+        decoder: maps z (B, L) to the likelihood's parameters, (B, P, H, W).
         dimensions: C H W.
-        bits_offset: what bits per dimension need added to nats / (D ln 2): 0 for binary data and for bytes as they are,
-            8 for bytes scaled to [0, 1], None where the data have no bits per dimension.
+        bits_offset: what to add to nats / (D ln 2) for bits per dimension: 0 for binary data and for unscaled bytes, 8
+            for bytes scaled to [0, 1], None if the data have no bits per dimension.
 
-    Logged besides: train_bits_per_dim and held_out_bits_per_dim.
+    train_bits_per_dim and val_bits_per_dim are logged as well.
     """
 
     unit = "image"
-    measures = ("bits_per_dim",)
-    shown: tuple[tuple[str, str, int], ...] = (("bits/dim", "held_out_bits_per_dim", 3),)
+    split_metrics = ("bits_per_dim",)
+    table_columns: tuple[tuple[str, str, int], ...] = (("bits/dim", "val_bits_per_dim", 3),)
 
     def __init__(
         self,
@@ -55,11 +55,11 @@ class ImageVAE(VAE):
         self.bits_offset = bits_offset
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """mu, logvar: (B, L) each. Bytes are scaled to [0, 1] for the encoder."""
+        """Return mu and logvar, (B, L) each. Bytes are scaled to [0, 1] for the encoder."""
         return super().encode(x.float() / 255 if x.dtype == torch.uint8 else x)
 
-    def start(self, images: Tensor) -> None:
-        """Called once, with some training images (B, C, H, W) in [0, 1], before the first step."""
+    def init_from_images(self, images: Tensor) -> None:
+        """Initialise from some training images (B, C, H, W) in [0, 1]. Called once, before the first step."""
 
     def terms(self, part: str, nll: float, kl: float) -> dict[str, float]:
         terms = super().terms(part, nll, kl)
@@ -68,5 +68,5 @@ class ImageVAE(VAE):
         return terms
 
     def bits_per_dim(self, nats: Any) -> Any:
-        """Nats per image as bits per dimension of the data as they were, where they have such."""
+        """Convert nats per image into bits per dimension of the original data."""
         return nats / (self.dimensions * math.log(2)) + self.bits_offset

@@ -22,10 +22,10 @@ class ImageRun(Run[ImageSettings, Shape, Images]):
 
     @property
     def shape(self) -> Shape:
-        """Of an image: H, W, C."""
+        """The shape of an image: H, W, C."""
         return self.form
 
     @property
     def images(self) -> Images:
-        """The run's data; of `others` that are a folder, all are held-out ones."""
+        """The run's data. If they are a folder given with --data, all of its images are validation images."""
         return self.data

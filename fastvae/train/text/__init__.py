@@ -1,4 +1,4 @@
-"""Runs of text."""
+"""Training on text."""
 
 from pathlib import Path
 from typing import Literal

@@ -1,4 +1,4 @@
-"""How good a model of text is on sentences that it has not seen, and how much of them is in z."""
+"""Evaluation of text models on validation sentences: perplexity, and how much information z holds."""
 
 import math
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ from rich.table import Table
 from torch import Tensor
 
 import fastvae
-from fastvae.train.bounds import in_batches
+from fastvae.train.bounds import estimate_in_batches
 from fastvae.train.information import mutual_information
 from fastvae.train.module import ACTIVE
-from fastvae.train.report import Report, check_numbers
+from fastvae.train.report import Report, check_options
 
 from . import sentences
 from .run import TextRun
 
 __all__ = ["TextEvaluation", "evaluate"]
 
-_COMPARED = 10_000  # sentences that the mutual information is estimated from, at most
+_MI_SENTENCES = 10_000  # the largest number of sentences for estimating the mutual information
 
 
 @dataclass(frozen=True)
 class TextEvaluation(Report):
-    """Means over the sentences, in nats per sentence where nothing else is said."""
+    """Means over the sentences, in nats per sentence unless noted otherwise."""
 
     run: str
     checkpoint: str
@@ -33,31 +33,31 @@ class TextEvaluation(Report):
     data: str
     sentences: int
     tokens: int
-    """With the END of each."""
+    """The number of tokens, including the END of each sentence."""
     unknown: int
-    """How many of them are <unk>."""
+    """The number of tokens that are <unk>."""
     vocabulary: int
     samples: int
     seed: int
-    nelbo: float
+    neg_elbo: float
     reconstruction: float
     kl: float
     iw_nll: float
-    """By importance weighting: at least the true one in expectation, at most the negative ELBO."""
+    """The importance-weighted bound: its expectation lies between the true NLL and the negative ELBO."""
     perplexity: float
-    """From `nelbo`: a bound on the true one from above."""
+    """The upper bound on the perplexity that follows from `neg_elbo`."""
     iw_perplexity: float
-    """From `iw_nll`: a closer one."""
+    """The tighter bound that follows from `iw_nll`."""
     unigram_perplexity: float
-    """Of the same tokens, by their shares in the run's training sentences."""
+    """The perplexity of the same tokens under a unigram model of the run's training sentences."""
     active_units: int
-    """Whose posterior mean varies over the sentences by more than 0.01 (Burda et al. 2016, section 5.2)."""
+    """Units whose posterior mean varies over the sentences by more than 0.01 (Burda et al. 2016, section 5.2)."""
     latents: int
     mutual_information: float
-    """Of x and z; at most log N for N sentences, and for at most 10,000 of them."""
+    """The mutual information of x and z for at most 10,000 sentences. For N sentences it is at most log N."""
 
     @property
-    def count(self) -> int:
+    def num_examples(self) -> int:
         return self.sentences
 
     def table(self) -> Table:
@@ -66,11 +66,11 @@ class TextEvaluation(Report):
         table.add_column("nats per sentence", justify="right")
         table.add_column("perplexity", justify="right")
         for name, value, perplexity in (
-            ("negative ELBO", self.nelbo, self.perplexity),
+            ("negative ELBO", self.neg_elbo, self.perplexity),
             ("  reconstruction", self.reconstruction, None),
             ("  KL", self.kl, None),
             (f"NLL, {self.samples} importance samples", self.iw_nll, self.iw_perplexity),
-            ("a unigram model", None, self.unigram_perplexity),
+            ("unigram model", None, self.unigram_perplexity),
             ("mutual information of x and z", self.mutual_information, None),
         ):
             nats = "" if value is None else f"{value:.3f}"
@@ -90,54 +90,60 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
 ) -> TextEvaluation:
-    """Evaluate a run on its held-out sentences, or the first `limit` of them, with a progress bar on `console`.
+    """Evaluate a run on its validation sentences, or the first `limit`, with a progress bar on `console`.
 
-    Raises InputError for a number out of range.
+    Raises InputError if a number is out of range.
     """
-    check_numbers(samples, limit, seed)
+    check_options(samples, limit, seed)
     vocabulary, model = run.vocabulary, run.model
-    held_out = sentences.rows(vocabulary.numbers(run.corpus.held_out[:limit]))
-    train = sentences.rows(vocabulary.numbers(run.corpus.train))
+    val = sentences.token_table(vocabulary.encode(run.corpus.val[:limit]))
+    train = sentences.token_table(vocabulary.encode(run.corpus.train))
     size = run.settings.batch_size
 
-    def prepared(places: Tensor) -> sentences.Batch:
-        some = sentences.batch(sentences.Rows(held_out.tokens[places], held_out.lengths[places]))
-        return sentences.Batch(*(part.to(run.device) for part in some))
+    def prepare(indices: Tensor) -> sentences.Batch:
+        batch = sentences.make_batch(sentences.TokenTable(val.tokens[indices], val.lengths[indices]))
+        return sentences.Batch(*(part.to(run.device) for part in batch))
 
     parts, posteriors = [], []
-    batches = held_out.lengths.argsort(stable=True).split(size)
-    for _, x, part, _ in in_batches(model, batches, prepared, size, samples, seed, console, "evaluating"):
+    batches = val.lengths.argsort(stable=True).split(size)
+    for _, x, part, _ in estimate_in_batches(
+        model, batches, prepare, size, samples, seed, console, "evaluating"
+    ):
         parts.append(torch.stack(part).cpu())
         posteriors.append(torch.stack(model.encode(x)).cpu())
     nll, reconstruction, kl = torch.cat(parts, 1)
     mu, logvar = torch.cat(posteriors, 1)
-    compared = torch.linspace(0, len(mu) - 1, min(len(mu), _COMPARED)).round().long()
-    z, _ = fastvae.functional.reparameterize_kl(mu[compared], logvar[compared], seed=torch.tensor([seed, 0]))
-    each = held_out.tokens_each
-    nelbo, iw_nll = (reconstruction + kl).mean().item(), nll.mean().item()
+    indices_for_mi = torch.linspace(0, len(mu) - 1, min(len(mu), _MI_SENTENCES)).round().long()
+    z, _ = fastvae.functional.reparameterize_kl(
+        mu[indices_for_mi], logvar[indices_for_mi], seed=torch.tensor([seed, 0])
+    )
+    tokens_per_sentence = val.mean_tokens
+    neg_elbo, iw_nll = (reconstruction + kl).mean().item(), nll.mean().item()
     return TextEvaluation(
         run=str(run.path),
         checkpoint=checkpoint,
         epoch=run.epoch,
         data=run.corpus.name,
         sentences=len(mu),
-        tokens=round(each * len(mu)),
-        unknown=int((held_out.tokens == sentences.UNKNOWN).sum()),
+        tokens=round(tokens_per_sentence * len(mu)),
+        unknown=int((val.tokens == sentences.UNKNOWN).sum()),
         vocabulary=len(vocabulary),
         samples=samples,
         seed=seed,
-        nelbo=nelbo,
+        neg_elbo=neg_elbo,
         reconstruction=reconstruction.mean().item(),
         kl=kl.mean().item(),
         iw_nll=iw_nll,
-        perplexity=_exp(nelbo / each),
-        iw_perplexity=_exp(iw_nll / each),
-        unigram_perplexity=sentences.unigram_perplexity(train, held_out, len(vocabulary)),
+        perplexity=_safe_exp(neg_elbo / tokens_per_sentence),
+        iw_perplexity=_safe_exp(iw_nll / tokens_per_sentence),
+        unigram_perplexity=sentences.unigram_perplexity(train, val, len(vocabulary)),
         active_units=int((mu.double().var(0, correction=0) > ACTIVE).sum()),
         latents=model.latents,
-        mutual_information=mutual_information(mu[compared], logvar[compared], z[: len(compared)]),
+        mutual_information=mutual_information(
+            mu[indices_for_mi], logvar[indices_for_mi], z[: len(indices_for_mi)]
+        ),
     )
 
 
-def _exp(nats: float) -> float:
+def _safe_exp(nats: float) -> float:
     return math.exp(min(nats, 700)) if math.isfinite(nats) else math.nan

@@ -1,6 +1,6 @@
-"""Runs of text: what they do in their own way.
+"""The kind of runs that are trained on text.
 
-tokenizer.json  samples.txt  reconstructions.txt  loss.png
+Files: tokenizer.json  samples.txt  reconstructions.txt  loss.png
 """
 
 from collections.abc import Iterator
@@ -32,30 +32,30 @@ TOKENIZER = "tokenizer.json"
 
 class TextKind(Kind[Text, Vocabulary, Corpus, TextRun]):
     name = "text"
-    a_datum = "a sentence"
+    datum_with_article = "a sentence"
     recipes = (Text,)
     run = TextRun
-    kept = (TOKENIZER,)
-    left = ("samples.txt", "reconstructions.txt", "loss.png", "evaluation.json")
-    samples = 20
-    elsewhere = (
-        "a run of text, which has no pictures; there are sample, reconstruct, interpolate and evaluate"
+    form_files = (TOKENIZER,)
+    training_files = ("samples.txt", "reconstructions.txt", "loss.png", "evaluation.json")
+    default_samples = 20
+    wrong_kind_message = (
+        "this is a run of text, which has no pictures; use sample, reconstruct, interpolate or evaluate"
     )
 
     def check(self, settings: Text) -> None:
         if settings.min_words > settings.max_words:
             raise InputError(
-                f"--min-words {settings.min_words} is more than --max-words {settings.max_words}"
+                f"--min-words must be at most --max-words {settings.max_words}, got {settings.min_words}"
             )
 
-    def load(self, settings: Text, form: Vocabulary | None = None, *, others: bool = False) -> Corpus:
+    def load(self, settings: Text, form: Vocabulary | None = None, *, other_data: bool = False) -> Corpus:
         return sentences.load(settings)
 
     def make_form(self, settings: Text, data: Corpus) -> Vocabulary:
         return Vocabulary.train(data.train, settings)
 
-    def read_form(self, path: Path, head: dict[str, Any]) -> Vocabulary:
-        """The tokens are those that the run began with."""
+    def read_form(self, path: Path, form_values: dict[str, Any]) -> Vocabulary:
+        """Read the tokenizer that was trained when the run was started."""
         return Vocabulary.read(path / TOKENIZER)
 
     def write_form(self, out: Path, form: Vocabulary) -> None:
@@ -69,32 +69,32 @@ class TextKind(Kind[Text, Vocabulary, Corpus, TextRun]):
         elbo = fastvae.ELBO(likelihood, beta=settings.beta, free_bits=settings.free_bits)
         return TextVAE(encoder, decoder, elbo, **settings.module_options())
 
-    def drawer(self, data: Corpus, form: Vocabulary, settings: Text, folder: Path) -> "Callback":
-        from .callbacks import Writings
+    def examples_callback(self, data: Corpus, form: Vocabulary, settings: Text, folder: Path) -> "Callback":
+        from .callbacks import SaveSentences
 
-        return Writings(folder, data, form, settings)
+        return SaveSentences(folder, data, form, settings)
 
     def batches(self, model: "TextVAE", data: Corpus, form: Vocabulary, settings: Text) -> "SentenceData":
         from .loader import SentenceData
 
-        train, held_out = (sentences.rows(form.numbers(part)) for part in (data.train, data.held_out))
-        model.tokens = {"train": train.tokens_each, "held_out": held_out.tokens_each}
-        return SentenceData(train, held_out, settings)
+        train, val = (sentences.token_table(form.encode(part)) for part in (data.train, data.val))
+        model.tokens = {"train": train.mean_tokens, "val": val.mean_tokens}
+        return SentenceData(train, val, settings)
 
-    def introduce(
+    def describe_run(
         self, model: "TextVAE", data: Corpus, form: Vocabulary, settings: Text, batches: "SentenceData"
     ) -> Iterator[str]:
-        train, held_out = batches.train, batches.held_out
-        trained = messages.count(len(data.train), "sentence")
-        yield f"data: {data.name}: {trained} to train on, {len(data.held_out)} held out"
+        train, val = batches.train, batches.val
+        train_size = messages.pluralize(len(data.train), "training sentence")
+        yield f"data: {data.name}, {train_size}, {messages.pluralize(len(data.val), 'validation sentence')}"
         for note in data.notes:
             yield f"      {note}"
-        what = "words and marks" if settings.tokens == "words" else "pieces of words"
-        unknown = (held_out.tokens == sentences.UNKNOWN).sum() / held_out.lengths.sum()
-        yield f"      {len(form)} {what}, and {unknown:.1%} of the held-out ones unknown"
-        unigram = sentences.unigram_perplexity(train, held_out, len(form))
-        yield f"      perplexity of the held-out sentences by a unigram model: {unigram:.1f}"
-        yield messages.model_line(model, settings, f" ({settings.cell})")
+        what = "words and punctuation marks" if settings.tokens == "words" else "subwords"
+        unknown = (val.tokens == sentences.UNKNOWN).sum() / val.lengths.sum()
+        yield f"      {len(form)} {what}; {unknown:.1%} of those in the validation sentences are unknown"
+        unigram = sentences.unigram_perplexity(train, val, len(form))
+        yield f"      perplexity of a unigram model on the validation sentences: {unigram:.1f}"
+        yield messages.describe_model(model, settings, f" ({settings.cell})")
 
     def evaluate(
         self,

@@ -1,4 +1,4 @@
-"""Batches of sentences of like lengths, for Lightning."""
+"""Batches for Lightning that contain sentences of similar lengths."""
 
 from collections.abc import Iterator
 
@@ -7,63 +7,65 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from fastvae.train.batches import Batches
-from fastvae.train.draws import generator
+from fastvae.train.seeding import seeded_generator
 
 from .recipe import Text
-from .sentences import Batch, Rows, batch
+from .sentences import Batch, TokenTable, make_batch
 
 __all__ = ["SentenceBatches", "SentenceData"]
 
-_POOL = 50  # batches whose sentences are sorted by length together
+_POOL = 50  # number of batches whose sentences are sorted by length together
 
 
 class SentenceData(LightningDataModule):
-    """The sentences of a run as batches (Batch, the place of its first row in the whole batch).
+    """The sentences of a run as batches (Batch, index of its first row in the whole batch).
 
-    Sentences of like lengths are put together: an epoch's random order is cut into pools of 50 batches, which are
-    sorted by length, and the batches are shuffled again. Epoch e does so by (seed, e), and batch b of it draws by
-    (seed, e, b); see `Batches`.
+    To put sentences of similar lengths together, the random order of an epoch is cut into pools of 50 batches. Each
+    pool is sorted by length, and then the batches are shuffled. The order of epoch e depends on (seed, e), and the
+    draws of its batch b on (seed, e, b); see `Batches`.
     """
 
-    def __init__(self, train: Rows, held_out: Rows, settings: Text) -> None:
+    def __init__(self, train: TokenTable, val: TokenTable, settings: Text) -> None:
         super().__init__()
-        self.train, self.held_out, self.settings = train, held_out, settings
+        self.train, self.val, self.settings = train, val, settings
 
     def train_dataloader(self) -> "SentenceBatches":
-        return SentenceBatches(self, held_out=False)
+        return SentenceBatches(self, val=False)
 
     def val_dataloader(self) -> "SentenceBatches":
-        return SentenceBatches(self, held_out=True)
+        return SentenceBatches(self, val=True)
 
 
 class SentenceBatches(Batches):
-    def __init__(self, data: SentenceData, held_out: bool) -> None:
-        self.table = data.held_out if held_out else data.train
+    def __init__(self, data: SentenceData, val: bool) -> None:
+        self.table = data.val if val else data.train
         self.settings = data.settings
-        # For held-out ones too: what fits into memory in training must do so then.
-        super().__init__(data, len(self.table.lengths), data.settings.batch_size, held_out)
+        # Validation uses the same size, so that it needs no more memory than training.
+        super().__init__(data, len(self.table.lengths), data.settings.batch_size, val)
 
     def __iter__(self) -> Iterator[tuple[Batch, int]]:
         settings = self.settings
-        if self.is_held_out:
+        if self.is_val:
             key, order = [settings.seed, 1], self.table.lengths.argsort(stable=True).split(self.size)
         else:
             key = [settings.seed, 0, self.epoch]
-            order = self.buckets(generator(*key))
-        hidden = 0.0 if self.is_held_out else settings.word_dropout
-        for number, places in enumerate(order):
-            whole = batch(
-                Rows(self.table.tokens[places], self.table.lengths[places]), hidden, generator(*key, number)
+            order = self.buckets(seeded_generator(*key))
+        hidden = 0.0 if self.is_val else settings.word_dropout
+        for number, indices in enumerate(order):
+            full_batch = make_batch(
+                TokenTable(self.table.tokens[indices], self.table.lengths[indices]),
+                hidden,
+                seeded_generator(*key, number),
             )
-            own = self.own(len(places))
-            yield Batch(*(part[own] for part in whole)), own.start
+            rows = self.process_slice(len(indices))
+            yield Batch(*(part[rows] for part in full_batch)), rows.start
 
     def buckets(self, draws: torch.Generator) -> list[Tensor]:
-        """The places of the sentences of each batch."""
+        """Return the indices of the sentences in each batch."""
         order = torch.randperm(self.rows, generator=draws)
         batches: list[Tensor] = []
         for pool in order.split(_POOL * self.size):
             batches += pool[self.table.lengths[pool].argsort(stable=True)].split(self.size)
         batches = [batches[i] for i in torch.randperm(len(batches), generator=draws).tolist()]
-        # Of several processes each needs a row of every batch.
-        return [places for places in batches if len(places) >= self.world][: len(self)]
+        # With several processes, each needs a row of every batch.
+        return [indices for indices in batches if len(indices) >= self.world][: len(self)]

@@ -1,4 +1,4 @@
-"""The model of text that is trained: `VAE` with a decoder that reads what it has written."""
+"""The LightningModule of text: a `VAE` with an autoregressive decoder."""
 
 import math
 from typing import Any
@@ -14,34 +14,32 @@ from .sentences import Batch
 
 __all__ = ["TextVAE"]
 
-_COMPARED = 2000  # held-out sentences that the mutual information is estimated from, after each epoch
+_MI_SENTENCES = 2000  # the largest number of validation sentences for estimating the mutual information
 
 
 class TextVAE(VAE):
-    """A VAE of sentences, for Lightning's Trainer; see `VAE`.
+    """A VAE of sentences for Lightning's Trainer; see `VAE`.
 
     Args:
-        train_tokens, held_out_tokens: how many a sentence has in the mean, with END: what perplexities are per.
+        train_tokens, val_tokens: the mean number of tokens per sentence with END, to which perplexities refer.
 
-    Nats are per sentence. Logged besides: train_perplexity and held_out_perplexity, e^(-ELBO / tokens), a bound on the
-    true one from above; mutual_information, between held-out sentences and z (at most 2000 sentences, and of one
-    process). There are no bits per dimension.
+    Nats are per sentence. These metrics are logged as well: train_perplexity and val_perplexity, e^(-ELBO / tokens),
+    which are upper bounds; and mutual_information between z and at most 2000 validation sentences of one process.
+    There are no bits per dimension.
     """
 
     unit = "sentence"
-    measures = ("perplexity",)
-    others = ("mutual_information",)
+    split_metrics = ("perplexity",)
+    extra_metrics = ("mutual_information",)
     has_dropout = True
-    shown = (("perplexity", "held_out_perplexity", 1), ("MI", "mutual_information", 2))
+    table_columns = (("perplexity", "val_perplexity", 1), ("MI", "mutual_information", 2))
 
-    def __init__(
-        self, *args: Any, train_tokens: float = 1.0, held_out_tokens: float = 1.0, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, train_tokens: float = 1.0, val_tokens: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.tokens = {"train": train_tokens, "held_out": held_out_tokens}
+        self.tokens = {"train": train_tokens, "val": val_tokens}
 
     def decode(self, z: Tensor, before: Tensor) -> Tensor:  # type: ignore[override]
-        """Logits (B, T + 1, V) of each next token after `before`, (B, T + 1)."""
+        """Return the logits (B, T + 1, V) of the token after each of `before` (B, T + 1)."""
         return self.decoder(z, before)
 
     def nll(self, z: Tensor, x: Batch) -> Tensor:
@@ -56,22 +54,24 @@ class TextVAE(VAE):
         super().on_validation_epoch_start()
         self._posteriors: list[tuple[Tensor, Tensor]] = []
 
-    def keep_posterior(self, mu: Tensor, logvar: Tensor) -> None:
-        super().keep_posterior(mu, logvar)
+    def collect_posterior(self, mu: Tensor, logvar: Tensor) -> None:
+        super().collect_posterior(mu, logvar)
         self._posteriors.append((mu, logvar))
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         mu, logvar = (torch.cat(parts).float() for parts in zip(*self._posteriors, strict=True))
-        # Of all lengths: the batches come sorted by them.
-        some = torch.linspace(0, len(mu) - 1, min(len(mu), _COMPARED)).round().long().to(mu.device)
-        mu, logvar = mu[some], logvar[some]
+        # The batches are sorted by length, so take sentences evenly from all of them.
+        indices_for_mi = (
+            torch.linspace(0, len(mu) - 1, min(len(mu), _MI_SENTENCES)).round().long().to(mu.device)
+        )
+        mu, logvar = mu[indices_for_mi], logvar[indices_for_mi]
         seed = torch.tensor([self.seed + 2, 0], device=mu.device)
         z, _ = fastvae.functional.reparameterize_kl(mu, logvar, seed=seed)
         self.log("mutual_information", mutual_information(mu, logvar, z))
 
     def terms(self, part: str, nll: float, kl: float) -> dict[str, float]:
-        # No float64 holds more than e^709.
+        # float64 overflows above e^709.
         perplexity = (
             math.exp(min((nll + kl) / self.tokens[part], 700)) if math.isfinite(nll + kl) else math.nan
         )

@@ -1,9 +1,9 @@
-"""The recipe for text: `text`, a recurrent encoder and a recurrent decoder that sees z at every step.
+"""The recipe `text`: a recurrent encoder, and a recurrent decoder that gets z at every step.
 
-To read as an example: the encoder gives 2 x latent numbers for each sentence, mu and logvar, the decoder logits of the
-next token at every position (Bowman et al. 2016). They meet a `fastvae.ELBO("categorical")` in
-`fastvae.train.text.module`. A decoder as able as this one can do without z, and then the KL falls to 0: word dropout,
-the warm-up of the KL and free bits are there to keep it from that.
+The encoder outputs 2 x latent numbers for each sentence, mu and logvar, and the decoder the logits of the next token at
+every position (Bowman et al. 2016). `fastvae.train.text.module` joins them with a `fastvae.ELBO("categorical")`. Such a
+decoder is strong enough to ignore z, and then the KL falls to 0. Word dropout, the warm-up of the KL and free bits
+prevent this.
 """
 
 from dataclasses import dataclass
@@ -25,47 +25,52 @@ State = tuple[Tensor, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Text(TextSettings):
-    """A VAE of sentences: an LSTM or GRU reads a sentence into z, another writes it from z."""
+    """VAE of sentences: an LSTM or GRU encodes a sentence into z, and another decodes it."""
 
     recipe = "text"
 
-    latent: int = option(16, "Latent dimensions.", "Model", at_least=1)
-    cell: Literal["lstm", "gru"] = option("lstm", "Of the encoder and the decoder: lstm or gru.", "Model")
-    embedding: int = option(200, "Dimensions of a token's embedding.", "Model", at_least=1)
-    hidden: int = option(
-        320, "Units of the encoder (in each direction) and of the decoder.", "Model", at_least=1
-    )
-    bidirectional: bool = option(True, "The encoder reads from both ends.", "Model")
+    latent: int = option(16, "Number of latent dimensions.", "Model", at_least=1)
+    cell: Literal["lstm", "gru"] = option("lstm", "Recurrent cell of both networks: lstm or gru.", "Model")
+    embedding: int = option(200, "Dimensions of the token embeddings.", "Model", at_least=1)
+    hidden: int = option(320, "Units of the encoder (per direction) and of the decoder.", "Model", at_least=1)
+    bidirectional: bool = option(True, "Let the encoder read in both directions.", "Model")
     dropout: float = option(
-        0.3, "Of embeddings and of the decoder's output, in training.", "Model", at_least=0, below=1
+        0.3,
+        "Dropout rate of the embeddings and of the decoder's output.",
+        "Model",
+        at_least=0,
+        below=1,
     )
 
-    batch_size: int = option(64, "Sentences in a batch, over all devices together.", "Training", at_least=1)
+    batch_size: int = option(64, "Sentences per batch, over all devices together.", "Training", at_least=1)
     lr: float = option(2e-3, "Learning rate of Adam.", "Training", above=0)
     word_dropout: float = option(
         0.1,
-        "Share of the words that are hidden from the decoder, so that it has to ask z.",
+        "Share of the words that are hidden from the decoder, so that it has to use z.",
         "Training",
         at_least=0,
         at_most=1,
     )
-    clip: float = option(5.0, "Largest norm of the gradient; 0: not clipped.", "Training", at_least=0)
+    clip: float = option(5.0, "Clip the gradient to this norm; 0 turns clipping off.", "Training", at_least=0)
     free_bits: float = option(
-        0.25, "Nats of KL that each latent dimension has at no cost; 0: none.", "Objective", at_least=0
+        0.25,
+        "KL in nats that each latent dimension may have at no cost (free bits).",
+        "Objective",
+        at_least=0,
     )
     warmup: Literal["none", "linear", "cyclical", "sigmoid"] = option(
-        "linear", "How the weight of the KL rises to beta: none, linear, cyclical or sigmoid.", "Objective"
+        "linear", "Warm-up of the KL's weight to beta: none, linear, cyclical or sigmoid.", "Objective"
     )
-    warmup_epochs: float = option(3.0, "Over how many epochs.", "Objective", above=0)
+    warmup_epochs: float = option(3.0, "Length of the warm-up in epochs.", "Objective", above=0)
 
     def networks(self, vocabulary: int) -> tuple["Encoder", "Decoder"]:
-        """Encoder and decoder for so many tokens."""
+        """Build encoder and decoder for a vocabulary of this size."""
         shared = (vocabulary, self.embedding, self.hidden, self.latent, self.cell)
         return Encoder(*shared, self.dropout, self.bidirectional), Decoder(*shared, self.dropout)
 
 
 class Encoder(nn.Module):
-    """A batch of sentences to (B, 2 latent), from the last state of each direction."""
+    """Maps a batch of sentences to (B, 2 latent), from the last state of each direction."""
 
     def __init__(
         self,
@@ -86,7 +91,7 @@ class Encoder(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         lengths = (batch.words != PAD).sum(1).cpu()
         embedded = self.dropout(self.embedding(batch.words))
-        # Packed, so that a sentence's padding, and with it the rest of its batch, is not read.
+        # Packing skips the padding, so a sentence does not depend on the rest of its batch.
         packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
         state = self.rnn(packed)[1]
         last = state[0] if isinstance(state, tuple) else state
@@ -94,9 +99,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z (B, latent) and the tokens so far to logits of the next ones, (B, T, V).
+    """Maps z (B, latent) and the previous tokens to the logits of the next ones, (B, T, V).
 
-    z makes the first state and stands beside every token that is read, and beside every state that is written from.
+    z gives the initial state, and it is concatenated to every input token and to every output state.
     """
 
     def __init__(
@@ -107,28 +112,28 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.state = nn.Linear(latent, (2 if cell == "lstm" else 1) * hidden)
         self.rnn = _CELLS[cell](embedding + latent, hidden, batch_first=True)
-        self.narrow = nn.Linear(hidden + latent, embedding)
-        # One matrix for reading and writing (Press and Wolf 2017): half the parameters, and better perplexities.
+        self.to_embedding = nn.Linear(hidden + latent, embedding)
+        # Input and output share one matrix (Press and Wolf 2017), which halves the parameters and lowers perplexity.
         self.logits = nn.Linear(embedding, vocabulary)
         nn.init.normal_(self.embedding.weight, std=embedding**-0.5)
         self.logits.weight = self.embedding.weight
         nn.init.zeros_(self.logits.bias)
 
     def forward(self, z: Tensor, tokens: Tensor) -> Tensor:
-        return self.advance(z, tokens, self.begin(z))[0]
+        return self.advance(z, tokens, self.initial_state(z))[0]
 
-    def begin(self, z: Tensor) -> State:
-        """The state before the first token."""
+    def initial_state(self, z: Tensor) -> State:
+        """Return the state before the first token."""
         return tuple(part.unsqueeze(0) for part in torch.tanh(self.state(z)).split(self.rnn.hidden_size, 1))
 
     def advance(self, z: Tensor, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """Logits (B, T, V) after each of the tokens (B, T), and the state after the last."""
+        """Return the logits (B, T, V) after each of the tokens (B, T), and the state after the last one."""
         beside = z.unsqueeze(1).expand(-1, tokens.shape[1], -1)
         read = torch.cat((self.dropout(self.embedding(tokens)), beside), 2)
         lstm = len(state) == 2
         out, after = self.rnn(read, state if lstm else state[0])
-        narrow = self.narrow(torch.cat((self.dropout(out), beside), 2))
-        return self.logits(narrow), after if lstm else (after,)
+        to_embedding = self.to_embedding(torch.cat((self.dropout(out), beside), 2))
+        return self.logits(to_embedding), after if lstm else (after,)
 
 
 _CELLS: dict[str, Any] = {"lstm": nn.LSTM, "gru": nn.GRU}

@@ -26,5 +26,5 @@ class TextRun(Run[Text, Vocabulary, Corpus]):
 
     @property
     def corpus(self) -> Corpus:
-        """The run's data."""
+        """The data of the run."""
         return self.data

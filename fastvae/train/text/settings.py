@@ -1,4 +1,4 @@
-"""The settings of a run of text that say what it reads; the recipe adds its own."""
+"""The data settings of a run of text; the recipe adds its own."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,20 +10,20 @@ __all__ = ["TextSettings"]
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings(Settings):
-    """Where sentences come from, which of them are taken, and what their tokens are."""
+    """Where the sentences come from, how they are filtered, and how they are split into tokens."""
 
     kind = "text"
 
     data: str = option(
-        "", "A .txt file with a sentence on each line (UTF-8), or a Hugging Face dataset. Required.", "Data"
+        "", "A .txt file with one sentence per line (UTF-8), or a Hugging Face dataset. Required.", "Data"
     )
     column: str = option(
-        "", "Of a Hugging Face dataset: the column of texts, if not the first that holds some.", "Data"
+        "", "Text column of a Hugging Face dataset. Defaults to text, sentence, or the first one.", "Data"
     )
     tokens: Literal["words", "bpe"] = option(
-        "words", "What a sentence is made of: words and punctuation, or pieces of words (BPE).", "Data"
+        "words", "Tokens: words (and punctuation marks), or bpe (subwords).", "Data"
     )
-    vocabulary: int = option(10_000, "At most so many different tokens.", "Data", at_least=8)
-    lowercase: bool = option(True, "Read everything in lower case.", "Data")
-    min_words: int = option(1, "Shorter lines are left out.", "Data", at_least=1)
-    max_words: int = option(50, "Longer lines are left out.", "Data", at_least=1)
+    vocabulary: int = option(10_000, "Maximum size of the vocabulary.", "Data", at_least=8)
+    lowercase: bool = option(True, "Convert the text to lower case.", "Data")
+    min_words: int = option(1, "Skip lines with fewer words.", "Data", at_least=1)
+    max_words: int = option(50, "Skip lines with more words.", "Data", at_least=1)

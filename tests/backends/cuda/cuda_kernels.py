@@ -125,6 +125,7 @@ class NllArgs(Structure):
         ("size", c_int64),
         ("params", Operand * 3),
         ("target", Operand),
+        ("target_rows", c_int64),
         ("constants", c_double * 5),
         ("normaliser", c_double),
         ("scalar", Numbers),
@@ -261,6 +262,10 @@ def output(tensor: Tensor | None) -> Output:
     return Output(pointer(tensor), DTYPES.index(tensor.dtype)) if tensor is not None else Output()
 
 
+def target_rows(params: Tensor, target: Tensor) -> int:
+    return 0 if target.shape[0] == params.shape[0] else target.shape[0]
+
+
 def takes_turns(planes: Tensor) -> bool:
     """Whether the planes of dimension 1 alternate at every pixel, as in channels_last, and are not only strided."""
     return planes.dim() > 2 and not planes.is_contiguous() and planes.stride(1) == 1
@@ -379,7 +384,8 @@ class Kernels:
         constants: Sequence[float],
         needs: int,
     ) -> tuple[NllArgs, list[Tensor]]:
-        args = NllArgs(element=ELEMENTS[likelihood], rows=target.shape[0], size=event_size(target))
+        args = NllArgs(element=ELEMENTS[likelihood], rows=params[0].shape[0], size=event_size(target))
+        args.target_rows = target_rows(params[0], target)
         args.normaliser, same = same_for_all(likelihood, constants)
         args.constants[: len(same)] = same
         elementwise = list(params)
@@ -408,7 +414,7 @@ class Kernels:
         needs: int = 0,
     ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
         args, gradients = self._nll_args(likelihood, params, target, constants, needs)
-        rows, dtype = target.shape[0], row_dtype(params[0])
+        rows, dtype = params[0].shape[0], row_dtype(params[0])
         nll = poisoned((rows,), dtype)
         loss_dtype = torch.float64 if kl is not None and kl.dtype == torch.float64 else dtype
         loss = poisoned(() if reduction else (rows,), loss_dtype)
@@ -439,9 +445,10 @@ class Kernels:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (loss, nll, gradient) of a discretised logistic or a mixture; with `grad_nll`, only the gradient is
         computed."""
-        rows, channels, size = *target.shape[:2], event_size(target)
+        rows, channels, size = params.shape[0], target.shape[1], event_size(target)
         args = MixtureArgs(element=LOGISTIC, rows=rows, size=size, components=components, channels=channels)
         args.pixels, args.alternate = size // channels, takes_turns(params)
+        args.target_rows = target_rows(params, target)
         args.constants[:] = levels, 1 / levels, math.log(2 / levels), floor, small
         args.weight, args.reduced = self.weight(reduction, rows), reduction != 0
         args.target = operand(target, COUNTS)
@@ -473,9 +480,9 @@ class Kernels:
         with_gradient: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (loss, nll, gradient); with `grad_nll`, only the gradient is computed."""
-        rows, positions = target.shape[0], event_size(target)
+        rows, positions = logits.shape[0], event_size(target)
         args = CategoricalArgs(rows=rows, size=positions, positions=positions, ignored=ignored)
-        args.classes = logits.shape[-1]
+        args.classes, args.target_rows = logits.shape[-1], target_rows(logits, target)
         args.weight, args.reduced = self.weight(reduction, rows), reduction != 0
         args.target, args.params[0] = operand(target, COUNTS), operand(logits)
         slopes = poisoned_like(logits)

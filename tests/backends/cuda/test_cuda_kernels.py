@@ -509,6 +509,28 @@ def test_categorical_nll_equals_the_reference(
     assert torch.equal(kernels.categorical(logits, target, reduction=0, with_gradient=False)[1], nll)
 
 
+def test_a_target_serves_the_same_row_of_every_draw(kernels: Kernels) -> None:
+    draws, size = 3, 37
+    target = torch.rand(2, size)
+    logits = torch.randn(2 * draws, size)
+    levels = torch.randint(0, 256, (2, 3, 5), dtype=torch.uint8)
+    planes = torch.randn(2 * draws, 20, 5)
+    classes = torch.randint(0, 6, (2, 5))
+    scores = torch.randn(2 * draws, 5, 6)
+    calls = (
+        (lambda x: kernels.nll_forward("bernoulli", [logits], x, needs=1), target),
+        (lambda x: kernels.logistic(planes[:, :6].contiguous(), x), levels),
+        (lambda x: kernels.logistic(planes, x, 2), levels),
+        (lambda x: kernels.categorical(scores, x), classes),
+    )
+    for call, data in calls:
+        once, repeated = call(data), call(torch.cat([data] * draws))
+        assert torch.equal(once[0], repeated[0])
+        assert torch.equal(once[1], repeated[1])
+        for a, b in zip(once[2], repeated[2], strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("processors", [1, 3])
 @pytest.mark.parametrize("shape", [(1, 900, 3), (300, 5), (40, 7, 4), (3, 50, 300)], ids=str)
 def test_categorical_nll_with_any_partition_equals_the_reference(

@@ -41,8 +41,11 @@ on_gpu = pytest.mark.skipif(not GPU, reason="only a GPU can show this")
 @pytest.mark.parametrize("shard", ["0/2", "1/2"])
 def test_device_tests_pass_in_the_interpreter(shard: str, which_tests: list[str]) -> None:
     tests = Path(__file__).parents[2]
-    names = "backends/triton/test_triton.py", "core/test_autograd.py", "core/test_autograd_features.py"
-    files = [str(tests / name) for name in names]
+    core = ("test_autograd", "test_autograd_features", "test_draws")
+    files = [
+        str(tests / "backends/triton/test_triton.py"),
+        *(str(tests / f"core/{name}.py") for name in core),
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", "triton", "--shard", shard, *which_tests, *files],
         cwd=tests.parent,

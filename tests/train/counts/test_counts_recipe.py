@@ -1,4 +1,4 @@
-"""`fastvae train counts`, from the file of counts to the run folder, and what is said of a file that is none."""
+"""`fastvae train counts`: runs, reading files of counts, and errors for bad files."""
 
 import csv
 import json
@@ -16,21 +16,21 @@ from PIL import Image
 from fastvae.cli import main
 from fastvae.train import counts
 from fastvae.train.counts import cells
-from fastvae.train.counts.callbacks import means
+from fastvae.train.counts.callbacks import posterior_means
 from fastvae.train.counts.recipe import Counts
 from fastvae.train.errors import InputError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
-    # Where the kernels of the likelihood are missing the recipe still works.
+    # The recipe also works if the kernels of its likelihood are missing.
     pytest.mark.filterwarnings("default:fastvae runs the likelihood:RuntimeWarning"),
 ]
 
 CELLS, GENES = 90, 30
 
 
-def made(cells: int = CELLS, genes: int = GENES) -> dict[str, np.ndarray]:
-    """Three kinds of cells, each with ten genes that it expresses much more than the others."""
+def example_arrays(cells: int = CELLS, genes: int = GENES) -> dict[str, np.ndarray]:
+    """Three types of cells, each of which expresses ten genes much more than the others."""
     rng = np.random.default_rng(0)
     label = np.arange(cells) % 3
     rate = np.where(np.arange(genes) % 3 == label[:, None], 8.0, 0.3) * rng.gamma(5, 0.2, (cells, 1))
@@ -45,11 +45,11 @@ def train(out: Path, data: Path, *more: str) -> int:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "cells.npz"
-    np.savez(path, **made())
+    np.savez(path, **example_arrays())
     return path
 
 
-def rows_of(run: Path) -> list[dict[str, str]]:
+def read_metrics(run: Path) -> list[dict[str, str]]:
     with (run / "metrics.csv").open() as lines:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(lines)]
 
@@ -68,33 +68,35 @@ def rows_of(run: Path) -> list[dict[str, str]]:
     ],
     ids=" ".join,
 )
-def test_train_and_evaluate(file: Path, tmp_path: Path, capsys: Any, options: tuple[str, ...]) -> None:
+def test_train_and_evaluate_write_their_files(
+    file: Path, tmp_path: Path, capsys: Any, options: tuple[str, ...]
+) -> None:
     run = tmp_path / "run"
     assert train(run, file, *options, "--epochs", "4") == 0
-    rows = rows_of(run)
+    rows = read_metrics(run)
     assert len(rows) == 4
-    assert float(rows[-1]["held_out_nelbo"]) < float(rows[0]["held_out_nelbo"])
+    assert float(rows[-1]["val_neg_elbo"]) < float(rows[0]["val_neg_elbo"])
     assert {"config.toml", "cells.json", "latents.png", "loss.png", "checkpoints"} <= {
         p.name for p in run.iterdir()
     }
-    said = capsys.readouterr().out
-    assert "75 cells to train on, 15 held out; 30 genes" in said
-    assert "fastvae sample" not in said
+    output = capsys.readouterr().out
+    assert "75 training cells, 15 validation cells, 30 genes" in output
+    assert "fastvae sample" not in output
 
     assert main(["evaluate", str(run), "--samples", "5"]) == 0
     written = json.loads((run / "evaluation.json").read_text())
     assert written["cells"] == 15
-    assert written["iw_nll"] < written["nelbo"]
-    assert abs(written["nelbo"] - written["reconstruction"] - written["kl"]) < 1e-6
+    assert written["iw_nll"] < written["neg_elbo"]
+    assert abs(written["neg_elbo"] - written["reconstruction"] - written["kl"]) < 1e-6
     assert "nats per cell" in capsys.readouterr().out
 
 
-def test_resume_gives_the_same_numbers(file: Path, tmp_path: Path) -> None:
+def test_resumed_run_equals_uninterrupted_run(file: Path, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert train(whole, file, "--epochs", "3") == 0
     assert train(stopped, file, "--epochs", "2") == 0
     assert main(["resume", str(stopped), "--epochs", "3"]) == 0
-    assert rows_of(stopped) == rows_of(whole)
+    assert read_metrics(stopped) == read_metrics(whole)
     weights = [
         torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for run in (whole, stopped)
@@ -105,26 +107,26 @@ def test_resume_gives_the_same_numbers(file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_kinds_of_cells_stand_apart(file: Path, tmp_path: Path) -> None:
-    """The latent means of a kind lie closer to their own centre than to another's."""
+def test_latent_means_separate_cell_types(file: Path, tmp_path: Path) -> None:
+    """The latent mean of a cell is closest to the centre of its own type."""
     run = tmp_path / "run"
     assert train(run, file, "--epochs", "60", "--lr", "0.01") == 0
     opened = counts.load(run)
     data = opened.cells
-    mu = means(opened.model, data, data.held_out)
-    labels = data.labels[data.held_out]
-    trained = means(opened.model, data, data.train)
+    mu = posterior_means(opened.model, data, data.val)
+    labels = data.labels[data.val]
+    trained = posterior_means(opened.model, data, data.train)
     centres = torch.stack([trained[data.labels[data.train] == kind].mean(0) for kind in range(3)])
     assert (torch.cdist(mu, centres).argmin(1) == labels).float().mean() > 0.9
     picture = np.asarray(Image.open(run / "latents.png").convert("RGB")).reshape(-1, 3)
-    assert len(np.unique(picture, axis=0)) > 10  # colours
+    assert len(np.unique(picture, axis=0)) > 10  # the picture has colours
 
 
-def test_a_batch_covariate(file: Path, tmp_path: Path) -> None:
-    """Its numbers are those of the run, whatever batches other data hold; unknown ones are refused."""
-    everything = made()
+def test_batch_covariate_is_numbered_as_in_training(file: Path, tmp_path: Path) -> None:
+    """Batches of other data are numbered as in the run, and unknown ones are refused."""
+    arrays = example_arrays()
     batch = np.where(np.arange(CELLS) < 45, "first", "second")
-    np.savez(file, **everything, batch=batch)
+    np.savez(file, **arrays, batch=batch)
     run = tmp_path / "run"
     assert train(run, file) == 0
     opened = counts.load(run)
@@ -133,24 +135,27 @@ def test_a_batch_covariate(file: Path, tmp_path: Path) -> None:
     assert (opened.cells.batches == torch.tensor(batch == "second").long()).all()
 
     second = tmp_path / "second.npz"
-    np.savez(second, x=everything["x"][50:], batch=batch[50:])
+    np.savez(second, x=arrays["x"][50:], batch=batch[50:])
     assert (counts.load(run, data=str(second)).cells.batches == 1).all()
-    np.savez(second, x=everything["x"][50:], batch=np.full(40, "third"))
-    with pytest.raises(InputError, match=r"the batch 'third' is none of those .*: 'first', 'second'"):
+    np.savez(second, x=arrays["x"][50:], batch=np.full(40, "third"))
+    with pytest.raises(InputError, match=r"the batch 'third' is not one of those .*: 'first', 'second'"):
         _ = counts.load(run, data=str(second)).cells
 
 
 @pytest.mark.parametrize("command", ["sample", "reconstruct", "interpolate", "traverse", "inpaint"])
-def test_commands_for_images_say_so(file: Path, tmp_path: Path, capsys: Any, command: str) -> None:
+def test_image_commands_on_count_run_fail(file: Path, tmp_path: Path, capsys: Any, command: str) -> None:
     run = tmp_path / "run"
     assert train(run, file, "--epochs", "1") == 0
     assert main([command, str(run)]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"fastvae: {run}: a run of counts, and this is for images; there are evaluate and resume"
+        f"fastvae: {run}: this is a run of counts, which supports only evaluate and resume"
     ]
     if command == "sample":
         assert main([command, str(run), "--best", "4"]) == 2
-        assert capsys.readouterr().err == "fastvae: --best is for runs of images, and this is one of counts\n"
+        assert (
+            capsys.readouterr().err
+            == "fastvae: --best only applies to runs of images; this is a run of counts\n"
+        )
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
@@ -164,62 +169,62 @@ def load(path: Path, **settings: Any) -> cells.Cells:
     "form",
     ["x", "counts", "csr", "csc", "bsr", "coo", "dia", "float", "half", "other byte order", "half csr"],
 )
-def test_forms_of_a_matrix(tmp_path: Path, form: str) -> None:
-    everything, path = made(), tmp_path / "cells.npz"
+def test_load_reads_all_matrix_formats(tmp_path: Path, form: str) -> None:
+    arrays, path = example_arrays(), tmp_path / "cells.npz"
     if form in ("csr", "csc", "bsr", "coo", "dia"):
-        scipy.sparse.save_npz(path, getattr(scipy.sparse, f"{form}_matrix")(everything["x"]))
-    elif form == "half csr":  # which scipy can neither make nor save
-        csr = scipy.sparse.csr_array(everything["x"])
+        scipy.sparse.save_npz(path, getattr(scipy.sparse, f"{form}_matrix")(arrays["x"]))
+    elif form == "half csr":  # scipy can neither create nor save it
+        csr = scipy.sparse.csr_array(arrays["x"])
         parts = {"indices": csr.indices, "indptr": csr.indptr, "shape": csr.shape, "format": b"csr"}
         np.savez(path, data=csr.data.astype(">f2"), **parts)
     elif form in ("float", "half", "other byte order"):
         kind = {"float": "f8", "half": "f2", "other byte order": ">i4"}[form]
-        np.savez(path, x=everything["x"].astype(kind))
+        np.savez(path, x=arrays["x"].astype(kind))
     else:
-        np.savez(path, **{form: everything["x"]})
+        np.savez(path, **{form: arrays["x"]})
     data = load(path)
     assert data.labels is None
-    both = torch.cat((data.held_out, data.train))
-    assert sorted(both.tolist()) == list(range(CELLS))
-    some = cells.batch(data, both)
-    assert np.array_equal(some.counts.numpy(), everything["x"][both.numpy()])
-    assert torch.equal(some.library, some.counts.sum(1, keepdim=True))
+    all_indices = torch.cat((data.val, data.train))
+    assert sorted(all_indices.tolist()) == list(range(CELLS))
+    batch = cells.make_batch(data, all_indices)
+    assert np.array_equal(batch.counts.numpy(), arrays["x"][all_indices.numpy()])
+    assert torch.equal(batch.library, batch.counts.sum(1, keepdim=True))
 
 
-def test_a_pickled_column_that_nobody_needs(tmp_path: Path) -> None:
+def test_load_with_unused_pickled_column_ignores_it(tmp_path: Path) -> None:
     path = tmp_path / "CELLS.NPZ"
     with path.open("wb") as file:
-        np.savez(file, **made(), cell_type=np.array(["T", None] * (CELLS // 2), dtype=object))
+        np.savez(file, **example_arrays(), cell_type=np.array(["T", None] * (CELLS // 2), dtype=object))
     assert load(path).label_names == ("B", "NK", "T")
     with pytest.raises(InputError, match="`cell_type` is stored as pickled Python objects"):
         load(path, label="cell_type")
 
 
-def test_the_split_is_the_seeds(file: Path) -> None:
-    assert torch.equal(load(file).held_out, load(file).held_out)
-    assert not torch.equal(load(file).held_out, load(file, seed=1).held_out)
+def test_load_splits_by_seed(file: Path) -> None:
+    assert torch.equal(load(file).val, load(file).val)
+    assert not torch.equal(load(file).val, load(file, seed=1).val)
 
 
-def test_labels(file: Path) -> None:
+def test_load_reads_labels(file: Path) -> None:
     data = load(file)
     assert data.label_names == ("B", "NK", "T")
     assert [data.label_names[i] for i in data.labels[:3]] == ["B", "NK", "T"]
-    np.savez(file, **made(), kind=np.arange(CELLS) % 2)
+    np.savez(file, **example_arrays(), kind=np.arange(CELLS) % 2)
     assert load(file, label="kind").label_names == ("0", "1")
 
 
-def test_empty_cells_are_left_out(file: Path) -> None:
-    everything = made()
-    everything["x"][4] = 0
-    np.savez(file, **everything)
+def test_load_skips_empty_cells(file: Path) -> None:
+    arrays = example_arrays()
+    arrays["x"][4] = 0
+    np.savez(file, **arrays)
     data = load(file)
-    assert 4 not in torch.cat((data.held_out, data.train)).tolist()
-    assert data.notes == ("cells without a single count are left out: 1",)
+    assert 4 not in torch.cat((data.val, data.train)).tolist()
+    assert data.notes == ("skipped 1 cells without any counts",)
 
 
-def test_h5ad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through anndata, which is imported only then: raw counts from layers["counts"], labels and batches from obs."""
-    everything = made()
+def test_load_reads_h5ad_through_anndata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """anndata is imported on demand. Counts come from layers["counts"], labels and batches from obs."""
+    arrays = example_arrays()
 
     class Column(list):  # type: ignore[type-arg]
         def astype(self, kind: type) -> list[str]:
@@ -232,19 +237,19 @@ def test_h5ad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         columns = ("cell_type", "batch")
 
     read = types.SimpleNamespace(
-        X=np.log1p(everything["x"]),
-        layers={"counts": scipy.sparse.csr_matrix(everything["x"])},
-        obs=Obs(cell_type=Column(everything["label"].tolist()), batch=Column([1, 2] * (CELLS // 2))),
+        X=np.log1p(arrays["x"]),
+        layers={"counts": scipy.sparse.csr_matrix(arrays["x"])},
+        obs=Obs(cell_type=Column(arrays["label"].tolist()), batch=Column([1, 2] * (CELLS // 2))),
     )
     monkeypatch.setitem(sys.modules, "anndata", types.SimpleNamespace(read_h5ad=lambda path: read))
     path = tmp_path / "cells.h5ad"
     path.touch()
     data = load(path)
     assert (data.label_names, data.batch_names) == (("B", "NK", "T"), ("1", "2"))
-    assert np.array_equal(data.counts.toarray(), everything["x"])
+    assert np.array_equal(data.counts.toarray(), arrays["x"])
     read.obs["batch"][3:5] = [None, None]
     with pytest.raises(
-        InputError, match=rf"`batch` has no value for 2 of the {CELLS} cells, cell 3 the first of them"
+        InputError, match=rf"`batch` has no value for 2 of the {CELLS} cells, the first of which is cell 3"
     ):
         load(path)
     read.layers = {}
@@ -252,14 +257,14 @@ def test_h5ad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load(path)
 
 
-def test_h5ad_without_anndata(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_without_anndata_fails(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "anndata", None)  # as if it were not installed
     monkeypatch.setattr("builtins.__import__", _without("anndata", __import__))
     path = tmp_path / "cells.h5ad"
     path.touch()
     assert train(tmp_path / "run", path) == 2
-    assert (
-        capsys.readouterr().err == f"fastvae: {path}: needs a package that is missing: pip install anndata\n"
+    assert capsys.readouterr().err == (
+        f"fastvae: {path}: .h5ad files need the package anndata: pip install anndata\n"
     )
 
 
@@ -272,49 +277,58 @@ def _without(missing: str, original: Any) -> Any:
     return importer
 
 
-def changed(**arrays: Any) -> dict[str, Any]:
-    return {name: value for name, value in {**made(), **arrays}.items() if value is not None}
+def arrays_with(**arrays: Any) -> dict[str, Any]:
+    return {name: value for name, value in {**example_arrays(), **arrays}.items() if value is not None}
 
 
 def with_count(value: float) -> np.ndarray:
-    x = made()["x"].astype(float)
+    x = example_arrays()["x"].astype(float)
     x[2, 5] = value
     return x
 
 
 BAD = {
     "no file": (None, "no such file"),
-    "negative": (changed(x=with_count(-1)), "a count is negative: -1, of cell 2, gene 5"),
+    "negative": (arrays_with(x=with_count(-1)), "a count is negative: -1 in cell 2, gene 5"),
     "fractional": (
-        changed(x=with_count(0.5)),
-        "a count is fractional (normalised or log-transformed? the raw counts are needed): 0.5, of cell 2, gene 5",
+        arrays_with(x=with_count(0.5)),
+        "a count is fractional, but raw counts are needed (normalised or log-transformed?): 0.5 in cell 2, gene 5",
     ),
-    "infinite": (changed(x=with_count(np.inf)), "a count is not finite: inf, of cell 2, gene 5"),
-    "no genes": (changed(x=np.zeros((CELLS, 0))), f"no genes: the counts have the shape ({CELLS}, 0)"),
-    "no cells": (changed(x=np.zeros((0, 3)), label=None), "no cells: the counts have the shape (0, 3)"),
-    "one cell": (changed(x=np.ones((1, 3)), label=None), "1 cells with counts are too few"),
-    "words": (changed(x=np.full((CELLS, 3), "a")), "the counts must be numbers, got <U1"),
-    "a cube": (changed(x=np.zeros((3, 4, 5))), "must be a matrix, cells by genes, got the shape (3, 4, 5)"),
+    "infinite": (arrays_with(x=with_count(np.inf)), "a count is not finite: inf in cell 2, gene 5"),
+    "no genes": (
+        arrays_with(x=np.zeros((CELLS, 0))),
+        f"there are no genes: the counts have shape ({CELLS}, 0)",
+    ),
+    "no cells": (
+        arrays_with(x=np.zeros((0, 3)), label=None),
+        "there are no cells: the counts have shape (0, 3)",
+    ),
+    "one cell": (
+        arrays_with(x=np.ones((1, 3)), label=None),
+        "expected at least 2 cells with counts, for training and validation, got 1",
+    ),
+    "words": (arrays_with(x=np.full((CELLS, 3), "a")), "the counts must be numbers, got <U1"),
+    "a cube": (arrays_with(x=np.zeros((3, 4, 5))), "must be a matrix, cells by genes, got shape (3, 4, 5)"),
     "labels of others": (
-        changed(label=np.arange(7)),
-        f"`label` must have one value for each of the {CELLS} cells, got the shape (7,)",
+        arrays_with(label=np.arange(7)),
+        f"`label` must have one value for each of the {CELLS} cells, got shape (7,)",
     ),
-    "batches of others": (changed(batch=np.arange(7)), "`batch` must have one value for each"),
+    "batches of others": (arrays_with(batch=np.arange(7)), "`batch` must have one value for each"),
     "no matrix": (
-        changed(x=None),
-        "it holds label; store the counts, cells by genes, with scipy.sparse.save_npz(path",
+        arrays_with(x=None),
+        "the file contains label; save the counts, cells by genes, with scipy.sparse.save_npz(path",
     ),
     "a sparse matrix that is none": (
-        changed(
+        arrays_with(
             x=None, data=np.ones(3), indices=np.zeros(3), indptr=np.array([0, 9]), shape=np.array([1, 2])
         ),
-        "not a sparse matrix",
+        "not a valid sparse matrix",
     ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_files_are_told_in_one_line(tmp_path: Path, capsys: Any, name: str) -> None:
+def test_train_with_bad_file_fails_in_one_line(tmp_path: Path, capsys: Any, name: str) -> None:
     arrays, words = BAD[name]
     path = tmp_path / "cells.npz"
     if arrays is not None:
@@ -326,19 +340,19 @@ def test_bad_files_are_told_in_one_line(tmp_path: Path, capsys: Any, name: str) 
 
 
 BAD_OPTIONS = {
-    "no data": (["train", "counts"], "--data is needed"),
-    "another file": (["train", "counts", "--data", __file__], "must be an .npz or an .h5ad file"),
-    "no such label": (["--label", "kind"], "--label kind: there is none in"),
+    "no data": (["train", "counts"], "--data is missing"),
+    "another file": (["train", "counts", "--data", __file__], "the file must end in .npz or .h5ad"),
+    "no such label": (["--label", "kind"], "has no such column, only label"),
     "no such likelihood": (["--likelihood", "normal"], "--likelihood must be one of zinb, nb, poisson"),
     "dispersion of none": (
         ["--likelihood", "poisson", "--dispersion", "gene-cell"],
-        "--dispersion is of zinb and nb, and --likelihood is poisson",
+        "--dispersion only applies to --likelihood zinb or nb, got poisson",
     ),
 }
 
 
 @pytest.mark.parametrize("name", BAD_OPTIONS)
-def test_bad_options(file: Path, tmp_path: Path, capsys: Any, name: str) -> None:
+def test_train_with_bad_options_fails_in_one_line(file: Path, tmp_path: Path, capsys: Any, name: str) -> None:
     options, words = BAD_OPTIONS[name]
     if options[0] != "train":
         options = ["train", "counts", "--data", str(file), *options]
@@ -347,21 +361,21 @@ def test_bad_options(file: Path, tmp_path: Path, capsys: Any, name: str) -> None
     assert words in line
 
 
-def test_a_damaged_file(tmp_path: Path, capsys: Any) -> None:
+def test_train_with_damaged_file_fails(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "cells.npz"
     path.write_bytes(b"PK\x03\x04 and nothing more")
     assert train(tmp_path / "run", path) == 2
     assert "not an .npz file that numpy can read" in capsys.readouterr().err
 
 
-def test_data_of_other_genes(file: Path, tmp_path: Path, capsys: Any) -> None:
+def test_commands_with_other_genes_or_missing_data_fail(file: Path, tmp_path: Path, capsys: Any) -> None:
     run = tmp_path / "run"
     assert train(run, file, "--epochs", "1") == 0
     other = tmp_path / "other.npz"
-    np.savez(other, x=made(genes=12)["x"])
+    np.savez(other, x=example_arrays(genes=12)["x"])
     capsys.readouterr()
     assert main(["evaluate", str(run), "--data", str(other)]) == 2
-    assert f"12 genes, and the model of {run} is of {GENES}" in capsys.readouterr().err
+    assert f"expected {GENES} genes as in {run}, got 12" in capsys.readouterr().err
     file.unlink()
     assert main(["resume", str(run), "--epochs", "2"]) == 2
-    assert f"(the data of {run}; give others with --data)" in capsys.readouterr().err
+    assert f"(the data of {run}; use --data to give other data)" in capsys.readouterr().err

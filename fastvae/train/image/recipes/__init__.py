@@ -1,9 +1,9 @@
-"""Whole models of images trained with `fastvae.ELBO`, one file for each kind of network, to be read and copied from."""
+"""Image models, one file for each architecture. They are meant to be read and adapted."""
 
 from .conv import Conv
 from .conv_lstm import ConvLSTM
 from .mlp import MLP
-from .residual import Colour, Photos
+from .resnet import Photos, ResNet
 from .vae_gan import VAEGAN
 
-__all__ = ["MLP", "VAEGAN", "Colour", "Conv", "ConvLSTM", "Photos"]
+__all__ = ["MLP", "VAEGAN", "Conv", "ConvLSTM", "Photos", "ResNet"]

@@ -1,7 +1,6 @@
-"""The recipe `conv`: convolutions.
+"""The recipe `conv`: a convolutional VAE.
 
-To read as an example: each layer of the encoder halves an image, and each of the decoder doubles it again. What they
-give is as in `mlp`.
+Each layer of the encoder halves the feature map, and each layer of the decoder doubles it. The outputs are as in `mlp`.
 """
 
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from math import prod
 
 from torch import nn
 
-from fastvae.train.image.layers import dense, double, halved
+from fastvae.train.image.layers import dense, halving_sides, upsampling_layer
 from fastvae.train.image.settings import ImageSettings
 from fastvae.train.settings import option
 
@@ -19,20 +18,18 @@ __all__ = ["Conv"]
 
 @dataclass(frozen=True, kw_only=True)
 class Conv(ImageSettings):
-    """A convolutional VAE for grey and colour images of 8 pixels and more, made for 28 to 64."""
+    """Convolutional VAE for images of at least 8 pixels, designed for 28 to 64."""
 
     recipe = "conv"
 
     channels: int = option(
-        32, "Channels of the first layer; each further one has twice as many.", "Model", at_least=1
+        32, "Channels of the first layer; each further layer has twice as many.", "Model", at_least=1
     )
-    hidden: int = option(
-        256, "Units between the convolutions and the latent dimensions.", "Model", at_least=1
-    )
+    hidden: int = option(256, "Units between the convolutions and the latent space.", "Model", at_least=1)
 
     def build(self, shape: tuple[int, int, int]) -> tuple[nn.Module, nn.Module]:
         height, width, colours = shape
-        sides = halved(self.recipe, height, width)
+        sides = halving_sides(self.recipe, height, width)
         widths = [colours] + [self.channels * 2**i for i in range(len(sides) - 1)]
         down: list[nn.Module] = []
         for before, after in pairwise(widths):
@@ -40,8 +37,8 @@ class Conv(ImageSettings):
         small = (widths[-1], *sides[-1])
         flat = prod(small)
         encoder = nn.Sequential(*down, nn.Flatten(), *dense(flat, self.hidden, 2 * self.latent))
-        widths[0] = self.planes(colours)
+        widths[0] = self.output_channels(colours)
         up: list[nn.Module] = [*dense(self.latent, self.hidden, flat), nn.Unflatten(1, small)]
         for i in range(len(sides) - 1, 0, -1):
-            up += [nn.SiLU(), double(widths[i], widths[i - 1], sides[i - 1])]
+            up += [nn.SiLU(), upsampling_layer(widths[i], widths[i - 1], sides[i - 1])]
         return encoder, nn.Sequential(*up)

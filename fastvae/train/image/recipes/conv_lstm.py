@@ -1,7 +1,7 @@
-"""The recipe `conv-lstm`: convolutions, and an LSTM that goes over their rows.
+"""The recipe `conv-lstm`: convolutions, and an LSTM over the lines of the feature map.
 
-To read as an example: the encoder's LSTM reads the feature map of an image row by row, its last state makes mu and
-logvar; the decoder's LSTM writes one, with z beside every row, and convolutions make the image of it.
+The encoder's LSTM reads the feature map line by line, and its last state gives mu and logvar. The decoder's LSTM gets z
+at every step and writes a feature map line by line, which convolutions turn into an image.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from fastvae.train.image.layers import Side, double, halved
+from fastvae.train.image.layers import Side, halving_sides, upsampling_layer
 from fastvae.train.image.settings import ImageSettings
 from fastvae.train.settings import option
 
@@ -18,7 +18,7 @@ __all__ = ["ConvLSTM"]
 
 @dataclass(frozen=True, kw_only=True)
 class ConvLSTM(ImageSettings):
-    """Convolutions + LSTM, LSTM + convolutions: for grey and colour images of 8 pixels and more, made for 28."""
+    """Convolutional VAE with LSTMs for images of at least 8 pixels, designed for 28."""
 
     recipe = "conv-lstm"
 
@@ -29,16 +29,16 @@ class ConvLSTM(ImageSettings):
 
     def build(self, shape: tuple[int, int, int]) -> tuple[nn.Module, nn.Module]:
         height, width, colours = shape
-        sides = halved(self.recipe, height, width)[:3]
+        sides = halving_sides(self.recipe, height, width)[:3]
         widths = [self.channels * 2**i for i in range(len(sides) - 1)]
         return (
             Encoder(sides, [colours, *widths], self.hidden, 2 * self.latent),
-            Decoder(sides, [self.planes(colours), *widths], self.hidden, self.latent),
+            Decoder(sides, [self.output_channels(colours), *widths], self.hidden, self.latent),
         )
 
 
 class Encoder(nn.Module):
-    """Images (B, C, H, W) to (B, outputs)."""
+    """Maps images (B, C, H, W) to (B, outputs)."""
 
     def __init__(self, sides: list[Side], widths: list[int], hidden: int, outputs: int) -> None:
         super().__init__()
@@ -51,26 +51,26 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.convolutions(x)  # (B, C, h, w)
-        rows = features.transpose(1, 2).flatten(2)  # (B, h, C w)
-        _, (last, _) = self.lstm(rows)
+        lines = features.transpose(1, 2).flatten(2)  # (B, h, C w)
+        _, (last, _) = self.lstm(lines)
         return self.posterior(last[-1])
 
 
 class Decoder(nn.Module):
-    """z (B, L) to (B, P, H, W)."""
+    """Maps z (B, L) to (B, P, H, W)."""
 
     def __init__(self, sides: list[Side], widths: list[int], hidden: int, latent: int) -> None:
         super().__init__()
         (self.height, width), channels = sides[-1], widths[-1]
         self.lstm = nn.LSTM(latent, hidden, batch_first=True)
-        self.row = nn.Linear(hidden, channels * width)
-        self.apart = nn.Unflatten(2, (channels, width))
+        self.line = nn.Linear(hidden, channels * width)
+        self.unflatten = nn.Unflatten(2, (channels, width))
         layers: list[nn.Module] = []
         for i in range(len(sides) - 1, 0, -1):
-            layers += [nn.SiLU(), double(widths[i], widths[i - 1], sides[i - 1])]
+            layers += [nn.SiLU(), upsampling_layer(widths[i], widths[i - 1], sides[i - 1])]
         self.convolutions = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
         states, _ = self.lstm(z.unsqueeze(1).expand(-1, self.height, -1))
-        features = self.apart(self.row(states)).transpose(1, 2)  # (B, C, h, w)
+        features = self.unflatten(self.line(states)).transpose(1, 2)  # (B, C, h, w)
         return self.convolutions(features)

@@ -1,8 +1,8 @@
 """The recipe `vae-gan`: a VAE whose decoder is the generator of a GAN, after Larsen et al. 2016.
 
-To read as an example: encoder and decoder are those of `photos`. A discriminator tells real images from made ones; what
-its layers see in an image is where reconstructions are compared, each layer with a Gaussian whose variance is learned.
-The three updates are in `fastvae.train.image.gan`.
+Encoder and decoder are those of `photos`. A discriminator distinguishes real images from generated ones. Images and
+reconstructions are compared in the features of its layers; each layer has a Gaussian with a learned variance. The three
+updates are in `fastvae.train.image.gan`.
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import fastvae
 from fastvae.likelihoods import Gaussian, Product
 from fastvae.train.errors import InputError
-from fastvae.train.image.layers import Side, halved, widths
+from fastvae.train.image.layers import Side, channel_counts, halving_sides
 from fastvae.train.settings import option
 
-from .residual import Photos
+from .resnet import Photos
 
 if TYPE_CHECKING:
     from fastvae.train.image.gan import AdversarialVAE
@@ -30,25 +30,29 @@ __all__ = ["VAEGAN", "Discriminator"]
 
 @dataclass(frozen=True, kw_only=True)
 class VAEGAN(Photos):
-    """A VAE-GAN for a folder of pictures: reconstructs what a discriminator sees, not pixels."""
+    """VAE-GAN for a folder of pictures: compares images in a discriminator's features, not in pixels."""
 
     recipe = "vae-gan"
-    automatic = False
-    judged = False  # by the negative ELBO of pixels the blurred beginning would be best
+    automatic_optimization = False
+    monitor = None  # the negative ELBO of the pixels would prefer the blurred images of the first epochs
 
     adversarial: float = option(
-        0.5, "Length of the discriminator's gradient to the decoder, that of the reconstruction being 1.",
+        0.5, "Length of the discriminator's gradient in the decoder, relative to that of the reconstruction.",
         "Objective", at_least=0, at_most=100,
     )  # fmt: skip
-    latent: int = option(64, "Latent dimensions.", "Model", at_least=1)
+    latent: int = option(64, "Number of latent dimensions.", "Model", at_least=1)
     beta: float = option(
         16.0,
-        "Weight of the KL, against nats of features: there are several to a pixel.",
+        "Weight of the KL relative to the nats of the features, of which there are several per pixel.",
         "Objective",
         at_least=0,
     )
     penalty: float = option(
-        0.05, "Of the discriminator's squared gradient at real images.", "Objective", at_least=0, at_most=1e6
+        0.05,
+        "Weight of the penalty on the discriminator's squared gradient at real images (R1).",
+        "Objective",
+        at_least=0,
+        at_most=1e6,
     )
     lr: float = option(3e-4, "Learning rate of Adam.", "Training", above=0)
 
@@ -56,33 +60,33 @@ class VAEGAN(Photos):
         super().check()
         for name in ("sigma", "components", "binarize"):
             if getattr(self, name) != getattr(type(self), name):
-                raise InputError(f"--{name} is of a likelihood that vae-gan does not have: leave it out")
+                raise InputError(f"--{name} does not apply to vae-gan, which has no such likelihood")
         if (self.likelihood, self.variance) != ("gaussian", "learned"):
             given = self.likelihood if self.likelihood != "gaussian" else self.variance
             raise InputError(
-                f"vae-gan compares features of a discriminator, by Gaussians with a learned variance; --likelihood and "
-                f"--variance are of other recipes, got {given}"
+                "vae-gan compares the features of a discriminator by Gaussians with a learned variance, so it does not "
+                f"take --likelihood and --variance, got {given}"
             )
         if self.devices != 1 or self.strategy != "auto" or self.precision not in ("32-true", "bf16-mixed"):
             raise InputError(
-                "vae-gan trains three networks in turn: on one device, with --precision 32-true or bf16-mixed, got "
-                f"--devices {self.devices} --strategy {self.strategy} --precision {self.precision}"
+                "vae-gan trains three networks in turn, which needs one device and --precision 32-true or bf16-mixed, "
+                f"got --devices {self.devices} --strategy {self.strategy} --precision {self.precision}"
             )
 
     @property
-    def described(self) -> str:
-        return "Gaussian likelihood of a discriminator's features; that of pixels, as the table has it, only measures"
+    def likelihood_description(self) -> str:
+        return "Gaussian likelihood of the discriminator's features; the table reports that of the pixels"
 
     def make_module(self, shape: tuple[int, int, int], **options: Any) -> "AdversarialVAE":
         from fastvae.train.image.gan import AdversarialVAE
 
         encoder, decoder = self.build(shape)
         height, width, colours = shape
-        discriminator = Discriminator(halved(self.recipe, height, width), colours, self.channels)
+        discriminator = Discriminator(halving_sides(self.recipe, height, width), colours, self.channels)
         discriminator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         bounds = (self.logvar_min, self.logvar_max)
         features = Product(
-            {name: Gaussian("learned", logvar_bounds=bounds) for name in discriminator.compared}
+            {name: Gaussian("learned", logvar_bounds=bounds) for name in discriminator.feature_names}
         )
         return AdversarialVAE(
             encoder,
@@ -98,19 +102,19 @@ class VAEGAN(Photos):
 
 
 class Discriminator(nn.Module):
-    """Images (B, C, H, W) to the features that are compared, by the name of their layer, and a score (B,).
+    """Maps images (B, C, H, W) to a dict of features, one entry per layer, and a score (B,).
 
-    The features are those of every layer, at the scale of their own image: making all of them small gains nothing.
+    The features are normalised for each image, so that making all of them small does not reduce the loss.
     """
 
     def __init__(self, sides: list[Side], inputs: int, channels: int) -> None:
         super().__init__()
-        sizes = [inputs, *widths(channels, len(sides) - 1)]
+        sizes = [inputs, *channel_counts(channels, len(sides) - 1)]
         layers = (nn.Conv2d(before, after, 4, 2, padding=1) for before, after in pairwise(sizes))
         self.layers = nn.ModuleList(layers)
         small = prod(side // 2 ** len(self.layers) for side in sides[0])
         self.score = nn.Linear(sizes[-1] * small, 1)
-        self.compared = [f"layer{i}" for i in range(len(self.layers))]
+        self.feature_names = [f"layer{i}" for i in range(len(self.layers))]
 
     def forward(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         features = {}

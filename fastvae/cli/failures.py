@@ -1,4 +1,4 @@
-"""How a command ends that does not end well: one line on stderr, an exit code, and no traceback."""
+"""How a command fails: with one line on stderr, an exit code and no traceback."""
 
 import contextlib
 import functools
@@ -6,23 +6,23 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Interrupted", "fail", "stoppable"]
+__all__ = ["Interrupted", "catch_interrupt", "fail"]
 
 
 class Interrupted(Exception):
-    """Ctrl-C, under a name of our own: typer would end the program itself, without a word."""
+    """Ctrl-C. Typer would catch a KeyboardInterrupt itself and exit without a message."""
 
 
 def fail(message: str, code: int = 2) -> int:
-    """Say it; returns the exit code."""
+    """Print the message to stderr and return the exit code."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print("fastvae:", " ".join(message.split()), file=sys.stderr)
     return code
 
 
-def stoppable(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that Ctrl-C ends as `Interrupted`."""
+def catch_interrupt(command: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a command so that Ctrl-C raises `Interrupted`."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:

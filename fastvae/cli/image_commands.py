@@ -1,4 +1,4 @@
-"""The commands on a run of images: what they draw, and what they say of it."""
+"""The commands that use a run of images: each draws a picture and prints a line about it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,9 @@ def sample(
     out = out or run / "samples.png"
     n = 64 if n is None else n
     generate.sample(image.load(run, checkpoint=checkpoint), out, n=n, temperature=temperature, seed=seed)
-    messages.say(f"{out}: {messages.count(n, 'new image')}, decoded from {messages.prior(temperature)}")
+    messages.print_line(
+        f"{out}: {messages.pluralize(n, 'new image')}, decoded from {messages.describe_prior(temperature)}"
+    )
 
 
 def best(
@@ -34,18 +36,22 @@ def best(
     out = out or run / "samples.png"
     of = 256 if of is None else of
     opened = image.load(run, checkpoint=checkpoint)
-    found = generate.best(opened, out, n=n, of=of, temperature=temperature, seed=seed)
-    drawn = f"the best {n} of {messages.count(of, 'new image')}"
-    messages.say(f"{out}: {drawn}, decoded from {messages.prior(temperature)}, the best first")
+    found = generate.sample_best(opened, out, n=n, of=of, temperature=temperature, seed=seed)
+    selection = f"the best {n} of {messages.pluralize(of, 'new image')}"
+    messages.print_line(
+        f"{out}: {selection}, decoded from {messages.describe_prior(temperature)}, best first"
+    )
     first, last, worst = (f"{found.values[i]:.{found.decimals}f}" for i in (0, n - 1, -1))
-    messages.say(f"ranked by {found.measure}: from {first} to {last}{found.unit}; the worst drawn: {worst}")
+    messages.print_line(
+        f"ranked by {found.measure}: from {first} to {last}{found.unit}; the worst is {worst}"
+    )
 
 
 def reconstruct(run: Path, *, n: int, data: str | None, checkpoint: Checkpoint, out: Path | None) -> None:
     out = out or run / "reconstructions.png"
     count = generate.reconstruct(image.load(run, data=data, checkpoint=checkpoint), out, n=n)
-    images = messages.count(count, "held-out image")
-    messages.say(f"{out}: {images}, each above what the model makes of it")
+    images = messages.pluralize(count, "validation image")
+    messages.print_line(f"{out}: {images}, each above its reconstruction")
 
 
 def interpolate(
@@ -59,15 +65,17 @@ def interpolate(
     out: Path | None,
 ) -> None:
     out = out or run / "interpolations.png"
-    loaded = image.load(run, data=data, checkpoint=checkpoint)
-    pairs = generate.interpolate(loaded, out, starts=starts, ends=ends, steps=steps)
-    ways = ", ".join(f"{i} to {j}" for i, j in pairs)
-    messages.say(f"{out}: held-out images {ways}; {steps} decoded on the way, between the two originals")
+    opened = image.load(run, data=data, checkpoint=checkpoint)
+    pairs = generate.interpolate(opened, out, starts=starts, ends=ends, steps=steps)
+    pairs_text = ", ".join(f"{i} to {j}" for i, j in pairs)
+    messages.print_line(
+        f"{out}: validation images {pairs_text}, with {steps} decoded images between the two originals"
+    )
 
 
 def traverse(
     run: Path,
-    place: int,
+    image_index: int,
     *,
     n: int,
     steps: int,
@@ -76,10 +84,12 @@ def traverse(
     out: Path | None,
 ) -> None:
     out = out or run / "traversals.png"
-    loaded = image.load(run, data=data, checkpoint=checkpoint)
-    order = generate.traverse(loaded, out, image=place, n=n, steps=steps)
-    rows = f"{messages.count(len(order), 'dimension')}, the most active first, each going from -3 to 3"
-    messages.say(f"{out}: held-out image {place}, varied along {rows}")
+    opened = image.load(run, data=data, checkpoint=checkpoint)
+    order = generate.traverse(opened, out, image=image_index, n=n, steps=steps)
+    dimensions = messages.pluralize(len(order), "dimension")
+    messages.print_line(
+        f"{out}: validation image {image_index}, varied from -3 to 3 along {dimensions}, the most active first"
+    )
 
 
 def inpaint(
@@ -94,7 +104,7 @@ def inpaint(
     out: Path | None,
 ) -> None:
     out = out or run / "inpainting.png"
-    loaded = image.load(run, data=data, checkpoint=checkpoint)
-    count = generate.inpaint(loaded, out, mask=mask, steps=steps, n=n, seed=seed)
-    images = messages.count(count, "held-out image")
-    messages.say(f"{out}: {images}: masked, filled by the model, whole")
+    opened = image.load(run, data=data, checkpoint=checkpoint)
+    count = generate.inpaint(opened, out, mask=mask, steps=steps, n=n, seed=seed)
+    images = messages.pluralize(count, "validation image")
+    messages.print_line(f"{out}: {images}, each masked, inpainted and as it was")

@@ -1,4 +1,4 @@
-"""The arrays of an .npz file, read one at a time, and what is wrong with those that cannot be."""
+"""Reading .npz files one array at a time, with errors that explain what is wrong."""
 
 import zipfile
 from pathlib import Path
@@ -9,13 +9,13 @@ import numpy as np
 from . import files
 from .errors import InputError
 
-__all__ = ["Arrays"]
+__all__ = ["NpzFile"]
 
 
-class Arrays:
-    """An open .npz file. Nothing is unpickled, and an array that nobody asks for is not read.
+class NpzFile:
+    """An open .npz file. Nothing is unpickled, and only arrays that are asked for are read.
 
-    Raises InputError for a file that cannot be read, and for one that is no .npz.
+    Raises InputError if the file cannot be read or is not an .npz file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -24,14 +24,14 @@ class Arrays:
             with path.open("rb") as file:
                 start = file.read(64)
             if not start.startswith(b"PK"):
-                raise InputError(f"{path}: not an .npz file: {_what_begins_with(start)}")
+                raise InputError(f"{path}: not an .npz file: {_describe_content(start)}")
             self._file: Any = np.load(path, allow_pickle=False)
         except InputError:
             raise
         except FileNotFoundError:
             raise InputError(f"{path}: no such file") from None
         except OSError as error:
-            raise InputError(f"{path}: cannot be read: {files.reason(error)}") from error
+            raise InputError(f"{path}: cannot be read: {files.error_reason(error)}") from error
         except (ValueError, zipfile.BadZipFile) as error:
             raise InputError(f"{path}: not an .npz file that numpy can read: {_first_line(error)}") from error
         self.names: tuple[str, ...] = tuple(self._file.files)
@@ -39,24 +39,24 @@ class Arrays:
     def __contains__(self, name: str) -> bool:
         return name in self.names
 
-    def __enter__(self) -> "Arrays":
+    def __enter__(self) -> "NpzFile":
         return self
 
     def __exit__(self, *ignored: object) -> None:
         self._file.close()
 
     def read(self, name: str) -> Any:
-        """One array, in the byte order of this machine.
+        """Read one array, converted to the byte order of this machine.
 
-        Raises InputError where it is damaged, or stored as pickled objects.
+        Raises InputError if it is damaged or consists of pickled objects.
         """
         try:
             array = self._file[name]
-        except Exception as error:  # zipfile, zlib and numpy raise many things for a damaged file
+        except Exception as error:  # zipfile, zlib and numpy raise many types for damaged files
             if "allow_pickle" in str(error):
                 raise InputError(
-                    f"{self.path}: `{name}` is stored as pickled Python objects, which are not read; store plain "
-                    f"numbers or strings, for example np.asarray({name}.tolist())"
+                    f"{self.path}: `{name}` is stored as pickled Python objects, which are not read; store numbers or "
+                    f"strings instead, for example np.asarray({name}.tolist())"
                 ) from error
             raise InputError(f"{self.path}: `{name}` cannot be read: {_first_line(error)}") from error
         if not isinstance(array, np.ndarray):
@@ -64,18 +64,18 @@ class Arrays:
         return array.astype(array.dtype.newbyteorder("="), copy=False)
 
     def contents(self) -> str:
-        """What the file holds, in words."""
+        """Return the names of the arrays, for a message."""
         return ", ".join(self.names) or "nothing"
 
 
-def _what_begins_with(start: bytes) -> str:
+def _describe_content(start: bytes) -> str:
     if start.startswith(b"\x93NUMPY"):
-        return "it is a single array (.npy); write it with np.savez(path, name=array)"
+        return "it is a single array (.npy); save it with np.savez(path, name=array)"
     if not start:
         return "it is empty"
     text = start.lstrip()
     if text[:1] == b"<":
-        return f"it begins with {text[:15].decode('ascii', 'replace')!r}: a web page, not the file that it links to?"
+        return f"it begins with {text[:15].decode('ascii', 'replace')!r}, so it may be a web page"
     return f"it begins with {start[:15]!r}"
 
 

@@ -11,40 +11,41 @@ import typer
 from fastvae.train import kinds
 from fastvae.train.settings import Settings
 
-from .ending import stoppable
+from .failures import catch_interrupt
 
 __all__ = ["add"]
 
 
 def add(app: typer.Typer) -> None:
     trainer = typer.Typer()
-    app.add_typer(trainer, name="train", help="Train a recipe into a run folder; `fastvae train mlp --help`.")
+    app.add_typer(trainer, name="train", help="Train a recipe; see for example `fastvae train mlp --help`.")
     for recipe in kinds.recipes().values():
         summary = (recipe.__doc__ or "").partition("\n")[0]
         trainer.command(recipe.recipe, help=summary)(_train_command(recipe))
-    app.command()(stoppable(resume))
+    app.command()(catch_interrupt(resume))
 
 
 def resume(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")],
     epochs: Annotated[
-        int | None, typer.Option(help="Train up to this many epochs, if not as many as first planned.")
+        int | None,
+        typer.Option(help="New total number of epochs.", show_default="as planned when the run was started"),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="DATA", help="Where the run's data are now, if they were moved.", show_default=False
+            metavar="DATA", help="New location of the run's data, if they were moved.", show_default=False
         ),
     ] = None,
 ) -> None:
-    """Continue a run from its last whole epoch, as if it had never been stopped."""
+    """Continue a run from its last complete epoch, as if it had never been stopped."""
     from fastvae.train import runs
 
     runs.resume(run, epochs=epochs, data=data)
 
 
 def _train_command(recipe: type[Settings]) -> Callable[..., None]:
-    """A command whose options are the fields of the recipe's dataclass."""
+    """Return a command whose options are the fields of the recipe's dataclass."""
 
     def command(out: Path, overwrite: bool, **values: Any) -> None:
         from fastvae.train import runs
@@ -56,17 +57,17 @@ def _train_command(recipe: type[Settings]) -> Callable[..., None]:
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
     kinds = recipe.kinds()
-    overwrite = typer.Option("--overwrite", help="Replace a run that is there.")
+    overwrite = typer.Option("--overwrite", help="Replace the run in this folder, if there is one.")
     parameters = [
         parameter(
-            "out", Path, Path("runs", recipe.recipe), typer.Option(metavar="DIR", help="The run's folder.")
+            "out", Path, Path("runs", recipe.recipe), typer.Option(metavar="DIR", help="Folder of the run.")
         ),
         parameter("overwrite", bool, False, overwrite),
     ]
     for field in dataclasses.fields(recipe):
-        shown = typer.Option(help=field.metadata["help"], rich_help_panel=field.metadata["group"])
-        parameters.append(parameter(field.name, kinds[field.name], field.default, shown))
-    # What typer reads.
+        typer_option = typer.Option(help=field.metadata["help"], rich_help_panel=field.metadata["group"])
+        parameters.append(parameter(field.name, kinds[field.name], field.default, typer_option))
+    # Typer reads the signature.
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return stoppable(command)
+    return catch_interrupt(command)

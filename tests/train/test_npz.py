@@ -1,4 +1,4 @@
-"""Files of arrays (.npz): what cannot be read is named, with what would do."""
+"""Reading .npz files, and the errors for those that cannot be read."""
 
 import io
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastvae.train.arrays import Arrays
 from fastvae.train.errors import InputError
+from fastvae.train.npz import NpzFile
 
-PAGE = b"\n <!DOCTYPE html><html><title>404</title></html>"
+WEB_PAGE = b"\n <!DOCTYPE html><html><title>404</title></html>"
 
 
 def array(values: Any) -> bytes:
@@ -23,30 +23,30 @@ def array(values: Any) -> bytes:
     ("content", "words"),
     [
         (
-            PAGE,
-            "not an .npz file: it begins with '<!DOCTYPE html>': a web page, not the file that it links to?",
+            WEB_PAGE,
+            "not an .npz file: it begins with '<!DOCTYPE html>', so it may be a web page",
         ),
         (
             array([1]),
-            "not an .npz file: it is a single array (.npy); write it with np.savez(path, name=array)",
+            "not an .npz file: it is a single array (.npy); save it with np.savez(path, name=array)",
         ),
         (b"", "not an .npz file: it is empty"),
         (b"\x1f\x8b\x08 a gzip", "not an .npz file: it begins with b'\\x1f\\x8b\\x08 a gzip'"),
         (b"PK\x03\x04 and nothing more", "not an .npz file that numpy can read: "),
     ],
 )
-def test_what_is_no_npz_file_is_named(tmp_path: Path, content: bytes, words: str) -> None:
+def test_npz_file_with_other_content_says_what_it_is(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "file.npz"
     path.write_bytes(content)
     with pytest.raises(InputError) as caught:
-        Arrays(path)
+        NpzFile(path)
     assert str(caught.value).startswith(f"{path}: {words}")
 
 
-def test_a_pickled_array_is_named_when_it_is_asked_for(tmp_path: Path) -> None:
+def test_read_of_pickled_array_fails(tmp_path: Path) -> None:
     path = tmp_path / "file.npz"
     np.savez(path, x=np.arange(3, dtype=">i4"), kind=np.array(["a", None, "b"], dtype=object))
-    with Arrays(path) as arrays:
+    with NpzFile(path) as arrays:
         assert arrays.names == ("x", "kind")
         x = arrays.read("x")
         assert x.dtype == np.int32
@@ -56,11 +56,11 @@ def test_a_pickled_array_is_named_when_it_is_asked_for(tmp_path: Path) -> None:
             arrays.read("kind")
 
 
-def test_a_damaged_array_is_named(tmp_path: Path) -> None:
+def test_read_of_damaged_array_fails(tmp_path: Path) -> None:
     path = tmp_path / "file.npz"
     np.savez(path, x=np.arange(1000))
     content = bytearray(path.read_bytes())
     content[500:600] = bytes(100)
     path.write_bytes(content)
-    with Arrays(path) as arrays, pytest.raises(InputError, match="`x` cannot be read: Bad CRC-32"):
+    with NpzFile(path) as arrays, pytest.raises(InputError, match="`x` cannot be read: Bad CRC-32"):
         arrays.read("x")

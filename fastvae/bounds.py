@@ -1,0 +1,249 @@
+"""Multi-sample bounds: `IWAE`, with three estimators of its gradient.
+
+Sources: [B] Burda, Grosse and Salakhutdinov 2016, Importance Weighted Autoencoders; [R] Roeder, Wu and Duvenaud 2017,
+Sticking the Landing; [T] Tucker, Lawson, Gu and Maddison 2019, Doubly Reparameterized Gradient Estimators.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .elbo import ELBO
+from .functional import reparameterize_kl
+from .functional.checks import check_choice, check_floating, check_like, checked_int
+from .functional.loss import nll as loss_and_nll
+from .likelihoods import Likelihood
+from .reference import REDUCTIONS
+
+__all__ = ["IWAE", "IWAEOutput", "PosteriorDraws"]
+
+ESTIMATORS = ("iwae", "stl", "dreg")
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+class PosteriorDraws(NamedTuple):
+    """K draws from the posterior of every row, and their densities."""
+
+    z: Tensor
+    """(K, B, ...): the draws."""
+    log_q: Tensor
+    """log q(z | x), (K, B), in nats. With the estimators "stl" and "dreg" it has no gradient but the one through z."""
+    log_p: Tensor
+    """log p(z) under N(0, I), (K, B), in nats."""
+
+
+class IWAEOutput(NamedTuple):
+    """What `IWAE` returns."""
+
+    loss: Tensor
+    """The negative bound, reduced: a scalar, or (B,) with reduction "none". Its gradient is that of the estimator."""
+    bound: Tensor
+    """The lower bound of log p(x) of every row, (B,), in nats, without a gradient."""
+    nll: Tensor
+    """-log p(x | z) of every draw, (K, B), in nats."""
+    kl: Tensor
+    """log q(z | x) - log p(z) of every draw, (K, B), in nats. Its mean over draws estimates the KL."""
+    ess: Tensor
+    """The effective sample size of every row, 1 / sum of squared normalised weights, from 1 to K, (B,)."""
+
+
+class IWAE(ELBO):
+    """The importance-weighted bound of log p(x) from K draws of z ([B], equation 8), in nats::
+
+        iwae = fastvae.IWAE("bernoulli", samples=50, estimator="dreg")
+
+        for x in loader:
+            mu, logvar = encoder(x)
+            out = iwae(decoder, x, mu, logvar)
+            optimizer.zero_grad()
+            out.loss.backward()
+            optimizer.step()
+
+    The bound of a row is log 1/K sum_k w_k with log w = log p(x | z) + log p(z) - log q(z | x). It grows with K towards
+    log p(x); with K = 1 it is the ELBO with a KL estimated from the draw. The data are read in place and not repeated.
+
+    Args:
+        likelihood: as for `fastvae.ELBO`.
+        samples: K, the draws of each row.
+        estimator: how the gradient is estimated. The value of the bound is the same with all of them.
+
+            - `"iwae"`: the gradient of the bound ([B], equation 14). The signal-to-noise ratio of the encoder's
+              gradient falls with K, as K^-1/2 (Rainforth et al. 2018).
+            - `"dreg"`: the doubly reparameterised gradient ([T], equation 8), unbiased like the first; the ratio rises
+              with K, as K^1/2. The decoder's gradient is the same.
+            - `"stl"`: leaves the score of q out ([R]). For K = 1 it is unbiased and has no variance where q is the true
+              posterior. For larger K it is biased ([T], section 4).
+        beta: weight of log q - log p in the weights; other values than 1 give no bound of log p(x).
+        reduction: `"mean"` (or `"batchmean"`), `"sum"` or `"none"`, over rows, as for `fastvae.ELBO`.
+        chunk: evaluates so many draws at a time, to save memory: their decoder runs once more in the backward pass. It
+            needs the decoder as a function.
+    """
+
+    def __init__(
+        self,
+        likelihood: str | nn.Module,
+        samples: int,
+        estimator: str = "iwae",
+        *,
+        beta: float | Tensor = 1.0,
+        reduction: str = "mean",
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__(likelihood, beta=beta, reduction=reduction)
+        self.samples = checked_int("IWAE", "samples", samples, 1, None)
+        check_choice("IWAE", "estimator", estimator, ESTIMATORS)
+        self.estimator = estimator
+        self.chunk = None if chunk is None else checked_int("IWAE", "chunk", chunk, 1, None)
+
+    def sample(
+        self,
+        mu: Tensor,
+        logvar: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        seed: Tensor | None = None,
+        row_offset: int = 0,
+    ) -> PosteriorDraws:
+        """K draws z ~ N(mu, e^logvar) of every row, with their densities.
+
+        Args:
+            mu, logvar: the posterior, (B, ...), floating, of one dtype and shape.
+            generator, seed, row_offset: as for `fastvae.functional.reparameterize_kl`, whose noise it is.
+        """
+        check_floating("IWAE", "mu", mu)
+        check_like("IWAE", "logvar", logvar, "mu", mu)
+        nothing = torch.zeros_like(mu, requires_grad=False)
+        # Of a standard normal posterior the draws are the noise itself.
+        eps, _ = reparameterize_kl(
+            nothing, nothing, samples=self.samples, generator=generator, seed=seed, row_offset=row_offset
+        )
+        z = mu + torch.exp(0.5 * logvar) * eps
+        wide = torch.float64 if mu.dtype == torch.float64 else torch.float32
+        z_wide, size = z.to(wide), mu[0].numel() if len(mu) else 0
+        if self.estimator == "iwae":
+            # With z a function of the noise, what remains of the density's derivative is that of the scale.
+            log_q = -(0.5 * (eps.to(wide).square() + logvar.to(wide))).flatten(2).sum(2)
+        else:
+            fixed_mu, fixed_logvar = mu.detach().to(wide), logvar.detach().to(wide)
+            standard = (z_wide - fixed_mu) * torch.exp(-0.5 * fixed_logvar)
+            # Its value is that of the noise, which the difference has not at hand where the scale is small.
+            square = standard.square() + (eps.to(wide).square() - standard.square()).detach()
+            log_q = -(0.5 * (square + fixed_logvar)).flatten(2).sum(2)
+        log_p = -(0.5 * z_wide.square()).flatten(2).sum(2)
+        return PosteriorDraws(z, log_q - _HALF_LOG_2PI * size, log_p - _HALF_LOG_2PI * size)
+
+    def forward(
+        self,
+        decoder: Callable[[Tensor], Any] | Any,
+        x: Any,
+        mu: Tensor | None = None,
+        logvar: Tensor | None = None,
+        *,
+        draws: PosteriorDraws | None = None,
+    ) -> IWAEOutput:
+        """The bound of a batch: `iwae(decoder, x, mu, logvar)`, or, of draws made before,
+        `draws = iwae.sample(mu, logvar)`, `iwae(decoder(draws.z.flatten(0, 1)), x, draws=draws)`.
+
+        Args:
+            decoder: a function of z, (K * B, ...), that returns what the likelihood takes, with K * B rows; or, with
+                `draws`, what it has returned.
+            x: the data, (B, ...), as for `fastvae.ELBO`.
+            mu, logvar: the posterior, (B, ...).
+            draws: what `sample` returned, in place of the posterior.
+
+        Raises:
+            TypeError: neither posterior nor draws, or both; a decoder's output without draws; `chunk` without a
+                function.
+            ValueError: a shape or device that does not fit.
+        """
+        if (mu is None) != (logvar is None) or (mu is None) == (draws is None):
+            raise TypeError(
+                "fastvae.IWAE: call iwae(decoder, x, mu, logvar) or iwae(recon, x, draws=iwae.sample(mu, logvar)): the "
+                "posterior or its draws"
+            )
+        is_function = callable(decoder) and not isinstance(decoder, Tensor)
+        if draws is None:
+            if not is_function:
+                raise TypeError(
+                    "fastvae.IWAE: `decoder` must be a function of z where `mu` and `logvar` are given, got "
+                    f"{type(decoder).__name__}; sample first: draws = iwae.sample(mu, logvar), and then "
+                    "iwae(decoder(draws.z.flatten(0, 1)), x, draws=draws)"
+                )
+            draws = self.sample(mu, logvar)  # type: ignore[arg-type]
+        elif self.chunk is not None and not is_function:
+            raise TypeError(
+                f"fastvae.IWAE: `chunk` needs the decoder as a function of z, got {type(decoder).__name__}"
+            )
+        z, log_q, log_p = draws
+        if z.dim() < 3 or z.shape[0] != self.samples:
+            raise ValueError(
+                f"fastvae.IWAE: `draws.z` must have shape (K, B, ...) with K = `samples` = {self.samples}, got "
+                f"{tuple(z.shape)}"
+            )
+
+        def nll_of(part: Tensor) -> Tensor:
+            return self._nll(decoder(part.flatten(0, 1)), x, len(part))
+
+        if not is_function:
+            nll = self._nll(decoder, x, self.samples)
+        elif self.chunk is None or self.chunk >= self.samples:
+            nll = nll_of(z)
+        else:
+            parts = [checkpoint(nll_of, part, use_reentrant=False) for part in z.split(self.chunk)]
+            nll = torch.cat(parts)
+
+        kl = log_q - log_p
+        beta = self.beta.to(kl.device)
+        log_weights = -nll - beta * kl
+        weights = torch.softmax(log_weights.detach(), 0)
+        bound = torch.logsumexp(log_weights.detach(), 0) - math.log(self.samples)
+        if self.estimator == "dreg" and z.requires_grad:
+            of_z = weights.reshape(*weights.shape, *[1] * (z.dim() - 2)).to(z.dtype)
+            # The path through z carries the square of the weight, everything else the weight itself.
+            z.register_hook(lambda grad: grad * of_z)
+        rows = _with_gradient(-bound, -(weights * log_weights).sum(0))
+        loss = rows
+        if self._reduction == REDUCTIONS["sum"]:
+            loss = rows.sum()
+        elif self._reduction == REDUCTIONS["mean"]:
+            loss = rows.mean()
+        return IWAEOutput(loss, bound, nll, kl, weights.square().sum(0).reciprocal())
+
+    def _nll(self, recon: Any, x: Any, draws: int) -> Tensor:
+        """-log p(x | z), (K, B), of what the decoder returned for K * B rows."""
+        likelihood: Any = self.likelihood
+        if not isinstance(likelihood, Likelihood) or type(likelihood).nll is not Likelihood.nll:
+            return likelihood.nll(recon, _repeated(x, draws)).unflatten(0, (draws, -1))
+        name, params, constants = likelihood.kernel_call(recon)
+        rows = params[0].shape[0]
+        if rows % draws != 0:
+            raise ValueError(
+                f"fastvae.IWAE: the decoder must return K * B rows, {draws} times those of `x`, got {rows}"
+            )
+        # What serves all rows, a learned scale or a dispersion of every feature, stays as it is.
+        apart = [
+            p.unflatten(0, (draws, -1))
+            if p.dim() > 1 or (p.dim() == 1 and i > 0 and p.shape[0] == rows)
+            else p
+            for i, p in enumerate(params)
+        ]
+        return loss_and_nll(name, apart, x, constants, draws=draws)[1]
+
+    def extra_repr(self) -> str:
+        chunk = "" if self.chunk is None else f", chunk={self.chunk}"
+        return f"samples={self.samples}, estimator={self.estimator!r}{chunk}, {super().extra_repr()}"
+
+
+def _with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
+    """`value`, with the gradient of `surrogate`."""
+    return value.detach() + (surrogate - surrogate.detach())
+
+
+def _repeated(x: Any, draws: int) -> Any:
+    if isinstance(x, dict):
+        return {name: _repeated(value, draws) for name, value in x.items()}
+    return x.expand(draws, *x.shape).flatten(0, 1)

@@ -1,0 +1,176 @@
+"""K draws of the parameters against one target: the same as K calls, with the target read in place."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastvae import functional as fv
+
+K, B = 3, 4
+IMAGE = torch.rand(B, 3, 5, 7)
+LEVELS = torch.randint(0, 256, (B, 3, 5), dtype=torch.uint8)
+COUNTS = torch.randint(0, 4, (B, 9)).float()
+CLASSES = torch.randint(0, 6, (B, 5))
+CLASSES[1, 2] = -100
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(K, B, *shape)
+
+
+def positive(*shape: int) -> Tensor:
+    return torch.rand(K, B, *shape) + 0.5
+
+
+# function, parameters by name (those of all draws first), those that all draws share, the target, options
+CASES = {
+    "bernoulli": (fv.bernoulli_nll, {"logits": normal(3, 5, 7)}, {}, IMAGE, {}),
+    "bernoulli, bool": (fv.bernoulli_nll, {"logits": normal(3, 5, 7)}, {}, IMAGE > 0.5, {}),
+    "gaussian": (fv.gaussian_nll, {"mean": normal(3, 5, 7)}, {}, IMAGE, {"scale": 0.5}),
+    "gaussian, learned": (fv.gaussian_nll, {"mean": normal(9)}, {"logvar": torch.tensor(0.3)}, COUNTS, {}),
+    "gaussian, per element": (fv.gaussian_nll, {"mean": normal(9), "logvar": normal(9)}, {}, COUNTS, {}),
+    "gaussian, head": (fv.gaussian_head_nll, {"params": normal(6, 5, 7)}, {}, IMAGE, {}),
+    "laplace": (fv.laplace_nll, {"loc": normal(9)}, {}, COUNTS, {}),
+    "student": (fv.student_t_nll, {"loc": normal(9)}, {}, COUNTS, {"df": 3.0}),
+    "continuous Bernoulli": (fv.continuous_bernoulli_nll, {"logits": normal(3, 5, 7)}, {}, IMAGE, {}),
+    "gamma": (fv.gamma_nll, {"log_scale": normal(9)}, {}, COUNTS + 1, {"shape": 2.0}),
+    "poisson": (fv.poisson_nll, {"log_rate": normal(9)}, {}, COUNTS, {}),
+    "poisson, int": (fv.poisson_nll, {"log_rate": normal(9)}, {}, COUNTS.int(), {}),
+    "rate": (fv.poisson_rate_nll, {"rate": positive(9)}, {}, COUNTS, {}),
+    "negative binomial": (
+        fv.negative_binomial_nll,
+        {"mean": positive(9)},
+        {"inverse_dispersion": torch.rand(9) + 0.5},
+        COUNTS,
+        {},
+    ),
+    "negative binomial, of each element": (
+        fv.negative_binomial_nll,
+        {"mean": positive(9), "inverse_dispersion": positive(9)},
+        {},
+        COUNTS,
+        {},
+    ),
+    "zero-inflated, raw": (
+        fv.zero_inflated_negative_binomial_logits_nll,
+        {"logits": normal(9), "zi_logits": normal(9), "library": 10 * positive(1)},
+        {"log_dispersion": torch.randn(9)},
+        COUNTS,
+        {},
+    ),
+    "raw, CSR": (
+        fv.negative_binomial_logits_nll,
+        {"logits": normal(9), "library": 10 * positive()},
+        {"log_dispersion": torch.randn(9)},
+        "CSR",
+        {},
+    ),
+    "categorical": (fv.categorical_nll, {"logits": normal(5, 6)}, {}, CLASSES, {}),
+    "logistic": (fv.discretized_logistic_nll, {"params": normal(6, 5)}, {}, LEVELS, {}),
+    "mixture": (
+        fv.discretized_logistic_mixture_nll,
+        {"params": normal(20, 5)},
+        {},
+        LEVELS,
+        {"components": 2},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        pytest.param(torch.float64, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", CASES)
+def test_draws_give_what_calls_one_by_one_give(backend: str, name: str, dtype: torch.dtype) -> None:
+    function, drawn, shared, target, options = CASES[name]
+    if target is not None and isinstance(target, str):
+        target = COUNTS.to_sparse_csr()
+    drawn = {key: value.to(dtype).requires_grad_() for key, value in drawn.items()}
+    shared = {key: value.to(dtype).requires_grad_() for key, value in shared.items()}
+    leaves = [*drawn.values(), *shared.values()]
+    got = function(target=target, draws=K, **drawn, **shared, **options)
+    assert got.shape == (K, B)
+    weights = torch.rand(K, B, dtype=got.dtype)
+    gradients = torch.autograd.grad((got * weights).sum(), leaves)
+    each = [
+        function(target=target, **{key: value[k] for key, value in drawn.items()}, **shared, **options)
+        for k in range(K)
+    ]
+    want = torch.stack(each)
+    assert torch.equal(got, want)
+    wanted = torch.autograd.grad((want * weights).sum(), leaves)
+    exact = dtype != torch.bfloat16
+    for i, (a, b) in enumerate(zip(gradients, wanted, strict=True)):
+        if i < len(drawn) and exact:
+            torch.testing.assert_close(a, b)
+        else:  # a sum over all draws, or rounded before it
+            torch.testing.assert_close(a, b, rtol=1e-5 if exact else 0.05, atol=1e-5 if exact else 0.05)
+
+
+def test_draws_pass_a_gradient_to_the_target(backend: str) -> None:
+    mean, target = normal(9).requires_grad_(), torch.rand(B, 9, requires_grad=True)
+    got = torch.autograd.grad(fv.gaussian_nll(mean, target, draws=K).sum(), target)[0]
+    want = torch.autograd.grad(sum(fv.gaussian_nll(mean[k], target).sum() for k in range(K)), target)[0]
+    torch.testing.assert_close(got, want)
+
+
+def test_draws_compile_to_one_graph() -> None:
+    def loss(logits: Tensor) -> Tensor:
+        return fv.bernoulli_nll(logits, IMAGE, draws=K).logsumexp(0).sum()
+
+    leaf = normal(3, 5, 7).requires_grad_()
+    got = torch.compile(loss, fullgraph=True, backend="aot_eager")(leaf)
+    torch.testing.assert_close(got, loss(leaf))
+    (gradient,) = torch.autograd.grad(got, leaf)
+    torch.testing.assert_close(gradient, torch.autograd.grad(loss(leaf), leaf)[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: fv.bernoulli_nll(normal(3), IMAGE[:, :, 0, 0], draws=2),
+            ValueError,
+            r"K = `draws` = 2, got \(3, 4, 3\)",
+        ),
+        (
+            lambda: fv.bernoulli_nll(normal(3), IMAGE[:2, :, 0, 0], draws=K),
+            ValueError,
+            r"`target` must have the shape",
+        ),
+        (
+            lambda: fv.bernoulli_nll(normal(3)[0], IMAGE[:, :, 0, 0], draws=0),
+            ValueError,
+            "`draws` must be at least 1, got 0",
+        ),
+        (
+            lambda: fv.bernoulli_nll(normal(3)[0], IMAGE[:, :, 0, 0], draws=2.0),
+            TypeError,
+            "`draws` must be an int, got 2.0",
+        ),
+        (
+            lambda: fv.bernoulli_nll(normal(3)[:1].flatten(0, 1), IMAGE[:2, :, 0, 0]),
+            ValueError,
+            "`target` must have the shape",
+        ),
+    ],
+)
+def test_wrong_draws_are_refused(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_draws_do_not_repeat_the_target(native: None) -> None:
+    """16 draws of 4 MiB in half precision's place: the target alone would take 64 MiB more."""
+    from benchmarks.timing import peak_bytes
+
+    logits, target = torch.randn(16, 4, 2**18), torch.rand(4, 2**18)
+    with torch.no_grad():
+        assert peak_bytes(lambda: fv.bernoulli_nll(logits, target, draws=16), torch.device("cpu")) < 2**20

@@ -1,0 +1,304 @@
+"""IWAE on a model whose evidence and gradients are known: z ~ N(0, 1), x ~ N(a z, 1), all of one dimension."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastvae
+from fastvae import functional, likelihoods
+from fastvae.bounds import ESTIMATORS
+
+GAUSSIAN = likelihoods.Gaussian()
+A, MU, LOGVAR = 1.3, 0.4, -0.6  # the true posterior of x = 1 has mean 0.48 and log-variance -0.99
+
+
+def log_evidence(x: Tensor) -> Tensor:
+    return torch.distributions.Normal(0.0, math.sqrt(A * A + 1)).log_prob(x)
+
+
+def estimates(estimator: str, samples: int, n: int, seed: int = 0) -> tuple[fastvae.IWAEOutput, Tensor]:
+    """Of n rows alike: the output, and what each row gives for the gradient by mu and by logvar, (n, 2)."""
+    torch.manual_seed(seed)
+    mu = torch.full((n, 1), MU, dtype=torch.float64, requires_grad=True)
+    logvar = torch.full((n, 1), LOGVAR, dtype=torch.float64, requires_grad=True)
+    iwae = fastvae.IWAE(GAUSSIAN, samples, estimator, reduction="sum")
+    out = iwae(lambda z: A * z, torch.ones(n, 1, dtype=torch.float64), mu, logvar)
+    gradients = torch.autograd.grad(out.loss, (mu, logvar))
+    return out, torch.cat(gradients, 1)
+
+
+def z_scores(a: Tensor, b: Tensor) -> Tensor:
+    """Of the difference of two means of independent rows, in standard errors."""
+    return (a.mean(0) - b.mean(0)).abs() / (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
+
+
+@pytest.mark.parametrize("samples", [1, 2, 8])
+def test_bound_is_unbiased_for_the_evidence(samples: int) -> None:
+    out, _ = estimates("iwae", samples, 100_000)
+    evidence = torch.exp(log_evidence(torch.ones((), dtype=torch.float64)))
+    ratio = torch.exp(out.bound)
+    assert (ratio.mean() - evidence).abs() < 4 * ratio.std() / math.sqrt(len(ratio))
+    assert out.bound.mean() < torch.log(evidence)
+
+
+@pytest.mark.parametrize("samples", [2, 8])
+def test_dreg_agrees_with_iwae_in_expectation(samples: int) -> None:
+    a, b = (estimates(estimator, samples, 100_000, seed)[1] for estimator, seed in (("iwae", 1), ("dreg", 2)))
+    assert (z_scores(a, b) < 4).all()
+
+
+def test_stl_agrees_with_iwae_for_one_draw_and_is_biased_for_more() -> None:
+    a, b = (estimates(estimator, 1, 100_000, seed)[1] for estimator, seed in (("iwae", 1), ("stl", 2)))
+    assert (z_scores(a, b) < 4).all()
+    a, b = (estimates(estimator, 8, 100_000, seed)[1] for estimator, seed in (("iwae", 1), ("stl", 2)))
+    assert (z_scores(a, b) > 10).any()
+
+
+def test_stl_and_dreg_have_no_variance_at_the_true_posterior() -> None:
+    """Roeder et al. 2017, section 3: the path derivative is 0 in every draw."""
+    variance = 1 / (A * A + 1)
+    mu = torch.full((9, 1), A * variance, dtype=torch.float64, requires_grad=True)
+    logvar = torch.full((9, 1), math.log(variance), dtype=torch.float64, requires_grad=True)
+    for estimator in ("stl", "dreg"):
+        iwae = fastvae.IWAE(GAUSSIAN, 5, estimator)
+        out = iwae(lambda z: A * z, torch.ones(9, 1, dtype=torch.float64), mu, logvar)
+        for gradient in torch.autograd.grad(out.loss, (mu, logvar)):
+            assert gradient.abs().max() < 1e-12
+        torch.testing.assert_close(out.bound, log_evidence(torch.ones(9, dtype=torch.float64)))
+        torch.testing.assert_close(out.ess, torch.full_like(out.ess, 5))
+
+
+@pytest.mark.slow
+def test_signal_to_noise_falls_under_iwae_and_rises_under_dreg() -> None:
+    """Rainforth et al. 2018 and Tucker et al. 2019: as K^-1/2 and K^1/2."""
+    counts = [2, 4, 8, 16, 32]
+    for estimator, slope in (("iwae", -0.5), ("dreg", 0.5)):
+        ratios = []
+        for samples in counts:
+            gradient = estimates(estimator, samples, 1_000_000)[1][:, 0]
+            ratios.append((gradient.mean().abs() / gradient.std()).log2())
+        found = (ratios[-1] - ratios[0]) / math.log2(counts[-1] / counts[0])
+        assert abs(found - slope) < 0.1, (estimator, found)
+
+
+class Model(nn.Module):
+    def __init__(self, estimator: str, samples: int = 6, **options: int) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.decoder = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 5))
+        self.mu, self.logvar = nn.Parameter(torch.randn(4, 2)), nn.Parameter(0.3 * torch.randn(4, 2))
+        self.iwae = fastvae.IWAE("bernoulli", samples, estimator, **options)
+
+    def forward(self, x: Tensor) -> fastvae.IWAEOutput:
+        torch.manual_seed(5)
+        return self.iwae(self.decoder, x, self.mu, self.logvar)
+
+    def gradients(self, x: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(self(x).loss, list(self.parameters())))
+
+
+X = (torch.rand(4, 5) > 0.5).float()
+
+
+def test_bound_is_the_formula_of_burda(backend: str) -> None:
+    model = Model("iwae")
+    out = model(X)
+    torch.manual_seed(5)
+    z, _ = functional.reparameterize_kl(model.mu, model.logvar, samples=6)
+    q = torch.distributions.Normal(model.mu, torch.exp(model.logvar / 2))
+    p = torch.distributions.Bernoulli(logits=model.decoder(z))
+    log_w = (
+        p.log_prob(X).sum(-1) + torch.distributions.Normal(0, 1).log_prob(z).sum(-1) - q.log_prob(z).sum(-1)
+    )
+    want = torch.logsumexp(log_w, 0) - math.log(6)
+    torch.testing.assert_close(out.bound, want)
+    torch.testing.assert_close(out.loss, -want.mean())
+    torch.testing.assert_close(-out.nll - out.kl, log_w)
+    weights = torch.softmax(log_w, 0)
+    torch.testing.assert_close(out.ess, 1 / weights.square().sum(0))
+    ours = torch.autograd.grad(out.loss, list(model.parameters()))
+    for a, b in zip(ours, torch.autograd.grad(-want.mean(), list(model.parameters())), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_estimators_give_the_decoder_the_same_gradient() -> None:
+    first, *rest = (Model(estimator).gradients(X)[2:] for estimator in ESTIMATORS)
+    for other in rest:
+        for a, b in zip(first, other, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_chunks_give_the_same_gradient(estimator: str, chunk: int) -> None:
+    whole, apart = Model(estimator), Model(estimator, chunk=chunk)
+    torch.testing.assert_close(apart(X).bound, whole(X).bound)
+    for a, b in zip(apart.gradients(X), whole.gradients(X), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_chunks_hold_the_memory_of_one() -> None:
+    from benchmarks.timing import peak_bytes
+
+    peaks = []
+    for chunk in (None, 2):
+        iwae = fastvae.IWAE("bernoulli", 32, chunk=chunk)
+        decoder = nn.Sequential(
+            nn.Linear(2, 1024), nn.Tanh(), nn.Linear(1024, 1024), nn.Tanh(), nn.Linear(1024, 5)
+        )
+        mu, x = torch.zeros(64, 2, requires_grad=True), torch.rand(64, 5)
+
+        def step(
+            iwae: fastvae.IWAE = iwae, decoder: nn.Module = decoder, mu: Tensor = mu, x: Tensor = x
+        ) -> None:
+            iwae(decoder, x, mu, mu).loss.backward()
+
+        step()
+        peaks.append(peak_bytes(step, torch.device("cpu")))
+    assert peaks[1] < peaks[0] / 2
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_decoders_output_serves_with_its_draws(estimator: str) -> None:
+    model = Model(estimator)
+    want = model.gradients(X)
+    torch.manual_seed(5)
+    draws = model.iwae.sample(model.mu, model.logvar)
+    out = model.iwae(model.decoder(draws.z.flatten(0, 1)), X, draws=draws)
+    for a, b in zip(torch.autograd.grad(out.loss, list(model.parameters())), want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_likelihoods_of_every_kind_are_served() -> None:
+    counts = torch.randint(0, 5, (4, 5)).float()
+    head = nn.Linear(2, 10)
+    mu, logvar = torch.zeros(4, 2), torch.zeros(4, 2)
+
+    class Own(nn.Module):
+        def nll(self, params: Tensor, target: Tensor) -> Tensor:
+            return (params - target).square().sum(1)
+
+    cases = (
+        (likelihoods.Gaussian("per_element"), head, X),
+        (likelihoods.Gaussian("learned"), nn.Linear(2, 5), X),
+        (likelihoods.Laplace("per_element", log_scale_bounds=(-2, 2)), head, X),
+        (likelihoods.Bernoulli(from_probs=True), nn.Sequential(nn.Linear(2, 5), nn.Sigmoid()), X),
+        (likelihoods.NegativeBinomial(5), lambda z: (head(z)[:, :5], 50 * torch.ones(len(z))), counts),
+        (likelihoods.NegativeBinomial(5), lambda z: (head(z)[:, :5], 50 * torch.ones(len(z), 1)), counts),
+        (
+            likelihoods.Product({"a": "bernoulli", "b": "poisson"}),
+            lambda z: {"a": head(z)[:, :5], "b": head(z)[:, 5:]},
+            {"a": X, "b": counts},
+        ),
+        (Own(), nn.Linear(2, 5), X),
+    )
+    for likelihood, decoder, x in cases:
+        iwae = fastvae.IWAE(likelihood, 3)
+        torch.manual_seed(1)
+        out = iwae(decoder, x, mu, logvar)
+        torch.manual_seed(1)
+        draws = iwae.sample(mu, logvar)
+        want = torch.stack([likelihood.nll(decoder(z), x) for z in draws.z])
+        torch.testing.assert_close(out.nll, want)
+
+
+def test_beta_and_reductions() -> None:
+    model = Model("iwae", reduction="none")
+    model.iwae.beta = 0.5
+    out = model(X)
+    want = torch.logsumexp(-out.nll - 0.5 * out.kl, 0) - math.log(6)
+    torch.testing.assert_close(out.bound, want)
+    torch.testing.assert_close(out.loss, -want)
+    model.iwae.reduction = "sum"
+    torch.testing.assert_close(model(X).loss, -want.sum())
+
+
+def test_small_posterior_scales_keep_the_digits_of_log_q() -> None:
+    mu, logvar = torch.full((2, 1), 100.0), torch.full((2, 1), -30.0)
+    for estimator in ESTIMATORS:
+        draws = fastvae.IWAE(GAUSSIAN, 4, estimator).sample(mu, logvar, seed=torch.tensor([1, 2]))
+        eps, _ = functional.reparameterize_kl(0 * mu, 0 * mu, samples=4, seed=torch.tensor([1, 2]))
+        want = -0.5 * (eps.square() + logvar + math.log(2 * math.pi)).sum(-1)
+        torch.testing.assert_close(draws.log_q, want)
+
+
+def test_compiled_bounds_give_the_same() -> None:
+    for estimator in ESTIMATORS:
+        model = Model(estimator)
+
+        def loss(x: Tensor, seed: Tensor, model: Model = model) -> Tensor:
+            draws = model.iwae.sample(model.mu, model.logvar, seed=seed)
+            return model.iwae(model.decoder(draws.z.flatten(0, 1)), x, draws=draws).loss
+
+        seed = torch.tensor([3, 4])
+        parameters = list(model.parameters())
+        want = torch.autograd.grad(loss(X, seed), parameters)
+        got = torch.autograd.grad(
+            torch.compile(loss, fullgraph=True, backend="aot_eager")(X, seed), parameters
+        )
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+MU_2 = torch.zeros(4, 2)
+WRONG = {
+    "estimator": (
+        lambda: fastvae.IWAE("bernoulli", 5, "vimco"),
+        ValueError,
+        "fastvae.IWAE: `estimator` must be one of 'iwae', 'stl', 'dreg', got 'vimco'",
+    ),
+    "no samples": (lambda: fastvae.IWAE("bernoulli", 0), ValueError, "`samples` must be at least 1, got 0"),
+    "no chunk": (
+        lambda: fastvae.IWAE("bernoulli", 5, chunk=0),
+        ValueError,
+        "`chunk` must be at least 1, got 0",
+    ),
+    "neither": (
+        lambda: fastvae.IWAE("bernoulli", 5)(nn.Identity(), X),
+        TypeError,
+        "the posterior or its draws",
+    ),
+    "half": (
+        lambda: fastvae.IWAE("bernoulli", 5)(nn.Identity(), X, MU_2),
+        TypeError,
+        "the posterior or its draws",
+    ),
+    "output": (
+        lambda: fastvae.IWAE("bernoulli", 5)(torch.zeros(20, 5), X, MU_2, MU_2),
+        TypeError,
+        "`decoder` must be a function of z .*, got Tensor; sample first",
+    ),
+    "output in chunks": (
+        lambda: (iwae := fastvae.IWAE("bernoulli", 5, chunk=2))(
+            torch.zeros(20, 5), X, draws=iwae.sample(MU_2, MU_2)
+        ),
+        TypeError,
+        "`chunk` needs the decoder as a function of z, got Tensor",
+    ),
+    "other draws": (
+        lambda: fastvae.IWAE("bernoulli", 5)(
+            torch.zeros(20, 5), X, draws=fastvae.IWAE("bernoulli", 4).sample(MU_2, MU_2)
+        ),
+        ValueError,
+        "K = `samples` = 5, got \\(4, 4, 2\\)",
+    ),
+    "rows": (
+        lambda: fastvae.IWAE("bernoulli", 5)(lambda z: torch.zeros(7, 5), X, MU_2, MU_2),
+        ValueError,
+        "must return K \\* B rows, 5 times those of `x`, got 7",
+    ),
+    "data": (
+        lambda: fastvae.IWAE("bernoulli", 5)(lambda z: torch.zeros(20, 5), X[:, :3], MU_2, MU_2),
+        ValueError,
+        "`target` must have the shape of `logits`",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_calls_are_refused(name: str) -> None:
+    call, error, message = WRONG[name]
+    with pytest.raises(error, match=message):
+        call()
