@@ -61,4 +61,11 @@ void refuse_tangent(const OptionalTensor& t);
 // True under torch.compile and other tracers, where ops must not write to their inputs or read values.
 bool traced(const Tensor& t);
 
+// The rows of a target: as many as the params have, or one for the same row of each draw, which lie one behind the other.
+inline bool serves_rows(int64_t target_rows, int64_t rows) {
+  return target_rows == rows || (target_rows > 0 && rows % target_rows == 0);
+}
+// What `target_rows` is in the kernels' arguments.
+inline int64_t repeated_rows(int64_t target_rows, int64_t rows) { return target_rows == rows ? 0 : target_rows; }
+
 }  // namespace fastvae

@@ -32,13 +32,6 @@ inline bool gradient_in_forward(at::ScalarType params) { return params != at::kH
 
 struct LikelihoodVariant;
 
-// The rows of a target: as many as the params have, or one for the same row of each draw, which lie one behind the other.
-inline bool serves_rows(int64_t target_rows, int64_t rows) {
-  return target_rows == rows || (target_rows > 0 && rows % target_rows == 0);
-}
-// What `target_rows` is in the kernels' arguments.
-inline int64_t repeated_rows(int64_t target_rows, int64_t rows) { return target_rows == rows ? 0 : target_rows; }
-
 // Raises for what no kernel may be given. Python has checked already (fastvae/functional), with better words.
 void check_nll(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
                const OptionalTensor& kl, const OptionalTensor& beta, int64_t reduction);
