@@ -3,7 +3,6 @@
 
 #include "buffer_pool.h"
 #include "cpu_kernels.h"
-#include "nll.h"
 
 namespace fastvae {
 

@@ -61,4 +61,12 @@ void refuse_tangent(const OptionalTensor& t);
 // Whether torch.compile or another tracer is active, under which ops must not write to their inputs or read values.
 bool traced(const Tensor& t);
 
+// Whether a target with `target_rows` rows fits params with `rows` rows: it has as many, or params are draws, stored one after another,
+// and each draw has `target_rows` rows.
+inline bool serves_rows(int64_t target_rows, int64_t rows) {
+  return target_rows == rows || (target_rows > 0 && rows % target_rows == 0);
+}
+// The argument `target_rows` of the kernels, which is 0 if the target is not repeated.
+inline int64_t repeated_rows(int64_t target_rows, int64_t rows) { return target_rows == rows ? 0 : target_rows; }
+
 }  // namespace fastvae

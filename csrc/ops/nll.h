@@ -32,14 +32,6 @@ inline bool gradient_in_forward(at::ScalarType params) { return params != at::kH
 
 struct LikelihoodVariant;
 
-// Whether a target with `target_rows` rows fits `rows` rows of params: it has as many, or one for the same row of each draw, which are
-// stored one after another.
-inline bool serves_rows(int64_t target_rows, int64_t rows) {
-  return target_rows == rows || (target_rows > 0 && rows % target_rows == 0);
-}
-// The argument `target_rows` of the kernels: 0 if the target is not repeated.
-inline int64_t repeated_rows(int64_t target_rows, int64_t rows) { return target_rows == rows ? 0 : target_rows; }
-
 // Raises for arguments that kernels cannot take. Python has already checked them (fastvae/functional), with better messages.
 void check_nll(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
                const OptionalTensor& kl, const OptionalTensor& beta, int64_t reduction);

@@ -23,7 +23,7 @@
 
 // Families without a CUDA kernel.
 namespace fastvae {
-void check_counts(const LikelihoodRow&, at::TensorList, const Tensor&, at::ArrayRef<double>) {}
+void check_counts(const LikelihoodVariant&, at::TensorList, const Tensor&, at::ArrayRef<double>) {}
 }  // namespace fastvae
 
 extern "C" void set_capturing(bool on) { c10::cuda::capturing = on; }
