@@ -37,7 +37,7 @@ class PosteriorDraws(NamedTuple):
 
 
 class IWAEOutput(NamedTuple):
-    """What `IWAE` returns."""
+    """The result of an `IWAE` call."""
 
     loss: Tensor
     """The negative bound, reduced: a scalar, or (B,) with reduction "none". Its gradient is that of the estimator."""
@@ -68,19 +68,19 @@ class IWAE(ELBO):
 
     Args:
         likelihood: as for `fastvae.ELBO`.
-        samples: K, the draws of each row.
-        estimator: how the gradient is estimated. The value of the bound is the same with all of them.
+        samples: K, the number of draws for each row.
+        estimator: how the gradient is estimated. All estimators give the same value of the bound.
 
             - `"iwae"`: the gradient of the bound ([B], equation 14). The signal-to-noise ratio of the encoder's
               gradient falls with K, as K^-1/2 (Rainforth et al. 2018).
             - `"dreg"`: the doubly reparameterised gradient ([T], equation 8), unbiased like the first; the ratio rises
               with K, as K^1/2. The decoder's gradient is the same.
-            - `"stl"`: leaves the score of q out ([R]). For K = 1 it is unbiased and has no variance where q is the true
-              posterior. For larger K it is biased ([T], section 4).
-        beta: weight of log q - log p in the weights; other values than 1 give no bound of log p(x).
+            - `"stl"`: omits the score of q ([R]). For K = 1, it is unbiased, and has no variance if q is the true
+              posterior. For larger K, it is biased ([T], section 4).
+        beta: the factor of log q - log p in the weights. Only 1 gives a bound of log p(x).
         reduction: `"mean"` (or `"batchmean"`), `"sum"` or `"none"`, over rows, as for `fastvae.ELBO`.
-        chunk: evaluates so many draws at a time, to save memory: their decoder runs once more in the backward pass. It
-            needs the decoder as a function.
+        chunk: the number of draws to evaluate at a time, to save memory. The decoder then runs once more in the
+            backward pass, so it must be passed as a function.
     """
 
     def __init__(
@@ -108,16 +108,16 @@ class IWAE(ELBO):
         seed: Tensor | None = None,
         row_offset: int = 0,
     ) -> PosteriorDraws:
-        """K draws z ~ N(mu, e^logvar) of every row, with their densities.
+        """Draw K samples z ~ N(mu, e^logvar) for every row, and compute their densities.
 
         Args:
             mu, logvar: the posterior, (B, ...), floating, of one dtype and shape.
-            generator, seed, row_offset: as for `fastvae.functional.reparameterize_kl`, whose noise it is.
+            generator, seed, row_offset: as for `fastvae.functional.reparameterize_kl`, which generates the noise.
         """
         check_floating("IWAE", "mu", mu)
         check_like("IWAE", "logvar", logvar, "mu", mu)
         nothing = torch.zeros_like(mu, requires_grad=False)
-        # Of a standard normal posterior the draws are the noise itself.
+        # For a standard normal posterior, the draws are the noise itself.
         eps, _ = reparameterize_kl(
             nothing, nothing, samples=self.samples, generator=generator, seed=seed, row_offset=row_offset
         )
@@ -125,12 +125,12 @@ class IWAE(ELBO):
         wide = torch.float64 if mu.dtype == torch.float64 else torch.float32
         z_wide, size = z.to(wide), mu[0].numel() if len(mu) else 0
         if self.estimator == "iwae":
-            # With z a function of the noise, what remains of the density's derivative is that of the scale.
+            # As z is a function of the noise, only the derivative of the scale remains of the density's derivative.
             log_q = -(0.5 * (eps.to(wide).square() + logvar.to(wide))).flatten(2).sum(2)
         else:
             fixed_mu, fixed_logvar = mu.detach().to(wide), logvar.detach().to(wide)
             standard = (z_wide - fixed_mu) * torch.exp(-0.5 * fixed_logvar)
-            # Its value is that of the noise, which the difference has not at hand where the scale is small.
+            # The value is that of the noise, because the difference is inaccurate for a small scale.
             square = standard.square() + (eps.to(wide).square() - standard.square()).detach()
             log_q = -(0.5 * (square + fixed_logvar)).flatten(2).sum(2)
         log_p = -(0.5 * z_wide.square()).flatten(2).sum(2)
@@ -145,20 +145,20 @@ class IWAE(ELBO):
         *,
         draws: PosteriorDraws | None = None,
     ) -> IWAEOutput:
-        """The bound of a batch: `iwae(decoder, x, mu, logvar)`, or, of draws made before,
-        `draws = iwae.sample(mu, logvar)`, `iwae(decoder(draws.z.flatten(0, 1)), x, draws=draws)`.
+        """Compute the bound of a batch, as `iwae(decoder, x, mu, logvar)`, or from separate draws, as
+        `draws = iwae.sample(mu, logvar)` and `iwae(decoder(draws.z.flatten(0, 1)), x, draws=draws)`.
 
         Args:
-            decoder: a function of z, (K * B, ...), that returns what the likelihood takes, with K * B rows; or, with
-                `draws`, what it has returned.
+            decoder: a function of z, (K * B, ...), that returns the parameters of the likelihood, with K * B rows; or,
+                with `draws`, its result.
             x: the data, (B, ...), as for `fastvae.ELBO`.
             mu, logvar: the posterior, (B, ...).
-            draws: what `sample` returned, in place of the posterior.
+            draws: the result of `sample`, in place of the posterior.
 
         Raises:
-            TypeError: neither posterior nor draws, or both; a decoder's output without draws; `chunk` without a
-                function.
-            ValueError: a shape or device that does not fit.
+            TypeError: If neither or both of the posterior and the draws are passed, the decoder's output is passed
+                without draws, or `chunk` is set and the decoder is not a function.
+            ValueError: If a shape or device is wrong.
         """
         if (mu is None) != (logvar is None) or (mu is None) == (draws is None):
             raise TypeError(
@@ -203,7 +203,7 @@ class IWAE(ELBO):
         bound = torch.logsumexp(log_weights.detach(), 0) - math.log(self.samples)
         if self.estimator == "dreg" and z.requires_grad:
             of_z = weights.reshape(*weights.shape, *[1] * (z.dim() - 2)).to(z.dtype)
-            # The path through z carries the square of the weight, everything else the weight itself.
+            # The path through z needs the square of the weight, and everything else the weight itself.
             z.register_hook(lambda grad: grad * of_z)
         rows = _with_gradient(-bound, -(weights * log_weights).sum(0))
         loss = rows
@@ -214,7 +214,7 @@ class IWAE(ELBO):
         return IWAEOutput(loss, bound, nll, kl, weights.square().sum(0).reciprocal())
 
     def _nll(self, recon: Any, x: Any, draws: int) -> Tensor:
-        """-log p(x | z), (K, B), of what the decoder returned for K * B rows."""
+        """Compute -log p(x | z), (K, B), from the decoder's output for K * B rows."""
         likelihood: Any = self.likelihood
         if not isinstance(likelihood, Likelihood) or type(likelihood).nll is not Likelihood.nll:
             return likelihood.nll(recon, _repeated(x, draws)).unflatten(0, (draws, -1))
@@ -224,7 +224,7 @@ class IWAE(ELBO):
             raise ValueError(
                 f"fastvae.IWAE: the decoder must return K * B rows, {draws} times those of `x`, got {rows}"
             )
-        # What serves all rows, a learned scale or a dispersion of every feature, stays as it is.
+        # Parameters that all rows share, a learned scale or a dispersion per feature, are not divided into draws.
         apart = [
             p.unflatten(0, (draws, -1))
             if p.dim() > 1 or (p.dim() == 1 and i > 0 and p.shape[0] == rows)
@@ -239,7 +239,7 @@ class IWAE(ELBO):
 
 
 def _with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
-    """`value`, with the gradient of `surrogate`."""
+    """Return `value` with the gradient of `surrogate`."""
     return value.detach() + (surrogate - surrogate.detach())
 
 

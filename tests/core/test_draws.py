@@ -1,4 +1,4 @@
-"""K draws of the parameters against one target: the same as K calls, with the target read in place."""
+"""K draws of the parameters with one target: the same as K calls, with the target read in place."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def positive(*shape: int) -> Tensor:
     return torch.rand(K, B, *shape) + 0.5
 
 
-# function, parameters by name (those of all draws first), those that all draws share, the target, options
+# function, parameters by name (those with draws first), those that all draws share, the target, options
 CASES = {
     "bernoulli": (fv.bernoulli_nll, {"logits": normal(3, 5, 7)}, {}, IMAGE, {}),
     "bernoulli, bool": (fv.bernoulli_nll, {"logits": normal(3, 5, 7)}, {}, IMAGE > 0.5, {}),
@@ -168,7 +168,7 @@ def test_wrong_draws_are_refused(call, error: type[Exception], message: str) -> 
 
 
 def test_draws_do_not_repeat_the_target(native: None) -> None:
-    """16 draws of 4 MiB in half precision's place: the target alone would take 64 MiB more."""
+    """16 draws of 4 MiB in half precision: repeating the target alone would take 64 MiB more."""
     from benchmarks.timing import peak_bytes
 
     logits, target = torch.randn(16, 4, 2**18), torch.rand(4, 2**18)

@@ -1,4 +1,4 @@
-"""IWAE on a model whose evidence and gradients are known: z ~ N(0, 1), x ~ N(a z, 1), all of one dimension."""
+"""IWAE on a model with known evidence and gradients: z ~ N(0, 1) and x ~ N(a z, 1) in one dimension."""
 
 import math
 
@@ -19,7 +19,7 @@ def log_evidence(x: Tensor) -> Tensor:
 
 
 def estimates(estimator: str, samples: int, n: int, seed: int = 0) -> tuple[fastvae.IWAEOutput, Tensor]:
-    """Of n rows alike: the output, and what each row gives for the gradient by mu and by logvar, (n, 2)."""
+    """For n equal rows: the output, and each row's gradients with respect to mu and logvar, (n, 2)."""
     torch.manual_seed(seed)
     mu = torch.full((n, 1), MU, dtype=torch.float64, requires_grad=True)
     logvar = torch.full((n, 1), LOGVAR, dtype=torch.float64, requires_grad=True)
@@ -30,7 +30,7 @@ def estimates(estimator: str, samples: int, n: int, seed: int = 0) -> tuple[fast
 
 
 def z_scores(a: Tensor, b: Tensor) -> Tensor:
-    """Of the difference of two means of independent rows, in standard errors."""
+    """The difference of the means of two sets of independent rows, in standard errors."""
     return (a.mean(0) - b.mean(0)).abs() / (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
 
 

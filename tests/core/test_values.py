@@ -60,7 +60,7 @@ def test_every_variant_has_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every variant must be called by a case, or named in the file that `ELSEWHERE` gives."""
     served = set()
 
-    def serve(likelihood: str, params: list[Tensor], *_: object) -> list[Tensor]:
+    def serve(likelihood: str, params: list[Tensor], *_: object, **__: object) -> list[Tensor]:
         served.add(likelihood)
         return [params[0]]
 
