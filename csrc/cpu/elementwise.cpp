@@ -5,6 +5,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <cmath>
 #include <vector>
 
 #include "staging.h"
@@ -23,6 +24,23 @@ constexpr bool kWhole = false;
 template <>
 constexpr bool kWhole<math::PoissonRate> = true;
 
+// The sum of n elements, with what an infinite param makes of an element.
+template <class L, class C>
+double at_ends(const C* const (&param)[kMaxParams], const C* target, const Vec<C>* constant, int64_t n) {
+  using V = Vec<C>;
+  Sum<C> sum;
+  for (int64_t i = 0; i < n; i += V::size()) {
+    const int64_t lanes = std::min<int64_t>(V::size(), n - i);
+    V p[L::params], d[L::params];
+    for (int k = 0; k < L::params; ++k) p[k] = load_lanes(param[k] + i, lanes);
+    const V t = load_lanes(target + i, lanes);
+    math::Log1pSum<V> logs;
+    const V value = L::element(p, t, constant, d, logs);
+    sum.add_lanes(L::at_ends(p, t, value) + logs.value(), lanes);
+  }
+  return sum.total();
+}
+
 // n elements: returns the sums; slope[i] (null: not wanted) receives the weighted derivatives,
 // values[i] the weighted values.
 template <class L, class C, bool kSlopes>
@@ -31,7 +49,7 @@ BlockSums block(const C* const (&param)[kMaxParams], const C* target, C* const (
   using V = Vec<C>;
   constexpr int64_t W = V::size();
   V constant[L::constants + 1];
-  for (int i = 0; i < L::constants; ++i) constant[i] = V(static_cast<C>(constants[i]));
+  for (int i = 0; i < L::constants; ++i) constant[i] = V(math::constant_of<C>(constants[i]));
   const V w(static_cast<C>(weight));
   Sum<C> sum, pull;
   // As few as hold the factors of a block: a fold costs as much as some elements.
@@ -43,8 +61,14 @@ BlockSums block(const C* const (&param)[kMaxParams], const C* target, C* const (
     V p[L::params], d[L::params];
     for (int k = 0; k < L::params; ++k) p[k] = load_lanes(param[k] + i, lanes);
     const V t = load_lanes(target + i, lanes);
-    const V value = L::element(p, t, constant, d, logs);
-    if constexpr (L::has_pull) pull.add(slot, (p[0] - t) * d[0]);
+    V value;
+    if constexpr (L::has_pull) {
+      V pulled;
+      value = L::element(p, t, constant, d, logs, pulled);
+      pull.add(slot, pulled);
+    } else {
+      value = L::element(p, t, constant, d, logs);
+    }
     if (kWhole<L> && values) store_lanes(value * w, values + i, lanes);
     if constexpr (kSlopes) {
       for (int k = 0; k < L::params; ++k)
@@ -76,7 +100,11 @@ BlockSums block(const C* const (&param)[kMaxParams], const C* target, C* const (
   if constexpr (L::has_log1p) {
     for (int k = 0; k < kLogs; ++k) sum.add(k, logs[k].value());
   }
-  return {sum.total(), L::has_pull ? pull.total() : 0};
+  double total = sum.total();
+  if constexpr (math::has_ends<L, V>) {
+    if (std::isnan(total)) total = at_ends<L, C>(param, target, constant, n);
+  }
+  return {total, L::has_pull ? pull.total() : 0};
 }
 
 template <class L, class C>

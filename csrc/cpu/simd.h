@@ -104,6 +104,8 @@ struct Primitives<at::vec::Vectorized<C>> {
     }
   }
 
+  static FASTVAE_HD V exp_finite(V x) { return exp_bounded(x); }
+
   static FASTVAE_HD ExpParts<V> exp_parts(V h) {
     if constexpr (sizeof(C) == 8) return exp_parts_by_series(h);
     else return exp_parts_by_split(at::vec::clamp_max(h, V(88.73f)));

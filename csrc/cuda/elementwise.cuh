@@ -137,8 +137,18 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
 #pragma unroll
         for (int k = 0; k < L::params; ++k) p[k] = widened(params[k][u].value[j]);
         const C t = data.value(u, j);
-        sum += L::element(p, t, constants, d, logs);
-        if constexpr (L::has_pull) pull += (p[0] - t) * d[0];
+        C value;
+        if constexpr (L::has_pull) {
+          C pulled;
+          value = L::element(p, t, constants, d, logs, pulled);
+          pull += pulled;
+        } else {
+          value = L::element(p, t, constants, d, logs);
+        }
+        if constexpr (math::has_ends<L, C>) {
+          if (value != value) value = L::at_ends(p, t, value);
+        }
+        sum += value;
 #pragma unroll
         for (int k = 0; k < L::params; ++k) slopes[k][j] = d[k] * factor;
       }
@@ -162,7 +172,7 @@ FASTVAE_DEVICE double finish_row(const NllArgs& args, int64_t row, double value,
   if constexpr (kScales<L>) {
     if (args.scalar_rows.data) put(args.scalar_rows, row, L::scalar_slope(static_cast<double>(args.size), value, pull));
   }
-  return put_row(args, row, value + static_cast<double>(args.size) * static_cast<double>(normaliser), weighted_kl);
+  return put_row(args, row, math::with_normaliser(value, args.size, normaliser), weighted_kl);
 }
 
 template <class L, class T, class D, int N>
@@ -176,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T), N))
 
   math::Normaliser<C> same = {static_cast<C>(args.normaliser), {}};
 #pragma unroll
-  for (int i = 0; i < kMaxConstants; ++i) same.constants[i] = static_cast<C>(args.constants[i]);
+  for (int i = 0; i < kMaxConstants; ++i) same.constants[i] = math::constant_of<C>(args.constants[i]);
   if constexpr (kScales<L>) {
     if (args.scalar.data) same = math::at_scale<L>(same, static_cast<C>(number(args.scalar)));
   }

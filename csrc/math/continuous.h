@@ -21,21 +21,30 @@ struct Bernoulli {
     logs.add(e, one_plus_e);
     return P::fnma(a, t, P::relu(a));
   }
+
+  // |a| times the distance of t from the end that a is sure of, which may be 0.
+  template <class V>
+  static FASTVAE_HD V at_ends(const V (&param)[params], V t, V value) {
+    using P = Primitives<V>;
+    const V miss = P::if_negative(param[0], t, V(1) - t);
+    const V of_infinite = P::select(P::less(V(0), miss), V(INFINITY), miss);
+    return P::select(P::less(V(largest<typename P::Scalar>()), P::abs(param[0])), of_infinite, value);
+  }
 };
 
 // -log Normal(t; m, s^2) less its normaliser: ((t - m) / s)^2 / 2. One variance for all elements.
 //
-// Here and below, 1 / s goes in twice: its square is finite for half as many s.
+// Here and below, the root of 1 / s goes in twice: its square is finite for half as many s, and zero has none that is infinite.
 struct Gaussian {
   static constexpr int params = 1;
-  static constexpr int constants = 1;  // 1 / s
+  static constexpr int constants = 1;  // the root of 1 / s
   static constexpr bool has_log1p = false;
   static constexpr bool has_pull = false;
 
   template <class V>
   static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
-    const V scaled = (param[0] - t) * constant[0];
-    slope[0] = scaled * constant[0];
+    const V root = constant[0], scaled = (param[0] - t) * root * root;
+    slope[0] = scaled * root * root;
     return V(0.5f) * scaled * scaled;
   }
 
@@ -56,10 +65,11 @@ struct GaussianPerElement {
   template <class V>
   static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params], Log1pSum<V>&) {
     using P = Primitives<V>;
-    const V inverse = P::exp(V(-0.5f) * param[1]), scaled = (param[0] - t) * inverse, square = scaled * scaled;
-    slope[0] = scaled * inverse;
-    slope[1] = P::fma(V(-0.5f), square, V(0.5f));
-    return V(0.5f) * (param[1] + square);
+    const V root = inverse_root(V(0.5f) * param[1]), scaled = (param[0] - t) * root * root;
+    const V half_square = V(0.5f) * scaled * scaled;
+    slope[0] = scaled * root * root;
+    slope[1] = V(0.5f) - half_square;
+    return P::fma(V(0.5f), beside(param[1], half_square), half_square);
   }
 };
 
@@ -80,10 +90,10 @@ struct GaussianBounded {
   }
 };
 
-// -log Laplace(t; m, 1 / inverse_scale) less its normaliser: |t - m| inverse_scale. One scale for all elements.
+// -log Laplace(t; m, s) less its normaliser: |t - m| / s. One scale for all elements.
 struct Laplace {
   static constexpr int params = 1;
-  static constexpr int constants = 1;  // inverse scale
+  static constexpr int constants = 1;  // the root of 1 / s
   static constexpr bool has_log1p = false;
   static constexpr bool has_pull = false;
 
@@ -98,13 +108,14 @@ struct Laplace {
     return size - nll;
   }
 
-  // |difference| weight; its slope is 0 in the kink, and NaN where `difference` is.
+  // |difference| root^2; its slope is 0 in the kink, and NaN where `difference` is.
   template <class V>
-  static FASTVAE_HD V weighted_distance(V difference, V weight, V& slope) {
+  static FASTVAE_HD V weighted_distance(V difference, V root, V& slope) {
     using P = Primitives<V>;
+    const V weight = root * root;
     const V zero_or_nan = P::select(P::less(difference, V(0)), P::neg(weight), difference);
     slope = P::select(P::less(V(0), difference), weight, zero_or_nan);
-    return P::abs(difference) * weight;
+    return P::abs(difference) * root * root;
   }
 };
 
@@ -117,10 +128,9 @@ struct LaplacePerElement {
 
   template <class V>
   static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params], Log1pSum<V>&) {
-    using P = Primitives<V>;
-    const V distance = Laplace::weighted_distance(param[0] - t, P::exp(P::neg(param[1])), slope[0]);
+    const V distance = Laplace::weighted_distance(param[0] - t, inverse_root(param[1]), slope[0]);
     slope[1] = V(1) - distance;
-    return param[1] + distance;
+    return beside(param[1], distance) + distance;
   }
 };
 
@@ -163,21 +173,31 @@ struct ContinuousBernoulli {
     }
     const auto near = P::less(x, V(wide ? 0.5 : 2));
     slope[0] = P::select(near, P::fma(a, g, V(0.5f)), far_mean) - t;
-    return P::select(near, P::fma(a, V(0.5f) - t, square * h), far);
+    V value = P::select(near, P::fma(a, V(0.5f) - t, square * h), far);
+    // All mass lies in one end, whose density is infinite; data elsewhere have none.
+    const auto infinite = P::less(V(largest<typename P::Scalar>()), x);
+    if (P::any(infinite)) {
+      const V miss = P::if_negative(a, t, V(1) - t);
+      slope[0] = P::select(infinite, P::if_negative(a, V(0), V(1)) - t, slope[0]);
+      value = P::select(infinite, P::select(P::less(V(0), miss), V(INFINITY), miss - V(INFINITY)), value);
+    }
+    return value;
   }
 };
 
 // -log of Student's t with nu degrees of freedom less its normaliser: (nu + 1) log(1 + y^2) / 2, y = (m - t) / (scale sqrt(nu)).
 struct StudentT {
   static constexpr int params = 1;
-  static constexpr int constants = 2;  // 1 / (scale sqrt(nu)), nu + 1
+  static constexpr int constants = 3;  // the root of 1 / (scale sqrt(nu)), the logarithm of that, nu + 1
   static constexpr bool has_log1p = false;
   static constexpr bool has_pull = true;
 
   template <class V>
-  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
-    V unused;
-    return standardised((param[0] - t) * constant[0], constant[0], constant[1], slope[0], unused);
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&, V& pull) {
+    const Standardised<V> x(param[0] - t, constant[0], constant[1], constant[2]);
+    slope[0] = x.slope;
+    pull = x.pull;
+    return x.value;
   }
 
   static constexpr double scale_share = 1;
@@ -186,38 +206,49 @@ struct StudentT {
     return size - pull;
   }
 
-  // The value; `slope` is its derivative by m, `pull` that by y, times y: in (0, nu + 1).
+  // Of a distance m - t and the root of an inverse scale, whose logarithm is log_inverse.
   template <class V>
-  static FASTVAE_HD V standardised(V y, V inverse_scale, V nu_plus_1, V& slope, V& pull) {
-    using P = Primitives<V>;
-    // Beyond `far` 1 + y^2 is y^2, which may be too large a number to be squared.
-    const auto far = P::less(V(sizeof(typename P::Scalar) == 8 ? 1e9 : 1e5), P::abs(y));
-    const V square = y * y, sum = V(1) + square;
-    const V denominator = P::select(far, y, sum), ratio = P::select(far, V(1), y) / denominator;  // y / (1 + y^2)
-    const V logarithm = P::log(P::select(far, P::abs(y), sum));
-    // What 1 + y^2 lost of y^2.
-    const V near = logarithm + (square - (sum - V(1))) / sum;
-    slope = nu_plus_1 * inverse_scale * ratio;
-    pull = nu_plus_1 * y * ratio;
-    return nu_plus_1 * P::select(far, logarithm, V(0.5f) * near);
-  }
+  struct Standardised {
+    decltype(Primitives<V>::less(V(0), V(0))) far;
+    V value;
+    V slope;  // its derivative by m
+    V pull;   // that by log y: in (0, nu + 1)
+
+    FASTVAE_HD Standardised(V distance, V root, V log_inverse, V nu_plus_1) {
+      using P = Primitives<V>;
+      const V y = distance * root * root, size = P::abs(distance);
+      // Beyond, 1 + y^2 is y^2, and y may be too large a number: its logarithm is that of the distance and that of the scale, its
+      // derivatives 1 / distance and 1.
+      far = P::less(V(sizeof(typename P::Scalar) == 8 ? 1e9 : 1e5), P::abs(y));
+      const V square = y * y, sum = V(1) + square;
+      const V inverse = V(1) / P::select(far, distance, sum);
+      const V logarithm = P::log(P::select(far, size, sum));
+      const V far_value = P::select(P::less(size, V(INFINITY)), logarithm, size) + log_inverse;
+      // What 1 + y^2 lost of y^2.
+      const V near_value = V(0.5f) * P::fma(square - (sum - V(1)), inverse, logarithm);
+      value = nu_plus_1 * P::select(far, far_value, near_value);
+      slope = nu_plus_1 * P::select(far, inverse, y * inverse * root * root);
+      pull = nu_plus_1 * P::select(far, V(1), square * inverse);
+    }
+  };
 };
 
 // The same with a log-scale for every element, which is a summand.
 struct StudentTPerElement {
-  static constexpr int params = 2;  // location, log-scale
-  static constexpr int constants = 2;  // 1 / sqrt(nu), nu + 1
+  static constexpr int params = 2;     // location, log-scale
+  static constexpr int constants = 3;  // as above, of the scale 1
   static constexpr bool has_log1p = false;
   static constexpr bool has_pull = false;
 
   template <class V>
   static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
     using P = Primitives<V>;
-    const V inverse_scale = constant[0] * P::exp(P::neg(param[1]));
-    V pull;
-    const V value = StudentT::standardised((param[0] - t) * inverse_scale, inverse_scale, constant[1], slope[0], pull);
-    slope[1] = V(1) - pull;
-    return param[1] + value;
+    const V nu_plus_1 = constant[2];
+    const StudentT::Standardised<V> x(param[0] - t, constant[0] * inverse_root(param[1]), constant[1], nu_plus_1);
+    slope[0] = x.slope;
+    slope[1] = V(1) - x.pull;
+    // Far out the logarithm lacks the scale's, -nu_plus_1 times: as one summand with its own it is not taken away from itself.
+    return P::fma(P::select(x.far, V(1) - nu_plus_1, V(1)), param[1], x.value);
   }
 };
 
@@ -231,22 +262,21 @@ struct Gamma {
   template <class V>
   static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
     using P = Primitives<V>;
-    // Not its square: the root is finite for twice as many s.
-    const V root = P::exp(V(-0.5f) * param[0]);
-    V ratio = t * root * root, log_t(0);
-    const bool has_power = P::any(P::less(V(0), P::abs(constant[1])));  // the exponential has no log t
-    if (has_power) log_t = P::log(t);
-    constexpr auto normal = sizeof(typename P::Scalar) == 8 ? 0x1p-1022 : 0x1p-126;  // from here on P::log has its digits
-    const auto small = P::less(t, V(normal));
-    if (P::any(small)) {
-      // Of 0 the ratio is 0, however large the root, and the logarithm is infinite.
-      const auto positive = P::less(V(0), t);
-      ratio = P::select(positive, ratio, t);
-      const V log_small = P::log(V(0x1p64) * P::select(positive, t, V(1))) - V(44.3614195558364998);
-      if (has_power) log_t = P::select(small, P::select(positive, log_small, V(-INFINITY)), log_t);
+    const V root = inverse_root(param[0]), ratio = t * root * root;
+    V log_t(0);
+    if (P::any(P::less(V(0), P::abs(constant[1])))) {  // the exponential has no log t
+      log_t = P::log(t);
+      constexpr auto normal = sizeof(typename P::Scalar) == 8 ? 0x1p-1022 : 0x1p-126;  // from here on P::log has its digits
+      const auto small = P::less(t, V(normal));
+      if (P::any(small)) {
+        const auto positive = P::less(V(0), t);
+        const V log_small = P::log(V(0x1p64) * P::select(positive, t, V(1))) - V(44.3614195558364998);
+        log_t = P::select(small, P::select(positive, log_small, V(-INFINITY)), log_t);
+      }
     }
     slope[0] = constant[0] - ratio;
-    return P::fma(constant[0], param[0], P::fnma(constant[1], log_t, ratio));
+    const V rest = P::fnma(constant[1], log_t, ratio);
+    return P::fma(constant[0], beside(param[0], P::abs(rest)), rest);
   }
 };
 
