@@ -42,27 +42,32 @@ double at_ends(const C* const (&param)[kMaxParams], const C* target, const Vec<C
 }
 
 // n elements: returns the sums; slope[i] (null: not wanted) receives the weighted derivatives,
-// values[i] the weighted values.
-template <class L, class C, bool kSlopes>
-BlockSums block(const C* const (&param)[kMaxParams], const C* target, C* const (&slope)[kMaxParams], C* values,
+// values[i] the weighted values. What was computed quickly may be worth nothing: then the first sum is NaN.
+template <class L, class C, bool kSlopes, bool kQuick>
+BlockSums block_as(const C* const (&param)[kMaxParams], const C* target, C* const (&slope)[kMaxParams], C* values,
                 const double* constants, double weight, int64_t n) {
   using V = Vec<C>;
+  using P = math::Primitives<V>;
   constexpr int64_t W = V::size();
   V constant[L::constants + 1];
-  for (int i = 0; i < L::constants; ++i) constant[i] = V(math::constant_of<C>(constants[i]));
+  for (int i = 0; i < L::constants; ++i) constant[i] = V(static_cast<C>(constants[i]));
+  if constexpr (math::has_scale<L>) constant[0] = V(math::bounded_root(static_cast<C>(constants[0])));
   const V w(static_cast<C>(weight));
   Sum<C> sum, pull;
   // As few as hold the factors of a block: a fold costs as much as some elements.
   constexpr int kLogs = sizeof(C) == 8 ? 1 : kBlock / W <= 64 ? 1 : kBlock / W <= 128 ? 2 : 4;
   static_assert(sizeof(C) == 8 || kBlock / W / kLogs + 4 < math::Log1pSum<V>::most);
   math::Log1pSum<V> logs[kLogs];
+  V lowest(0);
 
   const auto step = [&](int64_t i, auto lanes, int slot, math::Log1pSum<V>& logs) FASTVAE_INLINE {
     V p[L::params], d[L::params];
     for (int k = 0; k < L::params; ++k) p[k] = load_lanes(param[k] + i, lanes);
     const V t = load_lanes(target + i, lanes);
     V value;
-    if constexpr (L::has_pull) {
+    if constexpr (kQuick) {
+      value = L::quick(p, t, constant, d, lowest);
+    } else if constexpr (L::has_pull) {
       V pulled;
       value = L::element(p, t, constant, d, logs, pulled);
       pull.add(slot, pulled);
@@ -101,10 +106,23 @@ BlockSums block(const C* const (&param)[kMaxParams], const C* target, C* const (
     for (int k = 0; k < kLogs; ++k) sum.add(k, logs[k].value());
   }
   double total = sum.total();
+  if constexpr (kQuick) {
+    if (P::any_less(lowest, V(L::template quick_from<V>))) total = NAN;
+  }
   if constexpr (math::has_ends<L, V>) {
     if (std::isnan(total)) total = at_ends<L, C>(param, target, constant, n);
   }
   return {total, L::has_pull ? pull.total() : 0};
+}
+
+template <class L, class C, bool kSlopes>
+BlockSums block(const C* const (&param)[kMaxParams], const C* target, C* const (&slope)[kMaxParams], C* values,
+                const double* constants, double weight, int64_t n) {
+  if constexpr (math::has_quick<L, Vec<C>>) {
+    const BlockSums sums = block_as<L, C, kSlopes, true>(param, target, slope, values, constants, weight, n);
+    if (!std::isnan(sums.nll)) return sums;
+  }
+  return block_as<L, C, kSlopes, false>(param, target, slope, values, constants, weight, n);
 }
 
 template <class L, class C>
@@ -152,9 +170,17 @@ void run(const NllArgs& args) {
   if (has_pull) add_up(pulls, args.row_pull);
 }
 
+template <class L, class C>
+void run_by_scale(const NllArgs& args) {
+  if constexpr (math::has_scale<L> && !L::has_pull) {
+    if (std::isinf(static_cast<C>(args.constants[1]))) return run<math::ByRoot<L>, C>(args);
+  }
+  run<L, C>(args);
+}
+
 template <class L>
 void run(const NllArgs& args) {
-  args.in_double ? run<L, double>(args) : run<L, float>(args);
+  args.in_double ? run_by_scale<L, double>(args) : run_by_scale<L, float>(args);
 }
 
 template <class C>

@@ -26,12 +26,6 @@ constexpr int widest(int64_t item_size) {
   return std::is_same_v<L, math::DiscretizedLogistic> && item_size == 2 ? 4 : static_cast<int>(16 / item_size);
 }
 
-// Families with one scale for all elements, which may be learned.
-template <class L, class = void>
-constexpr bool kScales = false;
-template <class L>
-constexpr bool kScales<L, std::void_t<decltype(L::scale_share)>> = true;
-
 // What takes one logarithm for the terms of many elements.
 template <class L, class C>
 using Logs = std::conditional_t<std::is_same_v<L, math::DiscretizedLogistic>, math::LogisticLogs<C>, math::Log1pSum<C>>;
@@ -169,10 +163,10 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
 // What is written of a row whose elements sum up to `value`; returns its part of the loss.
 template <class L, class C>
 FASTVAE_DEVICE double finish_row(const NllArgs& args, int64_t row, double value, double pull, C normaliser, double weighted_kl) {
-  if constexpr (kScales<L>) {
+  if constexpr (math::has_scale<L>) {
     if (args.scalar_rows.data) put(args.scalar_rows, row, L::scalar_slope(static_cast<double>(args.size), value, pull));
   }
-  return put_row(args, row, math::with_normaliser(value, args.size, normaliser), weighted_kl);
+  return put_row(args, row, value + static_cast<double>(args.size) * static_cast<double>(normaliser), weighted_kl);
 }
 
 template <class L, class T, class D, int N>
@@ -186,8 +180,9 @@ __global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T), N))
 
   math::Normaliser<C> same = {static_cast<C>(args.normaliser), {}};
 #pragma unroll
-  for (int i = 0; i < kMaxConstants; ++i) same.constants[i] = math::constant_of<C>(args.constants[i]);
-  if constexpr (kScales<L>) {
+  for (int i = 0; i < kMaxConstants; ++i) same.constants[i] = static_cast<C>(args.constants[i]);
+  if constexpr (math::has_scale<L>) {
+    same.constants[0] = math::bounded_root(same.constants[0]);
     if (args.scalar.data) same = math::at_scale<L>(same, static_cast<C>(number(args.scalar)));
   }
 

@@ -56,11 +56,13 @@ FASTVAE_HD float at_least(float x, float bound) {
 template <class C>
 struct ScalarPrimitives {
   using Scalar = C;
+  static constexpr bool vectors = false;
 
   static FASTVAE_HD C neg(C x) { return -x; }
   static FASTVAE_HD bool less(C a, C b) { return a < b; }
   static FASTVAE_HD C select(bool mask, C a, C b) { return mask ? a : b; }
   static FASTVAE_HD bool any(bool mask) { return mask; }
+  static FASTVAE_HD bool any_less(C a, C b) { return a < b; }
   static FASTVAE_HD bool either(bool a, bool b) { return a || b; }
   static FASTVAE_HD C if_negative(C x, C a, C b) { return x < C(0) ? a : b; }
   static FASTVAE_HD C keep_where(bool mask, C x) { return mask ? x : C(0); }

@@ -24,23 +24,28 @@ struct Poisson {
     constexpr auto from = stirling_from<V>();
     constexpr auto below = from - from * (sizeof(typename P::Scalar) == 8 ? 0x1p-54 : 0x1p-25);  // the largest number before it
     const V a = param[0];
-    // What is taken away of the rate: nothing for a count of 0, however small the rate, and for none an infinite number, beside which
-    // the rate would be lost.
-    constexpr typename P::Scalar beyond = sizeof(typename P::Scalar) == 8 ? 710 : 89;  // the rate is infinite
-    const V bounded = P::keep_where(P::less(V(0), t), P::at_most(a, V(beyond)));
     const auto large = P::less(V(below), t);
     if (!P::any(large)) {
       const V rate = P::exp(a);
       slope[0] = rate - t;
-      return P::fma(P::neg(t), bounded, rate) + log_small_factorial(t);
+      return P::fma(P::neg(t), a, rate) + log_small_factorial(t);
     }
     // With u = a - log t it is t (exp(u) - 1 - u) + log(2 pi t) / 2 + ...: the three terms, each as large as t log t, cancel on paper.
     const V n = P::select(large, t, V(1)), log_n = P::log(n);
     const ExpParts<V> parts = P::exp_parts(a - log_n);
-    const V small = P::fma(P::neg(t), bounded, parts.exp) + log_small_factorial(P::select(large, V(0), t));
+    const V small = P::fma(P::neg(t), a, parts.exp) + log_small_factorial(P::select(large, V(0), t));
     const V rest = P::fma(V(0.5f), log_n, stirling_rest(V(1) / n) + V(0.918938533204672741780329736406));
     slope[0] = P::select(large, t * parts.minus_1, parts.exp - t);
     return P::select(large, P::fma(t, parts.minus_1_h, rest), small);
+  }
+
+  // An infinite rate costs as much; beside no rate a count of 0 costs nothing, and others have no mass.
+  template <class V>
+  static FASTVAE_HD V at_ends(const V (&param)[params], V t, V value) {
+    using P = Primitives<V>;
+    constexpr auto most = largest<typename P::Scalar>();
+    const V of_none = P::select(P::less(V(0), t), V(INFINITY), t);
+    return P::select(P::less(V(most), param[0]), param[0] + t, P::select(P::less(param[0], V(-most)), of_none, value));
   }
 };
 

@@ -10,13 +10,15 @@
 //               added once per row
 //   at_ends     where there is one: the value in place of a NaN that `element` has given, which is one for infinite params too; the
 //               slopes are right. So these cost nothing elsewhere
+//   quick       where there is one: a shorter `element` for log-scales that are no less than quick_from; `lowest` will be the lowest of
+//               all that were seen, and who sees a lower one must begin again
 // Scale families, which have one log-scale s for all elements (the Gaussian has the log-variance in its place):
-//   constants     the first are the root of the inverse scale and the logarithm of the inverse scale: see inverse_root
+//   constants     the first are of the inverse scale the root (see inverse_root), itself and its logarithm
+//   by_root       `element`, where the inverse scale is too large a number (of those that have no pull)
 //   scale_share   what the nll of every element gains with s
 //   scalar_slope  the derivative of a row by s, from what was summed of the row
 #pragma once
 #include <cmath>
-#include <cstdint>
 #include <type_traits>
 
 #include "elementary.h"
@@ -36,31 +38,44 @@ constexpr bool has_ends = false;
 template <class L, class V>
 constexpr bool has_ends<L, V, std::void_t<decltype(&L::template at_ends<V>)>> = true;
 
-// The nll of a row of `size` elements, of their sum less the normaliser. Beside an infinite sum that of an infinitely small scale is nothing.
-template <class C>
-FASTVAE_HD double with_normaliser(double sum, int64_t size, C per_element) {
-  return std::isinf(sum) || size == 0 ? sum : sum + static_cast<double>(size) * static_cast<double>(per_element);
-}
+template <class L, class V, class = void>
+constexpr bool has_quick = false;
+template <class L, class V>
+constexpr bool has_quick<L, V, std::void_t<decltype(L::template quick_from<V>)>> = true;
 
-// Constants in the type that is computed in. A root that overflows there is as good as the largest number.
+// Families with one scale for all elements, which may be learned.
+template <class L, class = void>
+constexpr bool has_scale = false;
+template <class L>
+constexpr bool has_scale<L, std::void_t<decltype(L::scale_share)>> = true;
+
+// A root that overflows in the type that is computed in is as good as the largest number there.
 template <class C>
-FASTVAE_HD C constant_of(double x) {
+FASTVAE_HD C bounded_root(C root) {
   constexpr C most = largest<C>();
-  const C y = static_cast<C>(x);
-  return y > most ? most : y < -most ? -most : y;
+  return root > most ? most : root;
 }
 
-// That of L with the scale 1, at another one.
+// That of L with the scale 1, at another one. An infinite logarithm counts as the largest number, which is not lost beside an infinite sum.
 template <class L, class C>
 FASTVAE_HD Normaliser<C> at_scale(Normaliser<C> unit, C log_scale) {
   constexpr C most = largest<C>();
-  log_scale *= C(L::scale_share);
+  log_scale = C(L::scale_share) * (log_scale < -most ? -most : log_scale);
   unit.per_element += log_scale;
-  const C root = unit.constants[0] * std::exp(C(-0.5) * log_scale);
-  unit.constants[0] = root > most ? most : root;
-  unit.constants[1] -= log_scale;
+  unit.constants[0] = bounded_root(unit.constants[0] * std::exp(C(-0.5) * log_scale));
+  unit.constants[1] *= std::exp(-log_scale);
+  unit.constants[2] -= log_scale;
   return unit;
 }
+
+// L where its inverse scale is too large a number.
+template <class L>
+struct ByRoot : L {
+  template <class V>
+  static FASTVAE_HD V element(const V (&param)[L::params], V t, const V* constant, V (&slope)[L::params], Log1pSum<V>&) {
+    return L::by_root(param, t, constant, slope);
+  }
+};
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae::math

@@ -76,12 +76,12 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cpu(std::string_view lik
     scalar_rows = from_doubles(slope, {rows}, dtype);
   }
   const auto loss_dtype = kl && kl->scalar_type() == at::kDouble ? at::kDouble : dtype;
-  const double factor = beta ? to_doubles(*beta)[0] : 1.0;
+  const double of_each = norm.per_element * static_cast<double>(size), factor = beta ? to_doubles(*beta)[0] : 1.0;
   const auto of_kl = kl ? to_doubles(*kl) : std::vector<double>();
   std::vector<double> loss(reduction == kNone ? rows : 1);
   double sum = 0;
   for (int64_t r = 0; r < rows; ++r) {
-    nll[r] = math::with_normaliser(nll[r], size, norm.per_element);
+    nll[r] += of_each;
     const double of_row = kl ? nll[r] + factor * of_kl[r] : nll[r];
     if (reduction == kNone) loss[r] = of_row;
     sum += of_row;

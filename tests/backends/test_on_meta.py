@@ -28,7 +28,15 @@ from fastvae.backends import base
 
 pytestmark = pytest.mark.on_meta
 
-HELPERS = ("test_autograd", "test_compile", "test_counts", "test_discretized", "test_noise", "test_values")
+HELPERS = (
+    "test_autograd",
+    "test_compile",
+    "test_counts",
+    "test_discretized",
+    "test_extremes",
+    "test_noise",
+    "test_values",
+)
 
 NEED_VALUES = {
     "test_a_device_that_is_not_the_current_one": "two GPUs",

@@ -17,6 +17,7 @@ import pytest
 import test_count_elements
 import test_counts
 import test_discretized
+import test_extremes as ends
 import torch
 from cases import CASES, DTYPES, GRADIENT_TOLERANCE, VALUE_TOLERANCE, Case, Inputs, Result
 from conftest import INTERPRETED
@@ -29,6 +30,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastvae
 from fastvae import functional, reference
+from fastvae._spec import Row
 
 GPU = torch.cuda.is_available() and not INTERPRETED
 HERE = GPU or INTERPRETED
@@ -329,6 +331,37 @@ def test_extremes(device: torch.device, case: Case, dtype: torch.dtype) -> None:
         fits = exact.abs() < 0.99 * torch.finfo(dtype).max
         bound = GRADIENT_TOLERANCE[dtype] * exact.abs() + max(1e-7, torch.finfo(dtype).tiny)
         assert (((gradient - exact).abs() <= bound) | ~fits).all(), name
+
+
+def extremes(device: torch.device, row: Row, dtype: torch.dtype) -> None:
+    # The interpreter takes its time for a call, and for each cell's program.
+    every = 1 if not INTERPRETED else 23 if row.lacks else 7 if row.has_scalar else 2
+    for points in ends.grid(row.name, dtype, every):
+        ends.check_points(row, points, *ends.run(row, points, device), dtype)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("row", [row for row in ends.GRIDDED if not row.lacks], ids=lambda row: row.name)
+def test_the_grid_of_extremes(device: torch.device, row: Row, dtype: torch.dtype) -> None:
+    extremes(device, row, dtype)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("row", [row for row in ends.GRIDDED if row.lacks], ids=lambda row: row.name)
+def test_the_grid_of_extreme_counts(device: torch.device, row: Row, dtype: torch.dtype) -> None:
+    """The rows that have no CUDA kernel."""
+    extremes(device, row, dtype)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("with_z", [False, True])
+@pytest.mark.parametrize("prior", [False, True])
+def test_the_kl_of_the_grid(device: torch.device, prior: bool, with_z: bool, dtype: torch.dtype) -> None:
+    points, want = ends.kl_grid(dtype, prior)
+    ends.check_kl(points, want, *ends.run_kl(points.to(device), with_z))
 
 
 @pytest.mark.parametrize("case", CASES, ids=cases.ids)
