@@ -24,8 +24,9 @@ int64_t rows_of_chunk(int64_t rows) { return std::max<int64_t>(8, (rows + kMostC
 // A dispersion that serves all rows, for every gene.
 template <class C>
 struct SharedDispersion {
-  std::vector<C> theta, inverse, given;  // given: as it came
+  std::vector<C> theta, inverse, given;  // given: as it came, which may be below the bound
   std::vector<double> exact, log_gamma, digamma;
+  bool any_below = false;
 };
 
 // Dispersions, and their logarithms, are read between bounds. The lower one leaves 1 / theta finite; a count of zero has lost all of its nll
@@ -44,7 +45,7 @@ double within(double theta) {
 }
 
 // What the nll of a count above zero lacks of an inverse dispersion below the bound: there it is -log theta and what does not change.
-inline double below(double dispersion, bool is_logarithm) {
+FASTVAE_HD double below(double dispersion, bool is_logarithm) {
   using B = Bounds<double>;
   if (is_logarithm) return dispersion < B::lowest_log ? B::lowest_log - dispersion : 0;
   return dispersion < B::lowest ? std::log(B::lowest) - std::log(dispersion) : 0;
@@ -82,6 +83,7 @@ SharedDispersion<C> prepare(const CountArgs& args) {
       }
     }
   });
+  for (int64_t g = 0; g < genes; ++g) out.any_below |= below(out.given[g], args.raw) > 0;
   return out;
 }
 
@@ -124,6 +126,7 @@ struct Block {
   const double *exact, *log_gamma, *digamma;  // of a shared dispersion
   C *values, *d_mean, *d_theta, *d_pi;
   bool sums_theta;  // d_theta is added to
+  bool any_below;   // of a shared dispersion
 };
 
 double log_factorial(double t) {
@@ -168,11 +171,10 @@ Sums evaluate(Gathered& g, const Reading& read) {
     }
     math::GammaParts<Wide> of_theta{at(g.log_gamma), at(g.digamma)};
     if (!read.shared) {
-      if (read.raw) {
-        theta = P::clamp(theta, Bounds<double>::lowest_log, Bounds<double>::highest_log).exp();
-        // The logarithm that put this element here may have lain an ulp on the other side.
-        if (kPoisson) theta = at::vec::clamp_min(theta, Wide(math::kStirlingFrom));
-      }
+      using B = Bounds<double>;
+      theta = read.raw ? P::clamp(theta, B::lowest_log, B::highest_log).exp() : P::clamp(theta, B::lowest, B::highest);
+      // The logarithm that put this element here may have lain an ulp on the other side.
+      if (kPoisson) theta = at::vec::clamp_min(theta, Wide(math::kStirlingFrom));
       if constexpr (!kSimple) of_theta = math::dispersion_parts(theta);
     }
     math::CountTerm<Wide> term;
@@ -210,7 +212,7 @@ struct Kernel {
         inverse = load_lanes(b.inverse + i, lanes);
       } else {
         if constexpr (kRaw) theta = P::exp_bounded(P::clamp(load_lanes(b.log_theta + i, lanes), Bounds<C>::lowest_log, Bounds<C>::highest_log));
-        else theta = P::clamp(load_lanes(b.theta + i, lanes), Bounds<C>::lowest, Bounds<C>::highest);
+        else theta = P::at_most(load_lanes(b.theta + i, lanes), V(Bounds<C>::highest));
         inverse = V(1) / theta;
       }
       const V t = load_lanes(b.target + i, lanes), is_zero = t == V(0);
@@ -253,10 +255,12 @@ struct Kernel {
     bool any_below = false;
     for (int64_t k = 0; k < count; ++k) {
       const int32_t i = scratch.positive[k];
-      const double t = b.target[i], theta = kShared ? b.exact[i] : kRaw ? b.log_theta[i] : within<double>(b.theta[i]);
-      const double rest = below(b.given[i], kRaw);
-      sums.nll += rest;
-      any_below |= rest > 0;
+      const double t = b.target[i], theta = kShared ? b.exact[i] : kRaw ? b.log_theta[i] : b.theta[i];
+      if (!kShared || b.any_below) {
+        const double rest = below(b.given[i], kRaw);
+        sums.nll += rest;
+        any_below |= rest > 0;
+      }
       // Bounds of what is read; where that is a logarithm, of the logarithm.
       constexpr double few_from = kLogTheta ? -92 : math::kFewFrom, poisson_from = kLogTheta ? 2.0794415416798359 : math::kStirlingFrom;
       const bool large = t >= math::kStirlingFrom, near_poisson = theta >= poisson_from;
@@ -366,6 +370,7 @@ struct Kernel {
         b.theta = shared.theta.data() + begin;
         b.inverse = shared.inverse.data() + begin;
         b.given = shared.given.data() + begin;
+        b.any_below = shared.any_below;
         b.exact = shared.exact.data() + begin;
         b.log_gamma = shared.log_gamma.data() + begin;
         b.digamma = shared.digamma.data() + begin;
@@ -398,29 +403,33 @@ struct Kernel {
       if constexpr (kInflated) store(args.d_zero_logits, r, begin, b.n, genes, scratch.d_pi);
       if constexpr (!kRaw) store(args.d_mean, r, begin, b.n, genes, scratch.d_mean);
     }
-    const double library = kRaw ? args.library[r] : 1;
-    args.row_nll[r] = std::isinf(library) ? nll + std::abs(library) : nll;
-    if (args.d_library) args.d_library[r] = row.weight * (library == 0 ? slope_of_empty(args, r, row, scratch) : slope / library);
+    args.row_nll[r] = nll;
+    if (args.d_library) args.d_library[r] = static_cast<double>(row.weight) * slope / args.library[r];
     if (kRaw && args.d_mean.data) through_softmax(args, r, row, slope, scratch);
     if (args.starts)
       for (int64_t i = args.starts[r]; i < args.starts[r + 1]; ++i) scratch.target[args.columns[i]] = 0;
   }
 
-  // The derivative by a library of 0, beside which those by logarithms of means vanish: a mean grows by the share that its gene has in the
-  // library, and a count of zero then costs as much, unless it is an additional one.
-  static double slope_of_empty(const CountArgs& args, int64_t r, const Row<C>& row, Scratch<C>& scratch) {
-    double slope = 0;
+  // What one_row makes of an infinite library, whose nll is infinite, and of one of 0. Beside that the derivatives by logarithms of means
+  // vanish, but not the one by the library: a mean grows by the share that its gene has in it, and a count of zero then costs as much,
+  // unless it is an additional one.
+  static FASTVAE_COLD void at_ends(const CountArgs& args, int64_t r, Scratch<C>& scratch) {
+    const double library = args.library[r];
+    if (std::isinf(library)) args.row_nll[r] += std::abs(library);
+    if (library != 0 || !args.d_library) return;
+    double slope = 0, sum = 0;
     for (int64_t begin = 0; begin < args.genes; begin += kBlock) {
       const int64_t n = std::min(kBlock, args.genes - begin);
-      const C *target = !args.starts ? load(args.target, r, begin, n, args.genes, scratch.counts) : scratch.target.data() + begin,
-              *pi = kInflated ? load(args.zero_logits, r, begin, n, args.genes, scratch.pi) : nullptr;
+      const C* pi = kInflated ? load(args.zero_logits, r, begin, n, args.genes, scratch.pi) : nullptr;
       for (int64_t i = 0; i < n; ++i) {
-        const double share = scratch.exponentials[begin + i] / row.sum;
-        if (target[i] > 0) slope -= std::numeric_limits<double>::infinity();
-        else slope += kInflated ? share / (1 + std::exp(static_cast<double>(pi[i]))) : share;
+        const double e = scratch.exponentials[begin + i];
+        sum += e;
+        slope += kInflated ? e / (1 + std::exp(static_cast<double>(pi[i]))) : e;
       }
     }
-    return slope;
+    // That of a count is infinite, and so is its nll.
+    const double of_zeros = args.weight[r * args.weight_stride] * slope / sum;
+    if (!std::isinf(args.row_nll[r])) args.d_library[r] = of_zeros;
   }
 
   // By logit g: the derivative by log mu_g, less the share of g in the sum of all.
@@ -451,7 +460,10 @@ struct Kernel {
       if (args.starts) scratch->target.resize(genes + kBufferSlack);
       for (int64_t chunk = first; chunk < last; ++chunk) {
         C* d_shared = args.d_shared_dispersion ? sums.data() + chunk * genes : nullptr;
-        for (int64_t r = chunk * step; r < std::min(rows, (chunk + 1) * step); ++r) one_row(args, shared, r, d_shared, *scratch);
+        for (int64_t r = chunk * step; r < std::min(rows, (chunk + 1) * step); ++r) {
+          one_row(args, shared, r, d_shared, *scratch);
+          if (kRaw && (args.library[r] == 0 || std::isinf(args.library[r]))) at_ends(args, r, *scratch);
+        }
       }
     });
     if (!args.d_shared_dispersion) return;
