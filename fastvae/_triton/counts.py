@@ -248,6 +248,20 @@ def positive_term(t, mu, log_mu, theta):
     return tl.where(near_poisson, near, dispersed), d * share, tl.where(near_poisson, d_near, d_dispersed)
 
 
+@triton.jit
+def slope_of_empty(mean, target, zero_logits, genes, top, COLUMNS: tl.constexpr, C: tl.constexpr):
+    """The derivative of a cell by a library of 0, times the sum of e^(logit - top): at_ends in csrc/cpu/counts.cpp."""
+    shares = tl.zeros((COLUMNS,), C)
+    for start in range(0, genes, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        inside = columns < genes
+        share = exp(tl.load(mean + columns, inside, -float("inf")).to(C) - top)
+        if zero_logits is not None:
+            share /= 1.0 + exp(tl.load(zero_logits + columns, inside, 0.0).to(C))
+        shares += tl.where(tl.load(target + columns, inside, 0) == 0, share, -float("inf"))
+    return tl.sum(shares, 0)
+
+
 @kernel
 def count_kernel(
     mean,  # (rows, genes), any stride of rows; with RAW, logits
@@ -316,7 +330,6 @@ def count_kernel(
 
     values = tl.zeros((COLUMNS,), C)
     slopes = tl.zeros((COLUMNS,), C)
-    shares = tl.zeros((COLUMNS,), C)  # the derivative by a library of 0, times `total`
     other_values = tl.zeros((PLACES,), tl.float64)
     other_slopes = tl.zeros((PLACES,), tl.float64)
     places += row * COLUMNS
@@ -327,16 +340,13 @@ def count_kernel(
         theta = tl.load(dispersion + columns, inside, 1.0).to(C)
         t = tl.load(target + columns, inside, 0).to(C)
         if RAW:
-            share = exp(mu - top)
-            mu = share * scale
+            mu = exp(mu - top) * scale
         else:
             mu += tl.full((), eps, C)
         theta = dispersion_of_zeros(theta, RAW)
         value, d_mu, d_theta = zero_term(mu, theta)
         if zero_logits is not None:
             pi = tl.load(zero_logits + columns, inside, 0.0).to(C)
-            if RAW and d_library is not None:
-                share /= 1.0 + exp(pi)
             value, d_z, d_pi = with_additional_zeros(value, pi)
             d_mu *= d_z
             d_theta *= d_z
@@ -351,8 +361,6 @@ def count_kernel(
         is_zero = inside & (t == 0.0)
         values += tl.where(is_zero, value, 0.0)
         if RAW:
-            if d_library is not None:
-                shares += tl.where(is_zero, share, tl.where(inside, -float("inf"), 0.0))
             slopes += tl.where(is_zero, d_mu * mu, 0.0)
             if log_slopes is not None:
                 tl.store(log_slopes + dense + columns, d_mu * mu, inside)
@@ -432,7 +440,9 @@ def count_kernel(
     if RAW:
         slope = (tl.sum(slopes, 0).to(tl.float64) + tl.sum(other_slopes, 0)).to(C)
         if d_library is not None:
-            by_library = tl.where(size == 0.0, tl.sum(shares, 0) / total, slope / size)
+            by_library = slope / size
+            if size == 0.0:
+                by_library = slope_of_empty(mean, target, zero_logits, genes, top, COLUMNS, C) / total
             tl.store(d_library + row, (factor * by_library).to(d_library.dtype.element_ty))
         if d_mean is not None:
             # By logit g: the derivative by log mu_g, less the share of g in the sum of all.
