@@ -19,11 +19,13 @@ struct Bernoulli {
     const V e = P::exp_bounded(P::neg_abs(a)), one_plus_e = V(1) + e;
     slope[0] = P::divide(P::if_negative(a, e, V(1)), one_plus_e) - t;
     logs.add(e, one_plus_e);
-    return P::fnma(a, t, P::relu(a));
+    if constexpr (P::vectors) return P::fnma(a, t, P::relu(a));
+    // a times what lies between t and the end that a is sure of: 0 where it is right, even if it is infinite. Vectors have `at_ends`.
+    const V miss = P::if_negative(a, P::neg(t), V(1) - t), value = a * miss;
+    return P::select(P::less(V(0), P::abs(miss)), value, miss);
   }
 
-  // |a| times the distance of t from the end that a is sure of, which may be 0.
-  template <class V>
+  template <class V, class = std::enable_if_t<Primitives<V>::vectors>>
   static FASTVAE_HD V at_ends(const V (&param)[params], V t, V value) {
     using P = Primitives<V>;
     const V miss = P::if_negative(param[0], t, V(1) - t);
@@ -347,11 +349,12 @@ struct Gamma {
       }
     }
     slope[0] = constant[0] - ratio;
-    return P::fma(constant[0], param[0], P::fnma(constant[1], log_t, ratio));
+    // A zero's infinite logarithm, or an infinite ratio, counts for more than any log-scale. Vectors have `at_ends`.
+    const V rest = P::fnma(constant[1], log_t, ratio);
+    return P::fma(constant[0], P::vectors ? param[0] : beside(param[0], P::abs(rest)), rest);
   }
 
-  // A zero's infinite logarithm, or an infinite ratio, counts for more than any log-scale.
-  template <class V>
+  template <class V, class = std::enable_if_t<Primitives<V>::vectors>>
   static FASTVAE_HD V at_ends(const V (&param)[params], V t, V value) {
     using P = Primitives<V>;
     return P::select(P::less(param[0], V(-largest<typename P::Scalar>())), P::select(P::less(V(0), t), V(INFINITY), value), value);
