@@ -24,20 +24,38 @@ int64_t rows_of_chunk(int64_t rows) { return std::max<int64_t>(8, (rows + kMostC
 // A dispersion that serves all rows, for every gene.
 template <class C>
 struct SharedDispersion {
-  std::vector<C> theta, inverse;
+  std::vector<C> theta, inverse, given;  // given: as it came, which may be below the bound
   std::vector<double> exact, log_gamma, digamma;
+  bool any_below = false;
 };
 
-// The logarithms of a dispersion are read between bounds that leave 1 / theta finite.
+// Dispersions, and their logarithms, are read between bounds. The lower one leaves 1 / theta finite; a count of zero has lost all of its nll
+// there, and that of others is added by `below`. From the upper one on the distribution is the Poisson, and mu / theta has its digits.
 template <class C>
-constexpr C kLogBound = sizeof(C) == 8 ? 700 : 85;
+struct Bounds {
+  static constexpr bool wide = sizeof(C) == 8;
+  static constexpr C lowest_log = wide ? -650 : -85, highest_log = wide ? 600 : 60;
+  static constexpr C lowest = wide ? 5.08e-283 : 1.22e-37, highest = wide ? 3.77e260 : 1.14e26;  // their exponentials
+};
+
+// Between them; a NaN stays one.
+template <class C>
+double within(double theta) {
+  return std::max<double>(std::min<double>(theta, Bounds<C>::highest), Bounds<C>::lowest);
+}
+
+// What the nll of a count above zero lacks of an inverse dispersion below the bound: there it is -log theta and what does not change.
+FASTVAE_HD double below(double dispersion, bool is_logarithm) {
+  using B = Bounds<double>;
+  if (is_logarithm) return dispersion < B::lowest_log ? B::lowest_log - dispersion : 0;
+  return dispersion < B::lowest ? std::log(B::lowest) - std::log(dispersion) : 0;
+}
 
 template <class C>
 SharedDispersion<C> prepare(const CountArgs& args) {
   SharedDispersion<C> out;
   const int64_t genes = args.genes, room = genes + kBufferSlack;
-  out.theta.resize(room);
-  out.inverse.resize(room);
+  for (auto* field : {&out.theta, &out.inverse, &out.given}) field->resize(room);
   for (auto* field : {&out.exact, &out.log_gamma, &out.digamma}) field->resize(room);
   at::parallel_for(0, (genes + kBlock - 1) / kBlock, 4, [&](int64_t first, int64_t last) {
     Buffer<C> buffer;
@@ -45,22 +63,27 @@ SharedDispersion<C> prepare(const CountArgs& args) {
       const int64_t begin = block * kBlock, n = std::min(kBlock, genes - begin);
       const C* in = load(args.dispersion, 0, begin, n, genes, buffer);
       double* exact = out.exact.data() + begin;
+      std::copy(in, in + n, out.given.data() + begin);
       for (int64_t i = 0; i < n; ++i) exact[i] = in[i];
       for (int64_t i = 0; i < n; i += Wide::size()) {
         const int64_t lanes = std::min<int64_t>(Wide::size(), n - i);
         Wide theta = load_lanes(exact + i, lanes);
-        if (args.raw) theta = math::Primitives<Wide>::clamp(theta, -kLogBound<C>, kLogBound<C>).exp();
+        using B = Bounds<double>;
+        theta = args.raw ? math::Primitives<Wide>::clamp(theta, B::lowest_log, B::highest_log).exp()
+                         : math::Primitives<Wide>::clamp(theta, B::lowest, B::highest);
         store_lanes(theta, exact + i, lanes);
         const auto parts = math::dispersion_parts(theta);
         store_lanes(parts.log_gamma, out.log_gamma.data() + begin + i, lanes);
         store_lanes(parts.digamma, out.digamma.data() + begin + i, lanes);
       }
       for (int64_t i = 0; i < n; ++i) {
-        out.theta[begin + i] = static_cast<C>(exact[i]);
-        out.inverse[begin + i] = static_cast<C>(1 / exact[i]);
+        const double theta = within<C>(exact[i]);
+        out.theta[begin + i] = static_cast<C>(theta);
+        out.inverse[begin + i] = static_cast<C>(1 / theta);
       }
     }
   });
+  for (int64_t g = 0; g < genes; ++g) out.any_below |= below(out.given[g], args.raw) > 0;
   return out;
 }
 
@@ -89,6 +112,7 @@ struct Scratch {
 template <class C>
 struct Row {
   C mean_scale;       // raw: what the exponentials of the logits are multiplied with
+  double sum;         // raw: of those
   double log_offset;  // raw: what is added to a logit to make the logarithm of the mean
   C weight;
   double eps;  // else: what is added to the mean
@@ -98,10 +122,11 @@ struct Row {
 template <class C>
 struct Block {
   int64_t n;
-  const C *mean, *logits, *theta, *inverse, *log_theta, *pi, *target;
+  const C *mean, *logits, *theta, *inverse, *log_theta, *given, *pi, *target;
   const double *exact, *log_gamma, *digamma;  // of a shared dispersion
   C *values, *d_mean, *d_theta, *d_pi;
   bool sums_theta;  // d_theta is added to
+  bool any_below;   // of a shared dispersion
 };
 
 double log_factorial(double t) {
@@ -117,10 +142,10 @@ struct Sums {
   double nll, slope;  // of the values; of the derivatives by log mean
 };
 
-// How the counts of `Gathered` are to be read; `bound`: kLogBound of the parameters' type.
+// How the counts of `Gathered` are to be read.
 struct Reading {
   bool raw, inflated, shared;
-  double bound, log_offset;
+  double log_offset;
 };
 
 template <Case kCase>
@@ -139,18 +164,17 @@ Sums evaluate(Gathered& g, const Reading& read) {
     if (read.raw) {
       const Wide unbounded = mu + Wide(read.log_offset);
       log_mu = P::clamp(unbounded, -670, 670);
-      underflow = log_mu - unbounded;  // down there the nll is -t log mu and a constant
+      underflow = P::relu(log_mu - unbounded);  // down there the nll is -t log mu and a constant
       mu = log_mu.exp();
     } else if (kSimple || (kPoisson && !kLarge)) {
       log_mu = mu.log();
     }
     math::GammaParts<Wide> of_theta{at(g.log_gamma), at(g.digamma)};
     if (!read.shared) {
-      if (read.raw) {
-        theta = P::clamp(theta, -read.bound, read.bound).exp();
-        // The logarithm that put this element here may have lain an ulp on the other side.
-        if (kPoisson) theta = at::vec::clamp_min(theta, Wide(math::kStirlingFrom));
-      }
+      using B = Bounds<double>;
+      theta = read.raw ? P::clamp(theta, B::lowest_log, B::highest_log).exp() : P::clamp(theta, B::lowest, B::highest);
+      // The logarithm that put this element here may have lain an ulp on the other side.
+      if (kPoisson) theta = at::vec::clamp_min(theta, Wide(math::kStirlingFrom));
       if constexpr (!kSimple) of_theta = math::dispersion_parts(theta);
     }
     math::CountTerm<Wide> term;
@@ -183,13 +207,12 @@ struct Kernel {
     const auto step = [&](int64_t i, auto lanes, int slot) FASTVAE_INLINE {
       V mu = load_lanes(b.mean + i, lanes), theta, inverse;
       mu = kRaw ? mu * scale : mu + eps;
-      if constexpr (kShared || !kRaw) theta = load_lanes(b.theta + i, lanes);
-      if constexpr (kShared) inverse = load_lanes(b.inverse + i, lanes);
-      else if constexpr (kRaw) {
-        const V logarithm = P::clamp(load_lanes(b.log_theta + i, lanes), -kLogBound<C>, kLogBound<C>);
-        theta = P::exp_bounded(logarithm);
-        inverse = V(1) / theta;
+      if constexpr (kShared) {
+        theta = load_lanes(b.theta + i, lanes);
+        inverse = load_lanes(b.inverse + i, lanes);
       } else {
+        if constexpr (kRaw) theta = P::exp_bounded(P::clamp(load_lanes(b.log_theta + i, lanes), Bounds<C>::lowest_log, Bounds<C>::highest_log));
+        else theta = P::at_most(load_lanes(b.theta + i, lanes), V(Bounds<C>::highest));
         inverse = V(1) / theta;
       }
       const V t = load_lanes(b.target + i, lanes), is_zero = t == V(0);
@@ -227,10 +250,17 @@ struct Kernel {
 
   static Sums positives(const Block<C>& b, const Row<C>& row, Scratch<C>& scratch, int64_t count) {
     constexpr bool kLogTheta = kRaw && !kShared;
+    Sums sums{0, 0};
     for (auto& g : scratch.gathered) g.count = 0;
+    bool any_below = false;
     for (int64_t k = 0; k < count; ++k) {
       const int32_t i = scratch.positive[k];
       const double t = b.target[i], theta = kShared ? b.exact[i] : kRaw ? b.log_theta[i] : b.theta[i];
+      if (!kShared || b.any_below) {
+        const double rest = below(b.given[i], kRaw);
+        sums.nll += rest;
+        any_below |= rest > 0;
+      }
       // Bounds of what is read; where that is a logarithm, of the logarithm.
       constexpr double few_from = kLogTheta ? -92 : math::kFewFrom, poisson_from = kLogTheta ? 2.0794415416798359 : math::kStirlingFrom;
       const bool large = t >= math::kStirlingFrom, near_poisson = theta >= poisson_from;
@@ -250,8 +280,7 @@ struct Kernel {
       }
       if constexpr (kInflated) g.pi[j] = b.pi[i];
     }
-    const Reading read{kRaw, kInflated, kShared, kLogBound<C>, row.log_offset};
-    Sums sums{0, 0};
+    const Reading read{kRaw, kInflated, kShared, row.log_offset};
     constexpr Sums (*const evaluators[])(Gathered&, const Reading&) = {
         evaluate<kDispersed>, evaluate<kNearPoisson>, evaluate<kLargeDispersed>, evaluate<kLargeNearPoisson>, evaluate<kOne>, evaluate<kFew>,
     };
@@ -274,6 +303,8 @@ struct Kernel {
       if (kInflated && b.d_pi)
         for (int64_t j = 0; j < g.count; ++j) b.d_pi[g.place[j]] = static_cast<C>(g.d_pi[j] * weight);
     }
+    if (!kRaw && b.values && any_below)
+      for (int64_t k = 0; k < count; ++k) b.values[scratch.positive[k]] += static_cast<C>(below(b.given[scratch.positive[k]], kRaw)) * row.weight;
     return sums;
   }
 
@@ -314,13 +345,14 @@ struct Kernel {
       sum += part.total();
     }
     const double library = args.library[r];
-    row.mean_scale = static_cast<C>(library / sum);
+    row.sum = sum;
+    row.mean_scale = static_cast<C>(std::min<double>(library / sum, std::numeric_limits<C>::max()));
     row.log_offset = std::log(library) - static_cast<double>(top) - std::log(sum);
   }
 
   static void one_row(const CountArgs& args, const SharedDispersion<C>& shared, int64_t r, C* d_shared, Scratch<C>& scratch) {
     const int64_t genes = args.genes;
-    Row<C> row{C(1), 0, static_cast<C>(args.weight[r * args.weight_stride]), args.eps};
+    Row<C> row{C(1), 1, 0, static_cast<C>(args.weight[r * args.weight_stride]), args.eps};
     if constexpr (kRaw) softmax(args, r, row, scratch);
     const int64_t source = target_row(args, r);
     if (args.starts)
@@ -338,12 +370,14 @@ struct Kernel {
       if constexpr (kShared) {
         b.theta = shared.theta.data() + begin;
         b.inverse = shared.inverse.data() + begin;
+        b.given = shared.given.data() + begin;
+        b.any_below = shared.any_below;
         b.exact = shared.exact.data() + begin;
         b.log_gamma = shared.log_gamma.data() + begin;
         b.digamma = shared.digamma.data() + begin;
         b.sums_theta = d_shared;
       } else {
-        (kRaw ? b.log_theta : b.theta) = load(args.dispersion, r, begin, b.n, genes, scratch.dispersion);
+        b.given = (kRaw ? b.log_theta : b.theta) = load(args.dispersion, r, begin, b.n, genes, scratch.dispersion);
       }
       b.d_theta = b.sums_theta ? d_shared + begin : destination(args.d_dispersion, r, begin, genes, scratch.d_dispersion);
       if constexpr (!kRaw) b.values = destination(args.values, r, begin, genes, scratch.values);
@@ -377,9 +411,31 @@ struct Kernel {
       for (int64_t i = args.starts[source]; i < args.starts[source + 1]; ++i) scratch.target[args.columns[i]] = 0;
   }
 
+  // What one_row makes of an infinite library, whose nll is infinite, and of one of 0. Beside that the derivatives by logarithms of means
+  // vanish, but not the one by the library: a mean grows by the share that its gene has in it, and a count of zero then costs as much,
+  // unless it is an additional one.
+  static FASTVAE_COLD void at_ends(const CountArgs& args, int64_t r, Scratch<C>& scratch) {
+    const double library = args.library[r];
+    if (std::isinf(library)) args.row_nll[r] += std::abs(library);
+    if (library != 0 || !args.d_library) return;
+    double slope = 0, sum = 0;
+    for (int64_t begin = 0; begin < args.genes; begin += kBlock) {
+      const int64_t n = std::min(kBlock, args.genes - begin);
+      const C* pi = kInflated ? load(args.zero_logits, r, begin, n, args.genes, scratch.pi) : nullptr;
+      for (int64_t i = 0; i < n; ++i) {
+        const double e = scratch.exponentials[begin + i];
+        sum += e;
+        slope += kInflated ? e / (1 + std::exp(static_cast<double>(pi[i]))) : e;
+      }
+    }
+    // That of a count is infinite, and so is its nll.
+    const double of_zeros = args.weight[r * args.weight_stride] * slope / sum;
+    if (!std::isinf(args.row_nll[r])) args.d_library[r] = of_zeros;
+  }
+
   // By logit g: the derivative by log mu_g, less the share of g in the sum of all.
   static void through_softmax(const CountArgs& args, int64_t r, const Row<C>& row, double slope, Scratch<C>& scratch) {
-    const V weight(row.weight), factor(static_cast<C>(static_cast<double>(row.mean_scale) / args.library[r] * slope));
+    const V weight(row.weight), factor(static_cast<C>(slope / row.sum));
     for (int64_t begin = 0; begin < args.genes; begin += kBlock) {
       const int64_t n = std::min(kBlock, args.genes - begin);
       const C *slopes = scratch.slopes.data() + begin, *exponentials = scratch.exponentials.data() + begin;
@@ -405,7 +461,10 @@ struct Kernel {
       if (args.starts) scratch->target.resize(genes + kBufferSlack);
       for (int64_t chunk = first; chunk < last; ++chunk) {
         C* d_shared = args.d_shared_dispersion ? sums.data() + chunk * genes : nullptr;
-        for (int64_t r = chunk * step; r < std::min(rows, (chunk + 1) * step); ++r) one_row(args, shared, r, d_shared, *scratch);
+        for (int64_t r = chunk * step; r < std::min(rows, (chunk + 1) * step); ++r) {
+          one_row(args, shared, r, d_shared, *scratch);
+          if (kRaw && (args.library[r] == 0 || std::isinf(args.library[r]))) at_ends(args, r, *scratch);
+        }
       }
     });
     if (!args.d_shared_dispersion) return;

@@ -5,6 +5,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <cmath>
 #include <vector>
 
 #include "staging.h"
@@ -23,28 +24,56 @@ constexpr bool kWhole = false;
 template <>
 constexpr bool kWhole<math::PoissonRate> = true;
 
+// The sum of n elements, with what an infinite param makes of an element.
+template <class L, class C>
+double at_ends(const C* const (&param)[kMaxParams], const C* target, const Vec<C>* constant, int64_t n) {
+  using V = Vec<C>;
+  Sum<C> sum;
+  for (int64_t i = 0; i < n; i += V::size()) {
+    const int64_t lanes = std::min<int64_t>(V::size(), n - i);
+    V p[L::params], d[L::params];
+    for (int k = 0; k < L::params; ++k) p[k] = load_lanes(param[k] + i, lanes);
+    const V t = load_lanes(target + i, lanes);
+    math::Log1pSum<V> logs;
+    const V value = L::element(p, t, constant, d, logs);
+    sum.add_lanes(L::at_ends(p, t, value) + logs.value(), lanes);
+  }
+  return sum.total();
+}
+
 // n elements: returns the sums; slope[i] (null: not wanted) receives the weighted derivatives,
-// values[i] the weighted values.
-template <class L, class C, bool kSlopes>
-BlockSums block(const C* const (&param)[kMaxParams], const C* target, C* const (&slope)[kMaxParams], C* values,
+// values[i] the weighted values. What was computed quickly may be worth nothing: then the first sum is NaN.
+template <class L, class C, bool kSlopes, bool kQuick>
+BlockSums block_as(const C* const (&param)[kMaxParams], const C* target, C* const (&slope)[kMaxParams], C* values,
                 const double* constants, double weight, int64_t n) {
   using V = Vec<C>;
+  using P = math::Primitives<V>;
   constexpr int64_t W = V::size();
   V constant[L::constants + 1];
   for (int i = 0; i < L::constants; ++i) constant[i] = V(static_cast<C>(constants[i]));
+  if constexpr (math::has_scale<L>) constant[0] = V(math::bounded_root(static_cast<C>(constants[0])));
   const V w(static_cast<C>(weight));
   Sum<C> sum, pull;
   // As few as hold the factors of a block: a fold costs as much as some elements.
   constexpr int kLogs = sizeof(C) == 8 ? 1 : kBlock / W <= 64 ? 1 : kBlock / W <= 128 ? 2 : 4;
   static_assert(sizeof(C) == 8 || kBlock / W / kLogs + 4 < math::Log1pSum<V>::most);
   math::Log1pSum<V> logs[kLogs];
+  V lowest(0);
 
   const auto step = [&](int64_t i, auto lanes, int slot, math::Log1pSum<V>& logs) FASTVAE_INLINE {
     V p[L::params], d[L::params];
     for (int k = 0; k < L::params; ++k) p[k] = load_lanes(param[k] + i, lanes);
     const V t = load_lanes(target + i, lanes);
-    const V value = L::element(p, t, constant, d, logs);
-    if constexpr (L::has_pull) pull.add(slot, (p[0] - t) * d[0]);
+    V value;
+    if constexpr (kQuick) {
+      value = L::quick(p, t, constant, d, lowest);
+    } else if constexpr (L::has_pull) {
+      V pulled;
+      value = L::element(p, t, constant, d, logs, pulled);
+      pull.add(slot, pulled);
+    } else {
+      value = L::element(p, t, constant, d, logs);
+    }
     if (kWhole<L> && values) store_lanes(value * w, values + i, lanes);
     if constexpr (kSlopes) {
       for (int k = 0; k < L::params; ++k)
@@ -76,7 +105,24 @@ BlockSums block(const C* const (&param)[kMaxParams], const C* target, C* const (
   if constexpr (L::has_log1p) {
     for (int k = 0; k < kLogs; ++k) sum.add(k, logs[k].value());
   }
-  return {sum.total(), L::has_pull ? pull.total() : 0};
+  double total = sum.total();
+  if constexpr (kQuick) {
+    if (P::any_less(lowest, V(L::template quick_from<V>))) total = NAN;
+  }
+  if constexpr (math::has_ends<L, V>) {
+    if (std::isnan(total)) total = at_ends<L, C>(param, target, constant, n);
+  }
+  return {total, L::has_pull ? pull.total() : 0};
+}
+
+template <class L, class C, bool kSlopes>
+BlockSums block(const C* const (&param)[kMaxParams], const C* target, C* const (&slope)[kMaxParams], C* values,
+                const double* constants, double weight, int64_t n) {
+  if constexpr (math::has_quick<L, Vec<C>>) {
+    const BlockSums sums = block_as<L, C, kSlopes, true>(param, target, slope, values, constants, weight, n);
+    if (!std::isnan(sums.nll)) return sums;
+  }
+  return block_as<L, C, kSlopes, false>(param, target, slope, values, constants, weight, n);
 }
 
 template <class L, class C>
@@ -124,9 +170,17 @@ void run(const NllArgs& args) {
   if (has_pull) add_up(pulls, args.row_pull);
 }
 
+template <class L, class C>
+void run_by_scale(const NllArgs& args) {
+  if constexpr (math::has_scale<L> && !L::has_pull) {
+    if (std::isinf(static_cast<C>(args.constants[1]))) return run<math::ByRoot<L>, C>(args);
+  }
+  run<L, C>(args);
+}
+
 template <class L>
 void run(const NllArgs& args) {
-  args.in_double ? run<L, double>(args) : run<L, float>(args);
+  args.in_double ? run_by_scale<L, double>(args) : run_by_scale<L, float>(args);
 }
 
 template <class C>

@@ -4,9 +4,6 @@
 
 #include "../math/elementary.h"
 
-// A lambda that stays a function call costs more than the arithmetic in it.
-#define FASTVAE_INLINE __attribute__((always_inline))
-
 namespace fastvae::cpu::FASTVAE_ISA {
 template <class C>
 using Vec = at::vec::Vectorized<C>;
@@ -19,6 +16,7 @@ template <class C>
 struct Primitives<at::vec::Vectorized<C>> {
   using Scalar = C;
   using V = at::vec::Vectorized<C>;
+  static constexpr bool vectors = true;
 
   static FASTVAE_HD V fma(V a, V b, V c) { return at::vec::fmadd(a, b, c); }
   static FASTVAE_HD V abs(V x) { return x.abs(); }
@@ -40,6 +38,18 @@ struct Primitives<at::vec::Vectorized<C>> {
   static FASTVAE_HD V zero_where(V mask, V x) { return x ^ (x & mask); }
   static FASTVAE_HD V with_sign(V size, V x) { return size | (x & V(C(-0.0))); }
   static FASTVAE_HD bool any(V mask) { return mask.zero_mask() != (1 << V::size()) - 1; }
+  static FASTVAE_HD bool any_less(V a, V b) {
+    // Vectorized makes a vector of a mask first.
+#if defined(CPU_CAPABILITY_AVX512)
+    if constexpr (sizeof(C) == 8) return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ) != 0;
+    else return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ) != 0;
+#elif defined(CPU_CAPABILITY_AVX2)
+    if constexpr (sizeof(C) == 8) return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_LT_OQ)) != 0;
+    else return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)) != 0;
+#else
+    return any(less(a, b));
+#endif
+  }
   static FASTVAE_HD V log1p(V x) { return x.log1p(); }
 
   // As with exp: Vectorized<float>::log is exact to a unit and several times as long.
@@ -103,6 +113,8 @@ struct Primitives<at::vec::Vectorized<C>> {
       return polynomial(s.r, twice) * s.power;
     }
   }
+
+  static FASTVAE_HD V exp_finite(V x) { return exp_bounded(x); }
 
   static FASTVAE_HD ExpParts<V> exp_parts(V h) {
     if constexpr (sizeof(C) == 8) return exp_parts_by_series(h);

@@ -28,12 +28,6 @@ constexpr int widest(int64_t item_size) {
   return std::is_same_v<L, math::DiscretizedLogistic> && item_size == 2 ? 4 : static_cast<int>(16 / item_size);
 }
 
-// Families with one scale for all elements, which may be learned.
-template <class L, class = void>
-constexpr bool kScales = false;
-template <class L>
-constexpr bool kScales<L, std::void_t<decltype(L::scale_share)>> = true;
-
 // What takes one logarithm for the terms of many elements.
 template <class L, class C>
 using Logs = std::conditional_t<std::is_same_v<L, math::DiscretizedLogistic>, math::LogisticLogs<C>, math::Log1pSum<C>>;
@@ -139,8 +133,18 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
 #pragma unroll
         for (int k = 0; k < L::params; ++k) p[k] = widened(params[k][u].value[j]);
         const C t = data.value(u, j);
-        sum += L::element(p, t, constants, d, logs);
-        if constexpr (L::has_pull) pull += (p[0] - t) * d[0];
+        C value;
+        if constexpr (L::has_pull) {
+          C pulled;
+          value = L::element(p, t, constants, d, logs, pulled);
+          pull += pulled;
+        } else {
+          value = L::element(p, t, constants, d, logs);
+        }
+        if constexpr (math::has_ends<L, C>) {
+          if (value != value) value = L::at_ends(p, t, value);
+        }
+        sum += value;
 #pragma unroll
         for (int k = 0; k < L::params; ++k) slopes[k][j] = d[k] * factor;
       }
@@ -161,7 +165,7 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
 // What is written of a row whose elements sum up to `value`; returns its part of the loss.
 template <class L, class C>
 FASTVAE_DEVICE double finish_row(const NllArgs& args, int64_t row, double value, double pull, C normaliser, double weighted_kl) {
-  if constexpr (kScales<L>) {
+  if constexpr (math::has_scale<L>) {
     if (args.scalar_rows.data) put(args.scalar_rows, row, L::scalar_slope(static_cast<double>(args.size), value, pull));
   }
   return put_row(args, row, value + static_cast<double>(args.size) * static_cast<double>(normaliser), weighted_kl);
@@ -179,7 +183,8 @@ __global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T), N))
   math::Normaliser<C> same = {static_cast<C>(args.normaliser), {}};
 #pragma unroll
   for (int i = 0; i < kMaxConstants; ++i) same.constants[i] = static_cast<C>(args.constants[i]);
-  if constexpr (kScales<L>) {
+  if constexpr (math::has_scale<L>) {
+    same.constants[0] = math::bounded_root(same.constants[0]);
     if (args.scalar.data) same = math::at_scale<L>(same, static_cast<C>(number(args.scalar)));
   }
 

@@ -24,6 +24,7 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T), kPrior))
   const int64_t draws = args.grad_z.data ? args.draws : 0;
   // Not 0 times the slopes of a KL that nobody asked for, which may overflow.
   const bool with_kl = args.grad_kl.data || args.element_grad_kl.data;
+  const bool by_z_too = draws > 0;
   const auto add_kl = [&](C w, C slope, C sum) { return with_kl ? P::fma(w, slope, sum) : sum; };
 
   for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
@@ -60,6 +61,8 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T), kPrior))
         }
       }
 
+      // Without a gradient of z there is none by the scale, which may be infinite.
+      const auto half_of = [&](C sigma) { return by_z_too ? C(0.5f) * sigma : C(0); };
       C w[N];
 #pragma unroll
       for (int j = 0; j < N; ++j) w[j] = row_weight;
@@ -72,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T), kPrior))
         for (int j = 0; j < N; ++j) {
           const auto kl = math::prior_kl(m[j], v[j], pm[j], pv[j]);
           d_mu[j] = add_kl(w[j], kl.d_mu, d_mu[j]);
-          d_logvar[j] = add_kl(w[j], kl.d_logvar, C(0.5f) * P::exp(C(0.5f) * v[j]) * d_logvar[j]);
+          d_logvar[j] = add_kl(w[j], kl.d_logvar, half_of(P::exp(C(0.5f) * v[j])) * d_logvar[j]);
           d_prior_mu[j] = add_kl(-w[j], kl.d_mu, C(0));
           d_prior_logvar[j] = add_kl(w[j], kl.d_prior_logvar, C(0));
         }
@@ -84,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T), kPrior))
           const auto sigma = P::exp_parts(C(0.5f) * v[j]);
           const auto kl = math::standard_kl(m[j], sigma);
           d_mu[j] = add_kl(w[j], kl.d_mu, d_mu[j]);
-          d_logvar[j] = add_kl(w[j], kl.d_logvar, C(0.5f) * sigma.exp * d_logvar[j]);
+          d_logvar[j] = add_kl(w[j], kl.d_logvar, half_of(sigma.exp) * d_logvar[j]);
         }
       }
       if (args.grad_mu.data) write<T, N, kWhole>(row_of<T>(args.grad_mu, part) + i, left, d_mu);

@@ -56,11 +56,13 @@ FASTVAE_HD float at_least(float x, float bound) {
 template <class C>
 struct ScalarPrimitives {
   using Scalar = C;
+  static constexpr bool vectors = false;
 
   static FASTVAE_HD C neg(C x) { return -x; }
   static FASTVAE_HD bool less(C a, C b) { return a < b; }
   static FASTVAE_HD C select(bool mask, C a, C b) { return mask ? a : b; }
   static FASTVAE_HD bool any(bool mask) { return mask; }
+  static FASTVAE_HD bool any_less(C a, C b) { return a < b; }
   static FASTVAE_HD bool either(bool a, bool b) { return a || b; }
   static FASTVAE_HD C if_negative(C x, C a, C b) { return x < C(0) ? a : b; }
   static FASTVAE_HD C keep_where(bool mask, C x) { return mask ? x : C(0); }
@@ -80,6 +82,7 @@ struct Primitives<float> : ScalarPrimitives<float> {
   static FASTVAE_HD float with_sign(float size, float x) { return copysignf(size, x); }
   static FASTVAE_HD float log1p(float x) { return log1pf(x); }
   static FASTVAE_HD float exp(float x) { return expf(x); }
+  static FASTVAE_HD float exp_finite(float x) { return expf(x); }
   static FASTVAE_HD float log(float x) { return logf(x); }
   // In two instructions. x log2(e) is rounded before 2^x is taken: at x = -87, where results vanish, that is off by 3e-6 of itself.
   static FASTVAE_HD float exp_bounded(float x) { return exp2_approximately(1.44269504f * x); }
@@ -113,6 +116,7 @@ struct Primitives<double> : ScalarPrimitives<double> {
   static FASTVAE_HD double with_sign(double size, double x) { return copysign(size, x); }
   static FASTVAE_HD double log1p(double x) { return ::log1p(x); }
   static FASTVAE_HD double exp(double x) { return ::exp(x); }
+  static FASTVAE_HD double exp_finite(double x) { return ::exp(x); }
   static FASTVAE_HD double log(double x) { return ::log(x); }
   static FASTVAE_HD double log_factorial(double t) { return lgamma(t + 1); }
   static FASTVAE_HD double exp_bounded(double x) { return ::exp(x); }

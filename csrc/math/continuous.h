@@ -19,23 +19,44 @@ struct Bernoulli {
     const V e = P::exp_bounded(P::neg_abs(a)), one_plus_e = V(1) + e;
     slope[0] = P::divide(P::if_negative(a, e, V(1)), one_plus_e) - t;
     logs.add(e, one_plus_e);
-    return P::fnma(a, t, P::relu(a));
+    if constexpr (P::vectors) return P::fnma(a, t, P::relu(a));
+    // a times what lies between t and the end that a is sure of: 0 where it is right, even if it is infinite. Vectors have `at_ends`.
+    const V miss = P::if_negative(a, P::neg(t), V(1) - t), value = a * miss;
+    return P::select(P::less(V(0), P::abs(miss)), value, miss);
+  }
+
+  template <class V, class = std::enable_if_t<Primitives<V>::vectors>>
+  static FASTVAE_HD V at_ends(const V (&param)[params], V t, V value) {
+    using P = Primitives<V>;
+    const V miss = P::if_negative(param[0], t, V(1) - t);
+    const V of_infinite = P::select(P::less(V(0), miss), V(INFINITY), miss);
+    return P::select(P::less(V(largest<typename P::Scalar>()), P::abs(param[0])), of_infinite, value);
   }
 };
 
 // -log Normal(t; m, s^2) less its normaliser: ((t - m) / s)^2 / 2. One variance for all elements.
 //
-// Here and below, 1 / s goes in twice: its square is finite for half as many s.
+// Here and below, 1 / s goes in twice: its square is finite for half as many s. Where it might be infinite itself its root goes in twice
+// in its place, which 0 outlives: data met exactly. Where several elements go side by side, most of which have no such scale, they take
+// that way only if one of them has.
 struct Gaussian {
   static constexpr int params = 1;
-  static constexpr int constants = 1;  // 1 / s
+  static constexpr int constants = 2;  // the root of 1 / s, 1 / s
   static constexpr bool has_log1p = false;
   static constexpr bool has_pull = false;
 
   template <class V>
   static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
-    const V scaled = (param[0] - t) * constant[0];
-    slope[0] = scaled * constant[0];
+    if constexpr (!Primitives<V>::vectors) return by_root(param, t, constant, slope);
+    const V scaled = (param[0] - t) * constant[1];
+    slope[0] = scaled * constant[1];
+    return V(0.5f) * scaled * scaled;
+  }
+
+  template <class V>
+  static FASTVAE_HD V by_root(const V (&param)[params], V t, const V* constant, V (&slope)[params]) {
+    const V root = constant[0], scaled = (param[0] - t) * root * root;
+    slope[0] = scaled * root * root;
     return V(0.5f) * scaled * scaled;
   }
 
@@ -56,10 +77,29 @@ struct GaussianPerElement {
   template <class V>
   static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params], Log1pSum<V>&) {
     using P = Primitives<V>;
-    const V inverse = P::exp(V(-0.5f) * param[1]), scaled = (param[0] - t) * inverse, square = scaled * scaled;
+    const V root = inverse_root(V(0.5f) * param[1]), scaled = (param[0] - t) * root * root;
+    const V half_square = V(0.5f) * scaled * scaled;
+    slope[0] = scaled * root * root;
+    slope[1] = V(0.5f) - half_square;
+    return P::fma(V(0.5f), beside(param[1], half_square), half_square);
+  }
+
+  template <class V>
+  static FASTVAE_HD V quick(const V (&param)[params], V t, const V*, V (&slope)[params], V& lowest) {
+    using P = Primitives<V>;
+    lowest = P::at_most(lowest, param[1]);
+    return P::fma(V(0.5f), param[1], half_square(param[0] - t, param[1], slope));
+  }
+  template <class V>
+  static constexpr auto quick_from = 2 * lowest_log<V>();
+
+  // Of a distance and a log-variance that has an inverse scale.
+  template <class V>
+  static FASTVAE_HD V half_square(V distance, V logvar, V (&slope)[params]) {
+    const V inverse = Primitives<V>::exp_finite(V(-0.5f) * logvar), scaled = distance * inverse, half = V(0.5f) * scaled * scaled;
     slope[0] = scaled * inverse;
-    slope[1] = P::fma(V(-0.5f), square, V(0.5f));
-    return V(0.5f) * (param[1] + square);
+    slope[1] = V(0.5f) - half;
+    return half;
   }
 };
 
@@ -71,25 +111,34 @@ struct GaussianBounded {
   static constexpr bool has_pull = false;
 
   template <class V>
-  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>& logs) {
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
+    using P = Primitives<V>;
     const Tanh<V> tanh((param[1] - constant[0]) * constant[2]);
-    const V bounded[params] = {param[0], Primitives<V>::fma(constant[1], tanh.value, constant[0])};
-    const V value = GaussianPerElement::element(bounded, t, constant, slope, logs);
+    const V bounded = P::fma(constant[1], tanh.value, constant[0]);
+    // Few bounds are so low that data met exactly need the root of an inverse scale: they count as the lowest that has an inverse.
+    const V with_inverse = P::at_least(bounded, V(2 * lowest_log<V>()));
+    const V half_square = GaussianPerElement::half_square(param[0] - t, with_inverse, slope);
     slope[1] = slope[1] * tanh.slope;
-    return value;
+    return P::fma(V(0.5f), bounded, half_square);
   }
 };
 
-// -log Laplace(t; m, 1 / inverse_scale) less its normaliser: |t - m| inverse_scale. One scale for all elements.
+// -log Laplace(t; m, s) less its normaliser: |t - m| / s. One scale for all elements.
 struct Laplace {
   static constexpr int params = 1;
-  static constexpr int constants = 1;  // inverse scale
+  static constexpr int constants = 2;  // the root of 1 / s, 1 / s
   static constexpr bool has_log1p = false;
   static constexpr bool has_pull = false;
 
   template <class V>
   static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
-    return weighted_distance(param[0] - t, constant[0], slope[0]);
+    if constexpr (!Primitives<V>::vectors) return by_root(param, t, constant, slope);
+    return weighted_distance(param[0] - t, constant[1], V(1), slope[0]);
+  }
+
+  template <class V>
+  static FASTVAE_HD V by_root(const V (&param)[params], V t, const V* constant, V (&slope)[params]) {
+    return weighted_distance(param[0] - t, constant[0], constant[0], slope[0]);
   }
 
   static constexpr double scale_share = 1;
@@ -98,13 +147,14 @@ struct Laplace {
     return size - nll;
   }
 
-  // |difference| weight; its slope is 0 in the kink, and NaN where `difference` is.
+  // |difference| times two numbers; its slope is 0 in the kink, and NaN where `difference` is.
   template <class V>
-  static FASTVAE_HD V weighted_distance(V difference, V weight, V& slope) {
+  static FASTVAE_HD V weighted_distance(V difference, V first, V second, V& slope) {
     using P = Primitives<V>;
+    const V weight = first * second;
     const V zero_or_nan = P::select(P::less(difference, V(0)), P::neg(weight), difference);
     slope = P::select(P::less(V(0), difference), weight, zero_or_nan);
-    return P::abs(difference) * weight;
+    return P::abs(difference) * first * second;
   }
 };
 
@@ -117,11 +167,21 @@ struct LaplacePerElement {
 
   template <class V>
   static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params], Log1pSum<V>&) {
+    const V root = inverse_root(param[1]), distance = Laplace::weighted_distance(param[0] - t, root, root, slope[0]);
+    slope[1] = V(1) - distance;
+    return beside(param[1], distance) + distance;
+  }
+
+  template <class V>
+  static FASTVAE_HD V quick(const V (&param)[params], V t, const V*, V (&slope)[params], V& lowest) {
     using P = Primitives<V>;
-    const V distance = Laplace::weighted_distance(param[0] - t, P::exp(P::neg(param[1])), slope[0]);
+    lowest = P::at_most(lowest, param[1]);
+    const V distance = Laplace::weighted_distance(param[0] - t, P::exp_finite(P::neg(param[1])), V(1), slope[0]);
     slope[1] = V(1) - distance;
     return param[1] + distance;
   }
+  template <class V>
+  static constexpr auto quick_from = lowest_log<V>();
 };
 
 // -log CB(t; sigmoid(a)) = -log(a exp(a t) / (exp(a) - 1)): the Bernoulli that is normalised on all of [0, 1]. (Its mean is the
@@ -136,11 +196,11 @@ struct ContinuousBernoulli {
   static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params], Log1pSum<V>&) {
     using P = Primitives<V>;
     constexpr bool wide = sizeof(typename P::Scalar) == 8;
-    const V a = param[0], x = P::abs(a);
+    const V a = param[0], x = P::abs(a), bounded = P::at_most(x, V(wide ? 1e300 : 1e37));
     // log((exp(a) - 1) / a) = max(a, 0) + log(c / x), c = 1 - exp(-x), which leaves nothing near 0. There it is a/2 + a^2 h(a^2), and the
     // mean 1/2 + a g(a^2).
-    const V e = P::exp_bounded(P::neg(x)), c = V(1) - e, q = V(1) / (x * c);
-    const V rest = q * P::fma(P::neg(e), x, c);  // 1 / x - e / c
+    const V e = P::exp_bounded(P::neg(x)), c = V(1) - e, q = V(1) / (bounded * c);
+    const V rest = q * P::fma(P::neg(e), bounded, c);  // 1 / x - e / c
     const V far_mean = P::select(P::less(a, V(0)), rest, V(1) - rest);
     const V far = P::fma(P::neg(a), t, P::relu(a)) + P::log(c * c * q);
 
@@ -165,19 +225,33 @@ struct ContinuousBernoulli {
     slope[0] = P::select(near, P::fma(a, g, V(0.5f)), far_mean) - t;
     return P::select(near, P::fma(a, V(0.5f) - t, square * h), far);
   }
+
+  // All mass lies in one end, whose density is infinite; data elsewhere have none.
+  template <class V>
+  static FASTVAE_HD V at_ends(const V (&param)[params], V t, V value) {
+    using P = Primitives<V>;
+    const V miss = P::if_negative(param[0], t, V(1) - t);
+    const V of_infinite = P::select(P::less(V(0), miss), V(INFINITY), miss - V(INFINITY));
+    return P::select(P::less(V(largest<typename P::Scalar>()), P::abs(param[0])), of_infinite, value);
+  }
 };
 
 // -log of Student's t with nu degrees of freedom less its normaliser: (nu + 1) log(1 + y^2) / 2, y = (m - t) / (scale sqrt(nu)).
 struct StudentT {
   static constexpr int params = 1;
-  static constexpr int constants = 2;  // 1 / (scale sqrt(nu)), nu + 1
+  static constexpr int constants = 4;  // of 1 / (scale sqrt(nu)) the root, itself and its logarithm; nu + 1
   static constexpr bool has_log1p = false;
   static constexpr bool has_pull = true;
 
   template <class V>
-  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
-    V unused;
-    return standardised((param[0] - t) * constant[0], constant[0], constant[1], slope[0], unused);
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&, V& pull) {
+    using P = Primitives<V>;
+    const V distance = param[0] - t;
+    const auto x = standardised(distance, constant[1], constant[3], P::any_less(V(-lowest_log<V>()), constant[2]),
+                                [&]() FASTVAE_INLINE { return from_afar(distance, constant[0], constant[2], constant[3]); });
+    slope[0] = x.slope;
+    pull = x.pull;
+    return x.value;
   }
 
   static constexpr double scale_share = 1;
@@ -186,38 +260,69 @@ struct StudentT {
     return size - pull;
   }
 
-  // The value; `slope` is its derivative by m, `pull` that by y, times y: in (0, nu + 1).
   template <class V>
-  static FASTVAE_HD V standardised(V y, V inverse_scale, V nu_plus_1, V& slope, V& pull) {
+  struct Standardised {
+    V value;
+    V slope;  // its derivative by m
+    V pull;   // that by log y: in (0, nu + 1)
+    decltype(Primitives<V>::less(V(0), V(0))) far;
+  };
+
+  // Beyond, 1 + y^2 is y^2, and y may be too large a number.
+  template <class V>
+  static constexpr typename Primitives<V>::Scalar far_from = sizeof(typename Primitives<V>::Scalar) == 8 ? 1e9 : 1e5;
+
+  // At a distance m - t; `afar()` where that is far, or the scale `tiny`: both are rare.
+  template <class V, class F>
+  static FASTVAE_HD Standardised<V> standardised(V distance, V inverse_scale, V nu_plus_1, bool tiny, const F& afar) {
     using P = Primitives<V>;
-    // Beyond `far` 1 + y^2 is y^2, which may be too large a number to be squared.
-    const auto far = P::less(V(sizeof(typename P::Scalar) == 8 ? 1e9 : 1e5), P::abs(y));
+    if constexpr (!P::vectors) return afar();
+    const V y = distance * inverse_scale;
+    if (tiny || P::any_less(V(far_from<V>), P::abs(y))) return afar();
+    const V square = y * y, sum = V(1) + square, inverse = V(1) / sum, weight = nu_plus_1 * inverse;
+    return {nu_plus_1 * near_value(square, sum, inverse, P::log(sum)), weight * y * inverse_scale, weight * square, P::less(sum, V(0))};
+  }
+
+  // log(1 + y^2) / 2, with what 1 + y^2 lost of y^2.
+  template <class V>
+  static FASTVAE_HD V near_value(V square, V sum, V inverse, V logarithm) {
+    return V(0.5f) * Primitives<V>::fma(square - (sum - V(1)), inverse, logarithm);
+  }
+
+  // At any distance. Far out its logarithm is that of the distance and that of the scale, its derivatives 1 / distance and 1.
+  template <class V>
+  static FASTVAE_COLD Standardised<V> from_afar(V distance, V root, V log_inverse, V nu_plus_1) {
+    using P = Primitives<V>;
+    const V y = distance * root * root, size = P::abs(distance);
+    const auto far = P::less(V(far_from<V>), P::abs(y));
     const V square = y * y, sum = V(1) + square;
-    const V denominator = P::select(far, y, sum), ratio = P::select(far, V(1), y) / denominator;  // y / (1 + y^2)
-    const V logarithm = P::log(P::select(far, P::abs(y), sum));
-    // What 1 + y^2 lost of y^2.
-    const V near = logarithm + (square - (sum - V(1))) / sum;
-    slope = nu_plus_1 * inverse_scale * ratio;
-    pull = nu_plus_1 * y * ratio;
-    return nu_plus_1 * P::select(far, logarithm, V(0.5f) * near);
+    const V inverse = V(1) / P::select(far, distance, sum);
+    const V logarithm = P::log(P::select(far, size, sum));
+    const V far_value = P::select(P::less(size, V(INFINITY)), logarithm, size) + log_inverse;
+    return {nu_plus_1 * P::select(far, far_value, near_value(square, sum, inverse, logarithm)),
+            nu_plus_1 * P::select(far, inverse, y * inverse * root * root), nu_plus_1 * P::select(far, V(1), square * inverse), far};
   }
 };
 
 // The same with a log-scale for every element, which is a summand.
 struct StudentTPerElement {
-  static constexpr int params = 2;  // location, log-scale
-  static constexpr int constants = 2;  // 1 / sqrt(nu), nu + 1
+  static constexpr int params = 2;     // location, log-scale
+  static constexpr int constants = 4;  // as above, of the scale 1
   static constexpr bool has_log1p = false;
   static constexpr bool has_pull = false;
 
   template <class V>
   static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
     using P = Primitives<V>;
-    const V inverse_scale = constant[0] * P::exp(P::neg(param[1]));
-    V pull;
-    const V value = StudentT::standardised((param[0] - t) * inverse_scale, inverse_scale, constant[1], slope[0], pull);
-    slope[1] = V(1) - pull;
-    return param[1] + value;
+    const V distance = param[0] - t, nu_plus_1 = constant[3], lowest(lowest_log<V>());
+    const V inverse_scale = P::vectors ? constant[1] * P::exp_finite(P::neg(P::at_least(param[1], lowest))) : V(0);
+    const auto x = StudentT::standardised(distance, inverse_scale, nu_plus_1, P::any_less(param[1], lowest), [&]() FASTVAE_INLINE {
+      return StudentT::from_afar(distance, constant[0] * inverse_root(param[1]), constant[2], nu_plus_1);
+    });
+    slope[0] = x.slope;
+    slope[1] = V(1) - x.pull;
+    // Far out the logarithm lacks the scale's, -nu_plus_1 times: as one summand with its own it is not taken away from itself.
+    return P::fma(P::select(x.far, V(1) - nu_plus_1, V(1)), param[1], x.value);
   }
 };
 
@@ -231,22 +336,28 @@ struct Gamma {
   template <class V>
   static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
     using P = Primitives<V>;
-    // Not its square: the root is finite for twice as many s.
-    const V root = P::exp(V(-0.5f) * param[0]);
-    V ratio = t * root * root, log_t(0);
-    const bool has_power = P::any(P::less(V(0), P::abs(constant[1])));  // the exponential has no log t
-    if (has_power) log_t = P::log(t);
-    constexpr auto normal = sizeof(typename P::Scalar) == 8 ? 0x1p-1022 : 0x1p-126;  // from here on P::log has its digits
-    const auto small = P::less(t, V(normal));
-    if (P::any(small)) {
-      // Of 0 the ratio is 0, however large the root, and the logarithm is infinite.
-      const auto positive = P::less(V(0), t);
-      ratio = P::select(positive, ratio, t);
-      const V log_small = P::log(V(0x1p64) * P::select(positive, t, V(1))) - V(44.3614195558364998);
-      if (has_power) log_t = P::select(small, P::select(positive, log_small, V(-INFINITY)), log_t);
+    const V root = inverse_root(param[0]), ratio = t * root * root;
+    V log_t(0);
+    if (P::any(P::less(V(0), P::abs(constant[1])))) {  // the exponential has no log t
+      log_t = P::log(t);
+      constexpr auto normal = sizeof(typename P::Scalar) == 8 ? 0x1p-1022 : 0x1p-126;  // from here on P::log has its digits
+      const auto small = P::less(t, V(normal));
+      if (P::any(small)) {
+        const auto positive = P::less(V(0), t);
+        const V log_small = P::log(V(0x1p64) * P::select(positive, t, V(1))) - V(44.3614195558364998);
+        log_t = P::select(small, P::select(positive, log_small, V(-INFINITY)), log_t);
+      }
     }
     slope[0] = constant[0] - ratio;
-    return P::fma(constant[0], param[0], P::fnma(constant[1], log_t, ratio));
+    // A zero's infinite logarithm, or an infinite ratio, counts for more than any log-scale. Vectors have `at_ends`.
+    const V rest = P::fnma(constant[1], log_t, ratio);
+    return P::fma(constant[0], P::vectors ? param[0] : beside(param[0], P::abs(rest)), rest);
+  }
+
+  template <class V, class = std::enable_if_t<Primitives<V>::vectors>>
+  static FASTVAE_HD V at_ends(const V (&param)[params], V t, V value) {
+    using P = Primitives<V>;
+    return P::select(P::less(param[0], V(-largest<typename P::Scalar>())), P::select(P::less(V(0), t), V(INFINITY), value), value);
   }
 };
 

@@ -38,6 +38,15 @@ struct Poisson {
     slope[0] = P::select(large, t * parts.minus_1, parts.exp - t);
     return P::select(large, P::fma(t, parts.minus_1_h, rest), small);
   }
+
+  // An infinite rate costs as much; beside no rate a count of 0 costs nothing, and others have no mass.
+  template <class V>
+  static FASTVAE_HD V at_ends(const V (&param)[params], V t, V value) {
+    using P = Primitives<V>;
+    constexpr auto most = largest<typename P::Scalar>();
+    const V of_none = P::select(P::less(V(0), t), V(INFINITY), t);
+    return P::select(P::less(V(most), param[0]), param[0] + t, P::select(P::less(param[0], V(-most)), of_none, value));
+  }
 };
 
 // -log Poisson(t; m) = m - t log m + log(t!) at m = rate + eps, its constant; by m the derivative is 1 - t / m. A rate of 0 is certain of a

@@ -1,12 +1,18 @@
 // The few elementary functions that the likelihoods and the KL are made of, for any value type V: a scalar, a SIMD vector
 // or a CUDA register. Each V brings its primitives in a specialisation of Primitives (cpu/simd.h has the CPU's).
 #pragma once
+#include <cmath>
 
 #if defined(__CUDACC__)
 #define FASTVAE_HD __device__ __forceinline__
+#define FASTVAE_COLD FASTVAE_HD
 #else
 #define FASTVAE_HD inline __attribute__((always_inline))
+// What hardly ever runs, out of the way of what does.
+#define FASTVAE_COLD __attribute__((noinline, cold))
 #endif
+// Of lambdas.
+#define FASTVAE_INLINE __attribute__((always_inline))
 
 // One inline namespace per instruction set: without it the linker would keep a single copy of these templates for all of
 // them, and an AVX-512 copy crashes a machine that has only AVX2.
@@ -17,11 +23,12 @@
 namespace fastvae::math {
 inline namespace FASTVAE_ISA {
 
-// Scalar: the C type of one lane. Functions: exp, exp_bounded (x must not pass 88; of 0 it is 1), exp_parts and
+// Scalar: the C type of one lane; vectors: whether there are several. Functions: exp, exp_bounded (x must not pass 88; of 0 it is 1), exp_finite (x must not pass 88; with
+// all the digits of exp), exp_parts and
 // exp_pair (see ExpParts and ExpPair; x must not pass 88 in the latter), log (of a positive, normal, finite number), log1p, log_factorial
 // (fp64 only), log1p_parts (of x >= 0, see Log1pParts), abs, neg, neg_abs = -|x|, relu, fma, fnma(a, b, c) = c - a b, divide (by a number
 // of ordinary size), with_sign(size, x) = size with the sign of x, for size >= 0, minimum, clamp, at_least(x, low) and at_most(x, high),
-// which keep a NaN of x, less, either (of two masks), select(mask, a, b) = mask ? a : b in each lane, if_negative(x, a, b) = x < 0 ? a :
+// which keep a NaN of x, less, any_less(a, b) = any(less(a, b)), either (of two masks), select(mask, a, b) = mask ? a : b in each lane, if_negative(x, a, b) = x < 0 ? a :
 // b, either of them where x is -0, keep_where(mask, x) and zero_where(mask, x) = x or 0, and any(mask).
 template <class V>
 struct Primitives;
@@ -70,10 +77,39 @@ template <class V>
 FASTVAE_HD ExpParts<V> exp_parts_by_split(V h) {
   using P = Primitives<V>;
   const ExpSplit<V> s = P::split(h);
-  const V square = twice_residual(s.r), twice_r = s.r + s.r;
-  // Where |h| is small n is 0, so the bracket vanishes exactly and `square` is left.
-  const V minus_1_h = P::fma(s.power, square, P::fma(s.power, twice_r, P::fma(V(2), s.power, V(-1)) - h));
-  return {s.power * (V(2) + (twice_r + square)), minus_1_h + h, minus_1_h};
+  const V square = twice_residual(s.r), twice_r = s.r + s.r, rest = twice_r + square, power_minus_1 = P::fma(V(2), s.power, V(-1));
+  // Where |h| is small n is 0, so power_minus_1 vanishes, the bracket too, and `square` is left. exp(h) - 1 is not made of the last one:
+  // far below 0 that is nothing but -h, and infinite with it.
+  const V minus_1_h = P::fma(s.power, square, P::fma(s.power, twice_r, power_minus_1 - h));
+  return {s.power * (V(2) + rest), P::fma(s.power, rest, power_minus_1), minus_1_h};
+}
+
+// The largest number of C.
+template <class C>
+constexpr C largest() {
+  return sizeof(C) == 8 ? C(1.79769313486231570815e308) : C(3.402823466385288598e38f);
+}
+
+// The inverse of a scale is a number where its logarithm is no less.
+template <class V>
+constexpr typename Primitives<V>::Scalar lowest_log() {
+  return sizeof(typename Primitives<V>::Scalar) == 8 ? -709 : -88;
+}
+
+// exp(-x / 2), and no less than infinite: the root of 1 / s for the logarithm x of a scale s. A distance is divided by s by multiplying it
+// with the root twice, one time after the other. Zero stays zero, however small s is; and where the bound holds x, any other distance that
+// is a normal number has become infinite, as it should.
+template <class V>
+FASTVAE_HD V inverse_root(V log_scale) {
+  using P = Primitives<V>;
+  return P::exp_finite(V(-0.5f) * P::at_least(log_scale, V(2 * lowest_log<V>())));
+}
+
+// `x` where `size` is finite, and elsewhere 0: a summand that cannot be told beside an infinite one, from which it might be taken away.
+template <class V>
+FASTVAE_HD V beside(V x, V size) {
+  using P = Primitives<V>;
+  return P::keep_where(P::less(size, V(INFINITY)), x);
 }
 
 // log(1 + x), log(1 + x) - x / (1 + x), with its relative accuracy near x = 0, and 1 / (1 + x).
@@ -185,8 +221,9 @@ FASTVAE_HD ExpParts<V> exp_parts_by_series(V h) {
   using P = Primitives<V>;
   constexpr ResidualSeries taylor;
   const V exp_h = P::exp(h), near_zero = h * h * polynomial(h, taylor.coefficient);
+  const V bounded = P::at_most(h, V(800));  // of an infinite exponential nothing can be taken away
   const auto near = P::less(P::abs(h), V(1));
-  return {exp_h, P::select(near, near_zero + h, exp_h - V(1)), P::select(near, near_zero, exp_h - V(1) - h)};
+  return {exp_h, P::select(near, near_zero + h, exp_h - V(1)), P::select(near, near_zero, exp_h - V(1) - bounded)};
 }
 
 }  // namespace FASTVAE_ISA

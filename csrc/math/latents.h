@@ -14,31 +14,30 @@ struct GaussianKl {
   V d_prior_logvar;
 };
 
-// The part of the scales, with sigma = exp((v - v_p) / 2) and h its logarithm: exp(2 h) - 1 - 2 h and exp(2 h) - 1. As sums of the parts of
-// exp(h) they are never small differences of large numbers.
+// The part of the scales, with sigma = exp((v - v_p) / 2) and h its logarithm: half of exp(2 h) - 1 - 2 h and half of exp(2 h) - 1. As sums
+// of the parts of exp(h) they are never small differences of large numbers; halved first, they are numbers wherever the KL is one.
 template <class V>
-FASTVAE_HD V scale_term(const ExpParts<V>& sigma) {
-  return Primitives<V>::fma(sigma.minus_1, sigma.minus_1, sigma.minus_1_h + sigma.minus_1_h);
+FASTVAE_HD V half_scale_term(const ExpParts<V>& sigma) {
+  return Primitives<V>::fma(V(0.5f) * sigma.minus_1, sigma.minus_1, sigma.minus_1_h);
 }
 template <class V>
-FASTVAE_HD V scale_slope(const ExpParts<V>& sigma) {
-  return Primitives<V>::fma(sigma.minus_1, sigma.minus_1, sigma.minus_1 + sigma.minus_1);
+FASTVAE_HD V half_scale_slope(const ExpParts<V>& sigma) {
+  return Primitives<V>::fma(V(0.5f) * sigma.minus_1, sigma.minus_1, sigma.minus_1);
 }
 
 // Against N(0, I). `sigma`: the parts of exp(logvar / 2), which the sampler needs too.
 template <class V>
 FASTVAE_HD GaussianKl<V> standard_kl(V mu, const ExpParts<V>& sigma) {
-  return {V(0.5f) * Primitives<V>::fma(mu, mu, scale_term(sigma)), mu, V(0.5f) * scale_slope(sigma), V(0)};
+  return {Primitives<V>::fma(V(0.5f) * mu, mu, half_scale_term(sigma)), mu, half_scale_slope(sigma), V(0)};
 }
 
 template <class V>
 FASTVAE_HD GaussianKl<V> prior_kl(V mu, V logvar, V prior_mu, V prior_logvar) {
   using P = Primitives<V>;
   const auto ratio = P::exp_parts(V(0.5f) * (logvar - prior_logvar));
-  // Twice the inverse of the prior's scale, not once its square: that is finite for half as many.
-  const V inverse = P::exp(V(-0.5f) * prior_logvar), scaled = (mu - prior_mu) * inverse;
-  const V square = scaled * scaled, slope = scale_slope(ratio);
-  return {V(0.5f) * (square + scale_term(ratio)), scaled * inverse, V(0.5f) * slope, V(-0.5f) * (square + slope)};
+  const V root = inverse_root(V(0.5f) * prior_logvar), scaled = (mu - prior_mu) * root * root;
+  const V half_square = V(0.5f) * scaled * scaled, half_slope = half_scale_slope(ratio);
+  return {half_square + half_scale_term(ratio), scaled * root * root, half_slope, P::neg(half_square + half_slope)};
 }
 
 }  // namespace FASTVAE_ISA

@@ -117,12 +117,13 @@ inline Normaliser normaliser(const LikelihoodVariant& variant, c10::ArrayRef<dou
       return {kHalfLog2Pi, {low + high, high - low, 1 / (high - low)}};
     }
     case cpu::Element::discretized_logistic: case cpu::Element::none: break;
-    case cpu::Element::gaussian: return math::at_scale<math::Gaussian>({kHalfLog2Pi, {1}}, variant.has_scalar ? scalar : 2 * log_scale(0));
+    case cpu::Element::gaussian: return math::at_scale<math::Gaussian>({kHalfLog2Pi, {1, 1, 0}}, variant.has_scalar ? scalar : 2 * log_scale(0));
     case cpu::Element::laplace_per_element: return {kLog2, {}};
-    case cpu::Element::laplace: return math::at_scale<math::Laplace>({kLog2, {1}}, log_scale(0));
+    case cpu::Element::laplace: return math::at_scale<math::Laplace>({kLog2, {1, 1, 0}}, log_scale(0));
     case cpu::Element::student_t_per_element: case cpu::Element::student_t: {
       const double df = constants[0];
-      const Normaliser unit = {log_beta_half(df) + 0.5 * std::log(df), {1 / std::sqrt(df), df + 1}};
+      const double log_root = 0.5 * std::log(df);
+      const Normaliser unit = {log_beta_half(df) + log_root, {std::exp(-0.5 * log_root), std::exp(-log_root), -log_root, df + 1}};
       return math::at_scale<math::StudentT>(unit, log_scale(1));
     }
   }

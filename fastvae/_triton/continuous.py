@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..reference.continuous import log_beta_half
 from .element import Element
-from .elementary import exp, log1p, polynomial, tanh
+from .elementary import exp, inverse_root, log1p, missed, plus, polynomial, tanh
 
 _HALF_LOG_2PI: tl.constexpr = tl.constexpr(0.9189385332046727)
 _LOG_2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -52,28 +52,29 @@ def bernoulli(logit, _, target, scalar, shape, offset):
     """-log Bernoulli(t; sigmoid(a)) = max(a, 0) - a t + log(1 + e^-|a|)."""
     e = tl.exp(-tl.abs(logit))
     slope = tl.where(logit < 0.0, e, 1.0) / (1.0 + e) - target
-    value = tl.where(logit < 0.0, 0.0, logit) - logit * target
+    # max(a, 0) - a t: the size times how far t is from the end that a is sure of.
+    value = missed(tl.abs(logit), tl.where(logit < 0.0, target, 1.0 - target))
     return value, e, slope, 0.0, 0.0
 
 
 @triton.jit
 def gaussian(mean, _, target, logvar, shape, offset):
     """-log N(t; m, e^v), one v for all elements."""
-    inverse = exp(-0.5 * logvar)  # twice: its square is finite for half as many
-    scaled = (mean - target) * inverse
-    slope = scaled * inverse
+    root = inverse_root(0.5 * logvar)
+    scaled = (mean - target) * root * root
+    slope = scaled * root * root
     half_square = 0.5 * scaled * scaled
-    return half_square + (0.5 * logvar + _HALF_LOG_2PI), 0.0, slope, 0.0, 0.5 - half_square
+    return plus(half_square, 0.5 * logvar + _HALF_LOG_2PI), 0.0, slope, 0.0, 0.5 - half_square
 
 
 @triton.jit
 def gaussian_per_element(mean, logvar, target, scalar, shape, offset):
     """-log N(t; m, e^v), a v for every element."""
-    inverse = exp(-0.5 * logvar)  # twice: its square is finite for half as many
-    scaled = (mean - target) * inverse
-    slope = scaled * inverse
+    root = inverse_root(0.5 * logvar)
+    scaled = (mean - target) * root * root
+    slope = scaled * root * root
     half_square = 0.5 * scaled * scaled
-    return half_square + (0.5 * logvar + _HALF_LOG_2PI), 0.0, slope, 0.5 - half_square, 0.0
+    return plus(half_square, 0.5 * logvar + _HALF_LOG_2PI), 0.0, slope, 0.5 - half_square, 0.0
 
 
 @triton.jit
@@ -86,29 +87,33 @@ def gaussian_bounded(mean, logvar, target, scalar, middle, half):
 
 
 @triton.jit
-def _weighted_distance(difference, weight):
-    """(|difference| weight, its slope): 0 in the kink, NaN where the difference is."""
+def _weighted_distance(difference, root):
+    """(|difference| root^2, its slope): 0 in the kink, NaN where the difference is."""
+    weight = root * root
     slope = tl.where(difference > 0.0, weight, tl.where(difference < 0.0, -weight, difference))
-    return tl.abs(difference) * weight, slope
+    return tl.abs(difference) * root * root, slope
 
 
 @triton.jit
 def laplace(loc, _, target, log_scale, shape, offset):
     """-log Laplace(t; m, e^s), one s for all elements."""
-    distance, slope = _weighted_distance(loc - target, exp(-log_scale))
-    return distance + (log_scale + _LOG_2), 0.0, slope, 0.0, 1.0 - distance
+    distance, slope = _weighted_distance(loc - target, inverse_root(log_scale))
+    return plus(distance, log_scale + _LOG_2), 0.0, slope, 0.0, 1.0 - distance
 
 
 @triton.jit
 def laplace_per_element(loc, log_scale, target, scalar, shape, offset):
     """-log Laplace(t; m, e^s), an s for every element."""
-    distance, slope = _weighted_distance(loc - target, exp(-log_scale))
-    return distance + (log_scale + _LOG_2), 0.0, slope, 1.0 - distance, 0.0
+    distance, slope = _weighted_distance(loc - target, inverse_root(log_scale))
+    return plus(distance, log_scale + _LOG_2), 0.0, slope, 1.0 - distance, 0.0
 
 
 @triton.jit
 def continuous_bernoulli(a, _, target, scalar, shape, offset):
-    """-log of the continuous Bernoulli: log((e^a - 1) / a) - a t. The mean is the logarithm's derivative."""
+    """-log of the continuous Bernoulli: log((e^a - 1) / a) - a t. The mean is the logarithm's derivative.
+
+    At an infinite logit all mass lies in one end: the nll is -inf there, else inf.
+    """
     wide: tl.constexpr = a.dtype == tl.float64
     size = tl.abs(a)
     # Near 0 the far formulas are kept finite, and not used.
@@ -118,7 +123,7 @@ def continuous_bernoulli(a, _, target, scalar, shape, offset):
     c = 1.0 - e
     rest = 1.0 / x - e / c
     far_mean = tl.where(a < 0.0, rest, 1.0 - rest)
-    far = tl.where(a < 0.0, 0.0, a) - a * target + tl.log(c / x)
+    far = plus(missed(size, tl.where(a < 0.0, target, 1.0 - target)), tl.log(c / x))
     square = a * a
     near_mean = 0.5 + a * polynomial(square, _COTANGENT_64 if wide else _COTANGENT_32)
     close = a * (0.5 - target) + square * polynomial(square, _LOG_SINE_64 if wide else _LOG_SINE_32)
@@ -128,18 +133,22 @@ def continuous_bernoulli(a, _, target, scalar, shape, offset):
 @triton.jit
 def _student_t(loc, target, log_scale, df, offset):
     """(value, slope by loc, slope by log_scale) of -log of Student's t; `offset` is its normaliser."""
-    inverse_scale = exp(-log_scale) / tl.sqrt(df)
-    y = (loc - target) * inverse_scale
-    size = tl.abs(y)
-    # log(1 + y^2) = 2 log|y| + log(1 + 1 / y^2), whose square is never too large a number.
-    far = size > 1.0
-    above_1 = tl.where(far, y, 1.0)
-    below_1 = tl.where(far, 1.0 / above_1, y)
-    square = below_1 * below_1
-    half_log = 0.5 * log1p(square) + tl.log(tl.abs(above_1))
-    ratio = below_1 / (1.0 + square)  # y / (1 + y^2)
-    pull = (df + 1.0) * y * ratio
-    return (df + 1.0) * half_log + (log_scale + offset), (df + 1.0) * inverse_scale * ratio, 1.0 - pull
+    root = inverse_root(log_scale)
+    inverse_df = 1.0 / tl.sqrt(df)
+    distance = loc - target
+    y = distance * root * root * inverse_df
+    # Beyond, 1 + y^2 is y^2, and y may be too large a number: its logarithm is that of the distance and that of the
+    # scale, its derivatives 1 / distance and 1.
+    far = tl.abs(y) > (1e9 if y.dtype == tl.float64 else 1e5)
+    square = y * y
+    inverse = 1.0 / tl.where(far, distance, 1.0 + square)
+    log_distance = tl.log(tl.where(far, tl.abs(distance), 1.0)) + tl.log(inverse_df)
+    half_log = tl.where(far, log_distance, 0.5 * log1p(tl.where(far, 0.0, square)))
+    slope = tl.where(far, inverse, y * inverse * root * root * inverse_df)
+    pull = tl.where(far, 1.0, square * inverse)
+    # Far out the logarithm's own part of the scale, -(df + 1) times, goes together with the summand.
+    of_scale = tl.where(far, -df, 1.0) * log_scale
+    return (df + 1.0) * half_log + (of_scale + offset), (df + 1.0) * slope, 1.0 - (df + 1.0) * pull
 
 
 @triton.jit
@@ -159,13 +168,13 @@ def student_t_per_element(loc, log_scale, target, scalar, shape, offset):
 @triton.jit
 def gamma(log_scale, _, target, scalar, shape, offset):
     """-log Gamma(x; k, e^s) = k s - (k - 1) log x + x e^-s and its normaliser, `offset`."""
-    root = exp(-0.5 * log_scale)  # twice: its square is finite for half as many
-    # Of 0 the ratio is 0, however large the root. The exponential, k = 1, has no log x.
+    root = inverse_root(log_scale)
+    # The exponential, k = 1, has no log x.
     positive = target > 0.0
-    ratio = tl.where(target == 0.0, 0.0, target * root * root)
+    ratio = target * root * root
     log_target = tl.where(positive, tl.log(tl.where(positive, target, 1.0)), -float("inf"))
     power = tl.where(shape == 1.0, 0.0, (shape - 1.0) * log_target)
-    return shape * log_scale - power + (ratio + offset), 0.0, shape - ratio, 0.0, 0.0
+    return plus(ratio - power, shape * log_scale + offset), 0.0, shape - ratio, 0.0, 0.0
 
 
 # What the host makes of a row's constants, the fixed scale last of them. A learned scale is none.

@@ -45,9 +45,15 @@ def poisson(a, _, target, scalar, shape, offset):
     far = u > 4.0
     e = exp(tl.where(far, a, u))
     minus_1_u = exp_minus_1_minus(u, e)
-    value = tl.where(large, e - target * (1.0 + u) + rest, e - target * a + small)
+    # From there on the rate is infinite, and nothing can be taken away of it. Nor is there anything for a count of 0.
+    BEYOND: tl.constexpr = 710.0 if target.dtype == tl.float64 else 89.0
+    taken = tl.where(u > BEYOND, BEYOND, u)
+    value = tl.where(
+        large, e - target * (1.0 + taken) + rest, e - target * tl.where(target > 0.0, taken, 0.0) + small
+    )
     cancels = large & ~far
-    slope = tl.where(cancels, target * (minus_1_u + u), e - target)
+    minus_1 = tl.where(u < -1.0, e - 1.0, minus_1_u + u)
+    slope = tl.where(cancels, target * minus_1, e - target)
     return tl.where(cancels, target * minus_1_u + rest, value), 0.0, slope, 0.0, 0.0
 
 
@@ -98,6 +104,41 @@ def log1p_excess(x, log_1_x, inverse):
 def bounded(x, LOW: tl.constexpr, HIGH: tl.constexpr):
     """`x` between two bounds; a NaN stays one."""
     return tl.where(x < LOW, LOW, tl.where(x > HIGH, HIGH, x))
+
+
+# Between which inverse dispersions, and their logarithms, are read: Bounds in csrc/cpu/counts.cpp says why.
+_LOWEST_LOG_64: tl.constexpr = tl.constexpr(-650.0)
+_HIGHEST_LOG_64: tl.constexpr = tl.constexpr(600.0)
+_LOWEST_LOG_32: tl.constexpr = tl.constexpr(-85.0)
+_HIGHEST_LOG_32: tl.constexpr = tl.constexpr(60.0)
+
+
+@triton.jit
+def dispersion_of_zeros(given, RAW: tl.constexpr):
+    """The inverse dispersion, of which `given` is the logarithm with RAW, for counts of 0."""
+    LOW: tl.constexpr = _LOWEST_LOG_64 if given.dtype == tl.float64 else _LOWEST_LOG_32
+    HIGH: tl.constexpr = _HIGHEST_LOG_64 if given.dtype == tl.float64 else _HIGHEST_LOG_32
+    if RAW:
+        theta = exp(bounded(given, LOW, HIGH))
+    else:
+        theta = bounded(
+            given,
+            5.08e-283 if given.dtype == tl.float64 else 1.22e-37,
+            3.77e260 if given.dtype == tl.float64 else 1.14e26,
+        )
+    return theta
+
+
+@triton.jit
+def dispersion_of_others(given, RAW: tl.constexpr):
+    """The same in float64 for the others, and what their nll lacks below the bound: there it is -log theta + ..."""
+    if RAW:
+        theta = tl.exp(bounded(given, _LOWEST_LOG_64, _HIGHEST_LOG_64))
+        logarithm = given
+    else:
+        theta = bounded(given, 5.08e-283, 3.77e260)
+        logarithm = tl.log(given)
+    return theta, tl.where(logarithm < _LOWEST_LOG_64, _LOWEST_LOG_64 - logarithm, 0.0)
 
 
 @triton.jit
@@ -207,6 +248,20 @@ def positive_term(t, mu, log_mu, theta):
     return tl.where(near_poisson, near, dispersed), d * share, tl.where(near_poisson, d_near, d_dispersed)
 
 
+@triton.jit
+def slope_of_empty(mean, target, zero_logits, genes, top, COLUMNS: tl.constexpr, C: tl.constexpr):
+    """The derivative of a cell by a library of 0, times the sum of e^(logit - top): at_ends in csrc/cpu/counts.cpp."""
+    shares = tl.zeros((COLUMNS,), C)
+    for start in range(0, genes, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        inside = columns < genes
+        share = exp(tl.load(mean + columns, inside, -float("inf")).to(C) - top)
+        if zero_logits is not None:
+            share /= 1.0 + exp(tl.load(zero_logits + columns, inside, 0.0).to(C))
+        shares += tl.where(tl.load(target + columns, inside, 0) == 0, share, -float("inf"))
+    return tl.sum(shares, 0)
+
+
 @kernel
 def count_kernel(
     mean,  # (rows, genes), any stride of rows; with RAW, logits
@@ -262,7 +317,6 @@ def count_kernel(
         if grad_nll is not None:
             factor += tl.load(grad_nll + row * grad_nll_stride).to(C)
 
-    LOG_BOUND: tl.constexpr = 700.0 if C == tl.float64 else 85.0  # which leaves 1 / theta finite
     if RAW:
         largest = tl.full((COLUMNS,), -float("inf"), C)
         for start in range(0, genes, COLUMNS):
@@ -276,7 +330,7 @@ def count_kernel(
             exponentials += exp(logits - top)
         total = tl.sum(exponentials, 0)
         size = tl.load(library + row * library_stride).to(C)
-        scale = size / total
+        scale = bounded(size / total, 0.0, 1.79e308 if C == tl.float64 else 3.4e38)
         log_offset = tl.log(size.to(tl.float64)) - top.to(tl.float64) - tl.log(total.to(tl.float64))
 
     values = tl.zeros((COLUMNS,), C)
@@ -292,9 +346,9 @@ def count_kernel(
         t = tl.load(target + columns, inside, 0).to(C)
         if RAW:
             mu = exp(mu - top) * scale
-            theta = exp(bounded(theta, -LOG_BOUND, LOG_BOUND))
         else:
             mu += tl.full((), eps, C)
+        theta = dispersion_of_zeros(theta, RAW)
         value, d_mu, d_theta = zero_term(mu, theta)
         if zero_logits is not None:
             pi = tl.load(zero_logits + columns, inside, 0.0).to(C)
@@ -342,15 +396,15 @@ def count_kernel(
                 unbounded = other_mu + log_offset
                 log_mu = bounded(unbounded, -670.0, 670.0)
                 other_mu = tl.exp(log_mu)
-                other_theta = tl.exp(bounded(other_theta, -LOG_BOUND, LOG_BOUND))
             else:
                 other_mu += tl.full((), eps, tl.float64)
                 log_mu = tl.log(other_mu)
+            other_theta, lost = dispersion_of_others(other_theta, RAW)
             other_value, d_log_mu, other_d_theta = positive_term(other_t, other_mu, log_mu, other_theta)
+            other_value += lost
             if RAW:
-                other_value += other_t * (
-                    log_mu - unbounded
-                )  # down there the nll is -t log mu and a constant
+                # Down there the nll is -t log mu and a constant.
+                other_value += other_t * tl.where(unbounded < log_mu, log_mu - unbounded, 0.0)
                 other_d_theta *= other_theta
             if zero_logits is not None:
                 other_pi = tl.load(zero_logits + place, there, 0.0).to(C).to(tl.float64)
@@ -384,11 +438,17 @@ def count_kernel(
                 )
         tl.debug_barrier()
 
-    tl.store(row_sums + row, (tl.sum(values, 0).to(tl.float64) + tl.sum(other_values, 0)).to(C))
+    row_sum = (tl.sum(values, 0).to(tl.float64) + tl.sum(other_values, 0)).to(C)
+    if RAW:
+        row_sum = tl.where(size == float("inf"), row_sum + size, row_sum)
+    tl.store(row_sums + row, row_sum)
     if RAW:
         slope = (tl.sum(slopes, 0).to(tl.float64) + tl.sum(other_slopes, 0)).to(C)
         if d_library is not None:
-            tl.store(d_library + row, (factor * slope / size).to(d_library.dtype.element_ty))
+            by_library = slope / size
+            if size == 0.0:
+                by_library = slope_of_empty(mean, target, zero_logits, genes, top, COLUMNS, C) / total
+            tl.store(d_library + row, (factor * by_library).to(d_library.dtype.element_ty))
         if d_mean is not None:
             # By logit g: the derivative by log mu_g, less the share of g in the sum of all.
             part = slope / total

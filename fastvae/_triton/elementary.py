@@ -123,10 +123,33 @@ def exp(x):
 
 
 @triton.jit
+def inverse_root(log_scale):
+    """e^(-log_scale / 2), which no scale makes infinite: a distance is divided by the scale by multiplying it twice.
+
+    See inverse_root in csrc/math/elementary.h.
+    """
+    LOWEST: tl.constexpr = -1418.0 if log_scale.dtype == tl.float64 else -177.0
+    return exp(-0.5 * tl.where(log_scale < LOWEST, LOWEST, log_scale))
+
+
+@triton.jit
+def plus(size, summand):
+    """`size` + `summand`, of which an infinite size is not taken away again."""
+    return tl.where(tl.abs(size) == float("inf"), size, size + summand)
+
+
+@triton.jit
+def missed(size, miss):
+    """`size` times `miss`, of which a miss of 0 makes nothing of an infinite size too."""
+    return tl.where(miss == 0.0, 0.0, size * miss)
+
+
+@triton.jit
 def exp_minus_1_minus(v, exp_v):
     """expm1(v) - v with its relative accuracy near 0, where a posterior collapses; `exp_v` is e^v."""
     series = polynomial(v, _SERIES_64 if v.dtype == tl.float64 else _SERIES_32)
-    return tl.where(tl.abs(v) < 1.0, v * v * series, exp_v - 1.0 - v)
+    # Of an infinite e^v nothing can be taken away.
+    return tl.where(tl.abs(v) < 1.0, v * v * series, exp_v - 1.0 - tl.where(v > 800.0, 800.0, v))
 
 
 @triton.jit
@@ -144,8 +167,8 @@ def log1p(s):
     """log(1 + s) for s >= 0."""
     if s.dtype == tl.float64:
         sum = 1.0 + s
-        # The second term is what 1 + s lost of s, to first order.
-        result = tl.log(sum) - ((sum - 1.0) - s) / sum
+        # The second term is what 1 + s lost of s, to first order; of an infinite s, nothing.
+        result = tl.log(sum) - tl.where(sum < float("inf"), ((sum - 1.0) - s) / sum, 0.0)
     else:
         result = tl.where(s < 1.0, s * polynomial(s, _LOG1P), tl.log(1.0 + s))
     return result

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.noise import draw_seed
-from .elementary import exp, exp_minus_1_minus
+from .elementary import exp, exp_minus_1_minus, inverse_root
 from .launch import (
     COMPUTE,
     dense_rows,
@@ -54,9 +54,9 @@ def divergence(mean, logvar, exp_logvar, prior_mean, prior_logvar, PRIOR: tl.con
     if PRIOR:
         v = logvar - prior_logvar
         exp_v = exp(v)
-        inverse = exp(-0.5 * prior_logvar)  # twice: its square is finite for half as many
-        scaled = (mean - prior_mean) * inverse
-        by_mean = scaled * inverse
+        root = inverse_root(0.5 * prior_logvar)
+        scaled = (mean - prior_mean) * root * root
+        by_mean = scaled * root * root
         square = scaled * scaled
     else:
         v = logvar

@@ -16,6 +16,8 @@ def categorical_nll(logits: Tensor, target: Tensor, *, ignore_index: int = -100)
     whose target is `ignore_index` (padding) add nothing and pass no gradient.
     """
     ignored = target == ignore_index
-    log_probs = F.log_softmax(logits.to(compute_dtype(logits)), dim=-1)
+    # What an ignored position holds is nobody's business: not even a NaN's gradient times 0.
+    known = logits.to(compute_dtype(logits)).masked_fill(ignored.unsqueeze(-1), 0.0)
+    log_probs = F.log_softmax(known, dim=-1)
     chosen = log_probs.gather(-1, target.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
     return sum_event(torch.where(ignored, 0.0, -chosen))

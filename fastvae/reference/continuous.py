@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conventions import compute_dtype, read_target, sum_event
+from .conventions import compute_dtype, plus, read_target, scaled, sum_event, weighted
 
 __all__ = [
     "bernoulli_nll",
@@ -33,7 +33,7 @@ def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
     """
     dtype = compute_dtype(logits)
     a, t = logits.to(dtype), read_target(target, dtype)
-    return sum_event(-(t * F.logsigmoid(a) + (1 - t) * F.logsigmoid(-a)))
+    return sum_event(-(weighted(t, F.logsigmoid(a)) + weighted(1 - t, F.logsigmoid(-a))))
 
 
 def gaussian_nll(
@@ -52,14 +52,11 @@ def gaussian_nll(
     """
     dtype = compute_dtype(mean)
     distance = read_target(target, dtype) - mean.to(dtype)
-    if logvar is None:
-        standardised, log_variance = distance / scale, 2 * math.log(scale)
-        return sum_event((standardised * standardised + (math.log(2 * math.pi) + log_variance)) / 2)
-    log_variances = logvar.to(dtype)
+    log_variances = torch.full_like(distance, 2 * math.log(scale)) if logvar is None else logvar.to(dtype)
     if logvar_bounds is not None:
         log_variances = bounded_logvar(log_variances, logvar_bounds)
-    standardised = distance * torch.exp(log_variances / -2)
-    return sum_event((standardised * standardised + (math.log(2 * math.pi) + log_variances)) / 2)
+    standardised = scaled(distance, log_variances / 2)
+    return sum_event(plus(standardised * standardised / 2, (math.log(2 * math.pi) + log_variances) / 2))
 
 
 def gaussian_head_nll(
@@ -78,7 +75,12 @@ def bounded_logvar(logvar: Tensor, bounds: Sequence[float]) -> Tensor:
     """
     lo, hi = bounds
     mid, half = lo / 2 + hi / 2, hi / 2 - lo / 2
-    return mid + half * torch.tanh((logvar - mid) / half)
+    y = (logvar - mid) / half
+    # Far out tanh is 1 to all digits, and its derivative has none left but as that of tanh |y| = 1 - 2 sigmoid(-2 |y|).
+    near = y.abs() < 1
+    far = torch.where(near, 1.0, y)
+    tanh = torch.where(near, torch.tanh(y), far.sign() * (1 - 2 * torch.sigmoid(-2 * far.abs())))
+    return mid + half * tanh
 
 
 def laplace_nll(
@@ -91,10 +93,8 @@ def laplace_nll(
     """
     dtype = compute_dtype(loc)
     distance = _absolute(read_target(target, dtype) - loc.to(dtype))
-    if log_scale is None:
-        return sum_event(distance / scale + math.log(2 * scale))
-    log_scales = log_scale.to(dtype)
-    return sum_event(distance * torch.exp(-log_scales) + (math.log(2) + log_scales))
+    log_scales = torch.full_like(distance, math.log(scale)) if log_scale is None else log_scale.to(dtype)
+    return sum_event(plus(scaled(distance, log_scales), math.log(2) + log_scales))
 
 
 def laplace_head_nll(params: Tensor, target: Tensor) -> Tensor:
@@ -119,12 +119,16 @@ def student_t_nll(
     dtype = compute_dtype(loc)
     distance = (read_target(target, dtype) - loc.to(dtype)) / math.sqrt(df)
     constant = log_beta_half(df) + math.log(df) / 2
-    if log_scale is None:
-        return sum_event((df + 1) * _half_log1p_square(distance / scale) + (constant + math.log(scale)))
-    log_scales = log_scale.to(dtype)
-    return sum_event(
-        (df + 1) * _half_log1p_square(distance * torch.exp(-log_scales)) + (constant + log_scales)
+    log_scales = torch.full_like(distance, math.log(scale)) if log_scale is None else log_scale.to(dtype)
+    # Close by, log(1 + y^2). Further out y^2, or y, may be too large a number: from log y, which has no such end.
+    near = scaled(distance, log_scales).detach().abs() < 1
+    square = scaled(torch.where(near, distance, 0.0), torch.where(near, log_scales, 0.0)) ** 2
+    log_distance, log_s = (
+        torch.log(torch.where(near, 1.0, distance.abs())),
+        torch.where(near, 0.0, log_scales),
     )
+    far = (df + 1) * (log_distance + F.softplus(2 * (log_s - log_distance)) / 2) - df * log_s
+    return sum_event(torch.where(near, (df + 1) / 2 * torch.log1p(square) + log_scales, far) + constant)
 
 
 def student_t_head_nll(params: Tensor, target: Tensor, *, df: float) -> Tensor:
@@ -142,14 +146,6 @@ def log_beta_half(df: float) -> float:
     return (math.log(math.pi) - math.log(x)) / 2 + (1 / 8 - (1 / 192 - 1 / (640 * x * x)) / (x * x)) / x
 
 
-def _half_log1p_square(y: Tensor) -> Tensor:
-    """log(1 + y^2) / 2, for y whose square is too large a number, too."""
-    near = y.abs() < 1
-    small, large = torch.where(near, y, 0.0), torch.where(near, 1.0, y)
-    far = torch.log(large.abs()) + torch.log1p(large**-2) / 2
-    return torch.where(near, torch.log1p(small * small) / 2, far)
-
-
 # B_2, B_4, ...
 BERNOULLI_NUMBERS = (1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6, -3617 / 510, 43867 / 798)
 
@@ -158,7 +154,7 @@ def continuous_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
     """-log CB(target | sigmoid(logits)), (B,): the density on [0, 1] that the Bernoulli's formula lacks ([LC]).
 
     Per element, for a logit a: the density is proportional to e^(a t), whose integral over [0, 1] is (e^a - 1) / a. So
-    the nll is log((e^a - 1) / a) - a t.
+    the nll is log((e^a - 1) / a) - a t. At an infinite logit all mass lies in one end: the nll is -inf there, else inf.
     """
     dtype = compute_dtype(logits)
     a, t = logits.to(dtype), read_target(target, dtype)
@@ -169,7 +165,9 @@ def continuous_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
     for n, bernoulli_number in reversed(list(enumerate(BERNOULLI_NUMBERS, 1))):
         series = (series + bernoulli_number / (2 * n * math.factorial(2 * n))) * square
     size = large.abs()
-    far = torch.relu(large) - large * t + torch.log(-torch.expm1(-size) / size)
+    # max(a, 0) - a t: the size times how far t is from the end that a is sure of.
+    lost = weighted(torch.where(large < 0, t, 1 - t), size)
+    far = plus(lost, torch.log(-torch.expm1(-size)) - torch.log(size))
     return sum_event(torch.where(near, small * (0.5 - t) + series, far))
 
 
@@ -182,6 +180,8 @@ def gamma_nll(log_scale: Tensor, target: Tensor, *, shape: float) -> Tensor:
     """
     dtype = compute_dtype(log_scale)
     s, x = log_scale.to(dtype), read_target(target, dtype)
-    # Twice the root of e^-s, which is finite for twice as many s; and a zero is 0 scales whatever the scale.
-    root = torch.exp(torch.where(x == 0, 0.0, s) / -2)
-    return sum_event(math.lgamma(shape) + shape * s - torch.xlogy(shape - 1, x) + x * root * root)
+    # A zero's infinite logarithm, or an infinite ratio, is all that counts, even at an infinite s.
+    of_data = scaled(x, s) - torch.xlogy(shape - 1, x)
+    return sum_event(
+        of_data + (math.lgamma(shape) + shape * torch.where(of_data.isinf() & s.isinf(), 0.0, s))
+    )

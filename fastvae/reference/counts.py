@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conventions import compute_dtype, read_counts, sum_event
+from .conventions import compute_dtype, read_counts, sum_event, weighted
+from .latents import expm1_minus
 
 __all__ = [
     "negative_binomial_logits_nll",
@@ -19,10 +20,23 @@ __all__ = [
 
 
 def poisson_nll(log_rate: Tensor, target: Tensor) -> Tensor:
-    """-log Poisson(target | e^log_rate), (B,): per element e^a - t a + log t!, with log t! = log Gamma(t + 1)."""
+    """-log Poisson(target | e^log_rate), (B,): per element e^a - t a + log t!, with log t! = log Gamma(t + 1).
+
+    Of a large count each of the three is of the size of t log t, and next to nothing may be left. With u = a - log t
+    and Stirling's formula it is t (e^u - 1 - u) + 1/2 log(2 pi t) + ...
+    """
     dtype = compute_dtype(log_rate)
     a, t = log_rate.to(dtype), read_counts(target, dtype)
-    return sum_event(torch.exp(a) - t * a + torch.lgamma(t + 1))
+    large = t >= _STIRLING_FROM
+    some = torch.where(large, t, _STIRLING_FROM)
+    u = a - torch.log(some)
+    # Where the rate is far above the count nothing cancels, and rounding u would cost the rate a digit.
+    cancels = large & (u < 4)
+    rest = 0.5 * torch.log(2 * math.pi * some) + _stirling(some)
+    of_large = t * expm1_minus(torch.where(cancels, u, 0.0)) + rest
+    # An infinite rate is that; of none a count of zero, and no other, is certain.
+    whole = torch.exp(a) - weighted(t, torch.where(a == math.inf, 0.0, a)) + torch.lgamma(t + 1)
+    return sum_event(torch.where(cancels, of_large, whole))
 
 
 def poisson_rate_nll(rate: Tensor, target: Tensor, *, eps: float = 0.0, reduction: str = "event") -> Tensor:
@@ -36,6 +50,14 @@ def poisson_rate_nll(rate: Tensor, target: Tensor, *, eps: float = 0.0, reductio
     # Where the count is 0 there is no logarithm, nor a gradient of one.
     log_m = torch.log(torch.where(t == 0, 1.0, m))
     nll = m - t * log_m + torch.lgamma(t + 1)
+    # As in `poisson_nll`, with e = m / t - 1: t (e - log(1 + e)) + 1/2 log(2 pi t) + ...
+    near = (t >= _STIRLING_FROM) & (2 * m > t) & (m < 2 * t)
+    some, log_some = torch.where(near, t, _STIRLING_FROM), torch.log(torch.where(near, t, _STIRLING_FROM))
+    e = (torch.where(near, m, some) - some) / some
+    of_large = (
+        0.5 * torch.log(2 * math.pi * some) + _stirling(some) - some * _log1p_minus(e, log_m - log_some)
+    )
+    nll = torch.where(near, of_large, nll)
     return _reduced(torch.where(m < math.inf, nll, m), reduction, rate)
 
 
@@ -48,8 +70,8 @@ def negative_binomial_nll(
     `reduction="event"` sums each row to (B,), `"none"` keeps the elements, (B, G).
     """
     dtype = _count_dtype(mean)
-    mu, theta, t = mean.to(dtype) + eps, inverse_dispersion.to(dtype), _dense_counts(target, dtype)
-    return _reduced(_negative_binomial(mu, torch.log(mu), theta.expand_as(mu), t), reduction, mean)
+    mu, t = mean.to(dtype) + eps, _dense_counts(target, dtype)
+    return _reduced(_by_mean(mu, inverse_dispersion.to(dtype), t), reduction, mean)
 
 
 def zero_inflated_negative_binomial_nll(
@@ -63,9 +85,9 @@ def zero_inflated_negative_binomial_nll(
 ) -> Tensor:
     """`negative_binomial_nll` where an element is 0 with probability sigmoid(`zi_logits`) besides, (B,) ([ZI], [L])."""
     dtype = _count_dtype(mean)
-    mu, theta, t = mean.to(dtype) + eps, inverse_dispersion.to(dtype), _dense_counts(target, dtype)
-    nll = _with_zeros(_negative_binomial(mu, torch.log(mu), theta.expand_as(mu), t), zi_logits.to(dtype), t)
-    return _reduced(nll, reduction, mean)
+    mu, t = mean.to(dtype) + eps, _dense_counts(target, dtype)
+    nll = _by_mean(mu, inverse_dispersion.to(dtype), t)
+    return _reduced(_with_zeros(nll, zi_logits.to(dtype), t), reduction, mean)
 
 
 def negative_binomial_logits_nll(
@@ -74,8 +96,8 @@ def negative_binomial_logits_nll(
     """`negative_binomial_nll` from a decoder's raw outputs: mean = library * softmax(logits) over the features,
     inverse dispersion = e^log_dispersion ([L]). `library`: (B,) or (B, 1)."""
     dtype = _count_dtype(logits)
-    log_mu, theta = _rates(logits.to(dtype), library.to(dtype)), torch.exp(log_dispersion.to(dtype))
-    nll = _negative_binomial(torch.exp(log_mu), log_mu, theta.expand_as(log_mu), _dense_counts(target, dtype))
+    t = _dense_counts(target, dtype)
+    nll = _by_logits(logits.to(dtype), library.to(dtype), log_dispersion.to(dtype), t)
     return sum_event(nll).to(compute_dtype(logits))
 
 
@@ -84,9 +106,8 @@ def zero_inflated_negative_binomial_logits_nll(
 ) -> Tensor:
     """`negative_binomial_logits_nll` with the additional zeros of `zero_inflated_negative_binomial_nll`."""
     dtype = _count_dtype(logits)
-    log_mu, theta = _rates(logits.to(dtype), library.to(dtype)), torch.exp(log_dispersion.to(dtype))
     t = _dense_counts(target, dtype)
-    nll = _negative_binomial(torch.exp(log_mu), log_mu, theta.expand_as(log_mu), t)
+    nll = _by_logits(logits.to(dtype), library.to(dtype), log_dispersion.to(dtype), t)
     return sum_event(_with_zeros(nll, zi_logits.to(dtype), t)).to(compute_dtype(logits))
 
 
@@ -95,9 +116,35 @@ def _reduced(values: Tensor, reduction: str, lead: Tensor) -> Tensor:
     return (sum_event(values) if reduction == "event" else values).to(compute_dtype(lead))
 
 
-def _rates(logits: Tensor, library: Tensor) -> Tensor:
-    """log of library * softmax(logits): what a cell is expected to hold of every gene ([L])."""
-    return torch.log(library.reshape(-1, 1)) + F.log_softmax(logits, dim=1)
+def _by_mean(mu: Tensor, theta: Tensor, t: Tensor) -> Tensor:
+    """`_negative_binomial` for any mean and any inverse dispersion, 0 among them."""
+    # Where the count is 0 there is no logarithm of the mean, nor a gradient of one.
+    log_mu = torch.log(torch.where(t == 0, 1.0, mu))
+    low, high = _log_bounds(theta.dtype)
+    theta, least = theta.expand_as(mu), math.exp(low)
+    lost = low - torch.log(torch.where((theta < least) & (t > 0), theta, least))
+    return _negative_binomial(mu, log_mu, theta.clamp(least, math.exp(high)), t) + lost
+
+
+def _by_logits(logits: Tensor, library: Tensor, log_theta: Tensor, t: Tensor) -> Tensor:
+    """`_negative_binomial` of means library * softmax(logits), what a cell is expected to hold of every gene ([L])."""
+    library, log_share = library.reshape(-1, 1), F.log_softmax(logits, dim=1)
+    # Only counts ask for the logarithm of a mean. An empty cell has none, and a library of 0 then has no logarithm.
+    log_library = torch.log(torch.where((t > 0).any(1, keepdim=True), library, 1.0))
+    log_mu = torch.where(t == 0, 0.0, log_library + log_share)
+    low, high = _log_bounds(log_theta.dtype)
+    theta = torch.exp(log_theta.clamp(low, high)).expand_as(t)
+    lost = torch.where(t > 0, torch.relu(low - log_theta), 0.0)
+    return _negative_binomial(library * torch.exp(log_share), log_mu, theta, t) + lost
+
+
+def _log_bounds(dtype: torch.dtype) -> tuple[float, float]:
+    """Between which logarithms of an inverse dispersion are read.
+
+    Above, the distribution is the Poisson. Below, a count of 0 has lost all of its nll, and that of others is
+    -log theta and what does not change.
+    """
+    return (-650.0, 600.0) if dtype == torch.float64 else (-85.0, 60.0)
 
 
 # Below, Stirling's series does not reach the precision of float64.
@@ -170,7 +217,7 @@ def _with_zeros(nll: Tensor, zi_logits: Tensor, t: Tensor) -> Tensor:
     zero = torch.where(
         near,
         -torch.log1p(torch.where(near, lost, 0.0)),
-        F.logsigmoid(zi_logits + nll) - F.logsigmoid(zi_logits),
+        -F.logsigmoid(-zi_logits) - torch.logaddexp(zi_logits, -nll),
     )
     return torch.where(t == 0, zero, nll - F.logsigmoid(-zi_logits))
 

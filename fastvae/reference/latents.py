@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .conventions import compute_dtype, sum_event
+from .conventions import compute_dtype, scaled, sum_event
 from .noise import draw_seed, normal_noise
 
 __all__ = ["free_bits", "gaussian_kl", "reparameterize_kl"]
@@ -33,9 +33,9 @@ def gaussian_kl(
         # Read once: a half tensor read twice would have its two gradients rounded before they are added.
         prior_v = prior_logvar.to(dtype)
         # Half of the exponent before squaring: the square of a large distance over a large variance stays finite.
-        distance = (distance - prior_mu.to(dtype)) * torch.exp(prior_v / -2)
+        distance = scaled(distance - prior_mu.to(dtype), prior_v / 2)
         v = v - prior_v
-    kl = (distance * distance + _expm1_minus(v)) / 2
+    kl = distance * distance / 2 + expm1_minus(v) / 2
     return sum_event(kl) if reduction == "event" else kl
 
 
@@ -79,7 +79,7 @@ def free_bits(kl: Tensor, nats: float, *, batch_mean: bool = True) -> Tensor:
     return sum_event(torch.where(judged > nats, kl, nats))
 
 
-def _expm1_minus(v: Tensor) -> Tensor:
+def expm1_minus(v: Tensor) -> Tensor:
     """e^v - 1 - v = expm1(v) - v, right to the last digits near 0 too, and so are both derivatives.
 
     Near 0 the result is v^2 / 2 while expm1(v) and v are each of size v: their difference keeps no digit once v is
@@ -93,4 +93,6 @@ def _expm1_minus(v: Tensor) -> Tensor:
     series = torch.ones_like(small)
     for n in range(20, 2, -1):
         series = 1 + series * small / n
-    return torch.where(near, small * small / 2 * series, torch.exp(v) - (1 + v))
+    return torch.where(
+        near, small * small / 2 * series, torch.exp(v) - (1 + torch.where(v == math.inf, 0.0, v))
+    )

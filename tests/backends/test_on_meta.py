@@ -34,6 +34,7 @@ HELPERS = (
     "test_compile",
     "test_counts",
     "test_discretized",
+    "test_extremes",
     "test_noise",
     "test_values",
 )

@@ -310,10 +310,10 @@ def same_for_all(likelihood: str, constants: Sequence[float]) -> tuple[float, tu
         return 0.5 * math.log(2 * math.pi), ((lo + hi) / 2, (hi - lo) / 2, 2 / (hi - lo))
     if family == "gaussian":
         scale = constants[0] if constants else 1.0
-        return 0.5 * math.log(2 * math.pi) + math.log(scale), (1 / scale, 0.0)
+        return 0.5 * math.log(2 * math.pi) + math.log(scale), (scale**-0.5, 1 / scale, -math.log(scale))
     if family == "laplace":
         scale = constants[0] if constants else 1.0
-        return math.log(2 * scale), (1 / scale, 0.0)
+        return math.log(2) + math.log(scale), (scale**-0.5, 1 / scale, -math.log(scale))
     if likelihood == "poisson_rate":
         return 0.0, (constants[0], 0.0)
     if family == "gamma":
@@ -321,7 +321,8 @@ def same_for_all(likelihood: str, constants: Sequence[float]) -> tuple[float, tu
     if family == "student":
         df, scale = (*constants, 1.0)[:2]
         beta = math.lgamma(df / 2) + math.lgamma(0.5) - math.lgamma((df + 1) / 2)
-        return beta + math.log(df) / 2 + math.log(scale), (1 / (scale * math.sqrt(df)), df + 1)
+        log_inverse = -math.log(scale) - math.log(df) / 2
+        return beta - log_inverse, (math.exp(log_inverse / 2), math.exp(log_inverse), log_inverse, df + 1)
     return 0.0, (0.0, 0.0)
 
 

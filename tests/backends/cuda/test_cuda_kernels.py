@@ -11,11 +11,13 @@ import cuda_kernels
 import pytest
 import test_categorical
 import test_discretized
+import test_extremes
 import torch
 from cuda_kernels import DTYPES, THREADS, Kernels, NoiseSource, pointer, row_dtype
 from torch import Tensor
 
 from fastvae import reference
+from fastvae._spec import ROWS
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # The tolerances of results and of gradients, which have the dtype of their input.
@@ -163,6 +165,43 @@ def test_gamma_nll_of_small_numbers_equals_the_reference(
     _, want = expected("gamma", [torch.zeros_like(small).double()], small, [shape])
     close(nll, want, VALUE[dtype], 1.0)
     close(gradient, torch.full_like(gradient, shape).double(), VALUE[dtype])
+
+
+ENDS = [name for name in cuda_kernels.ELEMENTS if name in ROWS and not ROWS[name].has_scalar]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("likelihood", ENDS)
+def test_the_grid_of_extremes(kernels: Kernels, likelihood: str, dtype: torch.dtype) -> None:
+    row = ROWS[likelihood]
+    for points in test_extremes.grid(likelihood, dtype):
+        params = test_extremes.tensors_of(row, points.columns)
+        _, nll, gradients, _ = kernels.nll_forward(
+            likelihood, params, points.target, points.constants, reduction=1, needs=3
+        )
+        slopes = list(gradients[0].unbind(1)) if len(params) == 1 else [g.flatten() for g in gradients]
+        test_extremes.check_points(row, points, nll, slopes, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("likelihood", [name for name in cuda_kernels.ELEMENTS if name.endswith("_learned")])
+def test_extreme_learned_scales(kernels: Kernels, likelihood: str, dtype: torch.dtype) -> None:
+    row = ROWS[likelihood]
+    for points in test_extremes.grid(likelihood, dtype):
+        each = []
+        for mean, scalar, target in zip(*points.columns, points.target, strict=True):
+            _, nll, gradients, scalar_rows = kernels.nll_forward(
+                likelihood,
+                [mean.view(1, 1), scalar.squeeze()],
+                target.view(1, 1),
+                points.constants,
+                reduction=1,
+                needs=3,
+            )
+            assert scalar_rows is not None
+            each.append((nll, gradients[0].flatten(), scalar_rows))
+        nll, *slopes = (torch.cat(column) for column in zip(*each, strict=True))
+        test_extremes.check_points(row, points, nll, slopes, dtype)
 
 
 @pytest.mark.parametrize("size", [16, 17])
@@ -792,6 +831,16 @@ def test_gaussian_kl_near_collapse_is_accurate(kernels: Kernels) -> None:
             reference.gaussian_kl(logvar.double() * 0, logvar.double()),
             5e-6,
         )
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("prior", [False, True])
+def test_the_kl_of_the_grid_of_extremes(kernels: Kernels, prior: bool, dtype: torch.dtype) -> None:
+    points, want = test_extremes.kl_grid(dtype, prior)
+    mu, logvar, *p = points.split(1, 1)
+    kl = kernels.kl(mu, logvar, p or None)
+    slopes = kernels.sample_grad(None, torch.ones_like(kl), mu, logvar, p or None)
+    test_extremes.check_kl(points, want, kl, [slope.flatten() for slope in slopes])
 
 
 @pytest.mark.parametrize("processors", [1, 3])

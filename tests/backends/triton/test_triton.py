@@ -18,6 +18,7 @@ import pytest
 import test_count_elements
 import test_counts
 import test_discretized
+import test_extremes as ends
 import torch
 from cases import CASES, DTYPES, GRADIENT_TOLERANCE, VALUE_TOLERANCE, Case, Inputs, Result
 from conftest import INTERPRETED
@@ -31,6 +32,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastvae
 from fastvae import functional, reference
+from fastvae._spec import Variant
 
 GPU = torch.cuda.is_available() and not INTERPRETED
 HERE = GPU or INTERPRETED
@@ -348,6 +350,47 @@ def test_nll_of_extremes_is_finite(device: torch.device, case: Case, dtype: torc
         fits = exact.abs() < 0.99 * torch.finfo(dtype).max
         bound = GRADIENT_TOLERANCE[dtype] * exact.abs() + max(1e-7, torch.finfo(dtype).tiny)
         assert (((gradient - exact).abs() <= bound) | ~fits).all(), name
+
+
+def extremes(device: torch.device, variant: Variant, dtype: torch.dtype) -> None:
+    # The interpreter takes its time for a call, and for each cell's program.
+    every = 1 if not INTERPRETED else 23 if variant.lacks else 7 if variant.has_scalar else 2
+    for points in ends.grid(variant.name, dtype, every):
+        ends.check_points(variant, points, *ends.run(variant, points, device), dtype)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize(
+    "variant", [variant for variant in ends.GRIDDED if not variant.lacks], ids=lambda variant: variant.name
+)
+def test_nll_on_the_grid_of_extremes_equals_the_limits(
+    device: torch.device, variant: Variant, dtype: torch.dtype
+) -> None:
+    extremes(device, variant, dtype)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize(
+    "variant", [variant for variant in ends.GRIDDED if variant.lacks], ids=lambda variant: variant.name
+)
+def test_nll_on_the_grid_of_extreme_counts_equals_the_limits(
+    device: torch.device, variant: Variant, dtype: torch.dtype
+) -> None:
+    """The variants without a CUDA kernel."""
+    extremes(device, variant, dtype)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("with_z", [False, True])
+@pytest.mark.parametrize("prior", [False, True])
+def test_kl_on_the_grid_of_extremes_equals_the_limits(
+    device: torch.device, prior: bool, with_z: bool, dtype: torch.dtype
+) -> None:
+    points, want = ends.kl_grid(dtype, prior)
+    ends.check_kl(points, want, *ends.run_kl(points.to(device), with_z))
 
 
 @pytest.mark.parametrize("case", CASES, ids=cases.ids)

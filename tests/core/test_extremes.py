@@ -1,0 +1,749 @@
+"""The ends: infinite parameters, scales that over- and underflow, data met exactly, empty cells, huge counts.
+
+Every backend gives the limit of the exact value there, and of the exact gradient wherever that is finite. `points`
+makes a grid of extremes for each variant of the table of likelihoods, mpmath and
+users have met.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from itertools import product
+from typing import Any, NamedTuple
+
+import mpmath
+import pytest
+import torch
+from test_counts import NB_RAW, ZINB_RAW, make
+from torch import Tensor
+
+from fastvae import functional
+from fastvae._spec import VARIANTS, Variant
+
+INF = math.inf
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+VALUE = {torch.float64: 1e-12}  # of the others 5e-6: rows are float32
+GRADIENT = {torch.float32: 5e-6, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Truth: (nll, its derivative by each parameter) of one element
+# ---------------------------------------------------------------------------------------------------------------------
+
+Truth = tuple[Any, list[Any]]
+mpf = mpmath.mpf
+
+
+def sigmoid(a: Any) -> Any:
+    return 1 / (1 + mpmath.exp(-a))
+
+
+def log1pexp(a: Any) -> Any:
+    """log(1 + e^a)."""
+    return max(a, 0) + mpmath.log1p(mpmath.exp(-abs(a)))
+
+
+def bernoulli(a: Any, t: Any) -> Truth:
+    # Both terms are positive.
+    return t * log1pexp(-a) + (1 - t) * log1pexp(a), [(1 - t) * sigmoid(a) - t * sigmoid(-a)]
+
+
+def gaussian(m: Any, v: Any, t: Any) -> Truth:
+    inverse = mpmath.exp(-v)
+    square = (m - t) ** 2 * inverse
+    return (mpmath.log(2 * mpmath.pi) + v + square) / 2, [(m - t) * inverse, (1 - square) / 2]
+
+
+def laplace(m: Any, s: Any, t: Any) -> Truth:
+    inverse = mpmath.exp(-s)
+    distance = abs(m - t) * inverse
+    return mpmath.log(2) + s + distance, [mpmath.sign(m - t) * inverse, 1 - distance]
+
+
+def student_t(m: Any, s: Any, t: Any, df: Any) -> Truth:
+    constant = mpmath.loggamma(df / 2) - mpmath.loggamma((df + 1) / 2) + mpmath.log(df * mpmath.pi) / 2
+    if m == t:
+        return constant + s, [mpf(0), mpf(1)]
+    log_y = mpmath.log(abs(m - t)) - s - mpmath.log(df) / 2
+    pull = (df + 1) * sigmoid(2 * log_y)
+    return constant + s + (df + 1) / 2 * log1pexp(2 * log_y), [pull / (m - t), 1 - pull]
+
+
+def continuous_bernoulli(a: Any, t: Any) -> Truth:
+    if a == 0:
+        return mpf(0), [0.5 - t]
+    if abs(a) > 1000:  # e^-|a| is nothing beside 1
+        return max(a, 0) - a * t - mpmath.log(abs(a)), [(1 if a > 0 else 0) - 1 / a - t]
+    with mpmath.workdps(150):  # a hundred of them cancel
+        return mpmath.log(mpmath.expm1(a) / a) - a * t, [1 / -mpmath.expm1(-a) - 1 / a - t]
+
+
+def gamma(s: Any, x: Any, shape: Any) -> Truth:
+    ratio = x * mpmath.exp(-s)
+    if x == 0:  # its logarithm, which counts for more than any s
+        return s if shape == 1 else mpf(INF) * mpmath.sign(shape - 1), [shape]
+    return mpmath.loggamma(shape) + shape * s - (shape - 1) * mpmath.log(x) + ratio, [shape - ratio]
+
+
+def poisson(a: Any, t: Any) -> Truth:
+    rate = mpmath.exp(a)
+    return rate - t * a + mpmath.loggamma(t + 1), [rate - t]
+
+
+def poisson_rate(m: Any, t: Any) -> Truth:
+    if t == 0:
+        return m, [mpf(1)]
+    if m == 0:
+        return mpf(INF), [mpf(-INF)]
+    return m - t * mpmath.log(m) + mpmath.loggamma(t + 1), [1 - t / m]
+
+
+def negative_binomial(mu: Any, theta: Any, t: Any) -> Truth:
+    """Its derivatives are by the logarithms of `mu` and `theta`, of which neither is 0."""
+    if t > 50 and theta > 1e30:
+        with mpmath.workdps(80 + int(mpmath.log10(theta))):  # of which all but 80 cancel
+            ratio = mpmath.loggamma(t + theta) - mpmath.loggamma(theta)
+            digamma = mpmath.digamma(t + theta) - mpmath.digamma(theta)
+    elif t <= 50:
+        ratio = mpmath.fsum(
+            mpmath.log(theta + i) for i in range(int(t))
+        )  # of Gamma(t + theta) and Gamma(theta)
+        digamma = mpmath.fsum(1 / (theta + i) for i in range(int(t)))
+    else:
+        ratio = mpmath.loggamma(t + theta) - mpmath.loggamma(theta)
+        digamma = mpmath.digamma(t + theta) - mpmath.digamma(theta)
+    zeros = mpmath.log1p(mu / theta)
+    value = mpmath.loggamma(t + 1) - ratio + theta * zeros + t * mpmath.log((theta + mu) / mu)
+    d_theta = zeros - mu / (theta + mu) + t / (theta + mu) - digamma
+    return value, [(mu - t) * theta / (theta + mu), theta * d_theta]
+
+
+def with_zeros(of_count: Truth, pi: Any, t: Any) -> Truth:
+    z, (d_mu, d_theta) = of_count
+    if t > 0:
+        return z + log1pexp(pi), [d_mu, d_theta, sigmoid(pi)]
+    # -log(p + (1 - p) e^-z) by the larger of the two, and the share that the second has.
+    share = sigmoid(-pi - z)
+    value = log1pexp(pi) - max(pi, -z) - mpmath.log1p(mpmath.exp(-abs(pi + z)))
+    return value, [d_mu * share, d_theta * share, sigmoid(pi) - sigmoid(pi + z)]
+
+
+def exp_of(log_theta: Any) -> Any:
+    """From some number on the distribution is the Poisson to all digits; further numbers are too long."""
+    return mpmath.exp(min(log_theta, mpf(2000)))
+
+
+def by_mean(mu: Any, theta: Any, t: Any) -> Truth:
+    value, (d_mu, d_theta) = negative_binomial(mu, theta, t)
+    return value, [d_mu / mu, d_theta / theta]
+
+
+def by_mean_with_zeros(mu: Any, theta: Any, pi: Any, t: Any) -> Truth:
+    value, (d_mu, d_theta, d_pi) = with_zeros(negative_binomial(mu, theta, t), pi, t)
+    return value, [d_mu / mu, d_theta / theta, d_pi]
+
+
+def by_library(_: Any, log_theta: Any, library: Any, t: Any) -> Truth:
+    """Of a cell with a single gene, whose logit changes nothing."""
+    value, (d_mu, d_theta) = negative_binomial(library, exp_of(log_theta), t)
+    return value, [mpf(0), d_theta, d_mu / library]
+
+
+def by_library_with_zeros(_: Any, log_theta: Any, pi: Any, library: Any, t: Any) -> Truth:
+    value, (d_mu, d_theta, d_pi) = with_zeros(negative_binomial(library, exp_of(log_theta), t), pi, t)
+    return value, [mpf(0), d_theta, d_pi, d_mu / library]
+
+
+def discretized_logistic(mean: Any, raw: Any, level: Any) -> Truth:
+    """Of 8 bits, floor -7 and small mass 1e-5, its derivatives by the parts of a sigmoid's, s(a) s(-a)."""
+    s = max(raw, mpf(-7))
+    x, half, inverse = 2 * level / 255 - 1, mpf(1) / 255, mpmath.exp(-s)
+    u, h = (x - mean) * inverse, half * inverse
+    if level in (0, 255):
+        past = (u + h) if level == 0 else (h - u)
+        by_mean = sigmoid(-past) * inverse * (1 if level == 0 else -1)
+        value, by_scale = log1pexp(-past), sigmoid(-past) * past
+    else:
+        # The mass, or where that is small the density.
+        u = -abs(u)
+        sign = 1 if x < mean else -1
+        mass = sigmoid(u + h) * sigmoid(h - u) * -mpmath.expm1(-2 * h)
+        if mass > mpf(1e-5):
+            value = -mpmath.log(mass)
+            slope = sigmoid(-u - h) - sigmoid(u - h)  # of log mass by u
+            by_h = sigmoid(-u - h) + sigmoid(u - h) + 2 / mpmath.expm1(2 * h)
+        else:
+            value = -(u - s - 2 * log1pexp(u) - mpmath.log(mpf(255) / 2))
+            slope, by_h = 1 - 2 * sigmoid(u), 1 / h
+        by_mean, by_scale = slope * inverse * sign, u * slope + h * by_h
+    return value, [by_mean, mpf(0) if raw < -7 else by_scale]
+
+
+def mixture(logit: Any, mean: Any, raw: Any, level: Any) -> Truth:
+    """Of a single component, whose logit changes nothing."""
+    value, slopes = discretized_logistic(mean, raw, level)
+    return value, [mpf(0), *slopes]
+
+
+def gaussian_kl(mu: Any, v: Any, prior_mu: Any = 0, prior_v: Any = 0) -> Truth:
+    inverse, ratio = mpmath.exp(-prior_v), mpmath.exp(v - prior_v)
+    square = (mu - prior_mu) ** 2 * inverse
+    by_mu = (mu - prior_mu) * inverse
+    value = (square + ratio - 1 - (v - prior_v)) / 2
+    return value, [by_mu, (ratio - 1) / 2, -by_mu, (1 - ratio - square) / 2]
+
+
+def limit(
+    truth: Callable[..., Truth], values: tuple[float, ...], positive: bool = False
+) -> tuple[float, ...]:
+    """(nll, derivatives) as floats; of infinite parameters by two large ones, which agree or show where it goes.
+
+    Parameters that are `positive` have an end at 0, too.
+    """
+    *params, target = values
+    if not any(math.isinf(x) or (positive and x == 0) for x in params):
+        with mpmath.workdps(120 if max(map(abs, values)) > 1e3 else 60):
+            value, slopes = truth(*map(mpf, values))
+            return tuple(map(float, (value, *slopes)))
+
+    def at(size: int) -> list[Any]:
+        large = mpf(10) ** size
+
+        def near(x: float) -> Any:
+            return (
+                large * int(math.copysign(1, x))
+                if math.isinf(x)
+                else 1 / large
+                if positive and x == 0
+                else mpf(x)
+            )
+
+        value, slopes = truth(*map(near, params), mpf(target))
+        return [value, *slopes]
+
+    with mpmath.workdps(60):
+        pairs = zip(at(400), at(800), strict=True)
+        return tuple(
+            float(far) if abs(far - close) <= mpf(10) ** -40 * (1 + abs(close)) else float(far * mpf(INF))
+            for close, far in pairs
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The grid
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOGITS = (-INF, -1e4, -100.0, -20.0, 0.0, 0.75, 89.0, 1e4, INF)
+PLACES = (0.0, 1.0, -1e-20, 1e4, 1e30)
+SCALES = (-INF, -1e30, -1000.0, -180.0, -100.0, -89.0, -20.0, 0.0, 89.0, 180.0, 1e30, INF)
+COUNTS = (0.0, 1.0, 2.0, 16.0, 300.0, 1e6)
+
+# By the name of a tensor.
+AXES: dict[str, tuple[float, ...]] = {
+    "logits": LOGITS,
+    "zi_logits": (-INF, -100.0, 0.5, 100.0, INF),
+    "mean": PLACES,
+    "loc": PLACES,
+    "logvar": tuple(2 * s for s in SCALES),
+    "log_scale": SCALES,
+    "log_rate": (-INF, -1e4, -100.0, -20.0, 0.0, 5.75, 20.0, 100.0, INF),
+    "rate": (0.0, 1e-30, 0.5, 20.0, 1e6, 1e30, INF),
+    "inverse_dispersion": (1e-30, 0.5, 300.0, 1e20, INF),
+    "log_dispersion": (-INF, -700.0, -100.0, 0.0, 5.0, 100.0, 1000.0, INF),
+    "library": (0.0, 1e-20, 3.0, 1e6),
+}
+# Those of certain densities. Of a single gene, and of a single component, the logit changes nothing.
+OTHER_AXES: dict[str, dict[str, tuple[float, ...]]] = {
+    "negative_binomial": {"mean": (0.0, 1e-20, 3.0, 1e6), "logits": (0.75,)},
+    "zero_inflated_negative_binomial": {"mean": (0.0, 3.0, 1e6), "logits": (0.75,)},
+    "discretized_logistic": {"mean": (-1e30, -1.0, 0.25, 1e4)},
+    "discretized_logistic_mixture": {
+        "mean": (-1e30, -1.0, 0.25, 1e4),
+        "log_scale": SCALES[:-1],
+        "logits": (0.75,),
+    },
+}
+TARGETS = {
+    "bernoulli": (0.0, 0.25, 1.0),
+    "continuous_bernoulli": (0.0, 0.25, 1.0),
+    "gamma": (0.0, 0.25, 1e-20, 1e20),
+    "poisson": COUNTS,
+    "negative_binomial": (0.0, 1.0, 20.0, 1e6),
+    "zero_inflated_negative_binomial": (0.0, 3.0, 1e6),
+    "discretized_logistic": (0.0, 100.0, 255.0),
+    "discretized_logistic_mixture": (0.0, 100.0, 255.0),
+}
+CONSTANTS: dict[str, tuple[tuple[float, ...], ...]] = {
+    "scale": ((1e-60,), (1e-30,), (1.0,), (1e60,)),
+    "logvar_bounds": ((-6.0, 2.0),),
+    "df": ((3.0,),),
+    "shape": ((0.5,), (1.0,), (2.5,)),
+    "eps": ((0.0,),),
+    "bits": ((8.0,),),
+    "log_scale_floor": ((-7.0,),),
+    "small_mass": ((1e-5,),),
+    "components": ((1.0,),),
+}
+# What the packed tensors of a density hold.
+PACKED = {
+    "gaussian": ("mean", "logvar"),
+    "laplace": ("loc", "log_scale"),
+    "student_t": ("loc", "log_scale"),
+    "discretized_logistic": ("mean", "log_scale"),
+    "discretized_logistic_mixture": ("logits", "mean", "log_scale"),
+}
+TRUTHS: dict[str, Callable[..., Truth]] = {
+    "bernoulli": bernoulli,
+    "gaussian": gaussian,
+    "laplace": laplace,
+    "continuous_bernoulli": continuous_bernoulli,
+    "student_t": student_t,
+    "gamma": gamma,
+    "poisson": poisson,
+    "poisson_rate": poisson_rate,
+    "negative_binomial": by_mean,
+    "zero_inflated_negative_binomial": by_mean_with_zeros,
+    "negative_binomial_logits": by_library,
+    "zero_inflated_negative_binomial_logits": by_library_with_zeros,
+    "discretized_logistic": discretized_logistic,
+    "discretized_logistic_mixture": mixture,
+}
+# Classes share a normaliser: test_categorical.py has their ends.
+GRIDDED = [variant for variant in VARIANTS.values() if variant.family != "categorical"]
+
+
+def truth_of(variant: Variant, constants: tuple[float, ...]) -> Callable[..., Truth]:
+    """Of the values of the variant's tensors and the target."""
+    plain = TRUTHS.get(variant.name, TRUTHS[variant.density])
+    names = [constant.name for constant in variant.constants]
+    if names in (["eps"], ["bits", "log_scale_floor", "small_mass"], ["components", *names[1:]]):
+        return plain
+    given = tuple(map(mpf, constants))
+    if names == ["logvar_bounds"]:
+
+        def of_bounded(m: Any, v: Any, t: Any) -> Truth:
+            middle, half = (given[0] + given[1]) / 2, (given[1] - given[0]) / 2
+            y = (v - middle) / half
+            value, (by_mean, by_logvar) = gaussian(m, middle + half * mpmath.tanh(y), t)
+            return value, [by_mean, by_logvar * mpmath.sech(y) ** 2]
+
+        return of_bounded
+    if "scale" in names:
+        log_scale = mpmath.log(given[-1]) * (2 if variant.density == "gaussian" else 1)
+        others = given[:-1]
+
+        def of_fixed(m: Any, t: Any) -> Truth:
+            value, slopes = plain(m, log_scale, t, *others)
+            return value, slopes[:1]
+
+        return of_fixed
+    return lambda *values: plain(*values, *given)
+
+
+class Points(NamedTuple):
+    """Points of a grid, an element each: (points, 1)."""
+
+    constants: tuple[float, ...]
+    columns: tuple[Tensor, ...]  # a parameter each
+    target: Tensor
+    want: Tensor  # (points, 1 + parameters), float64: the nll and its derivatives
+
+
+@cache
+def grid(name: str, dtype: torch.dtype, every: int = 1) -> list[Points]:
+    """Every n-th point of the grid of a variant of the table, a set of points for each choice of its constants."""
+    variant = VARIANTS[name]
+    tensors = PACKED[variant.density] if variant.tensors == ("params",) else variant.tensors
+    axes = AXES | OTHER_AXES.get(variant.density, {})
+    if "bounded" in variant.name:  # no product of an infinite number and one that is nearly 0
+        axes |= {"mean": PLACES[:-1]}
+    targets = TARGETS.get(variant.density, (0.0,))
+    values = torch.tensor(list(product(*(axes[tensor] for tensor in tensors), targets)), dtype=torch.float64)
+    if dtype.itemsize == 2:
+        every *= 5  # beyond conversions, half types are float32
+    fits = (values.isinf() == values.to(dtype).isinf()).all(1)
+    values = values[fits].to(dtype).double().unique(dim=0)
+    # Where two go to their ends, it depends on the way.
+    params, positive = values[:, :-1], "negative_binomial" in variant.density
+    at_end = params.isinf() | (params == 0) & positive
+    if "log_dispersion" in tensors:
+        at_end |= params == -700
+    if variant.density == "gamma":
+        at_end = values.isinf() | (values == 0) & torch.tensor([False, True])
+    values = values[at_end.sum(1) < 2][::every]
+    found = []
+    for constants in product(*(CONSTANTS[constant.name] for constant in variant.constants)):
+        numbers = sum(constants, ())
+        truth = truth_of(variant, numbers)
+        want = torch.tensor(
+            [limit(truth, tuple(point), positive) for point in values.tolist()], dtype=torch.float64
+        )
+        *columns, target = values.to(dtype).split(1, dim=1)
+        if variant.family == "discretized":
+            target = target.to(torch.uint8)
+        found.append(Points(numbers, tuple(map(Tensor.contiguous, columns)), target.contiguous(), want))
+    return found
+
+
+def tensors_of(variant: Variant, columns: tuple[Tensor, ...]) -> list[Tensor]:
+    if variant.tensors == ("params",):
+        return [torch.cat(columns, 1)] if len(columns) > 1 else list(columns)
+    return [x.flatten() if name == "library" else x for name, x in zip(variant.tensors, columns, strict=True)]
+
+
+def wrong(got: Tensor, want: Tensor, dtype: torch.dtype, bound: Tensor) -> Tensor:
+    """Where `got` is neither within `bound` of `want` nor, where `dtype` cannot hold that, infinite or nearly so."""
+    got, most = got.double(), torch.finfo(dtype).max
+    return (
+        torch.where(
+            want.abs() > 0.4 * most, (got * want <= 0) | (got.abs() < 0.3 * most), (got - want).abs() > bound
+        )
+        | got.isnan()
+    )
+
+
+def check_points(
+    variant: Variant, points: Points, nll: Tensor, slopes: list[Tensor], dtype: torch.dtype
+) -> None:
+    """Of (points,) the nll, and the derivatives by each parameter."""
+    nll, slopes = nll.cpu(), [slope.cpu() for slope in slopes]
+    columns, target = [x.double().flatten() for x in points.columns], points.target.double().flatten()
+    want, *by = points.want.unbind(1)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    tolerance = VALUE.get(dtype, 5e-6)
+    # What is changed by rounding the parameters.
+    terms = sum((x * slope).nan_to_num(0.0, 0.0, 0.0).abs() for x, slope in zip(columns, by, strict=True))
+    found = [("nll", nll, want, wrong(nll, want, wide, tolerance * (1 + terms + want.abs())))]
+    for i, (x, slope, exact) in enumerate(zip(columns, slopes, by, strict=True)):
+        size = torch.ones_like(target)
+        if variant.counts:
+            size += target
+            if "inverse_dispersion" in variant.tensors and i == 1:
+                size /= x.clamp(max=1)
+        bound = GRADIENT[dtype] * exact.abs() + tolerance * size
+        # Where the limit is infinite nothing is asked of it but to be a number.
+        finite = exact.abs() < 0.4 * torch.finfo(dtype).max
+        places = wrong(slope, exact, dtype, bound) & finite | slope.isnan()
+        found.append((f"slope by {i}", slope, exact, places))
+    for what, got, exact, places in found:
+        faults = [
+            f"{[x[i].item() for x in columns]}, target {target[i].item()}: {got[i].item()} for {exact[i].item()}"
+            for i in places.nonzero().flatten().tolist()
+        ]
+        assert not faults, f"{variant.name} {points.constants}, {what}: " + "; ".join(faults)
+
+
+def run(variant: Variant, points: Points, device: torch.device | str = "cpu") -> tuple[Tensor, list[Tensor]]:
+    """(nll, derivatives) of each point: in rows of their own, or one call for each where a scale serves all rows."""
+    columns = [x.to(device) for x in points.columns]
+    target = points.target.to(device)
+    if variant.has_scalar:
+        each = []
+        for i in range(len(target)):
+            lead, scalar = columns[0][i : i + 1].requires_grad_(), columns[1][i, 0].requires_grad_()
+            nll = functional.loss.nll(variant.name, [lead, scalar], target[i : i + 1], points.constants)[1]
+            each.append((nll.detach(), *torch.autograd.grad(nll.sum(), [lead, scalar])))
+        nll, *slopes = (torch.stack([x.flatten()[0] for x in column]) for column in zip(*each, strict=True))
+        return nll, slopes
+    params = [x.requires_grad_() for x in tensors_of(variant, tuple(columns))]
+    nll = functional.loss.nll(variant.name, params, target, points.constants)[1]
+    slopes = torch.autograd.grad(nll.sum(), params)
+    if len(params) == 1:
+        return nll.detach(), list(slopes[0].unbind(1))
+    return nll.detach(), [slope.flatten() for slope in slopes]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", GRIDDED, ids=lambda variant: variant.name)
+def test_the_grid(backend: str, variant: Variant, dtype: torch.dtype) -> None:
+    # The interpreter runs a program for each cell.
+    for points in grid(variant.name, dtype, 1 if variant.element or backend != "triton" else 9):
+        check_points(variant, points, *run(variant, points), dtype)
+
+
+BESIDE = [
+    variant
+    for variant in GRIDDED
+    if variant.elements or (variant.element and not variant.packed and not variant.has_scalar)
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("variant", BESIDE, ids=lambda variant: variant.name)
+def test_the_grid_in_one_row(backend: str, variant: Variant, dtype: torch.dtype) -> None:
+    """Neighbours, an inverse dispersion that serves all cells, and the value of each element change nothing."""
+    for points in grid(variant.name, dtype, 1 if variant.element or backend != "triton" else 9):
+        nll, slopes = run(variant, points)
+        params = [
+            x.flatten() if name == "inverse_dispersion" else x.t()
+            for name, x in zip(variant.tensors, points.columns, strict=True)
+        ]
+        params = [x.clone().requires_grad_() for x in params]
+        target = points.target.t()
+        if variant.elements:
+            values = functional.loss.nll_elements(variant.name, params, target, points.constants)
+            torch.testing.assert_close(values[0], nll, rtol=1e-6, atol=1e-30)
+        else:
+            values = functional.loss.nll(variant.name, params, target, points.constants)[1]
+        for slope, expected in zip(torch.autograd.grad(values.sum(), params), slopes, strict=True):
+            torch.testing.assert_close(slope.flatten(), expected, rtol=1e-6, atol=1e-30)
+
+
+KL_PLACES = (0.0, -1e-20, 1.0, 1e4)
+KL_LOGVARS = (-INF, -1e30, -400.0, -200.0, -20.0, 0.0, 20.0, 200.0, INF)
+
+
+@cache
+def kl_grid(dtype: torch.dtype, prior: bool) -> tuple[Tensor, Tensor]:
+    """(points, parameters), and their truth."""
+    axes = (KL_PLACES, KL_LOGVARS, *([(0.0, 1.0), KL_LOGVARS] if prior else []))
+    points = torch.tensor(list(product(*axes)), dtype=torch.float64)
+    points = points[(points.isinf().sum(1) < 2) & (points.isinf() == points.to(dtype).isinf()).all(1)]
+    points = points.to(dtype).double().unique(dim=0)[:: 5 if dtype.itemsize == 2 else 1]
+    want = [limit(lambda *x: gaussian_kl(*x[:-1]), (*point, 0.0)) for point in points.tolist()]
+    return points.to(dtype), torch.tensor(want, dtype=torch.float64)[:, : 1 + points.shape[1]]
+
+
+def check_kl(points: Tensor, want: Tensor, kl: Tensor, slopes: list[Tensor]) -> None:
+    dtype, kl, slopes = points.dtype, kl.cpu(), [slope.cpu() for slope in slopes]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    tolerance = VALUE.get(dtype, 5e-6)
+    for i, (got, exact) in enumerate(zip((kl, *slopes), want.unbind(1), strict=True)):
+        kind, relative = (dtype, GRADIENT[dtype]) if i else (wide, tolerance)
+        places = wrong(got, exact, kind, relative * exact.abs() + tolerance)
+        if i:
+            places = places & (exact.abs() < 0.4 * torch.finfo(kind).max) | got.isnan()
+        faults = zip(points[places].tolist(), got[places].tolist(), exact[places].tolist(), strict=True)
+        assert not places.any(), f"{i}: " + "; ".join(f"{x}: {y} for {z}" for x, y, z in faults)
+
+
+def run_kl(points: Tensor, with_z: bool) -> tuple[Tensor, list[Tensor]]:
+    leaves = [x.clone().requires_grad_() for x in points.split(1, 1)]
+    if with_z:
+        kl = functional.reparameterize_kl(*leaves, eps=torch.zeros_like(leaves[0]))[1]
+    else:
+        kl = functional.gaussian_kl(*leaves)
+    return kl.detach(), [slope.flatten() for slope in torch.autograd.grad(kl.sum(), leaves)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_z", [False, True])
+@pytest.mark.parametrize("prior", [False, True])
+def test_the_grid_of_the_kl(backend: str, prior: bool, with_z: bool, dtype: torch.dtype) -> None:
+    points, want = kl_grid(dtype, prior)
+    check_kl(points, want, *run_kl(points, with_z))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What users have met
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def value_and_slopes(
+    function: Callable[..., Tensor], *values: float, dtype: torch.dtype
+) -> tuple[float, ...]:
+    """Of single numbers."""
+    leaves = [torch.tensor([[value]], dtype=dtype, requires_grad=True) for value in values]
+    nll = function(*leaves)
+    return nll.item(), *(slope.item() for slope in torch.autograd.grad(nll.sum(), leaves))
+
+
+floats = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", [NB_RAW, ZINB_RAW])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
+@pytest.mark.parametrize("shared", [True, False], ids=["gene", "gene-cell"])
+def test_an_empty_cell_has_a_gradient_by_its_library_alone(
+    backend: str, form: str, sparse: bool, shared: bool, dtype: torch.dtype
+) -> None:
+    """Its library is 0: the share of each gene is what a count of it would cost, unless zeros come otherwise too."""
+    inputs = {name: x.detach() for name, x in make(form, 4, 21, dtype, shared=shared).items()}
+    inputs["target"][1], inputs["library"][1] = 0, 0
+
+    def run(rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        chosen = {name: x if x.dim() == 1 and name != "library" else x[rows] for name, x in inputs.items()}
+        leaves = {name: x.clone().requires_grad_() for name, x in chosen.items() if name != "target"}
+        target = chosen["target"].to_sparse_csr() if sparse else chosen["target"]
+        nll = getattr(functional, f"{form}_nll")(**leaves, target=target)
+        return nll.detach(), dict(zip(leaves, torch.autograd.grad(nll.sum(), leaves.values()), strict=True))
+
+    nll, slopes = run(slice(1, 2))
+    assert nll.tolist() == [0]
+    for name, slope in slopes.items():
+        if name != "library":
+            assert torch.equal(slope, torch.zeros_like(slope)), name
+    share = torch.softmax(inputs["logits"][1].double(), 0)
+    if form == ZINB_RAW:
+        share *= torch.sigmoid(-inputs["zi_logits"][1].double())
+    tolerance = {torch.bfloat16: 1e-2, torch.float16: 1e-3}.get(dtype, 1e-6)
+    torch.testing.assert_close(slopes["library"].double(), share.sum().view(1), rtol=tolerance, atol=0)
+
+    # Beside it the others are what they are without it.
+    nll, slopes = run(slice(0, 4))
+    for row in (0, 2, 3):
+        alone, of_one = run(slice(row, row + 1))
+        assert torch.equal(nll[row : row + 1], alone)
+        for name, slope in of_one.items():
+            if name == "library" or slope.dim() == 2:
+                assert torch.equal(slopes[name][row : row + 1], slope), name
+
+
+@pytest.mark.parametrize(("count", "want"), [(1e6, 7.8267), (1e7, 8.9780)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_large_poisson_count_keeps_its_digits(
+    backend: str, count: float, want: float, dtype: torch.dtype
+) -> None:
+    """At its own rate it costs log(2 pi t) / 2: in float32 nothing is left of three terms of the size of t log t."""
+    nll, slope = value_and_slopes(
+        lambda a: functional.poisson_nll(a, torch.full_like(a, count)), math.log(count), dtype=dtype
+    )
+    assert abs(nll - want) < 1e-3
+    assert abs(slope) < 3e-6 * count
+
+
+@floats
+def test_student_t_far_outside_of_a_tiny_scale(backend: str, dtype: torch.dtype) -> None:
+    nll, *slopes = value_and_slopes(
+        lambda m, s: functional.student_t_nll(m, torch.ones_like(m), s, df=3), 0.0, -100.0, dtype=dtype
+    )
+    assert abs(nll - 298.8036) < 1e-3
+    assert slopes == pytest.approx([-4, -3], rel=1e-6)
+
+
+@floats
+@pytest.mark.parametrize("count", [1.0, 20.0])
+def test_a_count_at_a_dispersion_that_float32_cannot_hold(
+    backend: str, count: float, dtype: torch.dtype
+) -> None:
+    """It costs -log theta there."""
+    inputs = {"logits": [[0.0]], "log_dispersion": [[-100.0]], "library": [1.0]}
+    leaves = {name: torch.tensor(x, dtype=dtype, requires_grad=True) for name, x in inputs.items()}
+    nll = functional.negative_binomial_logits_nll(**leaves, target=torch.full((1, 1), count, dtype=dtype))
+    assert abs(nll.item() - (100 + math.log(count))) < 1e-4
+    assert [slope.item() for slope in torch.autograd.grad(nll.sum(), leaves.values())] == pytest.approx(
+        [0, -1, 0], abs=1e-6
+    )
+
+
+MET = {
+    "laplace": (lambda m, s: functional.laplace_nll(m, torch.zeros_like(m), s), math.log(2), 1.0),
+    "student_t": (
+        lambda m, s: functional.student_t_nll(m, torch.zeros_like(m), s, df=3),
+        1.0008888496235103,
+        1.0,
+    ),
+    "gaussian": (
+        lambda m, s: functional.gaussian_nll(m, torch.zeros_like(m), 2 * s),
+        0.5 * math.log(2 * math.pi),
+        1.0,
+    ),
+    "gaussian, a half": (
+        lambda m, s: functional.gaussian_nll(m, torch.zeros_like(m), s),
+        0.5 * math.log(2 * math.pi),
+        0.5,
+    ),
+}
+
+
+@floats
+@pytest.mark.parametrize("log_scale", [-89.0, -178.0, -400.0, -1e4])
+@pytest.mark.parametrize("name", MET)
+def test_data_met_exactly_by_a_scale_that_underflows(
+    backend: str, name: str, log_scale: float, dtype: torch.dtype
+) -> None:
+    """The nll falls on with the log-scale, and is still at the location."""
+    function, constant, slope = MET[name]
+    nll, *slopes = value_and_slopes(function, 0.0, log_scale, dtype=dtype)
+    assert nll == pytest.approx(constant + slope * log_scale, rel=1e-6)
+    assert slopes == [0, slope]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinite_logits(backend: str, dtype: torch.dtype) -> None:
+    """One that is sure and right costs nothing, one that is wrong is infinite; a row of others around it."""
+
+    def nll(function: Callable[..., Tensor], logit: float, target: float) -> tuple[float, float]:
+        logits = torch.tensor([[0.0, logit]] * 20, dtype=dtype).view(1, 40).requires_grad_()
+        targets = torch.tensor([[1.0, target]] * 20, dtype=dtype).view(1, 40)
+        value = function(logits, targets)
+        (slope,) = torch.autograd.grad(value.sum(), logits)
+        assert (slope[0, 1::2] == slope[0, 1]).all()
+        return (
+            value - function(torch.zeros(1, 20, dtype=dtype), torch.ones(1, 20, dtype=dtype))
+        ).item(), slope[0, 1].item()
+
+    tiny, none = pytest.approx(0, abs=1e-5), pytest.approx(0, abs=1e-30)
+    bernoulli, continuous, poisson = (
+        functional.bernoulli_nll,
+        functional.continuous_bernoulli_nll,
+        functional.poisson_nll,
+    )
+    assert nll(bernoulli, INF, 1) == (tiny, 0)
+    assert nll(bernoulli, -INF, 0) == (tiny, 0)
+    assert nll(bernoulli, INF, 0) == (INF, 1)
+    assert nll(bernoulli, -INF, 1) == (INF, -1)
+    assert nll(bernoulli, INF, 0.25) == (INF, 0.75)
+    assert nll(continuous, INF, 1) == (-INF, none)
+    assert nll(continuous, INF, 0.5) == (INF, 0.5)
+    assert nll(continuous, INF, 0) == (INF, 1)
+    assert nll(continuous, -INF, 0) == (-INF, none)
+    assert nll(continuous, -INF, 0.5) == (INF, -0.5)
+    assert nll(continuous, -INF, 1) == (INF, -1)
+    assert nll(poisson, -INF, 0) == (tiny, 0)
+    assert nll(poisson, -INF, 3) == (INF, -3)
+    assert nll(poisson, INF, 3) == (INF, INF)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_kl_of_a_posterior_without_variance_is_infinite(backend: str, dtype: torch.dtype) -> None:
+    mu, logvar = torch.zeros(1, 9, dtype=dtype), torch.zeros(1, 9, dtype=dtype)
+    logvar[0, 4] = -INF
+    logvar.requires_grad_()
+    for kl in (functional.gaussian_kl(mu, logvar), functional.reparameterize_kl(mu, logvar)[1]):
+        assert kl.item() == INF
+        assert torch.autograd.grad(kl.sum(), logvar)[0][0].tolist() == [0, 0, 0, 0, -0.5, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [0.0, 3.0])
+def test_no_additional_zeros_at_logits_of_minus_infinity(
+    backend: str, count: float, dtype: torch.dtype
+) -> None:
+    inputs = {name: x.detach() for name, x in make(ZINB_RAW, 3, 9, dtype).items()}
+    inputs["target"].fill_(count)
+    inputs["zi_logits"].fill_(-INF)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items() if name != "target"}
+    nll = functional.zero_inflated_negative_binomial_logits_nll(**leaves, target=inputs["target"])
+    slopes = dict(zip(leaves, torch.autograd.grad(nll.sum(), leaves.values()), strict=True))
+    assert not slopes.pop("zi_logits").abs().gt(1e-30).any()
+    leaves.pop("zi_logits")
+    plain = functional.negative_binomial_logits_nll(**leaves, target=inputs["target"])
+    torch.testing.assert_close(nll, plain, rtol=1e-6, atol=1e-6)
+    for name, expected in zip(leaves, torch.autograd.grad(plain.sum(), leaves.values()), strict=True):
+        torch.testing.assert_close(slopes[name], expected)
+
+
+@floats
+def test_the_poisson_at_a_dispersion_of_e_to_the_1000(backend: str, dtype: torch.dtype) -> None:
+    logits, target = torch.randn(4, 9).to(dtype), torch.poisson(torch.full((4, 9), 5.0)).to(dtype)
+    library = torch.full((4,), 40.0, dtype=dtype)
+    log_dispersion = torch.full((9,), 1000.0, dtype=dtype, requires_grad=True)
+    nll = functional.negative_binomial_logits_nll(logits, target, log_dispersion, library)
+    log_rate = torch.log_softmax(logits, 1) + library.log()[:, None]
+    torch.testing.assert_close(nll, functional.poisson_nll(log_rate, target))
+    assert not torch.autograd.grad(nll.sum(), log_dispersion)[0].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_nan_at_an_ignored_token_is_nobodys(backend: str, dtype: torch.dtype) -> None:
+    logits, target = torch.randn(3, 4, 7).to(dtype), torch.randint(7, (3, 4))
+    target[1, 2] = -100
+    clean = functional.categorical_nll(logits, target)
+    logits[1, 2] = math.nan
+    logits.requires_grad_()
+    nll = functional.categorical_nll(logits, target)
+    assert torch.equal(nll, clean)
+    (slope,) = torch.autograd.grad(nll.sum(), logits)
+    assert not slope[1, 2].any()
+    assert slope.isfinite().all()
