@@ -195,7 +195,7 @@ def _head_extremes() -> Inputs:
 def _bounded_extremes() -> Inputs:
     far = (-1e4, -80.0, -10.0, BOUNDS[0], -0.75, BOUNDS[1], 10.0, 80.0, 1e4)
     rows = [(0.5, t, v) for v in far for t in (0.5, 0.25)]
-    # Large slopes are multiplied by eager's 1 - tanh^2, so they are tested only where that is accurate.
+    # Large grads are multiplied by eager's 1 - tanh^2, so they are tested only where that is accurate.
     rows += [(0.5, -100.0, v) for v in (BOUNDS[0], -0.75, BOUNDS[1])]
     return _columns("mean", "target", "logvar", rows=rows)
 

@@ -59,22 +59,22 @@ double sum_of_exp(const C* x, C max, int64_t n) {
   return sum.total();
 }
 
-// slope[i] = factor * exp(x[i] - max).
+// grad[i] = factor * exp(x[i] - max).
 template <class C>
-void softmax(const C* x, C max, C factor, C* slope, int64_t n) {
+void softmax(const C* x, C max, C factor, C* grad, int64_t n) {
   using V = Vec<C>;
   using P = math::Primitives<V>;
   constexpr int64_t W = V::size();
   const V shift(max), f(factor);
   int64_t i = 0;
-  for (; i + W <= n; i += W) (P::exp_bounded(V::loadu(x + i) - shift) * f).store(slope + i);
-  if (i < n) store_lanes(P::exp_bounded(load_lanes(x + i, n - i) - shift) * f, slope + i, n - i);
+  for (; i + W <= n; i += W) (P::exp_bounded(V::loadu(x + i) - shift) * f).store(grad + i);
+  if (i < n) store_lanes(P::exp_bounded(load_lanes(x + i, n - i) - shift) * f, grad + i, n - i);
 }
 
 // The nll of one position: log(exp(a_t) + sum of exp(a_i) over the other classes i) - a_t. The other classes are summed separately,
 // so that a confident, correct prediction does not lose the digits of its nll and of its gradient, p - 1.
 template <class C>
-double position(const Operand& logits, const Result& slopes, int64_t classes, int64_t target, double weight,
+double position(const Operand& logits, const Result& grads, int64_t classes, int64_t target, double weight,
                 Buffer<C>& in_buffer, Buffer<C>& out_buffer) {
   Scaled others;
   C own = 0;
@@ -100,16 +100,16 @@ double position(const Operand& logits, const Result& slopes, int64_t classes, in
   const double total = own_part + rest;
   if (std::isnan(own) || broken || !std::isfinite(top)) others.sum = NAN;
   const double nll = std::isnan(others.sum) ? NAN : a >= others.max ? std::log1p(rest) : (top - a) + std::log(total);
-  if (!slopes.data) return nll;
+  if (!grads.data) return nll;
 
   const C factor = static_cast<C>(std::isnan(nll) ? NAN : weight / total);
   for (int64_t begin = 0; begin < classes; begin += kBlock) {
     const int64_t n = std::min(kBlock, classes - begin);
     const C* x = load(logits, 0, begin, n, classes, in_buffer);
-    C* slope = destination(slopes, 0, begin, classes, out_buffer);
-    softmax(x, static_cast<C>(top), factor, slope, n);
-    if (target >= begin && target < begin + n) slope[target - begin] = static_cast<C>(-weight * (rest / total));
-    store(slopes, 0, begin, n, classes, out_buffer);
+    C* grad = destination(grads, 0, begin, classes, out_buffer);
+    softmax(x, static_cast<C>(top), factor, grad, n);
+    if (target >= begin && target < begin + n) grad[target - begin] = static_cast<C>(-weight * (rest / total));
+    store(grads, 0, begin, n, classes, out_buffer);
   }
   return nll;
 }
@@ -123,13 +123,13 @@ void run(const CategoricalArgs& args) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t row = task / positions, t = task % positions;
       const Operand logits = shifted(args.logits, row * args.row_stride + t * classes);
-      const Result slopes = shifted(args.slopes, task * classes);
+      const Result grads = shifted(args.grads, task * classes);
       const int64_t target = args.target[target_row(args, row) * args.target_row_stride + t];
       if (target != args.ignored) {
-        nll[task] = position<C>(logits, slopes, classes, target, args.weight[row * args.weight_stride], in_buffer, out_buffer);
-      } else if (slopes.data) {
+        nll[task] = position<C>(logits, grads, classes, target, args.weight[row * args.weight_stride], in_buffer, out_buffer);
+      } else if (grads.data) {
         // Zero bytes represent the number 0 in every type.
-        std::fill_n(static_cast<char*>(slopes.data), classes * item_size(slopes.type), char(0));
+        std::fill_n(static_cast<char*>(grads.data), classes * item_size(grads.type), char(0));
       }
     }
   });

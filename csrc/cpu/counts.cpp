@@ -102,7 +102,7 @@ struct Gathered {
 
 template <class C>
 struct Scratch {
-  std::vector<C> exponentials, slopes, target;  // a row each, where needed
+  std::vector<C> exponentials, grads, target;  // a row each, where needed
   Buffer<C> mean, dispersion, pi, counts, values, d_mean, d_dispersion, d_pi;
   int32_t positive[kBlock + kBufferSlack];
   Gathered gathered[kCases];
@@ -139,7 +139,7 @@ double log_factorial(double t) {
 }
 
 struct Sums {
-  double nll, slope;  // of the values; of the derivatives by log mean
+  double nll, grad;  // of the values; of the derivatives by log mean
 };
 
 // How the counts of `Gathered` are to be read.
@@ -154,7 +154,7 @@ Sums evaluate(Gathered& g, const Reading& read) {
   constexpr bool kPoisson = kCase == kNearPoisson || kCase == kLargeNearPoisson;
   using P = math::Primitives<Wide>;
   constexpr int64_t L = Wide::size();
-  Sum<double> nll, slope;
+  Sum<double> nll, grad;
   const int64_t padded = (g.count + L - 1) / L * L;
   for (int64_t i = g.count; i < padded; ++i)
     for (auto* field : {g.t, g.mean, g.theta, g.pi, g.log_gamma, g.digamma, g.log_factorial}) field[i] = field[g.count - 1];
@@ -188,9 +188,9 @@ Sums evaluate(Gathered& g, const Reading& read) {
     (read.raw ? term.d_theta * theta : term.d_theta).store(g.d_theta + i);
     term.value.store(g.value + i);
     nll.add_lanes(read.raw ? at::vec::fmadd(at(g.t), underflow, term.value) : term.value, g.count - i);
-    slope.add_lanes(term.d_mu, g.count - i);
+    grad.add_lanes(term.d_mu, g.count - i);
   }
-  return {nll.total(), slope.total()};
+  return {nll.total(), grad.total()};
 }
 
 template <class C, bool kRaw, bool kInflated, bool kShared>
@@ -202,7 +202,7 @@ struct Kernel {
   // Every element as if its count were zero; lists those whose count is not.
   static Sums zeros(const Block<C>& b, const Row<C>& row, int32_t* positive, int64_t& positives) {
     const V scale(row.mean_scale), weight(row.weight), eps(static_cast<C>(row.eps));
-    Sum<C> nll, slope;
+    Sum<C> nll, grad;
     positives = 0;
     const auto step = [&](int64_t i, auto lanes, int slot) FASTVAE_INLINE {
       V mu = load_lanes(b.mean + i, lanes), theta, inverse;
@@ -230,10 +230,10 @@ struct Kernel {
       if (kInflated && b.d_pi) store_lanes(term.d_pi * weight, b.d_pi + i, lanes);
       if (lanes < W) {
         nll.add_lanes(value, lanes);
-        if constexpr (kRaw) slope.add_lanes(d_log_mu, lanes);
+        if constexpr (kRaw) grad.add_lanes(d_log_mu, lanes);
       } else {
         nll.add(slot, value);
-        if constexpr (kRaw) slope.add(slot, d_log_mu);
+        if constexpr (kRaw) grad.add(slot, d_log_mu);
       }
       unsigned others = ~static_cast<unsigned>(t.zero_mask()) & ((1u << W) - 1);
       while (others) {
@@ -245,7 +245,7 @@ struct Kernel {
     int64_t i = 0;
     for (; i + W <= b.n; i += W) step(i, whole, i / W % 4);
     if (i < b.n) step(i, b.n - i, 0);
-    return {nll.total(), slope.total()};
+    return {nll.total(), grad.total()};
   }
 
   static Sums positives(const Block<C>& b, const Row<C>& row, Scratch<C>& scratch, int64_t count) {
@@ -289,7 +289,7 @@ struct Kernel {
       if (!g.count) continue;
       const Sums part = evaluators[c](g, read);
       sums.nll += part.nll;
-      sums.slope += part.slope;
+      sums.grad += part.grad;
       const double weight = row.weight;
       if (!kRaw && b.values)
         for (int64_t j = 0; j < g.count; ++j) b.values[g.place[j]] = static_cast<C>(g.value[j] * weight);
@@ -362,7 +362,7 @@ struct Kernel {
         scratch.target[args.columns[i]] += value;
       }
 
-    double nll = 0, slope = 0;
+    double nll = 0, grad = 0;
     for (int64_t begin = 0; begin < genes; begin += kBlock) {
       Block<C> b{};
       b.n = std::min(kBlock, genes - begin);
@@ -386,18 +386,18 @@ struct Kernel {
         b.d_pi = destination(args.d_zero_logits, r, begin, genes, scratch.d_pi);
       }
       b.target = !args.starts ? load(args.target, source, begin, b.n, genes, scratch.counts) : scratch.target.data() + begin;
-      if constexpr (kRaw) b.d_mean = args.d_mean.data ? scratch.slopes.data() + begin : nullptr;
+      if constexpr (kRaw) b.d_mean = args.d_mean.data ? scratch.grads.data() + begin : nullptr;
       else b.d_mean = destination(args.d_mean, r, begin, genes, scratch.d_mean);
 
       int64_t count;
       const Sums zero = zeros(b, row, scratch.positive, count);
       nll += zero.nll;
-      slope += zero.slope;
+      grad += zero.grad;
       if (count) {
         if constexpr (kRaw) b.logits = load(args.mean, r, begin, b.n, genes, scratch.mean);
         const Sums more = positives(b, row, scratch, count);
         nll += more.nll;
-        slope += more.slope;
+        grad += more.grad;
       }
       if constexpr (!kRaw) store(args.values, r, begin, b.n, genes, scratch.values);
       store(args.d_dispersion, r, begin, b.n, genes, scratch.d_dispersion);
@@ -405,8 +405,8 @@ struct Kernel {
       if constexpr (!kRaw) store(args.d_mean, r, begin, b.n, genes, scratch.d_mean);
     }
     args.row_nll[r] = nll;
-    if (args.d_library) args.d_library[r] = static_cast<double>(row.weight) * slope / args.library[r];
-    if (kRaw && args.d_mean.data) through_softmax(args, r, row, slope, scratch);
+    if (args.d_library) args.d_library[r] = static_cast<double>(row.weight) * grad / args.library[r];
+    if (kRaw && args.d_mean.data) through_softmax(args, r, row, grad, scratch);
     if (args.starts)
       for (int64_t i = args.starts[source]; i < args.starts[source + 1]; ++i) scratch.target[args.columns[i]] = 0;
   }
@@ -418,31 +418,31 @@ struct Kernel {
     const double library = args.library[r];
     if (std::isinf(library)) args.row_nll[r] += std::abs(library);
     if (library != 0 || !args.d_library) return;
-    double slope = 0, sum = 0;
+    double grad = 0, sum = 0;
     for (int64_t begin = 0; begin < args.genes; begin += kBlock) {
       const int64_t n = std::min(kBlock, args.genes - begin);
       const C* pi = kInflated ? load(args.zero_logits, r, begin, n, args.genes, scratch.pi) : nullptr;
       for (int64_t i = 0; i < n; ++i) {
         const double e = scratch.exponentials[begin + i];
         sum += e;
-        slope += kInflated ? e / (1 + std::exp(static_cast<double>(pi[i]))) : e;
+        grad += kInflated ? e / (1 + std::exp(static_cast<double>(pi[i]))) : e;
       }
     }
     // That of a count is infinite, and so is its nll.
-    const double of_zeros = args.weight[r * args.weight_stride] * slope / sum;
+    const double of_zeros = args.weight[r * args.weight_stride] * grad / sum;
     if (!std::isinf(args.row_nll[r])) args.d_library[r] = of_zeros;
   }
 
   // By logit g: the derivative by log mu_g, less the share of g in the sum of all.
-  static void through_softmax(const CountArgs& args, int64_t r, const Row<C>& row, double slope, Scratch<C>& scratch) {
-    const V weight(row.weight), factor(static_cast<C>(slope / row.sum));
+  static void through_softmax(const CountArgs& args, int64_t r, const Row<C>& row, double grad, Scratch<C>& scratch) {
+    const V weight(row.weight), factor(static_cast<C>(grad / row.sum));
     for (int64_t begin = 0; begin < args.genes; begin += kBlock) {
       const int64_t n = std::min(kBlock, args.genes - begin);
-      const C *slopes = scratch.slopes.data() + begin, *exponentials = scratch.exponentials.data() + begin;
+      const C *grads = scratch.grads.data() + begin, *exponentials = scratch.exponentials.data() + begin;
       C* out = destination(args.d_mean, r, begin, args.genes, scratch.d_mean);
       for (int64_t i = 0; i < n; i += W) {
         const int64_t lanes = std::min(W, n - i);
-        const V d = (load_lanes(slopes + i, lanes) - load_lanes(exponentials + i, lanes) * factor) * weight;
+        const V d = (load_lanes(grads + i, lanes) - load_lanes(exponentials + i, lanes) * factor) * weight;
         store_lanes(d, out + i, lanes);
       }
       store(args.d_mean, r, begin, n, args.genes, scratch.d_mean);
@@ -457,7 +457,7 @@ struct Kernel {
     at::parallel_for(0, chunks, grain(2 * step * genes), [&](int64_t first, int64_t last) {
       auto scratch = std::make_unique<Scratch<C>>();
       if constexpr (kRaw) scratch->exponentials.resize(genes + kBufferSlack);
-      if (kRaw && args.d_mean.data) scratch->slopes.resize(genes + kBufferSlack);
+      if (kRaw && args.d_mean.data) scratch->grads.resize(genes + kBufferSlack);
       if (args.starts) scratch->target.resize(genes + kBufferSlack);
       for (int64_t chunk = first; chunk < last; ++chunk) {
         C* d_shared = args.d_shared_dispersion ? sums.data() + chunk * genes : nullptr;

@@ -36,7 +36,7 @@ template <class C>
 struct Tile {
   Planes<const C> params;
   Planes<const C> data;  // one plane per channel, in half bins: 2 * level - levels
-  Planes<C> slopes;
+  Planes<C> grads;
   int64_t pixels;
   C weight;
   Ahead results, coming;  // where the gradients will be written, and the params of the next tile
@@ -62,7 +62,7 @@ struct Single {
 
   explicit Single(const LogisticArgs& args) : bins(bins_of<V>(args)), all(bins_of<Two>(args)), channels(args.channels) {}
 
-  template <bool kSlopes>
+  template <bool kGrads>
   double nll(Tile<C>& tile) {
     using P = math::Primitives<V>;
     const V weight(-tile.weight);
@@ -81,10 +81,10 @@ struct Single {
           log_scale.lane[k] = load_lanes(tile.params.at(channels + c, i + k * second), lanes);
         }
         const math::LogMass<Two> mass({n, all}, {distance, log_scale, all}, all);
-        if constexpr (kSlopes) {
+        if constexpr (kGrads) {
           for (int k = 0; k < 2; ++k) {
-            store_lanes(mass.by_middle.lane[k] * bins.levels * weight, tile.slopes.at(c, i + k * second), lanes);
-            store_lanes(mass.by_log_scale.lane[k] * weight, tile.slopes.at(channels + c, i + k * second), lanes);
+            store_lanes(mass.by_middle.lane[k] * bins.levels * weight, tile.grads.at(c, i + k * second), lanes);
+            store_lanes(mass.by_log_scale.lane[k] * weight, tile.grads.at(channels + c, i + k * second), lanes);
           }
         }
         return mass;
@@ -152,36 +152,36 @@ struct Mixture {
 
   explicit Mixture(const LogisticArgs& args) : bins(bins_of<V>(args)), all(bins_of<Each>(args)), K(args.components), first(K), second(K) {}
 
-  template <bool kSlopes>
+  template <bool kGrads>
   double nll(Tile<C>& tile) {
     constexpr std::integral_constant<int64_t, V::size()> whole;
     Sum<C> sum;
     int64_t i = 0;
     // Two vectors are processed at a time, so that work on the second can fill the wait for the last component of the first.
     for (; i + 2 * whole <= tile.pixels; i += 2 * whole) {
-      const V top[2] = {look<kSlopes>(tile, i, whole, first.data()), look<kSlopes>(tile, i + whole, whole, second.data())};
-      sum.add(0, finish<kSlopes>(tile, i, whole, first.data(), top[0]));
-      sum.add(1, finish<kSlopes>(tile, i + whole, whole, second.data(), top[1]));
+      const V top[2] = {look<kGrads>(tile, i, whole, first.data()), look<kGrads>(tile, i + whole, whole, second.data())};
+      sum.add(0, finish<kGrads>(tile, i, whole, first.data(), top[0]));
+      sum.add(1, finish<kGrads>(tile, i + whole, whole, second.data(), top[1]));
     }
     while (i < tile.pixels) {
       const int64_t rest = std::min<int64_t>(whole, tile.pixels - i);
-      sum.add_lanes(finish<kSlopes>(tile, i, rest, first.data(), look<kSlopes>(tile, i, rest, first.data())), rest);
+      sum.add_lanes(finish<kGrads>(tile, i, rest, first.data(), look<kGrads>(tile, i, rest, first.data())), rest);
       i += rest;
     }
     return sum.total();
   }
 
   // Evaluates all components into `components` and returns the highest `linear`.
-  template <bool kSlopes, class Lanes>
+  template <bool kGrads, class Lanes>
   V look(Tile<C>& tile, int64_t i, Lanes lanes, Component* components) {
     Each n;
     for (int c = 0; c < kChannels; ++c) n.lane[c] = load_lanes(tile.data.at(c, i), lanes);
     const math::Level<Each> level(n, all);
-    if (level.any_edge) return look<kSlopes>(tile, i, lanes, components, level, std::true_type());
-    return look<kSlopes>(tile, i, lanes, components, level, std::false_type());
+    if (level.any_edge) return look<kGrads>(tile, i, lanes, components, level, std::true_type());
+    return look<kGrads>(tile, i, lanes, components, level, std::false_type());
   }
 
-  template <bool kSlopes, class Lanes, class Bool>
+  template <bool kGrads, class Lanes, class Bool>
   V look(Tile<C>& tile, int64_t i, Lanes lanes, Component* components, const math::Level<Each>& level, Bool any_edge) {
     using P = math::Primitives<V>;
     const Each& n = level.n;
@@ -194,7 +194,7 @@ struct Mixture {
     const C* of[kChannels];
     for (int c = 0; c < kChannels; ++c) of[c] = logits + (1 + kBlocks * c) * block;
     for (int64_t k = 0; k < K; ++k) {
-      if constexpr (kSlopes) tile.results.fetch(kFetched);
+      if constexpr (kGrads) tile.results.fetch(kFetched);
       tile.coming.fetch(kFetched);
       Component& component = components[k];
       component.logit = load_lanes(logits, lanes) - top_logit;
@@ -217,15 +217,15 @@ struct Mixture {
       for (int c = 0; c < kChannels; ++c) {
         component.linear = component.linear - mass.linear.lane[c];
         component.factor = component.factor * mass.one_over.lane[c];
-        if constexpr (kSlopes) {
+        if constexpr (kGrads) {
           component.by_mean[c] = mass.by_middle.lane[c];
           component.by_log_scale[c] = mass.by_log_scale.lane[c];
         }
       }
-      if constexpr (kSlopes && kChannels == 3) {
-        component.by_coefficient[0] = mass.by_middle.lane[1] * n.lane[0] * tanh.slope.lane[0];
-        component.by_coefficient[1] = mass.by_middle.lane[2] * n.lane[0] * tanh.slope.lane[1];
-        component.by_coefficient[2] = mass.by_middle.lane[2] * n.lane[1] * tanh.slope.lane[2];
+      if constexpr (kGrads && kChannels == 3) {
+        component.by_coefficient[0] = mass.by_middle.lane[1] * n.lane[0] * tanh.grad.lane[0];
+        component.by_coefficient[1] = mass.by_middle.lane[2] * n.lane[0] * tanh.grad.lane[1];
+        component.by_coefficient[2] = mass.by_middle.lane[2] * n.lane[1] * tanh.grad.lane[2];
       }
       top = k == 0 ? component.linear : P::at_least(top, component.linear);
     }
@@ -233,10 +233,10 @@ struct Mixture {
   }
 
   // Writes the gradients, from what `look` left in `components`, and returns the nll.
-  template <bool kSlopes, class Lanes>
+  template <bool kGrads, class Lanes>
   V finish(Tile<C>& tile, int64_t i, Lanes lanes, Component* components, V top) {
     using P = math::Primitives<V>;
-    const int64_t block = K * tile.slopes.stride;
+    const int64_t block = K * tile.grads.stride;
     V weights(0), masses(0);  // the sums of e^logit and of e^(linear - top) * factor
     for (int64_t k = 0; k < K; ++k) {
       Component& component = components[k];
@@ -247,12 +247,12 @@ struct Mixture {
     }
     const V value = (weights / masses).log() - top;
 
-    if constexpr (kSlopes) {
+    if constexpr (kGrads) {
       const V weight(tile.weight), prior = weight / weights, posterior = weight / masses;
       for (int64_t k = 0; k < K; ++k) {
         const Component& component = components[k];
         const V share = P::neg(component.factor * posterior), by_mean = share * bins.levels;
-        C* to = tile.slopes.at(k, i);
+        C* to = tile.grads.at(k, i);
         store_lanes(P::fma(component.logit, prior, share), to, lanes);
         to += block;
         for (int c = 0; c < kChannels; ++c, to += kBlocks * block) {
@@ -343,20 +343,20 @@ void run(const LogisticArgs& args) {
   constexpr int64_t kTile = Model::kTile;
   const int64_t planes = Model::planes(args);
   const int64_t blocks = (args.pixels + Model::kPixels - 1) / Model::kPixels, tasks = args.rows * blocks;
-  const bool wanted = args.slopes.data != nullptr;
+  const bool wanted = args.grads.data != nullptr;
   const auto dense = [&](const auto& view) { return Model::kInPlace && !args.alternate && view.type == dtype_of<C>(); };
   std::vector<double> sums(tasks);
 
   at::parallel_for(0, tasks, grain(std::min(args.pixels, Model::kPixels) * planes), [&](int64_t first, int64_t last) {
     Model model(args);
-    std::vector<C> params(dense(args.params) ? 0 : planes * kTile), slopes(!wanted || dense(args.slopes) ? 0 : planes * kTile);
+    std::vector<C> params(dense(args.params) ? 0 : planes * kTile), grads(!wanted || dense(args.grads) ? 0 : planes * kTile);
     std::vector<C> data(args.channels * kTile), line(args.alternate ? planes : 0);
     for (int64_t task = first; task < last; ++task) {
       const int64_t row = task / blocks, end = std::min(args.pixels, (task % blocks + 1) * Model::kPixels);
       double sum = 0;
       for (int64_t begin = task % blocks * Model::kPixels; begin < end; begin += kTile) {
         const int64_t n = std::min(kTile, end - begin);
-        Tile<C> tile{{params.data(), kTile}, {data.data(), kTile}, {slopes.data(), kTile}, n, 0, {}, {}};
+        Tile<C> tile{{params.data(), kTile}, {data.data(), kTile}, {grads.data(), kTile}, n, 0, {}, {}};
         tile.weight = static_cast<C>(args.weight[row * args.weight_stride]);
         if (dense(args.params))
           tile.params = {static_cast<const C*>(args.params.data) + row * args.params.row_stride + begin, args.pixels};
@@ -372,11 +372,11 @@ void run(const LogisticArgs& args) {
           sum += model.template nll<false>(tile);
           continue;
         }
-        const bool there = dense(args.slopes);
-        if (there) tile.slopes = {static_cast<C*>(args.slopes.data) + row * args.slopes.row_stride + begin, args.pixels};
-        else if (!args.alternate) tile.results = ahead(args.slopes, row, begin, n, planes, args.pixels);
+        const bool there = dense(args.grads);
+        if (there) tile.grads = {static_cast<C*>(args.grads.data) + row * args.grads.row_stride + begin, args.pixels};
+        else if (!args.alternate) tile.results = ahead(args.grads, row, begin, n, planes, args.pixels);
         sum += model.template nll<true>(tile);
-        if (!there) scatter<Model>(slopes.data(), args.slopes, row, begin, n, planes, args.pixels, args.alternate, line.data());
+        if (!there) scatter<Model>(grads.data(), args.grads, row, begin, n, planes, args.pixels, args.alternate, line.data());
       }
       sums[task] = sum;
     }

@@ -14,11 +14,11 @@ namespace fastvae::cpu::FASTVAE_ISA {
 namespace {
 
 struct BlockSums {
-  double nll, pull;
+  double nll, scale_grad;
 };
 
 // Whose `element` is the whole of an element's value: there is neither a normaliser nor a logarithm to come. These alone give values, and
-// so long an element is compiled as rarely as may be: in no turns of four, and slopes or not by the pointers.
+// so long an element is compiled as rarely as may be: in no turns of four, and grads or not by the pointers.
 template <class L>
 constexpr bool kWhole = false;
 template <>
@@ -41,10 +41,10 @@ double at_ends(const C* const (&param)[kMaxParams], const C* target, const Vec<C
   return sum.total();
 }
 
-// n elements: returns the sums; slope[i] (null: not wanted) receives the weighted derivatives,
+// n elements: returns the sums; grad[i] (null: not wanted) receives the weighted derivatives,
 // values[i] the weighted values. What was computed quickly may be worth nothing: then the first sum is NaN.
-template <class L, class C, bool kSlopes, bool kQuick>
-BlockSums block_as(const C* const (&param)[kMaxParams], const C* target, C* const (&slope)[kMaxParams], C* values,
+template <class L, class C, bool kGrads, bool kQuick>
+BlockSums block_as(const C* const (&param)[kMaxParams], const C* target, C* const (&grad)[kMaxParams], C* values,
                 const double* constants, double weight, int64_t n) {
   using V = Vec<C>;
   using P = math::Primitives<V>;
@@ -53,7 +53,7 @@ BlockSums block_as(const C* const (&param)[kMaxParams], const C* target, C* cons
   for (int i = 0; i < L::constants; ++i) constant[i] = V(static_cast<C>(constants[i]));
   if constexpr (math::has_scale<L>) constant[0] = V(math::bounded_root(static_cast<C>(constants[0])));
   const V w(static_cast<C>(weight));
-  Sum<C> sum, pull;
+  Sum<C> sum, scale_grad;
   // As few as hold the factors of a block: a fold costs as much as some elements.
   constexpr int kLogs = sizeof(C) == 8 ? 1 : kBlock / W <= 64 ? 1 : kBlock / W <= 128 ? 2 : 4;
   static_assert(sizeof(C) == 8 || kBlock / W / kLogs + 4 < math::Log1pSum<V>::most);
@@ -67,17 +67,17 @@ BlockSums block_as(const C* const (&param)[kMaxParams], const C* target, C* cons
     V value;
     if constexpr (kQuick) {
       value = L::quick(p, t, constant, d, lowest);
-    } else if constexpr (L::has_pull) {
-      V pulled;
-      value = L::element(p, t, constant, d, logs, pulled);
-      pull.add(slot, pulled);
+    } else if constexpr (L::has_scale_grad) {
+      V own_scale_grad;
+      value = L::element(p, t, constant, d, logs, own_scale_grad);
+      scale_grad.add(slot, own_scale_grad);
     } else {
       value = L::element(p, t, constant, d, logs);
     }
     if (kWhole<L> && values) store_lanes(value * w, values + i, lanes);
-    if constexpr (kSlopes) {
+    if constexpr (kGrads) {
       for (int k = 0; k < L::params; ++k)
-        if (slope[k]) store_lanes(d[k] * w, slope[k] + i, lanes);
+        if (grad[k]) store_lanes(d[k] * w, grad[k] + i, lanes);
     }
     return value;
   };
@@ -89,7 +89,7 @@ BlockSums block_as(const C* const (&param)[kMaxParams], const C* target, C* cons
     // Left to itself the processor, its window filled with the arithmetic of a step, waits for memory afterwards and not meanwhile.
     for (int k = 0; k < L::params; ++k) {
       prefetch(param[k] + i + kAhead, 4 * W * sizeof(C));
-      if (kSlopes && slope[k]) prefetch(slope[k] + i + kAhead, 4 * W * sizeof(C));
+      if (kGrads && grad[k]) prefetch(grad[k] + i + kAhead, 4 * W * sizeof(C));
     }
     prefetch(target + i + kAhead, 4 * W * sizeof(C));
     V value[4];
@@ -112,48 +112,48 @@ BlockSums block_as(const C* const (&param)[kMaxParams], const C* target, C* cons
   if constexpr (math::has_ends<L, V>) {
     if (std::isnan(total)) total = at_ends<L, C>(param, target, constant, n);
   }
-  return {total, L::has_pull ? pull.total() : 0};
+  return {total, L::has_scale_grad ? scale_grad.total() : 0};
 }
 
-template <class L, class C, bool kSlopes>
-BlockSums block(const C* const (&param)[kMaxParams], const C* target, C* const (&slope)[kMaxParams], C* values,
+template <class L, class C, bool kGrads>
+BlockSums block(const C* const (&param)[kMaxParams], const C* target, C* const (&grad)[kMaxParams], C* values,
                 const double* constants, double weight, int64_t n) {
   if constexpr (math::has_quick<L, Vec<C>>) {
-    const BlockSums sums = block_as<L, C, kSlopes, true>(param, target, slope, values, constants, weight, n);
+    const BlockSums sums = block_as<L, C, kGrads, true>(param, target, grad, values, constants, weight, n);
     if (!std::isnan(sums.nll)) return sums;
   }
-  return block_as<L, C, kSlopes, false>(param, target, slope, values, constants, weight, n);
+  return block_as<L, C, kGrads, false>(param, target, grad, values, constants, weight, n);
 }
 
 template <class L, class C>
 void run(const NllArgs& args) {
   const int64_t blocks = (args.size + kBlock - 1) / kBlock, tasks = args.rows * blocks;
   bool wanted = false;
-  for (int k = 0; k < L::params; ++k) wanted |= args.slopes[k].data != nullptr;
+  for (int k = 0; k < L::params; ++k) wanted |= args.grads[k].data != nullptr;
   std::vector<double> partial(blocks > 1 ? tasks : 0);
   double* sums = blocks > 1 ? partial.data() : args.row_nll;
-  const bool has_pull = L::has_pull && args.row_pull;
-  std::vector<double> partial_pull(has_pull && blocks > 1 ? tasks : 0);
-  double* pulls = blocks > 1 ? partial_pull.data() : args.row_pull;
+  const bool has_scale_grad = L::has_scale_grad && args.row_scale_grad;
+  std::vector<double> partial_scale_grad(has_scale_grad && blocks > 1 ? tasks : 0);
+  double* scale_grads = blocks > 1 ? partial_scale_grad.data() : args.row_scale_grad;
 
   at::parallel_for(0, tasks, grain(std::min(args.size, kBlock)), [&](int64_t first, int64_t last) {
-    Buffer<C> param_buffer[L::params], target_buffer, slope_buffer[L::params], value_buffer;
+    Buffer<C> param_buffer[L::params], target_buffer, grad_buffer[L::params], value_buffer;
     for (int64_t task = first; task < last; ++task) {
       const int64_t row = task / blocks, begin = task % blocks * kBlock, n = std::min(kBlock, args.size - begin);
       const C* param[kMaxParams] = {};
-      C* slope[kMaxParams] = {};
+      C* grad[kMaxParams] = {};
       for (int k = 0; k < L::params; ++k) {
         param[k] = load(args.params[k], row, begin, n, args.size, param_buffer[k]);
-        slope[k] = destination(args.slopes[k], row, begin, args.size, slope_buffer[k]);
+        grad[k] = destination(args.grads[k], row, begin, args.size, grad_buffer[k]);
       }
       const C* target = load(args.target, target_row(args, row), begin, n, args.size, target_buffer);
       C* values = kWhole<L> ? destination(args.values, row, begin, args.size, value_buffer) : nullptr;
       const double weight = args.weight[row * args.weight_stride];
-      const BlockSums of_block = wanted || kWhole<L> ? block<L, C, true>(param, target, slope, values, args.constants, weight, n)
-                                                    : block<L, C, kWhole<L>>(param, target, slope, values, args.constants, weight, n);
+      const BlockSums of_block = wanted || kWhole<L> ? block<L, C, true>(param, target, grad, values, args.constants, weight, n)
+                                                    : block<L, C, kWhole<L>>(param, target, grad, values, args.constants, weight, n);
       sums[task] = of_block.nll;
-      if (has_pull) pulls[task] = of_block.pull;
-      for (int k = 0; k < L::params; ++k) store(args.slopes[k], row, begin, n, args.size, slope_buffer[k]);
+      if (has_scale_grad) scale_grads[task] = of_block.scale_grad;
+      for (int k = 0; k < L::params; ++k) store(args.grads[k], row, begin, n, args.size, grad_buffer[k]);
       if (kWhole<L>) store(args.values, row, begin, n, args.size, value_buffer);
     }
   });
@@ -167,12 +167,12 @@ void run(const NllArgs& args) {
     }
   };
   add_up(sums, args.row_nll);
-  if (has_pull) add_up(pulls, args.row_pull);
+  if (has_scale_grad) add_up(scale_grads, args.row_scale_grad);
 }
 
 template <class L, class C>
 void run_by_scale(const NllArgs& args) {
-  if constexpr (math::has_scale<L> && !L::has_pull) {
+  if constexpr (math::has_scale<L> && !L::has_scale_grad) {
     if (std::isinf(static_cast<C>(args.constants[1]))) return run<math::ByRoot<L>, C>(args);
   }
   run<L, C>(args);

@@ -58,7 +58,7 @@ enum class Element : int8_t {
 #include "../likelihoods.def"
 };
 
-// row_nll[r] is the sum of the element's values over the row. slopes[i], if requested, is the derivative of each element times
+// row_nll[r] is the sum of the element's values over the row. grads[i], if requested, is the derivative of each element times
 // weight[r * weight_stride].
 struct NllArgs {
   Element element;
@@ -68,12 +68,12 @@ struct NllArgs {
   Operand target;
   int64_t target_rows;  // see target_row
   double constants[kMaxConstants];
-  Result slopes[kMaxParams];
+  Result grads[kMaxParams];
   const double* weight;
   int64_t weight_stride;
   double* row_nll;
-  // For an Element that has_pull, the sum of (params[0] - target) times the unweighted derivative; may be null.
-  double* row_pull;
+  // For an Element that has_scale_grad, the sum of (params[0] - target) times the unweighted derivative; may be null.
+  double* row_scale_grad;
   // The weighted value of each element; null data if not requested. Supported only where `element` gives the complete value.
   Result values;
 };
@@ -105,7 +105,7 @@ struct CountArgs {
 };
 
 // The logits have shape (rows, positions, classes), where positions and classes are dense. The views describe the first position, and
-// slopes are dense. A position whose target is `ignored` adds nothing.
+// grads are dense. A position whose target is `ignored` adds nothing.
 struct CategoricalArgs {
   bool in_double;
   int64_t rows, positions, classes;
@@ -115,13 +115,13 @@ struct CategoricalArgs {
   int64_t target_rows;  // see target_row
   int64_t target_row_stride;
   int64_t ignored;
-  Result slopes;  // null data if not requested
+  Result grads;  // null data if not requested
   const double* weight;
   int64_t weight_stride;
   double* row_nll;
 };
 
-// The discretised logistic (components == 0) and mixtures of it with 1 or 3 channels. params and slopes consist of planes of `pixels`
+// The discretised logistic (components == 0) and mixtures of it with 1 or 3 channels. params and grads consist of planes of `pixels`
 // elements; the structs in discretized.cpp list the planes. In memory, the planes are stored one after another or, if `alternate`,
 // interleaved at every pixel (channels_last). The same holds for the target's channels.
 struct LogisticArgs {
@@ -131,7 +131,7 @@ struct LogisticArgs {
   Operand params;
   Operand target;  // u8: levels
   int64_t target_rows;  // see target_row
-  Result slopes;   // null data if not requested
+  Result grads;   // null data if not requested
   const double* weight;
   int64_t weight_stride;
   double* row_nll;

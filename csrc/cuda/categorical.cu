@@ -15,7 +15,7 @@ int unit_of(const CategoricalArgs& args) {
     view.run_stride = 0;
     return allows(view, args.classes, unit);
   };
-  return wide(args.params[0]) && wide(args.slopes[0]) ? unit : 1;
+  return wide(args.params[0]) && wide(args.grads[0]) ? unit : 1;
 }
 
 TilePlan plan_for(const CategoricalArgs& args) {
@@ -123,16 +123,16 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
         others.top = top;
       }
       others = group_total(others, plan.lanes, total_scratch);
-      T* slopes = static_cast<T*>(args.slopes[0].data);
-      if (slopes) slopes += row * args.slopes[0].row_stride + position * args.classes;
+      T* grads = static_cast<T*>(args.grads[0].data);
+      if (grads) grads += row * args.grads[0].row_stride + position * args.classes;
       if (!counted) {
-        if (!inside || !slopes) continue;
+        if (!inside || !grads) continue;
 #pragma unroll 1
         for (uint32_t i = uint32_t(lane) * N; i < classes; i += step) {
           Pack<T, N> pack;
           C zero[N] = {};
           pack.fill(zero);
-          pack.store(slopes + i);
+          pack.store(grads + i);
         }
         continue;
       }
@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
       const C a = exists ? static_cast<C>(widened(__ldg(logits + own))) : C(NAN);
       const C top = others.top < a ? a : others.top, rest = others.sum * P::exp(others.top - top), total = P::exp(a - top) + rest;
       if (lane == 0) sum += static_cast<double>(top - a) + static_cast<double>(a >= others.top ? P::log1p(rest) : P::log(total));
-      if (!slopes) continue;
-      const C scale = weight / total, own_slope = -(weight * (rest / total));
+      if (!grads) continue;
+      const C scale = weight / total, own_grad = -(weight * (rest / total));
 #pragma unroll 1
       for (uint32_t i = uint32_t(lane) * N; i < classes; i += step * kUnroll) {
         Pack<T, N> packs[kUnroll];
@@ -152,15 +152,15 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
           if (i + u * step >= classes) break;
-          C slope[N];
+          C grad[N];
 #pragma unroll
           for (int j = 0; j < N; ++j) {
             const C p = P::exp_bounded(widened(packs[u].value[j]) - top) * scale;
-            slope[j] = i + u * step + j == own ? own_slope : p;
+            grad[j] = i + u * step + j == own ? own_grad : p;
           }
           Pack<T, N> pack;
-          pack.fill(slope);
-          pack.store(slopes + (i + u * step));
+          pack.fill(grad);
+          pack.store(grads + (i + u * step));
         }
       }
     }

@@ -55,12 +55,12 @@ struct Component {
       C distance = P::fma(-widened(raw[1 + c * kBlocks]), bins.levels, n[c]);
       // The mean of channel 1 depends on channel 0 through the first coefficient, and that of channel 2 on channels 0 and 1 through the
       // other two.
-      C slope[2];
+      C grad[2];
 #pragma unroll
       for (int k = 0; k < c; ++k) {
         const math::Tanh<C> tanh(widened(raw[1 + (c + k - 1) * kBlocks + 2]));
         distance = P::fma(-tanh.value, n[k], distance);
-        slope[k] = tanh.slope;
+        grad[k] = tanh.grad;
       }
       const math::LogMass<C> mass({n[c], bins}, {distance, widened(raw[2 + c * kBlocks]), bins}, bins);
       linear -= mass.linear;
@@ -68,7 +68,7 @@ struct Component {
       by_mean[c] = mass.by_middle * bins.levels;
       by_log_scale[c] = mass.by_log_scale;
 #pragma unroll
-      for (int k = 0; k < c; ++k) by_coefficient[c + k - 1] = mass.by_middle * n[k] * slope[k];
+      for (int k = 0; k < c; ++k) by_coefficient[c + k - 1] = mass.by_middle * n[k] * grad[k];
     }
   }
 
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, mixture_resident(kChannels, sizeof(T
   const int64_t plane_step = args.alternate ? 1 : args.pixels, pixel_step = args.alternate ? planes : 1;
   const int64_t channel_step = plane_step, data_step = args.alternate ? kChannels : 1;
   const T* params = static_cast<const T*>(args.params[0].data);
-  T* slopes = static_cast<T*>(args.slopes[0].data);
+  T* grads = static_cast<T*>(args.grads[0].data);
   const uint8_t* target = static_cast<const uint8_t*>(args.target.data);
   C constants[kMaxConstants];
 #pragma unroll
@@ -205,9 +205,9 @@ __global__ void __launch_bounds__(kThreads, mixture_resident(kChannels, sizeof(T
         all.store(whole + thread);
       }
       __syncthreads();
-      if (inside && slopes) {
+      if (inside && grads) {
         const Mixed<C> all(whole + place);
-        T* to = slopes + (row * args.slopes[0].row_stride + there + (k - slot) * plane_step);
+        T* to = grads + (row * args.grads[0].row_stride + there + (k - slot) * plane_step);
 #pragma unroll 1
         while (true) {
           const C share = -(one.factor * P::exp_bounded(all.above(one.logit, one.linear)) * all.masses);

@@ -87,22 +87,22 @@ struct Data<Any, C, 1, U> {
   FASTVAE_DEVICE C value(int u, int) const { return values[u]; }
 };
 
-// The elements of part of a row, as far as they are this thread's: the sum of their nll less the normaliser. Writes the slopes.
+// The elements of part of a row, as far as they are this thread's: the sum of their nll less the normaliser. Writes the grads.
 template <class L, class T, class D, int N>
 FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int lane, int lanes,
-                                      const Compute<T>* constants, Compute<T> factor, const Runs& runs, Compute<T>& pull) {
+                                      const Compute<T>* constants, Compute<T> factor, const Runs& runs, Compute<T>& scale_grad) {
   using C = Compute<T>;
   constexpr int U = unroll(L::params, N);
   constexpr bool kRuns = L::params > 1;  // of a packed head
   const int64_t row = part.row, begin = part.begin;
   const uint32_t count = part.count;
   const T* param[L::params];
-  T* slope[L::params];
+  T* grad[L::params];
 #pragma unroll
   for (int k = 0; k < L::params; ++k) {
     param[k] = static_cast<const T*>(args.params[k].data) + row * args.params[k].row_stride + (kRuns ? 0 : begin);
-    slope[k] = static_cast<T*>(args.slopes[k].data);
-    if (slope[k]) slope[k] += row * args.slopes[k].row_stride + (kRuns ? 0 : begin);
+    grad[k] = static_cast<T*>(args.grads[k].data);
+    if (grad[k]) grad[k] += row * args.grads[k].row_stride + (kRuns ? 0 : begin);
   }
   const int64_t target_begin = cpu::target_row(args, row) * args.target.row_stride + begin;
   const char* target = static_cast<const char*>(args.target.data) + target_begin * cpu::item_size(args.target.type);
@@ -126,7 +126,7 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (i + u * step >= count) break;
-      C slopes[L::params][N];
+      C grads[L::params][N];
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         C p[L::params], d[L::params];
@@ -134,10 +134,10 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
         for (int k = 0; k < L::params; ++k) p[k] = widened(params[k][u].value[j]);
         const C t = data.value(u, j);
         C value;
-        if constexpr (L::has_pull) {
-          C pulled;
-          value = L::element(p, t, constants, d, logs, pulled);
-          pull += pulled;
+        if constexpr (L::has_scale_grad) {
+          C own_scale_grad;
+          value = L::element(p, t, constants, d, logs, own_scale_grad);
+          scale_grad += own_scale_grad;
         } else {
           value = L::element(p, t, constants, d, logs);
         }
@@ -146,14 +146,14 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
         }
         sum += value;
 #pragma unroll
-        for (int k = 0; k < L::params; ++k) slopes[k][j] = d[k] * factor;
+        for (int k = 0; k < L::params; ++k) grads[k][j] = d[k] * factor;
       }
 #pragma unroll
       for (int k = 0; k < L::params; ++k) {
-        if (!slope[k]) continue;
+        if (!grad[k]) continue;
         Pack<T, N> pack;
-        pack.fill(slopes[k]);
-        pack.store(slope[k] + place(u));
+        pack.fill(grads[k]);
+        pack.store(grad[k] + place(u));
       }
     }
     static_assert(N * U <= Logs<L, C>::most, "more factors than it can hold");
@@ -164,9 +164,9 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
 
 // What is written of a row whose elements sum up to `value`; returns its part of the loss.
 template <class L, class C>
-FASTVAE_DEVICE double finish_row(const NllArgs& args, int64_t row, double value, double pull, C normaliser, double weighted_kl) {
+FASTVAE_DEVICE double finish_row(const NllArgs& args, int64_t row, double value, double scale_grad, C normaliser, double weighted_kl) {
   if constexpr (math::has_scale<L>) {
-    if (args.scalar_rows.data) put(args.scalar_rows, row, L::scalar_slope(static_cast<double>(args.size), value, pull));
+    if (args.scalar_rows.data) put(args.scalar_rows, row, L::scalar_grad(static_cast<double>(args.size), value, scale_grad));
   }
   return put_row(args, row, value + static_cast<double>(args.size) * static_cast<double>(normaliser), weighted_kl);
 }
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T), N))
   FASTVAE_SHARED(C, row_scratch, 2 * kThreads / kWarp);
   FASTVAE_SHARED(double, loss_scratch, kThreads / kWarp);
   const int lane = threadIdx.x & (plan.lanes - 1);
-  const bool values = args.loss.data, pulls = L::has_pull && args.scalar_rows.data;
+  const bool values = args.loss.data, scale_grads = L::has_scale_grad && args.scalar_rows.data;
 
   math::Normaliser<C> same = {static_cast<C>(args.normaliser), {}};
 #pragma unroll
@@ -195,31 +195,31 @@ __global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T), N))
   for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
     const Part part(plan, item, args.size);
     const int64_t row = part.row;
-    C sum(0), pull(0);
+    C sum(0), scale_grad(0);
     double kl = 0;
     if (row < args.rows) {
       if (values && lane == 0 && plan.splits == 1) kl = kl_of(args, row);
       C factor = static_cast<C>(args.weight);
       if (args.grad_loss.data || args.grad_nll.data)
         factor = static_cast<C>(row_factor(args.grad_loss, args.grad_nll, args.weight, row));
-      sum = part_of_row<L, T, D, N>(args, part, lane, plan.lanes, same.constants, factor, place, pull);
+      sum = part_of_row<L, T, D, N>(args, part, lane, plan.lanes, same.constants, factor, place, scale_grad);
     }
     if (!values) continue;
     sum = group_sum(sum, plan.lanes, row_scratch + (turn ^= kThreads / kWarp));
-    if (pulls) pull = group_sum(pull, plan.lanes, row_scratch + (turn ^= kThreads / kWarp));
+    if (scale_grads) scale_grad = group_sum(scale_grad, plan.lanes, row_scratch + (turn ^= kThreads / kWarp));
     if (lane != 0 || row >= args.rows) continue;
     if (plan.splits > 1) {
       C* partials = static_cast<C*>(args.workspace.scratch);
       partials[item] = sum;
-      if (pulls) partials[plan.items + item] = pull;
+      if (scale_grads) partials[plan.items + item] = scale_grad;
     } else {
-      loss += finish_row<L>(args, row, sum, pull, same.per_element, beta * kl);
+      loss += finish_row<L>(args, row, sum, scale_grad, same.per_element, beta * kl);
     }
   }
   if (values)
-    finish<C>(args, plan, pulls, loss, loss_scratch,
-              [&](int64_t row, double sum, double pull) {
-                return finish_row<L>(args, row, sum, pull, same.per_element, beta * kl_of(args, row));
+    finish<C>(args, plan, scale_grads, loss, loss_scratch,
+              [&](int64_t row, double sum, double scale_grad) {
+                return finish_row<L>(args, row, sum, scale_grad, same.per_element, beta * kl_of(args, row));
               });
 }
 
@@ -235,7 +235,7 @@ int unit_of(const NllArgs& args) {
   constexpr bool levels = std::is_same_v<L, math::DiscretizedLogistic>;  // of a single type
   const int unit = widest<L>(cpu::item_size(args.params[0].type));
   bool wide = (levels || !counts(args.target.type)) && allows(args.target, args.size, unit);
-  for (int k = 0; k < kMaxParams; ++k) wide &= allows(args.params[k], args.size, unit) && allows(args.slopes[k], args.size, unit);
+  for (int k = 0; k < kMaxParams; ++k) wide &= allows(args.params[k], args.size, unit) && allows(args.grads[k], args.size, unit);
   return wide ? unit : 1;
 }
 

@@ -40,10 +40,10 @@ struct Workspace {
 // Results per row are fp64 if the params are, and fp32 otherwise.
 //   nll[r]         = sum of the row's elements + size * normaliser
 //   loss           = nll[r] + beta kl[r] for each row, or, if `reduced`, weight times their sum
-//   slopes[i]      = d element / d params[i], times `weight`; if grad_loss or grad_nll is given, times
+//   grads[i]      = d element / d params[i], times `weight`; if grad_loss or grad_nll is given, times
 //                    weight * grad_loss[r] + grad_nll[r] instead, where one that is not given counts as 0
 //   scalar_rows[r] = d nll[r] / d scalar
-// A packed head has two views with the same runs for its params, and two for its slopes. Each row of the target is a single run.
+// A packed head has two views with the same runs for its params, and two for its grads. Each row of the target is a single run.
 struct NllArgs {
   Element element = Element::bernoulli;
   int64_t rows = 0, size = 0;
@@ -53,17 +53,17 @@ struct NllArgs {
   double constants[kMaxConstants] = {};  // as computed by csrc/ops/likelihood_table.h; for a scale of 1 if `scalar` is given
   double normaliser = 0;                 // per element
   Numbers scalar;                        // a learned log-scale (for the Gaussian, log-variance) for all elements
-  Result slopes[kMaxParams];
+  Result grads[kMaxParams];
   double weight = 1;
   Numbers grad_loss, grad_nll;
   Numbers kl, beta;
   bool reduced = false;
-  Output loss;  // null data if only the slopes are requested
+  Output loss;  // null data if only the grads are requested
   Output nll, scalar_rows;
   Workspace workspace;
 };
 
-// Mixtures of discretised logistics with 1 or 3 channels. The rows of params[0], slopes[0] and the target (u8) are dense and consist of
+// Mixtures of discretised logistics with 1 or 3 channels. The rows of params[0], grads[0] and the target (u8) are dense and consist of
 // planes, which are stored one after another or, if `alternate`, interleaved at every pixel (channels_last). size = channels * pixels;
 // the constants are those of math::DiscretizedLogistic.
 struct MixtureArgs : NllArgs {
@@ -71,7 +71,7 @@ struct MixtureArgs : NllArgs {
   bool alternate = false;
 };
 
-// The rows of params[0] and slopes[0] are dense logits (positions, classes), and those of the target are class numbers (i64). A position
+// The rows of params[0] and grads[0] are dense logits (positions, classes), and those of the target are class numbers (i64). A position
 // whose target is `ignored` adds nothing; one whose target is not a class gives NaN. size = positions.
 struct CategoricalArgs : NllArgs {
   int64_t positions = 0, classes = 0, ignored = 0;

@@ -22,10 +22,10 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T), kPrior))
   const NoiseKey key(args.noise);
   const math::PhiloxKeys keys(key.seed);
   const int64_t draws = args.grad_z.data ? args.draws : 0;
-  // Not 0 times the slopes of a KL that nobody asked for, which may overflow.
+  // Not 0 times the grads of a KL that nobody asked for, which may overflow.
   const bool with_kl = args.grad_kl.data || args.element_grad_kl.data;
   const bool by_z_too = draws > 0;
-  const auto add_kl = [&](C w, C slope, C sum) { return with_kl ? P::fma(w, slope, sum) : sum; };
+  const auto add_kl = [&](C w, C grad, C sum) { return with_kl ? P::fma(w, grad, sum) : sum; };
 
   for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
     const Part part(plan, item, args.size);

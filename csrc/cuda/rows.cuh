@@ -67,10 +67,10 @@ FASTVAE_DEVICE double finish_item(const NllArgs& args, const TilePlan& plan, int
 }
 
 // All threads of a block call this when its items are done. If rows are split, the sums of the splits (of type C) are in the scratch,
-// one per item, and if `pulls`, as many further sums follow them; otherwise `loss` is this thread's part of the loss.
-// finish_row(row, sum, pull) writes the results of a row and returns its part of the loss.
+// one per item, and if `scale_grads`, as many further sums follow them; otherwise `loss` is this thread's part of the loss.
+// finish_row(row, sum, scale_grad) writes the results of a row and returns its part of the loss.
 template <class C, class F>
-FASTVAE_DEVICE void finish(const NllArgs& args, const Plan& plan, bool pulls, double loss, double* loss_scratch, const F& finish_row) {
+FASTVAE_DEVICE void finish(const NllArgs& args, const Plan& plan, bool scale_grads, double loss, double* loss_scratch, const F& finish_row) {
   if (plan.splits > 1) {
     // The last block adds up the splits of all rows.
     if (!is_last_block(args.workspace.counter, gridDim.x)) return;
@@ -88,8 +88,8 @@ FASTVAE_DEVICE void finish(const NllArgs& args, const Plan& plan, bool pulls, do
         }
         return group_sum(sum, lanes, static_cast<double*>(nullptr));
       };
-      const double sum = total(partials), pull = pulls ? total(partials + plan.items) : 0;
-      if (first == 0 && row < args.rows) loss += finish_row(row, sum, pull);
+      const double sum = total(partials), scale_grad = scale_grads ? total(partials + plan.items) : 0;
+      if (first == 0 && row < args.rows) loss += finish_row(row, sum, scale_grad);
     }
     if (args.reduced) {
       loss = group_sum(loss, kThreads, loss_scratch);

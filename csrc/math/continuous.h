@@ -10,14 +10,14 @@ struct Bernoulli {
   static constexpr int params = 1;
   static constexpr int constants = 0;
   static constexpr bool has_log1p = true;
-  static constexpr bool has_pull = false;
+  static constexpr bool has_scale_grad = false;
 
   template <class V>
-  static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params], Log1pSum<V>& logs) {
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&grad)[params], Log1pSum<V>& logs) {
     using P = Primitives<V>;
     const V a = param[0];
     const V e = P::exp_bounded(P::neg_abs(a)), one_plus_e = V(1) + e;
-    slope[0] = P::divide(P::if_negative(a, e, V(1)), one_plus_e) - t;
+    grad[0] = P::divide(P::if_negative(a, e, V(1)), one_plus_e) - t;
     logs.add(e, one_plus_e);
     if constexpr (P::vectors) return P::fnma(a, t, P::relu(a));
     // a times what lies between t and the end that a is sure of: 0 where it is right, even if it is infinite. Vectors have `at_ends`.
@@ -43,26 +43,26 @@ struct Gaussian {
   static constexpr int params = 1;
   static constexpr int constants = 2;  // the root of 1 / s, 1 / s
   static constexpr bool has_log1p = false;
-  static constexpr bool has_pull = false;
+  static constexpr bool has_scale_grad = false;
 
   template <class V>
-  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
-    if constexpr (!Primitives<V>::vectors) return by_root(param, t, constant, slope);
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&grad)[params], Log1pSum<V>&) {
+    if constexpr (!Primitives<V>::vectors) return by_root(param, t, constant, grad);
     const V scaled = (param[0] - t) * constant[1];
-    slope[0] = scaled * constant[1];
+    grad[0] = scaled * constant[1];
     return V(0.5f) * scaled * scaled;
   }
 
   template <class V>
-  static FASTVAE_HD V by_root(const V (&param)[params], V t, const V* constant, V (&slope)[params]) {
+  static FASTVAE_HD V by_root(const V (&param)[params], V t, const V* constant, V (&grad)[params]) {
     const V root = constant[0], scaled = (param[0] - t) * root * root;
-    slope[0] = scaled * root * root;
+    grad[0] = scaled * root * root;
     return V(0.5f) * scaled * scaled;
   }
 
   static constexpr double scale_share = 0.5;  // of log s^2
   template <class C>
-  static FASTVAE_HD C scalar_slope(C size, C nll, C) {
+  static FASTVAE_HD C scalar_grad(C size, C nll, C) {
     return C(0.5) * size - nll;
   }
 };
@@ -72,33 +72,33 @@ struct GaussianPerElement {
   static constexpr int params = 2;  // mean, logvar
   static constexpr int constants = 0;
   static constexpr bool has_log1p = false;
-  static constexpr bool has_pull = false;
+  static constexpr bool has_scale_grad = false;
 
   template <class V>
-  static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params], Log1pSum<V>&) {
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&grad)[params], Log1pSum<V>&) {
     using P = Primitives<V>;
     const V root = inverse_root(V(0.5f) * param[1]), scaled = (param[0] - t) * root * root;
     const V half_square = V(0.5f) * scaled * scaled;
-    slope[0] = scaled * root * root;
-    slope[1] = V(0.5f) - half_square;
+    grad[0] = scaled * root * root;
+    grad[1] = V(0.5f) - half_square;
     return P::fma(V(0.5f), beside(param[1], half_square), half_square);
   }
 
   template <class V>
-  static FASTVAE_HD V quick(const V (&param)[params], V t, const V*, V (&slope)[params], V& lowest) {
+  static FASTVAE_HD V quick(const V (&param)[params], V t, const V*, V (&grad)[params], V& lowest) {
     using P = Primitives<V>;
     lowest = P::at_most(lowest, param[1]);
-    return P::fma(V(0.5f), param[1], half_square(param[0] - t, param[1], slope));
+    return P::fma(V(0.5f), param[1], half_square(param[0] - t, param[1], grad));
   }
   template <class V>
   static constexpr auto quick_from = 2 * lowest_log<V>();
 
   // Of a distance and a log-variance that has an inverse scale.
   template <class V>
-  static FASTVAE_HD V half_square(V distance, V logvar, V (&slope)[params]) {
+  static FASTVAE_HD V half_square(V distance, V logvar, V (&grad)[params]) {
     const V inverse = Primitives<V>::exp_finite(V(-0.5f) * logvar), scaled = distance * inverse, half = V(0.5f) * scaled * scaled;
-    slope[0] = scaled * inverse;
-    slope[1] = V(0.5f) - half;
+    grad[0] = scaled * inverse;
+    grad[1] = V(0.5f) - half;
     return half;
   }
 };
@@ -108,17 +108,17 @@ struct GaussianBounded {
   static constexpr int params = 2;  // mean, logvar
   static constexpr int constants = 3;  // the middle between the bounds, half their distance, its inverse
   static constexpr bool has_log1p = false;
-  static constexpr bool has_pull = false;
+  static constexpr bool has_scale_grad = false;
 
   template <class V>
-  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&grad)[params], Log1pSum<V>&) {
     using P = Primitives<V>;
     const Tanh<V> tanh((param[1] - constant[0]) * constant[2]);
     const V bounded = P::fma(constant[1], tanh.value, constant[0]);
     // Few bounds are so low that data met exactly need the root of an inverse scale: they count as the lowest that has an inverse.
     const V with_inverse = P::at_least(bounded, V(2 * lowest_log<V>()));
-    const V half_square = GaussianPerElement::half_square(param[0] - t, with_inverse, slope);
-    slope[1] = slope[1] * tanh.slope;
+    const V half_square = GaussianPerElement::half_square(param[0] - t, with_inverse, grad);
+    grad[1] = grad[1] * tanh.grad;
     return P::fma(V(0.5f), bounded, half_square);
   }
 };
@@ -128,32 +128,32 @@ struct Laplace {
   static constexpr int params = 1;
   static constexpr int constants = 2;  // the root of 1 / s, 1 / s
   static constexpr bool has_log1p = false;
-  static constexpr bool has_pull = false;
+  static constexpr bool has_scale_grad = false;
 
   template <class V>
-  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
-    if constexpr (!Primitives<V>::vectors) return by_root(param, t, constant, slope);
-    return weighted_distance(param[0] - t, constant[1], V(1), slope[0]);
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&grad)[params], Log1pSum<V>&) {
+    if constexpr (!Primitives<V>::vectors) return by_root(param, t, constant, grad);
+    return weighted_distance(param[0] - t, constant[1], V(1), grad[0]);
   }
 
   template <class V>
-  static FASTVAE_HD V by_root(const V (&param)[params], V t, const V* constant, V (&slope)[params]) {
-    return weighted_distance(param[0] - t, constant[0], constant[0], slope[0]);
+  static FASTVAE_HD V by_root(const V (&param)[params], V t, const V* constant, V (&grad)[params]) {
+    return weighted_distance(param[0] - t, constant[0], constant[0], grad[0]);
   }
 
   static constexpr double scale_share = 1;
   template <class C>
-  static FASTVAE_HD C scalar_slope(C size, C nll, C) {
+  static FASTVAE_HD C scalar_grad(C size, C nll, C) {
     return size - nll;
   }
 
-  // |difference| times two numbers; its slope is 0 in the kink, and NaN where `difference` is.
+  // |difference| times two numbers; its grad is 0 in the kink, and NaN where `difference` is.
   template <class V>
-  static FASTVAE_HD V weighted_distance(V difference, V first, V second, V& slope) {
+  static FASTVAE_HD V weighted_distance(V difference, V first, V second, V& grad) {
     using P = Primitives<V>;
     const V weight = first * second;
     const V zero_or_nan = P::select(P::less(difference, V(0)), P::neg(weight), difference);
-    slope = P::select(P::less(V(0), difference), weight, zero_or_nan);
+    grad = P::select(P::less(V(0), difference), weight, zero_or_nan);
     return P::abs(difference) * first * second;
   }
 };
@@ -163,21 +163,21 @@ struct LaplacePerElement {
   static constexpr int params = 2;  // location, log-scale
   static constexpr int constants = 0;
   static constexpr bool has_log1p = false;
-  static constexpr bool has_pull = false;
+  static constexpr bool has_scale_grad = false;
 
   template <class V>
-  static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params], Log1pSum<V>&) {
-    const V root = inverse_root(param[1]), distance = Laplace::weighted_distance(param[0] - t, root, root, slope[0]);
-    slope[1] = V(1) - distance;
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&grad)[params], Log1pSum<V>&) {
+    const V root = inverse_root(param[1]), distance = Laplace::weighted_distance(param[0] - t, root, root, grad[0]);
+    grad[1] = V(1) - distance;
     return beside(param[1], distance) + distance;
   }
 
   template <class V>
-  static FASTVAE_HD V quick(const V (&param)[params], V t, const V*, V (&slope)[params], V& lowest) {
+  static FASTVAE_HD V quick(const V (&param)[params], V t, const V*, V (&grad)[params], V& lowest) {
     using P = Primitives<V>;
     lowest = P::at_most(lowest, param[1]);
-    const V distance = Laplace::weighted_distance(param[0] - t, P::exp_finite(P::neg(param[1])), V(1), slope[0]);
-    slope[1] = V(1) - distance;
+    const V distance = Laplace::weighted_distance(param[0] - t, P::exp_finite(P::neg(param[1])), V(1), grad[0]);
+    grad[1] = V(1) - distance;
     return param[1] + distance;
   }
   template <class V>
@@ -190,10 +190,10 @@ struct ContinuousBernoulli {
   static constexpr int params = 1;
   static constexpr int constants = 0;
   static constexpr bool has_log1p = false;
-  static constexpr bool has_pull = false;
+  static constexpr bool has_scale_grad = false;
 
   template <class V>
-  static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params], Log1pSum<V>&) {
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&grad)[params], Log1pSum<V>&) {
     using P = Primitives<V>;
     constexpr bool wide = sizeof(typename P::Scalar) == 8;
     const V a = param[0], x = P::abs(a), bounded = P::at_most(x, V(wide ? 1e300 : 1e37));
@@ -222,7 +222,7 @@ struct ContinuousBernoulli {
       g = polynomial(square, derivative);
     }
     const auto near = P::less(x, V(wide ? 0.5 : 2));
-    slope[0] = P::select(near, P::fma(a, g, V(0.5f)), far_mean) - t;
+    grad[0] = P::select(near, P::fma(a, g, V(0.5f)), far_mean) - t;
     return P::select(near, P::fma(a, V(0.5f) - t, square * h), far);
   }
 
@@ -241,30 +241,30 @@ struct StudentT {
   static constexpr int params = 1;
   static constexpr int constants = 4;  // of 1 / (scale sqrt(nu)) the root, itself and its logarithm; nu + 1
   static constexpr bool has_log1p = false;
-  static constexpr bool has_pull = true;
+  static constexpr bool has_scale_grad = true;
 
   template <class V>
-  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&, V& pull) {
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&grad)[params], Log1pSum<V>&, V& scale_grad) {
     using P = Primitives<V>;
     const V distance = param[0] - t;
     const auto x = standardised(distance, constant[1], constant[3], P::any_less(V(-lowest_log<V>()), constant[2]),
                                 [&]() FASTVAE_INLINE { return from_afar(distance, constant[0], constant[2], constant[3]); });
-    slope[0] = x.slope;
-    pull = x.pull;
+    grad[0] = x.grad;
+    scale_grad = x.scale_grad;
     return x.value;
   }
 
   static constexpr double scale_share = 1;
   template <class C>
-  static FASTVAE_HD C scalar_slope(C size, C, C pull) {
-    return size - pull;
+  static FASTVAE_HD C scalar_grad(C size, C, C scale_grad) {
+    return size - scale_grad;
   }
 
   template <class V>
   struct Standardised {
     V value;
-    V slope;  // its derivative by m
-    V pull;   // that by log y: in (0, nu + 1)
+    V grad;  // its derivative by m
+    V scale_grad;   // that by log y: in (0, nu + 1)
     decltype(Primitives<V>::less(V(0), V(0))) far;
   };
 
@@ -309,18 +309,18 @@ struct StudentTPerElement {
   static constexpr int params = 2;     // location, log-scale
   static constexpr int constants = 4;  // as above, of the scale 1
   static constexpr bool has_log1p = false;
-  static constexpr bool has_pull = false;
+  static constexpr bool has_scale_grad = false;
 
   template <class V>
-  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&grad)[params], Log1pSum<V>&) {
     using P = Primitives<V>;
     const V distance = param[0] - t, nu_plus_1 = constant[3], lowest(lowest_log<V>());
     const V inverse_scale = P::vectors ? constant[1] * P::exp_finite(P::neg(P::at_least(param[1], lowest))) : V(0);
     const auto x = StudentT::standardised(distance, inverse_scale, nu_plus_1, P::any_less(param[1], lowest), [&]() FASTVAE_INLINE {
       return StudentT::from_afar(distance, constant[0] * inverse_root(param[1]), constant[2], nu_plus_1);
     });
-    slope[0] = x.slope;
-    slope[1] = V(1) - x.pull;
+    grad[0] = x.grad;
+    grad[1] = V(1) - x.scale_grad;
     // Far out the logarithm lacks the scale's, -nu_plus_1 times: as one summand with its own it is not taken away from itself.
     return P::fma(P::select(x.far, V(1) - nu_plus_1, V(1)), param[1], x.value);
   }
@@ -331,10 +331,10 @@ struct Gamma {
   static constexpr int params = 1;     // log-scale
   static constexpr int constants = 2;  // k, k - 1
   static constexpr bool has_log1p = false;
-  static constexpr bool has_pull = false;
+  static constexpr bool has_scale_grad = false;
 
   template <class V>
-  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&grad)[params], Log1pSum<V>&) {
     using P = Primitives<V>;
     const V root = inverse_root(param[0]), ratio = t * root * root;
     V log_t(0);
@@ -348,7 +348,7 @@ struct Gamma {
         log_t = P::select(small, P::select(positive, log_small, V(-INFINITY)), log_t);
       }
     }
-    slope[0] = constant[0] - ratio;
+    grad[0] = constant[0] - ratio;
     // A zero's infinite logarithm, or an infinite ratio, counts for more than any log-scale. Vectors have `at_ends`.
     const V rest = P::fnma(constant[1], log_t, ratio);
     return P::fma(constant[0], P::vectors ? param[0] : beside(param[0], P::abs(rest)), rest);

@@ -16,10 +16,10 @@ struct Poisson {
   static constexpr int params = 1;
   static constexpr int constants = 0;
   static constexpr bool has_log1p = false;
-  static constexpr bool has_pull = false;
+  static constexpr bool has_scale_grad = false;
 
   template <class V>
-  static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&slope)[params], Log1pSum<V>&) {
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V*, V (&grad)[params], Log1pSum<V>&) {
     using P = Primitives<V>;
     constexpr auto from = stirling_from<V>();
     constexpr auto below = from - from * (sizeof(typename P::Scalar) == 8 ? 0x1p-54 : 0x1p-25);  // the largest number before it
@@ -27,7 +27,7 @@ struct Poisson {
     const auto large = P::less(V(below), t);
     if (!P::any(large)) {
       const V rate = P::exp(a);
-      slope[0] = rate - t;
+      grad[0] = rate - t;
       return P::fma(P::neg(t), a, rate) + log_small_factorial(t);
     }
     // With u = a - log t it is t (exp(u) - 1 - u) + log(2 pi t) / 2 + ...: the three terms, each as large as t log t, cancel on paper.
@@ -35,7 +35,7 @@ struct Poisson {
     const ExpParts<V> parts = P::exp_parts(a - log_n);
     const V small = P::fma(P::neg(t), a, parts.exp) + log_small_factorial(P::select(large, V(0), t));
     const V rest = P::fma(V(0.5f), log_n, stirling_rest(V(1) / n) + V(0.918938533204672741780329736406));
-    slope[0] = P::select(large, t * parts.minus_1, parts.exp - t);
+    grad[0] = P::select(large, t * parts.minus_1, parts.exp - t);
     return P::select(large, P::fma(t, parts.minus_1_h, rest), small);
   }
 
@@ -55,10 +55,10 @@ struct PoissonRate {
   static constexpr int params = 1;
   static constexpr int constants = 1;
   static constexpr bool has_log1p = false;
-  static constexpr bool has_pull = false;
+  static constexpr bool has_scale_grad = false;
 
   template <class V>
-  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], Log1pSum<V>&) {
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&grad)[params], Log1pSum<V>&) {
     using P = Primitives<V>;
     constexpr bool kWide = sizeof(typename P::Scalar) == 8;
     constexpr auto from = stirling_from<V>();
@@ -91,7 +91,7 @@ struct PoissonRate {
     }
     // Of an infinite rate, the limits.
     const auto infinite = P::less(V(largest), m);
-    slope[0] = P::select(P::either(is_zero, infinite), V(1), d / m);
+    grad[0] = P::select(P::either(is_zero, infinite), V(1), d / m);
     return P::select(infinite, m, value);
   }
 };

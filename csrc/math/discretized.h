@@ -95,10 +95,10 @@ struct LogMass {
     over = inverse * divisor;
     one_over = factor * one_over_divisor;
     // The derivative of -log mass by t: sinh t / (cosh h + cosh t).
-    const V slope = P::fnma(q.minus_1, one + q.exp, zero) * P::at_least(inside, one_if_small) * one_over_divisor;
+    const V grad = P::fnma(q.minus_1, one + q.exp, zero) * P::at_least(inside, one_if_small) * one_over_divisor;
     const V inner = P::fnma(tail, one_over, P::fma(r.exp, r.exp, one) * over);  // coth h - mass
-    by_middle = P::with_sign(h * slope, x.u);
-    by_log_scale = size * slope - (P::zero_where(is_small, h * inner) + one_if_small);
+    by_middle = P::with_sign(h * grad, x.u);
+    by_log_scale = size * grad - (P::zero_where(is_small, h * inner) + one_if_small);
 
     // Edge bins have their own formulas.
     if (any_edge) {
@@ -141,7 +141,7 @@ struct DiscretizedLogistic {
   static constexpr int params = 2;
   static constexpr int constants = 5;  // the members of Bins
   static constexpr bool has_log1p = true;
-  static constexpr bool has_pull = false;
+  static constexpr bool has_scale_grad = false;
 
   template <class V>
   static FASTVAE_HD Bins<V> bins(const V* constant) {
@@ -155,13 +155,13 @@ struct DiscretizedLogistic {
   }
 
   template <class V>
-  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&slope)[params], LogisticLogs<V>& logs) {
+  static FASTVAE_HD V element(const V (&param)[params], V t, const V* constant, V (&grad)[params], LogisticLogs<V>& logs) {
     using P = Primitives<V>;
     const Bins<V> all = bins(constant);
     const V n = half_bins(t, all.levels);
     const LogMass<V> mass({n, all}, {P::fnma(param[0], all.levels, n), param[1], all}, all);
-    slope[0] = mass.by_middle * P::neg(all.levels);
-    slope[1] = P::neg(mass.by_log_scale);
+    grad[0] = mass.by_middle * P::neg(all.levels);
+    grad[1] = P::neg(mass.by_log_scale);
     logs.add(mass);
     return mass.linear;
   }

@@ -4,19 +4,19 @@
 //   params      how many tensors of the data's shape it reads; `element` writes one derivative for each
 //   constants   how many scalars it reads, the same for every element
 //   has_log1p   whether it leaves a term log(1 + e) to `logs`, the caller adds logs.value() once for many elements
-//   has_pull    whether a learned scale needs a sum of its own, of what `element` then writes to `pull`: (first param - target) times the
+//   has_scale_grad    whether a learned scale needs a sum of its own, of what `element` then writes to `scale_grad`: (first param - target) times the
 //               derivative by it. Of other scale families that is a multiple of the nll
 //   element     the part of the nll that differs between elements; what is the same for all of them, the normaliser, is
 //               added once per row
 //   at_ends     where there is one: the value in place of a NaN that `element` has given, which is one for infinite params too; the
-//               slopes are right. So these cost nothing elsewhere
+//               grads are right. So these cost nothing elsewhere
 //   quick       where there is one: a shorter `element` for log-scales that are no less than quick_from; `lowest` will be the lowest of
 //               all that were seen, and who sees a lower one must begin again
 // Scale families, which have one log-scale s for all elements (the Gaussian has the log-variance in its place):
 //   constants     the first are of the inverse scale the root (see inverse_root), itself and its logarithm
-//   by_root       `element`, where the inverse scale is too large a number (of those that have no pull)
+//   by_root       `element`, where the inverse scale is too large a number (of those that have no scale_grad)
 //   scale_share   what the nll of every element gains with s
-//   scalar_slope  the derivative of a row by s, from what was summed of the row
+//   scalar_grad  the derivative of a row by s, from what was summed of the row
 #pragma once
 #include <cmath>
 #include <type_traits>
@@ -72,8 +72,8 @@ FASTVAE_HD Normaliser<C> at_scale(Normaliser<C> unit, C log_scale) {
 template <class L>
 struct ByRoot : L {
   template <class V>
-  static FASTVAE_HD V element(const V (&param)[L::params], V t, const V* constant, V (&slope)[L::params], Log1pSum<V>&) {
-    return L::by_root(param, t, constant, slope);
+  static FASTVAE_HD V element(const V (&param)[L::params], V t, const V* constant, V (&grad)[L::params], Log1pSum<V>&) {
+    return L::by_root(param, t, constant, grad);
   }
 };
 

@@ -154,7 +154,7 @@ FASTVAE_HD ExpPair<V> exp_pair_by_split(V x) {
 // or, at less cost, that of 1.
 template <class V, bool kRelative = true>
 struct Tanh {
-  V value, slope;
+  V value, grad;
 
   FASTVAE_HD explicit Tanh(V x) {
     using P = Primitives<V>;
@@ -169,7 +169,7 @@ struct Tanh {
     }
     const V inverse = P::divide(V(1), V(1) + e);
     value = P::with_sign(size * inverse, x);
-    slope = V(4) * e * inverse * inverse;
+    grad = V(4) * e * inverse * inverse;
   }
 };
 

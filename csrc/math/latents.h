@@ -21,14 +21,14 @@ FASTVAE_HD V half_scale_term(const ExpParts<V>& sigma) {
   return Primitives<V>::fma(V(0.5f) * sigma.minus_1, sigma.minus_1, sigma.minus_1_h);
 }
 template <class V>
-FASTVAE_HD V half_scale_slope(const ExpParts<V>& sigma) {
+FASTVAE_HD V half_scale_grad(const ExpParts<V>& sigma) {
   return Primitives<V>::fma(V(0.5f) * sigma.minus_1, sigma.minus_1, sigma.minus_1);
 }
 
 // Against N(0, I). `sigma`: the parts of exp(logvar / 2), which the sampler needs too.
 template <class V>
 FASTVAE_HD GaussianKl<V> standard_kl(V mu, const ExpParts<V>& sigma) {
-  return {Primitives<V>::fma(V(0.5f) * mu, mu, half_scale_term(sigma)), mu, half_scale_slope(sigma), V(0)};
+  return {Primitives<V>::fma(V(0.5f) * mu, mu, half_scale_term(sigma)), mu, half_scale_grad(sigma), V(0)};
 }
 
 template <class V>
@@ -36,8 +36,8 @@ FASTVAE_HD GaussianKl<V> prior_kl(V mu, V logvar, V prior_mu, V prior_logvar) {
   using P = Primitives<V>;
   const auto ratio = P::exp_parts(V(0.5f) * (logvar - prior_logvar));
   const V root = inverse_root(V(0.5f) * prior_logvar), scaled = (mu - prior_mu) * root * root;
-  const V half_square = V(0.5f) * scaled * scaled, half_slope = half_scale_slope(ratio);
-  return {half_square + half_scale_term(ratio), scaled * root * root, half_slope, P::neg(half_square + half_slope)};
+  const V half_square = V(0.5f) * scaled * scaled, half_grad = half_scale_grad(ratio);
+  return {half_square + half_scale_term(ratio), scaled * root * root, half_grad, P::neg(half_square + half_grad)};
 }
 
 }  // namespace FASTVAE_ISA

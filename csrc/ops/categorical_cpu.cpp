@@ -31,8 +31,8 @@ void evaluate_categorical(const Tensor& logits, const Tensor& target, at::ArrayR
     }
   if (wanted) {
     gradients.push_back(pooled_empty(logits.sizes(), logits));
-    args.slopes = result(gradients.back());
-    args.slopes.row_stride = args.slopes.run = args.classes;
+    args.grads = result(gradients.back());
+    args.grads.row_stride = args.grads.run = args.classes;
   }
   args.weight = weights;
   args.weight_stride = weight_stride;

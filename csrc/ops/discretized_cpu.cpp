@@ -31,7 +31,7 @@ void evaluate_discretized(const LikelihoodVariant& variant, const Tensor& params
   args.target_rows = repeated_rows(target.size(0), args.rows);
   if (wanted) {
     gradients.push_back(pooled_empty(params.sizes(), params, order));
-    args.slopes = result(gradients.back());
+    args.grads = result(gradients.back());
   }
   args.weight = weights;
   args.weight_stride = weight_stride;

@@ -131,12 +131,12 @@ inline Normaliser normaliser(const LikelihoodVariant& variant, c10::ArrayRef<dou
 }
 
 // The derivative of a row with respect to the 0-dim tensor, from the kernel's sum.
-inline double scalar_slope(const LikelihoodVariant& variant, int64_t size, double nll_less_normaliser, double pull) {
+inline double scalar_grad(const LikelihoodVariant& variant, int64_t size, double nll_less_normaliser, double scale_grad) {
   const double n = static_cast<double>(size);
   switch (variant.element) {
-    case cpu::Element::gaussian: return math::Gaussian::scalar_slope(n, nll_less_normaliser, pull);
-    case cpu::Element::laplace: return math::Laplace::scalar_slope(n, nll_less_normaliser, pull);
-    default: return math::StudentT::scalar_slope(n, nll_less_normaliser, pull);
+    case cpu::Element::gaussian: return math::Gaussian::scalar_grad(n, nll_less_normaliser, scale_grad);
+    case cpu::Element::laplace: return math::Laplace::scalar_grad(n, nll_less_normaliser, scale_grad);
+    default: return math::StudentT::scalar_grad(n, nll_less_normaliser, scale_grad);
   }
 }
 

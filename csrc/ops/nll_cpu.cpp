@@ -15,7 +15,7 @@ namespace {
 
 struct Evaluation {
   std::vector<double> nll;  // of each row, without the normaliser
-  std::vector<double> pull;
+  std::vector<double> scale_grad;
   Tensors gradients;
   Normaliser normaliser;
 };
@@ -26,14 +26,14 @@ Evaluation evaluate_elements(const LikelihoodVariant& variant, at::TensorList pa
   Evaluation out;
   out.normaliser = normaliser(variant, constants, variant.has_scalar ? to_doubles(params.back())[0] : 0);
   out.nll.resize(params[0].size(0));
-  out.pull.resize(variant.has_scalar ? params[0].size(0) : 0);
+  out.scale_grad.resize(variant.has_scalar ? params[0].size(0) : 0);
   cpu::NllArgs args{};
   args.in_double = params[0].scalar_type() == at::kDouble;
   std::copy_n(out.normaliser.constants, cpu::kMaxConstants, args.constants);
   args.weight = weights;
   args.weight_stride = weight_stride;
   args.row_nll = out.nll.data();
-  args.row_pull = variant.has_scalar ? out.pull.data() : nullptr;
+  args.row_scale_grad = variant.has_scalar ? out.scale_grad.data() : nullptr;
   Tensors kept;
   out.gradients = fill_elements(args, variant, params, target, needs, kept);
   cpu::kernels().nll(args);
@@ -66,14 +66,14 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cpu(std::string_view lik
   const Tensor& lead = params[0];
   const int64_t rows = lead.size(0), size = event_size(target);
   const double weight = weight_of(reduction, rows);
-  auto [nll, pull, gradients, norm] = evaluate(variant, params, target, constants, needs, &weight, 0);
+  auto [nll, scale_grad, gradients, norm] = evaluate(variant, params, target, constants, needs, &weight, 0);
 
   const auto dtype = row_dtype(lead.scalar_type());
   Tensor scalar_rows = at::empty({0}, lead.options().dtype(dtype));
   if (variant.has_scalar && (needs >> (params.size() - 1) & 1)) {
-    std::vector<double> slope(rows);
-    for (int64_t r = 0; r < rows; ++r) slope[r] = scalar_slope(variant, size, nll[r], pull[r]);
-    scalar_rows = from_doubles(slope, {rows}, dtype);
+    std::vector<double> grad(rows);
+    for (int64_t r = 0; r < rows; ++r) grad[r] = scalar_grad(variant, size, nll[r], scale_grad[r]);
+    scalar_rows = from_doubles(grad, {rows}, dtype);
   }
   const auto loss_dtype = kl && kl->scalar_type() == at::kDouble ? at::kDouble : dtype;
   const double of_each = norm.per_element * static_cast<double>(size), factor = beta ? to_doubles(*beta)[0] : 1.0;
@@ -117,9 +117,9 @@ Tensors extras(const RowGradients& g, const OptionalTensor& scalar_rows, const O
   const auto at_row = [&](const std::vector<double>& values, int64_t r) { return values[g.uniform ? 0 : r]; };
   Tensors results;
   if (scalar_rows) {
-    const auto slopes = to_doubles(*scalar_rows);
+    const auto grads = to_doubles(*scalar_rows);
     double sum = 0;
-    for (int64_t r = 0; r < rows; ++r) sum += at_row(g.by_nll, r) * slopes[r];
+    for (int64_t r = 0; r < rows; ++r) sum += at_row(g.by_nll, r) * grads[r];
     results.push_back(from_doubles({sum}, {}, scalar_rows->scalar_type()));
   }
   if (need_kl) {

@@ -58,7 +58,7 @@ Tensors fill_categorical(Args& args, const Tensor& logits, const Tensor& target,
   positions.target_rows = repeated_rows(target.size(0), positions.rows);
   if (!(needs & 1)) return {};
   Tensor gradient = pooled_empty(logits.sizes(), logits);
-  positions.slopes[0] = result(gradient);
+  positions.grads[0] = result(gradient);
   return {gradient};
 }
 

@@ -23,7 +23,7 @@ void evaluate_each(const LikelihoodVariant& variant, at::TensorList params, cons
   args.target = count_operand(data);
   const auto norm = normaliser(variant, constants, 0);
   std::copy_n(norm.constants, cpu::kMaxConstants, args.constants);
-  if (needs) args.slopes[0] = result(derivatives[0]);
+  if (needs) args.grads[0] = result(derivatives[0]);
   args.weight = &weight;
   args.row_nll = nll.data();
   args.values = result(values);

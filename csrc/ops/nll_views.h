@@ -33,13 +33,13 @@ Tensors fill_elements(Args& args, const LikelihoodVariant& variant, at::TensorLi
     args.params[i] = operand(kept.back());
     if (!(needs >> i & 1)) continue;
     gradients.push_back(pooled_empty(lead.sizes(), lead, order));
-    args.slopes[i] = result(gradients.back());
+    args.grads[i] = result(gradients.back());
   }
   if (variant.packed) {
     const bool channels_last = order != at::MemoryFormat::Contiguous;
     for (int which = 1; which >= 0; --which) {
       args.params[which] = half_of_head(args.params[0], which, target.size(1), channels_last);
-      if (needs) args.slopes[which] = half_of_head(args.slopes[0], which, target.size(1), channels_last);
+      if (needs) args.grads[which] = half_of_head(args.grads[0], which, target.size(1), channels_last);
     }
   }
   kept.push_back(dense_rows(target, order));

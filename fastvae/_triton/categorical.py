@@ -16,7 +16,7 @@ from .runtime import INTERPRETED
 def categorical_kernel(
     logits,  # (rows, positions, classes), any stride of rows
     target,  # (target_rows, positions), int64, any stride of rows
-    slopes,  # output or None: shaped like the logits, dense
+    grads,  # output or None: shaped like the logits, dense
     sums,  # output or None: (rows, positions) in C
     grad_loss,  # see row_factor in tiles.py
     grad_nll,
@@ -54,11 +54,11 @@ def categorical_kernel(
     if chosen == ignored:
         if sums is not None:
             tl.store(sums + program, tl.full((), 0.0, C))
-        if slopes is not None:
-            nothing = tl.zeros((COLUMNS,), slopes.dtype.element_ty)
+        if grads is not None:
+            nothing = tl.zeros((COLUMNS,), grads.dtype.element_ty)
             for start in range(0, classes, COLUMNS):
                 columns = start + tl.arange(0, COLUMNS)
-                tl.store(slopes + program * classes + columns, nothing, columns < classes)
+                tl.store(grads + program * classes + columns, nothing, columns < classes)
     else:
         # The chosen class is left out of the sum: if it were included, the nll of a confident prediction would lose
         # the other classes to rounding. A class number out of range gives NaN.
@@ -85,15 +85,15 @@ def categorical_kernel(
         if sums is not None:
             value = tl.where(own == top, log1p(rest), top - own + tl.log(total))
             tl.store(sums + program, value)
-        if slopes is not None:
+        if grads is not None:
             scale = factor / total
             for start in range(0, classes, COLUMNS):
                 columns = start + tl.arange(0, COLUMNS)
                 x = tl.load(logits + columns, columns < classes, -float("inf")).to(C)
-                slope = tl.where(columns == chosen, -rest, exp(x - top)) * scale
+                grad = tl.where(columns == chosen, -rest, exp(x - top)) * scale
                 tl.store(
-                    slopes + program * classes + columns,
-                    slope.to(slopes.dtype.element_ty),
+                    grads + program * classes + columns,
+                    grad.to(grads.dtype.element_ty),
                     columns < classes,
                 )
 
@@ -115,7 +115,7 @@ def evaluate(
     dtype, classes = row_dtype(lead), lead.shape[-1]
     logits, chosen = dense_rows(lead), dense_rows(target)
     rows, positions = lead.shape[0], event_size(target)
-    slopes = torch.empty_like(lead, memory_format=torch.contiguous_format) if needs & 1 else None
+    grads = torch.empty_like(lead, memory_format=torch.contiguous_format) if needs & 1 else None
     sums = lead.new_empty((rows, positions), dtype=dtype) if values else None
     widest = 4096 if INTERPRETED or dtype == torch.float32 else 2048
     columns = min(widest, max(16, triton.next_power_of_2(classes)))
@@ -126,7 +126,7 @@ def evaluate(
         lead.device,
         logits,
         chosen,
-        slopes,
+        grads,
         sums,
         grad_loss,
         grad_nll,
@@ -145,4 +145,4 @@ def evaluate(
         C=COMPUTE[dtype],
         num_warps=max(1, columns // 512),
     )
-    return ([slopes] if slopes is not None else []), sums, None
+    return ([grads] if grads is not None else []), sums, None

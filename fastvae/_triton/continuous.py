@@ -51,10 +51,10 @@ _COTANGENT_32: tl.constexpr = tl.constexpr(
 def bernoulli(logit, _, target, scalar, shape, offset):
     """-log Bernoulli(t; sigmoid(a)) = max(a, 0) - a t + log(1 + e^-|a|)."""
     e = tl.exp(-tl.abs(logit))
-    slope = tl.where(logit < 0.0, e, 1.0) / (1.0 + e) - target
+    grad = tl.where(logit < 0.0, e, 1.0) / (1.0 + e) - target
     # max(a, 0) - a t: the size times how far t is from the end that a is sure of.
     value = missed(tl.abs(logit), tl.where(logit < 0.0, target, 1.0 - target))
-    return value, e, slope, 0.0, 0.0
+    return value, e, grad, 0.0, 0.0
 
 
 @triton.jit
@@ -62,9 +62,9 @@ def gaussian(mean, _, target, logvar, shape, offset):
     """-log N(t; m, e^v), one v for all elements."""
     root = inverse_root(0.5 * logvar)
     scaled = (mean - target) * root * root
-    slope = scaled * root * root
+    grad = scaled * root * root
     half_square = 0.5 * scaled * scaled
-    return plus(half_square, 0.5 * logvar + _HALF_LOG_2PI), 0.0, slope, 0.0, 0.5 - half_square
+    return plus(half_square, 0.5 * logvar + _HALF_LOG_2PI), 0.0, grad, 0.0, 0.5 - half_square
 
 
 @triton.jit
@@ -72,40 +72,40 @@ def gaussian_per_element(mean, logvar, target, scalar, shape, offset):
     """-log N(t; m, e^v), a v for every element."""
     root = inverse_root(0.5 * logvar)
     scaled = (mean - target) * root * root
-    slope = scaled * root * root
+    grad = scaled * root * root
     half_square = 0.5 * scaled * scaled
-    return plus(half_square, 0.5 * logvar + _HALF_LOG_2PI), 0.0, slope, 0.5 - half_square, 0.0
+    return plus(half_square, 0.5 * logvar + _HALF_LOG_2PI), 0.0, grad, 0.5 - half_square, 0.0
 
 
 @triton.jit
 def gaussian_bounded(mean, logvar, target, scalar, middle, half):
     """-log N(t; m, e^b), b a v for every element clamped smoothly to middle + half tanh((v - middle) / half)."""
-    position, slope = tanh((logvar - middle) / half)
+    position, grad = tanh((logvar - middle) / half)
     bounded = middle + half * position
-    value, _, mean_slope, bounded_slope, _ = gaussian_per_element(mean, bounded, target, scalar, middle, half)
-    return value, 0.0, mean_slope, bounded_slope * slope, 0.0
+    value, _, mean_grad, bounded_grad, _ = gaussian_per_element(mean, bounded, target, scalar, middle, half)
+    return value, 0.0, mean_grad, bounded_grad * grad, 0.0
 
 
 @triton.jit
 def _weighted_distance(difference, root):
-    """(|difference| root^2, its slope): 0 in the kink, NaN where the difference is."""
+    """(|difference| root^2, its grad): 0 in the kink, NaN where the difference is."""
     weight = root * root
-    slope = tl.where(difference > 0.0, weight, tl.where(difference < 0.0, -weight, difference))
-    return tl.abs(difference) * root * root, slope
+    grad = tl.where(difference > 0.0, weight, tl.where(difference < 0.0, -weight, difference))
+    return tl.abs(difference) * root * root, grad
 
 
 @triton.jit
 def laplace(loc, _, target, log_scale, shape, offset):
     """-log Laplace(t; m, e^s), one s for all elements."""
-    distance, slope = _weighted_distance(loc - target, inverse_root(log_scale))
-    return plus(distance, log_scale + _LOG_2), 0.0, slope, 0.0, 1.0 - distance
+    distance, grad = _weighted_distance(loc - target, inverse_root(log_scale))
+    return plus(distance, log_scale + _LOG_2), 0.0, grad, 0.0, 1.0 - distance
 
 
 @triton.jit
 def laplace_per_element(loc, log_scale, target, scalar, shape, offset):
     """-log Laplace(t; m, e^s), an s for every element."""
-    distance, slope = _weighted_distance(loc - target, inverse_root(log_scale))
-    return plus(distance, log_scale + _LOG_2), 0.0, slope, 1.0 - distance, 0.0
+    distance, grad = _weighted_distance(loc - target, inverse_root(log_scale))
+    return plus(distance, log_scale + _LOG_2), 0.0, grad, 1.0 - distance, 0.0
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def continuous_bernoulli(a, _, target, scalar, shape, offset):
 
 @triton.jit
 def _student_t(loc, target, log_scale, df, offset):
-    """(value, slope by loc, slope by log_scale) of -log of Student's t; `offset` is its normaliser."""
+    """(value, grad by loc, grad by log_scale) of -log of Student's t; `offset` is its normaliser."""
     root = inverse_root(log_scale)
     inverse_df = 1.0 / tl.sqrt(df)
     distance = loc - target
@@ -144,25 +144,25 @@ def _student_t(loc, target, log_scale, df, offset):
     inverse = 1.0 / tl.where(far, distance, 1.0 + square)
     log_distance = tl.log(tl.where(far, tl.abs(distance), 1.0)) + tl.log(inverse_df)
     half_log = tl.where(far, log_distance, 0.5 * log1p(tl.where(far, 0.0, square)))
-    slope = tl.where(far, inverse, y * inverse * root * root * inverse_df)
-    pull = tl.where(far, 1.0, square * inverse)
+    grad = tl.where(far, inverse, y * inverse * root * root * inverse_df)
+    scale_grad = tl.where(far, 1.0, square * inverse)
     # Far out the logarithm's own part of the scale, -(df + 1) times, goes together with the summand.
     of_scale = tl.where(far, -df, 1.0) * log_scale
-    return (df + 1.0) * half_log + (of_scale + offset), (df + 1.0) * slope, 1.0 - (df + 1.0) * pull
+    return (df + 1.0) * half_log + (of_scale + offset), (df + 1.0) * grad, 1.0 - (df + 1.0) * scale_grad
 
 
 @triton.jit
 def student_t(loc, _, target, log_scale, shape, offset):
     """-log of Student's t, one log-scale for all elements."""
-    value, slope, scale_slope = _student_t(loc, target, log_scale, shape, offset)
-    return value, 0.0, slope, 0.0, scale_slope
+    value, grad, log_scale_grad = _student_t(loc, target, log_scale, shape, offset)
+    return value, 0.0, grad, 0.0, log_scale_grad
 
 
 @triton.jit
 def student_t_per_element(loc, log_scale, target, scalar, shape, offset):
     """-log of Student's t, a log-scale for every element."""
-    value, slope, scale_slope = _student_t(loc, target, log_scale, shape, offset)
-    return value, 0.0, slope, scale_slope, 0.0
+    value, grad, log_scale_grad = _student_t(loc, target, log_scale, shape, offset)
+    return value, 0.0, grad, log_scale_grad, 0.0
 
 
 @triton.jit

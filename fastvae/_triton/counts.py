@@ -53,8 +53,8 @@ def poisson(a, _, target, scalar, shape, offset):
     )
     cancels = large & ~far
     minus_1 = tl.where(u < -1.0, e - 1.0, minus_1_u + u)
-    slope = tl.where(cancels, target * minus_1, e - target)
-    return tl.where(cancels, target * minus_1_u + rest, value), 0.0, slope, 0.0, 0.0
+    grad = tl.where(cancels, target * minus_1, e - target)
+    return tl.where(cancels, target * minus_1_u + rest, value), 0.0, grad, 0.0, 0.0
 
 
 @triton.jit
@@ -249,7 +249,7 @@ def positive_term(t, mu, log_mu, theta):
 
 
 @triton.jit
-def slope_of_empty(mean, target, zero_logits, genes, top, COLUMNS: tl.constexpr, C: tl.constexpr):
+def grad_of_empty(mean, target, zero_logits, genes, top, COLUMNS: tl.constexpr, C: tl.constexpr):
     """The derivative of a cell by a library of 0, times the sum of e^(logit - top): at_ends in csrc/cpu/counts.cpp."""
     shares = tl.zeros((COLUMNS,), C)
     for start in range(0, genes, COLUMNS):
@@ -275,7 +275,7 @@ def count_kernel(
     d_library,  # out, or None: (rows,)
     row_sums,  # out: (rows,) in C
     element_values,  # out, or None: (rows, genes) in C, dense, times the factor of the derivatives; not with RAW
-    log_slopes,  # with RAW, room for (rows, genes) in C
+    log_grads,  # with RAW, room for (rows, genes) in C
     places,  # room for (rows, COLUMNS) int16
     grad_loss,  # see row_factor in tiles.py
     grad_nll,
@@ -334,9 +334,9 @@ def count_kernel(
         log_offset = tl.log(size.to(tl.float64)) - top.to(tl.float64) - tl.log(total.to(tl.float64))
 
     values = tl.zeros((COLUMNS,), C)
-    slopes = tl.zeros((COLUMNS,), C)
+    grads = tl.zeros((COLUMNS,), C)
     other_values = tl.zeros((PLACES,), tl.float64)
-    other_slopes = tl.zeros((PLACES,), tl.float64)
+    other_grads = tl.zeros((PLACES,), tl.float64)
     places += row * COLUMNS
     for start in range(0, genes, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
@@ -366,9 +366,9 @@ def count_kernel(
         is_zero = inside & (t == 0.0)
         values += tl.where(is_zero, value, 0.0)
         if RAW:
-            slopes += tl.where(is_zero, d_mu * mu, 0.0)
-            if log_slopes is not None:
-                tl.store(log_slopes + dense + columns, d_mu * mu, inside)
+            grads += tl.where(is_zero, d_mu * mu, 0.0)
+            if log_grads is not None:
+                tl.store(log_grads + dense + columns, d_mu * mu, inside)
             d_theta *= theta
         elif d_mean is not None:
             tl.store(d_mean + dense + columns, (d_mu * factor).to(d_mean.dtype.element_ty), inside)
@@ -421,9 +421,9 @@ def count_kernel(
                 tl.store(element_values + dense + place, (other_value * factor).to(C), there)
             other_values += tl.where(there, other_value, 0.0)
             if RAW:
-                other_slopes += tl.where(there, d_log_mu, 0.0)
-                if log_slopes is not None:
-                    tl.store(log_slopes + dense + place, d_log_mu.to(C), there)
+                other_grads += tl.where(there, d_log_mu, 0.0)
+                if log_grads is not None:
+                    tl.store(log_grads + dense + place, d_log_mu.to(C), there)
             elif d_mean is not None:
                 tl.store(
                     d_mean + dense + place,
@@ -443,19 +443,19 @@ def count_kernel(
         row_sum = tl.where(size == float("inf"), row_sum + size, row_sum)
     tl.store(row_sums + row, row_sum)
     if RAW:
-        slope = (tl.sum(slopes, 0).to(tl.float64) + tl.sum(other_slopes, 0)).to(C)
+        grad = (tl.sum(grads, 0).to(tl.float64) + tl.sum(other_grads, 0)).to(C)
         if d_library is not None:
-            by_library = slope / size
+            by_library = grad / size
             if size == 0.0:
-                by_library = slope_of_empty(mean, target, zero_logits, genes, top, COLUMNS, C) / total
+                by_library = grad_of_empty(mean, target, zero_logits, genes, top, COLUMNS, C) / total
             tl.store(d_library + row, (factor * by_library).to(d_library.dtype.element_ty))
         if d_mean is not None:
             # By logit g: the derivative by log mu_g, less the share of g in the sum of all.
-            part = slope / total
+            part = grad / total
             for start in range(0, genes, COLUMNS):
                 columns = start + tl.arange(0, COLUMNS)
                 inside = columns < genes
-                d = tl.load(log_slopes + dense + columns, inside, 0.0)
+                d = tl.load(log_grads + dense + columns, inside, 0.0)
                 d -= exp(tl.load(mean + columns, inside, 0.0).to(C) - top) * part
                 tl.store(d_mean + dense + columns, (d * factor).to(d_mean.dtype.element_ty), inside)
 
@@ -534,9 +534,9 @@ def evaluate(
     d_library = (
         torch.empty_like(library) if library is not None and needs >> (form.library or 0) & 1 else None
     )
-    log_slopes = None
+    log_grads = None
     if form.raw and d_mean is not None:
-        log_slopes = d_mean if d_mean.dtype == dtype else room(True, dtype)
+        log_grads = d_mean if d_mean.dtype == dtype else room(True, dtype)
     row_sums = lead.new_empty((rows, 1), dtype=dtype)
     # A thread has four elements of a full tile, two in float64: their arithmetic takes most of its registers.
     widest = 512 if dtype == torch.float32 else 256
@@ -560,7 +560,7 @@ def evaluate(
         d_library,
         row_sums,
         element_values,
-        log_slopes,
+        log_grads,
         torch.empty((rows, columns), dtype=torch.int16, device=lead.device),
         grad_loss,
         grad_nll,

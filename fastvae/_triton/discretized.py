@@ -82,11 +82,11 @@ def log_mass(n, distance, raw_log_scale, levels, log_width, floor, small):
     f1 = 1.0 + e1
     f2 = 1.0 + e2
     over = factor / (f1 * f2)
-    slope = tl.where(y < 0.0, e1, 1.0) * odd / (f1 * f2)
+    grad = tl.where(y < 0.0, e1, 1.0) * odd / (f1 * f2)
     inner = (1.0 + r * r) / factor - tl.where(y > 0.0, e1, 1.0) * over
-    by_h = tl.where(is_small, 1.0, h * tl.where(edge, slope, inner))
-    by_log_scale = tl.where(floored, 0.0, t * slope - by_h)
-    return linear, e1, e2, factor, over, h * sign * slope, by_log_scale
+    by_h = tl.where(is_small, 1.0, h * tl.where(edge, grad, inner))
+    by_log_scale = tl.where(floored, 0.0, t * grad - by_h)
+    return linear, e1, e2, factor, over, h * sign * grad, by_log_scale
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,8 +100,8 @@ def load_plane(first, places, plane, step, inside, C: tl.constexpr):
 
 
 @triton.jit
-def store_plane(slopes, places, plane, step, inside, value):
-    tl.store(slopes + places + plane * step, value.to(slopes.dtype.element_ty), inside)
+def store_plane(grads, places, plane, step, inside, value):
+    tl.store(grads + places + plane * step, value.to(grads.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -121,9 +121,9 @@ def component(
     linear = -linear
     m1, m2, s1, s2, c0, c1, c2 = m0, m0, s0, s0, m0, m0, m0
     if CHANNELS == 3:
-        a, a_slope = tanh(load_plane(first, places, 3 * K + k, step, inside, C))
-        b, b_slope = tanh(load_plane(first, places, 6 * K + k, step, inside, C))
-        c, c_slope = tanh(load_plane(first, places, 9 * K + k, step, inside, C))
+        a, a_grad = tanh(load_plane(first, places, 3 * K + k, step, inside, C))
+        b, b_grad = tanh(load_plane(first, places, 6 * K + k, step, inside, C))
+        c, c_grad = tanh(load_plane(first, places, 9 * K + k, step, inside, C))
         distance = tl.fma(-load_plane(first, places, 4 * K + k, step, inside, C), levels, n1)
         distance = tl.fma(-a, n0, distance)
         scale = load_plane(first, places, 5 * K + k, step, inside, C)
@@ -136,9 +136,9 @@ def component(
         more, _, _, _, over, m2, s2 = log_mass(n2, distance, scale, levels, log_width, floor, small)
         linear -= more
         factor *= over
-        c0 = m1 * n0 * a_slope
-        c1 = m2 * n0 * b_slope
-        c2 = m2 * n1 * c_slope
+        c0 = m1 * n0 * a_grad
+        c1 = m2 * n0 * b_grad
+        c2 = m2 * n1 * c_grad
     return logit, linear, factor, m0 * levels, m1 * levels, m2 * levels, s0, s1, s2, c0, c1, c2
 
 
@@ -151,13 +151,13 @@ def component(
 def logistic_kernel(
     first,  # the parameters (rows, planes * pixels), with any stride of rows
     target,  # uint8 levels (target_rows, channels * pixels), with any stride of rows
-    slopes,  # output or None: shaped like `first`
+    grads,  # output or None: shaped like `first`
     row_sums,  # output or None: (rows, splits) in C
     levels: tl.float64,  # 2^bits - 1
     log_width: tl.float64,  # log(2 / levels)
     floor: tl.float64,
     small: tl.float64,
-    grad_loss,  # see row_factor in tiles.py; without this and grad_nll, slopes are multiplied by `weight`
+    grad_loss,  # see row_factor in tiles.py; without this and grad_nll, grads are multiplied by `weight`
     grad_nll,
     weight: tl.float64,
     row_count: "number",
@@ -165,7 +165,7 @@ def logistic_kernel(
     params_stride: "number",
     target_stride: "number",
     target_rows: "number",  # see elementwise.py
-    slopes_stride: "number",
+    grads_stride: "number",
     planes: "number",
     K: "number",  # the number of components; 0 if there is no mixture
     channels: "number",
@@ -191,8 +191,8 @@ def logistic_kernel(
     if REPEATED:
         data_rows = rows % target_rows
     target += data_rows[:, None] * target_stride * UNIT
-    if slopes is not None:
-        slopes += rows[:, None] * slopes_stride * UNIT
+    if grads is not None:
+        grads += rows[:, None] * grads_stride * UNIT
     if grad_loss is None and grad_nll is None:
         weights = tl.full((), weight, C)
     else:
@@ -262,7 +262,7 @@ def logistic_kernel(
             # From here on, top_linear is relative to the highest logit, so that `top` need not be kept.
             top_linear += top - top_logit
             sums += tl.where(inside, tl.log(priors / masses) - top_linear, 0.0)
-            if slopes is not None:
+            if grads is not None:
                 posterior = -weights / masses
                 prior = weights / priors
                 for k in range(0, K):
@@ -272,17 +272,17 @@ def logistic_kernel(
                     logit -= top_logit
                     share = posterior * factor * exp((logit + linear) - top_linear)
                     by_logit = prior * exp(logit) + share
-                    store_plane(slopes, places, k, step, inside, by_logit)
-                    store_plane(slopes, places, K + k, step, inside, m0 * share)
-                    store_plane(slopes, places, 2 * K + k, step, inside, s0 * share)
+                    store_plane(grads, places, k, step, inside, by_logit)
+                    store_plane(grads, places, K + k, step, inside, m0 * share)
+                    store_plane(grads, places, 2 * K + k, step, inside, s0 * share)
                     if MIXED == 3:
-                        store_plane(slopes, places, 3 * K + k, step, inside, c0 * share)
-                        store_plane(slopes, places, 4 * K + k, step, inside, m1 * share)
-                        store_plane(slopes, places, 5 * K + k, step, inside, s1 * share)
-                        store_plane(slopes, places, 6 * K + k, step, inside, c1 * share)
-                        store_plane(slopes, places, 7 * K + k, step, inside, m2 * share)
-                        store_plane(slopes, places, 8 * K + k, step, inside, s2 * share)
-                        store_plane(slopes, places, 9 * K + k, step, inside, c2 * share)
+                        store_plane(grads, places, 3 * K + k, step, inside, c0 * share)
+                        store_plane(grads, places, 4 * K + k, step, inside, m1 * share)
+                        store_plane(grads, places, 5 * K + k, step, inside, s1 * share)
+                        store_plane(grads, places, 6 * K + k, step, inside, c1 * share)
+                        store_plane(grads, places, 7 * K + k, step, inside, m2 * share)
+                        store_plane(grads, places, 8 * K + k, step, inside, s2 * share)
+                        store_plane(grads, places, 9 * K + k, step, inside, c2 * share)
         else:
             for c in range(0, singles):
                 level = tl.load(target + data_places + c * data_step, inside, 0).to(C)
@@ -294,9 +294,9 @@ def logistic_kernel(
                 )
                 value = linear + log1p(combine_excess(e1, e2)) - tl.log(factor)
                 sums += tl.where(inside, value, 0.0)
-                if slopes is not None:
-                    store_plane(slopes, places, c, step, inside, -weights * by_middle * highest)
-                    store_plane(slopes, places, channels + c, step, inside, -weights * by_scale)
+                if grads is not None:
+                    store_plane(grads, places, c, step, inside, -weights * by_middle * highest)
+                    store_plane(grads, places, channels + c, step, inside, -weights * by_scale)
 
     if row_sums is not None:
         tl.store(row_sums + rows * splits + split, tl.sum(sums, 1), inside_rows)
@@ -332,13 +332,13 @@ def evaluate(
     if not components and not alternate:  # channels are independent and form one long plane
         pixels, planes, channels = pixels * channels, 2, 1
 
-    slopes = torch.empty_like(lead, memory_format=order) if needs & 1 else None
-    slopes_stride = event_size(lead)
-    unit = divisor(pixels, first.stride(0), data.stride(0), slopes_stride)
+    grads = torch.empty_like(lead, memory_format=order) if needs & 1 else None
+    grads_stride = event_size(lead)
+    unit = divisor(pixels, first.stride(0), data.stride(0), grads_stride)
     fold = min(16 // lead.element_size(), unit)
     cut = partition(rows, pixels, choice("logistic", rows * pixels, lead.device), narrowest=fold)
     # Offsets of planes are 32-bit too, so what counts is the size of all planes together.
-    wide = slopes_stride > 2**31 - 2**20
+    wide = grads_stride > 2**31 - 2**20
     row_sums = lead.new_empty((rows, cut.splits), dtype=dtype) if values else None
     # A thread must hold fewer pixels in float64, and where accesses are not vectorised.
     spread = 2 if dtype == torch.float64 or alternate else 1
@@ -348,7 +348,7 @@ def evaluate(
         lead.device,
         first,
         data,
-        slopes,
+        grads,
         row_sums,
         levels,
         math.log(2.0 / levels),
@@ -362,7 +362,7 @@ def evaluate(
         first.stride(0) // unit,
         data.stride(0) // unit,
         target.shape[0],
-        slopes_stride // unit,
+        grads_stride // unit,
         planes,
         components,
         channels,
@@ -381,4 +381,4 @@ def evaluate(
         C=COMPUTE[dtype],
         num_warps=cut.warps * spread,
     )
-    return ([slopes] if slopes is not None else []), row_sums, None
+    return ([grads] if grads is not None else []), row_sums, None

@@ -1,7 +1,7 @@
 """The function of one element, which a likelihood with independent elements passes to the kernel of elementwise.py.
 
     element(first, second, target, scalar, shape, offset)
-        -> (value, e, first_slope, second_slope, scalar_slope)
+        -> (value, e, first_grad, second_grad, scalar_grad)
 
     first, second   tiles of the parameters, float32 or float64; `second` is `first` if there is only one parameter
     target          the data, as numbers; uint8 is already divided by 255, unless the variant has `counts`
@@ -12,7 +12,7 @@
     value + log(1 + e)   the negative log-likelihood of each element in nats. A likelihood with a term log(1 + e), where
                     e is in [0, 1], leaves this term to the kernel, which takes one logarithm for many elements
                     (`log_term`)
-    *_slope         the derivatives by first, second and scalar
+    *_grad         the derivatives by first, second and scalar
 
 A likelihood returns 0.0 for anything it does not need.
 """

@@ -48,12 +48,12 @@ def nll_kernel(
     scalar_value: tl.float64,
     shape: tl.float64,  # see element.py
     offset: tl.float64,
-    first_slope,  # output or None: (rows, size), stored like the parameters
-    second_slope,
+    first_grad,  # output or None: (rows, size), stored like the parameters
+    second_grad,
     row_sums,  # output or None: (rows, splits) in C
     scalar_sums,  # output or None: the same sums of the derivative by `scalar`
-    element_values,  # output or None: (rows, size) in C, dense, with the same factor as the slopes
-    grad_loss,  # see row_factor; without this and grad_nll, slopes are multiplied by `weight`
+    element_values,  # output or None: (rows, size) in C, dense, with the same factor as the grads
+    grad_loss,  # see row_factor; without this and grad_nll, grads are multiplied by `weight`
     grad_nll,
     weight: tl.float64,
     row_count: "number",
@@ -62,7 +62,7 @@ def nll_kernel(
     second_stride: "number",
     target_stride: "number",
     target_rows: "number",  # if REPEATED, several draws share a target: row r reads target row r % target_rows
-    slope_stride: "number",
+    grad_stride: "number",
     second_offset: "number",  # where the second half of a packed head starts
     grad_loss_stride: "number",
     grad_nll_stride: "number",
@@ -90,10 +90,10 @@ def nll_kernel(
     if REPEATED:
         data_rows = rows % target_rows
     target += data_rows[:, None] * target_stride * UNIT
-    if first_slope is not None:
-        first_slope += rows[:, None] * slope_stride * UNIT
-    if second_slope is not None:
-        second_slope += rows[:, None] * slope_stride * UNIT + second_offset.to(tl.int64) * UNIT
+    if first_grad is not None:
+        first_grad += rows[:, None] * grad_stride * UNIT
+    if second_grad is not None:
+        second_grad += rows[:, None] * grad_stride * UNIT + second_offset.to(tl.int64) * UNIT
 
     if scalar is not None:
         shared = tl.load(scalar).to(C)
@@ -110,7 +110,7 @@ def nll_kernel(
         factor = factor[:, None]
 
     sums = tl.zeros((ROWS, COLUMNS // FOLD), C)
-    scalar_slopes = tl.zeros((ROWS, COLUMNS // FOLD), C)
+    scalar_grads = tl.zeros((ROWS, COLUMNS // FOLD), C)
     excess = tl.zeros((ROWS, COLUMNS // FOLD), C)
     start = first_column(split, tiles, COLUMNS, WIDE)
     for i in range(0, tiles):
@@ -133,12 +133,12 @@ def nll_kernel(
         t = t.to(C)
         if is_pixel:
             t = t / 255.0
-        value, e, slope_a, slope_b, slope_shared = ELEMENT(a, b, t, shared, shape, offset)
+        value, e, grad_a, grad_b, grad_shared = ELEMENT(a, b, t, shared, shape, offset)
 
-        if first_slope is not None:
-            tl.store(first_slope + places, (slope_a * factor).to(first_slope.dtype.element_ty), inside)
-        if second_slope is not None:
-            tl.store(second_slope + places, (slope_b * factor).to(second_slope.dtype.element_ty), inside)
+        if first_grad is not None:
+            tl.store(first_grad + places, (grad_a * factor).to(first_grad.dtype.element_ty), inside)
+        if second_grad is not None:
+            tl.store(second_grad + places, (grad_b * factor).to(second_grad.dtype.element_ty), inside)
         if element_values is not None:
             whole = value + log1p(e) if LOG_TERM else value
             place = rows[:, None] * size + columns
@@ -146,7 +146,7 @@ def nll_kernel(
         if row_sums is not None:
             sums += fold_sum(tl.where(inside, value, 0.0), ROWS, COLUMNS, FOLD)
         if scalar_sums is not None:
-            scalar_slopes += fold_sum(tl.where(inside, slope_shared, 0.0), ROWS, COLUMNS, FOLD)
+            scalar_grads += fold_sum(tl.where(inside, grad_shared, 0.0), ROWS, COLUMNS, FOLD)
         if LOG_TERM and row_sums is not None:
             excess = combine_excess(excess, fold_excess(tl.where(inside, e, 0.0), ROWS, COLUMNS, FOLD))
             # The product of 64 factors of at most 2 each fits in float32.
@@ -159,7 +159,7 @@ def nll_kernel(
     if row_sums is not None:
         tl.store(row_sums + rows * splits + split, tl.sum(sums, 1), inside_rows)
     if scalar_sums is not None:
-        tl.store(scalar_sums + rows * splits + split, tl.sum(scalar_slopes, 1), inside_rows)
+        tl.store(scalar_sums + rows * splits + split, tl.sum(scalar_grads, 1), inside_rows)
 
 
 def evaluate(
@@ -188,24 +188,24 @@ def evaluate(
     scalar = params[-1] if variant.has_scalar else None
     second = dense_rows(params[1], order) if len(params) - variant.has_scalar > 1 else None
 
-    slopes: list[Tensor | None] = [
+    grads: list[Tensor | None] = [
         torch.empty_like(like, memory_format=order) if needs >> i & 1 else None for i in (0, 1)
     ]
     if variant.has_scalar:
-        slopes[1] = None
-    gradients = [slope for slope in slopes if slope is not None]
+        grads[1] = None
+    gradients = [grad for grad in grads if grad is not None]
     second_offset, run = 0, 0
     if variant.packed:
         # Dimension 1 holds the channels of the first parameter, then those of the second. In channels_last order the
         # two are interleaved at every pixel.
-        second, slopes[1] = first, slopes[0]
+        second, grads[1] = first, grads[0]
         in_turns = order != torch.contiguous_format
         run = target.shape[1] if in_turns else 0
         second_offset = run if in_turns else size
 
-    slope_stride = size * (2 if variant.packed else 1)
+    grad_stride = size * (2 if variant.packed else 1)
     second_stride = second.stride(0) if second is not None else 0
-    unit = divisor(size, first.stride(0), second_stride, data.stride(0), slope_stride, second_offset)
+    unit = divisor(size, first.stride(0), second_stride, data.stride(0), grad_stride, second_offset)
     # A thread holds this many adjacent elements: those of a 128-bit access, or fewer if the strides require it.
     fold = min(16 // lead.element_size(), unit)
     cut = partition(rows, size, choice("nll", rows * size, lead.device), narrowest=fold)
@@ -224,7 +224,7 @@ def evaluate(
         element.scalar_of(constants),
         element.shape_of(constants),
         element.offset_of(constants),
-        *slopes,
+        *grads,
         row_sums,
         scalar_sums,
         element_values,
@@ -237,7 +237,7 @@ def evaluate(
         second_stride // unit,
         data.stride(0) // unit,
         target.shape[0],
-        slope_stride // unit,
+        grad_stride // unit,
         second_offset // unit,
         row_stride(grad_loss),
         row_stride(grad_nll),

@@ -127,9 +127,9 @@ def test_bounded_logvar_stays_in_its_bounds(backend: str, v: float, dtype: torch
     torch.testing.assert_close(nll.double(), torch.full((2,), want).double(), rtol=2e-6, atol=0)
     by_params, by_target = torch.autograd.grad(nll.sum(), (params, target))
     rtol = {torch.bfloat16: 5e-3, torch.float16: 1e-3}.get(dtype, 2e-6)
-    slope = torch.full((2, 3, 5), 0.25 * math.exp(-bound))
-    torch.testing.assert_close(by_params[:, :3].float(), slope, rtol=rtol, atol=0)
-    torch.testing.assert_close(by_target.float(), -slope, rtol=rtol, atol=0)
+    grad = torch.full((2, 3, 5), 0.25 * math.exp(-bound))
+    torch.testing.assert_close(by_params[:, :3].float(), grad, rtol=rtol, atol=0)
+    torch.testing.assert_close(by_target.float(), -grad, rtol=rtol, atol=0)
     assert (by_params[:, 3:].abs() < 1e-6).all()
 
 

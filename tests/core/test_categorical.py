@@ -111,16 +111,16 @@ def test_nll_at_extreme_logits_equals_60_digits(
     parts = [mpmath.exp(x - values[0]) if mpmath.isfinite(x) else mpmath.mpf(0) for x in values]
     total = sum(parts)
     want = float(mpmath.log(total))
-    slopes = [float((part - (i == 0) * total) / total) for i, part in enumerate(parts)]
+    grads = [float((part - (i == 0) * total) / total) for i, part in enumerate(parts)]
     leaf = a.requires_grad_()
     nll = functional.categorical_nll(leaf, torch.tensor([0]))
     (gradient,) = torch.autograd.grad(nll, leaf, torch.ones_like(nll))
     rtol = 1e-13 if dtype == torch.float64 else 2e-6
     assert nll.item() == pytest.approx(want, rel=rtol, abs=1e-37)
-    # A slope below the smallest normal number of its dtype has no digits, and expf of less than -87 is 0.
+    # A grad below the smallest normal number of its dtype has no digits, and expf of less than -87 is 0.
     smallest = {torch.float16: 2.0**-24, torch.float64: 1e-300}.get(dtype, 1e-37)
     coarse = {torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float32: 5e-6}.get(dtype, 1e-13)
-    assert gradient[0].tolist() == pytest.approx(slopes, rel=coarse, abs=smallest)
+    assert gradient[0].tolist() == pytest.approx(grads, rel=coarse, abs=smallest)
 
 
 def test_nll_is_at_least_as_accurate_as_eager(native: None) -> None:
@@ -192,11 +192,11 @@ def test_masked_classes_have_no_gradient(backend: str) -> None:
     assert functional.categorical_nll(masked, torch.tensor([4, 7])).tolist()[1] == math.inf
 
 
-@pytest.mark.parametrize("slope", [1, 3])
-def test_gradcheck(backend: str, slope: int) -> None:
+@pytest.mark.parametrize("grad", [1, 3])
+def test_gradcheck(backend: str, grad: int) -> None:
     logits, target = data((3, 4, 5), torch.float64)
     assert torch.autograd.gradcheck(
-        lambda a: slope * functional.categorical_nll(a, target), logits.requires_grad_()
+        lambda a: grad * functional.categorical_nll(a, target), logits.requires_grad_()
     )
 
 
@@ -360,9 +360,9 @@ for shape in ((5, 3), (2, 3, 1029), (7, 2, 130)):
         (gradient,) = torch.autograd.grad(nll.sum(), logits)
         wide = logits.detach().double().requires_grad_()
         want = F.cross_entropy(wide.flatten(0, -2), target.flatten(), reduction="none").view(shape[0], -1).sum(1)
-        (slopes,) = torch.autograd.grad(want.sum(), wide)
+        (grads,) = torch.autograd.grad(want.sum(), wide)
         torch.testing.assert_close(nll.double(), want, rtol=5e-6, atol=5e-6)
-        assert (gradient.double() - slopes).abs().max() < (1e-2 if dtype.itemsize == 2 else 5e-6)
+        assert (gradient.double() - grads).abs().max() < (1e-2 if dtype.itemsize == 2 else 5e-6)
 """
 
 

@@ -156,15 +156,15 @@ def exact(t: float, mu: float, theta: float, pi: float | None = None) -> Any:
 
     where = [mpmath.mpf(x) for x in (mu, theta, *(() if pi is None else (pi,)))]
     value = nll(*where)
-    slopes = []
+    grads = []
     for i, x in enumerate(where):
         # Accurate to about 40 digits, because mpmath's step is half of its precision.
         with mpmath.workdps(110):
             step = max(abs(x), mpmath.mpf(10) ** -8) * mpmath.mpf(10) ** -40
             above, below = list(where), list(where)
             above[i], below[i] = x + step, x - step
-            slopes.append((nll(*above) - nll(*below)) / (2 * step))
-    return value, slopes
+            grads.append((nll(*above) - nll(*below)) / (2 * step))
+    return value, grads
 
 
 HARD = [
@@ -198,19 +198,17 @@ def test_nll_equals_50_digits(dtype: torch.dtype, pi: float | None, backend: str
     for i in range(len(HARD)):
         # The point is rounded to float32 first.
         point = (t[i].item(), mean[i].item(), theta[i].item())
-        expected, slopes = exact(*point, *(() if pi is None else (pi,)))
+        expected, grads = exact(*point, *(() if pi is None else (pi,)))
         message = f"count {point[0]}, mean {point[1]}, inverse dispersion {point[2]}"
         tolerance = 1e-6 if dtype == torch.float32 else 2e-11 if backend == "reference" else 1e-12
         assert abs(value[i].item() - expected) <= tolerance * abs(expected), message
-        # Near its zero, a slope keeps the absolute accuracy of its terms.
+        # Near its zero, a grad keeps the absolute accuracy of its terms.
         scales = [point[0] / point[1] + 1, None, 1]
-        for name, slope, scale in zip(found, slopes, scales, strict=False):
+        for name, grad, scale in zip(found, grads, scales, strict=False):
             floor = 1e-6 * scale if scale else 1e-6 * abs(expected) / point[2]
-            error = abs(found[name][i].item() - slope)
-            allowed = (2e-6 if dtype == torch.float32 else 1e-10) * max(abs(slope), floor)
-            assert error <= allowed, (
-                f"{name}: {message}: {found[name][i].item()} for {mpmath.nstr(slope, 17)}"
-            )
+            error = abs(found[name][i].item() - grad)
+            allowed = (2e-6 if dtype == torch.float32 else 1e-10) * max(abs(grad), floor)
+            assert error <= allowed, f"{name}: {message}: {found[name][i].item()} for {mpmath.nstr(grad, 17)}"
 
 
 @pytest.mark.parametrize("form", [NB, ZINB])
@@ -298,11 +296,11 @@ def test_unlikely_zero_with_little_zero_inflation_is_accurate(backend: str) -> N
     pi = torch.tensor([[-120.0, -150.0, -200.5]], requires_grad=True)
     inputs = {"mean": mean, "inverse_dispersion": theta, "zi_logits": pi}
     value = call(ZINB, target=torch.zeros_like(mean), **inputs)
-    expected, slopes = by_reference(ZINB, inputs | {"target": torch.zeros(1, 3)})
+    expected, grads = by_reference(ZINB, inputs | {"target": torch.zeros(1, 3)})
     close(value, expected, 1e-6)
     found = gradients(value, inputs)
-    close(found["mean"], slopes["mean"], 1e-5)
-    close(found["zi_logits"], slopes["zi_logits"], 1e-5)
+    close(found["mean"], grads["mean"], 1e-5)
+    close(found["zi_logits"], grads["zi_logits"], 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -660,10 +658,10 @@ for dtype in (torch.float32, torch.float64):
     for shared in (True, False):
         inputs = t.make({script_form!r}, 9, 1100, dtype, shared)
         value = t.call({script_form!r}, **inputs)
-        expected, slopes = t.by_reference({script_form!r}, inputs)
+        expected, grads = t.by_reference({script_form!r}, inputs)
         t.close(value, expected, t.VALUES[dtype])
         for name, gradient in t.gradients(value, inputs).items():
-            t.close(gradient, slopes[name], t.SLOPES[dtype])
+            t.close(gradient, grads[name], t.SLOPES[dtype])
 print("good")
 """
     assert on_capability(script).strip() == "good"

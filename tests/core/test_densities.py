@@ -154,20 +154,20 @@ def compare(
     points: list[tuple[float, ...]],
     dtype: torch.dtype,
     scale: Callable[..., float] = lambda *point: 0.0,
-    slope_scale: float = 0.0,
+    grad_scale: float = 0.0,
 ) -> None:
     """Compare with `function`(first, second) of the columns of `points`, relative to the value or to a point's
     `scale`."""
     first, second = (column(*values, dtype=dtype) for values in zip(*points, strict=True))
     first.requires_grad_()
     value = function(first, second)
-    (slope,) = torch.autograd.grad(value.sum(), first)
+    (grad,) = torch.autograd.grad(value.sum(), first)
     for i, (x, y) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
-        want, want_slope = exact(mpmath.mpf(x), mpmath.mpf(y))
+        want, want_grad = exact(mpmath.mpf(x), mpmath.mpf(y))
         bound = EXACT[dtype] * (abs(want) + scale(x, y)) + torch.finfo(dtype).tiny
         assert abs(value[i].item() - want) <= bound, (x, y, value[i].item(), mpmath.nstr(want, 17))
-        slope_bound = EXACT[dtype] * (abs(want_slope) + (slope_scale or scale(x, y)))
-        assert abs(slope[i].item() - want_slope) <= slope_bound, (x, y, mpmath.nstr(want_slope, 17))
+        grad_bound = EXACT[dtype] * (abs(want_grad) + (grad_scale or scale(x, y)))
+        assert abs(grad[i].item() - want_grad) <= grad_bound, (x, y, mpmath.nstr(want_grad, 17))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -202,7 +202,7 @@ def test_continuous_bernoulli_equals_50_digits(backend: str, dtype: torch.dtype)
         dtype,
         # For t = 1/2, the first order vanishes and only a^2 / 24 of the value remains, which must be accurate.
         scale=lambda a, t: 0.0 if abs(a) < 0.5 and t == 0.5 else abs(a * (0.5 - t)) + 0.5 * abs(a),
-        slope_scale=1.0,  # relative, because it is a difference from t
+        grad_scale=1.0,  # relative, because it is a difference from t
     )
 
 
@@ -233,7 +233,7 @@ def test_poisson_rate_equals_50_digits(backend: str, dtype: torch.dtype) -> None
         dtype,
         # The reference computes the terms in float64.
         lambda m, t: (m + t * (1 + abs(math.log(m)) + math.log(t + 1))) if backend == "reference" else 0.0,
-        slope_scale=1.0,
+        grad_scale=1.0,
     )
 
 

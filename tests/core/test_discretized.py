@@ -96,11 +96,11 @@ def test_nll_equals_published_values(backend: str, name: str, dtype: torch.dtype
     leaf = torch.tensor(case["params"], dtype=dtype, requires_grad=True)
     value = nll(functional, leaf, torch.tensor(case["target"], dtype=torch.uint8), case["components"])
     (gradient,) = torch.autograd.grad(value.sum(), leaf)
-    want, slope = (torch.tensor(case[key], dtype=torch.float64) for key in ("nll", "gradient"))
+    want, grad = (torch.tensor(case[key], dtype=torch.float64) for key in ("nll", "gradient"))
     tolerance = 1e-10 if dtype == torch.float64 else 5e-6  # the error of the published differences
     assert ((value.double() - want).abs() <= tolerance * want).all()
-    row = slope.abs().amax((1, 2), keepdim=True)
-    assert ((gradient.double() - slope).abs() <= tolerance * (row + slope.abs())).all()
+    row = grad.abs().amax((1, 2), keepdim=True)
+    assert ((gradient.double() - grad).abs() <= tolerance * (row + grad.abs())).all()
 
 
 def test_stored_values_equal_those_of_the_script() -> None:
@@ -295,7 +295,7 @@ def test_nll_equals_50_digits(backend: str, min_mass: float) -> None:
         error = (value.double() - want[:, 0]).abs()
         assert (error <= eps * (20 * want[:, 0].abs() + 4 * u * by_u) + torch.finfo(dtype).tiny).all()
         error = (gradient.double() - want[:, 1:]).abs()
-        # The reference adds up the slopes at both ends of the bin, which cancel.
+        # The reference adds up the grads at both ends of the bin, which cancel.
         rest = u + (1 if backend == "reference" else 0)
         bound = 40 * want[:, 1:].abs() + 8 * (1 + u[:, None]) * torch.stack((inverse * rest, rest), 1)
         assert (error <= eps * bound).all()
@@ -368,12 +368,12 @@ def test_bin_with_all_the_mass_has_no_gradient(native: None, bits: int, log_scal
     target = torch.full((1, 1, 4), 2 ** (bits - 1), dtype=torch.uint8)
     x = 2 * target.double() / (2**bits - 1) - 1
     params = torch.cat((x, torch.full_like(x, log_scale)), 1)
-    slopes = []
+    grads = []
     for module, dtype in ((functional, torch.float32), (reference, torch.float64)):
         leaf = params.to(dtype).requires_grad_()
         module.discretized_logistic_nll(leaf, target, bits=bits, log_scale_floor=-60.0).sum().backward()
-        slopes.append(leaf.grad[:, 1].double())
-    torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-6)
+        grads.append(leaf.grad[:, 1].double())
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -569,9 +569,9 @@ for components, channels in ((0, 3), (4, 3), (3, 1)):
             else:
                 value = module.discretized_logistic_nll(leaf, target)
             values.append((value.detach().double(), torch.autograd.grad(value.sum(), leaf)[0].double()))
-        (value, slope), (want, exact) = values
+        (value, grad), (want, exact) = values
         assert ((value - want).abs() <= 5e-6 * want).all()
-        assert ((slope - exact).abs() <= (1e-2 if dtype == torch.bfloat16 else 1e-5) * exact.abs().max()).all()
+        assert ((grad - exact).abs() <= (1e-2 if dtype == torch.bfloat16 else 1e-5) * exact.abs().max()).all()
 print("right")
 """
 

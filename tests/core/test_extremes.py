@@ -1,8 +1,8 @@
 """The ends: infinite parameters, scales that over- and underflow, data met exactly, empty cells, huge counts.
 
 Every backend gives the limit of the exact value there, and of the exact gradient wherever that is finite. `points`
-makes a grid of extremes for each variant of the table of likelihoods, mpmath and
-users have met.
+makes a grid of extremes for each variant of the table of likelihoods, with the truth from mpmath. Single cases that
+users have met follow.
 """
 
 import math
@@ -64,8 +64,8 @@ def student_t(m: Any, s: Any, t: Any, df: Any) -> Truth:
     if m == t:
         return constant + s, [mpf(0), mpf(1)]
     log_y = mpmath.log(abs(m - t)) - s - mpmath.log(df) / 2
-    pull = (df + 1) * sigmoid(2 * log_y)
-    return constant + s + (df + 1) / 2 * log1pexp(2 * log_y), [pull / (m - t), 1 - pull]
+    scale_grad = (df + 1) * sigmoid(2 * log_y)
+    return constant + s + (df + 1) / 2 * log1pexp(2 * log_y), [scale_grad / (m - t), 1 - scale_grad]
 
 
 def continuous_bernoulli(a: Any, t: Any) -> Truth:
@@ -169,19 +169,19 @@ def discretized_logistic(mean: Any, raw: Any, level: Any) -> Truth:
         mass = sigmoid(u + h) * sigmoid(h - u) * -mpmath.expm1(-2 * h)
         if mass > mpf(1e-5):
             value = -mpmath.log(mass)
-            slope = sigmoid(-u - h) - sigmoid(u - h)  # of log mass by u
+            grad = sigmoid(-u - h) - sigmoid(u - h)  # of log mass by u
             by_h = sigmoid(-u - h) + sigmoid(u - h) + 2 / mpmath.expm1(2 * h)
         else:
             value = -(u - s - 2 * log1pexp(u) - mpmath.log(mpf(255) / 2))
-            slope, by_h = 1 - 2 * sigmoid(u), 1 / h
-        by_mean, by_scale = slope * inverse * sign, u * slope + h * by_h
+            grad, by_h = 1 - 2 * sigmoid(u), 1 / h
+        by_mean, by_scale = grad * inverse * sign, u * grad + h * by_h
     return value, [by_mean, mpf(0) if raw < -7 else by_scale]
 
 
 def mixture(logit: Any, mean: Any, raw: Any, level: Any) -> Truth:
     """Of a single component, whose logit changes nothing."""
-    value, slopes = discretized_logistic(mean, raw, level)
-    return value, [mpf(0), *slopes]
+    value, grads = discretized_logistic(mean, raw, level)
+    return value, [mpf(0), *grads]
 
 
 def gaussian_kl(mu: Any, v: Any, prior_mu: Any = 0, prior_v: Any = 0) -> Truth:
@@ -202,8 +202,8 @@ def limit(
     *params, target = values
     if not any(math.isinf(x) or (positive and x == 0) for x in params):
         with mpmath.workdps(120 if max(map(abs, values)) > 1e3 else 60):
-            value, slopes = truth(*map(mpf, values))
-            return tuple(map(float, (value, *slopes)))
+            value, grads = truth(*map(mpf, values))
+            return tuple(map(float, (value, *grads)))
 
     def at(size: int) -> list[Any]:
         large = mpf(10) ** size
@@ -217,8 +217,8 @@ def limit(
                 else mpf(x)
             )
 
-        value, slopes = truth(*map(near, params), mpf(target))
-        return [value, *slopes]
+        value, grads = truth(*map(near, params), mpf(target))
+        return [value, *grads]
 
     with mpmath.workdps(60):
         pairs = zip(at(400), at(800), strict=True)
@@ -332,8 +332,8 @@ def truth_of(variant: Variant, constants: tuple[float, ...]) -> Callable[..., Tr
         others = given[:-1]
 
         def of_fixed(m: Any, t: Any) -> Truth:
-            value, slopes = plain(m, log_scale, t, *others)
-            return value, slopes[:1]
+            value, grads = plain(m, log_scale, t, *others)
+            return value, grads[:1]
 
         return of_fixed
     return lambda *values: plain(*values, *given)
@@ -402,18 +402,18 @@ def wrong(got: Tensor, want: Tensor, dtype: torch.dtype, bound: Tensor) -> Tenso
 
 
 def check_points(
-    variant: Variant, points: Points, nll: Tensor, slopes: list[Tensor], dtype: torch.dtype
+    variant: Variant, points: Points, nll: Tensor, grads: list[Tensor], dtype: torch.dtype
 ) -> None:
     """Of (points,) the nll, and the derivatives by each parameter."""
-    nll, slopes = nll.cpu(), [slope.cpu() for slope in slopes]
+    nll, grads = nll.cpu(), [grad.cpu() for grad in grads]
     columns, target = [x.double().flatten() for x in points.columns], points.target.double().flatten()
     want, *by = points.want.unbind(1)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     tolerance = VALUE.get(dtype, 5e-6)
     # What is changed by rounding the parameters.
-    terms = sum((x * slope).nan_to_num(0.0, 0.0, 0.0).abs() for x, slope in zip(columns, by, strict=True))
+    terms = sum((x * grad).nan_to_num(0.0, 0.0, 0.0).abs() for x, grad in zip(columns, by, strict=True))
     found = [("nll", nll, want, wrong(nll, want, wide, tolerance * (1 + terms + want.abs())))]
-    for i, (x, slope, exact) in enumerate(zip(columns, slopes, by, strict=True)):
+    for i, (x, grad, exact) in enumerate(zip(columns, grads, by, strict=True)):
         size = torch.ones_like(target)
         if variant.counts:
             size += target
@@ -422,8 +422,8 @@ def check_points(
         bound = GRADIENT[dtype] * exact.abs() + tolerance * size
         # Where the limit is infinite nothing is asked of it but to be a number.
         finite = exact.abs() < 0.4 * torch.finfo(dtype).max
-        places = wrong(slope, exact, dtype, bound) & finite | slope.isnan()
-        found.append((f"slope by {i}", slope, exact, places))
+        places = wrong(grad, exact, dtype, bound) & finite | grad.isnan()
+        found.append((f"grad by {i}", grad, exact, places))
     for what, got, exact, places in found:
         faults = [
             f"{[x[i].item() for x in columns]}, target {target[i].item()}: {got[i].item()} for {exact[i].item()}"
@@ -442,14 +442,14 @@ def run(variant: Variant, points: Points, device: torch.device | str = "cpu") ->
             lead, scalar = columns[0][i : i + 1].requires_grad_(), columns[1][i, 0].requires_grad_()
             nll = functional.loss.nll(variant.name, [lead, scalar], target[i : i + 1], points.constants)[1]
             each.append((nll.detach(), *torch.autograd.grad(nll.sum(), [lead, scalar])))
-        nll, *slopes = (torch.stack([x.flatten()[0] for x in column]) for column in zip(*each, strict=True))
-        return nll, slopes
+        nll, *grads = (torch.stack([x.flatten()[0] for x in column]) for column in zip(*each, strict=True))
+        return nll, grads
     params = [x.requires_grad_() for x in tensors_of(variant, tuple(columns))]
     nll = functional.loss.nll(variant.name, params, target, points.constants)[1]
-    slopes = torch.autograd.grad(nll.sum(), params)
+    grads = torch.autograd.grad(nll.sum(), params)
     if len(params) == 1:
-        return nll.detach(), list(slopes[0].unbind(1))
-    return nll.detach(), [slope.flatten() for slope in slopes]
+        return nll.detach(), list(grads[0].unbind(1))
+    return nll.detach(), [grad.flatten() for grad in grads]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -472,7 +472,7 @@ BESIDE = [
 def test_the_grid_in_one_row(backend: str, variant: Variant, dtype: torch.dtype) -> None:
     """Neighbours, an inverse dispersion that serves all cells, and the value of each element change nothing."""
     for points in grid(variant.name, dtype, 1 if variant.element or backend != "triton" else 9):
-        nll, slopes = run(variant, points)
+        nll, grads = run(variant, points)
         params = [
             x.flatten() if name == "inverse_dispersion" else x.t()
             for name, x in zip(variant.tensors, points.columns, strict=True)
@@ -484,8 +484,8 @@ def test_the_grid_in_one_row(backend: str, variant: Variant, dtype: torch.dtype)
             torch.testing.assert_close(values[0], nll, rtol=1e-6, atol=1e-30)
         else:
             values = functional.loss.nll(variant.name, params, target, points.constants)[1]
-        for slope, expected in zip(torch.autograd.grad(values.sum(), params), slopes, strict=True):
-            torch.testing.assert_close(slope.flatten(), expected, rtol=1e-6, atol=1e-30)
+        for grad, expected in zip(torch.autograd.grad(values.sum(), params), grads, strict=True):
+            torch.testing.assert_close(grad.flatten(), expected, rtol=1e-6, atol=1e-30)
 
 
 KL_PLACES = (0.0, -1e-20, 1.0, 1e4)
@@ -503,11 +503,11 @@ def kl_grid(dtype: torch.dtype, prior: bool) -> tuple[Tensor, Tensor]:
     return points.to(dtype), torch.tensor(want, dtype=torch.float64)[:, : 1 + points.shape[1]]
 
 
-def check_kl(points: Tensor, want: Tensor, kl: Tensor, slopes: list[Tensor]) -> None:
-    dtype, kl, slopes = points.dtype, kl.cpu(), [slope.cpu() for slope in slopes]
+def check_kl(points: Tensor, want: Tensor, kl: Tensor, grads: list[Tensor]) -> None:
+    dtype, kl, grads = points.dtype, kl.cpu(), [grad.cpu() for grad in grads]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     tolerance = VALUE.get(dtype, 5e-6)
-    for i, (got, exact) in enumerate(zip((kl, *slopes), want.unbind(1), strict=True)):
+    for i, (got, exact) in enumerate(zip((kl, *grads), want.unbind(1), strict=True)):
         kind, relative = (dtype, GRADIENT[dtype]) if i else (wide, tolerance)
         places = wrong(got, exact, kind, relative * exact.abs() + tolerance)
         if i:
@@ -522,7 +522,7 @@ def run_kl(points: Tensor, with_z: bool) -> tuple[Tensor, list[Tensor]]:
         kl = functional.reparameterize_kl(*leaves, eps=torch.zeros_like(leaves[0]))[1]
     else:
         kl = functional.gaussian_kl(*leaves)
-    return kl.detach(), [slope.flatten() for slope in torch.autograd.grad(kl.sum(), leaves)]
+    return kl.detach(), [grad.flatten() for grad in torch.autograd.grad(kl.sum(), leaves)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -538,13 +538,11 @@ def test_the_grid_of_the_kl(backend: str, prior: bool, with_z: bool, dtype: torc
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def value_and_slopes(
-    function: Callable[..., Tensor], *values: float, dtype: torch.dtype
-) -> tuple[float, ...]:
+def value_and_grads(function: Callable[..., Tensor], *values: float, dtype: torch.dtype) -> tuple[float, ...]:
     """Of single numbers."""
     leaves = [torch.tensor([[value]], dtype=dtype, requires_grad=True) for value in values]
     nll = function(*leaves)
-    return nll.item(), *(slope.item() for slope in torch.autograd.grad(nll.sum(), leaves))
+    return nll.item(), *(grad.item() for grad in torch.autograd.grad(nll.sum(), leaves))
 
 
 floats = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -568,25 +566,25 @@ def test_an_empty_cell_has_a_gradient_by_its_library_alone(
         nll = getattr(functional, f"{form}_nll")(**leaves, target=target)
         return nll.detach(), dict(zip(leaves, torch.autograd.grad(nll.sum(), leaves.values()), strict=True))
 
-    nll, slopes = run(slice(1, 2))
+    nll, grads = run(slice(1, 2))
     assert nll.tolist() == [0]
-    for name, slope in slopes.items():
+    for name, grad in grads.items():
         if name != "library":
-            assert torch.equal(slope, torch.zeros_like(slope)), name
+            assert torch.equal(grad, torch.zeros_like(grad)), name
     share = torch.softmax(inputs["logits"][1].double(), 0)
     if form == ZINB_RAW:
         share *= torch.sigmoid(-inputs["zi_logits"][1].double())
     tolerance = {torch.bfloat16: 1e-2, torch.float16: 1e-3}.get(dtype, 1e-6)
-    torch.testing.assert_close(slopes["library"].double(), share.sum().view(1), rtol=tolerance, atol=0)
+    torch.testing.assert_close(grads["library"].double(), share.sum().view(1), rtol=tolerance, atol=0)
 
     # Beside it the others are what they are without it.
-    nll, slopes = run(slice(0, 4))
+    nll, grads = run(slice(0, 4))
     for row in (0, 2, 3):
         alone, of_one = run(slice(row, row + 1))
         assert torch.equal(nll[row : row + 1], alone)
-        for name, slope in of_one.items():
-            if name == "library" or slope.dim() == 2:
-                assert torch.equal(slopes[name][row : row + 1], slope), name
+        for name, grad in of_one.items():
+            if name == "library" or grad.dim() == 2:
+                assert torch.equal(grads[name][row : row + 1], grad), name
 
 
 @pytest.mark.parametrize(("count", "want"), [(1e6, 7.8267), (1e7, 8.9780)])
@@ -595,20 +593,20 @@ def test_a_large_poisson_count_keeps_its_digits(
     backend: str, count: float, want: float, dtype: torch.dtype
 ) -> None:
     """At its own rate it costs log(2 pi t) / 2: in float32 nothing is left of three terms of the size of t log t."""
-    nll, slope = value_and_slopes(
+    nll, grad = value_and_grads(
         lambda a: functional.poisson_nll(a, torch.full_like(a, count)), math.log(count), dtype=dtype
     )
     assert abs(nll - want) < 1e-3
-    assert abs(slope) < 3e-6 * count
+    assert abs(grad) < 3e-6 * count
 
 
 @floats
 def test_student_t_far_outside_of_a_tiny_scale(backend: str, dtype: torch.dtype) -> None:
-    nll, *slopes = value_and_slopes(
+    nll, *grads = value_and_grads(
         lambda m, s: functional.student_t_nll(m, torch.ones_like(m), s, df=3), 0.0, -100.0, dtype=dtype
     )
     assert abs(nll - 298.8036) < 1e-3
-    assert slopes == pytest.approx([-4, -3], rel=1e-6)
+    assert grads == pytest.approx([-4, -3], rel=1e-6)
 
 
 @floats
@@ -621,7 +619,7 @@ def test_a_count_at_a_dispersion_that_float32_cannot_hold(
     leaves = {name: torch.tensor(x, dtype=dtype, requires_grad=True) for name, x in inputs.items()}
     nll = functional.negative_binomial_logits_nll(**leaves, target=torch.full((1, 1), count, dtype=dtype))
     assert abs(nll.item() - (100 + math.log(count))) < 1e-4
-    assert [slope.item() for slope in torch.autograd.grad(nll.sum(), leaves.values())] == pytest.approx(
+    assert [grad.item() for grad in torch.autograd.grad(nll.sum(), leaves.values())] == pytest.approx(
         [0, -1, 0], abs=1e-6
     )
 
@@ -653,10 +651,10 @@ def test_data_met_exactly_by_a_scale_that_underflows(
     backend: str, name: str, log_scale: float, dtype: torch.dtype
 ) -> None:
     """The nll falls on with the log-scale, and is still at the location."""
-    function, constant, slope = MET[name]
-    nll, *slopes = value_and_slopes(function, 0.0, log_scale, dtype=dtype)
-    assert nll == pytest.approx(constant + slope * log_scale, rel=1e-6)
-    assert slopes == [0, slope]
+    function, constant, grad = MET[name]
+    nll, *grads = value_and_grads(function, 0.0, log_scale, dtype=dtype)
+    assert nll == pytest.approx(constant + grad * log_scale, rel=1e-6)
+    assert grads == [0, grad]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -667,11 +665,11 @@ def test_infinite_logits(backend: str, dtype: torch.dtype) -> None:
         logits = torch.tensor([[0.0, logit]] * 20, dtype=dtype).view(1, 40).requires_grad_()
         targets = torch.tensor([[1.0, target]] * 20, dtype=dtype).view(1, 40)
         value = function(logits, targets)
-        (slope,) = torch.autograd.grad(value.sum(), logits)
-        assert (slope[0, 1::2] == slope[0, 1]).all()
+        (grad,) = torch.autograd.grad(value.sum(), logits)
+        assert (grad[0, 1::2] == grad[0, 1]).all()
         return (
             value - function(torch.zeros(1, 20, dtype=dtype), torch.ones(1, 20, dtype=dtype))
-        ).item(), slope[0, 1].item()
+        ).item(), grad[0, 1].item()
 
     tiny, none = pytest.approx(0, abs=1e-5), pytest.approx(0, abs=1e-30)
     bernoulli, continuous, poisson = (
@@ -715,13 +713,13 @@ def test_no_additional_zeros_at_logits_of_minus_infinity(
     inputs["zi_logits"].fill_(-INF)
     leaves = {name: x.requires_grad_() for name, x in inputs.items() if name != "target"}
     nll = functional.zero_inflated_negative_binomial_logits_nll(**leaves, target=inputs["target"])
-    slopes = dict(zip(leaves, torch.autograd.grad(nll.sum(), leaves.values()), strict=True))
-    assert not slopes.pop("zi_logits").abs().gt(1e-30).any()
+    grads = dict(zip(leaves, torch.autograd.grad(nll.sum(), leaves.values()), strict=True))
+    assert not grads.pop("zi_logits").abs().gt(1e-30).any()
     leaves.pop("zi_logits")
     plain = functional.negative_binomial_logits_nll(**leaves, target=inputs["target"])
     torch.testing.assert_close(nll, plain, rtol=1e-6, atol=1e-6)
     for name, expected in zip(leaves, torch.autograd.grad(plain.sum(), leaves.values()), strict=True):
-        torch.testing.assert_close(slopes[name], expected)
+        torch.testing.assert_close(grads[name], expected)
 
 
 @floats
@@ -744,6 +742,6 @@ def test_a_nan_at_an_ignored_token_is_nobodys(backend: str, dtype: torch.dtype) 
     logits.requires_grad_()
     nll = functional.categorical_nll(logits, target)
     assert torch.equal(nll, clean)
-    (slope,) = torch.autograd.grad(nll.sum(), logits)
-    assert not slope[1, 2].any()
-    assert slope.isfinite().all()
+    (grad,) = torch.autograd.grad(nll.sum(), logits)
+    assert not grad[1, 2].any()
+    assert grad.isfinite().all()

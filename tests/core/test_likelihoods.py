@@ -33,8 +33,8 @@ def test_continuous_bernoulli_mean_is_accurate() -> None:
     logits = grid(1)[0].double().requires_grad_()
     mean = ContinuousBernoulli().mean(logits)
     for a, got in zip(logits.tolist(), mean.tolist(), strict=True):
-        slope = exact_continuous_bernoulli(mpmath.mpf(a), mpmath.mpf(0))[1]
-        assert abs(got - slope) < 1e-14
+        grad = exact_continuous_bernoulli(mpmath.mpf(a), mpmath.mpf(0))[1]
+        assert abs(got - grad) < 1e-14
     torch.autograd.gradcheck(ContinuousBernoulli().mean, logits)
     assert ContinuousBernoulli().mean(logits.half()).dtype == torch.float16
 
@@ -275,13 +275,13 @@ def test_log_scale_bounds_apply_the_smooth_clamp(backend: str, make: Any) -> Non
     log_scale = (8 * torch.randn(3, 2, 5)).requires_grad_()
     clamped = reference.continuous.bounded_logvar(log_scale, (-4.0, 1.0))
     want = make("per_element").nll((loc, clamped), x)
-    (slope,) = torch.autograd.grad(want.sum(), log_scale)
+    (grad,) = torch.autograd.grad(want.sum(), log_scale)
     likelihood = make("per_element", log_scale_bounds=(-4.0, 1.0))
     assert repr(likelihood).endswith("scale='per_element', log_scale_bounds=(-4.0, 1.0))")
     for params in ((loc, log_scale), torch.cat((loc, log_scale), 1)):
         got = likelihood.nll(params, x)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(torch.autograd.grad(got.sum(), log_scale)[0], slope, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.autograd.grad(got.sum(), log_scale)[0], grad, rtol=1e-4, atol=1e-5)
         assert likelihood.sample(params).abs().max() < 1e4
     learned = make("learned", log_scale_bounds=(-4.0, 1.0))
     with torch.no_grad():

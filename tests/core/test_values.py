@@ -389,7 +389,7 @@ def test_float16_gradients_survive_the_mean(backend: str) -> None:
 
 
 def test_float16_gradients_larger_than_float16_survive_the_mean(backend: str) -> None:
-    """Before its weight 1/B is applied, a slope may exceed 65504."""
+    """Before its weight 1/B is applied, a grad may exceed 65504."""
     batch = 128
     mean = torch.full((batch, 9), 10.0).half().requires_grad_()
     target = torch.zeros(batch, 9).half().requires_grad_()

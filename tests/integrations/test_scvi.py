@@ -137,7 +137,7 @@ def test_log_prob_equals_the_formula_in_float64(scvi: Any, backend: str, kind: s
     )
     truth = torch.tensor([exact(kind, *values) for values in every], dtype=torch.float64)
     truth = truth.reshape(at["mu"].shape)
-    _, slopes = evaluate(scvi, kind, {name: value.double() for name, value in at.items()})
+    _, grads = evaluate(scvi, kind, {name: value.double() for name, value in at.items()})
 
     with accelerate(strict=True):
         log_p, gradients = evaluate(scvi, kind, at)
@@ -146,7 +146,7 @@ def test_log_prob_equals_the_formula_in_float64(scvi: Any, backend: str, kind: s
     assert ((log_p - truth).abs() <= 1e-5 * truth.abs() + 1e-7).all()
     rows = truth.sum(1)
     assert ((log_p.double().sum(1) - rows).abs() <= 1e-6 * rows.abs()).all()
-    for name, expected in slopes.items():
+    for name, expected in grads.items():
         assert relative(gradients[name], expected) < 1e-5, name
 
 
@@ -156,12 +156,12 @@ def test_log_prob_in_float64_is_served(scvi: Any, backend: str, kind: str) -> No
     few = at["theta"] < 100  # where float64 itself is accurate enough
     at = {name: value[..., few] for name, value in at.items()}
     at["x"] = at["x"].floor()
-    theirs, slopes = evaluate(scvi, kind, at)
+    theirs, grads = evaluate(scvi, kind, at)
     with accelerate(strict=True):
         log_p, gradients = evaluate(scvi, kind, at)
     assert log_p.dtype == torch.float64
     torch.testing.assert_close(log_p, theirs, rtol=1e-9, atol=2e-8)  # scvi-tools adds EPS to theta too
-    for name, expected in slopes.items():
+    for name, expected in grads.items():
         assert relative(gradients[name], expected) < 1e-7, name
 
 
@@ -457,7 +457,7 @@ def test_compiled_calls_are_not_counted(scvi: Any) -> None:
     ]
     for function, inputs, whole in ((nb, [arguments[i] for i in (0, 1, 3)], True), (zinb, arguments, False)):
         theirs = function(*inputs)
-        slopes = torch.autograd.grad(theirs.sum(), inputs[:-1])
+        grads = torch.autograd.grad(theirs.sum(), inputs[:-1])
         with accelerate(strict=True):
             # ZINB's validation reads its values, which breaks a graph.
             compiled = torch.compile(function, backend="aot_eager", fullgraph=whole)
@@ -468,7 +468,7 @@ def test_compiled_calls_are_not_counted(scvi: Any) -> None:
             compiled(*inputs)
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == again
         torch.testing.assert_close(found, theirs, rtol=1e-5, atol=1e-5)
-        for a, b in zip(torch.autograd.grad(found.sum(), inputs[:-1]), slopes, strict=True):
+        for a, b in zip(torch.autograd.grad(found.sum(), inputs[:-1]), grads, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         if whole:
             assert counted == {}
@@ -722,13 +722,13 @@ def test_autozi_equals_the_formula_of_scvi_tools(scvi: Any, inflation: str) -> N
         gradients = torch.autograd.grad(loss.sum(), list(wanted.values()))
         return loss.detach().double(), dict(zip(wanted, gradients, strict=True))
 
-    theirs, slopes = run(torch.float64)
+    theirs, grads = run(torch.float64)
     with accelerate(strict=True):
         assert further(run(torch.float64)[0], theirs) < 1e-7
         found, gradients = run(torch.float32)
     assert status().served == {"ZeroInflatedNegativeBinomial": 2}
     assert further(found, theirs) < 1e-6
-    for name, expected in slopes.items():
+    for name, expected in grads.items():
         assert relative(gradients[name], expected) < 1e-5, name
 
 

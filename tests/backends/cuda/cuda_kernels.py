@@ -129,7 +129,7 @@ class NllArgs(Structure):
         ("constants", c_double * 5),
         ("normaliser", c_double),
         ("scalar", Numbers),
-        ("slopes", Operand * 3),
+        ("grads", Operand * 3),
         ("weight", c_double),
         ("grad_loss", Numbers),
         ("grad_nll", Numbers),
@@ -393,15 +393,15 @@ class Kernels:
         if likelihood.endswith("_learned"):
             args.scalar = numbers(elementwise.pop())
         args.target = operand(target, COUNTS if VARIANTS[likelihood].counts else {})
-        slopes = [poisoned_like(p) if needs >> i & 1 else None for i, p in enumerate(elementwise)]
+        grads = [poisoned_like(p) if needs >> i & 1 else None for i, p in enumerate(elementwise)]
         if likelihood.endswith("_head"):
             args.params[:2] = halves(params[0], target.shape[1])
-            if slopes[0] is not None:
-                args.slopes[:2] = halves(slopes[0], target.shape[1])
+            if grads[0] is not None:
+                args.grads[:2] = halves(grads[0], target.shape[1])
         else:
             for i, p in enumerate(elementwise):
-                args.params[i], args.slopes[i] = operand(p), operand(slopes[i])
-        return args, [slope for slope in slopes if slope is not None]
+                args.params[i], args.grads[i] = operand(p), operand(grads[i])
+        return args, [grad for grad in grads if grad is not None]
 
     def nll_forward(
         self,
@@ -453,13 +453,13 @@ class Kernels:
         args.constants[:] = levels, 1 / levels, math.log(2 / levels), floor, small
         args.weight, args.reduced = self.weight(reduction, rows), reduction != 0
         args.target = operand(target, COUNTS)
-        slopes = poisoned_like(params)
+        grads = poisoned_like(params)
         if components:
-            args.params[0], args.slopes[0] = operand(params), operand(slopes if with_gradient else None)
+            args.params[0], args.grads[0] = operand(params), operand(grads if with_gradient else None)
         else:
             args.params[:2] = halves(params, channels)
             if with_gradient:
-                args.slopes[:2] = halves(slopes, channels)
+                args.grads[:2] = halves(grads, channels)
         nll, loss = (
             poisoned((rows,), row_dtype(params)),
             poisoned(() if reduction else (rows,), row_dtype(params)),
@@ -468,7 +468,7 @@ class Kernels:
             args.nll, args.loss = output(nll), output(loss)
         args.grad_nll = numbers(grad_nll)
         self._run("run_mixture" if components else "run_nll", args)
-        return loss, nll, slopes
+        return loss, nll, grads
 
     def categorical(
         self,
@@ -486,8 +486,8 @@ class Kernels:
         args.classes, args.target_rows = logits.shape[-1], target_rows(logits, target)
         args.weight, args.reduced = self.weight(reduction, rows), reduction != 0
         args.target, args.params[0] = operand(target, COUNTS), operand(logits)
-        slopes = poisoned_like(logits)
-        args.slopes[0] = operand(slopes if with_gradient else None)
+        grads = poisoned_like(logits)
+        args.grads[0] = operand(grads if with_gradient else None)
         nll, loss = (
             poisoned((rows,), row_dtype(logits)),
             poisoned(() if reduction else (rows,), row_dtype(logits)),
@@ -496,7 +496,7 @@ class Kernels:
             args.nll, args.loss = output(nll), output(loss)
         args.grad_nll = numbers(grad_nll)
         self._run("run_categorical", args)
-        return loss, nll, slopes
+        return loss, nll, grads
 
     def nll_gradient(
         self,

@@ -70,12 +70,12 @@ struct Scratch {
 
 void reconstruction(std::mt19937& random, DType type, DType target_type, int64_t rows, int64_t size, int64_t shift) {
   Scratch scratch;
-  Buffer logits(type, rows * size, shift), target(target_type, rows * size), slope(type, rows * size, shift), kl(DType::f32, rows);
+  Buffer logits(type, rows * size, shift), target(target_type, rows * size), grad(type, rows * size, shift), kl(DType::f32, rows);
   Buffer nll(DType::f32, rows), loss(DType::f32, 1), one(DType::f32, 1), kl_gradient(DType::f32, rows), beta_gradient(DType::f32, 1);
   logits.fill(random), target.fill(random), kl.fill(random), one.fill(random);
   NllArgs args;
   args.rows = rows, args.size = size;
-  args.params[0] = logits.view<Operand>(size), args.slopes[0] = slope.view<Result>(size), args.target = target.view<Operand>(size);
+  args.params[0] = logits.view<Operand>(size), args.grads[0] = grad.view<Result>(size), args.target = target.view<Operand>(size);
   args.weight = 1.0 / static_cast<double>(rows), args.reduced = true;
   args.nll = nll.output(), args.loss = loss.output(), args.kl = kl.numbers();
   args.workspace = scratch.of(nll_scratch(args));
@@ -94,7 +94,7 @@ void reconstruction(std::mt19937& random, DType type, DType target_type, int64_t
   for (const bool by_row : {false, true}) {
     NllBackwardArgs back;
     back.rows = rows, back.size = size, back.weight = args.weight;
-    back.gradients[0] = slope.view<Operand>(size), back.results[0] = slope.view<Result>(size);
+    back.gradients[0] = grad.view<Operand>(size), back.results[0] = grad.view<Result>(size);
     back.grad_loss = one.numbers(0);
     if (by_row) back.grad_nll = kl.numbers();
     back.kl = back.scalar_rows = kl.numbers();
@@ -119,7 +119,7 @@ void levels(std::mt19937& random, DType type, int64_t components, int64_t channe
   const int64_t blocks = channels == 3 ? 3 : 2, K = components, planes = K ? K * (1 + blocks * channels) : 2 * channels;
   const int64_t size = planes * pixels;
   Scratch scratch;
-  Buffer params(type, rows * size, shift), slopes(type, rows * size, shift), target(DType::u8, rows * channels * pixels);
+  Buffer params(type, rows * size, shift), grads(type, rows * size, shift), target(DType::u8, rows * channels * pixels);
   Buffer nll(DType::f32, rows), loss(DType::f32, 1), factors(DType::f32, rows);
   params.fill(random), target.fill(random), factors.fill(random);
   MixtureArgs args;
@@ -128,7 +128,7 @@ void levels(std::mt19937& random, DType type, int64_t components, int64_t channe
   args.alternate = in_turns;
   const double constants[] = {255, 1 / 255.0, std::log(2 / 255.0), -0.5, 0};
   std::copy(constants, constants + 5, args.constants);
-  args.params[0] = params.view<Operand>(size), args.slopes[0] = slopes.view<Result>(size);
+  args.params[0] = params.view<Operand>(size), args.grads[0] = grads.view<Result>(size);
   args.target = target.view<Operand>(channels * pixels);
   args.target.type = DType::byte;
   if (!K) {
@@ -138,7 +138,7 @@ void levels(std::mt19937& random, DType type, int64_t components, int64_t channe
       return whole;
     };
     args.params[1] = half(args.params[0], 1), args.params[0] = half(args.params[0], 0);
-    args.slopes[1] = half(args.slopes[0], 1), args.slopes[0] = half(args.slopes[0], 0);
+    args.grads[1] = half(args.grads[0], 1), args.grads[0] = half(args.grads[0], 0);
   }
   args.nll = nll.output(), args.loss = loss.output(), args.reduced = true;
   args.workspace = scratch.of(K ? mixture_scratch(args) : nll_scratch(args));
@@ -179,14 +179,14 @@ void levels(std::mt19937& random, DType type, int64_t components, int64_t channe
 void words(std::mt19937& random, DType type, int64_t rows, int64_t positions, int64_t classes, int64_t shift) {
   Scratch scratch;
   const int64_t size = positions * classes;
-  Buffer logits(type, rows * size, shift), slopes(type, rows * size, shift), nll(DType::f32, rows), loss(DType::f32, 1);
+  Buffer logits(type, rows * size, shift), grads(type, rows * size, shift), nll(DType::f32, rows), loss(DType::f32, 1);
   Buffer factors(DType::f32, rows);
   logits.fill(random), factors.fill(random);
   std::vector<int64_t> target(rows * positions);
   for (auto& number : target) number = static_cast<int64_t>(random() % (classes + 1)) - 1;  // -1 is ignored
   CategoricalArgs args;
   args.rows = rows, args.size = args.positions = positions, args.classes = classes, args.ignored = -1;
-  args.params[0] = logits.view<Operand>(size), args.slopes[0] = slopes.view<Result>(size);
+  args.params[0] = logits.view<Operand>(size), args.grads[0] = grads.view<Result>(size);
   args.target = {target.data(), DType::i64, positions, positions, 0};
   args.nll = nll.output(), args.loss = loss.output(), args.reduced = true;
   args.workspace = scratch.of(categorical_scratch(args));
