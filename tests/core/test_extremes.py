@@ -235,7 +235,7 @@ def limit(
 LOGITS = (-INF, -1e4, -100.0, -20.0, 0.0, 0.75, 89.0, 1e4, INF)
 PLACES = (0.0, 1.0, -1e-20, 1e4, 1e30)
 SCALES = (-INF, -1e30, -1000.0, -180.0, -100.0, -89.0, -20.0, 0.0, 89.0, 180.0, 1e30, INF)
-COUNTS = (0.0, 1.0, 2.0, 16.0, 300.0, 1e6)
+COUNTS = (0.0, 1.0, 2.0, 16.0, 300.0, 1e6, 1e12)
 
 # By the name of a tensor.
 AXES: dict[str, tuple[float, ...]] = {
@@ -267,8 +267,8 @@ TARGETS = {
     "continuous_bernoulli": (0.0, 0.25, 1.0),
     "gamma": (0.0, 0.25, 1e-20, 1e20),
     "poisson": COUNTS,
-    "negative_binomial": (0.0, 1.0, 20.0, 1e6),
-    "zero_inflated_negative_binomial": (0.0, 3.0, 1e6),
+    "negative_binomial": (0.0, 1.0, 20.0, 1e6, 1e12),
+    "zero_inflated_negative_binomial": (0.0, 3.0, 1e12),
     "discretized_logistic": (0.0, 100.0, 255.0),
     "discretized_logistic_mixture": (0.0, 100.0, 255.0),
 }
