@@ -335,7 +335,7 @@ STEPS: dict[str, tuple[str, type[VAE] | type[ScviTools]]] = {
     "levels": ("discretised logistic mixture, 32 x 3 x 32 x 32", Levels),
     "importance": ("IWAE's MLP, 50 draws, Bernoulli, batch 100", ImportanceWeighted),
     "text": ("LSTM, 32 sentences x 20 of 10,000 words", Sentences),
-    "photographs": ("conv, Gaussian with variances, 64 x 3 x 64 x 64", Photographs),
+    "photographs": ("conv, Gaussian head with variances, 64 x 3 x 64 x 64", Photographs),
     "dense": ("MLP 784-400-20, Bernoulli, batch 128", Dense),
 }
 
