@@ -18,7 +18,8 @@ constexpr int resident(int64_t item_size, int unit) {
   // Where a thread takes one element at a time.
   const bool is_long_alone = std::is_same_v<L, math::DiscretizedLogistic> || std::is_same_v<L, math::PoissonRate> ||
                              (std::is_same_v<L, math::Gaussian> && item_size == 2);
-  const int most = item_size == 8 ? 2 : L::params > 1 || is_long || unit == 1 ? 3 : 4;
+  const bool is_long_of_halves = std::is_same_v<L, math::PoissonRate> && item_size == 2;  // eight of them at a time
+  const int most = item_size == 8 ? 2 : L::params > 1 || is_long || is_long_of_halves || unit == 1 ? 3 : 4;
   return (is_long && (item_size == 2 || unit == 1)) || (is_long_alone && unit == 1) ? 2 : most;
 }
 

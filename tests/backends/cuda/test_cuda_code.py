@@ -164,6 +164,7 @@ REGISTERS = (
     (r"mixture_kernel<1", 80),
     (r"nll_kernel<\w+, double", 128),
     (r"nll_kernel<(DiscretizedLogistic|PoissonRate), .* 1>", 128),
+    (r"nll_kernel<PoissonRate, (half|bf16)", 80),
     (r"nll_kernel<Gaussian, (half|bf16), Any", 128),
     (r"nll_kernel<DiscretizedLogistic", 80),
     (r"nll_kernel<(Poisson|ContinuousBernoulli|StudentT), ((half|bf16)|\w+, Any)", 128),
