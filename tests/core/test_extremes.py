@@ -280,7 +280,7 @@ CONSTANTS: dict[str, tuple[tuple[float, ...], ...]] = {
     "eps": ((0.0,),),
     "bits": ((8.0,),),
     "log_scale_floor": ((-7.0,),),
-    "small_mass": ((1e-5,),),
+    "min_mass": ((1e-5,),),
     "components": ((1.0,),),
 }
 # What the packed tensors of a density hold.
@@ -315,7 +315,7 @@ def truth_of(variant: Variant, constants: tuple[float, ...]) -> Callable[..., Tr
     """Of the values of the variant's tensors and the target."""
     plain = TRUTHS.get(variant.name, TRUTHS[variant.density])
     names = [constant.name for constant in variant.constants]
-    if names in (["eps"], ["bits", "log_scale_floor", "small_mass"], ["components", *names[1:]]):
+    if names in (["eps"], ["bits", "log_scale_floor", "min_mass"], ["components", *names[1:]]):
         return plain
     given = tuple(map(mpf, constants))
     if names == ["logvar_bounds"]:

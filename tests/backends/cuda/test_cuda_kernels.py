@@ -17,7 +17,7 @@ from cuda_kernels import DTYPES, THREADS, Kernels, NoiseSource, pointer, row_dty
 from torch import Tensor
 
 from fastvae import reference
-from fastvae._spec import ROWS
+from fastvae._spec import VARIANTS
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # The tolerances of results and of gradients, which have the dtype of their input.
@@ -167,26 +167,26 @@ def test_gamma_nll_of_small_numbers_equals_the_reference(
     close(gradient, torch.full_like(gradient, shape).double(), VALUE[dtype])
 
 
-ENDS = [name for name in cuda_kernels.ELEMENTS if name in ROWS and not ROWS[name].has_scalar]
+ENDS = [name for name in cuda_kernels.ELEMENTS if name in VARIANTS and not VARIANTS[name].has_scalar]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("likelihood", ENDS)
 def test_the_grid_of_extremes(kernels: Kernels, likelihood: str, dtype: torch.dtype) -> None:
-    row = ROWS[likelihood]
+    variant = VARIANTS[likelihood]
     for points in test_extremes.grid(likelihood, dtype):
-        params = test_extremes.tensors_of(row, points.columns)
+        params = test_extremes.tensors_of(variant, points.columns)
         _, nll, gradients, _ = kernels.nll_forward(
             likelihood, params, points.target, points.constants, reduction=1, needs=3
         )
-        slopes = list(gradients[0].unbind(1)) if len(params) == 1 else [g.flatten() for g in gradients]
-        test_extremes.check_points(row, points, nll, slopes, dtype)
+        grads = list(gradients[0].unbind(1)) if len(params) == 1 else [g.flatten() for g in gradients]
+        test_extremes.check_points(variant, points, nll, grads, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("likelihood", [name for name in cuda_kernels.ELEMENTS if name.endswith("_learned")])
 def test_extreme_learned_scales(kernels: Kernels, likelihood: str, dtype: torch.dtype) -> None:
-    row = ROWS[likelihood]
+    variant = VARIANTS[likelihood]
     for points in test_extremes.grid(likelihood, dtype):
         each = []
         for mean, scalar, target in zip(*points.columns, points.target, strict=True):
@@ -200,8 +200,8 @@ def test_extreme_learned_scales(kernels: Kernels, likelihood: str, dtype: torch.
             )
             assert scalar_rows is not None
             each.append((nll, gradients[0].flatten(), scalar_rows))
-        nll, *slopes = (torch.cat(column) for column in zip(*each, strict=True))
-        test_extremes.check_points(row, points, nll, slopes, dtype)
+        nll, *grads = (torch.cat(column) for column in zip(*each, strict=True))
+        test_extremes.check_points(variant, points, nll, grads, dtype)
 
 
 @pytest.mark.parametrize("size", [16, 17])
