@@ -76,7 +76,7 @@ class Kernel(NamedTuple):
         return re.findall(rf"\b{operation}\.E\S*", self.code)
 
     @property
-    def checked_int(self) -> bool:
+    def is_wide(self) -> bool:
         """Whether this is the variant that reads and writes 128 bits at a time."""
         return not re.search(r"Any|, 1>$|, 4, false|mixture", self.name)
 
@@ -200,7 +200,7 @@ def test_kernels_access_memory_with_128_bits(compiled: list[Kernel]) -> None:
     for kernel in compiled:
         assert kernel.code, kernel.name
         assert not re.search(r"\b(LDL|STL)\b", kernel.code), kernel.name
-        if not kernel.whole:
+        if not kernel.is_wide:
             continue
         seen += 1
         loads, stores = kernel.accesses("LDG"), kernel.accesses("STG")
