@@ -92,6 +92,8 @@ def run(folder: Path, accelerated: bool, *tests: str) -> dict[str, bool]:
             file, classname = case.get("file", ""), case.get("classname", "")
             inside = classname.removeprefix(file.removesuffix(".py").replace("/", ".")).strip(".")
             name = "::".join(filter(None, (file, *inside.split("."), case.get("name"))))
+            if not classname:  # the whole file, where importing it failed
+                name = file
             # An error outside the test, as in its teardown, has a second entry.
             outcomes[name] = outcomes.get(name, True) and not kinds & {"failure", "error"}
     return outcomes
