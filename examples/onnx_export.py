@@ -1,9 +1,9 @@
-"""A trained VAE leaves PyTorch: encoder and decoder as ONNX files, for images of any number.
+"""Export the encoder and the decoder of a trained VAE as ONNX files, for batches of any size.
 
 pip install onnx onnxscript
-python examples/onnx_export.py            # or with a number of steps: python examples/onnx_export.py 2
+python examples/onnx_export.py            # with another number of training steps: python examples/onnx_export.py 2
 
-The loss stays behind: fastvae's ops have no counterpart in ONNX, and what runs a trained model does not need them.
+The loss is not exported: ONNX has no counterpart of fastvae's ops, and running a trained model does not need them.
 """
 
 import sys
@@ -45,7 +45,7 @@ for _ in range(STEPS):
 print(f"loss {loss.item():.1f} nats after {STEPS} steps")
 
 model.eval()
-# A batch of two stands for batches of any size: 0 and 1 would be taken for constants.
+# The example batch has two rows, because torch.export would take a size of 0 or 1 for a constant.
 batch = {0: torch.export.Dim("batch")}
 for name, module, example in (
     ("encoder", model.encoder, x[:2]),
@@ -56,7 +56,7 @@ for name, module, example in (
     )
     print(f"wrote {name}.onnx")
 
-# What any runtime computes from the files is what PyTorch computes.
+# A runtime must compute the same from the files as PyTorch does.
 (moments,) = ReferenceEvaluator("encoder.onnx").run(None, {"input": x[:5].numpy()})
 mu = moments[:, :LATENT]
 (logits,) = ReferenceEvaluator("decoder.onnx").run(None, {"input": mu})

@@ -1,4 +1,4 @@
-"""Elements of the densities of numbers, and of the Bernoulli: see element.py."""
+"""The elements of the densities of real numbers and of the Bernoulli. element.py explains elements."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ _HALF_LOG_2PI: tl.constexpr = tl.constexpr(0.9189385332046727)
 _LOG_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 # B_2n / (2n (2n)!) and B_2n / (2n)!: the Taylor series of log(sinh(a/2) / (a/2)) and its derivative, as multiples of
-# a^2 and a, by a^2. Exact in float64 for |a| < 1/2; float32 is served up to 2 by fits with relative errors 3e-8, 5e-8.
+# a^2 and a, in powers of a^2. The series are exact in float64 for |a| < 1/2. The float32 coefficients are fits for
+# |a| < 2, with relative errors 3e-8 and 5e-8.
 _LOG_SINE_64: tl.constexpr = tl.constexpr(
     (
         -2.1185501852016142e-14,
@@ -52,14 +53,14 @@ def bernoulli(logit, _, target, scalar, shape, offset):
     """-log Bernoulli(t; sigmoid(a)) = max(a, 0) - a t + log(1 + e^-|a|)."""
     e = tl.exp(-tl.abs(logit))
     grad = tl.where(logit < 0.0, e, 1.0) / (1.0 + e) - target
-    # max(a, 0) - a t: the size times how far t is from the end that a is sure of.
+    # max(a, 0) - a t is |a| times the distance of t from the end that the sign of a favours.
     value = missed(tl.abs(logit), tl.where(logit < 0.0, target, 1.0 - target))
     return value, e, grad, 0.0, 0.0
 
 
 @triton.jit
 def gaussian(mean, _, target, logvar, shape, offset):
-    """-log N(t; m, e^v), one v for all elements."""
+    """-log N(t; m, e^v), with one v for all elements."""
     root = inverse_root(0.5 * logvar)
     scaled = (mean - target) * root * root
     grad = scaled * root * root
@@ -69,7 +70,7 @@ def gaussian(mean, _, target, logvar, shape, offset):
 
 @triton.jit
 def gaussian_per_element(mean, logvar, target, scalar, shape, offset):
-    """-log N(t; m, e^v), a v for every element."""
+    """-log N(t; m, e^v), with a v for every element."""
     root = inverse_root(0.5 * logvar)
     scaled = (mean - target) * root * root
     grad = scaled * root * root
@@ -79,7 +80,7 @@ def gaussian_per_element(mean, logvar, target, scalar, shape, offset):
 
 @triton.jit
 def gaussian_bounded(mean, logvar, target, scalar, middle, half):
-    """-log N(t; m, e^b), b a v for every element clamped smoothly to middle + half tanh((v - middle) / half)."""
+    """-log N(t; m, e^b), with a v per element, clamped smoothly to b = middle + half tanh((v - middle) / half)."""
     position, grad = tanh((logvar - middle) / half)
     bounded = middle + half * position
     value, _, mean_grad, bounded_grad, _ = gaussian_per_element(mean, bounded, target, scalar, middle, half)
@@ -88,7 +89,7 @@ def gaussian_bounded(mean, logvar, target, scalar, middle, half):
 
 @triton.jit
 def _weighted_distance(difference, root):
-    """(|difference| root^2, its grad): 0 in the kink, NaN where the difference is."""
+    """(|difference| root^2, its gradient). The gradient is 0 in the kink and NaN where the difference is NaN."""
     weight = root * root
     grad = tl.where(difference > 0.0, weight, tl.where(difference < 0.0, -weight, difference))
     return tl.abs(difference) * root * root, grad
@@ -96,27 +97,27 @@ def _weighted_distance(difference, root):
 
 @triton.jit
 def laplace(loc, _, target, log_scale, shape, offset):
-    """-log Laplace(t; m, e^s), one s for all elements."""
+    """-log Laplace(t; m, e^s), with one s for all elements."""
     distance, grad = _weighted_distance(loc - target, inverse_root(log_scale))
     return plus(distance, log_scale + _LOG_2), 0.0, grad, 0.0, 1.0 - distance
 
 
 @triton.jit
 def laplace_per_element(loc, log_scale, target, scalar, shape, offset):
-    """-log Laplace(t; m, e^s), an s for every element."""
+    """-log Laplace(t; m, e^s), with an s for every element."""
     distance, grad = _weighted_distance(loc - target, inverse_root(log_scale))
     return plus(distance, log_scale + _LOG_2), 0.0, grad, 1.0 - distance, 0.0
 
 
 @triton.jit
 def continuous_bernoulli(a, _, target, scalar, shape, offset):
-    """-log of the continuous Bernoulli: log((e^a - 1) / a) - a t. The mean is the logarithm's derivative.
+    """-log of the continuous Bernoulli: log((e^a - 1) / a) - a t. The mean is the derivative of the logarithm.
 
-    At an infinite logit all mass lies in one end: the nll is -inf there, else inf.
+    At an infinite logit, all mass lies at one end: the nll is -inf there, and inf elsewhere.
     """
     wide: tl.constexpr = a.dtype == tl.float64
     size = tl.abs(a)
-    # Near 0 the far formulas are kept finite, and not used.
+    # Near 0, the formulas for large |a| are evaluated at 2, which keeps them finite, and are not used.
     near = size < (0.5 if wide else 2.0)
     x = tl.where(near, 2.0, size)
     e = exp(-x)
@@ -132,13 +133,13 @@ def continuous_bernoulli(a, _, target, scalar, shape, offset):
 
 @triton.jit
 def _student_t(loc, target, log_scale, df, offset):
-    """(value, grad by loc, grad by log_scale) of -log of Student's t; `offset` is its normaliser."""
+    """(value, grad by loc, grad by log_scale) of -log of Student's t, whose normaliser is `offset`."""
     root = inverse_root(log_scale)
     inverse_df = 1.0 / tl.sqrt(df)
     distance = loc - target
     y = distance * root * root * inverse_df
-    # Beyond, 1 + y^2 is y^2, and y may be too large a number: its logarithm is that of the distance and that of the
-    # scale, its derivatives 1 / distance and 1.
+    # Beyond this bound, 1 + y^2 rounds to y^2, and y may overflow. There, log |y| is computed from the logarithms of
+    # the distance and of the scale, and its derivatives are 1 / distance and 1.
     far = tl.abs(y) > (1e9 if y.dtype == tl.float64 else 1e5)
     square = y * y
     inverse = 1.0 / tl.where(far, distance, 1.0 + square)
@@ -146,30 +147,30 @@ def _student_t(loc, target, log_scale, df, offset):
     half_log = tl.where(far, log_distance, 0.5 * log1p(tl.where(far, 0.0, square)))
     grad = tl.where(far, inverse, y * inverse * root * root * inverse_df)
     scale_grad = tl.where(far, 1.0, square * inverse)
-    # Far out the logarithm's own part of the scale, -(df + 1) times, goes together with the summand.
+    # Far out, (df + 1) log |y| contains -(df + 1) log_scale. With the summand log_scale, that is -df log_scale.
     of_scale = tl.where(far, -df, 1.0) * log_scale
     return (df + 1.0) * half_log + (of_scale + offset), (df + 1.0) * grad, 1.0 - (df + 1.0) * scale_grad
 
 
 @triton.jit
 def student_t(loc, _, target, log_scale, shape, offset):
-    """-log of Student's t, one log-scale for all elements."""
+    """-log of Student's t, with one log-scale for all elements."""
     value, grad, log_scale_grad = _student_t(loc, target, log_scale, shape, offset)
     return value, 0.0, grad, 0.0, log_scale_grad
 
 
 @triton.jit
 def student_t_per_element(loc, log_scale, target, scalar, shape, offset):
-    """-log of Student's t, a log-scale for every element."""
+    """-log of Student's t, with a log-scale for every element."""
     value, grad, log_scale_grad = _student_t(loc, target, log_scale, shape, offset)
     return value, 0.0, grad, log_scale_grad, 0.0
 
 
 @triton.jit
 def gamma(log_scale, _, target, scalar, shape, offset):
-    """-log Gamma(x; k, e^s) = k s - (k - 1) log x + x e^-s and its normaliser, `offset`."""
+    """-log Gamma(x; k, e^s) = k s - (k - 1) log x + x e^-s, plus its normaliser `offset`."""
     root = inverse_root(log_scale)
-    # The exponential, k = 1, has no log x.
+    # The exponential distribution, k = 1, has no term in log x.
     positive = target > 0.0
     ratio = target * root * root
     log_target = tl.where(positive, tl.log(tl.where(positive, target, 1.0)), -float("inf"))
@@ -177,7 +178,8 @@ def gamma(log_scale, _, target, scalar, shape, offset):
     return plus(ratio - power, shape * log_scale + offset), 0.0, shape - ratio, 0.0, 0.0
 
 
-# What the host makes of a row's constants, the fixed scale last of them. A learned scale is none.
+# What the host computes from the constants of a variant. A fixed scale is the last of them; a learned scale is not
+# among them.
 
 
 def _gaussian_scalar(constants: Sequence[float]) -> float:
@@ -216,7 +218,7 @@ def _student_t_offset(constants: Sequence[float]) -> float:
     return log_beta_half(constants[0]) + math.log(constants[0]) / 2
 
 
-# By the name in fastvae/_spec.py.
+# The keys are the names of the variants in fastvae/_spec.py.
 ELEMENTS = {
     "bernoulli": Element(bernoulli, log_term=True),
     "gaussian": Element(gaussian, scalar_of=_gaussian_scalar),

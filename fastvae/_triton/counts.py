@@ -1,8 +1,9 @@
-"""Counts: the elements of the Poisson, and negative binomial counts of genes in cells, with or without additional
-zeros, which have a kernel of their own.
+"""The likelihoods of counts: the elements of the Poisson, and the kernel of the negative binomials.
 
-csrc/math/counts.h has the formulas, and says why. Most counts are zeros: every element takes their path, in C; the
-places of the others are then listed, tile by tile, and these are computed in float64 and written over it.
+The negative binomials, with or without additional zeros, describe the counts of genes in cells. csrc/math/counts.h has
+their formulas and explains them. Most counts are zeros, so the kernel first computes every element as if its count were
+0, in the type of computation C. Then it lists the places of the other counts, tile by tile, computes these in float64,
+and overwrites the first results.
 """
 
 from collections.abc import Sequence
@@ -18,10 +19,11 @@ from .element import Element
 from .elementary import exp, exp_minus_1_minus, log1p, log_factorial, polynomial
 from .launch import COMPUTE, dense_rows, divisor, kernel, launch, number, row_dtype, row_stride
 
-# 2 (1/3 + s^2/5 + s^4/7 + ...), of log(1 + x) = 2 (s + s^3/3 + ...) with s = x / (2 + x), for |x| < 1/2.
+# 2 (1/3 + s^2/5 + s^4/7 + ...), for log(1 + x) = 2 (s + s^3/3 + ...) with s = x / (2 + x), for |x| < 1/2.
 _LOG1P_32: tl.constexpr = tl.constexpr((2 / 13, 2 / 11, 2 / 9, 2 / 7, 2 / 5, 2 / 3))
 _LOG1P_64: tl.constexpr = tl.constexpr(tuple(2 / n for n in range(25, 1, -2)))
-# What Stirling's formulas for log Gamma and digamma lack, from 8 on (Abramowitz and Stegun 6.1.41, 6.3.18).
+# The series that Stirling's formulas for log Gamma and digamma leave out (Abramowitz and Stegun 6.1.41, 6.3.18). They
+# are accurate from 8 on.
 _STIRLING_FROM: tl.constexpr = tl.constexpr(8.0)
 _LOG_GAMMA: tl.constexpr = tl.constexpr(
     (-3617 / 122400, 1 / 156, -691 / 360360, 1 / 1188, -1 / 1680, 1 / 1260, -1 / 360, 1 / 12)
@@ -34,10 +36,10 @@ _HALF_LOG_2PI: tl.constexpr = tl.constexpr(0.9189385332046727)
 
 @triton.jit
 def poisson(a, _, target, scalar, shape, offset):
-    """-log Poisson(t; e^a) = e^a - t a + log t!, which cancel where t is large.
+    """-log Poisson(t; e^a) = e^a - t a + log t!, whose terms cancel where t is large.
 
-    There, with u = a - log t, it is t (e^u - 1 - u) + log(2 pi t) / 2 + ... Where the rate is far above the count
-    nothing cancels, and e^a is taken of a itself: of the rounded u it would lose a digit.
+    There, with u = a - log t, the value is computed as t (e^u - 1 - u) + log(2 pi t) / 2 + ... Where the rate is far
+    above the count, nothing cancels, and e^a is computed from a, because the rounding of u would cost it a digit.
     """
     large = target >= (16.0 if target.dtype == tl.float64 else 2.0)
     log_n, rest, small = log_factorial(target, large)
@@ -45,7 +47,8 @@ def poisson(a, _, target, scalar, shape, offset):
     far = u > 4.0
     e = exp(tl.where(far, a, u))
     minus_1_u = exp_minus_1_minus(u, e)
-    # From there on the rate is infinite, and nothing can be taken away of it. Nor is there anything for a count of 0.
+    # Above this bound the rate is infinite, and u is capped so that inf - inf does not occur. A count of 0 has no term
+    # in u.
     BEYOND: tl.constexpr = 710.0 if target.dtype == tl.float64 else 89.0
     taken = tl.where(u > BEYOND, BEYOND, u)
     value = tl.where(
@@ -61,7 +64,7 @@ def poisson(a, _, target, scalar, shape, offset):
 def poisson_rate(rate, _, target, eps, shape, offset):
     """-log Poisson(t; m) = m - t log m + log t!, m = rate + eps.
 
-    Where t is large, with e = m / t - 1 it is t (e - log(1 + e)) + log(2 pi t) / 2 + ...
+    Where t is large, it is computed with e = m / t - 1 as t (e - log(1 + e)) + log(2 pi t) / 2 + ...
     """
     m = rate + eps
     d = m - target
@@ -70,7 +73,7 @@ def poisson_rate(rate, _, target, eps, shape, offset):
     ratio = m / tl.where(large, target, 1.0)
     tiny = ratio < 1e-30
     log_ratio = tl.log(tl.where(tiny, m, ratio)) - tl.where(tiny & large, log_n, 0.0)
-    # A count of 0 asks for no logarithm, whatever the rate.
+    # For a count of 0, no logarithm is needed, whatever the rate.
     log_ratio = tl.where(target == 0.0, 0.0, log_ratio)
     e = d / tl.where(large, target, 1.0)
     near = tl.abs(e) < 0.5
@@ -80,7 +83,7 @@ def poisson_rate(rate, _, target, eps, shape, offset):
     value = tl.where(
         large, tl.where(near, by_series, d - target * log_ratio) + rest, m - target * log_ratio + small
     )
-    # Of an infinite rate, the limits.
+    # At an infinite rate, the results are the limits.
     certain = (target == 0.0) | (m == float("inf"))
     return tl.where(m == float("inf"), m, value), 0.0, tl.where(certain, 1.0, d / m), 0.0, 0.0
 
@@ -93,7 +96,7 @@ ELEMENTS = {
 
 @triton.jit
 def log1p_excess(x, log_1_x, inverse):
-    """log(1 + x) - x / (1 + x) with its relative accuracy near 0, given log(1 + x) and 1 / (1 + x)."""
+    """log(1 + x) - x / (1 + x) with full relative accuracy near 0, given log(1 + x) and 1 / (1 + x)."""
     s = x / (2.0 + x)
     square = s * s
     series = polynomial(square, _LOG1P_64 if x.dtype == tl.float64 else _LOG1P_32)
@@ -102,11 +105,12 @@ def log1p_excess(x, log_1_x, inverse):
 
 @triton.jit
 def bounded(x, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """`x` between two bounds; a NaN stays one."""
+    """`x` clamped to [LOW, HIGH]. A NaN stays NaN."""
     return tl.where(x < LOW, LOW, tl.where(x > HIGH, HIGH, x))
 
 
-# Between which inverse dispersions, and their logarithms, are read: Bounds in csrc/cpu/counts.cpp says why.
+# The bounds to which the logarithm of an inverse dispersion is clamped. The comment at Bounds in csrc/cpu/counts.cpp
+# gives the reasons.
 _LOWEST_LOG_64: tl.constexpr = tl.constexpr(-650.0)
 _HIGHEST_LOG_64: tl.constexpr = tl.constexpr(600.0)
 _LOWEST_LOG_32: tl.constexpr = tl.constexpr(-85.0)
@@ -115,7 +119,7 @@ _HIGHEST_LOG_32: tl.constexpr = tl.constexpr(60.0)
 
 @triton.jit
 def dispersion_of_zeros(given, RAW: tl.constexpr):
-    """The inverse dispersion, of which `given` is the logarithm with RAW, for counts of 0."""
+    """The inverse dispersion for counts of 0. With RAW, `given` is its logarithm."""
     LOW: tl.constexpr = _LOWEST_LOG_64 if given.dtype == tl.float64 else _LOWEST_LOG_32
     HIGH: tl.constexpr = _HIGHEST_LOG_64 if given.dtype == tl.float64 else _HIGHEST_LOG_32
     if RAW:
@@ -131,7 +135,10 @@ def dispersion_of_zeros(given, RAW: tl.constexpr):
 
 @triton.jit
 def dispersion_of_others(given, RAW: tl.constexpr):
-    """The same in float64 for the others, and what their nll lacks below the bound: there it is -log theta + ..."""
+    """The inverse dispersion for the other counts, in float64, and the nll that clamping it takes away.
+
+    Below the lower bound the nll is -log theta plus a constant.
+    """
     if RAW:
         theta = tl.exp(bounded(given, _LOWEST_LOG_64, _HIGHEST_LOG_64))
         logarithm = given
@@ -144,7 +151,7 @@ def dispersion_of_others(given, RAW: tl.constexpr):
 @triton.jit
 def zero_term(mu, theta):
     """-log NB(0) and its derivatives by mu and theta."""
-    # Beyond the bound 1 + x has no reciprocal left.
+    # Beyond this bound, the reciprocal of 1 + x would be lost.
     x = bounded(mu / theta, 0.0, 1e307 if mu.dtype == tl.float64 else 8e37)
     inverse = 1.0 / (1.0 + x)
     log_1_x = log1p(x)
@@ -156,13 +163,13 @@ def with_additional_zeros(z, pi):
     """-log(p + (1 - p) e^-z), p = sigmoid(pi), and its derivatives by z and pi."""
     BOUND: tl.constexpr = (
         700.0 if z.dtype == tl.float64 else 80.0
-    )  # whose exponential is neither 0 nor infinite
+    )  # its exponential is neither 0 nor infinite
     odds = tl.exp(bounded(pi, -BOUND, BOUND))
     decayed = tl.exp(-z)
     q = 1.0 / (odds + decayed)
     lost = z - exp_minus_1_minus(-z, decayed)  # 1 - e^-z
     r = lost * q
-    # Where both are too small for their sum, from the larger.
+    # Where both terms are too small for their sum, the value is computed from the larger one.
     far = (pi < -BOUND) & (z > BOUND / 2)
     difference = z + pi
     e = tl.exp(-tl.abs(difference))
@@ -175,7 +182,7 @@ def with_additional_zeros(z, pi):
 
 @triton.jit
 def gamma_parts(z):
-    """log Gamma(z) and digamma(z), float64, for z in (0, 16): from those of z + 8."""
+    """log Gamma(z) and digamma(z), in float64 for z in (0, 16), computed from those of z + 8."""
     product = z
     derivative = tl.full(z.shape, 1.0, tl.float64)
     for k in tl.static_range(1, 8):
@@ -202,7 +209,7 @@ def digamma_rest(inverse):
 
 @triton.jit
 def positive_term(t, mu, log_mu, theta):
-    """-log NB(t) of a count above zero, and its derivatives by log mu and theta; float64."""
+    """-log NB(t) of a count above zero, and its derivatives by log mu and theta, in float64."""
     n = t + theta
     d = mu - t
     share = theta / (theta + mu)
@@ -213,13 +220,13 @@ def positive_term(t, mu, log_mu, theta):
     inverse_theta = 1.0 / tl.where(near_poisson, theta, _STIRLING_FROM)
     t_theta = t / theta
 
-    # Each logarithm is taken once, of what the lane's case needs.
+    # Each logarithm is computed once, with the argument that the element's case needs.
     e = tl.where(near_poisson, d / n, mu / theta)
     first = log1p(e)
     excess = log1p_excess(e, first, tl.where(near_poisson, n / (theta + mu), share))
     second = log1p(
         tl.where(both, -theta * e / mu, tl.where(near_poisson, t_theta, theta / mu))
-    )  # the first where e is d / n
+    )  # in the first case, e is d / n
     third = tl.log(tl.where(near_poisson, t * (1.0 + t_theta), n))
     a = tl.where(large, t, 0.0) + 1.0
     ratio = log1p((theta - 1.0) / a)
@@ -250,7 +257,10 @@ def positive_term(t, mu, log_mu, theta):
 
 @triton.jit
 def grad_of_empty(mean, target, zero_logits, genes, top, COLUMNS: tl.constexpr, C: tl.constexpr):
-    """The derivative of a cell by a library of 0, times the sum of e^(logit - top): at_ends in csrc/cpu/counts.cpp."""
+    """The derivative of a cell's nll by a library of 0, times the sum of e^(logit - top).
+
+    The formula is explained at at_ends in csrc/cpu/counts.cpp.
+    """
     shares = tl.zeros((COLUMNS,), C)
     for start in range(0, genes, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
@@ -264,8 +274,8 @@ def grad_of_empty(mean, target, zero_logits, genes, top, COLUMNS: tl.constexpr, 
 
 @kernel
 def count_kernel(
-    mean,  # (rows, genes), any stride of rows; with RAW, logits
-    dispersion,  # the same, or one row for all: stride 0; with RAW, logarithms
+    mean,  # (rows, genes), with any stride of rows; with RAW, logits
+    dispersion,  # (rows, genes), or one row for all with stride 0; with RAW, logarithms
     zero_logits,  # (rows, genes), or None
     library,  # with RAW, (rows,)
     target,
@@ -383,7 +393,8 @@ def count_kernel(
         position = tl.cumsum(other.to(tl.int32), 0) - 1
         count = tl.sum(other.to(tl.int32), 0)
         tl.store(places + position, (columns - start).to(tl.int16), other)
-        # All threads must have written, places and zeros' derivatives, before others read and write there.
+        # All threads must have written the places and the derivatives of zeros before other threads read or overwrite
+        # them.
         tl.debug_barrier()
         for begin in range(0, count, PLACES):
             j = begin + tl.arange(0, PLACES)
@@ -403,7 +414,7 @@ def count_kernel(
             other_value, d_log_mu, other_d_theta = positive_term(other_t, other_mu, log_mu, other_theta)
             other_value += lost
             if RAW:
-                # Down there the nll is -t log mu and a constant.
+                # Below the lower bound, the nll is -t log mu plus a constant.
                 other_value += other_t * tl.where(unbounded < log_mu, log_mu - unbounded, 0.0)
                 other_d_theta *= other_theta
             if zero_logits is not None:
@@ -450,7 +461,7 @@ def count_kernel(
                 by_library = grad_of_empty(mean, target, zero_logits, genes, top, COLUMNS, C) / total
             tl.store(d_library + row, (factor * by_library).to(d_library.dtype.element_ty))
         if d_mean is not None:
-            # By logit g: the derivative by log mu_g, less the share of g in the sum of all.
+            # The derivative by logit g is the derivative by log mu_g minus gene g's share of the sum over all genes.
             part = grad / total
             for start in range(0, genes, COLUMNS):
                 columns = start + tl.arange(0, COLUMNS)
@@ -461,7 +472,7 @@ def count_kernel(
 
 
 class Form(NamedTuple):
-    """Where a likelihood keeps its params; the dispersion is the second of all."""
+    """Where a likelihood keeps its params. The dispersion is always the second one."""
 
     raw: bool
     zero_logits: int | None
@@ -485,12 +496,12 @@ FORMS = {
 
 
 def shared_bit(likelihood: str, params: Sequence[Tensor]) -> int:
-    """The bit of a param that serves all rows: with a factor for each row its gradient must be made again."""
+    """The bit of a param that all rows share. With a factor for each row, its gradient must be computed again."""
     return 2 if likelihood in FORMS and params[1].dim() == 1 else 0
 
 
 def _dense(values: Tensor, starts: Tensor, columns: Tensor, shape: torch.Size) -> Tensor:
-    """A sparse target, as the kernel reads it: zeros and all."""
+    """A sparse target as a dense matrix, which the kernel reads."""
     values = values if values.is_floating_point() or values.dtype == torch.int64 else values.to(torch.int32)
     index = torch.searchsorted(starts, torch.arange(values.numel(), device=values.device), right=True) - 1
     return values.new_zeros(shape).index_put_((index, columns), values, accumulate=True)
@@ -509,7 +520,7 @@ def evaluate(
     values: bool = True,
     element_values: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """What elementwise.evaluate is to elements: runs count_kernel, which makes the values in any case."""
+    """Run count_kernel, as elementwise.evaluate runs the kernel of elements. It always computes the values."""
     form, lead = FORMS[likelihood], params[0]
     rows, genes = lead.shape
     dtype = row_dtype(lead)
@@ -528,7 +539,8 @@ def evaluate(
         return lead.new_empty((rows, genes), dtype=dtype) if wanted else None
 
     d_mean = room(bool(needs & 1))
-    # That of all rows is added up afterwards, in one order whatever the launch.
+    # The gradient of a shared dispersion is summed over the rows afterwards, in an order that does not depend on the
+    # launch.
     d_dispersion = room(bool(needs & 2), dtype if shared else of_element)
     d_zero_logits = room(form.zero_logits is not None and bool(needs >> form.zero_logits & 1))
     d_library = (
@@ -538,7 +550,7 @@ def evaluate(
     if form.raw and d_mean is not None:
         log_grads = d_mean if d_mean.dtype == dtype else room(True, dtype)
     row_sums = lead.new_empty((rows, 1), dtype=dtype)
-    # A thread has four elements of a full tile, two in float64: their arithmetic takes most of its registers.
+    # In a full tile, a thread has four elements, or two in float64. Their arithmetic takes most of its registers.
     widest = 512 if dtype == torch.float32 else 256
     columns = min(widest, max(16, triton.next_power_of_2(genes)))
     strides = [

@@ -1,7 +1,8 @@
-"""The few functions of an element that likelihoods, KL and noise are made of, in Triton.
+"""The elementary functions that the likelihoods, the KL and the noise use, in Triton.
 
-Each takes and returns tiles of float32 or float64. What the hardware offers for float32 (2^x, log2, sine) is used where
-it is accurate enough, and mended or replaced by a polynomial where it is not. No libdevice: it exists on NVIDIA only.
+Each function takes and returns tiles of float32 or float64. The hardware's float32 functions (2^x, log2, sine) are used
+where they are accurate enough. Elsewhere they are corrected, or replaced by a polynomial. libdevice is not used,
+because it exists on NVIDIA only.
 """
 
 import triton
@@ -11,8 +12,8 @@ _LOG2_E: tl.constexpr = tl.constexpr(1.4426950216293335)  # log2(e), rounded to 
 _HALF_LOG_2PI: tl.constexpr = tl.constexpr(0.9189385332046727)
 _LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
-# (expm1(v) - v) / v^2 for |v| < 1, highest power first: a fit with relative error 2e-8, and the Taylor series
-# 1/18!, ..., 1/2!, which is exact in float64.
+# (expm1(v) - v) / v^2 for |v| < 1, with the highest power first. For float32 it is a fit with relative error 2e-8, and
+# for float64 the Taylor series 1/18!, ..., 1/2!, which is exact there.
 _SERIES_32: tl.constexpr = tl.constexpr(
     (
         2.80628024e-06,
@@ -47,7 +48,7 @@ _SERIES_64: tl.constexpr = tl.constexpr(
     )
 )
 
-# log1p(s) / s for s in [0, 1], relative error 2e-8.
+# log1p(s) / s for s in [0, 1], with relative error 2e-8.
 _LOG1P: tl.constexpr = tl.constexpr(
     (
         -0.00317605701,
@@ -64,7 +65,7 @@ _LOG1P: tl.constexpr = tl.constexpr(
 )
 
 
-# log Gamma(t + 1) / (t (t - 1)) for t in [0, 2], relative error 2e-8.
+# log Gamma(t + 1) / (t (t - 1)) for t in [0, 2], with relative error 2e-8.
 _SMALL_FACTORIAL: tl.constexpr = tl.constexpr(
     (
         -3.63155232e-05,
@@ -82,8 +83,8 @@ _SMALL_FACTORIAL: tl.constexpr = tl.constexpr(
     )
 )
 
-# log(t!) - (t log t - t + log(2 pi t) / 2) as a multiple of 1 / t, by 1 / t^2: a fit for t >= 2 with absolute error
-# 5e-9, and the asymptotic series, which for t >= 16 is exact in float64.
+# log(t!) - (t log t - t + log(2 pi t) / 2) as a multiple of 1 / t, in powers of 1 / t^2. For float32 it is a fit for
+# t >= 2 with absolute error 5e-9, and for float64 the asymptotic series, which is exact for t >= 16.
 _STIRLING_32: tl.constexpr = tl.constexpr((-0.000349723909, 0.000761539966, -0.00277628028, 0.0833333209))
 _STIRLING_64: tl.constexpr = tl.constexpr(
     (1 / 156, -691 / 360360, 1 / 1188, -1 / 1680, 1 / 1260, -1 / 360, 1 / 12)
@@ -97,7 +98,7 @@ def _count(coefficients):
 
 @triton.jit
 def polynomial(x, HIGHEST_FIRST: tl.constexpr):
-    """Horner's scheme."""
+    """The polynomial at `x`, by Horner's scheme."""
     total = x * HIGHEST_FIRST[0] + HIGHEST_FIRST[1]
     for i in tl.static_range(2, _count(HIGHEST_FIRST)):
         total = total * x + HIGHEST_FIRST[i]
@@ -106,17 +107,17 @@ def polynomial(x, HIGHEST_FIRST: tl.constexpr):
 
 @triton.jit
 def exp(x):
-    """e^x with nearly the accuracy of 2^x: off by 5e-7 of itself at |x| = 40, where tl.exp is off by 2e-6.
+    """e^x with nearly the accuracy of 2^x: at |x| = 40, its relative error is 5e-7, and that of tl.exp is 2e-6.
 
-    There, x log2(e) is rounded before 2^x is taken, to half a unit of a number that may be large. Here the rounding
-    is computed and put back.
+    tl.exp rounds x log2(e) before it computes 2^x, with an error of half a unit of a number that may be large. This
+    function computes the rounding error and corrects for it.
     """
     if x.dtype == tl.float64:
         result = tl.exp(x)
     else:
         scaled = x * _LOG2_E
         lost = tl.fma(x, _LOG2_E, -scaled)
-        # An infinite x has no rounding, and inf - inf is not 0.
+        # An infinite x has no rounding error, but inf - inf is NaN.
         lost = tl.where(tl.abs(scaled) < 1024.0, lost, 0.0)
         result = tl.exp2(scaled) * (1.0 + lost * _LN_2)
     return result
@@ -124,9 +125,9 @@ def exp(x):
 
 @triton.jit
 def inverse_root(log_scale):
-    """e^(-log_scale / 2), which no scale makes infinite: a distance is divided by the scale by multiplying it twice.
+    """e^(-log_scale / 2), which is finite for every scale. Multiplying a distance by it twice divides by the scale.
 
-    See inverse_root in csrc/math/elementary.h.
+    inverse_root in csrc/math/elementary.h gives the reasons.
     """
     LOWEST: tl.constexpr = -1418.0 if log_scale.dtype == tl.float64 else -177.0
     return exp(-0.5 * tl.where(log_scale < LOWEST, LOWEST, log_scale))
@@ -134,21 +135,21 @@ def inverse_root(log_scale):
 
 @triton.jit
 def plus(size, summand):
-    """`size` + `summand`, of which an infinite size is not taken away again."""
+    """`size` + `summand`. An infinite `size` is the result whatever the summand, so inf - inf does not occur."""
     return tl.where(tl.abs(size) == float("inf"), size, size + summand)
 
 
 @triton.jit
 def missed(size, miss):
-    """`size` times `miss`, of which a miss of 0 makes nothing of an infinite size too."""
+    """`size` times `miss`. A miss of 0 gives 0 even for an infinite size."""
     return tl.where(miss == 0.0, 0.0, size * miss)
 
 
 @triton.jit
 def exp_minus_1_minus(v, exp_v):
-    """expm1(v) - v with its relative accuracy near 0, where a posterior collapses; `exp_v` is e^v."""
+    """expm1(v) - v with full relative accuracy near 0, where a posterior collapses. `exp_v` is e^v."""
     series = polynomial(v, _SERIES_64 if v.dtype == tl.float64 else _SERIES_32)
-    # Of an infinite e^v nothing can be taken away.
+    # v is capped, because an infinite e^v minus an infinite v would be NaN.
     return tl.where(tl.abs(v) < 1.0, v * v * series, exp_v - 1.0 - tl.where(v > 800.0, 800.0, v))
 
 
@@ -167,7 +168,7 @@ def log1p(s):
     """log(1 + s) for s >= 0."""
     if s.dtype == tl.float64:
         sum = 1.0 + s
-        # The second term is what 1 + s lost of s, to first order; of an infinite s, nothing.
+        # The second term is, to first order, what rounding 1 + s loses of s. An infinite s loses nothing.
         result = tl.log(sum) - tl.where(sum < float("inf"), ((sum - 1.0) - s) / sum, 0.0)
     else:
         result = tl.where(s < 1.0, s * polynomial(s, _LOG1P), tl.log(1.0 + s))
@@ -176,10 +177,10 @@ def log1p(s):
 
 @triton.jit
 def combine_excess(s, e):
-    """(1 + s) (1 + e) - 1: products of many 1 + e are kept less 1, so that tiny e are not lost in them.
+    """(1 + s) (1 + e) - 1. Products of many 1 + e are kept minus 1, so that a tiny e is not lost in them.
 
-    That is how a sum of log(1 + e) needs one logarithm for many elements, and still has all its digits on the rows of
-    saturated logits.
+    With this, a sum of log(1 + e) needs one logarithm for many elements, and is still accurate to all digits for rows
+    of saturated logits.
     """
     return s * (1.0 + e) + e
 
@@ -188,9 +189,9 @@ def combine_excess(s, e):
 def log_factorial(t, large):
     """(log t, log t! - t log t + t) where `large`, that is from 2 on (float64: 16), and elsewhere (_, _, log t!).
 
-    This is exactly 0 for 0 and 1; of fractions it is log Gamma(t + 1).
+    log t! is exactly 0 for t = 0 and t = 1. For fractions it is log Gamma(t + 1).
     """
-    # Below 16, float64 takes t! from (t + 16)!.
+    # Below 16, float64 computes t! from (t + 16)!.
     n = tl.where(large, t, t + 16.0 if t.dtype == tl.float64 else 1.0)
     log_n = tl.log(n)
     inverse = 1.0 / n

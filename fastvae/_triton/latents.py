@@ -1,7 +1,8 @@
-"""Sampling from the posterior, its KL, and their gradients: the kernels, and the functions behind the ops.
+"""The kernels that sample from the posterior and compute its KL and their gradients, and the functions behind the ops.
 
-One launch forward and one backward: the noise is made where it is used, from its place, and made again in the backward.
-A second launch adds up the KL of rows that are split over programs. C is the type of computation, as in elementwise.py.
+The forward and the backward each take one launch. The noise is generated where it is used, from its position, and
+generated again in the backward. If rows are split over programs, a second launch adds up their KL. C is the type of
+computation, as in elementwise.py.
 """
 
 import torch
@@ -27,7 +28,7 @@ from .noise import normals
 from .tiles import first_column, row_size, row_totals, tile_columns, tile_rows
 from .tuning import choice
 
-# Bits of `needs`: which gradients a backward makes. They come in this order.
+# The bits of `needs` say which gradients a backward computes. It returns them in this order.
 MU, LOGVAR, PRIOR_MU, PRIOR_LOGVAR, EPS = 1, 2, 4, 8, 16
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,9 +48,10 @@ def noise_tile(
 
 @triton.jit
 def divergence(mean, logvar, exp_logvar, prior_mean, prior_logvar, PRIOR: tl.constexpr):
-    """KL of an element in nats, and its derivatives by mean, logvar and prior_logvar; by prior_mean, minus the first.
+    """The KL of an element in nats, and its derivatives by mean, logvar and prior_logvar.
 
-    1/2 [ (mu - mu_p)^2 e^-v_p + expm1(v - v_p) - (v - v_p) ]; without PRIOR, mu_p = v_p = 0 and `exp_logvar` is e^v.
+    The derivative by prior_mean is minus that by mean. The KL is
+    1/2 [ (mu - mu_p)^2 e^-v_p + expm1(v - v_p) - (v - v_p) ]. Without PRIOR, mu_p = v_p = 0, and `exp_logvar` is e^v.
     """
     if PRIOR:
         v = logvar - prior_logvar
@@ -70,11 +72,11 @@ def divergence(mean, logvar, exp_logvar, prior_mean, prior_logvar, PRIOR: tl.con
 
 @kernel
 def sample_kernel(
-    mu,  # (rows, size), as all tensors here, any stride of rows where one is given below
+    mu,  # (rows, size), as all tensors here, with any stride of rows where one is given below
     logvar,
     prior_mu,  # or None, with prior_logvar
     prior_logvar,
-    eps,  # (draws, rows, size), or None: then `seed` makes the noise
+    eps,  # (draws, rows, size), or None if the noise is generated from `seed`
     seed,  # (2,) int64
     z,  # out, or None: (draws, rows, size)
     row_kl,  # out, or None: (rows, splits) in C
@@ -124,7 +126,7 @@ def sample_kernel(
             if element_kl is not None:
                 tl.store(element_kl + dense + columns, value, inside)
             if row_kl is not None:
-                # Outside, mu = logvar = 0: no divergence from any prior that is 0 there too.
+                # Outside, mu = logvar = 0, and so are those of the prior, so the KL is 0 there.
                 kl += value
         if z is not None:
             for draw in range(0, draws):
@@ -256,7 +258,7 @@ def sample_gradient_kernel(
 
 
 class _Posterior:
-    """mu, logvar and the prior's, with dense rows; `unit` divides their strides and their size."""
+    """mu and logvar of the posterior and the prior, with dense rows. `unit` divides their strides and their size."""
 
     def __init__(
         self, mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None
@@ -282,7 +284,7 @@ def reparameterize_kl_forward(
     eps: Tensor | None,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(z, kl, the seed that was used: int64 (2,), or (0,) where eps is given)."""
+    """Return (z, kl, the seed that was used). The seed is int64 (2,), or (0,) where eps is given."""
     if eps is not None:
         used_seed = mu.new_empty(0, dtype=torch.int64)
     elif seed is not None:
@@ -321,7 +323,7 @@ def _sample(
     *,
     per_element: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Runs sample_kernel, which writes z: (kl of the rows, kl of the elements), one of which is empty."""
+    """Run sample_kernel, which writes z, and return (kl of the rows, kl of the elements), one of which is empty."""
     mu, rows, size = posterior.tensors[0], posterior.rows, posterior.size
     assert mu is not None
     cut = partition(rows, size, choice("sample", rows * size * max(1, draws), mu.device), narrowest=4)
@@ -382,7 +384,7 @@ def reparameterize_kl_backward(
     eps: Tensor | None,
     needs: int,
 ) -> list[Tensor]:
-    """The gradients that `needs` asks for, in the order of its bits."""
+    """Return the gradients that `needs` asks for, in the order of its bits."""
     return _gradients(
         _Posterior(mu, logvar, prior_mu, prior_logvar),
         mu,
@@ -405,7 +407,7 @@ def gaussian_kl_backward(
     prior_logvar: Tensor | None,
     needs: int,
 ) -> list[Tensor]:
-    """The same; grad_kl is (B,), or of mu's shape."""
+    """Return the gradients that `needs` asks for. grad_kl is (B,), or has mu's shape."""
     per_element = grad_kl.dim() != 1 or mu.dim() == 1
     return _gradients(
         _Posterior(mu, logvar, prior_mu, prior_logvar),

@@ -1,4 +1,4 @@
-"""Types, data as numbers, products and sums at their ends: what holds for every function of this package."""
+"""Conventions of every function of this package: dtypes, data as numbers, products and sums with infinite operands."""
 
 import math
 
@@ -7,36 +7,37 @@ from torch import Tensor
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The type that sums are kept in: float64 for float64, else float32."""
+    """The dtype in which sums are computed: float64 for float64, and float32 for all others."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def read_target(target: Tensor, dtype: torch.dtype) -> Tensor:
-    """Data as numbers: uint8 pixels are x / 255, bool is 0 or 1, floats are themselves."""
+    """Data as numbers. uint8 pixels become x / 255, bool becomes 0 or 1, and floats are unchanged."""
     value = target.to(dtype)
     return value / 255 if target.dtype == torch.uint8 else value
 
 
 def read_counts(target: Tensor, dtype: torch.dtype) -> Tensor:
-    """Counts as numbers: every integer type is itself, uint8 too."""
+    """Counts as numbers. Integers of every type keep their value, including uint8."""
     return target.to(dtype)
 
 
 def sum_event(value: Tensor) -> Tensor:
     """Sum over every dimension but the batch: (B, ...) -> (B,)."""
-    # torch reads an empty list of dimensions as "all of them", so rank 1 has nothing to sum and goes its own way.
+    # torch takes an empty list of dimensions to mean all of them, so a tensor of rank 1 is returned unchanged.
     return value.sum(tuple(range(1, value.dim()))) if value.dim() > 1 else value
 
 
 def weighted(weight: Tensor, x: Tensor) -> Tensor:
-    """`weight` x, of which no weight makes nothing of an infinite x too."""
+    """`weight` times `x`. A weight of 0 gives 0 even for an infinite x."""
     return weight * torch.where((weight == 0) & x.isinf(), 0.0, x)
 
 
 def scaled(distance: Tensor, log_scale: Tensor) -> Tensor:
-    """`distance` e^-log_scale, by the root of e^-log_scale twice, which is finite for twice as many scales.
+    """`distance` e^-log_scale.
 
-    A distance of 0 is 0 scales whatever the scale; and so the smallest scales count there as one that has an inverse.
+    The distance is multiplied twice by the square root of e^-log_scale, which is finite for a range of log-scales twice
+    as wide. A distance of 0 gives 0 for every scale, so the log-scale is raised there to one whose inverse is finite.
     """
     smallest = -709.0 if log_scale.dtype == torch.float64 else -88.0
     log_scale = torch.where((distance == 0) & (log_scale < smallest), smallest, log_scale)
@@ -45,5 +46,5 @@ def scaled(distance: Tensor, log_scale: Tensor) -> Tensor:
 
 
 def plus(size: Tensor, summand: Tensor) -> Tensor:
-    """`size` + `summand`, of which an infinite size is not taken away again."""
+    """`size` + `summand`. An infinite `size` is the result whatever the summand, so inf - inf does not occur."""
     return torch.where(size == math.inf, size, size + summand)

@@ -1,4 +1,4 @@
-"""Counts: Poisson, negative binomial, and with additional zeros."""
+"""The likelihoods of counts: the Poisson, the negative binomial, and the latter with additional zeros."""
 
 import math
 
@@ -20,37 +20,37 @@ __all__ = [
 
 
 def poisson_nll(log_rate: Tensor, target: Tensor) -> Tensor:
-    """-log Poisson(target | e^log_rate), (B,): per element e^a - t a + log t!, with log t! = log Gamma(t + 1).
+    """-log Poisson(target | e^log_rate), (B,). Per element it is e^a - t a + log t!, with log t! = log Gamma(t + 1).
 
-    Of a large count each of the three is of the size of t log t, and next to nothing may be left. With u = a - log t
-    and Stirling's formula it is t (e^u - 1 - u) + 1/2 log(2 pi t) + ...
+    For a large count, each of the three terms is as large as t log t, and they nearly cancel. With u = a - log t and
+    Stirling's formula, the sum is t (e^u - 1 - u) + 1/2 log(2 pi t) + ...
     """
     dtype = compute_dtype(log_rate)
     a, t = log_rate.to(dtype), read_counts(target, dtype)
     large = t >= _STIRLING_FROM
     some = torch.where(large, t, _STIRLING_FROM)
     u = a - torch.log(some)
-    # Where the rate is far above the count nothing cancels, and rounding u would cost the rate a digit.
+    # Where the rate is far above the count, nothing cancels, and the rounding of u would cost the rate a digit.
     cancels = large & (u < 4)
     rest = 0.5 * torch.log(2 * math.pi * some) + _stirling(some)
     of_large = t * expm1_minus(torch.where(cancels, u, 0.0)) + rest
-    # An infinite rate is that; of none a count of zero, and no other, is certain.
+    # An infinite rate has an infinite nll. At a rate of 0, a count of 0 is certain, and every other count impossible.
     whole = torch.exp(a) - weighted(t, torch.where(a == math.inf, 0.0, a)) + torch.lgamma(t + 1)
     return sum_event(torch.where(cancels, of_large, whole))
 
 
 def poisson_rate_nll(rate: Tensor, target: Tensor, *, eps: float = 0.0, reduction: str = "event") -> Tensor:
-    """-log Poisson(target | rate + eps), (B,): per element m - t log m + log t! at m = rate + eps.
+    """-log Poisson(target | rate + eps), (B,). Per element it is m - t log m + log t! at m = rate + eps.
 
-    A rate of 0 is certain of a count of 0, whose value is 0; that of any other count is infinite. `reduction="event"`
-    sums each row to (B,), `"none"` keeps the elements.
+    At a rate of 0, the nll of a count of 0 is 0, and that of any other count is infinite. `reduction="event"` sums each
+    row to (B,), and `"none"` keeps the elements.
     """
     dtype = _count_dtype(rate)
     m, t = rate.to(dtype) + eps, read_counts(target, dtype)
-    # Where the count is 0 there is no logarithm, nor a gradient of one.
+    # For a count of 0, the formula has no logarithm, so the logarithm must not pass a gradient.
     log_m = torch.log(torch.where(t == 0, 1.0, m))
     nll = m - t * log_m + torch.lgamma(t + 1)
-    # As in `poisson_nll`, with e = m / t - 1: t (e - log(1 + e)) + 1/2 log(2 pi t) + ...
+    # As in `poisson_nll`, the sum is computed with e = m / t - 1 as t (e - log(1 + e)) + 1/2 log(2 pi t) + ...
     near = (t >= _STIRLING_FROM) & (2 * m > t) & (m < 2 * t)
     some, log_some = torch.where(near, t, _STIRLING_FROM), torch.log(torch.where(near, t, _STIRLING_FROM))
     e = (torch.where(near, m, some) - some) / some
@@ -64,10 +64,10 @@ def poisson_rate_nll(rate: Tensor, target: Tensor, *, eps: float = 0.0, reductio
 def negative_binomial_nll(
     mean: Tensor, target: Tensor, inverse_dispersion: Tensor, *, eps: float = 0.0, reduction: str = "event"
 ) -> Tensor:
-    """-log NB(target | mean + eps, inverse_dispersion), (B,) ([L]): the variance is m + m^2 / inverse_dispersion.
+    """-log NB(target | mean + eps, inverse_dispersion), (B,) ([L]). The variance is m + m^2 / inverse_dispersion.
 
-    `inverse_dispersion` is (G,), one for every gene, or like `mean` (B, G). `target`: counts, dense or sparse CSR.
-    `reduction="event"` sums each row to (B,), `"none"` keeps the elements, (B, G).
+    `inverse_dispersion` is (G,), one for every gene, or (B, G) like `mean`. `target` holds counts, dense or sparse CSR.
+    `reduction="event"` sums each row to (B,), and `"none"` keeps the elements, (B, G).
     """
     dtype = _count_dtype(mean)
     mu, t = mean.to(dtype) + eps, _dense_counts(target, dtype)
@@ -83,7 +83,7 @@ def zero_inflated_negative_binomial_nll(
     eps: float = 0.0,
     reduction: str = "event",
 ) -> Tensor:
-    """`negative_binomial_nll` where an element is 0 with probability sigmoid(`zi_logits`) besides, (B,) ([ZI], [L])."""
+    """`negative_binomial_nll` with additional zeros, of probability sigmoid(`zi_logits`), (B,) ([ZI], [L])."""
     dtype = _count_dtype(mean)
     mu, t = mean.to(dtype) + eps, _dense_counts(target, dtype)
     nll = _by_mean(mu, inverse_dispersion.to(dtype), t)
@@ -93,8 +93,11 @@ def zero_inflated_negative_binomial_nll(
 def negative_binomial_logits_nll(
     logits: Tensor, target: Tensor, log_dispersion: Tensor, library: Tensor
 ) -> Tensor:
-    """`negative_binomial_nll` from a decoder's raw outputs: mean = library * softmax(logits) over the features,
-    inverse dispersion = e^log_dispersion ([L]). `library`: (B,) or (B, 1)."""
+    """`negative_binomial_nll` from the raw outputs of a decoder ([L]).
+
+    The mean is library * softmax(logits) over the features, and the inverse dispersion is e^log_dispersion. `library`
+    is (B,) or (B, 1).
+    """
     dtype = _count_dtype(logits)
     t = _dense_counts(target, dtype)
     nll = _by_logits(logits.to(dtype), library.to(dtype), log_dispersion.to(dtype), t)
@@ -112,13 +115,13 @@ def zero_inflated_negative_binomial_logits_nll(
 
 
 def _reduced(values: Tensor, reduction: str, lead: Tensor) -> Tensor:
-    """The sum of each row, or the elements, in the type that results for `lead` have."""
+    """The sum of each row, or the elements, in the dtype of the results for `lead`."""
     return (sum_event(values) if reduction == "event" else values).to(compute_dtype(lead))
 
 
 def _by_mean(mu: Tensor, theta: Tensor, t: Tensor) -> Tensor:
-    """`_negative_binomial` for any mean and any inverse dispersion, 0 among them."""
-    # Where the count is 0 there is no logarithm of the mean, nor a gradient of one.
+    """`_negative_binomial` for any mean and any inverse dispersion, including 0."""
+    # For a count of 0, the formula has no logarithm of the mean, so the logarithm must not pass a gradient.
     log_mu = torch.log(torch.where(t == 0, 1.0, mu))
     low, high = _log_bounds(theta.dtype)
     theta, least = theta.expand_as(mu), math.exp(low)
@@ -127,9 +130,10 @@ def _by_mean(mu: Tensor, theta: Tensor, t: Tensor) -> Tensor:
 
 
 def _by_logits(logits: Tensor, library: Tensor, log_theta: Tensor, t: Tensor) -> Tensor:
-    """`_negative_binomial` of means library * softmax(logits), what a cell is expected to hold of every gene ([L])."""
+    """`_negative_binomial` for the means library * softmax(logits), a cell's expected counts of every gene ([L])."""
     library, log_share = library.reshape(-1, 1), F.log_softmax(logits, dim=1)
-    # Only counts ask for the logarithm of a mean. An empty cell has none, and a library of 0 then has no logarithm.
+    # Only counts above 0 need the logarithm of a mean. An empty cell has none, so that of its library, which may be 0,
+    # is not needed.
     log_library = torch.log(torch.where((t > 0).any(1, keepdim=True), library, 1.0))
     log_mu = torch.where(t == 0, 0.0, log_library + log_share)
     low, high = _log_bounds(log_theta.dtype)
@@ -139,25 +143,25 @@ def _by_logits(logits: Tensor, library: Tensor, log_theta: Tensor, t: Tensor) ->
 
 
 def _log_bounds(dtype: torch.dtype) -> tuple[float, float]:
-    """Between which logarithms of an inverse dispersion are read.
+    """The bounds to which the logarithm of an inverse dispersion is clamped.
 
-    Above, the distribution is the Poisson. Below, a count of 0 has lost all of its nll, and that of others is
-    -log theta and what does not change.
+    Above the upper bound, the distribution is the Poisson. Below the lower bound, the nll of a count of 0 vanishes, and
+    that of other counts is -log theta plus a constant.
     """
     return (-650.0, 600.0) if dtype == torch.float64 else (-85.0, 60.0)
 
 
-# Below, Stirling's series does not reach the precision of float64.
+# Below this number, Stirling's series does not reach the precision of float64.
 _STIRLING_FROM = 8.0
 
 
 def _count_dtype(tensor: Tensor) -> torch.dtype:
-    """Counts are computed in float64, of which 1e6! leaves eight digits, where the device has it."""
+    """The dtype of computation: float64 where the device has it, which keeps eight digits beside log(1e6!)."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def _dense_counts(target: Tensor, dtype: torch.dtype) -> Tensor:
-    """Counts as numbers; a sparse CSR matrix becomes a dense one."""
+    """Counts as numbers. A sparse CSR matrix becomes a dense one."""
     if target.layout != torch.sparse_csr:
         return read_counts(target, dtype)
     lengths = target.crow_indices().diff()
@@ -171,15 +175,16 @@ def _negative_binomial(mu: Tensor, log_mu: Tensor, theta: Tensor, t: Tensor) -> 
 
         lgamma(theta) + lgamma(t + 1) - lgamma(t + theta) - theta log(theta / (theta + mu)) - t log(mu / (theta + mu))
 
-    Of the three lgamma, the large ones nearly cancel, and the rest cancels against what is left of them. So where
-    theta is small beside t, two of them are subtracted within Stirling's formula; where it is not, the distribution is
-    nearly Poisson, and this is Poisson's -log p and what corrects it, all of it in differences d = mu - t.
+    Of the three lgamma, the large ones nearly cancel, and what is left of them cancels against the other terms. So
+    where theta is small compared with t, two of them are subtracted within Stirling's formula. Elsewhere, the
+    distribution is nearly Poisson, and the result is Poisson's -log p plus a correction, both computed from differences
+    d = mu - t.
     """
     n, d = t + theta, mu - t
     large = t >= _STIRLING_FROM
     some = torch.where(
         large, t, _STIRLING_FROM
-    )  # in every branch, numbers that the others' gradients survive
+    )  # every branch stays finite where it is not used, so that no gradient is NaN
     n_some = torch.where(n >= _STIRLING_FROM, n, _STIRLING_FROM)
 
     b = theta - 1
@@ -209,9 +214,13 @@ def _negative_binomial(mu: Tensor, log_mu: Tensor, theta: Tensor, t: Tensor) -> 
 
 
 def _with_zeros(nll: Tensor, zi_logits: Tensor, t: Tensor) -> Tensor:
-    """-log of pi [t = 0] + (1 - pi) e^-nll for each element, pi = sigmoid(zi_logits) ([ZI]; log_zinb_positive)."""
+    """-log of pi [t = 0] + (1 - pi) e^-nll for each element, where pi = sigmoid(zi_logits).
+
+    The sources are [ZI] and log_zinb_positive of scvi-tools.
+    """
     keep = torch.sigmoid(-zi_logits)
-    # At t = 0, log(pi + (1 - pi) e^-nll) = log1p((1 - pi) expm1(-nll)), but not where that is a logarithm of next to 0.
+    # At t = 0, log(pi + (1 - pi) e^-nll) = log1p((1 - pi) expm1(-nll)), which is used unless the argument of
+    # that logarithm is close to 0.
     lost = keep * torch.expm1(-nll)
     near = lost > -0.5
     zero = torch.where(
@@ -233,7 +242,7 @@ def _stirling(z: Tensor) -> Tensor:
 
 
 def _log1p_minus(e: Tensor, log_1_e: Tensor) -> Tensor:
-    """log(1 + e) - e, right to the last digits near 0 too, given log(1 + e) for where that is not near.
+    """log(1 + e) - e, accurate to the last digits also near 0. `log_1_e` is log(1 + e), which is used elsewhere.
 
     With s = e / (2 + e), log(1 + e) = 2 (s + s^3/3 + s^5/5 + ...) and 2 s - e = -e s.
     """

@@ -1,8 +1,8 @@
-"""The ends: infinite parameters, scales that over- and underflow, data met exactly, empty cells, huge counts.
+"""Extreme inputs: infinite parameters, scales that over- and underflow, data at the location, empty cells, huge counts.
 
-Every backend gives the limit of the exact value there, and of the exact gradient wherever that is finite. `points`
-makes a grid of extremes for each variant of the table of likelihoods, with the truth from mpmath. Single cases that
-users have met follow.
+Every backend returns the limit of the exact value there, and the limit of the exact gradient wherever that is finite.
+`grid` makes a grid of extremes for each variant of the table of likelihoods, with the truth from mpmath. Single cases
+that users have met follow.
 """
 
 import math
@@ -22,11 +22,11 @@ from fastvae._spec import VARIANTS, Variant
 
 INF = math.inf
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-VALUE = {torch.float64: 1e-12}  # of the others 5e-6: rows are float32
+VALUE = {torch.float64: 1e-12}  # 5e-6 for the others, whose rows are float32
 GRADIENT = {torch.float32: 5e-6, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Truth: (nll, its derivative by each parameter) of one element
+# The truth: (nll, its derivative by each parameter) of one element
 # ---------------------------------------------------------------------------------------------------------------------
 
 Truth = tuple[Any, list[Any]]
@@ -43,7 +43,7 @@ def log1pexp(a: Any) -> Any:
 
 
 def bernoulli(a: Any, t: Any) -> Truth:
-    # Both terms are positive.
+    # Both terms are positive, so nothing cancels.
     return t * log1pexp(-a) + (1 - t) * log1pexp(a), [(1 - t) * sigmoid(a) - t * sigmoid(-a)]
 
 
@@ -71,15 +71,15 @@ def student_t(m: Any, s: Any, t: Any, df: Any) -> Truth:
 def continuous_bernoulli(a: Any, t: Any) -> Truth:
     if a == 0:
         return mpf(0), [0.5 - t]
-    if abs(a) > 1000:  # e^-|a| is nothing beside 1
+    if abs(a) > 1000:  # e^-|a| is negligible beside 1
         return max(a, 0) - a * t - mpmath.log(abs(a)), [(1 if a > 0 else 0) - 1 / a - t]
-    with mpmath.workdps(150):  # a hundred of them cancel
+    with mpmath.workdps(150):  # a hundred digits cancel
         return mpmath.log(mpmath.expm1(a) / a) - a * t, [1 / -mpmath.expm1(-a) - 1 / a - t]
 
 
 def gamma(s: Any, x: Any, shape: Any) -> Truth:
     ratio = x * mpmath.exp(-s)
-    if x == 0:  # its logarithm, which counts for more than any s
+    if x == 0:  # the infinite logarithm of x outweighs any s
         return s if shape == 1 else mpf(INF) * mpmath.sign(shape - 1), [shape]
     return mpmath.loggamma(shape) + shape * s - (shape - 1) * mpmath.log(x) + ratio, [shape - ratio]
 
@@ -98,15 +98,15 @@ def poisson_rate(m: Any, t: Any) -> Truth:
 
 
 def negative_binomial(mu: Any, theta: Any, t: Any) -> Truth:
-    """Its derivatives are by the logarithms of `mu` and `theta`, of which neither is 0."""
+    """The derivatives are by the logarithms of `mu` and `theta`, neither of which is 0."""
     if t > 50 and theta > 1e30:
-        with mpmath.workdps(80 + int(mpmath.log10(theta))):  # of which all but 80 cancel
+        with mpmath.workdps(80 + int(mpmath.log10(theta))):  # all digits but 80 cancel
             ratio = mpmath.loggamma(t + theta) - mpmath.loggamma(theta)
             digamma = mpmath.digamma(t + theta) - mpmath.digamma(theta)
     elif t <= 50:
         ratio = mpmath.fsum(
             mpmath.log(theta + i) for i in range(int(t))
-        )  # of Gamma(t + theta) and Gamma(theta)
+        )  # log of Gamma(t + theta) / Gamma(theta)
         digamma = mpmath.fsum(1 / (theta + i) for i in range(int(t)))
     else:
         ratio = mpmath.loggamma(t + theta) - mpmath.loggamma(theta)
@@ -121,14 +121,14 @@ def with_zeros(of_count: Truth, pi: Any, t: Any) -> Truth:
     z, (d_mu, d_theta) = of_count
     if t > 0:
         return z + log1pexp(pi), [d_mu, d_theta, sigmoid(pi)]
-    # -log(p + (1 - p) e^-z) by the larger of the two, and the share that the second has.
+    # -log(p + (1 - p) e^-z) is computed from the larger term. `share` is the share of the second term.
     share = sigmoid(-pi - z)
     value = log1pexp(pi) - max(pi, -z) - mpmath.log1p(mpmath.exp(-abs(pi + z)))
     return value, [d_mu * share, d_theta * share, sigmoid(pi) - sigmoid(pi + z)]
 
 
 def exp_of(log_theta: Any) -> Any:
-    """From some number on the distribution is the Poisson to all digits; further numbers are too long."""
+    """e^log_theta, capped where the distribution equals the Poisson to all digits. Larger numbers are too long."""
     return mpmath.exp(min(log_theta, mpf(2000)))
 
 
@@ -143,7 +143,7 @@ def by_mean_with_zeros(mu: Any, theta: Any, pi: Any, t: Any) -> Truth:
 
 
 def by_library(_: Any, log_theta: Any, library: Any, t: Any) -> Truth:
-    """Of a cell with a single gene, whose logit changes nothing."""
+    """A cell with a single gene, whose logit changes nothing."""
     value, (d_mu, d_theta) = negative_binomial(library, exp_of(log_theta), t)
     return value, [mpf(0), d_theta, d_mu / library]
 
@@ -154,7 +154,7 @@ def by_library_with_zeros(_: Any, log_theta: Any, pi: Any, library: Any, t: Any)
 
 
 def discretized_logistic(mean: Any, raw: Any, level: Any) -> Truth:
-    """Of 8 bits, floor -7 and small mass 1e-5, its derivatives by the parts of a sigmoid's, s(a) s(-a)."""
+    """For 8 bits, a floor of -7 and a minimum mass of 1e-5. The derivatives use that of a sigmoid, s(a) s(-a)."""
     s = max(raw, mpf(-7))
     x, half, inverse = 2 * level / 255 - 1, mpf(1) / 255, mpmath.exp(-s)
     u, h = (x - mean) * inverse, half * inverse
@@ -163,13 +163,13 @@ def discretized_logistic(mean: Any, raw: Any, level: Any) -> Truth:
         by_mean = sigmoid(-past) * inverse * (1 if level == 0 else -1)
         value, by_scale = log1pexp(-past), sigmoid(-past) * past
     else:
-        # The mass, or where that is small the density.
+        # The nll uses the mass of the level, or the density where the mass is small.
         u = -abs(u)
         sign = 1 if x < mean else -1
         mass = sigmoid(u + h) * sigmoid(h - u) * -mpmath.expm1(-2 * h)
         if mass > mpf(1e-5):
             value = -mpmath.log(mass)
-            grad = sigmoid(-u - h) - sigmoid(u - h)  # of log mass by u
+            grad = sigmoid(-u - h) - sigmoid(u - h)  # the derivative of log mass by u
             by_h = sigmoid(-u - h) + sigmoid(u - h) + 2 / mpmath.expm1(2 * h)
         else:
             value = -(u - s - 2 * log1pexp(u) - mpmath.log(mpf(255) / 2))
@@ -179,7 +179,7 @@ def discretized_logistic(mean: Any, raw: Any, level: Any) -> Truth:
 
 
 def mixture(logit: Any, mean: Any, raw: Any, level: Any) -> Truth:
-    """Of a single component, whose logit changes nothing."""
+    """A mixture with a single component, whose logit changes nothing."""
     value, grads = discretized_logistic(mean, raw, level)
     return value, [mpf(0), *grads]
 
@@ -195,9 +195,10 @@ def gaussian_kl(mu: Any, v: Any, prior_mu: Any = 0, prior_v: Any = 0) -> Truth:
 def limit(
     truth: Callable[..., Truth], values: tuple[float, ...], positive: bool = False
 ) -> tuple[float, ...]:
-    """(nll, derivatives) as floats; of infinite parameters by two large ones, which agree or show where it goes.
+    """(nll, derivatives) as floats.
 
-    Parameters that are `positive` have an end at 0, too.
+    For an infinite parameter, two large values replace it: either their results agree, or they show to which infinity
+    the results go. If the parameters are `positive`, 0 is a limit too.
     """
     *params, target = values
     if not any(math.isinf(x) or (positive and x == 0) for x in params):
@@ -237,7 +238,7 @@ PLACES = (0.0, 1.0, -1e-20, 1e4, 1e30)
 SCALES = (-INF, -1e30, -1000.0, -180.0, -100.0, -89.0, -20.0, 0.0, 89.0, 180.0, 1e30, INF)
 COUNTS = (0.0, 1.0, 2.0, 16.0, 300.0, 1e6, 1e12)
 
-# By the name of a tensor.
+# The keys are the names of the tensors.
 AXES: dict[str, tuple[float, ...]] = {
     "logits": LOGITS,
     "zi_logits": (-INF, -100.0, 0.5, 100.0, INF),
@@ -251,7 +252,7 @@ AXES: dict[str, tuple[float, ...]] = {
     "log_dispersion": (-INF, -700.0, -100.0, 0.0, 5.0, 100.0, 1000.0, INF),
     "library": (0.0, 1e-20, 3.0, 1e6),
 }
-# Those of certain densities. Of a single gene, and of a single component, the logit changes nothing.
+# The axes of some densities differ. The logit of a single gene or of a single component changes nothing.
 OTHER_AXES: dict[str, dict[str, tuple[float, ...]]] = {
     "negative_binomial": {"mean": (0.0, 1e-20, 3.0, 1e6), "logits": (0.75,)},
     "zero_inflated_negative_binomial": {"mean": (0.0, 3.0, 1e6), "logits": (0.75,)},
@@ -283,7 +284,7 @@ CONSTANTS: dict[str, tuple[tuple[float, ...], ...]] = {
     "min_mass": ((1e-5,),),
     "components": ((1.0,),),
 }
-# What the packed tensors of a density hold.
+# The parameters in the packed tensor of each density.
 PACKED = {
     "gaussian": ("mean", "logvar"),
     "laplace": ("loc", "log_scale"),
@@ -307,12 +308,12 @@ TRUTHS: dict[str, Callable[..., Truth]] = {
     "discretized_logistic": discretized_logistic,
     "discretized_logistic_mixture": mixture,
 }
-# Classes share a normaliser: test_categorical.py has their ends.
+# Classes share a normaliser, so test_categorical.py tests their extremes.
 GRIDDED = [variant for variant in VARIANTS.values() if variant.family != "categorical"]
 
 
 def truth_of(variant: Variant, constants: tuple[float, ...]) -> Callable[..., Truth]:
-    """Of the values of the variant's tensors and the target."""
+    """The truth as a function of the values of the variant's tensors and of the target."""
     plain = TRUTHS.get(variant.name, TRUTHS[variant.density])
     names = [constant.name for constant in variant.constants]
     if names in (["eps"], ["bits", "log_scale_floor", "min_mass"], ["components", *names[1:]]):
@@ -340,29 +341,29 @@ def truth_of(variant: Variant, constants: tuple[float, ...]) -> Callable[..., Tr
 
 
 class Points(NamedTuple):
-    """Points of a grid, an element each: (points, 1)."""
+    """Points of a grid, with one element each, in tensors of shape (points, 1)."""
 
     constants: tuple[float, ...]
-    columns: tuple[Tensor, ...]  # a parameter each
+    columns: tuple[Tensor, ...]  # one tensor for each parameter
     target: Tensor
     want: Tensor  # (points, 1 + parameters), float64: the nll and its derivatives
 
 
 @cache
 def grid(name: str, dtype: torch.dtype, every: int = 1) -> list[Points]:
-    """Every n-th point of the grid of a variant of the table, a set of points for each choice of its constants."""
+    """Every n-th point of the grid of a variant, with a set of points for each choice of its constants."""
     variant = VARIANTS[name]
     tensors = PACKED[variant.density] if variant.tensors == ("params",) else variant.tensors
     axes = AXES | OTHER_AXES.get(variant.density, {})
-    if "bounded" in variant.name:  # no product of an infinite number and one that is nearly 0
+    if "bounded" in variant.name:  # avoids products of an infinite number and one that is nearly 0
         axes |= {"mean": PLACES[:-1]}
     targets = TARGETS.get(variant.density, (0.0,))
     values = torch.tensor(list(product(*(axes[tensor] for tensor in tensors), targets)), dtype=torch.float64)
     if dtype.itemsize == 2:
-        every *= 5  # beyond conversions, half types are float32
+        every *= 5  # half types differ from float32 only in the conversions
     fits = (values.isinf() == values.to(dtype).isinf()).all(1)
     values = values[fits].to(dtype).double().unique(dim=0)
-    # Where two go to their ends, it depends on the way.
+    # Where two parameters go to their limits, the result depends on the path, so such points are left out.
     params, positive = values[:, :-1], "negative_binomial" in variant.density
     at_end = params.isinf() | (params == 0) & positive
     if "log_dispersion" in tensors:
@@ -391,7 +392,10 @@ def tensors_of(variant: Variant, columns: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def wrong(got: Tensor, want: Tensor, dtype: torch.dtype, bound: Tensor) -> Tensor:
-    """Where `got` is neither within `bound` of `want` nor, where `dtype` cannot hold that, infinite or nearly so."""
+    """True where `got` is not within `bound` of `want`.
+
+    Where `dtype` cannot hold `want`, `got` must be infinite, or nearly so, with the same sign.
+    """
     got, most = got.double(), torch.finfo(dtype).max
     return (
         torch.where(
@@ -404,13 +408,13 @@ def wrong(got: Tensor, want: Tensor, dtype: torch.dtype, bound: Tensor) -> Tenso
 def check_points(
     variant: Variant, points: Points, nll: Tensor, grads: list[Tensor], dtype: torch.dtype
 ) -> None:
-    """Of (points,) the nll, and the derivatives by each parameter."""
+    """Check the nll, (points,), and the derivatives by each parameter."""
     nll, grads = nll.cpu(), [grad.cpu() for grad in grads]
     columns, target = [x.double().flatten() for x in points.columns], points.target.double().flatten()
     want, *by = points.want.unbind(1)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     tolerance = VALUE.get(dtype, 5e-6)
-    # What is changed by rounding the parameters.
+    # The error that rounding the parameters causes.
     terms = sum((x * grad).nan_to_num(0.0, 0.0, 0.0).abs() for x, grad in zip(columns, by, strict=True))
     found = [("nll", nll, want, wrong(nll, want, wide, tolerance * (1 + terms + want.abs())))]
     for i, (x, grad, exact) in enumerate(zip(columns, grads, by, strict=True)):
@@ -420,7 +424,7 @@ def check_points(
             if "inverse_dispersion" in variant.tensors and i == 1:
                 size /= x.clamp(max=1)
         bound = GRADIENT[dtype] * exact.abs() + tolerance * size
-        # Where the limit is infinite nothing is asked of it but to be a number.
+        # Where the limit is infinite, the only requirement on the gradient is that it is not NaN.
         finite = exact.abs() < 0.4 * torch.finfo(dtype).max
         places = wrong(grad, exact, dtype, bound) & finite | grad.isnan()
         found.append((f"grad by {i}", grad, exact, places))
@@ -433,7 +437,7 @@ def check_points(
 
 
 def run(variant: Variant, points: Points, device: torch.device | str = "cpu") -> tuple[Tensor, list[Tensor]]:
-    """(nll, derivatives) of each point: in rows of their own, or one call for each where a scale serves all rows."""
+    """(nll, derivatives) of each point. A point is a row, or a call of its own where all rows share a scale."""
     columns = [x.to(device) for x in points.columns]
     target = points.target.to(device)
     if variant.has_scalar:
@@ -454,8 +458,8 @@ def run(variant: Variant, points: Points, device: torch.device | str = "cpu") ->
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", GRIDDED, ids=lambda variant: variant.name)
-def test_the_grid(backend: str, variant: Variant, dtype: torch.dtype) -> None:
-    # The interpreter runs a program for each cell.
+def test_nll_on_the_grid_equals_the_limits(backend: str, variant: Variant, dtype: torch.dtype) -> None:
+    # The grid is thinned in the interpreter, which runs a program for each cell.
     for points in grid(variant.name, dtype, 1 if variant.element or backend != "triton" else 9):
         check_points(variant, points, *run(variant, points), dtype)
 
@@ -469,8 +473,10 @@ BESIDE = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("variant", BESIDE, ids=lambda variant: variant.name)
-def test_the_grid_in_one_row(backend: str, variant: Variant, dtype: torch.dtype) -> None:
-    """Neighbours, an inverse dispersion that serves all cells, and the value of each element change nothing."""
+def test_nll_on_the_grid_in_one_row_equals_separate_rows(
+    backend: str, variant: Variant, dtype: torch.dtype
+) -> None:
+    """Neighbours in the row, an inverse dispersion that all cells share, and values per element change nothing."""
     for points in grid(variant.name, dtype, 1 if variant.element or backend != "triton" else 9):
         nll, grads = run(variant, points)
         params = [
@@ -494,7 +500,7 @@ KL_LOGVARS = (-INF, -1e30, -400.0, -200.0, -20.0, 0.0, 20.0, 200.0, INF)
 
 @cache
 def kl_grid(dtype: torch.dtype, prior: bool) -> tuple[Tensor, Tensor]:
-    """(points, parameters), and their truth."""
+    """The points, (points, parameters), and their truth."""
     axes = (KL_PLACES, KL_LOGVARS, *([(0.0, 1.0), KL_LOGVARS] if prior else []))
     points = torch.tensor(list(product(*axes)), dtype=torch.float64)
     points = points[(points.isinf().sum(1) < 2) & (points.isinf() == points.to(dtype).isinf()).all(1)]
@@ -528,18 +534,20 @@ def run_kl(points: Tensor, with_z: bool) -> tuple[Tensor, list[Tensor]]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_z", [False, True])
 @pytest.mark.parametrize("prior", [False, True])
-def test_the_grid_of_the_kl(backend: str, prior: bool, with_z: bool, dtype: torch.dtype) -> None:
+def test_kl_on_the_grid_equals_the_limits(
+    backend: str, prior: bool, with_z: bool, dtype: torch.dtype
+) -> None:
     points, want = kl_grid(dtype, prior)
     check_kl(points, want, *run_kl(points, with_z))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What users have met
+# Cases that users have met
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def value_and_grads(function: Callable[..., Tensor], *values: float, dtype: torch.dtype) -> tuple[float, ...]:
-    """Of single numbers."""
+    """The value and the gradients of a function of single numbers."""
     leaves = [torch.tensor([[value]], dtype=dtype, requires_grad=True) for value in values]
     nll = function(*leaves)
     return nll.item(), *(grad.item() for grad in torch.autograd.grad(nll.sum(), leaves))
@@ -552,10 +560,13 @@ floats = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=st
 @pytest.mark.parametrize("form", [NB_RAW, ZINB_RAW])
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
 @pytest.mark.parametrize("shared", [True, False], ids=["gene", "gene-cell"])
-def test_an_empty_cell_has_a_gradient_by_its_library_alone(
+def test_gradient_of_an_empty_cell_is_only_by_its_library(
     backend: str, form: str, sparse: bool, shared: bool, dtype: torch.dtype
 ) -> None:
-    """Its library is 0: the share of each gene is what a count of it would cost, unless zeros come otherwise too."""
+    """The library of the cell is 0. The gradient by it is the sum of the shares of the genes.
+
+    With additional zeros, each share is multiplied by the probability that the gene has no additional zero.
+    """
     inputs = {name: x.detach() for name, x in make(form, 4, 21, dtype, shared=shared).items()}
     inputs["target"][1], inputs["library"][1] = 0, 0
 
@@ -577,7 +588,7 @@ def test_an_empty_cell_has_a_gradient_by_its_library_alone(
     tolerance = {torch.bfloat16: 1e-2, torch.float16: 1e-3}.get(dtype, 1e-6)
     torch.testing.assert_close(grads["library"].double(), share.sum().view(1), rtol=tolerance, atol=0)
 
-    # Beside it the others are what they are without it.
+    # The results of the other cells are the same as without the empty cell.
     nll, grads = run(slice(0, 4))
     for row in (0, 2, 3):
         alone, of_one = run(slice(row, row + 1))
@@ -589,10 +600,13 @@ def test_an_empty_cell_has_a_gradient_by_its_library_alone(
 
 @pytest.mark.parametrize(("count", "want"), [(1e6, 7.8267), (1e7, 8.9780)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_large_poisson_count_keeps_its_digits(
+def test_poisson_nll_of_a_large_count_keeps_its_digits(
     backend: str, count: float, want: float, dtype: torch.dtype
 ) -> None:
-    """At its own rate it costs log(2 pi t) / 2: in float32 nothing is left of three terms of the size of t log t."""
+    """If the rate equals the count, the nll is log(2 pi t) / 2.
+
+    In float32, three terms as large as t log t would leave no correct digit of it.
+    """
     nll, grad = value_and_grads(
         lambda a: functional.poisson_nll(a, torch.full_like(a, count)), math.log(count), dtype=dtype
     )
@@ -601,7 +615,7 @@ def test_a_large_poisson_count_keeps_its_digits(
 
 
 @floats
-def test_student_t_far_outside_of_a_tiny_scale(backend: str, dtype: torch.dtype) -> None:
+def test_student_t_nll_far_outside_of_a_tiny_scale_is_accurate(backend: str, dtype: torch.dtype) -> None:
     nll, *grads = value_and_grads(
         lambda m, s: functional.student_t_nll(m, torch.ones_like(m), s, df=3), 0.0, -100.0, dtype=dtype
     )
@@ -611,10 +625,10 @@ def test_student_t_far_outside_of_a_tiny_scale(backend: str, dtype: torch.dtype)
 
 @floats
 @pytest.mark.parametrize("count", [1.0, 20.0])
-def test_a_count_at_a_dispersion_that_float32_cannot_hold(
+def test_negative_binomial_nll_at_a_dispersion_below_float32_is_accurate(
     backend: str, count: float, dtype: torch.dtype
 ) -> None:
-    """It costs -log theta there."""
+    """The nll there is -log theta plus a constant."""
     inputs = {"logits": [[0.0]], "log_dispersion": [[-100.0]], "library": [1.0]}
     leaves = {name: torch.tensor(x, dtype=dtype, requires_grad=True) for name, x in inputs.items()}
     nll = functional.negative_binomial_logits_nll(**leaves, target=torch.full((1, 1), count, dtype=dtype))
@@ -647,10 +661,10 @@ MET = {
 @floats
 @pytest.mark.parametrize("log_scale", [-89.0, -178.0, -400.0, -1e4])
 @pytest.mark.parametrize("name", MET)
-def test_data_met_exactly_by_a_scale_that_underflows(
+def test_nll_at_the_location_with_an_underflowing_scale_is_accurate(
     backend: str, name: str, log_scale: float, dtype: torch.dtype
 ) -> None:
-    """The nll falls on with the log-scale, and is still at the location."""
+    """The nll keeps falling with the log-scale, and its gradient by the location is 0."""
     function, constant, grad = MET[name]
     nll, *grads = value_and_grads(function, 0.0, log_scale, dtype=dtype)
     assert nll == pytest.approx(constant + grad * log_scale, rel=1e-6)
@@ -658,8 +672,11 @@ def test_data_met_exactly_by_a_scale_that_underflows(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_infinite_logits(backend: str, dtype: torch.dtype) -> None:
-    """One that is sure and right costs nothing, one that is wrong is infinite; a row of others around it."""
+def test_nll_of_infinite_logits_equals_the_limits(backend: str, dtype: torch.dtype) -> None:
+    """An infinite logit has nll 0 if it is right and an infinite nll if it is wrong, also among other elements.
+
+    The nll of the continuous Bernoulli is -inf if the logit is right.
+    """
 
     def nll(function: Callable[..., Tensor], logit: float, target: float) -> tuple[float, float]:
         logits = torch.tensor([[0.0, logit]] * 20, dtype=dtype).view(1, 40).requires_grad_()
@@ -694,7 +711,7 @@ def test_infinite_logits(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_kl_of_a_posterior_without_variance_is_infinite(backend: str, dtype: torch.dtype) -> None:
+def test_kl_of_a_posterior_without_variance_is_infinite(backend: str, dtype: torch.dtype) -> None:
     mu, logvar = torch.zeros(1, 9, dtype=dtype), torch.zeros(1, 9, dtype=dtype)
     logvar[0, 4] = -INF
     logvar.requires_grad_()
@@ -705,7 +722,7 @@ def test_the_kl_of_a_posterior_without_variance_is_infinite(backend: str, dtype:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [0.0, 3.0])
-def test_no_additional_zeros_at_logits_of_minus_infinity(
+def test_zero_inflated_nll_at_zi_logits_of_minus_infinity_equals_the_plain_one(
     backend: str, count: float, dtype: torch.dtype
 ) -> None:
     inputs = {name: x.detach() for name, x in make(ZINB_RAW, 3, 9, dtype).items()}
@@ -723,7 +740,9 @@ def test_no_additional_zeros_at_logits_of_minus_infinity(
 
 
 @floats
-def test_the_poisson_at_a_dispersion_of_e_to_the_1000(backend: str, dtype: torch.dtype) -> None:
+def test_negative_binomial_nll_at_a_dispersion_of_e_to_the_1000_equals_the_poisson(
+    backend: str, dtype: torch.dtype
+) -> None:
     logits, target = torch.randn(4, 9).to(dtype), torch.poisson(torch.full((4, 9), 5.0)).to(dtype)
     library = torch.full((4,), 40.0, dtype=dtype)
     log_dispersion = torch.full((9,), 1000.0, dtype=dtype, requires_grad=True)
@@ -734,7 +753,9 @@ def test_the_poisson_at_a_dispersion_of_e_to_the_1000(backend: str, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_nan_at_an_ignored_token_is_nobodys(backend: str, dtype: torch.dtype) -> None:
+def test_categorical_nll_with_a_nan_at_an_ignored_token_is_unchanged(
+    backend: str, dtype: torch.dtype
+) -> None:
     logits, target = torch.randn(3, 4, 7).to(dtype), torch.randint(7, (3, 4))
     target[1, 2] = -100
     clean = functional.categorical_nll(logits, target)

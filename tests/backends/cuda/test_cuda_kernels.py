@@ -661,7 +661,7 @@ def test_backward_with_factors_per_row_scales_each_row(
 def test_backward_gradients_of_scalar_kl_and_beta_are_correct(
     kernels: Kernels, dtype: torch.dtype, reduction: str, rows: int
 ) -> None:
-    """The gradients of the scalar, the kl and beta, beside an elementwise gradient and alone."""
+    """The gradients of the scalar, the kl and beta are computed with an elementwise gradient and without one."""
     weight = 1 / rows if reduction == "mean" else 1.0
     grad_loss = torch.randn(() if reduction != "none" else (rows,), dtype=dtype)
     grad_nll, scalar_rows, kl = (torch.randn(rows, dtype=dtype) for _ in range(3))
@@ -820,7 +820,7 @@ def test_gaussian_kl_equals_the_reference(
 
 
 def test_gaussian_kl_near_collapse_is_accurate(kernels: Kernels) -> None:
-    """Where the textbook formula has no correct digit."""
+    """The inputs are so close to the prior that the textbook formula has no correct digit."""
     for small in (1e-2, 1e-4, 1e-6):
         mu, logvar = torch.zeros(2, 64), torch.randn(2, 64) * small
         close(kernels.kl(mu, logvar), reference.gaussian_kl(mu.double(), logvar.double()), 5e-6)

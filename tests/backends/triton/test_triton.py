@@ -75,7 +75,7 @@ def move(inputs: Inputs, device: torch.device) -> Inputs:
 # Values and gradients, compared with the formulas in float64
 # ---------------------------------------------------------------------------------------------------------------------
 
-# One element, less than a vector, one more or less than one, a few tiles, several dimensions, rank 1, empty.
+# One element, less than a vector, one more or less than a vector, a few tiles, several dimensions, rank 1, and empty.
 SHAPES = [(3, 1), (4, 7), (2, 15), (5, 17), (2, 1000), (2, 4099), (2, 3, 8, 8), (5,), (0, 5), (3, 0)]
 
 
@@ -221,11 +221,11 @@ def test_nll_elements_of_counts_equal_the_formula(
         test_counts.close(gradient, slopes[name], rough)
 
 
-# Rows that many programs share, rows whose product of 1 + e is flushed on the way, more rows than programs.
+# Rows that many programs share, rows long enough to flush the product of 1 + e, and more rows than programs.
 SPLIT = [(1, 300_001), (3, 70_016), (20_000, 3)]
 
 
-# For the polynomial for small products, which is computed but not used.
+# The polynomial for small products is also computed where it is not used.
 @pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("shape", SPLIT, ids=cases.ids)
@@ -292,7 +292,7 @@ def test_kernels_with_64_bit_columns_equal_the_others(
     for module in (elementwise, losses, latents):
         monkeypatch.setattr(module, "partition", lambda *a, **k: partition(*a, **k)._replace(wide=True))
     for a, b in zip(narrow, run(), strict=True):
-        # Not bit for bit: of two compilations, only one may fuse a product with a sum.
+        # The results may differ in the last bits, because only one of two compilations may fuse a product with a sum.
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
@@ -353,7 +353,7 @@ def test_nll_of_extremes_is_finite(device: torch.device, case: Case, dtype: torc
 
 
 def extremes(device: torch.device, variant: Variant, dtype: torch.dtype) -> None:
-    # The interpreter takes its time for a call, and for each cell's program.
+    # The interpreter is slow for each call, and for the program of each cell.
     every = 1 if not INTERPRETED else 23 if variant.lacks else 7 if variant.has_scalar else 2
     for points in ends.grid(variant.name, dtype, every):
         ends.check_points(variant, points, *ends.run(variant, points, device), dtype)
@@ -428,7 +428,7 @@ def compare_layouts(case: Case, inputs: Inputs, dtype: torch.dtype) -> Result:
 def test_channels_last_equals_contiguous(
     device: torch.device, case: Case, target_too: bool, dtype: torch.dtype
 ) -> None:
-    """They are read in place, including the halves of a packed head. The gradient has the layout of the
+    """Such tensors are read in place, including the halves of a packed head. The gradient has the layout of the
     reconstruction."""
     inputs = move(cases.cast(case.inputs((2, 8, 6, 10)), dtype), device)
     for name, x in inputs.items():
@@ -647,7 +647,7 @@ def test_backward_returns_the_saved_gradient(device: torch.device, likelihood: s
 @pytest.mark.parametrize("name", TWICE)
 @pytest.mark.parametrize("between", [False, True], ids=["leaf", "made"])
 def test_second_derivative_raises(device: torch.device, name: str, between: bool) -> None:
-    """Also through tensors that no longer exist, and if there is another path to the leaf."""
+    """It also raises through tensors that no longer exist, and if there is another path to the leaf."""
     a = torch.randn(5, 3, device=device, requires_grad=True)
     made = a.sin() if between else a
     (first,) = torch.autograd.grad(TWICE[name](made).sum(), a, create_graph=True)
