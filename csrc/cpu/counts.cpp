@@ -1,5 +1,5 @@
-// One pass over the counts of a cell: its nll and, where wanted, the gradients. Most counts are zeros; every lane takes the zeros' short
-// path, and the few others are gathered, computed in fp64 and written over it.
+// Computes the nll of a cell and, where wanted, the gradients in one pass over its counts. Most counts are zeros, so every lane takes the
+// short path of a zero. The few other counts are gathered and computed in fp64, and their results overwrite those of the short path.
 #include "../math/counts.h"
 
 #include <ATen/Parallel.h>
@@ -16,35 +16,37 @@ namespace {
 
 using Wide = Vec<double>;
 
-// Rows are shared out in chunks, by their number alone: each adds up the derivatives by a shared dispersion of its own rows, and these sums
-// are added in order.
+// Rows are split into chunks in a way that depends only on the number of rows. Each chunk sums the derivatives of its own rows by a
+// shared dispersion, and these sums are added in order, so the result does not depend on the number of threads.
 constexpr int64_t kMostChunks = 32;
 int64_t rows_of_chunk(int64_t rows) { return std::max<int64_t>(8, (rows + kMostChunks - 1) / kMostChunks); }
 
-// A dispersion that serves all rows, for every gene.
+// The dispersion of every gene, where all rows share it.
 template <class C>
 struct SharedDispersion {
-  std::vector<C> theta, inverse, given;  // given: as it came, which may be below the bound
+  std::vector<C> theta, inverse, given;  // `given` is the input, which may be below the bound
   std::vector<double> exact, log_gamma, digamma;
   bool any_below = false;
 };
 
-// Dispersions, and their logarithms, are read between bounds. The lower one leaves 1 / theta finite; a count of zero has lost all of its nll
-// there, and that of others is added by `below`. From the upper one on the distribution is the Poisson, and mu / theta has its digits.
+// Dispersions and their logarithms are clamped when they are read. The lower bound keeps 1 / theta finite. There the nll of a count of
+// zero has vanished, and `below` adds what the nll of other counts lacks. From the upper bound on, the distribution is the Poisson, and
+// mu / theta still keeps its digits.
 template <class C>
 struct Bounds {
   static constexpr bool wide = sizeof(C) == 8;
   static constexpr C lowest_log = wide ? -650 : -85, highest_log = wide ? 600 : 60;
-  static constexpr C lowest = wide ? 5.08e-283 : 1.22e-37, highest = wide ? 3.77e260 : 1.14e26;  // their exponentials
+  static constexpr C lowest = wide ? 5.08e-283 : 1.22e-37, highest = wide ? 3.77e260 : 1.14e26;  // exp of those bounds
 };
 
-// Between them; a NaN stays one.
+// Clamps theta to the bounds; a NaN stays NaN.
 template <class C>
 double within(double theta) {
   return std::max<double>(std::min<double>(theta, Bounds<C>::highest), Bounds<C>::lowest);
 }
 
-// What the nll of a count above zero lacks of an inverse dispersion below the bound: there it is -log theta and what does not change.
+// What the clamp takes from the nll of a count above zero whose inverse dispersion is below the bound. There the nll is -log theta plus
+// a part that no longer changes with theta.
 FASTVAE_HD double below(double dispersion, bool is_logarithm) {
   using B = Bounds<double>;
   if (is_logarithm) return dispersion < B::lowest_log ? B::lowest_log - dispersion : 0;
@@ -87,11 +89,11 @@ SharedDispersion<C> prepare(const CountArgs& args) {
   return out;
 }
 
-// What the counts above zero are sorted into: by which formula holds for them. The first four: by the sides of kStirlingFrom that t and
-// theta lie on.
+// The cases that counts above zero are sorted into, according to the formula for them. The first four differ in the sides of
+// kStirlingFrom that t and theta lie on.
 enum Case { kDispersed, kNearPoisson, kLargeDispersed, kLargeNearPoisson, kOne, kFew, kCases };
 
-// Those of a block that belong to one case, as dense arrays.
+// The counts of a block that belong to one case, as dense arrays.
 struct Gathered {
   int64_t count;
   int32_t place[kBlock];
@@ -102,31 +104,31 @@ struct Gathered {
 
 template <class C>
 struct Scratch {
-  std::vector<C> exponentials, grads, target;  // a row each, where needed
+  std::vector<C> exponentials, grads, target;  // each holds one row, where it is needed
   Buffer<C> mean, dispersion, pi, counts, values, d_mean, d_dispersion, d_pi;
   int32_t positive[kBlock + kBufferSlack];
   Gathered gathered[kCases];
 };
 
-// What is the same for all elements of a row.
+// The values that all elements of a row share. Inputs are raw if the means come as logits and the dispersions as logarithms.
 template <class C>
 struct Row {
-  C mean_scale;       // raw: what the exponentials of the logits are multiplied with
-  double sum;         // raw: of those
-  double log_offset;  // raw: what is added to a logit to make the logarithm of the mean
+  C mean_scale;       // if raw: the factor that turns the exponentials of the logits into means
+  double sum;         // if raw: the sum of those exponentials
+  double log_offset;  // if raw: the summand that turns a logit into the logarithm of the mean
   C weight;
-  double eps;  // else: what is added to the mean
+  double eps;  // if not raw: this is added to the mean
 };
 
-// n elements of a block, dense. All may be null but those of the inputs that are there.
+// n elements of a block, as dense arrays. The pointers to outputs, and to inputs that the likelihood does not have, may be null.
 template <class C>
 struct Block {
   int64_t n;
   const C *mean, *logits, *theta, *inverse, *log_theta, *given, *pi, *target;
-  const double *exact, *log_gamma, *digamma;  // of a shared dispersion
+  const double *exact, *log_gamma, *digamma;  // these belong to a shared dispersion
   C *values, *d_mean, *d_theta, *d_pi;
-  bool sums_theta;  // d_theta is added to
-  bool any_below;   // of a shared dispersion
+  bool sums_theta;  // whether derivatives are added to d_theta instead of overwriting it
+  bool any_below;   // whether a shared dispersion is below the bound for any gene
 };
 
 double log_factorial(double t) {
@@ -139,7 +141,7 @@ double log_factorial(double t) {
 }
 
 struct Sums {
-  double nll, grad;  // of the values; of the derivatives by log mean
+  double nll, grad;  // `grad` is the sum of the derivatives by the log means
 };
 
 // How the counts of `Gathered` are to be read.
@@ -164,7 +166,7 @@ Sums evaluate(Gathered& g, const Reading& read) {
     if (read.raw) {
       const Wide unbounded = mu + Wide(read.log_offset);
       log_mu = P::clamp(unbounded, -670, 670);
-      underflow = P::relu(log_mu - unbounded);  // down there the nll is -t log mu and a constant
+      underflow = P::relu(log_mu - unbounded);  // below the clamp the nll is -t log mu plus a constant
       mu = log_mu.exp();
     } else if (kSimple || (kPoisson && !kLarge)) {
       log_mu = mu.log();
@@ -173,7 +175,7 @@ Sums evaluate(Gathered& g, const Reading& read) {
     if (!read.shared) {
       using B = Bounds<double>;
       theta = read.raw ? P::clamp(theta, B::lowest_log, B::highest_log).exp() : P::clamp(theta, B::lowest, B::highest);
-      // The logarithm that put this element here may have lain an ulp on the other side.
+      // The case was chosen by the logarithm of theta, so theta itself may lie an ulp on the other side.
       if (kPoisson) theta = at::vec::clamp_min(theta, Wide(math::kStirlingFrom));
       if constexpr (!kSimple) of_theta = math::dispersion_parts(theta);
     }
@@ -199,7 +201,7 @@ struct Kernel {
   using P = math::Primitives<V>;
   static constexpr int64_t W = V::size();
 
-  // Every element as if its count were zero; lists those whose count is not.
+  // Computes every element as if its count were zero, and lists those whose count is not.
   static Sums zeros(const Block<C>& b, const Row<C>& row, int32_t* positive, int64_t& positives) {
     const V scale(row.mean_scale), weight(row.weight), eps(static_cast<C>(row.eps));
     Sum<C> nll, grad;
@@ -261,7 +263,7 @@ struct Kernel {
         sums.nll += rest;
         any_below |= rest > 0;
       }
-      // Bounds of what is read; where that is a logarithm, of the logarithm.
+      // If the log of theta is read, the bounds apply to the log.
       constexpr double few_from = kLogTheta ? -92 : math::kFewFrom, poisson_from = kLogTheta ? 2.0794415416798359 : math::kStirlingFrom;
       const bool large = t >= math::kStirlingFrom, near_poisson = theta >= poisson_from;
       const int whole = t >= 1 && !large ? static_cast<int>(t) : 0;
@@ -308,7 +310,7 @@ struct Kernel {
     return sums;
   }
 
-  // The largest logit, the exponentials of what the others lie below it, and their sum.
+  // Finds the largest logit, subtracts it from all logits, and computes their exponentials and the sum of these.
   static void softmax(const CountArgs& args, int64_t r, Row<C>& row, Scratch<C>& scratch) {
     V largest(-std::numeric_limits<C>::infinity());
     for (int64_t begin = 0; begin < args.genes; begin += kBlock) {
@@ -411,9 +413,9 @@ struct Kernel {
       for (int64_t i = args.starts[source]; i < args.starts[source + 1]; ++i) scratch.target[args.columns[i]] = 0;
   }
 
-  // What one_row makes of an infinite library, whose nll is infinite, and of one of 0. Beside that the derivatives by logarithms of means
-  // vanish, but not the one by the library: a mean grows by the share that its gene has in it, and a count of zero then costs as much,
-  // unless it is an additional one.
+  // Corrects the results of one_row for an infinite library, whose nll is infinite, and for a library of 0. At a library of 0 the
+  // derivatives by the logarithms of the means vanish, but the derivative by the library does not: as the library grows, each mean grows
+  // by its gene's share of it, and the nll of a count of zero by the same amount, unless it is an additional zero.
   static FASTVAE_COLD void at_ends(const CountArgs& args, int64_t r, Scratch<C>& scratch) {
     const double library = args.library[r];
     if (std::isinf(library)) args.row_nll[r] += std::abs(library);
@@ -428,12 +430,12 @@ struct Kernel {
         grad += kInflated ? e / (1 + std::exp(static_cast<double>(pi[i]))) : e;
       }
     }
-    // That of a count is infinite, and so is its nll.
+    // A count above zero has an infinite nll and an infinite derivative, so a row with one keeps what one_row wrote.
     const double of_zeros = args.weight[r * args.weight_stride] * grad / sum;
     if (!std::isinf(args.row_nll[r])) args.d_library[r] = of_zeros;
   }
 
-  // By logit g: the derivative by log mu_g, less the share of g in the sum of all.
+  // The derivative by logit g is the derivative by log mu_g minus the sum of these over all genes times the share of g.
   static void through_softmax(const CountArgs& args, int64_t r, const Row<C>& row, double grad, Scratch<C>& scratch) {
     const V weight(row.weight), factor(static_cast<C>(grad / row.sum));
     for (int64_t begin = 0; begin < args.genes; begin += kBlock) {

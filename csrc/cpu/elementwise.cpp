@@ -1,4 +1,4 @@
-// The likelihoods whose elements are each for themselves. One pass over a reconstruction: the nll of each row and, where wanted, the
+// The likelihoods with independent elements. One pass over a reconstruction computes the nll of each row and, where wanted, the
 // gradient.
 #include "../math/continuous.h"
 #include "../math/counts.h"
@@ -17,14 +17,15 @@ struct BlockSums {
   double nll, scale_grad;
 };
 
-// Whose `element` is the whole of an element's value: there is neither a normaliser nor a logarithm to come. These alone give values, and
-// so long an element is compiled as rarely as may be: in no turns of four, and grads or not by the pointers.
+// Whether `element` returns the whole value of an element, to which neither a normaliser nor a logarithm is added later. Only these
+// likelihoods return values per element. Their `element` is so long that it is compiled as few times as possible: its loop is not
+// unrolled by four, and the pointers decide at run time whether gradients are stored.
 template <class L>
 constexpr bool kWhole = false;
 template <>
 constexpr bool kWhole<math::PoissonRate> = true;
 
-// The sum of n elements, with what an infinite param makes of an element.
+// The sum of n elements, where `L::at_ends` gives the values of elements with infinite params.
 template <class L, class C>
 double at_ends(const C* const (&param)[kMaxParams], const C* target, const Vec<C>* constant, int64_t n) {
   using V = Vec<C>;
@@ -41,8 +42,8 @@ double at_ends(const C* const (&param)[kMaxParams], const C* target, const Vec<C
   return sum.total();
 }
 
-// n elements: returns the sums; grad[i] (null: not wanted) receives the weighted derivatives,
-// values[i] the weighted values. What was computed quickly may be worth nothing: then the first sum is NaN.
+// Computes n elements and returns their sums. grad[k] receives the weighted derivatives by param k unless it is null, and `values` the
+// weighted values. If kQuick is set and a log-scale is too low for L::quick, the results are invalid and the first sum is NaN.
 template <class L, class C, bool kGrads, bool kQuick>
 BlockSums block_as(const C* const (&param)[kMaxParams], const C* target, C* const (&grad)[kMaxParams], C* values,
                 const double* constants, double weight, int64_t n) {
@@ -54,7 +55,8 @@ BlockSums block_as(const C* const (&param)[kMaxParams], const C* target, C* cons
   if constexpr (math::has_scale<L>) constant[0] = V(math::bounded_root(static_cast<C>(constants[0])));
   const V w(static_cast<C>(weight));
   Sum<C> sum, scale_grad;
-  // As few as hold the factors of a block: a fold costs as much as some elements.
+  // This is the smallest number of Log1pSums that can hold the factors of a block. Each logarithm at the end costs as much as a few
+  // elements.
   constexpr int kLogs = sizeof(C) == 8 ? 1 : kBlock / W <= 64 ? 1 : kBlock / W <= 128 ? 2 : 4;
   static_assert(sizeof(C) == 8 || kBlock / W / kLogs + 4 < math::Log1pSum<V>::most);
   math::Log1pSum<V> logs[kLogs];
@@ -86,7 +88,8 @@ BlockSums block_as(const C* const (&param)[kMaxParams], const C* target, C* cons
   constexpr int64_t kAhead = 2048 / sizeof(C);
   int64_t i = 0;
   for (; !kWhole<L> && i + 4 * W <= n; i += 4 * W) {
-    // Left to itself the processor, its window filled with the arithmetic of a step, waits for memory afterwards and not meanwhile.
+    // The arithmetic of a step fills the processor's window. Without the prefetch it would wait for memory after the arithmetic and
+    // not during it.
     for (int k = 0; k < L::params; ++k) {
       prefetch(param[k] + i + kAhead, 4 * W * sizeof(C));
       if (kGrads && grad[k]) prefetch(grad[k] + i + kAhead, 4 * W * sizeof(C));
@@ -199,7 +202,7 @@ void scale(const ScaleArgs& args) {
   });
 }
 
-// As in counts.cpp, rows are shared out in chunks by their number alone, whose sums are added in order.
+// As in counts.cpp, rows are split into chunks that depend only on their number, and the sums of the chunks are added in order.
 template <class C>
 void scale_each(const ScaleElementsArgs& args) {
   bool summed = false;
@@ -256,7 +259,7 @@ void nll(const NllArgs& args) {
 #define FASTVAE_CUDA_ELEMENT(name, Struct) \
   case Element::name: return;
 #include "../likelihoods.def"
-    case Element::none: return;  // of rows that have a loop of their own
+    case Element::none: return;  // these variants have a loop of their own
   }
 }
 

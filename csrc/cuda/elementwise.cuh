@@ -1,5 +1,5 @@
-// The likelihoods whose elements are each for themselves. One pass over a reconstruction: the nll of each row, the loss and, where
-// wanted, the gradient. A file for each share of them includes this.
+// The likelihoods with independent elements. One pass over a reconstruction computes the nll of each row, the loss and, where wanted, the
+// gradient. The likelihoods are divided into shares, and the file of each share includes this one.
 #pragma once
 #include "rows.cuh"
 //
@@ -9,42 +9,43 @@
 
 namespace fastvae::cuda {
 
-// Accesses of each operand that a thread has under way at a time, and how many blocks a multiprocessor's registers are shared by.
+// `unroll` is the number of accesses to each operand that a thread has in flight at a time. `resident` is the number of blocks that share
+// the registers of a multiprocessor.
 constexpr int unroll(int params, int unit) { return (unit == 1 ? 4 : 2) / params; }
 template <class L>
 constexpr int resident(int64_t item_size, int unit) {
   constexpr bool is_long = std::is_same_v<L, math::Poisson> || std::is_same_v<L, math::ContinuousBernoulli> ||
                            std::is_same_v<L, math::StudentT>;
-  // Where a thread takes one element at a time.
+  // These are long only where a thread takes one element at a time.
   const bool is_long_alone = std::is_same_v<L, math::DiscretizedLogistic> || std::is_same_v<L, math::PoissonRate> ||
                              (std::is_same_v<L, math::Gaussian> && item_size == 2);
-  const bool is_long_of_halves = std::is_same_v<L, math::PoissonRate> && item_size == 2;  // eight of them at a time
+  const bool is_long_of_halves = std::is_same_v<L, math::PoissonRate> && item_size == 2;  // a thread takes eight of them at a time
   const int most = item_size == 8 ? 2 : L::params > 1 || is_long || is_long_of_halves || unit == 1 ? 3 : 4;
   return (is_long && (item_size == 2 || unit == 1)) || (is_long_alone && unit == 1) ? 2 : most;
 }
 
-// The elements of a wide access: 128 bits, but no more than what a thread's registers hold side by side.
+// The number of elements in a wide access. It covers 128 bits, unless a thread's registers cannot hold that many elements side by side.
 template <class L>
 constexpr int widest(int64_t item_size) {
   return std::is_same_v<L, math::DiscretizedLogistic> && item_size == 2 ? 4 : static_cast<int>(16 / item_size);
 }
 
-// What takes one logarithm for the terms of many elements.
+// Accumulates the logarithmic terms of many elements, so that they need only one logarithm.
 template <class L, class C>
 using Logs = std::conditional_t<std::is_same_v<L, math::DiscretizedLogistic>, math::LogisticLogs<C>, math::Log1pSum<C>>;
 
-// f(an object of the likelihood's struct).
+// Calls f with an object of the likelihood's struct.
 template <class F>
 auto with_likelihood(Element element, const F& f) {
   switch (element) {
 #define FASTVAE_ELEMENT(name, Struct) \
   case Element::name: return f(math::Struct());
 #include "../likelihoods.def"
-    default: return f(math::Bernoulli());  // none: a row without an element does not come here
+    default: return f(math::Bernoulli());  // `none` cannot occur: variants without an element do not come here
   }
 }
 
-// U packs of data, `step` elements apart from i on, as far as they lie before `count`; and then their numbers.
+// Loads U packs of data that start at i and lie `step` elements apart, as far as they lie before `count`, and converts their values.
 template <class D, class C, int N, int U>
 struct Data {
   Pack<D, N> packs[U];
@@ -88,13 +89,13 @@ struct Data<Any, C, 1, U> {
   FASTVAE_DEVICE C value(int u, int) const { return values[u]; }
 };
 
-// The elements of part of a row, as far as they are this thread's: the sum of their nll less the normaliser. Writes the grads.
+// Computes this thread's elements of a part of a row. Returns the sum of their nll without the normaliser and writes the gradients.
 template <class L, class T, class D, int N>
 FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int lane, int lanes,
                                       const Compute<T>* constants, Compute<T> factor, const Runs& runs, Compute<T>& scale_grad) {
   using C = Compute<T>;
   constexpr int U = unroll(L::params, N);
-  constexpr bool kRuns = L::params > 1;  // of a packed head
+  constexpr bool kRuns = L::params > 1;  // the params may come from a packed head
   const int64_t row = part.row, begin = part.begin;
   const uint32_t count = part.count;
   const T* param[L::params];
@@ -113,7 +114,7 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
 #pragma unroll 1
   for (uint32_t i = uint32_t(lane) * N; i < count; i += step * U) {
     const auto place = [&](int u) { return kRuns ? runs(begin + (i + u * step)) : static_cast<int64_t>(i + u * step); };
-    // All loads before the first use: that many are under way at a time.
+    // All loads come before the first use, so that all of them are in flight at the same time.
     Pack<T, N> params[L::params][U];
     Data<D, C, N, U> data(args.target.type);
 #pragma unroll
@@ -163,7 +164,7 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
   return sum;
 }
 
-// What is written of a row whose elements sum up to `value`; returns its part of the loss.
+// Writes the results of a row whose elements sum to `value`, and returns its part of the loss.
 template <class L, class C>
 FASTVAE_DEVICE double finish_row(const NllArgs& args, int64_t row, double value, double scale_grad, C normaliser, double weighted_kl) {
   if constexpr (math::has_scale<L>) {
@@ -189,9 +190,9 @@ __global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T), N))
     if (args.scalar.data) same = math::at_scale<L>(same, static_cast<C>(number(args.scalar)));
   }
 
-  // Read here, and the KL before the elements of its row, to be there when these are done.
+  // beta is read here, and the KL of a row before its elements, so that both have arrived when the elements are done.
   const double beta = values ? beta_of(args) : 0;
-  double loss = 0;  // of the rows whose first lane this is
+  double loss = 0;  // the loss of the rows whose first lane is this thread
   int turn = 0;
   for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
     const Part part(plan, item, args.size);
@@ -230,10 +231,10 @@ constexpr bool counts(DType type) {
   return type == DType::byte || type == DType::u16 || type == DType::i32 || type == DType::i64;
 }
 
-// The elements of a wide access where all operands allow it, else 1.
+// The number of elements in a wide access if all operands allow one, otherwise 1.
 template <class L>
 int unit_of(const NllArgs& args) {
-  constexpr bool levels = std::is_same_v<L, math::DiscretizedLogistic>;  // of a single type
+  constexpr bool levels = std::is_same_v<L, math::DiscretizedLogistic>;  // levels have a single type
   const int unit = widest<L>(cpu::item_size(args.params[0].type));
   bool wide = (levels || !counts(args.target.type)) && allows(args.target, args.size, unit);
   for (int k = 0; k < kMaxParams; ++k) wide &= allows(args.params[k], args.size, unit) && allows(args.grads[k], args.size, unit);
@@ -278,7 +279,8 @@ cudaError_t launch_nll(const NllArgs& args, cudaStream_t stream) {
   }
 }
 
-// The list in shares, a file for each, so that they compile side by side: share i has every kShares-th likelihood from the i-th on.
+// The list of likelihoods is divided into shares with a file each, so that they compile in parallel. Share i has every kShares-th
+// likelihood from the i-th on.
 constexpr int kShares = 6;
 
 template <int kShare>

@@ -1,4 +1,4 @@
-// The backward of latents.cu: the gradients of z and of the KL meet in one pass; the noise is drawn again.
+// The backward pass of latents.cu. One pass combines the gradients by z and by the KL, and draws the noise again.
 #include "latents.cuh"
 
 namespace fastvae::cuda {
@@ -6,7 +6,7 @@ namespace {
 
 constexpr int resident(int64_t item_size, bool prior) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  constexpr int most = 2;  // there nvcc's code for three spills
+  constexpr int most = 2;  // with three, nvcc's code for these GPUs spills registers
 #else
   constexpr int most = 3;
 #endif
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T), kPrior))
   const NoiseKey key(args.noise);
   const math::PhiloxKeys keys(key.seed);
   const int64_t draws = args.grad_z.data ? args.draws : 0;
-  // Not 0 times the grads of a KL that nobody asked for, which may overflow.
+  // If no gradient of the KL was asked for, its derivatives are left out and not multiplied by 0, because they may overflow.
   const bool with_kl = args.grad_kl.data || args.element_grad_kl.data;
   const bool by_z_too = draws > 0;
   const auto add_kl = [&](C w, C grad, C sum) { return with_kl ? P::fma(w, grad, sum) : sum; };
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T), kPrior))
         }
       }
 
-      // Without a gradient of z there is none by the scale, which may be infinite.
+      // Without a gradient by z there is none by the scale either. The scale may be infinite, so it is not multiplied by 0.
       const auto half_of = [&](C sigma) { return by_z_too ? C(0.5f) * sigma : C(0); };
       C w[N];
 #pragma unroll

@@ -1,4 +1,4 @@
-// CUDA's primitives for math/: a value is a register.
+// CUDA's primitives for math/. A value is a register.
 #pragma once
 #define FASTVAE_ISA isa_cuda
 #include <cmath>
@@ -8,7 +8,7 @@
 namespace fastvae::math {
 inline namespace FASTVAE_ISA {
 
-// The functions of the hardware, without the instructions that would keep results below 2^-126.
+// These call the approximate functions of the hardware, without the extra instructions that would preserve results below 2^-126.
 FASTVAE_HD float exp2_approximately(float x) {
 #ifdef __CUDA_ARCH__
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
@@ -35,7 +35,7 @@ FASTVAE_HD float inverse_root_approximately(float x) {
 #endif
 }
 
-// The smaller and the larger of two, but a NaN where x is one.
+// at_most returns the smaller of two numbers and at_least the larger. Both return NaN where x is NaN.
 FASTVAE_HD float at_most(float x, float bound) {
 #ifdef __CUDA_ARCH__
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(bound));
@@ -84,10 +84,11 @@ struct Primitives<float> : ScalarPrimitives<float> {
   static FASTVAE_HD float exp(float x) { return expf(x); }
   static FASTVAE_HD float exp_finite(float x) { return expf(x); }
   static FASTVAE_HD float log(float x) { return logf(x); }
-  // In two instructions. x log2(e) is rounded before 2^x is taken: at x = -87, where results vanish, that is off by 3e-6 of itself.
+  // This takes two instructions. x log2(e) is rounded before the power of 2 is taken. At x = -87, where results underflow, this causes
+  // a relative error of 3e-6.
   static FASTVAE_HD float exp_bounded(float x) { return exp2_approximately(1.44269504f * x); }
-  // The approximate quotient and what one step of Newton's mends: where a gradient is the difference of a probability and the data, it
-  // is that last unit. Half as long as the exact quotient.
+  // This is the approximate quotient, improved by one Newton step. Where a gradient is the difference of a probability and the data, it
+  // may consist of just the last unit, which the step corrects. It takes half as many instructions as the exact quotient.
   static FASTVAE_HD float divide(float a, float b) {
     const float inverse = reciprocal_approximately(b), quotient = a * inverse;
     return fmaf(fmaf(-b, quotient, a), inverse, quotient);

@@ -1,10 +1,9 @@
-// Counts: -log p of one element in nats, and its derivatives. The Poisson is a struct that element.h describes, one
-// for each of its forms. Then negative binomial
-// counts (Lopez et al. 2018, in scvi-tools' parametrisation), and with additional zeros (Risso et al. 2018). mu is the mean, theta the
-// inverse dispersion, pi the logit of the additional zeros, t the count.
+// The likelihoods of counts: -log p of one element in nats, and its derivatives. Each form of the Poisson is a struct as element.h
+// describes it. The functions after them compute the negative binomial (Lopez et al. 2018, in scvi-tools' parametrisation), also with
+// additional zeros (Risso et al. 2018). mu is the mean, theta the inverse dispersion, pi the logit of an additional zero and t the count.
 //
-// Of the zeros, which are most of what a cell holds, nothing is left but theta log(1 + mu / theta): for any V. The others go through
-// differences of log Gamma that keep their digits in fp64 alone.
+// Most counts of a cell are zeros. Their nll is just theta log(1 + mu / theta), which any V can compute. The other counts need
+// differences of log Gamma, which keep their digits only in fp64.
 #pragma once
 #include "element.h"
 
@@ -30,7 +29,8 @@ struct Poisson {
       grad[0] = rate - t;
       return P::fma(P::neg(t), a, rate) + log_small_factorial(t);
     }
-    // With u = a - log t it is t (exp(u) - 1 - u) + log(2 pi t) / 2 + ...: the three terms, each as large as t log t, cancel on paper.
+    // With u = a - log t the nll is t (exp(u) - 1 - u) + log(2 pi t) / 2 + .... In this form the three terms that are as large as t log t
+    // have already been cancelled algebraically.
     const V n = P::select(large, t, V(1)), log_n = P::log(n);
     const ExpParts<V> parts = P::exp_parts(a - log_n);
     const V small = P::fma(P::neg(t), a, parts.exp) + log_small_factorial(P::select(large, V(0), t));
@@ -39,7 +39,7 @@ struct Poisson {
     return P::select(large, P::fma(t, parts.minus_1_h, rest), small);
   }
 
-  // An infinite rate costs as much; beside no rate a count of 0 costs nothing, and others have no mass.
+  // An infinite rate has an infinite nll. At a rate of 0, the nll of a count of 0 is 0 and that of any other count is infinite.
   template <class V>
   static FASTVAE_HD V at_ends(const V (&param)[params], V t, V value) {
     using P = Primitives<V>;
@@ -49,8 +49,8 @@ struct Poisson {
   }
 };
 
-// -log Poisson(t; m) = m - t log m + log(t!) at m = rate + eps, its constant; by m the derivative is 1 - t / m. A rate of 0 is certain of a
-// count of 0.
+// -log Poisson(t; m) = m - t log m + log(t!) with m = rate + eps, where eps is the constant. The derivative by m is 1 - t / m. A rate of
+// 0 gives a count of 0 the probability 1.
 struct PoissonRate {
   static constexpr int params = 1;
   static constexpr int constants = 1;
@@ -69,7 +69,7 @@ struct PoissonRate {
     const V n = P::select(large, t, V(1)), inverse = V(1) / n, ratio = m * inverse;
     V log_ratio = P::log(ratio);
     if (P::any(P::less(ratio, V(tiny)))) {
-      // What is not normal, not positive, or was until it was divided.
+      // This branch handles an m that is subnormal or not positive, and an m whose ratio became so in the division.
       constexpr typename P::Scalar scale = kWide ? 0x1p200 : 0x1p100, log_scale = (kWide ? 200 : 100) * 0.693147180559945309;
       const V scaled = m * V(scale), other = P::log(scaled) - V(log_scale) - P::log(n);
       const V at_most_zero = P::select(P::less(scaled, V(0)), V(NAN), V(-INFINITY));
@@ -78,7 +78,8 @@ struct PoissonRate {
     log_ratio = P::select(is_zero, V(0), log_ratio);
     V value = P::fnma(t, log_ratio, m) + log_small_factorial(P::select(large, V(0), t));
     if (P::any(large)) {
-      // With e = m / t - 1 it is t (e - log(1 + e)) + log(2 pi t) / 2 + ...; near 0 with s = e / (2 + e), log(1 + e) = 2 (s + s^3/3 + ...).
+      // With e = m / t - 1 the nll is t (e - log(1 + e)) + log(2 pi t) / 2 + .... Near e = 0 the logarithm is computed with
+      // s = e / (2 + e) as log(1 + e) = 2 (s + s^3/3 + ...).
       constexpr float fit[] = {2.f / 13, 2.f / 11, 2.f / 9, 2.f / 7, 2.f / 5, 2.f / 3};
       const V e = d * inverse, s = e / (V(2) + e), square = s * s;
       V series;
@@ -89,7 +90,7 @@ struct PoissonRate {
       const V of_large = P::select(P::less(P::abs(e), V(0.5f)), by_series, P::fnma(t, log_ratio, d)) + rest;
       value = P::select(large, of_large, value);
     }
-    // Of an infinite rate, the limits.
+    // An infinite rate takes the limits.
     const auto infinite = P::less(V(largest), m);
     grad[0] = P::select(P::either(is_zero, infinite), V(1), d / m);
     return P::select(infinite, m, value);
@@ -99,32 +100,33 @@ struct PoissonRate {
 template <class V>
 struct CountTerm {
   V value;
-  V d_mu;     // the derivative by mu
-  V d_theta;  // by theta
+  V d_mu;     // the derivative by mu; d_theta and d_pi are those by theta and by pi
+  V d_theta;
   V d_pi;
 };
 
-// t = 0. inverse_theta: 1 / theta.
+// The term of a count of 0. inverse_theta is 1 / theta.
 template <class V>
 FASTVAE_HD CountTerm<V> negative_binomial_zero(V mu, V theta, V inverse_theta) {
   using P = Primitives<V>;
-  constexpr typename P::Scalar largest = sizeof(typename P::Scalar) == 8 ? 1e307 : 8e37;  // whose logarithm is within reach
+  constexpr typename P::Scalar largest = sizeof(typename P::Scalar) == 8 ? 1e307 : 8e37;  // log1p_parts can still compute its logarithm
   const auto parts = P::log1p_parts(P::clamp(mu * inverse_theta, 0, largest));
   return {theta * parts.value, parts.inverse, parts.excess, V(0)};
 }
 
-// The same with additional zeros: -log(p + (1 - p) exp(-z)), p = 1 / (1 + exp(-pi)) and z the value of `term`.
+// The term of a count of 0 with additional zeros: -log(p + (1 - p) exp(-z)), where p = 1 / (1 + exp(-pi)) and z is the value of
+// `term`.
 template <class V>
 FASTVAE_HD CountTerm<V> with_additional_zeros(const CountTerm<V>& term, V pi) {
   using P = Primitives<V>;
-  constexpr typename P::Scalar bound = sizeof(typename P::Scalar) == 8 ? 700 : 80;  // whose exponential is neither 0 nor infinite
+  constexpr typename P::Scalar bound = sizeof(typename P::Scalar) == 8 ? 700 : 80;  // exp(+-bound) is neither infinite nor 0
   const V z = term.value, odds = P::exp_bounded(P::clamp(pi, -bound, bound));
   const auto decay = P::exp_pair(P::neg(z));
   const V q = V(1) / (odds + decay.exp), r = P::neg(decay.minus_1) * q;
   V value = P::log1p_parts(r).value, d_z = decay.exp * q, d_pi = P::neg(r) * (odds / (V(1) + odds));
   const auto beyond = P::less(pi, V(-bound)), far = P::select(beyond, z, V(0));
   if (P::any(P::less(V(bound / 2), far))) {
-    // Both terms are too small for their sum: log(exp(pi) + exp(-z)) from the larger.
+    // Both exponentials are too small for their sum to be computed, so log(exp(pi) + exp(-z)) is computed from the larger one.
     const auto use = P::less(V(bound / 2), far);
     const V difference = z + pi, e = P::exp_bounded(P::neg_abs(difference)), share = V(1) / (V(1) + e);
     const V kept = P::select(P::less(difference, V(0)), share, e * share);
@@ -135,14 +137,14 @@ FASTVAE_HD CountTerm<V> with_additional_zeros(const CountTerm<V>& term, V pi) {
   return {value, term.d_mu * d_z, term.d_theta * d_z, d_pi};
 }
 
-// From here on V is in fp64.
+// From here on, V must be in fp64.
 
-// Below, Stirling's series does not reach fp64.
+// Below this, Stirling's series does not have the accuracy of fp64.
 constexpr double kStirlingFrom = 8;
 constexpr double kHalfLogTwoPi = 0.918938533204672741780329736406;
 
-// log Gamma(z) - [(z - 1/2) log z - z + log(2 pi) / 2] and log z - 1 / (2 z) - digamma(z), for z >= kStirlingFrom, given 1 / z
-// (Abramowitz and Stegun 6.1.41, 6.3.18).
+// These two functions compute log Gamma(z) - [(z - 1/2) log z - z + log(2 pi) / 2] and log z - 1 / (2 z) - digamma(z) from 1 / z, for
+// z >= kStirlingFrom (Abramowitz and Stegun 6.1.41, 6.3.18).
 template <class V>
 FASTVAE_HD V log_gamma_rest(V inverse) {
   constexpr double series[] = {-3617. / 122400, 1. / 156, -691. / 360360, 1. / 1188, -1. / 1680, 1. / 1260, -1. / 360, 1. / 12};
@@ -156,8 +158,8 @@ FASTVAE_HD V digamma_rest(V inverse) {
   return square * polynomial(square, series);
 }
 
-// log Gamma(z) and digamma(z) for z in (0, 2 kStirlingFrom): from those of z + 8 through the product of z, ..., z + 7 and its
-// logarithmic derivative.
+// log Gamma(z) and digamma(z) for z in (0, 2 kStirlingFrom). They are computed from those of z + 8, with the product of z, ..., z + 7
+// and its logarithmic derivative.
 template <class V>
 struct GammaParts {
   V log_gamma, digamma;
@@ -177,8 +179,8 @@ FASTVAE_HD GammaParts<V> gamma_parts(V z) {
   return {log_gamma - P::log(product), digamma - derivative / product};
 }
 
-// What the count does not change: log Gamma(theta) and digamma(theta), or where theta >= kStirlingFrom what Stirling's formula lacks
-// of them.
+// The part that does not depend on the count: log Gamma(theta) and digamma(theta), or for theta >= kStirlingFrom the remainders of
+// Stirling's formula for them.
 template <class V>
 FASTVAE_HD GammaParts<V> dispersion_parts(V theta) {
   using P = Primitives<V>;
@@ -189,9 +191,10 @@ FASTVAE_HD GammaParts<V> dispersion_parts(V theta) {
   return {P::select(small, parts.log_gamma, log_gamma_rest(inverse)), P::select(small, parts.digamma, digamma_rest(inverse))};
 }
 
-// A whole t from 1 to 7, kOne: 1 in all lanes; theta at least kFewFrom. With q_i = 1 + i / theta, log Gamma(t + theta) - log Gamma(theta)
-// is t log theta + log(q_1 ... q_(t-1)), of which the first goes together with t log(theta + mu). d_mu is the derivative by log mu.
-constexpr double kFewFrom = 1e-40;  // whose products are still finite
+// The term of a whole count t from 1 to 7, for theta of at least kFewFrom; kOne says that t is 1 in all lanes. With q_i = 1 + i / theta,
+// log Gamma(t + theta) - log Gamma(theta) is t log theta + log(q_1 ... q_(t-1)), and the first summand is combined with
+// t log(theta + mu). d_mu is the derivative by log mu.
+constexpr double kFewFrom = 1e-40;  // the product of the q_i is still finite here
 template <bool kOne, class V>
 FASTVAE_HD CountTerm<V> negative_binomial_few(V t, V mu, V log_mu, V theta, V log_factorial) {
   using P = Primitives<V>;
@@ -213,12 +216,13 @@ FASTVAE_HD CountTerm<V> negative_binomial_few(V t, V mu, V log_mu, V theta, V lo
   return {P::fma(theta + t, parts.value, rest), (mu - t) * parts.inverse, P::fma(share, inverse_theta, parts.excess), V(0)};
 }
 
-// t > 0, all lanes on the same side of kStirlingFrom by t (kLarge) and by theta (kNearPoisson). log_factorial: log(t!), read for small t
-// only. d_mu is the derivative by log mu.
+// The term of any count t > 0. In all lanes t must lie on the same side of kStirlingFrom (kLarge: at or above it), and so must theta
+// (kNearPoisson: at or above it). log_factorial is log(t!) and is read only for small t. d_mu is the derivative by log mu.
 //
-// With n = t + theta and d = mu - t, log Gamma(n) - log Gamma(theta) by Stirling's formula where theta is large:
+// Let n = t + theta and d = mu - t. Where theta is large, Stirling's formula for log Gamma(n) - log Gamma(theta) gives
 //   value = n log(1 + d / n) + log(1 + t / theta) / 2 + t - t log mu + log t! + rest(theta) - rest(n)
-// and log t! by it, too, where t is. By theta: log(1 + d / n) - d / (theta + mu) - t / (2 theta n) + ..., the first two as one function.
+// and where t is large, the formula is used for log t! as well. The derivative by theta is
+// log(1 + d / n) - d / (theta + mu) - t / (2 theta n) + ..., of which one function computes the first two terms.
 template <bool kLarge, bool kNearPoisson, class V>
 FASTVAE_HD CountTerm<V> negative_binomial_positive(V t, V mu, V log_mu, V theta, const GammaParts<V>& of_theta, V log_factorial) {
   using P = Primitives<V>;
@@ -242,7 +246,7 @@ FASTVAE_HD CountTerm<V> negative_binomial_positive(V t, V mu, V log_mu, V theta,
     V digamma_n;
     if constexpr (kLarge) {
       const V inverse_n = V(1) / n, a = t + V(1), b = theta - V(1), log_n = P::log(n), ratio = P::log1p(b / a);
-      // log Gamma(n) - log t!; log a is log n less the ratio.
+      // This is log Gamma(n) - log t!, where log a is computed as log n - ratio.
       const V difference = P::fma(n - V(0.5), ratio, b * (log_n - ratio - V(1)));
       term.value = zeros - (difference + (log_gamma_rest(inverse_n) - log_gamma_rest(V(1) / a)));
       digamma_n = log_n - V(0.5) * inverse_n - digamma_rest(inverse_n);
@@ -256,7 +260,7 @@ FASTVAE_HD CountTerm<V> negative_binomial_positive(V t, V mu, V log_mu, V theta,
   return term;
 }
 
-// The same where the element might have been an additional zero, and was not.
+// Adds to the term of a count above 0 what it costs that the element was not an additional zero.
 template <class V>
 FASTVAE_HD void without_additional_zero(CountTerm<V>& term, V pi) {
   using P = Primitives<V>;

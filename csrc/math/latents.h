@@ -1,4 +1,4 @@
-// KL( N(mu, exp(v)) || N(mu_p, exp(v_p)) ) of one element, in nats, and its derivatives:
+// The KL divergence of one element, KL( N(mu, exp(v)) || N(mu_p, exp(v_p)) ), in nats, and its derivatives:
 //   KL = 1/2 [ (mu - mu_p)^2 exp(-v_p) + exp(v - v_p) - 1 - (v - v_p) ]
 // (Kingma & Welling 2014, appendix B, for mu_p = v_p = 0).
 #pragma once
@@ -10,12 +10,13 @@ inline namespace FASTVAE_ISA {
 template <class V>
 struct GaussianKl {
   V value;
-  V d_mu, d_logvar;  // the prior's: d_prior_mu = -d_mu
+  V d_mu, d_logvar;  // the derivative by the prior's mean is -d_mu
   V d_prior_logvar;
 };
 
-// The part of the scales, with sigma = exp((v - v_p) / 2) and h its logarithm: half of exp(2 h) - 1 - 2 h and half of exp(2 h) - 1. As sums
-// of the parts of exp(h) they are never small differences of large numbers; halved first, they are numbers wherever the KL is one.
+// The part of the KL that depends on the scales, and its derivative. With sigma = exp((v - v_p) / 2) and h = log sigma, they are half of
+// exp(2 h) - 1 - 2 h and half of exp(2 h) - 1. As sums of the parts of exp(h) they are never small differences of large numbers. Halving
+// comes before squaring, so that they are finite wherever the KL is.
 template <class V>
 FASTVAE_HD V half_scale_term(const ExpParts<V>& sigma) {
   return Primitives<V>::fma(V(0.5f) * sigma.minus_1, sigma.minus_1, sigma.minus_1_h);
@@ -25,7 +26,7 @@ FASTVAE_HD V half_scale_grad(const ExpParts<V>& sigma) {
   return Primitives<V>::fma(V(0.5f) * sigma.minus_1, sigma.minus_1, sigma.minus_1);
 }
 
-// Against N(0, I). `sigma`: the parts of exp(logvar / 2), which the sampler needs too.
+// The KL against N(0, I). `sigma` has the parts of exp(logvar / 2), which the sampler needs too.
 template <class V>
 FASTVAE_HD GaussianKl<V> standard_kl(V mu, const ExpParts<V>& sigma) {
   return {Primitives<V>::fma(V(0.5f) * mu, mu, half_scale_term(sigma)), mu, half_scale_grad(sigma), V(0)};
