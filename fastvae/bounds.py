@@ -17,7 +17,7 @@ from .functional import reparameterize_kl
 from .functional.checks import check_choice, check_floating, check_like, checked_int
 from .functional.loss import nll as loss_and_nll
 from .likelihoods import Likelihood
-from .reference import REDUCTIONS
+from .reference.loss import reduce_rows
 
 __all__ = ["IWAE", "IWAEOutput", "PosteriorDraws"]
 
@@ -206,11 +206,7 @@ class IWAE(ELBO):
             # The path through z needs the square of the weight, and everything else the weight itself.
             z.register_hook(lambda grad: grad * of_z)
         rows = _with_gradient(-bound, -(weights * log_weights).sum(0))
-        loss = rows
-        if self._reduction == REDUCTIONS["sum"]:
-            loss = rows.sum()
-        elif self._reduction == REDUCTIONS["mean"]:
-            loss = rows.mean()
+        loss = reduce_rows(rows, self._reduction)
         return IWAEOutput(loss, bound, nll, kl, weights.square().sum(0).reciprocal())
 
     def _nll(self, recon: Any, x: Any, draws: int) -> Tensor:

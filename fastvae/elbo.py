@@ -13,6 +13,7 @@ from .functional.loss import nll as loss_and_nll
 from .functional.ranges import has_values, warn_of_impossible_values
 from .likelihoods import Bernoulli, Likelihood
 from .reference import REDUCTIONS, free_bits
+from .reference.loss import reduce_rows
 
 __all__ = ["ELBO", "ELBOOutput"]
 
@@ -311,8 +312,4 @@ def _output_from_nll(nll: Tensor, kl: Tensor, beta: Tensor, reduction: int) -> E
         )
     check_kl("ELBO", kl, "nll", nll)
     loss = nll + beta * (kl if kl.dtype == torch.float64 else kl.float())
-    if reduction == REDUCTIONS["sum"]:
-        loss = loss.sum()
-    elif reduction == REDUCTIONS["mean"]:
-        loss = loss.mean()
-    return ELBOOutput(loss, nll, kl)
+    return ELBOOutput(reduce_rows(loss, reduction), nll, kl)

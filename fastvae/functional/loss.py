@@ -62,12 +62,20 @@ def nll(
         if beta is not None and (beta.device != first.device or beta.dtype != torch.float32):
             # A copy to the GPU of so few bytes has left host memory when the call returns, so it need not block.
             beta = beta.to(first.device, torch.float32, non_blocking=beta.is_cpu)
-    chosen = choose.for_tensor(first, likelihood)
+    return _call_backend(likelihood, params, target, constants, kl, beta, reduction)
+
+
+def _call_backend(
+    likelihood: str, params: Sequence[Tensor], target: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """Call the backend that serves the checked arguments; `rest` are its arguments from `constants` on."""
+    chosen = choose.for_tensor(params[0], likelihood)
     if target.layout == torch.sparse_csr and chosen.name != "reference":
         # Ops take no sparse tensors, so the positions are passed after the parameters.
         positions = (target.crow_indices().long(), target.col_indices().long())
         params, target = (*params, *positions), target.values()
-    return chosen.nll(likelihood, params, target, constants, kl, beta, reduction)
+    result: tuple[Tensor, Tensor] = chosen.nll(likelihood, params, target, *rest)
+    return result
 
 
 def _nll_of_draws(
@@ -97,11 +105,7 @@ def _nll_of_draws(
     for i, value in enumerate(first_draw):  # the check returns a library of (B, 1) as (B,)
         if merged[i].dim() != value.dim():
             merged[i] = merged[i].flatten()
-    chosen = choose.for_tensor(merged[0], likelihood)
-    if target.layout == torch.sparse_csr and chosen.name != "reference":
-        positions = (target.crow_indices().long(), target.col_indices().long())
-        merged, target = [*merged, *positions], target.values()
-    rows = chosen.nll(likelihood, merged, target, constants, None, None, REDUCTIONS["none"])[1]
+    rows = _call_backend(likelihood, merged, target, constants, None, None, REDUCTIONS["none"])[1]
     return rows.unflatten(0, (draws, -1))
 
 

@@ -61,11 +61,14 @@ def nll(
     total = rows
     if kl is not None:
         total = rows + (kl if beta is None else beta * kl)
+    return reduce_rows(total, reduction), rows
+
+
+def reduce_rows(rows: Tensor, reduction: int) -> Tensor:
+    """Reduce the losses of the rows, (B,), as `reduction`, a value of `REDUCTIONS`, says."""
     if reduction == REDUCTIONS["sum"]:
-        total = total.sum()
-    elif reduction == REDUCTIONS["mean"]:
-        total = total.mean()
-    return total, rows
+        return rows.sum()
+    return rows.mean() if reduction == REDUCTIONS["mean"] else rows
 
 
 def _repeated(target: Tensor, draws: int) -> Tensor:
