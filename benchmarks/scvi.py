@@ -1,6 +1,7 @@
 """Time scvi-tools' own training, without and with fastvae.integrations.scvi, in turns.
 
-    python -m benchmarks.scvi [--cases zinb,nb] [--epochs 2] [--turns 3] [--threads 2] [--dense] [--docs]
+    python -m benchmarks.scvi [--cases zinb,nb] [--epochs 2] [--turns 3] [--threads 2] [--device cuda] [--dense]
+                               [--docs]
     python -m benchmarks.scvi --accuracy [--docs]
 
 Each case is a model of scvi-tools that its own `train()` trains on 1,280 cells in batches of 128. About 95 % of the
@@ -120,17 +121,20 @@ def create_model(case: Case, dense: bool = False) -> Any:
     return cls(data, **case.options)
 
 
-def train(model: Any, epochs: int) -> list[float]:
+def train(model: Any, epochs: int, device: str) -> list[float]:
     """Run scvi-tools' own training, and return the seconds of every epoch."""
     from lightning.pytorch.callbacks import Callback
 
     seconds: list[float] = []
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     class Clock(Callback):
         def on_train_epoch_start(self, *_: Any) -> None:
+            synchronize()
             self.start = time.perf_counter()
 
         def on_train_epoch_end(self, *_: Any) -> None:
+            synchronize()
             seconds.append(time.perf_counter() - self.start)
 
     # TOTALVI would otherwise evaluate on a validation set, but there is none.
@@ -141,7 +145,7 @@ def train(model: Any, epochs: int) -> list[float]:
         max_epochs=epochs,
         batch_size=BATCH,
         train_size=1.0,
-        accelerator="cpu",
+        accelerator="gpu" if device == "cuda" else "cpu",
         enable_progress_bar=False,
         callbacks=[Clock()],
         **no_validation,
@@ -149,11 +153,12 @@ def train(model: Any, epochs: int) -> list[float]:
     return seconds
 
 
-def peak(case: Case, accelerated: bool) -> int:
+def peak(case: Case, accelerated: bool, device: torch.device) -> int:
     """The maximum number of bytes that a training step holds above what was allocated before it."""
     model = create_model(case)
     loader = model._make_data_loader(adata=model.adata, batch_size=BATCH, shuffle=False)
-    tensors = next(iter(loader))
+    tensors = {name: tensor.to(device) for name, tensor in next(iter(loader)).items()}
+    model.module.to(device)
     optimizer = torch.optim.Adam(model.module.parameters())
     model.module.train()
 
@@ -166,10 +171,10 @@ def peak(case: Case, accelerated: bool) -> int:
 
     with accelerate(strict=True) if accelerated else nullcontext():
         step()
-        return peak_bytes(step, torch.device("cpu"))
+        return peak_bytes(step, device)
 
 
-def _peak_in_subprocess(name: str, accelerated: bool) -> int:
+def _peak_in_subprocess(name: str, accelerated: bool, device: str) -> int:
     command = [
         sys.executable,
         "-m",
@@ -179,14 +184,14 @@ def _peak_in_subprocess(name: str, accelerated: bool) -> int:
         "--threads",
         str(torch.get_num_threads()),
     ]
-    command += ["--peak", "fastvae" if accelerated else "scvi"]
+    command += ["--device", device, "--peak", "fastvae" if accelerated else "scvi"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if process.returncode != 0:
         sys.exit(process.stderr)
     return int(process.stdout.split()[-1])
 
 
-def measure(name: str, epochs: int, turns: int, dense: bool) -> dict[str, Any]:
+def measure(name: str, epochs: int, turns: int, dense: bool, device: str) -> dict[str, Any]:
     case = CASES[name]
     contexts = sides(case)
     models = {side: create_model(case, dense) for side in contexts}
@@ -195,12 +200,12 @@ def measure(name: str, epochs: int, turns: int, dense: bool) -> dict[str, Any]:
     for turn in range(turns):
         for side in order[turn % len(order) :] + order[: turn % len(order)]:
             with contexts[side]:
-                seconds[side] += train(models[side], epochs)
+                seconds[side] += train(models[side], epochs, device)
     result: dict[str, Any] = {"case": name, "fastest_epoch_s": {side: min(s) for side, s in seconds.items()}}
     result["epochs_s"] = seconds
     if case.memory_floor:
         result["peak_bytes"] = {
-            side: _peak_in_subprocess(name, side == "fastvae") for side in ("scvi", "fastvae")
+            side: _peak_in_subprocess(name, side == "fastvae", device) for side in ("scvi", "fastvae")
         }
     return result
 
@@ -314,6 +319,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2, help="epochs in each turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dense", action="store_true", help="pass the counts as an array instead of CSR")
     parser.add_argument("--accuracy", action="store_true", help="compare the accuracy instead of the time")
     parser.add_argument("--docs", action="store_true", help=f"write the table into {DOCS.relative_to(ROOT)}")
@@ -325,9 +331,9 @@ def main() -> None:
 
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    machine.configure("cpu", options.threads)
+    device = machine.configure(options.device, options.threads)
     if options.peak:
-        print(peak(CASES[names[0]], options.peak == "fastvae"))
+        print(peak(CASES[names[0]], options.peak == "fastvae", device))
         return
     if options.accuracy:
         lines = accuracy()
@@ -341,9 +347,9 @@ def main() -> None:
     load_monitor = machine.LoadMonitor()
     results = []
     for name in names:
-        results.append(measure(name, options.epochs, options.turns, options.dense))
+        results.append(measure(name, options.epochs, options.turns, options.dense, options.device))
         print("\n".join(align(table(results[-1:]))[1 if len(results) > 1 else 0 :]), flush=True)
-    run = machine.describe(torch.device("cpu")) | {
+    run = machine.describe(device) | {
         "scvi": scvi.__version__,
         "epochs": options.epochs * options.turns,
     }

@@ -18,7 +18,7 @@ namespace py = pybind11;
 // The ops again, for calls as a training loop makes them, with plain tensors that fit together. For any other call they return
 // None, and fastvae/functional takes the long way: its checks, which explain what is wrong and convert what is merely unusual, the
 // choice of a backend, and the boxed call. That would take a tenth of a step whose kernels have just swept the caches, and most of the
-// time that a GPU waits for the next launch. The ops refuse tensors that are not all on one device.
+// time that a GPU waits for the next launch.
 namespace fastvae {
 namespace {
 
@@ -88,12 +88,17 @@ py::object nll(std::string_view likelihood, const py::sequence& params, py::hand
   // Only Python says whether a target may serve several rows.
   if (!data || data->dim() == 0 || tensors[0].dim() == 0 || data->size(0) != tensors[0].size(0)) return py::none();
   OptionalTensor row_kl, weight;
+  const auto device = tensors[0].device();
+  bool together = data->device() == device;
+  for (const Tensor& t : tensors) together &= t.device() == device;
   if (!kl.is_none()) {
     const Tensor *k = plain_floats(kl), *b = plain_floats(beta);
     if (!k || c10::isReducedFloatingType(k->scalar_type()) || !b || b->scalar_type() != at::kFloat) return py::none();
+    together &= k->device() == device && b->device() == device;
     row_kl = *k;
     weight = *b;
   }
+  if (!together) return py::none();
   static const auto handle = op<Nll>("fastvae::nll");
   return unless_refused([&] { return handle.call(likelihood, tensors, *data, constants, row_kl, weight, reduction); });
 }
@@ -101,7 +106,7 @@ py::object nll(std::string_view likelihood, const py::sequence& params, py::hand
 // A standard normal prior, one draw, noise from the default generator.
 py::object reparameterize_kl(py::handle mu, py::handle logvar) {
   const Tensor *m = plain_floats(mu), *v = plain_floats(logvar);
-  if (!m || !v || watched()) return py::none();
+  if (!m || !v || m->device() != v->device() || watched()) return py::none();
   static const auto handle = op<ReparameterizeKl>("fastvae::reparameterize_kl");
   return unless_refused([&] { return handle.call(*m, *v, {}, {}, {}, {}, 0, {}, {}); });
 }
@@ -109,7 +114,7 @@ py::object reparameterize_kl(py::handle mu, py::handle logvar) {
 // A standard normal prior.
 py::object gaussian_kl(py::handle mu, py::handle logvar, bool per_element) {
   const Tensor *m = plain_floats(mu), *v = plain_floats(logvar);
-  if (!m || !v || watched()) return py::none();
+  if (!m || !v || m->device() != v->device() || watched()) return py::none();
   static const auto handle = op<KlForward>("fastvae::gaussian_kl");
   return unless_refused([&] { return handle.call(*m, *v, {}, {}, per_element); });
 }

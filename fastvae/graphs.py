@@ -162,6 +162,9 @@ class _Step(Generic[Batch, Result]):
             graph.register_generator_state(generator)
         current = torch.cuda.current_stream(self._device)
         cause: RuntimeError | None = None
+        # cuBLAS keeps its workspaces between calls. One that the warm-up left would be freed by the next graph that
+        # torch.compile records, although this graph goes on using it. The capture makes its own, which belong to it.
+        _free_cublas_workspaces()
         try:
             # "thread_local" rather than "global", because a DataLoader's thread may pin memory at the same time.
             with (
@@ -182,7 +185,14 @@ class _Step(Generic[Batch, Result]):
                 f"fastvae.graph_step: the step cannot be captured as a CUDA graph: {first_line}; it must not wait for "
                 "the GPU (.item(), .cpu(), printing a tensor) or copy from memory that is not pinned"
             ) from cause
+        finally:
+            _free_cublas_workspaces()
         return graph
+
+
+def _free_cublas_workspaces() -> None:
+    # Builds of torch without CUDA have no cuBLAS.
+    getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """`python -m benchmarks.gpu` runs all stages; with `--stage NAME`, it runs one of them in this process."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
-from . import plan, run, stage
+from .. import report
+from . import plan, run, stage, table
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,8 +21,15 @@ def main() -> None:
     parser.add_argument(
         "--limit", action="append", default=[], metavar="STAGE=SECONDS", help="change the time of a stage"
     )
+    parser.add_argument(
+        "--docs", type=Path, metavar="RESULTS", help="write these results into docs/benchmarks.md"
+    )
     parser.add_argument("--stage", choices=plan.SHARES, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.docs:
+        (results,) = json.loads(options.docs.read_text())["runs"].values()
+        report.put_between(report.PAGE, "gpu", table.markdown(results))
+        return
     if options.stage:
         stage.main(options.stage, options.out, options.seconds)
         return

@@ -173,6 +173,7 @@ def time_steps(name: str, make: Callable[..., tuple], mode: str, device: torch.d
         "graph_step(fused)": lambda: capture(losses["fused"]),
         "graph_step(eager)": lambda: capture(losses["eager"]),
         "compile": lambda: step_of(model, losses["eager"], device, mode, False),
+        "compile(fused)": lambda: step_of(model, losses["fused"], device, mode, False),
     }
     steps: dict[str, Callable[[Batch], Tensor]] = {}
     times: dict[str, list[float]] = {}

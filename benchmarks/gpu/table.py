@@ -36,9 +36,16 @@ def lines(results: Mapping[str, Any]) -> list[str]:
             rival = f"{report.speedup(row, 'triton'):10.2f}" if "triton" in row["median_ms"] else f"{'':10}"
             time = row["median_ms"]["fused"]
             text.append(f"{row['case']:56}{ratios[0]:9.1f}{ratios[1]:11.1f}{rival}{time:9.3f}")
-            for label in ("host_us", "wall_us", "graph_replay_us"):
-                if values := ", ".join(f"{side} {value}" for side, value in row.get(label, {}).items()):
-                    text.append(f"    {label.removesuffix('_us').replace('_', ' ')}, us: {values}")
+            replays = results.get("replay_us", {}).get(row["case"], {})
+            for label, times in (
+                ("host", row.get("host_us")),
+                ("wall", row.get("wall_us")),
+                ("graph replay", replays),
+            ):
+                if times:
+                    text.append(
+                        f"    {label}, us: " + ", ".join(f"{side} {value}" for side, value in times.items())
+                    )
     for item in results.get("steps", ()):
         values = ", ".join(f"{side} {value}" for side, value in item["us"].items())
         text += ["", f"a training step, us, {item['step']}", f"    {values} (compiled: {item['compiled']})"]
@@ -50,6 +57,35 @@ def lines(results: Mapping[str, Any]) -> list[str]:
         text += ["", *(f"{'ok ' if met else 'NOT'} {target}" for met, target in targets)]
     text += ["", *(f"FAILED: {failure}" for failure in results["failures"])] if results["failures"] else []
     return text
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The cases and the steps as tables for docs/benchmarks.md."""
+    text = [
+        "| forward + backward | ms | × eager | × compiled | × Triton's kernels |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for row in results.get("cases", ()):
+        ratios = [
+            f"{report.speedup(row, s):.1f}" if s in row["median_ms"] else ""
+            for s in ("eager", "compile", "triton")
+        ]
+        text.append(f"| {row['case']} | {row['median_ms']['fused']:.3f} | {' | '.join(ratios)} |")
+    text += [
+        "",
+        "| training step, ms | hand-written | compiled | fused | `graph_step`, hand-written | `graph_step`, fused |",
+    ]
+    text += ["|---|--:|--:|--:|--:|--:|"]
+    for item in results.get("steps", ()):
+        sides = ("eager", "compile", "fused", "graph_step(eager)", "graph_step(fused)")
+        times = " | ".join(f"{item['us'][side] / 1e3:.2f}" if side in item["us"] else "" for side in sides)
+        text.append(f"| {item['step']} | {times} |")
+    versions = ", ".join(f"{name} {value}" for name, value in results["versions"].items())
+    text += [
+        "",
+        f"{results['machine']}; a copy moves {results['copy_gb_per_s']:.0f} GB/s; {versions}; {results['date']}.",
+    ]
+    return "\n".join(text)
 
 
 def check_targets(results: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:

@@ -30,7 +30,8 @@ cuda::NoiseSource noise_from(const Tensor& seed, int64_t row_offset, const OnDev
 // The noise of the generator: its numbers, or, while a graph is captured, the addresses where each replay finds them.
 cuda::NoiseSource noise_from(const OptionalGenerator& generator, int64_t draws, int64_t row_offset, const OnDevice& device) {
   auto* source = at::get_generator_or_default<at::CUDAGeneratorImpl>(generator, at::cuda::detail::getDefaultCUDAGenerator());
-  device.expect(source->device(), "generator");
+  // A generator made for "cuda" has no index, and torch uses it on every GPU.
+  if (source->device().has_index()) device.expect(source->device(), "generator");
   at::PhiloxCudaState state;
   {
     const std::lock_guard<std::mutex> lock(source->mutex_);

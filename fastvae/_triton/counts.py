@@ -167,7 +167,7 @@ def with_additional_zeros(z, pi):
     odds = tl.exp(bounded(pi, -BOUND, BOUND))
     decayed = tl.exp(-z)
     q = 1.0 / (odds + decayed)
-    lost = z - exp_minus_1_minus(-z, decayed)  # 1 - e^-z
+    lost = tl.where(z < 1.0, z - exp_minus_1_minus(-z, decayed), 1.0 - decayed)  # 1 - e^-z
     r = lost * q
     # Where both terms are too small for their sum, the value is computed from the larger one.
     far = (pi < -BOUND) & (z > BOUND / 2)

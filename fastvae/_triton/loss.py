@@ -154,8 +154,8 @@ def scale_kernel(
             )
             factor = (factor * tl.full((), one_over_weight, C))[:, None]
             changes = tl.sum((inside_rows[:, None] & (factor != 1.0)).to(tl.int32)) > 0
+        size = row_size(size, UNIT, WIDE)
         if changes or not IN_PLACE:
-            size = row_size(size, UNIT, WIDE)
             base = rows[:, None] * stride * UNIT
             begin = first_column(split, tiles, COLUMNS, WIDE)
             for i in range(0, tiles):

@@ -47,6 +47,7 @@ NEED_VALUES = {
     "test_elbo_not_moved_to_the_gpu_moves_beta_once": "a GPU that could be waited for, and a CUDA graph",
     "test_graph_step_with_an_optimiser_that_is_not_capturable_raises": "a CUDA graph",
     "test_graph_step_under_autocast_gives_the_losses_of_eager": "a CUDA graph",
+    "test_graph_step_survives_the_graphs_of_torch_compile": "a CUDA graph",
     "test_graph_step_accepts_cpu_batches_and_refuses_other_shapes": "a CUDA graph",
     "test_compiled_draws_are_not_merged": "torch.compile knows no generator of meta tensors",
     "test_graph_step_replay_draws_fresh_noise_and_follows_beta": "a CUDA graph",

@@ -222,7 +222,14 @@ def test_rehearsal_completes_all_stages(tmp_path: Path) -> None:
     assert all("wall_us" in row for row in results["cases"])
     assert len(results["steps"]) == 3
     for item in results["steps"]:
-        assert item["us"].keys() == {"fused", "eager", "compile", "graph_step(fused)", "graph_step(eager)"}
+        assert item["us"].keys() == {
+            "fused",
+            "eager",
+            "compile",
+            "compile(fused)",
+            "graph_step(fused)",
+            "graph_step(eager)",
+        }
     assert results["tuned"].keys() == {"nll", "sample", "sample_gradient", "scale"}
     assert printed.count("4 passed") == 3
     assert "\n".join(table.lines(results)) in printed

@@ -115,7 +115,10 @@ SHARED = (
 
 
 @pytest.fixture
-def device() -> Iterator[torch.device]:
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if getattr(parameters.get("case"), "id", "") == "poisson_rate_per_element":
+        pytest.skip("nll_elements has no CUDA kernel: Triton's serves it")
     with fastvae.use_backend("native"):
         yield torch.device("cuda")
 
@@ -221,9 +224,11 @@ def test_elbo_not_moved_to_the_gpu_moves_beta_once(device: torch.device, likelih
     moved.beta = 0.5
     torch.testing.assert_close(loss, loss_of(moved))
     names = kernels_of(lambda: loss_of(elbo))
-    assert not [name for name in names if name.startswith("Memcpy")], names
+    # A likelihood of the user may copy on the GPU, as this one's backward does.
+    assert not [name for name in names if name.startswith("Memcpy") and "DtoD" not in name], names
 
     fresh = copy.deepcopy(elbo).cpu()
+    fresh.likelihood.to(device)
     run = fastvae.graph_step(
         lambda x: fresh(leaves[0].detach(), x, leaves[1].detach(), leaves[2].detach()).loss, x, warmup=1
     )
@@ -451,6 +456,24 @@ def test_graph_step_with_generators_draws_their_noise(device: torch.device) -> N
     for _ in range(6):
         want = functional.reparameterize_kl(zeros, zeros, generator=other)[0]
         assert torch.equal(run(zeros), want)
+
+
+def test_graph_step_survives_the_graphs_of_torch_compile(device: torch.device) -> None:
+    """torch.compile frees the workspaces of cuBLAS before and after each graph that it records, and the memory that it
+    frees is unmapped."""
+    results = []
+    for graphed in (False, True):
+        _, run = trainer(device)
+        if graphed:
+            run = fastvae.graph_step(run, torch.empty(128, 784, device=device))
+        torch.manual_seed(2)
+        for i, x in enumerate(batches(device, 12)):
+            loss = run(x).loss.clone()
+            if i == 5:
+                torch._C._cuda_clearCublasWorkspaces()
+                torch.cuda.empty_cache()
+        results.append(loss)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-2)
 
 
 def test_graph_step_accepts_cpu_batches_and_refuses_other_shapes(device: torch.device) -> None:

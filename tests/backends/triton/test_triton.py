@@ -171,6 +171,17 @@ def test_categorical_nll_equals_cross_entropy(
     assert (params.grad.double() - exact.grad).abs().max() <= rough * exact.grad.abs().max()  # type: ignore[union-attr, operator]
 
 
+def test_empty_gene_with_a_large_mean_is_accurate(device: torch.device) -> None:
+    """-log p(0) is -log sigmoid(pi), because e^-mean is 0; means that float32 cannot represent plus or minus 1."""
+    mean = torch.tensor([[100.3, 3333.3, 123456.7, 1e7 / 3]], device=device)
+    pi = torch.tensor([[0.5, -1.0, 2.0, -3.0]], device=device)
+    theta = torch.full_like(mean, 1e8)
+    nll = functional.zero_inflated_negative_binomial_nll(
+        mean, torch.zeros_like(mean), theta, pi, reduction="none"
+    )
+    test_counts.close(nll, torch.nn.functional.softplus(-pi.double()), 1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
 @pytest.mark.parametrize("shared", [True, False], ids=["gene", "gene-cell"])
 @pytest.mark.parametrize("form", test_counts.FORMS)

@@ -221,6 +221,15 @@ def scale_each(dtype: torch.dtype, by_row: bool, shared: int) -> object:
     return elements.nll_elements_backward(grad, [data(FLOAT)] * 3, shared, dtype)
 
 
+def with_64_bit_columns(run: Callable[[], object]) -> None:
+    """Run an op as for rows of more than 2^31 elements."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (elementwise, losses, latents):
+            cut = module.partition
+            patch.setattr(module, "partition", lambda *a, cut=cut, **k: cut(*a, **k)._replace(wide=True))
+        run()
+
+
 IMAGE, HALF_IMAGE = (
     data(FLOAT, 64, c, 16, 16).contiguous(memory_format=torch.channels_last) for c in (32, 16)
 )
@@ -299,6 +308,11 @@ OTHERS: dict[str, Callable[[], object]] = {
     "small latents": lambda: sample(FLOAT, 20),
     "sample, double": lambda: sample(DOUBLE, 20),
     "long latents": lambda: latents.gaussian_kl_forward(LONG, LONG, NONE, NONE, False),
+    "bernoulli, 64-bit columns": lambda: with_64_bit_columns(lambda: bernoulli(FLOAT, FLOAT)),
+    "scale, 64-bit columns": lambda: with_64_bit_columns(lambda: scale(FLOAT, False)),
+    "scale, by row, 64-bit columns": lambda: with_64_bit_columns(lambda: scale(FLOAT, True)),
+    "sample, 64-bit columns": lambda: with_64_bit_columns(lambda: sample(FLOAT)),
+    "sample gradient, 64-bit columns": lambda: with_64_bit_columns(lambda: sample_gradient(FLOAT)),
     "kl gradient": lambda: latents.gaussian_kl_backward(data(FLOAT), data(FLOAT), data(FLOAT), NONE, NONE, 3),
 }  # fmt: skip
 
