@@ -167,6 +167,8 @@ def with_additional_zeros(z, pi):
     odds = tl.exp(bounded(pi, -BOUND, BOUND))
     decayed = tl.exp(-z)
     q = 1.0 / (odds + decayed)
+    # The first difference alone would not do: the compiler joins it to the product that z is, and then only one of the
+    # two z is rounded.
     lost = tl.where(z < 1.0, z - exp_minus_1_minus(-z, decayed), 1.0 - decayed)  # 1 - e^-z
     r = lost * q
     # Where both terms are too small for their sum, the value is computed from the larger one.
