@@ -99,13 +99,14 @@ struct Gathered {
   int32_t place[kBlock];
   double t[kBlock + kBufferSlack], mean[kBlock + kBufferSlack], theta[kBlock + kBufferSlack], pi[kBlock + kBufferSlack];
   double log_gamma[kBlock + kBufferSlack], digamma[kBlock + kBufferSlack], log_factorial[kBlock + kBufferSlack];
+  double weight[kBlock + kBufferSlack];  // only if there are weights
   double value[kBlock + kBufferSlack], d_mean[kBlock + kBufferSlack], d_theta[kBlock + kBufferSlack], d_pi[kBlock + kBufferSlack];
 };
 
 template <class C>
 struct Scratch {
   std::vector<C> exponentials, grads, target;  // each holds one row, where it is needed
-  Buffer<C> mean, dispersion, pi, counts, values, d_mean, d_dispersion, d_pi;
+  Buffer<C> mean, dispersion, pi, counts, weights, values, d_mean, d_dispersion, d_pi;
   int32_t positive[kBlock + kBufferSlack];
   Gathered gathered[kCases];
 };
@@ -124,7 +125,7 @@ struct Row {
 template <class C>
 struct Block {
   int64_t n;
-  const C *mean, *logits, *theta, *inverse, *log_theta, *given, *pi, *target;
+  const C *mean, *logits, *theta, *inverse, *log_theta, *given, *pi, *target, *weights;
   const double *exact, *log_gamma, *digamma;  // these belong to a shared dispersion
   C *values, *d_mean, *d_theta, *d_pi;
   bool sums_theta;  // whether derivatives are added to d_theta instead of overwriting it
@@ -146,7 +147,7 @@ struct Sums {
 
 // How the counts of `Gathered` are to be read.
 struct Reading {
-  bool raw, inflated, shared;
+  bool raw, inflated, shared, weighted;
   double log_offset;
 };
 
@@ -159,7 +160,7 @@ Sums evaluate(Gathered& g, const Reading& read) {
   Sum<double> nll, grad;
   const int64_t padded = (g.count + L - 1) / L * L;
   for (int64_t i = g.count; i < padded; ++i)
-    for (auto* field : {g.t, g.mean, g.theta, g.pi, g.log_gamma, g.digamma, g.log_factorial}) field[i] = field[g.count - 1];
+    for (auto* field : {g.t, g.mean, g.theta, g.pi, g.log_gamma, g.digamma, g.log_factorial, g.weight}) field[i] = field[g.count - 1];
   for (int64_t i = 0; i < padded; i += L) {
     const auto at = [&](const double* field) FASTVAE_INLINE { return Wide::loadu(field + i); };
     Wide theta = at(g.theta), mu = at(g.mean), log_mu(0), underflow(0);
@@ -182,10 +183,13 @@ Sums evaluate(Gathered& g, const Reading& read) {
     math::CountTerm<Wide> term;
     if constexpr (kSimple) term = math::negative_binomial_few<kCase == kOne>(at(g.t), mu, log_mu, theta, at(g.log_factorial));
     else term = math::negative_binomial_positive<kLarge, kPoisson>(at(g.t), mu, log_mu, theta, of_theta, at(g.log_factorial));
-    if (read.inflated) {
-      math::without_additional_zero(term, at(g.pi));
-      term.d_pi.store(g.d_pi + i);
+    if (read.inflated) math::without_additional_zero(term, at(g.pi));
+    if (read.weighted) {
+      const Wide weight = at(g.weight);
+      for (Wide* x : {&term.value, &term.d_mu, &term.d_theta, &underflow}) *x = *x * weight;
+      if (read.inflated) term.d_pi = term.d_pi * weight;
     }
+    if (read.inflated) term.d_pi.store(g.d_pi + i);
     (read.raw ? term.d_mu : term.d_mu / mu).store(g.d_mean + i);
     (read.raw ? term.d_theta * theta : term.d_theta).store(g.d_theta + i);
     term.value.store(g.value + i);
@@ -201,7 +205,9 @@ struct Kernel {
   using P = math::Primitives<V>;
   static constexpr int64_t W = V::size();
 
-  // Computes every element as if its count were zero, and lists those whose count is not.
+  // Computes every element as if its count were zero, and lists those whose count is not. Elements of weight 0 are neither counted nor
+  // listed.
+  template <bool kWeighted>
   static Sums zeros(const Block<C>& b, const Row<C>& row, int32_t* positive, int64_t& positives) {
     const V scale(row.mean_scale), weight(row.weight), eps(static_cast<C>(row.eps));
     Sum<C> nll, grad;
@@ -217,19 +223,25 @@ struct Kernel {
         else theta = P::at_most(load_lanes(b.theta + i, lanes), V(Bounds<C>::highest));
         inverse = V(1) / theta;
       }
-      const V t = load_lanes(b.target + i, lanes), is_zero = t == V(0);
+      const V t = load_lanes(b.target + i, lanes);
+      V is_zero = t == V(0), own(1);
+      if constexpr (kWeighted) {
+        own = load_lanes(b.weights + i, lanes);
+        is_zero = P::zero_where(own == V(0), is_zero);
+      }
+      const auto by_weight = [&](V x) FASTVAE_INLINE { return kWeighted ? weighted<C>(x, own) : x; };
       auto term = math::negative_binomial_zero(mu, theta, inverse);
       if constexpr (kInflated) term = math::with_additional_zeros(term, load_lanes(b.pi + i, lanes));
-      const V value = P::select(is_zero, term.value, V(0));
-      const V d_log_mu = kRaw ? P::select(is_zero, term.d_mu * mu, V(0)) : V(0);
+      const V value = by_weight(P::select(is_zero, term.value, V(0)));
+      const V d_log_mu = kRaw ? by_weight(P::select(is_zero, term.d_mu * mu, V(0))) : V(0);
       if (!kRaw && b.values) store_lanes(value * weight, b.values + i, lanes);
-      if (b.d_mean) store_lanes(kRaw ? d_log_mu : term.d_mu * weight, b.d_mean + i, lanes);
+      if (b.d_mean) store_lanes(kRaw ? d_log_mu : by_weight(term.d_mu) * weight, b.d_mean + i, lanes);
       if (b.d_theta) {
-        const V d = (kRaw ? term.d_theta * theta : term.d_theta) * weight;
+        const V d = by_weight(kRaw ? term.d_theta * theta : term.d_theta) * weight;
         if (kShared && b.sums_theta) store_lanes(load_lanes(b.d_theta + i, lanes) + P::select(is_zero, d, V(0)), b.d_theta + i, lanes);
         else store_lanes(d, b.d_theta + i, lanes);
       }
-      if (kInflated && b.d_pi) store_lanes(term.d_pi * weight, b.d_pi + i, lanes);
+      if (kInflated && b.d_pi) store_lanes(by_weight(term.d_pi) * weight, b.d_pi + i, lanes);
       if (lanes < W) {
         nll.add_lanes(value, lanes);
         if constexpr (kRaw) grad.add_lanes(d_log_mu, lanes);
@@ -238,6 +250,7 @@ struct Kernel {
         if constexpr (kRaw) grad.add(slot, d_log_mu);
       }
       unsigned others = ~static_cast<unsigned>(t.zero_mask()) & ((1u << W) - 1);
+      if constexpr (kWeighted) others &= ~static_cast<unsigned>(own.zero_mask());
       while (others) {
         positive[positives++] = static_cast<int32_t>(i + __builtin_ctz(others));
         others &= others - 1;
@@ -260,7 +273,7 @@ struct Kernel {
       const double t = b.target[i], theta = kShared ? b.exact[i] : kRaw ? b.log_theta[i] : b.theta[i];
       if (!kShared || b.any_below) {
         const double rest = below(b.given[i], kRaw);
-        sums.nll += rest;
+        sums.nll += b.weights ? rest * b.weights[i] : rest;
         any_below |= rest > 0;
       }
       // If the log of theta is read, the bounds apply to the log.
@@ -281,8 +294,9 @@ struct Kernel {
         g.digamma[j] = b.digamma[i];
       }
       if constexpr (kInflated) g.pi[j] = b.pi[i];
+      if (b.weights) g.weight[j] = b.weights[i];
     }
-    const Reading read{kRaw, kInflated, kShared, row.log_offset};
+    const Reading read{kRaw, kInflated, kShared, b.weights != nullptr, row.log_offset};
     constexpr Sums (*const evaluators[])(Gathered&, const Reading&) = {
         evaluate<kDispersed>, evaluate<kNearPoisson>, evaluate<kLargeDispersed>, evaluate<kLargeNearPoisson>, evaluate<kOne>, evaluate<kFew>,
     };
@@ -306,7 +320,10 @@ struct Kernel {
         for (int64_t j = 0; j < g.count; ++j) b.d_pi[g.place[j]] = static_cast<C>(g.d_pi[j] * weight);
     }
     if (!kRaw && b.values && any_below)
-      for (int64_t k = 0; k < count; ++k) b.values[scratch.positive[k]] += static_cast<C>(below(b.given[scratch.positive[k]], kRaw)) * row.weight;
+      for (int64_t k = 0; k < count; ++k) {
+        const int32_t i = scratch.positive[k];
+        b.values[i] += static_cast<C>(below(b.given[i], kRaw)) * row.weight * (b.weights ? b.weights[i] : C(1));
+      }
     return sums;
   }
 
@@ -365,6 +382,7 @@ struct Kernel {
       }
 
     double nll = 0, grad = 0;
+    bool any = !args.weights.data;  // whether an element of the row has a weight
     for (int64_t begin = 0; begin < genes; begin += kBlock) {
       Block<C> b{};
       b.n = std::min(kBlock, genes - begin);
@@ -391,8 +409,11 @@ struct Kernel {
       if constexpr (kRaw) b.d_mean = args.d_mean.data ? scratch.grads.data() + begin : nullptr;
       else b.d_mean = destination(args.d_mean, r, begin, genes, scratch.d_mean);
 
+      b.weights = load(args.weights, source, begin, b.n, scratch.weights);
+      for (int64_t i = 0; !any && i < b.n; ++i) any = b.weights[i] != 0;
+
       int64_t count;
-      const Sums zero = zeros(b, row, scratch.positive, count);
+      const Sums zero = b.weights ? zeros<true>(b, row, scratch.positive, count) : zeros<false>(b, row, scratch.positive, count);
       nll += zero.nll;
       grad += zero.grad;
       if (count) {
@@ -407,8 +428,9 @@ struct Kernel {
       if constexpr (!kRaw) store(args.d_mean, r, begin, b.n, genes, scratch.d_mean);
     }
     args.row_nll[r] = nll;
-    if (args.d_library) args.d_library[r] = static_cast<double>(row.weight) * grad / args.library[r];
-    if (kRaw && args.d_mean.data) through_softmax(args, r, row, grad, scratch);
+    if (args.d_library) args.d_library[r] = any ? static_cast<double>(row.weight) * grad / args.library[r] : 0;
+    if (kRaw && args.d_mean.data) through_softmax(args, r, row, grad, scratch, any);
+    if (kRaw && any && (args.library[r] == 0 || std::isinf(args.library[r]))) at_ends(args, r, scratch);
     if (args.starts)
       for (int64_t i = args.starts[source]; i < args.starts[source + 1]; ++i) scratch.target[args.columns[i]] = 0;
   }
@@ -424,10 +446,11 @@ struct Kernel {
     for (int64_t begin = 0; begin < args.genes; begin += kBlock) {
       const int64_t n = std::min(kBlock, args.genes - begin);
       const C* pi = kInflated ? load(args.zero_logits, r, begin, n, args.genes, scratch.pi) : nullptr;
+      const C* weights = load(args.weights, target_row(args, r), begin, n, scratch.weights);
       for (int64_t i = 0; i < n; ++i) {
-        const double e = scratch.exponentials[begin + i];
+        const double e = scratch.exponentials[begin + i], weight = weights ? weights[i] : 1;
         sum += e;
-        grad += kInflated ? e / (1 + std::exp(static_cast<double>(pi[i]))) : e;
+        if (weight != 0) grad += weight * (kInflated ? e / (1 + std::exp(static_cast<double>(pi[i]))) : e);
       }
     }
     // A count above zero has an infinite nll and an infinite derivative, so a row with one keeps what one_row wrote.
@@ -436,7 +459,8 @@ struct Kernel {
   }
 
   // The derivative by logit g is the derivative by log mu_g minus the sum of these over all genes times the share of g.
-  static void through_softmax(const CountArgs& args, int64_t r, const Row<C>& row, double grad, Scratch<C>& scratch) {
+  // If no element of the row has a weight, there is no derivative, whatever the logits are.
+  static void through_softmax(const CountArgs& args, int64_t r, const Row<C>& row, double grad, Scratch<C>& scratch, bool any) {
     const V weight(row.weight), factor(static_cast<C>(grad / row.sum));
     for (int64_t begin = 0; begin < args.genes; begin += kBlock) {
       const int64_t n = std::min(kBlock, args.genes - begin);
@@ -445,7 +469,7 @@ struct Kernel {
       for (int64_t i = 0; i < n; i += W) {
         const int64_t lanes = std::min(W, n - i);
         const V d = (load_lanes(grads + i, lanes) - load_lanes(exponentials + i, lanes) * factor) * weight;
-        store_lanes(d, out + i, lanes);
+        store_lanes(any ? d : V(0), out + i, lanes);
       }
       store(args.d_mean, r, begin, n, args.genes, scratch.d_mean);
     }
@@ -465,7 +489,6 @@ struct Kernel {
         C* d_shared = args.d_shared_dispersion ? sums.data() + chunk * genes : nullptr;
         for (int64_t r = chunk * step; r < std::min(rows, (chunk + 1) * step); ++r) {
           one_row(args, shared, r, d_shared, *scratch);
-          if (kRaw && (args.library[r] == 0 || std::isinf(args.library[r]))) at_ends(args, r, *scratch);
         }
       }
     });

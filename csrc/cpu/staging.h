@@ -140,6 +140,66 @@ inline const C* load(const Operand& view, int64_t row, int64_t begin, int64_t n,
   return buffer.data;
 }
 
+template <class T, class C>
+inline void read_weights(const Weights& view, int64_t row, int64_t begin, int64_t n, C* out) {
+  const T* in = static_cast<const T*>(view.data) + row * view.row_stride;
+  int64_t step[kMaxLevels], rest = begin;
+  for (int l = 0; l < view.levels; ++l) {
+    step[l] = rest % view.sizes[l];
+    rest /= view.sizes[l];
+    in += step[l] * view.strides[l];
+  }
+  const int64_t stride = view.strides[0];
+  for (int64_t done = 0; done < n;) {
+    const int64_t length = std::min(n - done, view.sizes[0] - step[0]);
+    C* to = out + done;
+    if (stride == 0) {
+      const C weight = static_cast<C>(*in);
+      for (int64_t i = 0; i < length; ++i) to[i] = weight;
+    } else if (stride == 1) {
+      for (int64_t i = 0; i < length; ++i) to[i] = static_cast<C>(in[i]);
+    } else {
+      for (int64_t i = 0; i < length; ++i) to[i] = static_cast<C>(in[i * stride]);
+    }
+    done += length;
+    // From the end of a run of the innermost loop to the start of the next one.
+    in -= step[0] * stride;
+    step[0] = 0;
+    for (int l = 1; l < view.levels; ++l) {
+      in += view.strides[l];
+      if (++step[l] < view.sizes[l]) break;
+      in -= view.sizes[l] * view.strides[l];
+      step[l] = 0;
+    }
+  }
+}
+
+// The weights of elements [begin, begin + n) of `row` as a dense array.
+template <class C>
+inline void read(const Weights& view, int64_t row, int64_t begin, int64_t n, C* out) {
+  switch (view.type) {
+    case DType::boolean: case DType::byte: return read_weights<uint8_t>(view, row, begin, n, out);
+    case DType::f64: return read_weights<double>(view, row, begin, n, out);
+    case DType::f16: return read_weights<c10::Half>(view, row, begin, n, out);
+    case DType::bf16: return read_weights<c10::BFloat16>(view, row, begin, n, out);
+    default: return read_weights<float>(view, row, begin, n, out);
+  }
+}
+
+// The same in `buffer`, or null if there are no weights.
+template <class C>
+inline const C* load(const Weights& view, int64_t row, int64_t begin, int64_t n, Buffer<C>& buffer) {
+  if (!view.data) return nullptr;
+  read(view, row, begin, n, buffer.data);
+  return buffer.data;
+}
+
+// `x` times the weight; 0 where the weight is 0, whatever x is.
+template <class C>
+inline __attribute__((always_inline)) Vec<C> weighted(Vec<C> x, Vec<C> weight) {
+  return math::Primitives<Vec<C>>::select(weight == Vec<C>(0), Vec<C>(0), x * weight);
+}
+
 // Where to write those elements. If that is the buffer, `store` must be called afterwards to copy them to the result.
 template <class C>
 inline C* destination(const Result& view, int64_t row, int64_t begin, int64_t size, Buffer<C>& buffer) {
