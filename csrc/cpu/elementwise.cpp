@@ -118,19 +118,27 @@ BlockSums block_as(const C* const (&param)[kMaxParams], const C* target, C* cons
   return {total, L::has_scale_grad ? scale_grad.total() : 0};
 }
 
-// The same where every element has a weight, by which values, derivatives and grads are multiplied. The weights change from element to
-// element, so every vector needs its own logarithm. As there are so many likelihoods, this is compiled only once for each: whether grads are
-// stored is decided at run time. With `at_ends`, elements with infinite params have the values that L::at_ends gives.
+// The same where every element has a weight, by which values, derivatives and grads are multiplied. As there are so many likelihoods, this
+// is compiled only once for each: whether grads are stored is decided at run time. With `at_ends`, elements with infinite params have the
+// values that L::at_ends gives.
 template <class L, class C>
 BlockSums weighted_block(const C* const (&param)[kMaxParams], const C* target, const C* weights, C* const (&grad)[kMaxParams], C* values,
                          const double* constants, double weight, int64_t n, bool at_ends = false) {
   using V = Vec<C>;
+  using P = math::Primitives<V>;
   constexpr int64_t W = V::size();
   V constant[L::constants + 1];
   for (int i = 0; i < L::constants; ++i) constant[i] = V(static_cast<C>(constants[i]));
   if constexpr (math::has_scale<L>) constant[0] = V(math::bounded_root(static_cast<C>(constants[0])));
   const V w(static_cast<C>(weight));
   Sum<C> sum, scale_grad, weight_sum;
+  // The logarithms of elements with the weight 1 can be added up before they are computed. Others need one for each vector.
+  math::Log1pSum<V> masked[4];
+  bool is_mask = L::has_log1p;
+  for (int64_t i = 0; is_mask && i < n; i += W) {
+    const V own = load_lanes(weights + i, std::min(W, n - i));
+    is_mask = !P::any_less(V(0), P::abs(own * own - own));
+  }
   const auto step = [&](int64_t i, auto lanes, int slot) FASTVAE_INLINE {
     V p[L::params], d[L::params];
     for (int k = 0; k < L::params; ++k) p[k] = load_lanes(param[k] + i, lanes);
@@ -147,7 +155,14 @@ BlockSums weighted_block(const C* const (&param)[kMaxParams], const C* target, c
     if constexpr (math::has_ends<L, V>) {
       if (at_ends) value = L::at_ends(p, t, value);
     }
-    if constexpr (L::has_log1p) value = value + logs.value();
+    if constexpr (L::has_log1p) {
+      if (is_mask) {
+        const V e = weighted<C>(logs.excess, own);
+        masked[slot].add(e, V(1) + e);
+      } else {
+        value = value + logs.value();
+      }
+    }
     value = weighted<C>(value, own);
     if (kWhole<L> && values) store_lanes(value * w, values + i, lanes);
     for (int k = 0; k < L::params; ++k)
@@ -168,6 +183,7 @@ BlockSums weighted_block(const C* const (&param)[kMaxParams], const C* target, c
     step(i, whole, i / W % 4);
   }
   if (i < n) step(i, n - i, 0);
+  for (int k = 0; L::has_log1p && k < 4; ++k) sum.add(k, masked[k].value());
   const double total = sum.total();
   if constexpr (math::has_ends<L, V>) {
     if (!at_ends && std::isnan(total)) return weighted_block<L, C>(param, target, weights, grad, values, constants, weight, n, true);
