@@ -173,6 +173,30 @@ struct Runs {
   }
 };
 
+// The weight of an element (or pixel, or position), which is 1 without weights.
+template <class C>
+FASTVAE_DEVICE C weight_of(const Weights& weights, int64_t row, int64_t element) {
+  if (!weights.data) return C(1);
+  int64_t at = row * weights.row_stride;
+  const int last = weights.levels - 1;
+#pragma unroll 1
+  for (int l = 0; l < last; ++l) {
+    // Divisions by 32-bit numbers take far fewer instructions.
+    const int64_t size = weights.sizes[l];
+    const int64_t rest = (element | size) >> 32 ? element / size : int64_t(uint32_t(element) / uint32_t(size));
+    at += (element - rest * size) * weights.strides[l];
+    element = rest;
+  }
+  at += element * weights.strides[last];
+  switch (weights.type) {
+    case DType::f32: return static_cast<C>(__ldg(static_cast<const float*>(weights.data) + at));
+    case DType::f64: return static_cast<C>(__ldg(static_cast<const double*>(weights.data) + at));
+    case DType::f16: return static_cast<C>(widened(__ldg(static_cast<const Half*>(weights.data) + at)));
+    case DType::bf16: return static_cast<C>(widened(__ldg(static_cast<const BFloat16*>(weights.data) + at)));
+    default: return static_cast<C>(__ldg(static_cast<const uint8_t*>(weights.data) + at));
+  }
+}
+
 // Reads the number of a row, which is fp32 or fp64.
 FASTVAE_DEVICE double number(const Numbers& numbers, int64_t row) {
   const int64_t i = row * numbers.stride;

@@ -89,11 +89,16 @@ struct Data<Any, C, 1, U> {
   FASTVAE_DEVICE C value(int u, int) const { return values[u]; }
 };
 
-// Computes this thread's elements of a part of a row. Returns the sum of their nll without the normaliser and writes the gradients.
+// Computes this thread's elements of a part of a row. Returns the sum of their nll without the normaliser and writes the gradients. With
+// weights, the sum includes the normaliser, and scale_grad is the derivative by the scale.
 template <class L, class T, class D, int N>
 FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int lane, int lanes,
-                                      const Compute<T>* constants, Compute<T> factor, const Runs& runs, Compute<T>& scale_grad) {
+                                      const math::Normaliser<Compute<T>>& same, Compute<T> factor, const Runs& runs,
+                                      Compute<T>& scale_grad) {
   using C = Compute<T>;
+  const C* constants = same.constants;
+  // Weights are read one by one. Only the kernels that take one element at a time read them, so that the others do not need the registers.
+  const bool weighs = N == 1 && args.weights.data;
   constexpr int U = unroll(L::params, N);
   constexpr bool kRuns = L::params > 1;  // the params may come from a packed head
   const int64_t row = part.row, begin = part.begin;
@@ -135,18 +140,28 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
 #pragma unroll
         for (int k = 0; k < L::params; ++k) p[k] = widened(params[k][u].value[j]);
         const C t = data.value(u, j);
-        C value;
-        if constexpr (L::has_scale_grad) {
-          C own_scale_grad;
-          value = L::element(p, t, constants, d, logs, own_scale_grad);
-          scale_grad += own_scale_grad;
-        } else {
-          value = L::element(p, t, constants, d, logs);
-        }
+        C value, own_scale_grad(0);
+        Logs<L, C> own_logs;
+        Logs<L, C>& its_logs = N == 1 ? own_logs : logs;
+        if constexpr (L::has_scale_grad) value = L::element(p, t, constants, d, its_logs, own_scale_grad);
+        else value = L::element(p, t, constants, d, its_logs);
         if constexpr (math::has_ends<L, C>) {
           if (value != value) value = L::at_ends(p, t, value);
         }
+        if (weighs) {
+          const C own = weight_of<C>(args.weights, cpu::target_row(args, row), begin + (i + u * step));
+          const bool kept = own != C(0);
+          if constexpr (L::has_log1p) value += own_logs.value();
+          if constexpr (math::has_scale<L>) own_scale_grad = L::scalar_grad(C(1), value, own_scale_grad);
+          value = kept ? (value + same.per_element) * own : C(0);
+          own_scale_grad = kept ? own_scale_grad * own : C(0);
+#pragma unroll
+          for (int k = 0; k < L::params; ++k) d[k] = kept ? d[k] * own : C(0);
+        } else if constexpr (N == 1 && L::has_log1p) {
+          logs.add(own_logs);
+        }
         sum += value;
+        scale_grad += own_scale_grad;
 #pragma unroll
         for (int k = 0; k < L::params; ++k) grads[k][j] = d[k] * factor;
       }
@@ -167,6 +182,10 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
 // Writes the results of a row whose elements sum to `value`, and returns its part of the loss.
 template <class L, class C>
 FASTVAE_DEVICE double finish_row(const NllArgs& args, int64_t row, double value, double scale_grad, C normaliser, double weighted_kl) {
+  if (args.weights.data) {
+    if (args.scalar_rows.data) put(args.scalar_rows, row, scale_grad);
+    return put_row(args, row, value, weighted_kl);
+  }
   if constexpr (math::has_scale<L>) {
     if (args.scalar_rows.data) put(args.scalar_rows, row, L::scalar_grad(static_cast<double>(args.size), value, scale_grad));
   }
@@ -180,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T), N))
   FASTVAE_SHARED(C, row_scratch, 2 * kThreads / kWarp);
   FASTVAE_SHARED(double, loss_scratch, kThreads / kWarp);
   const int lane = threadIdx.x & (plan.lanes - 1);
-  const bool values = args.loss.data, scale_grads = L::has_scale_grad && args.scalar_rows.data;
+  const bool values = args.loss.data, scale_grads = (L::has_scale_grad || (N == 1 && args.weights.data)) && args.scalar_rows.data;
 
   math::Normaliser<C> same = {static_cast<C>(args.normaliser), {}};
 #pragma unroll
@@ -204,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T), N))
       C factor = static_cast<C>(args.weight);
       if (args.grad_loss.data || args.grad_nll.data)
         factor = static_cast<C>(row_factor(args.grad_loss, args.grad_nll, args.weight, row));
-      sum = part_of_row<L, T, D, N>(args, part, lane, plan.lanes, same.constants, factor, place, scale_grad);
+      sum = part_of_row<L, T, D, N>(args, part, lane, plan.lanes, same, factor, place, scale_grad);
     }
     if (!values) continue;
     sum = group_sum(sum, plan.lanes, row_scratch + (turn ^= kThreads / kWarp));
@@ -237,6 +256,7 @@ int unit_of(const NllArgs& args) {
   constexpr bool levels = std::is_same_v<L, math::DiscretizedLogistic>;  // levels have a single type
   const int unit = widest<L>(cpu::item_size(args.params[0].type));
   bool wide = (levels || !counts(args.target.type)) && allows(args.target, args.size, unit);
+  wide &= !args.weights.data;
   for (int k = 0; k < kMaxParams; ++k) wide &= allows(args.params[k], args.size, unit) && allows(args.grads[k], args.size, unit);
   return wide ? unit : 1;
 }

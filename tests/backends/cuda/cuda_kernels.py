@@ -93,6 +93,17 @@ class Operand(Structure):
     )
 
 
+class Weights(Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("type", c_int8),
+        ("row_stride", c_int64),
+        ("levels", c_int),
+        ("sizes", c_int64 * 4),
+        ("strides", c_int64 * 4),
+    )
+
+
 class Numbers(Structure):
     _fields_ = (("data", c_void_p), ("type", c_int8), ("stride", c_int64))
 
@@ -126,6 +137,7 @@ class NllArgs(Structure):
         ("params", Operand * 3),
         ("target", Operand),
         ("target_rows", c_int64),
+        ("weights", Weights),
         ("constants", c_double * 5),
         ("normaliser", c_double),
         ("scalar", Numbers),
@@ -250,6 +262,18 @@ def operand(tensor: Tensor | None, counts: Mapping[torch.dtype, int] = MappingPr
         return Operand()
     kind = counts[tensor.dtype] if tensor.dtype in counts else DTYPES.index(tensor.dtype)
     return Operand(pointer(tensor), kind, tensor.stride(0), event_size(tensor), 0)
+
+
+def weights_of(weight: Tensor | None, sizes: Sequence[int]) -> Weights:
+    """A level for each dimension, although csrc/ops joins those that it can. The elements are in contiguous order."""
+    if weight is None:
+        return Weights()
+    kind = DTYPES.index(weight.dtype) if weight.dtype != torch.uint8 else COUNTS[torch.uint8]
+    strides = [weight.stride(i) if weight.shape[i] > 1 else 0 for i in range(weight.dim())]
+    view = Weights(pointer(weight), kind, strides[0], max(1, weight.dim() - 1))
+    view.sizes[: len(sizes) - 1] = list(reversed(sizes[1:]))
+    view.strides[: len(sizes) - 1] = list(reversed(strides[1:]))
+    return view
 
 
 def numbers(tensor: Tensor | None) -> Numbers:
@@ -413,8 +437,10 @@ class Kernels:
         beta: Tensor | None = None,
         reduction: int = 2,
         needs: int = 0,
+        weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
         args, gradients = self._nll_args(likelihood, params, target, constants, needs)
+        args.weights = weights_of(weight, target.shape)
         rows, dtype = params[0].shape[0], row_dtype(params[0])
         nll = poisoned((rows,), dtype)
         loss_dtype = torch.float64 if kl is not None and kl.dtype == torch.float64 else dtype
@@ -443,6 +469,7 @@ class Kernels:
         reduction: int = 2,
         grad_nll: Tensor | None = None,
         with_gradient: bool = True,
+        weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (loss, nll, gradient) of a discretised logistic or a mixture; with `grad_nll`, only the gradient is
         computed."""
@@ -453,6 +480,7 @@ class Kernels:
         args.constants[:] = levels, 1 / levels, math.log(2 / levels), floor, small
         args.weight, args.reduced = self.weight(reduction, rows), reduction != 0
         args.target = operand(target, COUNTS)
+        args.weights = weights_of(weight, (rows, 1, *target.shape[2:]) if components else target.shape)
         grads = poisoned_like(params)
         if components:
             args.params[0], args.grads[0] = operand(params), operand(grads if with_gradient else None)
