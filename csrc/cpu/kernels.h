@@ -60,6 +60,10 @@ struct Weights {
   int64_t row_stride = 0;
   int levels = 0;
   int64_t sizes[kMaxLevels] = {}, strides[kMaxLevels] = {};
+  uint64_t inverses[kMaxLevels] = {};  // see inverse_of
+
+  // 2^63 / size, rounded up. i / size is then the high half of 2 * i * inverse while i * size is below 2^63, so that CUDA needs no division.
+  static constexpr uint64_t inverse_of(int64_t size) { return ((uint64_t(1) << 63) - 1) / static_cast<uint64_t>(size) + 1; }
 };
 
 constexpr int kMaxParams = 3;

@@ -164,10 +164,10 @@ struct Pack {
 // Maps the index of an element in its row to its offset in memory.
 struct Runs {
   int64_t gap;       // the distance from the end of a run to the next run; 0 if the row is dense
-  uint64_t inverse;  // 2^63 / run, rounded up, so that i / run is the high half of 2 * i * inverse while i * run is below 2^63
+  uint64_t inverse;  // that of the length of a run; see Weights::inverse_of
 
   explicit Runs(const Operand& view)
-      : gap(view.run_stride ? view.run_stride - view.run : 0), inverse(view.run > 0 ? ((uint64_t(1) << 63) - 1) / view.run + 1 : 0) {}
+      : gap(view.run_stride ? view.run_stride - view.run : 0), inverse(view.run > 0 ? Weights::inverse_of(view.run) : 0) {}
   FASTVAE_DEVICE int64_t operator()(int64_t i) const {
     return gap == 0 ? i : i + static_cast<int64_t>(__umul64hi(2 * static_cast<uint64_t>(i), inverse)) * gap;
   }
@@ -181,10 +181,8 @@ FASTVAE_DEVICE C weight_of(const Weights& weights, int64_t row, int64_t element)
   const int last = weights.levels - 1;
 #pragma unroll 1
   for (int l = 0; l < last; ++l) {
-    // Divisions by 32-bit numbers take far fewer instructions.
-    const int64_t size = weights.sizes[l];
-    const int64_t rest = (element | size) >> 32 ? element / size : int64_t(uint32_t(element) / uint32_t(size));
-    at += (element - rest * size) * weights.strides[l];
+    const int64_t rest = static_cast<int64_t>(__umul64hi(2 * static_cast<uint64_t>(element), weights.inverses[l]));
+    at += (element - rest * weights.sizes[l]) * weights.strides[l];
     element = rest;
   }
   at += element * weights.strides[last];

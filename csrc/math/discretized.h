@@ -125,12 +125,9 @@ struct LogisticLogs {
   V over = V(1), sum = V(0);
   int count = 0;
 
-  FASTVAE_HD void add(const LogMass<V>& mass) { add(mass.e, mass.over); }
-  // Adds the logarithms of a single element.
-  FASTVAE_HD void add(const LogisticLogs& one) { add(one.excess.excess, one.over); }
-  FASTVAE_HD void add(V e, V factor) {
-    excess.add(e, V(1) + e);
-    over = over * factor;
+  FASTVAE_HD void add(const LogMass<V>& mass) {
+    excess.add(mass.e, V(1) + mass.e);
+    over = over * mass.over;
     if (++count % 8 != 0) return;
     sum = sum + Primitives<V>::log(over);
     over = V(1);

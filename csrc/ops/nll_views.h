@@ -43,6 +43,7 @@ inline cpu::Weights weights_view(const OptionalTensor& weight, at::IntArrayRef s
   view.type = dtype_of(t);
   if (view.type == cpu::DType::u8) view.type = cpu::DType::byte;
   view.row_stride = t.size(0) == 1 ? 0 : t.stride(0);
+  for (int l = 0; l < view.levels; ++l) view.inverses[l] = cpu::Weights::inverse_of(std::max<int64_t>(1, view.sizes[l]));
   return view;
 }
 

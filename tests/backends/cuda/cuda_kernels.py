@@ -101,6 +101,7 @@ class Weights(Structure):
         ("levels", c_int),
         ("sizes", c_int64 * 4),
         ("strides", c_int64 * 4),
+        ("inverses", c_uint64 * 4),
     )
 
 
@@ -272,6 +273,7 @@ def weights_of(weight: Tensor | None, sizes: Sequence[int]) -> Weights:
     strides = [weight.stride(i) if weight.shape[i] > 1 else 0 for i in range(weight.dim())]
     view = Weights(pointer(weight), kind, strides[0], max(1, weight.dim() - 1))
     view.sizes[: len(sizes) - 1] = list(reversed(sizes[1:]))
+    view.inverses[: len(sizes) - 1] = [(2**63 - 1) // max(1, size) + 1 for size in reversed(sizes[1:])]
     view.strides[: len(sizes) - 1] = list(reversed(strides[1:]))
     return view
 
