@@ -559,6 +559,29 @@ def test_modules_take_draws(backend: str, likelihood: Any, data: Tensor | None) 
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize(
+    "likelihood",
+    [
+        fastvae.likelihoods.Bernoulli(from_probs=True),
+        fastvae.likelihoods.Laplace("per_element", log_scale_bounds=(-3, 2)),
+        fastvae.likelihoods.Gaussian("per_element", logvar_bounds=(-3, 2)),
+    ],
+    ids=["probabilities", "laplace", "gaussian"],
+)
+def test_modules_that_convert_parameters_pass_no_gradient_to_what_is_left_out(
+    backend: str, likelihood: Any
+) -> None:
+    weight = make_weight((4, 9), torch.bool)
+    clean = torch.rand(4, likelihood.channels(9)) * 0.8 + 0.1
+    x = torch.rand(4, 9)
+    given = poisoned(clean, removed_from(clean, ~weight)).requires_grad_()
+    leaf = clean.clone().requires_grad_()
+    got, want = likelihood.nll(given, x, weight=weight), likelihood.nll(leaf, x, weight=weight)
+    torch.testing.assert_close(got, want)
+    (a,), (b,) = torch.autograd.grad(got.sum(), given), torch.autograd.grad(want.sum(), leaf)
+    torch.testing.assert_close(a, b)
+
+
 def test_modules_refuse_rows_that_are_not_draws(native: None) -> None:
     with pytest.raises(
         ValueError, match=re.escape("`params` must have K * B rows with K = `draws` = 3, got 4 rows")
