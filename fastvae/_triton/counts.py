@@ -686,7 +686,8 @@ def evaluate(
     if form.raw and d_mean is not None:
         log_grads = d_mean if d_mean.dtype == dtype else room(True, dtype)
     row_sums = lead.new_empty((rows, 1), dtype=dtype)
-    # In a full tile, a thread has four elements, or two in float64. Their arithmetic takes most of its registers.
+    # In a full tile, a thread has four elements, or two in float64, and half as many with weights. Their arithmetic takes
+    # most of its registers.
     widest = 512 if dtype == torch.float32 else 256
     columns = min(widest, max(16, triton.next_power_of_2(genes)))
     strides = [
@@ -732,7 +733,7 @@ def evaluate(
         COLUMNS=columns,
         PLACES=min(128, columns),
         C=COMPUTE[dtype],
-        num_warps=max(1, 4 * columns // widest),
+        num_warps=max(1, (8 if weights.kind else 4) * columns // widest),
     )
     if shared and d_dispersion is not None and element_values is None:
         d_dispersion = d_dispersion.sum(0).to(params[1].dtype)

@@ -56,7 +56,7 @@ def nll_kernel(
     second,  # None if the likelihood has only one
     target,  # (target_rows, size), any dtype
     weights,  # the weights of elements (target_rows, size), or None; this and the next eight are in a WeightView
-    weights_stride: "number",
+    weights_stride: "number",  # in units of UNIT elements if the weights are dense
     weights_size_0: "number",
     weights_size_1: "number",
     weights_size_2: "number",
@@ -112,7 +112,7 @@ def nll_kernel(
         data_rows = rows % target_rows
     target += data_rows[:, None] * target_stride * UNIT
     if WEIGHTED > 0:
-        weights += data_rows[:, None] * weights_stride
+        weights += data_rows[:, None] * weights_stride * (UNIT if WEIGHTED == 1 else 1)
     if first_grad is not None:
         first_grad += rows[:, None] * grad_stride * UNIT
     if second_grad is not None:
@@ -252,7 +252,12 @@ def evaluate(
     weights = weight_view(element_weight, target.shape, order)
     grad_stride = size * (2 if variant.packed else 1)
     second_stride = second.stride(0) if second is not None else 0
-    unit = divisor(size, first.stride(0), second_stride, data.stride(0), grad_stride, second_offset)
+    # In float64, the weights take registers too.
+    spread = max(element.warps_64, 2 if weights.kind else 1) if dtype == torch.float64 else 1
+    dense = weights.row_stride if weights.kind == 1 else 0
+    unit = divisor(size, first.stride(0), second_stride, data.stride(0), grad_stride, second_offset, dense)
+    if weights.kind == 1:
+        weights = weights._replace(row_stride=dense // unit)
     # A thread holds this many adjacent elements: those of a 128-bit access, or fewer if the strides require it.
     fold = min(16 // lead.element_size(), unit)
     cut = partition(rows, size, choice("nll", rows * size, lead.device), narrowest=fold)
@@ -303,6 +308,6 @@ def evaluate(
         FOLD=fold,
         WIDE=cut.wide,
         C=COMPUTE[dtype],
-        num_warps=cut.warps * (element.warps_64 if dtype == torch.float64 else 1),
+        num_warps=cut.warps * spread,
     )
     return gradients, row_sums, scalar_sums
