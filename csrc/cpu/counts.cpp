@@ -99,7 +99,6 @@ struct Gathered {
   int32_t place[kBlock];
   double t[kBlock + kBufferSlack], mean[kBlock + kBufferSlack], theta[kBlock + kBufferSlack], pi[kBlock + kBufferSlack];
   double log_gamma[kBlock + kBufferSlack], digamma[kBlock + kBufferSlack], log_factorial[kBlock + kBufferSlack];
-  double weight[kBlock + kBufferSlack];  // only if there are weights
   double value[kBlock + kBufferSlack], d_mean[kBlock + kBufferSlack], d_theta[kBlock + kBufferSlack], d_pi[kBlock + kBufferSlack];
 };
 
@@ -117,15 +116,16 @@ struct Row {
   C mean_scale;       // if raw: the factor that turns the exponentials of the logits into means
   double sum;         // if raw: the sum of those exponentials
   double log_offset;  // if raw: the summand that turns a logit into the logarithm of the mean
-  C weight;
-  double eps;  // if not raw: this is added to the mean
+  C weight;        // of the derivatives
+  C value_weight;  // of the values
+  double eps;      // if not raw: this is added to the mean
 };
 
 // n elements of a block, as dense arrays. The pointers to outputs, and to inputs that the likelihood does not have, may be null.
 template <class C>
 struct Block {
   int64_t n;
-  const C *mean, *logits, *theta, *inverse, *log_theta, *given, *pi, *target, *weights;
+  const C *mean, *logits, *theta, *inverse, *log_theta, *given, *pi, *target;
   const double *exact, *log_gamma, *digamma;  // these belong to a shared dispersion
   C *values, *d_mean, *d_theta, *d_pi;
   bool sums_theta;  // whether derivatives are added to d_theta instead of overwriting it
@@ -147,7 +147,7 @@ struct Sums {
 
 // How the counts of `Gathered` are to be read.
 struct Reading {
-  bool raw, inflated, shared, weighted;
+  bool raw, inflated, shared;
   double log_offset;
 };
 
@@ -160,7 +160,7 @@ Sums evaluate(Gathered& g, const Reading& read) {
   Sum<double> nll, grad;
   const int64_t padded = (g.count + L - 1) / L * L;
   for (int64_t i = g.count; i < padded; ++i)
-    for (auto* field : {g.t, g.mean, g.theta, g.pi, g.log_gamma, g.digamma, g.log_factorial, g.weight}) field[i] = field[g.count - 1];
+    for (auto* field : {g.t, g.mean, g.theta, g.pi, g.log_gamma, g.digamma, g.log_factorial}) field[i] = field[g.count - 1];
   for (int64_t i = 0; i < padded; i += L) {
     const auto at = [&](const double* field) FASTVAE_INLINE { return Wide::loadu(field + i); };
     Wide theta = at(g.theta), mu = at(g.mean), log_mu(0), underflow(0);
@@ -183,18 +183,41 @@ Sums evaluate(Gathered& g, const Reading& read) {
     math::CountTerm<Wide> term;
     if constexpr (kSimple) term = math::negative_binomial_few<kCase == kOne>(at(g.t), mu, log_mu, theta, at(g.log_factorial));
     else term = math::negative_binomial_positive<kLarge, kPoisson>(at(g.t), mu, log_mu, theta, of_theta, at(g.log_factorial));
-    if (read.inflated) math::without_additional_zero(term, at(g.pi));
-    if (read.weighted) {
-      const Wide weight = at(g.weight);
-      for (Wide* x : {&term.value, &term.d_mu, &term.d_theta, &underflow}) *x = *x * weight;
-      if (read.inflated) term.d_pi = term.d_pi * weight;
+    if (read.inflated) {
+      math::without_additional_zero(term, at(g.pi));
+      term.d_pi.store(g.d_pi + i);
     }
-    if (read.inflated) term.d_pi.store(g.d_pi + i);
     (read.raw ? term.d_mu : term.d_mu / mu).store(g.d_mean + i);
     (read.raw ? term.d_theta * theta : term.d_theta).store(g.d_theta + i);
-    term.value.store(g.value + i);
-    nll.add_lanes(read.raw ? at::vec::fmadd(at(g.t), underflow, term.value) : term.value, g.count - i);
+    const Wide value = read.raw ? at::vec::fmadd(at(g.t), underflow, term.value) : term.value;
+    value.store(g.value + i);
+    nll.add_lanes(value, g.count - i);
     grad.add_lanes(term.d_mu, g.count - i);
+  }
+  return {nll.total(), grad.total()};
+}
+
+// Multiplies the values and the derivatives of a block by the weights of its elements, and returns the sums of the values and of what is in
+// d_mean. The derivatives by a shared dispersion are added to `d_shared`.
+template <class C>
+Sums weigh(const Block<C>& b, const C* weights, C* d_shared) {
+  using V = Vec<C>;
+  Sum<C> nll, grad;
+  for (int64_t i = 0; i < b.n; i += V::size()) {
+    const int64_t lanes = std::min<int64_t>(V::size(), b.n - i);
+    const V own = load_lanes(weights + i, lanes);
+    const auto weighted_in = [&](C* data) {
+      const V x = weighted<C>(load_lanes(data + i, lanes), own);
+      store_lanes(x, data + i, lanes);
+      return x;
+    };
+    nll.add(0, weighted_in(b.values));
+    if (b.d_mean) grad.add(0, weighted_in(b.d_mean));
+    if (b.d_pi) weighted_in(b.d_pi);
+    if (b.d_theta) {
+      const V d = weighted_in(b.d_theta);
+      if (d_shared) store_lanes(load_lanes(d_shared + i, lanes) + d, d_shared + i, lanes);
+    }
   }
   return {nll.total(), grad.total()};
 }
@@ -205,11 +228,9 @@ struct Kernel {
   using P = math::Primitives<V>;
   static constexpr int64_t W = V::size();
 
-  // Computes every element as if its count were zero, and lists those whose count is not. Elements of weight 0 are neither counted nor
-  // listed.
-  template <bool kWeighted>
+  // Computes every element as if its count were zero, and lists those whose count is not.
   static Sums zeros(const Block<C>& b, const Row<C>& row, int32_t* positive, int64_t& positives) {
-    const V scale(row.mean_scale), weight(row.weight), eps(static_cast<C>(row.eps));
+    const V scale(row.mean_scale), weight(row.weight), value_weight(row.value_weight), eps(static_cast<C>(row.eps));
     Sum<C> nll, grad;
     positives = 0;
     const auto step = [&](int64_t i, auto lanes, int slot) FASTVAE_INLINE {
@@ -223,25 +244,19 @@ struct Kernel {
         else theta = P::at_most(load_lanes(b.theta + i, lanes), V(Bounds<C>::highest));
         inverse = V(1) / theta;
       }
-      const V t = load_lanes(b.target + i, lanes);
-      V is_zero = t == V(0), own(1);
-      if constexpr (kWeighted) {
-        own = load_lanes(b.weights + i, lanes);
-        is_zero = P::zero_where(own == V(0), is_zero);
-      }
-      const auto by_weight = [&](V x) FASTVAE_INLINE { return kWeighted ? weighted<C>(x, own) : x; };
+      const V t = load_lanes(b.target + i, lanes), is_zero = t == V(0);
       auto term = math::negative_binomial_zero(mu, theta, inverse);
       if constexpr (kInflated) term = math::with_additional_zeros(term, load_lanes(b.pi + i, lanes));
-      const V value = by_weight(P::select(is_zero, term.value, V(0)));
-      const V d_log_mu = kRaw ? by_weight(P::select(is_zero, term.d_mu * mu, V(0))) : V(0);
-      if (!kRaw && b.values) store_lanes(value * weight, b.values + i, lanes);
-      if (b.d_mean) store_lanes(kRaw ? d_log_mu : by_weight(term.d_mu) * weight, b.d_mean + i, lanes);
+      const V value = P::select(is_zero, term.value, V(0));
+      const V d_log_mu = kRaw ? P::select(is_zero, term.d_mu * mu, V(0)) : V(0);
+      if (b.values) store_lanes(value * value_weight, b.values + i, lanes);
+      if (b.d_mean) store_lanes(kRaw ? d_log_mu : term.d_mu * weight, b.d_mean + i, lanes);
       if (b.d_theta) {
-        const V d = by_weight(kRaw ? term.d_theta * theta : term.d_theta) * weight;
+        const V d = (kRaw ? term.d_theta * theta : term.d_theta) * weight;
         if (kShared && b.sums_theta) store_lanes(load_lanes(b.d_theta + i, lanes) + P::select(is_zero, d, V(0)), b.d_theta + i, lanes);
         else store_lanes(d, b.d_theta + i, lanes);
       }
-      if (kInflated && b.d_pi) store_lanes(by_weight(term.d_pi) * weight, b.d_pi + i, lanes);
+      if (kInflated && b.d_pi) store_lanes(term.d_pi * weight, b.d_pi + i, lanes);
       if (lanes < W) {
         nll.add_lanes(value, lanes);
         if constexpr (kRaw) grad.add_lanes(d_log_mu, lanes);
@@ -250,7 +265,6 @@ struct Kernel {
         if constexpr (kRaw) grad.add(slot, d_log_mu);
       }
       unsigned others = ~static_cast<unsigned>(t.zero_mask()) & ((1u << W) - 1);
-      if constexpr (kWeighted) others &= ~static_cast<unsigned>(own.zero_mask());
       while (others) {
         positive[positives++] = static_cast<int32_t>(i + __builtin_ctz(others));
         others &= others - 1;
@@ -273,7 +287,7 @@ struct Kernel {
       const double t = b.target[i], theta = kShared ? b.exact[i] : kRaw ? b.log_theta[i] : b.theta[i];
       if (!kShared || b.any_below) {
         const double rest = below(b.given[i], kRaw);
-        sums.nll += b.weights ? rest * b.weights[i] : rest;
+        sums.nll += rest;
         any_below |= rest > 0;
       }
       // If the log of theta is read, the bounds apply to the log.
@@ -294,9 +308,8 @@ struct Kernel {
         g.digamma[j] = b.digamma[i];
       }
       if constexpr (kInflated) g.pi[j] = b.pi[i];
-      if (b.weights) g.weight[j] = b.weights[i];
     }
-    const Reading read{kRaw, kInflated, kShared, b.weights != nullptr, row.log_offset};
+    const Reading read{kRaw, kInflated, kShared, row.log_offset};
     constexpr Sums (*const evaluators[])(Gathered&, const Reading&) = {
         evaluate<kDispersed>, evaluate<kNearPoisson>, evaluate<kLargeDispersed>, evaluate<kLargeNearPoisson>, evaluate<kOne>, evaluate<kFew>,
     };
@@ -307,8 +320,8 @@ struct Kernel {
       sums.nll += part.nll;
       sums.grad += part.grad;
       const double weight = row.weight;
-      if (!kRaw && b.values)
-        for (int64_t j = 0; j < g.count; ++j) b.values[g.place[j]] = static_cast<C>(g.value[j] * weight);
+      if (b.values)
+        for (int64_t j = 0; j < g.count; ++j) b.values[g.place[j]] = static_cast<C>(g.value[j] * row.value_weight);
       if (b.d_mean)
         for (int64_t j = 0; j < g.count; ++j) b.d_mean[g.place[j]] = static_cast<C>(kRaw ? g.d_mean[j] : g.d_mean[j] * weight);
       if (b.d_theta)
@@ -319,10 +332,10 @@ struct Kernel {
       if (kInflated && b.d_pi)
         for (int64_t j = 0; j < g.count; ++j) b.d_pi[g.place[j]] = static_cast<C>(g.d_pi[j] * weight);
     }
-    if (!kRaw && b.values && any_below)
+    if (b.values && any_below)
       for (int64_t k = 0; k < count; ++k) {
         const int32_t i = scratch.positive[k];
-        b.values[i] += static_cast<C>(below(b.given[i], kRaw)) * row.weight * (b.weights ? b.weights[i] : C(1));
+        b.values[i] += static_cast<C>(below(b.given[i], kRaw)) * row.value_weight;
       }
     return sums;
   }
@@ -371,7 +384,8 @@ struct Kernel {
 
   static void one_row(const CountArgs& args, const SharedDispersion<C>& shared, int64_t r, C* d_shared, Scratch<C>& scratch) {
     const int64_t genes = args.genes;
-    Row<C> row{C(1), 1, 0, static_cast<C>(args.weight[r * args.weight_stride]), args.eps};
+    const C factor = static_cast<C>(args.weight[r * args.weight_stride]);
+    Row<C> row{C(1), 1, 0, factor, args.values.data ? factor : C(1), args.eps};
     if constexpr (kRaw) softmax(args, r, row, scratch);
     const int64_t source = target_row(args, r);
     if (args.starts)
@@ -408,20 +422,27 @@ struct Kernel {
       b.target = !args.starts ? load(args.target, source, begin, b.n, genes, scratch.counts) : scratch.target.data() + begin;
       if constexpr (kRaw) b.d_mean = args.d_mean.data ? scratch.grads.data() + begin : nullptr;
       else b.d_mean = destination(args.d_mean, r, begin, genes, scratch.d_mean);
-
-      b.weights = load(args.weights, source, begin, b.n, scratch.weights);
-      for (int64_t i = 0; !any && i < b.n; ++i) any = b.weights[i] != 0;
+      if (args.weights.data) {
+        if (!b.values) b.values = scratch.values.data;
+        if (b.sums_theta) b.d_theta = scratch.d_dispersion.data;
+        if (kRaw && !b.d_mean) b.d_mean = scratch.d_mean.data;
+        b.sums_theta = false;
+      }
 
       int64_t count;
-      const Sums zero = b.weights ? zeros<true>(b, row, scratch.positive, count) : zeros<false>(b, row, scratch.positive, count);
-      nll += zero.nll;
-      grad += zero.grad;
+      Sums sums = zeros(b, row, scratch.positive, count);
       if (count) {
         if constexpr (kRaw) b.logits = load(args.mean, r, begin, b.n, genes, scratch.mean);
         const Sums more = positives(b, row, scratch, count);
-        nll += more.nll;
-        grad += more.grad;
+        sums.nll += more.nll;
+        sums.grad += more.grad;
       }
+      if (const C* weights = load(args.weights, source, begin, b.n, scratch.weights)) {
+        sums = weigh(b, weights, d_shared ? d_shared + begin : nullptr);
+        for (int64_t i = 0; i < b.n; ++i) any |= weights[i] != C(0);
+      }
+      nll += sums.nll;
+      grad += sums.grad;
       if constexpr (!kRaw) store(args.values, r, begin, b.n, genes, scratch.values);
       store(args.d_dispersion, r, begin, b.n, genes, scratch.d_dispersion);
       if constexpr (kInflated) store(args.d_zero_logits, r, begin, b.n, genes, scratch.d_pi);

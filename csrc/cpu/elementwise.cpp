@@ -139,7 +139,7 @@ BlockSums weighted_block(const C* const (&param)[kMaxParams], const C* target, c
     const V own = load_lanes(weights + i, std::min(W, n - i));
     is_mask = !P::any_less(V(0), P::abs(own * own - own));
   }
-  const auto step = [&](int64_t i, auto lanes, int slot) FASTVAE_INLINE {
+  const auto step = [&](int64_t i, int64_t lanes, int slot) FASTVAE_INLINE {
     V p[L::params], d[L::params];
     for (int k = 0; k < L::params; ++k) p[k] = load_lanes(param[k] + i, lanes);
     const V t = load_lanes(target + i, lanes), own = load_lanes(weights + i, lanes);
@@ -171,18 +171,15 @@ BlockSums weighted_block(const C* const (&param)[kMaxParams], const C* target, c
     sum.add(slot, value);
     weight_sum.add(slot, own);
   };
-  constexpr std::integral_constant<int64_t, W> whole;
   constexpr int64_t kAhead = 2048 / sizeof(C);
-  int64_t i = 0;
-  for (; i + W <= n; i += W) {
+  for (int64_t i = 0; i < n; i += W) {
     for (int k = 0; k < L::params; ++k) {
       prefetch(param[k] + i + kAhead, W * sizeof(C));
       if (grad[k]) prefetch(grad[k] + i + kAhead, W * sizeof(C));
     }
     prefetch(target + i + kAhead, W * sizeof(C));
-    step(i, whole, i / W % 4);
+    step(i, std::min(W, n - i), i / W % 4);
   }
-  if (i < n) step(i, n - i, 0);
   for (int k = 0; L::has_log1p && k < 4; ++k) sum.add(k, masked[k].value());
   const double total = sum.total();
   if constexpr (math::has_ends<L, V>) {

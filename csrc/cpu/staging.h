@@ -94,9 +94,11 @@ inline void convert_in(const void* data, DType type, int64_t position, C* out, i
     }
     case DType::f16:
       if constexpr (std::is_same_v<C, float>) widen(static_cast<const c10::Half*>(data) + position, out, n);
+      else read_numbers<c10::Half>(data, position, out, n);  // only weights are half while params are double
       break;
     case DType::bf16:
       if constexpr (std::is_same_v<C, float>) widen(static_cast<const c10::BFloat16*>(data) + position, out, n);
+      else read_numbers<c10::BFloat16>(data, position, out, n);
       break;
   }
 }
@@ -140,49 +142,37 @@ inline const C* load(const Operand& view, int64_t row, int64_t begin, int64_t n,
   return buffer.data;
 }
 
-template <class T, class C>
-inline void read_weights(const Weights& view, int64_t row, int64_t begin, int64_t n, C* out) {
-  const T* in = static_cast<const T*>(view.data) + row * view.row_stride;
-  int64_t step[kMaxLevels], rest = begin;
-  for (int l = 0; l < view.levels; ++l) {
-    step[l] = rest % view.sizes[l];
-    rest /= view.sizes[l];
-    in += step[l] * view.strides[l];
+// The weights of elements [begin, begin + n) of `row` as a dense array, for n up to kBlock.
+template <class C>
+void read(const Weights& view, int64_t row, int64_t begin, int64_t n, C* out) {
+  const int64_t size = view.sizes[0], stride = view.strides[0];
+  if (stride == 0 && view.levels > 1) {  // each weight serves `size` elements
+    Weights outer = view;
+    std::copy(view.sizes + 1, view.sizes + view.levels, outer.sizes);
+    std::copy(view.strides + 1, view.strides + view.levels, outer.strides);
+    --outer.levels;
+    Buffer<C> weights;
+    const int64_t first = begin / size;
+    read(outer, row, first, (begin + n - 1) / size - first + 1, weights.data);
+    int64_t left = size - begin % size;
+    for (int64_t i = 0, k = 0; i < n; ++i, --left) {
+      if (left == 0) ++k, left = size;
+      out[i] = weights.data[k];
+    }
+    return;
   }
-  const int64_t stride = view.strides[0];
   for (int64_t done = 0; done < n;) {
-    const int64_t length = std::min(n - done, view.sizes[0] - step[0]);
+    const int64_t within = (begin + done) % size, length = std::min(n - done, size - within);
+    int64_t position = row * view.row_stride + within * stride;
+    for (int64_t l = 1, rest = (begin + done) / size; l < view.levels; rest /= view.sizes[l++]) position += rest % view.sizes[l] * view.strides[l];
     C* to = out + done;
-    if (stride == 0) {
-      const C weight = static_cast<C>(*in);
-      for (int64_t i = 0; i < length; ++i) to[i] = weight;
-    } else if (stride == 1) {
-      for (int64_t i = 0; i < length; ++i) to[i] = static_cast<C>(in[i]);
+    if (stride == 1) {
+      convert_in(view.data, view.type, position, to, length);
     } else {
-      for (int64_t i = 0; i < length; ++i) to[i] = static_cast<C>(in[i * stride]);
+      for (int64_t i = 0; i < (stride ? length : 1); ++i) convert_in(view.data, view.type, position + i * stride, to + i, 1);
+      if (stride == 0) std::fill(to + 1, to + length, *to);
     }
     done += length;
-    // From the end of a run of the innermost loop to the start of the next one.
-    in -= step[0] * stride;
-    step[0] = 0;
-    for (int l = 1; l < view.levels; ++l) {
-      in += view.strides[l];
-      if (++step[l] < view.sizes[l]) break;
-      in -= view.sizes[l] * view.strides[l];
-      step[l] = 0;
-    }
-  }
-}
-
-// The weights of elements [begin, begin + n) of `row` as a dense array.
-template <class C>
-inline void read(const Weights& view, int64_t row, int64_t begin, int64_t n, C* out) {
-  switch (view.type) {
-    case DType::boolean: case DType::byte: return read_weights<uint8_t>(view, row, begin, n, out);
-    case DType::f64: return read_weights<double>(view, row, begin, n, out);
-    case DType::f16: return read_weights<c10::Half>(view, row, begin, n, out);
-    case DType::bf16: return read_weights<c10::BFloat16>(view, row, begin, n, out);
-    default: return read_weights<float>(view, row, begin, n, out);
   }
 }
 

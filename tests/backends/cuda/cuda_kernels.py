@@ -471,7 +471,6 @@ class Kernels:
         reduction: int = 2,
         grad_nll: Tensor | None = None,
         with_gradient: bool = True,
-        weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (loss, nll, gradient) of a discretised logistic or a mixture; with `grad_nll`, only the gradient is
         computed."""
@@ -482,7 +481,6 @@ class Kernels:
         args.constants[:] = levels, 1 / levels, math.log(2 / levels), floor, small
         args.weight, args.reduced = self.weight(reduction, rows), reduction != 0
         args.target = operand(target, COUNTS)
-        args.weights = weights_of(weight, (rows, 1, *target.shape[2:]) if components else target.shape)
         grads = poisoned_like(params)
         if components:
             args.params[0], args.grads[0] = operand(params), operand(grads if with_gradient else None)
