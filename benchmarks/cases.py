@@ -84,6 +84,17 @@ def _bernoulli(
     return lambda device: _reconstruction((batch, size), device, dtype=dtype, data=data)
 
 
+def _masked(mask: tuple[int, ...], dtype: torch.dtype) -> Callable[[torch.device], Inputs]:
+    """Images and a mask of what was observed, or a weight of each element, which is 0 for a quarter of them."""
+
+    def setup(device: torch.device) -> Inputs:
+        kept = torch.rand(mask, device=device) > 0.25
+        weight = kept * torch.rand(mask, device=device) if dtype.is_floating_point else kept.to(dtype)
+        return _reconstruction((512, 3, 32, 32), device) | {"weight": weight}
+
+    return setup
+
+
 def _per_element(device: torch.device) -> Inputs:
     inputs = _reconstruction((512, 3072), device)
     return inputs | {"recon_logvar": (0.5 * torch.randn(512, 3072, device=device)).requires_grad_()}
@@ -174,6 +185,15 @@ def _fused_bernoulli_rows(device: torch.device) -> Callable[..., Outputs]:
 def _fused_gaussian(device: torch.device) -> Callable[..., Outputs]:
     # With the variance 1/2, the Gaussian is the squared error without a factor, up to its constant.
     return _elbo(fastvae.likelihoods.Gaussian(scale=math.sqrt(0.5)), device)
+
+
+def _fused_masked_gaussian(device: torch.device) -> Callable[..., Outputs]:
+    elbo = fastvae.ELBO(fastvae.likelihoods.Gaussian(scale=math.sqrt(0.5))).to(device)
+
+    def fused(recon: Tensor, x: Tensor, kl: Tensor, weight: Tensor) -> Outputs:
+        return (elbo(recon, x, kl=kl, weight=weight).loss,)
+
+    return fused
 
 
 def _fused_laplace(device: torch.device) -> Callable[..., Outputs]:
@@ -296,6 +316,11 @@ def _baseline_bernoulli_uint8(recon: Tensor, x: Tensor, kld: Tensor) -> Outputs:
 
 def _baseline_gaussian(recon: Tensor, x: Tensor, kld: Tensor) -> Outputs:
     mse = F.mse_loss(recon, x, reduction="sum")
+    return ((mse + kld) / x.shape[0],)
+
+
+def _baseline_masked_gaussian(recon: Tensor, x: Tensor, kld: Tensor, weight: Tensor) -> Outputs:
+    mse = (weight * F.mse_loss(recon, x, reduction="none")).sum()
     return ((mse + kld) / x.shape[0],)
 
 
@@ -495,6 +520,13 @@ CASES = (
          4 * 5 * 512 * 3072),
     Case("Gaussian, uint8 data, 512 x 3072", _bernoulli(512, 3072, data=torch.uint8), _fused_gaussian,
          _baseline_gaussian_uint8, (4 + 1 + 4) * 512 * 3072, same_loss=False),
+    # The loss with a mask is to take at most 1.25 times that without one, and 1.45 times with a weight of full shape.
+    Case("Gaussian, bool mask, 512 x 3 x 32 x 32", _masked((512, 3, 32, 32), torch.bool), _fused_masked_gaussian,
+         _baseline_masked_gaussian, (4 * _LOSS + 1) * 512 * 3072, same_loss=False),
+    Case("Gaussian, uint8 mask of pixels, 512 x 3 x 32 x 32", _masked((512, 1, 32, 32), torch.uint8),
+         _fused_masked_gaussian, _baseline_masked_gaussian, 4 * _LOSS * 512 * 3072 + 512 * 1024, same_loss=False),
+    Case("Gaussian, float weight, 512 x 3 x 32 x 32", _masked((512, 3, 32, 32), torch.float32), _fused_masked_gaussian,
+         _baseline_masked_gaussian, 4 * (_LOSS + 1) * 512 * 3072, same_loss=False),
     Case("Bernoulli bf16 512 x 3072", _bernoulli(512, 3072, torch.bfloat16), _fused_bernoulli, _baseline_bernoulli,
          2 * _LOSS * 512 * 3072, tolerance=2e-2),
     Case("Bernoulli 512 x 3072, bernoulli_nll().mean()", _bernoulli(512, 3072), _fused_bernoulli_rows,

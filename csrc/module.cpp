@@ -74,7 +74,7 @@ py::object unless_refused(const Op& op) {
 }
 
 py::object nll(std::string_view likelihood, const py::sequence& params, py::handle target, const std::vector<double>& constants,
-               py::handle kl, py::handle beta, int64_t reduction) {
+               py::handle kl, py::handle beta, int64_t reduction, py::handle weight) {
   const auto& variant = likelihood_variant(likelihood);
   if (watched() || !(variant.elementwise() || variant.family == Family::discretized)) return py::none();
   Tensors tensors;
@@ -87,7 +87,7 @@ py::object nll(std::string_view likelihood, const py::sequence& params, py::hand
   const Tensor* data = plain_tensor(target);
   // Only Python says whether a target may serve several rows.
   if (!data || data->dim() == 0 || tensors[0].dim() == 0 || data->size(0) != tensors[0].size(0)) return py::none();
-  OptionalTensor row_kl, weight;
+  OptionalTensor row_kl, row_beta, weights;
   const auto device = tensors[0].device();
   bool together = data->device() == device;
   for (const Tensor& t : tensors) together &= t.device() == device;
@@ -96,11 +96,17 @@ py::object nll(std::string_view likelihood, const py::sequence& params, py::hand
     if (!k || c10::isReducedFloatingType(k->scalar_type()) || !b || b->scalar_type() != at::kFloat) return py::none();
     together &= k->device() == device && b->device() == device;
     row_kl = *k;
-    weight = *b;
+    row_beta = *b;
+  }
+  if (!weight.is_none()) {
+    const Tensor* w = plain_tensor(weight);
+    if (!w) return py::none();
+    together &= w->device() == device;
+    weights = *w;
   }
   if (!together) return py::none();
   static const auto handle = op<Nll>("fastvae::nll");
-  return unless_refused([&] { return handle.call(likelihood, tensors, *data, constants, row_kl, weight, reduction); });
+  return unless_refused([&] { return handle.call(likelihood, tensors, *data, constants, row_kl, row_beta, reduction, weights); });
 }
 
 // A standard normal prior, one draw, noise from the default generator.

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .elbo import ELBO
+from .elbo import ELBO, nll_of_module
 from .functional import reparameterize_kl
 from .functional.checks import check_choice, check_floating, check_like, checked_int
 from .functional.loss import nll as loss_and_nll
 from .likelihoods import Likelihood
+from .likelihoods.base import divided_rows
 from .reference.loss import reduce_rows
 
 __all__ = ["IWAE", "IWAEOutput", "PosteriorDraws"]
@@ -144,6 +145,7 @@ class IWAE(ELBO):
         logvar: Tensor | None = None,
         *,
         draws: PosteriorDraws | None = None,
+        weight: Any = None,
     ) -> IWAEOutput:
         """Compute the bound of a batch, as `iwae(decoder, x, mu, logvar)`, or from separate draws, as
         `draws = iwae.sample(mu, logvar)` and `iwae(decoder(draws.z.flatten(0, 1)), x, draws=draws)`.
@@ -154,6 +156,8 @@ class IWAE(ELBO):
             x: the data, (B, ...), as for `fastvae.ELBO`.
             mu, logvar: the posterior, (B, ...).
             draws: the result of `sample`, in place of the posterior.
+            weight: the weight of each element of `x`, shared by the draws, as for `fastvae.ELBO`. With a weight of 0
+                for what is missing, this is the bound of MIWAE (Mattei and Frellsen 2019, equation 4).
 
         Raises:
             TypeError: If neither or both of the posterior and the draws are passed, the decoder's output is passed
@@ -186,10 +190,10 @@ class IWAE(ELBO):
             )
 
         def nll_of(part: Tensor) -> Tensor:
-            return self._nll(decoder(part.flatten(0, 1)), x, len(part))
+            return self._nll(decoder(part.flatten(0, 1)), x, len(part), weight)
 
         if not is_function:
-            nll = self._nll(decoder, x, self.samples)
+            nll = self._nll(decoder, x, self.samples, weight)
         elif self.chunk is None or self.chunk >= self.samples:
             nll = nll_of(z)
         else:
@@ -200,34 +204,34 @@ class IWAE(ELBO):
         beta = self.beta.to(kl.device)
         log_weights = -nll - beta * kl
         weights = torch.softmax(log_weights.detach(), 0)
+        ess = weights.square().sum(0).reciprocal()
         bound = torch.logsumexp(log_weights.detach(), 0) - math.log(self.samples)
+        # An impossible draw has weight 0, and its part of the sum below is 0, the limit, and not 0 times infinity.
+        impossible = log_weights.detach() == -math.inf
+        weights, log_weights = weights.masked_fill(impossible, 0), log_weights.masked_fill(impossible, 0)
         if self.estimator == "dreg" and z.requires_grad:
             of_z = weights.reshape(*weights.shape, *[1] * (z.dim() - 2)).to(z.dtype)
             # The path through z needs the square of the weight, and everything else the weight itself.
             z.register_hook(lambda grad: grad * of_z)
         rows = _with_gradient(-bound, -(weights * log_weights).sum(0))
         loss = reduce_rows(rows, self._reduction)
-        return IWAEOutput(loss, bound, nll, kl, weights.square().sum(0).reciprocal())
+        return IWAEOutput(loss, bound, nll, kl, ess)
 
-    def _nll(self, recon: Any, x: Any, draws: int) -> Tensor:
+    def _nll(self, recon: Any, x: Any, draws: int, weight: Any) -> Tensor:
         """Compute -log p(x | z), (K, B), from the decoder's output for K * B rows."""
         likelihood: Any = self.likelihood
         if not isinstance(likelihood, Likelihood) or type(likelihood).nll is not Likelihood.nll:
-            return likelihood.nll(recon, _repeated(x, draws)).unflatten(0, (draws, -1))
+            repeated = None if weight is None else _repeated_weight(weight, x, draws)
+            return nll_of_module(likelihood, "IWAE", recon, _repeated(x, draws), repeated).unflatten(
+                0, (draws, -1)
+            )
         name, params, constants = likelihood.kernel_call(recon)
         rows = params[0].shape[0]
         if rows % draws != 0:
             raise ValueError(
                 f"fastvae.IWAE: the decoder must return K * B rows, {draws} times those of `x`, got {rows}"
             )
-        # Parameters that all rows share, a learned scale or a dispersion per feature, are not divided into draws.
-        apart = [
-            p.unflatten(0, (draws, -1))
-            if p.dim() > 1 or (p.dim() == 1 and i > 0 and p.shape[0] == rows)
-            else p
-            for i, p in enumerate(params)
-        ]
-        return loss_and_nll(name, apart, x, constants, draws=draws)[1]
+        return loss_and_nll(name, divided_rows(params, draws), x, constants, draws=draws, weight=weight)[1]
 
     def extra_repr(self) -> str:
         chunk = "" if self.chunk is None else f", chunk={self.chunk}"
@@ -243,3 +247,12 @@ def _repeated(x: Any, draws: int) -> Any:
     if isinstance(x, dict):
         return {name: _repeated(value, draws) for name, value in x.items()}
     return x.expand(draws, *x.shape).flatten(0, 1)
+
+
+def _repeated_weight(weight: Any, x: Any, draws: int) -> Any:
+    """Repeat a weight like `_repeated` the data; one that all rows share, with size 1, needs no copies."""
+    if isinstance(weight, dict):
+        return {
+            name: _repeated_weight(part, x[name], draws) for name, part in weight.items() if part is not None
+        }
+    return _repeated(weight, draws) if len(weight) == len(x) else weight

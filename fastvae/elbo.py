@@ -1,5 +1,6 @@
 """`ELBO`, the training objective of a VAE."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -191,6 +192,7 @@ class ELBO(nn.Module):
         logvar: Tensor | None = None,
         *,
         kl: Tensor | None = None,
+        weight: Any = None,
     ) -> ELBOOutput:
         """Compute the loss of a batch.
 
@@ -200,6 +202,12 @@ class ELBO(nn.Module):
             mu, logvar: the posterior, (B, ...). Its KL from N(0, 1) is computed here.
             kl: the KL of every row, (B,), as `reparameterize` returns it; with free bits, the KL of every dimension,
                 (B, ...). Pass either `kl` or the posterior.
+            weight: multiplies the nll of each element of `x`, for instance a mask of what is observed: bool, uint8
+                (read as a number) or floating, at least 0, in the shape of `x` or with sizes of 1, as (B, 1, H, W).
+                Elements of weight 0 are left out: even NaN or inf there, in `recon` or in `x`, reach neither the loss
+                nor a gradient. It must not require a gradient. For the positions of a categorical, the pixels of a
+                mixture of discretised logistics and for counts, see the functions in `fastvae.functional`. For a
+                `Product`, a dict with the weights of some or all of its parts.
 
         Raises:
             TypeError: If neither or both of the posterior and `kl` are passed, or an argument has a wrong type or
@@ -234,14 +242,17 @@ class ELBO(nn.Module):
         if not torch.compiler.is_compiling() and beta.is_cpu and isinstance(kl, Tensor) and not kl.is_cpu:
             _move_beta(beta, kl)
         if not isinstance(likelihood, Likelihood) or type(likelihood).nll is not Likelihood.nll:
-            output = _output_from_nll(likelihood.nll(recon, x), kl, beta, self._reduction)
+            nll = nll_of_module(likelihood, "ELBO", recon, x, weight)
+            output = _output_from_nll(nll, kl, beta, self._reduction)
             return output._replace(kl=true_kl)
         name, params, constants = likelihood.kernel_call(recon)
-        loss, nll = loss_and_nll(name, params, x, constants, kl, beta, self._reduction, caller="ELBO")
+        loss, nll = loss_and_nll(
+            name, params, x, constants, kl, beta, self._reduction, caller="ELBO", weight=weight
+        )
         if not torch.compiler.is_compiling() and not self._first_batch_checked:
             probs = recon if isinstance(likelihood, Bernoulli) and likelihood.from_probs else None
             self._first_batch_checked = warn_of_impossible_values(
-                "ELBO", ("recon", "x"), name, params, x, constants, probs
+                "ELBO", ("recon", "x"), name, params, x, constants, probs, weight
             )
         return ELBOOutput(loss, nll, true_kl)
 
@@ -301,6 +312,20 @@ def _kl_or_posterior_message(found: str) -> str:
         "fastvae.ELBO: expected either `kl` or the posterior, as in elbo(recon, x, kl=kl) or "
         f"elbo(recon, x, mu, logvar), got {found}"
     )
+
+
+def nll_of_module(likelihood: Any, where: str, recon: Any, x: Any, weight: Any) -> Tensor:
+    """Call the `nll` of a module that has no kernel, with the weight only if there is one."""
+    if weight is None:
+        return likelihood.nll(recon, x)
+    if not torch.compiler.is_compiling():
+        parameters = inspect.signature(likelihood.nll).parameters.values()
+        if not any(p.name == "weight" or p.kind is p.VAR_KEYWORD for p in parameters):
+            raise TypeError(
+                f"fastvae.{where}: `weight` needs a likelihood with nll(params, target, *, weight=None), got "
+                f"{type(likelihood).__name__}.nll without `weight`"
+            )
+    return likelihood.nll(recon, x, weight=weight)
 
 
 def _output_from_nll(nll: Tensor, kl: Tensor, beta: Tensor, reduction: int) -> ELBOOutput:

@@ -12,6 +12,7 @@ using cpu::DType;
 using cpu::Element;
 using cpu::Operand;
 using cpu::Result;
+using cpu::Weights;
 using cpu::kMaxConstants;
 using cpu::kMaxParams;
 
@@ -43,13 +44,15 @@ struct Workspace {
 //   grads[i]      = d element / d params[i], times `weight`; if grad_loss or grad_nll is given, times
 //                    weight * grad_loss[r] + grad_nll[r] instead, where one that is not given counts as 0
 //   scalar_rows[r] = d nll[r] / d scalar
-// A packed head has two views with the same runs for its params, and two for its grads. Each row of the target is a single run.
+// A packed head has two views with the same runs for its params, and two for its grads. Each row of the target is a single run. The
+// `weights` multiply the value and the derivatives of each element, including the normaliser.
 struct NllArgs {
   Element element = Element::bernoulli;
   int64_t rows = 0, size = 0;
   Operand params[kMaxParams];
   Operand target;
   int64_t target_rows = 0;  // see cpu::target_row
+  Weights weights;          // of elements, pixels or positions
   double constants[kMaxConstants] = {};  // as computed by csrc/ops/likelihood_table.h; for a scale of 1 if `scalar` is given
   double normaliser = 0;                 // per element
   Numbers scalar;                        // a learned log-scale (for the Gaussian, log-variance) for all elements

@@ -26,16 +26,16 @@ TORCH_LIBRARY(fastvae, m) {
       "-> Tensor[]",
       tags);
   m.def(
-      "nll(str likelihood, Tensor[] params, Tensor target, float[] constants, Tensor? kl, Tensor? beta, int reduction) "
-      "-> (Tensor loss, Tensor nll)",
+      "nll(str likelihood, Tensor[] params, Tensor target, float[] constants, Tensor? kl, Tensor? beta, int reduction, "
+      "Tensor? weight=None) -> (Tensor loss, Tensor nll)",
       tags);
   m.def(
       "nll_forward(str likelihood, Tensor[] params, Tensor target, float[] constants, Tensor? kl, Tensor? beta, int reduction, "
-      "int needs) -> (Tensor loss, Tensor nll, Tensor[] gradients, Tensor scalar_rows)",
+      "int needs, Tensor? weight=None) -> (Tensor loss, Tensor nll, Tensor[] gradients, Tensor scalar_rows)",
       tags);
   m.def(
       "nll_gradient(str likelihood, Tensor[] params, Tensor target, float[] constants, Tensor? grad_loss, Tensor? grad_nll, "
-      "int reduction, int needs) -> Tensor[]",
+      "int reduction, int needs, Tensor? weight=None) -> Tensor[]",
       tags);
   m.def(
       "nll_backward(Tensor? grad_loss, Tensor? grad_nll, Tensor[] gradients, Tensor? scalar_rows, Tensor? kl, Tensor? beta, "
@@ -45,10 +45,11 @@ TORCH_LIBRARY(fastvae, m) {
       "nll_backward_(Tensor? grad_loss, Tensor? grad_nll, Tensor(a!)[] gradients, Tensor? scalar_rows, Tensor? kl, "
       "Tensor? beta, SymInt rows, int reduction, bool need_kl, bool need_beta) -> Tensor[]",
       tags);
-  m.def("nll_elements(str likelihood, Tensor[] params, Tensor target, float[] constants, float weight) -> Tensor", tags);
+  m.def("nll_elements(str likelihood, Tensor[] params, Tensor target, float[] constants, float factor, Tensor? weight=None) -> Tensor",
+        tags);
   m.def(
-      "nll_elements_forward(str likelihood, Tensor[] params, Tensor target, float[] constants, float weight, int needs) "
-      "-> (Tensor values, Tensor[] derivatives)",
+      "nll_elements_forward(str likelihood, Tensor[] params, Tensor target, float[] constants, float factor, int needs, "
+      "Tensor? weight=None) -> (Tensor values, Tensor[] derivatives)",
       tags);
   m.def("nll_elements_backward(Tensor grad, Tensor[] derivatives, int shared, ScalarType dtype) -> Tensor[]", tags);
   m.def("nll_elements_backward_(Tensor grad, Tensor(a!)[] derivatives, int shared) -> Tensor[]", tags);

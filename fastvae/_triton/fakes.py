@@ -44,6 +44,7 @@ def nll_forward(
     beta: Tensor | None,
     reduction: int,
     needs: int,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     variant, lead = VARIANTS[likelihood], params[0]
     rows, dtype = lead.shape[0], row_dtype(lead)
@@ -67,6 +68,7 @@ def nll_gradient(
     grad_nll: Tensor | None,
     reduction: int,
     needs: int,
+    weight: Tensor | None = None,
 ) -> list[Tensor]:
     return _gradients_of(likelihood, params, needs)
 
@@ -103,8 +105,9 @@ def nll_elements_forward(
     params: Sequence[Tensor],
     target: Tensor,
     constants: Sequence[float],
-    weight: float,
+    factor: float,
     needs: int,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     lead = params[0]
 

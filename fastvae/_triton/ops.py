@@ -42,14 +42,16 @@ for _schema in (
     f"gaussian_kl({_POSTERIOR}, bool per_element) -> Tensor",
     f"gaussian_kl_forward({_POSTERIOR}, bool per_element) -> Tensor",
     f"gaussian_kl_backward(Tensor grad_kl, {_POSTERIOR}, int needs) -> Tensor[]",
-    f"nll({_DATA}, Tensor? kl, Tensor? beta, int reduction) -> (Tensor loss, Tensor nll)",
-    f"nll_forward({_DATA}, Tensor? kl, Tensor? beta, int reduction, int needs) "
+    f"nll({_DATA}, Tensor? kl, Tensor? beta, int reduction, Tensor? weight=None) -> (Tensor loss, Tensor nll)",
+    f"nll_forward({_DATA}, Tensor? kl, Tensor? beta, int reduction, int needs, Tensor? weight=None) "
     "-> (Tensor loss, Tensor nll, Tensor[] gradients, Tensor scalar_rows)",
-    f"nll_gradient({_DATA}, Tensor? grad_loss, Tensor? grad_nll, int reduction, int needs) -> Tensor[]",
+    f"nll_gradient({_DATA}, Tensor? grad_loss, Tensor? grad_nll, int reduction, int needs, Tensor? weight=None) "
+    "-> Tensor[]",
     f"nll_backward(Tensor? grad_loss, Tensor? grad_nll, Tensor[] gradients, {_EXTRAS}) -> Tensor[]",
     f"nll_backward_(Tensor? grad_loss, Tensor? grad_nll, Tensor(a!)[] gradients, {_EXTRAS}) -> Tensor[]",
-    f"nll_elements({_DATA}, float weight) -> Tensor",
-    f"nll_elements_forward({_DATA}, float weight, int needs) -> (Tensor values, Tensor[] derivatives)",
+    f"nll_elements({_DATA}, float factor, Tensor? weight=None) -> Tensor",
+    f"nll_elements_forward({_DATA}, float factor, int needs, Tensor? weight=None) "
+    "-> (Tensor values, Tensor[] derivatives)",
     "nll_elements_backward(Tensor grad, Tensor[] derivatives, int shared, ScalarType dtype) -> Tensor[]",
     "nll_elements_backward_(Tensor grad, Tensor(a!)[] derivatives, int shared) -> Tensor[]",
 ):
@@ -140,6 +142,7 @@ class _Nll(torch.autograd.Function):
         target: Tensor,
         kl: Tensor | None,
         beta: Tensor | None,
+        weight: Tensor | None,
         *params: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         variant = VARIANTS[likelihood]
@@ -163,6 +166,7 @@ class _Nll(torch.autograd.Function):
                 beta,
                 reduction,
                 computed if at_once else computed & scalar_bit,
+                weight,
             )
         ctx.set_materialize_grads(False)
         ctx.variant, ctx.needs, ctx.elementwise, ctx.at_once = variant, needs, computed & ~scalar_bit, at_once
@@ -180,7 +184,7 @@ class _Nll(torch.autograd.Function):
             kl if with_kl else None,
             beta if with_kl else None,
             *(gradients if at_once else ()),
-            *((*params, target) if keeps_inputs else ()),
+            *((*params, target, weight) if keeps_inputs else ()),
         )
         return loss, rows, scalar_rows
 
@@ -188,7 +192,7 @@ class _Nll(torch.autograd.Function):
     def backward(
         ctx: Any, grad_loss: Tensor | None, grad_nll: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
-        results: list[Tensor | None] = [None] * (6 + ctx.tensors)
+        results: list[Tensor | None] = [None] * (7 + ctx.tensors)
         if grad_loss is None and grad_nll is None:
             return tuple(results)
         scalar_rows, kl, beta, *saved = ctx.saved_tensors
@@ -206,19 +210,20 @@ class _Nll(torch.autograd.Function):
             gradients: Sequence[Tensor]
             inputs: Sequence[Tensor] = ()
             if ctx.keeps_inputs:
-                saved, inputs = saved[: -ctx.tensors - 1], saved[-ctx.tensors - 1 :]
+                saved, inputs = saved[: -ctx.tensors - 2], saved[-ctx.tensors - 2 :]
             if not ctx.at_once or (inputs and grad_nll is not None):
                 gradients = []
                 if ctx.elementwise:
                     gradients = _ops.nll_gradient.default(
                         likelihood,
-                        inputs[:-1],
-                        inputs[-1],
+                        inputs[:-2],
+                        inputs[-2],
                         constants,
                         grad_loss,
                         grad_nll,
                         reduction,
                         ctx.elementwise,
+                        inputs[-1],
                     )
                 extras = _ops.nll_backward.default(grad_loss, grad_nll, [], *rest)
             elif _traced(grad_loss if grad_loss is not None else grad_nll):
@@ -245,7 +250,7 @@ class _Nll(torch.autograd.Function):
                         location = location.unflatten(0, (-1, ctx.target_rows)).sum(0)
                     results[3] = location.neg().to(ctx.target_dtype)
                 if ctx.needs >> i & 1:
-                    results[6 + i] = gradient
+                    results[7 + i] = gradient
             if ctx.need_scalar:
                 results[-1] = next(more)
             if ctx.need_kl:
@@ -263,20 +268,38 @@ def _nll(
     kl: Tensor | None,
     beta: Tensor | None,
     reduction: int,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    _refuse_gradient_of_weight(weight)
     if not torch.is_grad_enabled() or not _requires_grad(target, kl, beta, *params):
         with _below_autograd():
-            return _nll_without_graph(likelihood, params, target, constants, kl, beta, reduction)
+            return _nll_without_graph(likelihood, params, target, constants, kl, beta, reduction, weight)
     if target.requires_grad and not VARIANTS[likelihood].is_location:
         raise ValueError(
             f"fastvae::nll: the `target` of {likelihood} has no gradient here; pass target.detach()"
         )
-    return _Nll.apply(likelihood, constants, reduction, target, kl, beta, *params)[:2]
+    return _Nll.apply(likelihood, constants, reduction, target, kl, beta, weight, *params)[:2]
 
 
-def _nll_without_graph(*args: Any) -> tuple[Tensor, Tensor]:
-    loss, rows, _, _ = _ops.nll_forward.default(*args, 0)
+def _nll_without_graph(
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float],
+    kl: Tensor | None,
+    beta: Tensor | None,
+    reduction: int,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    loss, rows, _, _ = _ops.nll_forward.default(
+        likelihood, params, target, constants, kl, beta, reduction, 0, weight
+    )
     return loss, rows
+
+
+def _refuse_gradient_of_weight(weight: Tensor | None) -> None:
+    if torch.is_grad_enabled() and _requires_grad(weight):
+        raise ValueError("fastvae::nll: the `weight` has no gradient here; pass weight.detach()")
 
 
 class _NllElements(torch.autograd.Function):
@@ -285,14 +308,15 @@ class _NllElements(torch.autograd.Function):
         ctx: Any,
         likelihood: str,
         constants: Sequence[float],
-        weight: float,
+        factor: float,
+        weight: Tensor | None,
         target: Tensor,
         *params: Tensor,
     ) -> tuple[Tensor, Tensor]:
         needs = _bits(*params)
         with _below_autograd():
             values, derivatives = _ops.nll_elements_forward.default(
-                likelihood, params, target, constants, weight, needs
+                likelihood, params, target, constants, factor, needs, weight
             )
         shared = len(params) > 1 and params[1].dim() == 1 and needs & 2
         ctx.set_materialize_grads(False)
@@ -307,7 +331,7 @@ class _NllElements(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * (4 + ctx.tensors)
+            return (None,) * (5 + ctx.tensors)
         anchor, *derivatives = ctx.saved_tensors
         with _below_autograd(), torch.no_grad():
             # This copies only if a saved-tensor hook of the user has replaced them by tensors of another layout.
@@ -325,27 +349,40 @@ class _NllElements(torch.autograd.Function):
             if ctx.shared >= 0:
                 gradients[ctx.shared] = gradients[ctx.shared].to(ctx.shared_dtype)
         made = iter(gradients)
-        results: list[Tensor | None] = [None] * 4
+        results: list[Tensor | None] = [None] * 5
         results += [next(made) if ctx.needs >> i & 1 else None for i in range(ctx.tensors)]
         return _once_differentiable(results, anchor)
 
 
 def _nll_elements(
-    likelihood: str, params: Sequence[Tensor], target: Tensor, constants: Sequence[float], weight: float
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float],
+    factor: float,
+    weight: Tensor | None = None,
 ) -> Tensor:
+    _refuse_gradient_of_weight(weight)
     if not torch.is_grad_enabled() or not _requires_grad(target, *params):
         with _below_autograd():
-            return _elements_without_graph(likelihood, params, target, constants, weight)
+            return _elements_without_graph(likelihood, params, target, constants, factor, weight)
     if target.requires_grad:
         raise ValueError(
             f"fastvae::nll_elements: the `target` of {likelihood} has no gradient here; pass target.detach()"
         )
-    values: Tensor = _NllElements.apply(likelihood, constants, weight, target, *params)[0]
+    values: Tensor = _NllElements.apply(likelihood, constants, factor, weight, target, *params)[0]
     return values
 
 
-def _elements_without_graph(*args: Any) -> Tensor:
-    values, _ = _ops.nll_elements_forward.default(*args, 0)
+def _elements_without_graph(
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float],
+    factor: float,
+    weight: Tensor | None = None,
+) -> Tensor:
+    values, _ = _ops.nll_elements_forward.default(likelihood, params, target, constants, factor, 0, weight)
     return values
 
 

@@ -206,6 +206,27 @@ OPS = {
         ("bernoulli", [leaf(*X)], plain(*X).sigmoid(), [], ROWS.clone().requires_grad_(), BETA, 2),
         ("bernoulli", [IMAGE.clone().requires_grad_()], IMAGE.byte(), [], NONE, NONE, 0),
         ("gaussian", [leaf(*X)], leaf(*X), [0.5], ROWS, BETA, 1),
+        ("bernoulli", [leaf(*X)], plain(*X).sigmoid(), [], ROWS, BETA, 2, plain(3, 1) > 0),
+        (
+            "gaussian_learned",
+            [leaf(*X).detach().half().requires_grad_(), leaf()],
+            plain(*X),
+            [],
+            NONE,
+            NONE,
+            0,
+            plain(*X).abs(),
+        ),
+        (
+            "gaussian_head",
+            [leaf(2, 4, 3)],
+            leaf(2, 2, 3),
+            [],
+            NONE,
+            NONE,
+            1,
+            torch.ones(1, 2, 1, dtype=torch.uint8),
+        ),
         ("gaussian_learned", [leaf(*X), leaf()], plain(*X), [], ROWS, BETA, 2),
         ("gaussian_per_element", [plain(*X), leaf(*X)], leaf(*X), [], ROWS, NONE, 2),
         ("gaussian_head", [leaf(2, 4, 3)], leaf(2, 2, 3), [], NONE, NONE, 0),
@@ -262,6 +283,7 @@ OPS = {
     "gaussian_kl_backward": [(ROWS, plain(*M), plain(*M), plain(*M), plain(*M), 0b1111)],
     "nll_forward": [
         ("bernoulli", [plain(*X)], plain(*X), [], ROWS, BETA, 2, 1),
+        ("laplace", [plain(*X)], plain(*X), [0.5], ROWS, BETA, 2, 1, plain(*X).abs()),
         ("gaussian_learned", [IMAGE, torch.tensor(0.1)], IMAGE, [], NONE, NONE, 0, 0b11),
         ("gaussian_per_element", [plain(*X), plain(*X)], plain(*X), [], ROWS.double(), BETA, 1, 0b10),
         ("gaussian_bounded_head", [plain(2, 4, 3)], plain(2, 2, 3), [-1.0, 2.0], NONE, NONE, 0, 1),
@@ -270,6 +292,7 @@ OPS = {
     ],
     "nll_gradient": [
         ("bernoulli", [plain(*X).half()], plain(*X).sigmoid(), [], torch.tensor(2.0), NONE, 2, 1),
+        ("bernoulli", [plain(*X).half()], plain(*X).sigmoid(), [], NONE, ROWS, 0, 1, plain(1, D) > 0),
         ("gaussian_per_element", [plain(*X), plain(*X)], plain(*X), [], NONE, ROWS, 0, 0b10),
         (
             "discretized_logistic",
@@ -289,6 +312,7 @@ OPS = {
     "nll_backward_": [(torch.tensor(2.0), ROWS, [plain(*X)], NONE, ROWS, BETA, 3, 2, True, True)],
     "nll_elements": [
         ("poisson_rate", [positive(*IMAGE.shape)], IMAGE.abs().int(), [1e-8], 1.0),
+        ("negative_binomial", [positive(*X), positive(X[1])], plain(*X).abs(), [0.0], 1.0, plain(1, D) > 0),
         ("negative_binomial", [positive(*X), positive(X[1])], plain(*X).abs(), [1e-8], -1.0),
         (
             "zero_inflated_negative_binomial",

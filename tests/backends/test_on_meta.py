@@ -37,6 +37,7 @@ HELPERS = (
     "test_extremes",
     "test_noise",
     "test_values",
+    "test_weight",
 )
 
 NEED_VALUES = {

@@ -93,6 +93,18 @@ class Operand(Structure):
     )
 
 
+class Weights(Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("type", c_int8),
+        ("row_stride", c_int64),
+        ("levels", c_int),
+        ("sizes", c_int64 * 4),
+        ("strides", c_int64 * 4),
+        ("inverses", c_uint64 * 4),
+    )
+
+
 class Numbers(Structure):
     _fields_ = (("data", c_void_p), ("type", c_int8), ("stride", c_int64))
 
@@ -126,6 +138,7 @@ class NllArgs(Structure):
         ("params", Operand * 3),
         ("target", Operand),
         ("target_rows", c_int64),
+        ("weights", Weights),
         ("constants", c_double * 5),
         ("normaliser", c_double),
         ("scalar", Numbers),
@@ -250,6 +263,19 @@ def operand(tensor: Tensor | None, counts: Mapping[torch.dtype, int] = MappingPr
         return Operand()
     kind = counts[tensor.dtype] if tensor.dtype in counts else DTYPES.index(tensor.dtype)
     return Operand(pointer(tensor), kind, tensor.stride(0), event_size(tensor), 0)
+
+
+def weights_of(weight: Tensor | None, sizes: Sequence[int]) -> Weights:
+    """A level for each dimension, although csrc/ops joins those that it can. The elements are in contiguous order."""
+    if weight is None:
+        return Weights()
+    kind = DTYPES.index(weight.dtype) if weight.dtype != torch.uint8 else COUNTS[torch.uint8]
+    strides = [weight.stride(i) if weight.shape[i] > 1 else 0 for i in range(weight.dim())]
+    view = Weights(pointer(weight), kind, strides[0], max(1, weight.dim() - 1))
+    view.sizes[: len(sizes) - 1] = list(reversed(sizes[1:]))
+    view.inverses[: len(sizes) - 1] = [(2**63 - 1) // max(1, size) + 1 for size in reversed(sizes[1:])]
+    view.strides[: len(sizes) - 1] = list(reversed(strides[1:]))
+    return view
 
 
 def numbers(tensor: Tensor | None) -> Numbers:
@@ -413,8 +439,10 @@ class Kernels:
         beta: Tensor | None = None,
         reduction: int = 2,
         needs: int = 0,
+        weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
         args, gradients = self._nll_args(likelihood, params, target, constants, needs)
+        args.weights = weights_of(weight, target.shape)
         rows, dtype = params[0].shape[0], row_dtype(params[0])
         nll = poisoned((rows,), dtype)
         loss_dtype = torch.float64 if kl is not None and kl.dtype == torch.float64 else dtype

@@ -57,6 +57,8 @@ from test_triton import (
     test_training_step_does_not_synchronise,
     test_training_step_peak_memory_is_one_gradient,
     test_values_and_gradients_equal_the_formula,
+    test_weighted_elements_equal_the_formula,
+    test_weighted_families_equal_the_formula,
 )
 from torch import Tensor
 
@@ -111,6 +113,8 @@ SHARED = (
     test_noise_equals_that_of_the_cpu,
     test_backward_returns_the_saved_gradient,
     test_values_and_gradients_equal_the_formula,
+    test_weighted_elements_equal_the_formula,
+    test_weighted_families_equal_the_formula,
 )
 
 

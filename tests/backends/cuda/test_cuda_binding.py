@@ -24,6 +24,7 @@ PARTS = {
         "core/test_autograd.py": "native and not large_buffers",
         "core/test_autograd_features.py": "native and not ddp",
         "core/test_layouts.py": "native and not poisson_rate_per_element",
+        "core/test_weight.py": "native and not counts and not cell and not per_element and not compiled",
         "core/test_noise.py": "native",
     },
     "families": {

@@ -78,7 +78,7 @@ class Kernel(NamedTuple):
     @property
     def is_wide(self) -> bool:
         """Whether this is the variant that reads and writes 128 bits at a time."""
-        return not re.search(r"Any|, 1>$|, 4, false|mixture", self.name)
+        return not re.search(r"Any|, [01]>$|, 4, false|mixture", self.name)
 
 
 def cuobjdump() -> str | None:

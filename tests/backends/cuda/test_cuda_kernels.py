@@ -95,10 +95,11 @@ def expected(
     kl: Tensor | None = None,
     beta: Tensor | None = None,
     reduction: int = 2,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if target.is_floating_point():
         target = target.double()
-    return reference.nll(likelihood, params, target, constants, kl, beta, reduction)
+    return reference.nll(likelihood, params, target, constants, kl, beta, reduction, weight)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -125,6 +126,42 @@ def test_nll_equals_the_reference(kernels: Kernels, likelihood: str, size: int, 
     if scalar_rows is not None:
         assert leaves[1].grad is not None
         close(scalar_rows.double().mean(), leaves[1].grad, 10 * VALUE[dtype])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("likelihood", cuda_kernels.ELEMENTS)
+@pytest.mark.parametrize(("rows", "size", "processors"), [(3, 17, 1), (40, 5, 1), (2, 4099, 4)])
+def test_weighted_nll_equals_the_reference(
+    kernels: Kernels, likelihood: str, rows: int, size: int, processors: int, dtype: torch.dtype
+) -> None:
+    """Rows that share a block, and rows that several blocks share. Elements of weight 0 are NaN."""
+    kernels.processors = processors
+    params, constants = case(likelihood, rows, size, dtype)
+    target = data(rows, size, dtype)
+    if likelihood.startswith("poisson"):
+        target = (5 * target).round()
+    weight = torch.rand(rows, size) * (torch.rand(rows, size) > 0.3)
+    leaves = differentiable(*params)
+    _, want = expected(likelihood, leaves, target, constants, weight=weight)
+    want.sum().backward()
+    removed = weight == 0
+    given = [
+        p.masked_fill(removed if p.shape == weight.shape else torch.cat((removed, removed), 1), math.nan)
+        if p.dim() > 0
+        else p
+        for p in params
+    ]
+    loss, nll, gradients, scalar_rows = kernels.nll_forward(
+        likelihood, given, target.masked_fill(removed, math.nan), constants, None, None, 1, 3, weight
+    )
+    close(nll, want.detach(), 3 * VALUE[dtype], 1.0)
+    close(loss, want.detach().sum(), 3 * VALUE[dtype], 1.0)
+    for gradient, leaf in zip(gradients, leaves, strict=False):
+        assert leaf.grad is not None
+        close(gradient, leaf.grad, GRADIENT[dtype])
+    if scalar_rows is not None:
+        assert leaves[1].grad is not None
+        close(scalar_rows.double().sum(), leaves[1].grad, 10 * VALUE[dtype], 1.0)
 
 
 PAIRS = [(d, t) for d in FLOATS for t in DTYPES if t in (d, torch.float32, torch.uint8, torch.bool)]

@@ -19,6 +19,7 @@ import test_count_elements
 import test_counts
 import test_discretized
 import test_extremes as ends
+import test_weight
 import torch
 from cases import CASES, DTYPES, GRADIENT_TOLERANCE, VALUE_TOLERANCE, Case, Inputs, Result
 from conftest import INTERPRETED
@@ -33,6 +34,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastvae
 from fastvae import functional, reference
 from fastvae._spec import Variant
+from fastvae.backends import choose
 
 GPU = torch.cuda.is_available() and not INTERPRETED
 HERE = GPU or INTERPRETED
@@ -234,6 +236,40 @@ def test_nll_elements_of_counts_equal_the_formula(
     for name, gradient in zip(leaves, found, strict=True):
         assert gradient.dtype == dtype
         test_counts.close(gradient, slopes[name], rough)
+
+
+WEIGHTED = ("bernoulli", "gaussian_learned", "gaussian_head", "student_t_learned", "poisson_rate_per_element")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("weight", [torch.bool, torch.uint8, torch.float32, torch.float16], ids=cases.ids)
+@pytest.mark.parametrize("place", test_weight.PLACES)
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_weighted_elements_equal_the_formula(
+    device: torch.device, name: str, place: str, weight: torch.dtype, dtype: torch.dtype
+) -> None:
+    """NaN and inf where the weight is 0."""
+    case = cases.by_id[name]
+    inputs = move(cases.cast(case.inputs(test_weight.SHAPE), dtype), device)
+    values = test_weight.make_weight(test_weight.PLACES[place], weight).to(device)
+    test_weight.check_elements(case, inputs, values, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("weight", [torch.bool, torch.float32], ids=cases.ids)
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("name", test_weight.FAMILIES)
+def test_weighted_families_equal_the_formula(
+    device: torch.device, name: str, place: int, weight: torch.dtype, dtype: torch.dtype
+) -> None:
+    if name in test_weight.COUNTS and choose.setting == "native":
+        pytest.skip("there is no CUDA kernel of counts")
+    family = test_weight.FAMILIES[name]
+    inputs = move(
+        {key: x.to(dtype) if x.is_floating_point() else x for key, x in family.inputs().items()}, device
+    )
+    values = test_weight.make_weight(family.weights[place], weight).to(device)
+    test_weight.check_family(family, inputs, values, dtype)
 
 
 # Rows that many programs share, rows long enough to flush the product of 1 + e, and more rows than programs.

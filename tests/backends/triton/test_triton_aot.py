@@ -159,9 +159,16 @@ def data(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(shape or (B, D), dtype=dtype)
 
 
-def loss(likelihood: str, params: list[torch.Tensor], target: torch.Tensor, needs: int = 1) -> object:
+def loss(
+    likelihood: str,
+    params: list[torch.Tensor],
+    target: torch.Tensor,
+    needs: int = 1,
+    weight: torch.Tensor | None = None,
+) -> object:
     constants = [x for constant in _spec.VARIANTS[likelihood].constants for x in CONSTANTS[constant.name]]
-    return losses.nll_forward(likelihood, params, target, constants, ROWS[: target.shape[0]], ONE, 2, needs)
+    kl = ROWS[: target.shape[0]]
+    return losses.nll_forward(likelihood, params, target, constants, kl, ONE, 2, needs, weight)
 
 
 def bernoulli(params: torch.dtype, target: torch.dtype, needs: int = 1) -> object:
@@ -200,11 +207,17 @@ def scale(dtype: torch.dtype, by_row: bool) -> object:
     )
 
 
-def genes(likelihood: str, dtype: torch.dtype, target: torch.dtype = FLOAT, shared: bool = True) -> object:
+def genes(
+    likelihood: str,
+    dtype: torch.dtype,
+    target: torch.dtype = FLOAT,
+    shared: bool = True,
+    weight: torch.Tensor | None = None,
+) -> object:
     form = counts.FORMS[likelihood]
     params = [data(dtype), data(dtype, D) if shared else data(dtype)]
     params += [data(dtype)] * (form.zero_logits is not None) + [ROWS.to(dtype)] * (form.library is not None)
-    return loss(likelihood, params, data(target), (1 << len(params)) - 1)
+    return loss(likelihood, params, data(target), (1 << len(params)) - 1, weight)
 
 
 def each(likelihood: str, dtype: torch.dtype, shared: bool = True) -> object:
@@ -261,6 +274,8 @@ ALIGNED: dict[str, Callable[[], object]] = {
     "categorical": lambda: loss("categorical", [data(FLOAT, 8, 4, 20_000)], data(torch.int64, 8, 4)),
     "discretised, uint8": lambda: loss("discretized_logistic", [PLANES[:, :6]], LEVELS),
     "mixture, uint8": lambda: loss("discretized_logistic_mixture", [PLANES], LEVELS),
+    "weighted": lambda: loss("gaussian_per_element", [data(FLOAT)] * 2, data(FLOAT), 3, data(FLOAT)),
+    "weighted, bf16, half": lambda: loss("bernoulli", [data(HALF)], data(HALF), 1, data(HALF)),
     "rows of MNIST": lambda: loss("bernoulli", [data(FLOAT, 128, 784)], data(FLOAT, 128, 784)),
     "scale": lambda: scale(FLOAT, False),
     "scale elements": lambda: scale_each(FLOAT, False, 1),
@@ -294,6 +309,16 @@ OTHERS: dict[str, Callable[[], object]] = {
     "elements of zero-inflated": lambda: each("zero_inflated_negative_binomial", FLOAT),
     "elements of zero-inflated, bf16": lambda: each("zero_inflated_negative_binomial", HALF, False),
     "elements of poisson, double": lambda: each("poisson_rate", DOUBLE),
+    "weighted, double": lambda: loss("student_t_learned", [data(DOUBLE), ONE.double()], data(DOUBLE), 3, data(HALF)),
+    "weighted rows": lambda: loss("laplace", [data(FLOAT)], data(FLOAT), 1, data(torch.bool, B, 1)),
+    "weighted pixels": lambda: loss("gaussian_head", [IMAGE], HALF_IMAGE, 1, data(BYTE, 64, 1, 16, 16)),
+    "weighted lines": lambda: loss("poisson", [IMAGE], IMAGE, 1, data(BYTE, 64, 32, 1, 16)),
+    "weighted positions": lambda: loss(
+        "categorical", [data(FLOAT, 8, 4, 1000)], data(torch.int64, 8, 4), 1, data(torch.bool, 8, 4)),
+    "weighted genes": lambda: genes("zero_inflated_negative_binomial_logits", FLOAT, weight=data(FLOAT, 1, D)),
+    "weighted counts, double": lambda: genes("negative_binomial", DOUBLE, DOUBLE, False, data(DOUBLE)),
+    "weighted mixture": lambda: loss("discretized_logistic_mixture", [PLANES], LEVELS, 1, data(BYTE, 16, 1, 32, 32)),
+    "weighted logistic": lambda: loss("discretized_logistic", [PLANES[:, :6]], LEVELS, 1, data(FLOAT, 16, 3, 32, 32)),
     "odd rows, bool": lambda: loss("bernoulli", [data(FLOAT, 9, 33)], data(torch.bool, 9, 33)),
     "many rows": lambda: losses.nll_forward("bernoulli", [MANY], MANY, [], NONE, NONE, 2, 1),
     "fp16 gradient": lambda: losses.nll_gradient("bernoulli", [data(torch.float16)], data(FLOAT), [], ONE, ROWS, 2, 1),
