@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._spec import VARIANTS
 from ..functional import loss
 
 __all__ = ["Likelihood"]
@@ -49,3 +50,32 @@ def sampling_dtype(like: Tensor) -> torch.dtype:
 
 def is_pair(params: Any) -> bool:
     return isinstance(params, (tuple, list)) and len(params) == 2
+
+
+def nll_of_draws(where: str, likelihood: Any, recon: Any, x: Any, draws: int) -> Tensor:
+    """Compute -log p(x | z) of K = `draws` draws of z for every row of `x`, (K, B), in nats.
+
+    `recon` is the decoder's output for K * B rows, of which the first B belong to the first draw. The data are read in
+    place and not repeated, except for a likelihood without a kernel. `where` is the caller, which messages name.
+    """
+    if not isinstance(likelihood, Likelihood) or type(likelihood).nll is not Likelihood.nll:
+        rows: Tensor = likelihood.nll(recon, _repeated(x, draws))
+        return rows.unflatten(0, (draws, len(rows) // draws))
+    name, params, constants = likelihood.kernel_call(recon)
+    count = params[0].shape[0]
+    if count % draws != 0:
+        raise ValueError(
+            f"fastvae.{where}: the decoder must return K * B rows, {draws} times those of `x`, got {count}"
+        )
+    # Parameters that all rows share, a learned scale or a dispersion per feature, are not divided into draws.
+    apart = [
+        p.unflatten(0, (draws, count // draws)) if p.dim() > 1 or (p.dim() == 1 and part == "library") else p
+        for part, p in zip(VARIANTS[name].tensors, params, strict=True)
+    ]
+    return loss.nll(name, apart, x, constants, draws=draws)[1]
+
+
+def _repeated(x: Any, draws: int) -> Any:
+    if isinstance(x, dict):
+        return {name: _repeated(value, draws) for name, value in x.items()}
+    return x.expand(draws, *x.shape).flatten(0, 1)

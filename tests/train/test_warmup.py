@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from run_files import read_metrics, train
 
-from fastvae.train import warmup
+from fastvae.train import schedules
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
 
 def test_kl_weight_follows_each_schedule():
     def at(schedule, *passed, cycles=1):
-        return [warmup.kl_weight(schedule, p, 10.0, cycles) for p in passed]
+        return [schedules.kl_weight(schedule, p, 10.0, cycles) for p in passed]
 
     assert at("none", 0, 5, 20) == [1, 1, 1]
     assert at("linear", 0, 2.5, 5, 10, 20) == [0, 0.25, 0.5, 1, 1]
@@ -33,7 +33,7 @@ def test_warmup_changes_beta_and_the_loss(tmp_path, capsys, schedule):
     assert train(tmp_path / "run", *options, "--epochs", "3") == 0
     assert "warning" not in capsys.readouterr().out
     # The logged value is that of the last of the 12 steps.
-    expected = [0.5 * warmup.kl_weight(schedule, epoch + 11 / 12, 2.0) for epoch in range(3)]
+    expected = [0.5 * schedules.kl_weight(schedule, epoch + 11 / 12, 2.0) for epoch in range(3)]
     assert [float(row["beta"]) for row in read_metrics(tmp_path / "run")] == pytest.approx(expected)
     last = {name: float(value) for name, value in read_metrics(tmp_path / "run")[-1].items()}
     assert last["train_loss"] == pytest.approx(last["train_nll"] + 0.5 * last["train_kl"], rel=1e-5)
