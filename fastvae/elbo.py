@@ -169,8 +169,8 @@ class ELBO(nn.Module):
         With free bits, the KL is that of every dimension, in the shape of `mu`: pass it on as `kl=`, or sum it to log
         it. This draws noise in evaluation mode too; for a z without noise, use `mu` itself.
 
-        With `samples=K`, z is (K, B, ...). The default is the `samples` of this ELBO, whose loss is their average. An ELBO
-        without `samples` takes every draw as a row of its own: `elbo(decoder(z.flatten(0, 1)), x.repeat(K, *[1] *
+        With `samples=K`, z is (K, B, ...). The default is the `samples` of this ELBO, whose loss averages over them. An
+        ELBO without `samples` takes every draw as a row of its own: `elbo(decoder(z.flatten(0, 1)), x.repeat(K, *[1] *
         (x.dim() - 1)), kl=kl.repeat(K))`. With free bits, repeat the KL in the same way as x.
         """
         z, kl = functional.reparameterize_kl(

@@ -218,6 +218,8 @@ class VAE(LightningModule):
 
     def set_schedules(self, batch_idx: int) -> None:
         """Set the weight of the KL, or its capacity, and the learning rate for this step."""
+        if self.schedule == "none" and self.lr_schedule == "constant":
+            return
         passed = self.current_epoch + batch_idx / self.trainer.num_training_batches
         if self.schedule != "none":
             factor = schedules.kl_weight(self.schedule, passed, self.schedule_epochs, self.cycles)
@@ -237,7 +239,8 @@ class VAE(LightningModule):
         if (
             not scaled
         ):  # a scaler checks for itself, and lowers its scale when that alone made a gradient overflow
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            weights = [p for group in optimizer.param_groups for p in group["params"]]
+            gradients = [p.grad for p in weights if p.grad is not None]
             finite = finite & torch.isfinite(torch.nn.utils.get_total_norm(gradients))
         skip = (~finite).float()
         if self.trainer.world_size > 1:

@@ -61,8 +61,8 @@ class Settings:
     lr: float = option(1e-3, "Learning rate of Adam.", "Training", above=0)
     lr_schedule: Literal["constant", "cosine", "burda"] = option(
         "constant",
-        "Learning rate over the epochs: constant, cosine (falls to 0), or burda (eight stages, each three times as long as "
-        "the last, in which it falls to a tenth; Burda et al. 2016).",
+        "Learning rate over the epochs: constant, cosine (falling to 0), or burda (eight stages, each thrice as long "
+        "as the last, in which it falls to a tenth; Burda et al. 2016).",
         "Training",
     )
     adam_eps: float = option(1e-8, "Epsilon of Adam.", "Training", above=0)
