@@ -40,9 +40,9 @@ class VAE(LightningModule):
         schedule, schedule_epochs, cycles: the warm-up of beta; see `fastvae.train.schedules`.
 
     The following metrics are logged after each epoch, in nats per example. For the training data: train_loss (with
-    beta), train_nll and train_kl. For the validation data, without beta: val_neg_elbo, val_nll and val_kl, and with an
-    IWAE val_neg_bound, the negative of its bound. Also beta, capacity if there is one, active_units and skipped_steps.
-    `kl_per_dimension` (L,) holds the validation KL of each latent dimension.
+    beta), train_nll and train_kl. For the validation data, without beta: val_neg_elbo, val_nll and val_kl. Also beta,
+    active_units and skipped_steps, and capacity if there is one. With an IWAE, the KL is estimated from its draws, and
+    val_neg_bound is the negative bound. `kl_per_dimension` (L,) holds the validation KL of each latent dimension.
 
     Class attributes of a subclass describe its data and its further metrics: `unit` is the name of one example,
     `split_metrics` are the metrics that `terms` adds for both splits, `extra_metrics` are those that are logged once,

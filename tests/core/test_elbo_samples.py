@@ -24,7 +24,7 @@ class Squared(nn.Module):
         return (params - target).square().sum(1)
 
 
-# The likelihood, the decoder, and the data. D = K * B, so a dispersion has as many elements as the decoder returns rows.
+# The likelihood, the decoder, and the data. As D = K * B, a dispersion has as many elements as the decoder has rows.
 CASES: dict[str, tuple[Any, Callable[[Tensor], Any], Any]] = {
     "bernoulli": ("bernoulli", lambda z: HEAD(z)[:, :D], X),
     "image": ("bernoulli", lambda z: HEAD(z).view(-1, 2, 3, 4), torch.rand(B, 2, 3, 4)),
@@ -90,6 +90,7 @@ def test_samples_of_a_call_take_precedence() -> None:
     assert fastvae.ELBO("bernoulli").reparameterize(mu, logvar)[0].shape == (B, L)
 
 
+@pytest.mark.slow
 def test_compiled_loss_is_one_graph_for_all_batch_sizes(native: None) -> None:
     elbo = fastvae.ELBO("bernoulli", samples=K)
 
