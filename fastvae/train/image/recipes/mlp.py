@@ -41,13 +41,12 @@ class MLP(ImageSettings):
         height, width, channels = shape
         inner = [self.hidden] * self.layers
         outputs = self.output_channels(channels)
-
-        def layers(*sizes: int) -> list[nn.Module]:
-            return dense(*sizes, activation=self.activation)
-
-        encoder = nn.Sequential(nn.Flatten(), *layers(prod(shape), *inner, 2 * self.latent))
+        encoder = nn.Sequential(
+            nn.Flatten(), *dense(prod(shape), *inner, 2 * self.latent, activation=self.activation)
+        )
         decoder = nn.Sequential(
-            *layers(self.latent, *inner, outputs * height * width), nn.Unflatten(1, (outputs, height, width))
+            *dense(self.latent, *inner, outputs * height * width, activation=self.activation),
+            nn.Unflatten(1, (outputs, height, width)),
         )
         for network in (encoder, decoder):
             networks.initialize(network, self.init)
