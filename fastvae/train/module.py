@@ -116,8 +116,10 @@ class VAE(LightningModule):
         return self.elbo.samples or 1
 
     def params(self, z: Tensor, x: Any) -> Any:
-        """Return the parameters of the likelihood for z (K * B, L), of which the first B rows belong to the first of K
-        draws, and for what else the decoder takes from the batch x of B rows."""
+        """Return the parameters of the likelihood for z (K * B, L), whose first B rows are the first of K draws.
+
+        What else the decoder takes from the batch x, which has B rows, is repeated for each draw.
+        """
         return self.decode(z)
 
     def target(self, x: Any) -> Any:
