@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .elbo import ELBO, nll_of_module
+from .elbo import ELBO
 from .functional import reparameterize_kl
 from .functional.checks import check_choice, check_floating, check_like, checked_int
-from .functional.loss import nll as loss_and_nll
-from .likelihoods import Likelihood
-from .likelihoods.base import divided_rows
+from .likelihoods.base import nll_of_draws
 from .reference.loss import reduce_rows
 
 __all__ = ["IWAE", "IWAEOutput", "PosteriorDraws"]
@@ -95,7 +93,7 @@ class IWAE(ELBO):
         chunk: int | None = None,
     ) -> None:
         super().__init__(likelihood, beta=beta, reduction=reduction)
-        self.samples = checked_int("IWAE", "samples", samples, 1, None)
+        self.samples: int = checked_int("IWAE", "samples", samples, 1, None)
         check_choice("IWAE", "estimator", estimator, ESTIMATORS)
         self.estimator = estimator
         self.chunk = None if chunk is None else checked_int("IWAE", "chunk", chunk, 1, None)
@@ -190,10 +188,10 @@ class IWAE(ELBO):
             )
 
         def nll_of(part: Tensor) -> Tensor:
-            return self._nll(decoder(part.flatten(0, 1)), x, len(part), weight)
+            return nll_of_draws("IWAE", self.likelihood, decoder(part.flatten(0, 1)), x, len(part), weight)
 
         if not is_function:
-            nll = self._nll(decoder, x, self.samples, weight)
+            nll = nll_of_draws("IWAE", self.likelihood, decoder, x, self.samples, weight)
         elif self.chunk is None or self.chunk >= self.samples:
             nll = nll_of(z)
         else:
@@ -217,42 +215,11 @@ class IWAE(ELBO):
         loss = reduce_rows(rows, self._reduction)
         return IWAEOutput(loss, bound, nll, kl, ess)
 
-    def _nll(self, recon: Any, x: Any, draws: int, weight: Any) -> Tensor:
-        """Compute -log p(x | z), (K, B), from the decoder's output for K * B rows."""
-        likelihood: Any = self.likelihood
-        if not isinstance(likelihood, Likelihood) or type(likelihood).nll is not Likelihood.nll:
-            repeated = None if weight is None else _repeated_weight(weight, x, draws)
-            return nll_of_module(likelihood, "IWAE", recon, _repeated(x, draws), repeated).unflatten(
-                0, (draws, -1)
-            )
-        name, params, constants = likelihood.kernel_call(recon)
-        rows = params[0].shape[0]
-        if rows % draws != 0:
-            raise ValueError(
-                f"fastvae.IWAE: the decoder must return K * B rows, {draws} times those of `x`, got {rows}"
-            )
-        return loss_and_nll(name, divided_rows(params, draws), x, constants, draws=draws, weight=weight)[1]
-
     def extra_repr(self) -> str:
         chunk = "" if self.chunk is None else f", chunk={self.chunk}"
-        return f"samples={self.samples}, estimator={self.estimator!r}{chunk}, {super().extra_repr()}"
+        return f"estimator={self.estimator!r}{chunk}, {super().extra_repr()}"
 
 
 def _with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
     """Return `value` with the gradient of `surrogate`."""
     return value.detach() + (surrogate - surrogate.detach())
-
-
-def _repeated(x: Any, draws: int) -> Any:
-    if isinstance(x, dict):
-        return {name: _repeated(value, draws) for name, value in x.items()}
-    return x.expand(draws, *x.shape).flatten(0, 1)
-
-
-def _repeated_weight(weight: Any, x: Any, draws: int) -> Any:
-    """Repeat a weight like `_repeated` the data; one that all rows share, with size 1, needs no copies."""
-    if isinstance(weight, dict):
-        return {
-            name: _repeated_weight(part, x[name], draws) for name, part in weight.items() if part is not None
-        }
-    return _repeated(weight, draws) if len(weight) == len(x) else weight

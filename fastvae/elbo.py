@@ -1,6 +1,5 @@
 """`ELBO`, the training objective of a VAE."""
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, likelihoods
-from .functional.checks import check_choice, check_kl, is_dense, layout_message
+from .functional.checks import check_choice, check_kl, checked_int, is_dense, layout_message
 from .functional.loss import nll as loss_and_nll
 from .functional.ranges import has_values, warn_of_impossible_values
 from .likelihoods import Bernoulli, Likelihood
+from .likelihoods.base import nll_of_draws, nll_of_module
 from .reference import REDUCTIONS, free_bits
 from .reference.loss import reduce_rows
 
@@ -28,7 +28,7 @@ class ELBOOutput(NamedTuple):
     """nll + beta * kl, reduced: a scalar, or (B,) with reduction "none". With free bits, this uses the KL after
     them."""
     nll: Tensor
-    """-log p(x | z) of every row, (B,), in nats."""
+    """-log p(x | z) of every row, (B,), in nats; with several draws of z, their average."""
     kl: Tensor
     """KL( q(z | x) || p(z) ) of every row, (B,), in nats. With free bits, this is still the true KL."""
 
@@ -73,6 +73,9 @@ class ELBO(nn.Module):
             expects the same; `out.kl` is still the true KL of every row.
         free_bits_mean: if True, as in the paper, the threshold applies to the mean KL of a dimension over the batch (of
             this process); if False, it applies to each datum separately.
+        samples: K, the number of draws of z for each row, over which the nll is averaged: `reparameterize` returns z of
+            shape (K, B, ...), and the decoder is called with K * B rows, as in `elbo(decoder(z.flatten(0, 1)), x,
+            kl=kl)`. The data are read in place and not repeated. None means one draw, with z in the shape of `mu`.
 
     Call it as `elbo(recon, x, kl=kl)` or `elbo(recon, x, mu, logvar)`; see `forward`.
     """
@@ -90,6 +93,7 @@ class ELBO(nn.Module):
         reduction: str = "mean",
         free_bits: float = 0.0,
         free_bits_mean: bool = True,
+        samples: int | None = None,
     ) -> None:
         super().__init__()
         self.likelihood = likelihoods.get(likelihood)
@@ -98,6 +102,7 @@ class ELBO(nn.Module):
         # at compile time.
         self._free_bits = _checked("free_bits", "float", free_bits) or None
         self.free_bits_mean = free_bits_mean
+        self.samples = None if samples is None else checked_int("ELBO", "samples", samples, 1, None)
         # A plain number has no device, so beta is created on torch's default device, like every other parameter.
         device = beta.device if isinstance(beta, Tensor) else None
         self._beta = _checked_beta(beta)
@@ -164,16 +169,16 @@ class ELBO(nn.Module):
         With free bits, the KL is that of every dimension, in the shape of `mu`: pass it on as `kl=`, or sum it to log
         it. This draws noise in evaluation mode too; for a z without noise, use `mu` itself.
 
-        With `samples=K`, z is (K, B, ...). To average the loss over the samples, make each a row of its own:
-        `elbo(decoder(z.flatten(0, 1)), x.repeat(K, *[1] * (x.dim() - 1)), kl=kl.repeat(K))`; for flat data,
-        `x.repeat(K, 1)` is enough. With free bits, repeat the KL in the same way as x.
+        With `samples=K`, z is (K, B, ...). The default is the `samples` of this ELBO, whose loss averages over them. An
+        ELBO without `samples` takes every draw as a row of its own: `elbo(decoder(z.flatten(0, 1)), x.repeat(K, *[1] *
+        (x.dim() - 1)), kl=kl.repeat(K))`. With free bits, repeat the KL in the same way as x.
         """
         z, kl = functional.reparameterize_kl(
             mu,
             logvar,
             prior_mu,
             prior_logvar,
-            samples=samples,
+            samples=self.samples if samples is None else samples,
             generator=generator,
             seed=seed,
             row_offset=row_offset,
@@ -197,7 +202,8 @@ class ELBO(nn.Module):
         """Compute the loss of a batch.
 
         Args:
-            recon: the output of the decoder, (B, ...), which holds the parameters of the likelihood.
+            recon: the output of the decoder, (B, ...), which holds the parameters of the likelihood. If `samples` is K,
+                it has K * B rows, of which the first B belong to the first draw.
             x: the data, (B, ...), in the shape that the likelihood expects for `recon`.
             mu, logvar: the posterior, (B, ...). Its KL from N(0, 1) is computed here.
             kl: the KL of every row, (B,), as `reparameterize` returns it; with free bits, the KL of every dimension,
@@ -241,6 +247,9 @@ class ELBO(nn.Module):
         beta: Any = self._buffers["beta"]
         if not torch.compiler.is_compiling() and beta.is_cpu and isinstance(kl, Tensor) and not kl.is_cpu:
             _move_beta(beta, kl)
+        if self.samples is not None:
+            nll = nll_of_draws("ELBO", likelihood, recon, x, self.samples, weight).mean(0)
+            return _output_from_nll(nll, kl, beta, self._reduction)._replace(kl=true_kl)
         if not isinstance(likelihood, Likelihood) or type(likelihood).nll is not Likelihood.nll:
             nll = nll_of_module(likelihood, "ELBO", recon, x, weight)
             output = _output_from_nll(nll, kl, beta, self._reduction)
@@ -259,7 +268,8 @@ class ELBO(nn.Module):
     def extra_repr(self) -> str:
         beta = "?" if self.beta.is_meta else f"{self.beta.item():g}"
         free_bits = f", free_bits={self.free_bits:g}" if self.free_bits else ""
-        return f"beta={beta}, reduction={self.reduction!r}{free_bits}"
+        samples = f", samples={self.samples}" if self.samples is not None else ""
+        return f"beta={beta}, reduction={self.reduction!r}{free_bits}{samples}"
 
 
 def _move_beta(beta: Tensor, kl: Tensor) -> None:
@@ -314,22 +324,8 @@ def _kl_or_posterior_message(found: str) -> str:
     )
 
 
-def nll_of_module(likelihood: Any, where: str, recon: Any, x: Any, weight: Any) -> Tensor:
-    """Call the `nll` of a module that has no kernel, with the weight only if there is one."""
-    if weight is None:
-        return likelihood.nll(recon, x)
-    if not torch.compiler.is_compiling():
-        parameters = inspect.signature(likelihood.nll).parameters.values()
-        if not any(p.name == "weight" or p.kind is p.VAR_KEYWORD for p in parameters):
-            raise TypeError(
-                f"fastvae.{where}: `weight` needs a likelihood with nll(params, target, *, weight=None), got "
-                f"{type(likelihood).__name__}.nll without `weight`"
-            )
-    return likelihood.nll(recon, x, weight=weight)
-
-
 def _output_from_nll(nll: Tensor, kl: Tensor, beta: Tensor, reduction: int) -> ELBOOutput:
-    """Combine the nll of a likelihood that has no kernel with the KL."""
+    """Combine the nll of a likelihood that has no kernel, or of several draws, with the KL."""
     if not isinstance(nll, Tensor) or nll.dim() != 1:
         found = tuple(nll.shape) if isinstance(nll, Tensor) else type(nll).__name__
         raise ValueError(
