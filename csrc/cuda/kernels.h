@@ -105,9 +105,10 @@ struct NoiseSource {
   int64_t row_offset = 0;
 };
 
-// A diagonal Gaussian posterior with `draws` samples, and its prior, which is N(0, I) if prior_mu has null data. All operands have the
-// same type, and every row is a single run.
+// A diagonal Gaussian posterior with `draws` samples, and its prior, which is N(0, I) if prior_mu has null data. The scales of both are
+// in the given form. All operands have the same type, and every row is a single run.
 struct Latents {
+  ScaleForm form;
   int64_t rows = 0, size = 0, draws = 0;
   Operand mu, logvar, prior_mu, prior_logvar;
   Operand eps;  // null data if it is to be drawn from `noise`
@@ -130,6 +131,7 @@ struct SampleGradArgs : Latents {
   int64_t grad_z_draw_stride = 0;
   Numbers grad_kl;          // per row; null data stands for zero
   Operand element_grad_kl;  // per element; an alternative to grad_kl
+  double posterior_weight = 1, prior_weight = 1;  // factors of the KL's gradients
   Result grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar, grad_eps;  // null data if not requested
   int64_t grad_eps_draw_stride = 0;
 };

@@ -50,10 +50,14 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
           C v[N], kl[N];
           read<T, N, kWhole>(mu + i, left, m);
           read<T, N, kWhole>(logvar + i, left, v);
+          to_means(args.form, m);
+          to_log_variances(args.form, v);
           if (prior_mu && wants_kl) {
             C pm[N], pv[N];
             read<T, N, kWhole>(prior_mu + i, left, pm);
             read<T, N, kWhole>(prior_logvar + i, left, pv);
+            to_means(args.form, pm);
+            to_log_variances(args.form, pv);
 #pragma unroll
             for (int j = 0; j < N; ++j) {
               kl[j] = math::prior_kl(m[j], v[j], pm[j], pv[j]).value;
@@ -69,9 +73,8 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
           }
           if (wants_kl) {
             if (args.element_kl.data) write<C, N, kWhole>(row_of<C>(args.element_kl, part) + i, left, kl);
-            // Past the end of a row all inputs are read as 0, for which the KL is 0.
 #pragma unroll
-            for (int j = 0; j < N; ++j) sum += kl[j];
+            for (int j = 0; j < N; ++j) sum += kWhole || uint32_t(j) < left ? kl[j] : C(0);
           }
         }
 #pragma unroll 1

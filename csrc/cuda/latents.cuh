@@ -93,6 +93,50 @@ FASTVAE_DEVICE void write(T* p, uint32_t left, const C (&in)[N]) {
   }
 }
 
+// The soft clamp of a form that has one, and its derivatives.
+template <class C, int N>
+FASTVAE_DEVICE void clamp_softly(const ScaleForm& form, C (&x)[N], C (&factors)[N]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const auto soft = math::soft_clamp(x[j], C(form.soft));
+    x[j] = soft.value;
+    factors[j] = soft.grad;
+  }
+}
+template <class C, int N>
+FASTVAE_DEVICE void to_means(const ScaleForm& form, C (&mu)[N]) {
+  C factors[N];
+  if (form.soft != 0) clamp_softly(form, mu, factors);
+}
+
+// Replaces the numbers of an encoder by log sigma^2. Returns the derivatives in `factors`.
+template <class C, int N>
+FASTVAE_DEVICE void to_log_variances(const ScaleForm& form, C (&v)[N], C (&factors)[N]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) factors[j] = C(1);
+  if (form.is_plain()) return;
+  if (form.soft != 0) clamp_softly(form, v, factors);
+  math::with_log_variance<C>(form, [&](const auto& log_variance) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const auto out = log_variance(v[j]);
+      v[j] = out.value;
+      factors[j] *= out.grad;
+    }
+  });
+}
+template <class C, int N>
+FASTVAE_DEVICE void to_log_variances(const ScaleForm& form, C (&v)[N]) {
+  C factors[N];
+  to_log_variances(form, v, factors);
+}
+
+template <class C, int N>
+FASTVAE_DEVICE void chain(C (&grads)[N], const C (&factors)[N]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) grads[j] = math::chained(grads[j], factors[j]);
+}
+
 // Where a part of a row begins.
 template <class T, class View>
 FASTVAE_DEVICE auto row_of(const View& view, const Part& part) {

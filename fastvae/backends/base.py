@@ -18,8 +18,9 @@ DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
 class Backend(NamedTuple):
     """The functions of one backend, called with positional arguments:
 
-    reparameterize_kl(mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, generator) -> (z, kl)
-    gaussian_kl(mu, logvar, prior_mu, prior_logvar, per_element) -> kl
+    reparameterize_kl(mu, logvar, prior_mu, prior_logvar, form, constants, balance, per_element,
+                      samples, seed, row_offset, eps, generator) -> (z, kl)
+    gaussian_kl(mu, logvar, prior_mu, prior_logvar, form, constants, balance, per_element) -> kl
     nll(likelihood, params, target, constants, kl, beta, reduction) -> (loss, nll)
     nll_elements(likelihood, params, target, constants, weight) -> values
     """
