@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import functional, likelihoods
 from .functional.checks import check_choice, check_kl, is_dense, layout_message
+from .functional.forms import LogVar, ScaleForm, checked_form
 from .functional.loss import nll as loss_and_nll
 from .functional.ranges import has_values, warn_of_impossible_values
 from .likelihoods import Bernoulli, Likelihood
@@ -73,6 +74,9 @@ class ELBO(nn.Module):
         free_bits_mean: if True, as in the paper, the threshold applies to the mean KL of a dimension over the batch (of
             this process); if False, it applies to each datum separately.
 
+        posterior: what the encoder's second output means: `"logvar"`, `"log_std"`, `"softplus"`, `"variance"`, or one
+            of `fastvae.posteriors`, as for `functional.reparameterize_kl`.
+
     Call it as `elbo(recon, x, kl=kl)` or `elbo(recon, x, mu, logvar)`; see `forward`.
     """
 
@@ -89,8 +93,10 @@ class ELBO(nn.Module):
         reduction: str = "mean",
         free_bits: float = 0.0,
         free_bits_mean: bool = True,
+        posterior: str | ScaleForm = "logvar",
     ) -> None:
         super().__init__()
+        self.posterior = checked_form("ELBO", "posterior", posterior)
         self.likelihood = likelihoods.get(likelihood)
         self.reduction = reduction
         # None rather than 0: torch.compile turns a float into a graph input, and a branch on it cannot be resolved
@@ -148,17 +154,20 @@ class ELBO(nn.Module):
     def reparameterize(
         self,
         mu: Tensor,
-        logvar: Tensor,
+        logvar: Tensor | None = None,
         prior_mu: Tensor | None = None,
         prior_logvar: Tensor | None = None,
         *,
+        balance: float | None = None,
         samples: int | None = None,
         generator: torch.Generator | None = None,
         seed: Tensor | None = None,
         row_offset: int = 0,
         eps: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draw z ~ N(mu, e^logvar) and compute the KL of every row, (B,). See `fastvae.functional.reparameterize_kl`.
+        """Draw z from the posterior and compute the KL of every row, (B,). See `fastvae.functional.reparameterize_kl`.
+
+        `mu` alone is a packed head, (B, 2 L, ...). The form of `logvar` and `prior_logvar` is that of `posterior`.
 
         With free bits, the KL is that of every dimension, in the shape of `mu`: pass it on as `kl=`, or sum it to log
         it. This draws noise in evaluation mode too; for a z without noise, use `mu` itself.
@@ -167,20 +176,20 @@ class ELBO(nn.Module):
         `elbo(decoder(z.flatten(0, 1)), x.repeat(K, *[1] * (x.dim() - 1)), kl=kl.repeat(K))`; for flat data,
         `x.repeat(K, 1)` is enough. With free bits, repeat the KL in the same way as x.
         """
-        z, kl = functional.reparameterize_kl(
+        return functional.reparameterize_kl(
             mu,
             logvar,
             prior_mu,
             prior_logvar,
+            form=self.posterior,
+            balance=balance,
+            reduction="event" if self._free_bits is None else "none",
             samples=samples,
             generator=generator,
             seed=seed,
             row_offset=row_offset,
             eps=eps,
         )
-        if self._free_bits is not None:
-            kl = functional.gaussian_kl(mu, logvar, prior_mu, prior_logvar, reduction="none")
-        return z, kl
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def forward(
@@ -197,7 +206,8 @@ class ELBO(nn.Module):
         Args:
             recon: the output of the decoder, (B, ...), which holds the parameters of the likelihood.
             x: the data, (B, ...), in the shape that the likelihood expects for `recon`.
-            mu, logvar: the posterior, (B, ...). Its KL from N(0, 1) is computed here.
+            mu, logvar: the posterior, (B, ...), or `mu` alone: a packed head, (B, 2 L, ...). Its KL from N(0, 1) is
+                computed here.
             kl: the KL of every row, (B,), as `reparameterize` returns it; with free bits, the KL of every dimension,
                 (B, ...). Pass either `kl` or the posterior.
 
@@ -207,16 +217,15 @@ class ELBO(nn.Module):
             ValueError: If a shape or device is wrong, or `x` requires a gradient that the likelihood does not provide.
         """
         if kl is None:
-            if mu is None or logvar is None:
-                raise TypeError(
-                    _kl_or_posterior_message("neither" if mu is logvar else "only one of `mu` and `logvar`")
-                )
+            if mu is None:
+                raise TypeError(_kl_or_posterior_message("neither" if logvar is None else "only `logvar`"))
             tensors = isinstance(mu, Tensor) and isinstance(x, Tensor)
             if tensors and not mu.is_nested and not x.is_nested and mu.shape[:1] != x.shape[:1]:
                 raise ValueError(
                     f"fastvae.ELBO: `mu` must have as many rows as `x` {tuple(x.shape)}, got {tuple(mu.shape)}"
                 )
-            kl = functional.gaussian_kl(mu, logvar, reduction="event" if self._free_bits is None else "none")
+            reduction = "event" if self._free_bits is None else "none"
+            kl = functional.gaussian_kl(mu, logvar, form=self.posterior, reduction=reduction)
         elif mu is not None or logvar is not None:
             raise TypeError(_kl_or_posterior_message("both"))
         true_kl = kl
@@ -248,7 +257,8 @@ class ELBO(nn.Module):
     def extra_repr(self) -> str:
         beta = "?" if self.beta.is_meta else f"{self.beta.item():g}"
         free_bits = f", free_bits={self.free_bits:g}" if self.free_bits else ""
-        return f"beta={beta}, reduction={self.reduction!r}{free_bits}"
+        posterior = "" if self.posterior == LogVar() else f", posterior={self.posterior}"
+        return f"beta={beta}, reduction={self.reduction!r}{free_bits}{posterior}"
 
 
 def _move_beta(beta: Tensor, kl: Tensor) -> None:

@@ -13,6 +13,10 @@ struct SamplePlan {
 
 constexpr int resident(int64_t item_size) { return item_size == 8 ? 1 : 4; }
 
+// Whether the kernel for units of n elements takes every form of the scale, or only the plain one. With eight elements, the others would
+// spill registers.
+constexpr bool takes_forms(int n) { return n <= 4; }
+
 template <class T, int N, bool kWhole>
 __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
     sample_kernel(const __grid_constant__ SampleArgs args, const __grid_constant__ SamplePlan how) {
@@ -50,14 +54,12 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
           C v[N], kl[N];
           read<T, N, kWhole>(mu + i, left, m);
           read<T, N, kWhole>(logvar + i, left, v);
-          to_means(args.form, m);
-          to_log_variances(args.form, v);
+          if constexpr (takes_forms(N)) apply(args.form, m, v);
           if (prior_mu && wants_kl) {
             C pm[N], pv[N];
             read<T, N, kWhole>(prior_mu + i, left, pm);
             read<T, N, kWhole>(prior_logvar + i, left, pv);
-            to_means(args.form, pm);
-            to_log_variances(args.form, pv);
+            if constexpr (takes_forms(N)) apply(args.form, pm, pv);
 #pragma unroll
             for (int j = 0; j < N; ++j) {
               kl[j] = math::prior_kl(m[j], v[j], pm[j], pv[j]).value;
@@ -110,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
 
 bool is_whole(const SampleArgs& args) {
   const int unit = whole_unit(cpu::item_size(args.mu.type));
-  return allows(args, unit) && allows(args.z, args.size, unit) && args.z_draw_stride % unit == 0 &&
+  return (takes_forms(unit) || args.form.is_plain()) && allows(args, unit) && allows(args.z, args.size, unit) && args.z_draw_stride % unit == 0 &&
          allows(args.element_kl, args.size, unit);
 }
 

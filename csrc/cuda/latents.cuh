@@ -93,48 +93,47 @@ FASTVAE_DEVICE void write(T* p, uint32_t left, const C (&in)[N]) {
   }
 }
 
-// The soft clamp of a form that has one, and its derivatives.
-template <class C, int N>
-FASTVAE_DEVICE void clamp_softly(const ScaleForm& form, C (&x)[N], C (&factors)[N]) {
-#pragma unroll
+// Calls x[j] = f(j, x[j]) for one element after the other. Side by side, they would take registers that the kernels do not have, and the
+// code of every form would be there N times. An array in registers has no variable index, so the elements are selected.
+template <class C, int N, class F>
+FASTVAE_DEVICE void one_by_one(C (&x)[N], const F& f) {
+#pragma unroll 1
   for (int j = 0; j < N; ++j) {
-    const auto soft = math::soft_clamp(x[j], C(form.soft));
-    x[j] = soft.value;
-    factors[j] = soft.grad;
+    C value = x[0];
+#pragma unroll
+    for (int i = 1; i < N; ++i) value = i == j ? x[i] : value;
+    value = f(j, value);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = i == j ? value : x[i];
   }
 }
-template <class C, int N>
-FASTVAE_DEVICE void to_means(const ScaleForm& form, C (&mu)[N]) {
-  C factors[N];
-  if (form.soft != 0) clamp_softly(form, mu, factors);
+
+// log sigma^2 and its derivative for what an encoder gives.
+template <class C>
+FASTVAE_DEVICE math::LogVariance<C> log_variance(const ScaleForm& form, C v) {
+  math::LogVariance<C> soft{v, C(1)}, out;
+  if (form.soft != 0) soft = math::soft_clamp(v, C(form.soft));
+  math::with_log_variance<C>(form, [&](const auto& of) { out = of(soft.value); });
+  return {out.value, out.grad * soft.grad};
 }
 
-// Replaces the numbers of an encoder by log sigma^2. Returns the derivatives in `factors`.
+// Replaces what an encoder gives by the mean and log sigma^2.
 template <class C, int N>
-FASTVAE_DEVICE void to_log_variances(const ScaleForm& form, C (&v)[N], C (&factors)[N]) {
-#pragma unroll
-  for (int j = 0; j < N; ++j) factors[j] = C(1);
+FASTVAE_DEVICE void apply(const ScaleForm& form, C (&mu)[N], C (&v)[N]) {
   if (form.is_plain()) return;
-  if (form.soft != 0) clamp_softly(form, v, factors);
-  math::with_log_variance<C>(form, [&](const auto& log_variance) {
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const auto out = log_variance(v[j]);
-      v[j] = out.value;
-      factors[j] *= out.grad;
-    }
-  });
-}
-template <class C, int N>
-FASTVAE_DEVICE void to_log_variances(const ScaleForm& form, C (&v)[N]) {
-  C factors[N];
-  to_log_variances(form, v, factors);
+  one_by_one(v, [&](int, C x) { return log_variance(form, x).value; });
+  if (form.soft != 0) one_by_one(mu, [&](int, C x) { return math::soft_clamp(x, C(form.soft)).value; });
 }
 
-template <class C, int N>
-FASTVAE_DEVICE void chain(C (&grads)[N], const C (&factors)[N]) {
-#pragma unroll
-  for (int j = 0; j < N; ++j) grads[j] = math::chained(grads[j], factors[j]);
+// Multiplies the gradients by the derivatives of the form. It reads what the encoder gives again: to keep the derivatives would take
+// registers that the rest of the kernel needs.
+template <class T, class C, int N>
+FASTVAE_DEVICE void chain(const ScaleForm& form, const T* mu, const T* v, uint32_t left, C (&d_mu)[N], C (&d_v)[N]) {
+  if (form.is_plain()) return;
+  const auto at = [&](const T* p, int j) { return uint32_t(j) < left ? C(widened(p[j])) : C(0); };
+  one_by_one(d_v, [&](int j, C grad) { return math::chained(grad, log_variance(form, at(v, j)).grad); });
+  if (form.soft == 0) return;
+  one_by_one(d_mu, [&](int j, C grad) { return math::chained(grad, math::soft_clamp(at(mu, j), C(form.soft)).grad); });
 }
 
 // Where a part of a row begins.

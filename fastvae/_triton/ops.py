@@ -26,7 +26,10 @@ from .runtime import INTERPRETED
 _library = torch.library.Library("fastvae_triton", "DEF")
 _ops = torch.ops.fastvae_triton
 
-_POSTERIOR = "Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar"
+_POSTERIOR = (
+    "Tensor mu, Tensor? logvar, Tensor? prior_mu, Tensor? prior_logvar, str form, float[] constants, "
+    "float? balance"
+)
 _NOISE = "int? samples, Tensor? seed, int row_offset, Tensor? eps, Generator? generator"
 _DATA = "str likelihood, Tensor[] params, Tensor target, float[] constants"
 _EXTRAS = (
@@ -35,8 +38,8 @@ _EXTRAS = (
 _RANDOM = ("reparameterize_kl", "reparameterize_kl_forward")
 
 for _schema in (
-    f"reparameterize_kl({_POSTERIOR}, {_NOISE}) -> (Tensor z, Tensor kl)",
-    f"reparameterize_kl_forward({_POSTERIOR}, {_NOISE}) -> (Tensor z, Tensor kl, Tensor used_seed)",
+    f"reparameterize_kl({_POSTERIOR}, bool per_element, {_NOISE}) -> (Tensor z, Tensor kl)",
+    f"reparameterize_kl_forward({_POSTERIOR}, bool per_element, {_NOISE}) -> (Tensor z, Tensor kl, Tensor used_seed)",
     f"reparameterize_kl_backward(Tensor? grad_z, Tensor? grad_kl, {_POSTERIOR}, int? samples, Tensor seed, "
     "int row_offset, Tensor? eps, int needs) -> Tensor[]",
     f"gaussian_kl({_POSTERIOR}, bool per_element) -> Tensor",
@@ -354,10 +357,12 @@ class _Sample(torch.autograd.Function):
     def forward(
         ctx: Any,
         mu: Tensor,
-        logvar: Tensor,
+        logvar: Tensor | None,
         prior_mu: Tensor | None,
         prior_logvar: Tensor | None,
         eps: Tensor | None,
+        form: tuple[str, Sequence[float], float | None],
+        per_element: bool,
         samples: int | None,
         seed: Tensor | None,
         row_offset: int,
@@ -365,27 +370,37 @@ class _Sample(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         with _below_autograd():
             z, kl, used_seed = _ops.reparameterize_kl_forward.default(
-                mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, generator
+                mu,
+                logvar,
+                prior_mu,
+                prior_logvar,
+                *form,
+                per_element,
+                samples,
+                seed,
+                row_offset,
+                eps,
+                generator,
             )
         ctx.set_materialize_grads(False)
         ctx.needs = _bits(mu, logvar, prior_mu, prior_logvar, eps)
-        ctx.samples, ctx.row_offset = samples, row_offset
+        ctx.form, ctx.samples, ctx.row_offset = form, samples, row_offset
         ctx.save_for_backward(mu, logvar, prior_mu, prior_logvar, eps, used_seed)
         return z, kl
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_z is None and grad_kl is None:
-            return (None,) * 9
+            return (None,) * 11
         *posterior, eps, seed = ctx.saved_tensors
         needs = ctx.needs if grad_z is not None else ctx.needs & ~latents.EPS
         gradients = []
         if needs:
             with _below_autograd():
                 gradients = _ops.reparameterize_kl_backward.default(
-                    grad_z, grad_kl, *posterior, ctx.samples, seed, ctx.row_offset, eps, needs
+                    grad_z, grad_kl, *posterior, *ctx.form, ctx.samples, seed, ctx.row_offset, eps, needs
                 )
-        return (*_placed(gradients, needs, [*posterior, eps]), None, None, None, None)
+        return (*_placed(gradients, needs, [*posterior, eps]), *(None,) * 6)
 
 
 class _Kl(torch.autograd.Function):
@@ -393,14 +408,15 @@ class _Kl(torch.autograd.Function):
     def forward(
         ctx: Any,
         mu: Tensor,
-        logvar: Tensor,
+        logvar: Tensor | None,
         prior_mu: Tensor | None,
         prior_logvar: Tensor | None,
+        form: tuple[str, Sequence[float], float | None],
         per_element: bool,
     ) -> Tensor:
         with _below_autograd():
-            kl = _ops.gaussian_kl_forward.default(mu, logvar, prior_mu, prior_logvar, per_element)
-        ctx.needs = _bits(mu, logvar, prior_mu, prior_logvar)
+            kl = _ops.gaussian_kl_forward.default(mu, logvar, prior_mu, prior_logvar, *form, per_element)
+        ctx.needs, ctx.form = _bits(mu, logvar, prior_mu, prior_logvar), form
         ctx.save_for_backward(mu, logvar, prior_mu, prior_logvar)
         return kl
 
@@ -408,8 +424,8 @@ class _Kl(torch.autograd.Function):
     def backward(ctx: Any, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
         posterior = ctx.saved_tensors
         with _below_autograd():
-            gradients = _ops.gaussian_kl_backward.default(grad_kl, *posterior, ctx.needs)
-        return (*_placed(gradients, ctx.needs, posterior), None)
+            gradients = _ops.gaussian_kl_backward.default(grad_kl, *posterior, *ctx.form, ctx.needs)
+        return (*_placed(gradients, ctx.needs, posterior), None, None)
 
 
 def _placed(
@@ -423,21 +439,24 @@ def _placed(
 
 def _reparameterize_kl(
     mu: Tensor,
-    logvar: Tensor,
+    logvar: Tensor | None,
     prior_mu: Tensor | None,
     prior_logvar: Tensor | None,
+    form: str,
+    constants: Sequence[float],
+    balance: float | None,
+    per_element: bool,
     samples: int | None,
     seed: Tensor | None,
     row_offset: int,
     eps: Tensor | None,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and _requires_grad(mu, logvar, prior_mu, prior_logvar, eps):
-        return _Sample.apply(mu, logvar, prior_mu, prior_logvar, eps, samples, seed, row_offset, generator)
+    posterior, how = (mu, logvar, prior_mu, prior_logvar), (form, constants, balance)
+    if torch.is_grad_enabled() and _requires_grad(*posterior, eps):
+        return _Sample.apply(*posterior, eps, how, per_element, samples, seed, row_offset, generator)
     with _below_autograd():
-        return _sample_without_graph(
-            mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, generator
-        )
+        return _sample_without_graph(*posterior, *how, per_element, samples, seed, row_offset, eps, generator)
 
 
 def _sample_without_graph(*args: Any) -> tuple[Tensor, Tensor]:
@@ -446,12 +465,20 @@ def _sample_without_graph(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _gaussian_kl(
-    mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, per_element: bool
+    mu: Tensor,
+    logvar: Tensor | None,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    form: str,
+    constants: Sequence[float],
+    balance: float | None,
+    per_element: bool,
 ) -> Tensor:
-    if torch.is_grad_enabled() and _requires_grad(mu, logvar, prior_mu, prior_logvar):
-        return _Kl.apply(mu, logvar, prior_mu, prior_logvar, per_element)
+    posterior, how = (mu, logvar, prior_mu, prior_logvar), (form, constants, balance)
+    if torch.is_grad_enabled() and _requires_grad(*posterior):
+        return _Kl.apply(*posterior, how, per_element)
     with _below_autograd():
-        return _kl_without_graph(mu, logvar, prior_mu, prior_logvar, per_element)
+        return _kl_without_graph(*posterior, *how, per_element)
 
 
 def _kl_without_graph(*args: Any) -> Tensor:

@@ -47,7 +47,8 @@ class LogVar(ScaleForm):
     def __post_init__(self) -> None:
         if self.clamp is not None and self.bounds is not None:
             raise ValueError(
-                f"fastvae.posteriors.LogVar: `clamp` and `bounds` exclude each other, got {self.clamp} and {self.bounds}"
+                "fastvae.posteriors.LogVar: `clamp` and `bounds` exclude each other, got "
+                f"{self.clamp} and {self.bounds}"
             )
         if self.clamp is not None:
             self._set("logvar_clamp", *checked_bounds("posteriors.LogVar", self.clamp, "clamp"))

@@ -37,10 +37,8 @@ def gaussian_kl(
     `reduction="event"` sums each row to (B,), and `"none"` keeps the elements.
     """
     dtype = compute_dtype(mu)
-    posterior = _mean_and_logvar(mu, logvar, form, constants, dtype)
-    prior = (
-        None if prior_mu is None else _mean_and_logvar(prior_mu, prior_logvar, form, constants, dtype)
-    )
+    posterior = mean_and_logvar(mu, logvar, form, constants, dtype)
+    prior = None if prior_mu is None else mean_and_logvar(prior_mu, prior_logvar, form, constants, dtype)
     return _reduced(_balanced_kl(posterior, prior, balance), reduction)
 
 
@@ -67,7 +65,7 @@ def reparameterize_kl(
     """
     dtype = compute_dtype(mu)
     # The conversion is done once for z and the KL, as in `gaussian_kl`.
-    mean, v = _mean_and_logvar(mu, logvar, form, constants, dtype)
+    mean, v = mean_and_logvar(mu, logvar, form, constants, dtype)
     shape = mean.shape if samples is None else (samples, *mean.shape)
     if eps is None:
         if seed is None:
@@ -75,9 +73,7 @@ def reparameterize_kl(
         rows, dims, draws = mean.shape[0], math.prod(mean.shape[1:]), 1 if samples is None else samples
         eps = normal_noise(seed, row_offset, rows, dims, draws, dtype).reshape(shape)
     z = mean + torch.exp(v / 2) * eps.to(dtype)
-    prior = (
-        None if prior_mu is None else _mean_and_logvar(prior_mu, prior_logvar, form, constants, dtype)
-    )
+    prior = None if prior_mu is None else mean_and_logvar(prior_mu, prior_logvar, form, constants, dtype)
     return z.to(mu.dtype), _reduced(_balanced_kl((mean, v), prior, balance), reduction)
 
 
@@ -111,7 +107,7 @@ def soft_clamp(x: Tensor, bound: float) -> Tensor:
     return x if bound == 0 else bounded_logvar(x, (-bound, bound))
 
 
-def _mean_and_logvar(
+def mean_and_logvar(
     mu: Tensor, logvar: Tensor | None, form: str, constants: Sequence[float], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The mean and log sigma^2 of a Gaussian in `dtype`.
