@@ -55,6 +55,16 @@ def _latents(batch: int, size: int, device: torch.device, dtype: torch.dtype = t
     }
 
 
+def _latent_head(batch: int, size: int) -> Callable[[torch.device], Inputs]:
+    """The encoder's output with mean and scale packed."""
+
+    def setup(device: torch.device) -> Inputs:
+        head = torch.randn(batch, 2 * size, device=device)
+        return {"head": head.requires_grad_(), "z_gradient": torch.randn(batch, size, device=device)}
+
+    return setup
+
+
 def _reconstruction(
     shape: tuple[int, ...],
     device: torch.device,
@@ -216,6 +226,14 @@ def _fused_categorical(device: torch.device) -> Callable[..., Outputs]:
 def _fused_latents(device: torch.device) -> Callable[..., Outputs]:
     def fused(mu: Tensor, logvar: Tensor) -> Outputs:
         z, kl = fastvae.functional.reparameterize_kl(mu, logvar)
+        return kl.mean(), z
+
+    return fused
+
+
+def _fused_softplus(device: torch.device) -> Callable[..., Outputs]:
+    def fused(head: Tensor) -> Outputs:
+        z, kl = fastvae.functional.reparameterize_kl(head, form="softplus")
         return kl.mean(), z
 
     return fused
@@ -393,6 +411,16 @@ def _baseline_latents(mu: Tensor, logvar: Tensor) -> Outputs:
     return _baseline_kld(mu, logvar) / mu.shape[0], z
 
 
+def _baseline_softplus(head: Tensor) -> Outputs:
+    """As in stable-audio-tools, but with the 1/2 of the KL, which it leaves out."""
+    mean, scale = head.chunk(2, dim=1)
+    stdev = F.softplus(scale) + 1e-4
+    var = stdev * stdev
+    logvar = torch.log(var)
+    z = torch.randn_like(mean) * stdev + mean
+    return 0.5 * (mean * mean + var - logvar - 1).sum(1).mean(), z
+
+
 def _baseline_step(mu: Tensor, logvar: Tensor, recon: Tensor, x: Tensor) -> Outputs:
     z = _baseline_sample(mu, logvar)
     bce = F.binary_cross_entropy_with_logits(recon, x, reduction="sum")
@@ -463,6 +491,8 @@ CASES = (
          4 * 5 * 512 * 3072, (4.0, 2.0)),
     Case("reparameterise + KL 4096 x 256", lambda device: _latents(4096, 256, device), _fused_latents,
          _baseline_latents, 4 * _SAMPLE * 4096 * 256, (3.0, 3.0)),
+    Case("softplus posterior, packed, 4096 x 256", _latent_head(4096, 256), _fused_softplus, _baseline_softplus,
+         4 * _SAMPLE * 4096 * 256, (4.0, 3.0)),
     # From the decoder's raw outputs: their softmax and exponential belong to the loss on both sides. The tolerances
     # allow for the cancellation of lgamma terms in the baseline's float32, which mainly affects log_theta's gradient.
     Case("ZINB 128 x 20000", _counts(True, True), _fused_zinb_raw, _baseline_zinb_raw, 4 * 5 * 128 * 20_000, (8.0, 3.0),

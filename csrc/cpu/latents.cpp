@@ -92,10 +92,12 @@ auto scale_of(Vec<C> logvar) {
   return math::Primitives<Vec<C>>::exp_parts(logvar * Vec<C>(0.5));
 }
 
-// It is never inlined, because there would be a loop for every form in every place.
+// Replaces the n numbers `v` of an encoder by log sigma^2 in `out`, which is returned, and writes the derivatives to `grads` unless that is
+// null. Like the next two functions, it is not inlined: the kernels would have a loop for every form in every place.
 template <class C>
-__attribute__((noinline)) void to_log_variances(const ScaleForm& form, const C* v, int64_t n, C* out_values, C* grads) {
+__attribute__((noinline)) const C* log_variances(const ScaleForm& form, const C* v, int64_t n, C* out, C* grads) {
   using V = Vec<C>;
+  if (!v) return v;
   math::with_log_variance<V>(form, [&](const auto& log_variance) FASTVAE_INLINE {
     for_lanes<C>(n, [&](int64_t j, auto lanes) FASTVAE_INLINE {
       V x = load_lanes(v + j, lanes), grad(1);
@@ -104,42 +106,29 @@ __attribute__((noinline)) void to_log_variances(const ScaleForm& form, const C* 
         x = soft.value;
         grad = soft.grad;
       }
-      const math::LogVariance<V> out = log_variance(x);
-      store_lanes(out.value, out_values + j, lanes);
-      if (grads) store_lanes(grad * out.grad, grads + j, lanes);
+      const math::LogVariance<V> of_x = log_variance(x);
+      store_lanes(of_x.value, out + j, lanes);
+      if (grads) store_lanes(grad * of_x.grad, grads + j, lanes);
     });
   });
-}
-
-template <class C>
-__attribute__((noinline)) void clamp_softly(C bound, const C* mu, int64_t n, C* out, C* grads) {
-  for_lanes<C>(n, [&](int64_t j, auto lanes) FASTVAE_INLINE {
-    const auto soft = math::soft_clamp(load_lanes(mu + j, lanes), bound);
-    store_lanes(soft.value, out + j, lanes);
-    if (grads) store_lanes(soft.grad, grads + j, lanes);
-  });
-}
-
-// Replaces the n numbers `v` of an encoder by log sigma^2 in `buffer`, and writes its derivatives to `grads` unless that is null.
-// Returns where they are: if log sigma^2 is what the encoder gives, that is `v` itself.
-template <class C>
-const C* log_variances(const ScaleForm& form, const C* v, int64_t n, Buffer<C>& buffer, C* grads) {
-  if (!v || form.is_plain()) return v;
-  to_log_variances(form, v, n, buffer.data, grads);
-  return buffer.data;
+  return out;
 }
 
 // The same for the n means `mu`, which only a soft clamp changes.
 template <class C>
-const C* means(const ScaleForm& form, const C* mu, int64_t n, Buffer<C>& buffer, C* grads) {
+__attribute__((noinline)) const C* means(const ScaleForm& form, const C* mu, int64_t n, C* out, C* grads) {
   if (!mu || form.soft == 0) return mu;
-  clamp_softly(static_cast<C>(form.soft), mu, n, buffer.data, grads);
-  return buffer.data;
+  for_lanes<C>(n, [&](int64_t j, auto lanes) FASTVAE_INLINE {
+    const auto soft = math::soft_clamp(load_lanes(mu + j, lanes), C(form.soft));
+    store_lanes(soft.value, out + j, lanes);
+    if (grads) store_lanes(soft.grad, grads + j, lanes);
+  });
+  return out;
 }
 
 // Multiplies the gradients of n elements by the derivatives of the form.
 template <class C>
-void chain(C* grads, const C* factors, int64_t n) {
+__attribute__((noinline)) void chain(C* grads, const C* factors, int64_t n) {
   if (!grads) return;
   for_lanes<C>(n, [&](int64_t j, auto lanes) FASTVAE_INLINE {
     store_lanes(math::chained(load_lanes(grads + j, lanes), load_lanes(factors + j, lanes)), grads + j, lanes);
@@ -150,6 +139,7 @@ template <class C>
 void sample_as(const SampleArgs& args) {
   using V = Vec<C>;
   const Tiling whole(args);
+  const bool plain = args.form.is_plain();
   std::vector<double> partial(whole.blocks > 1 && args.row_kl ? args.rows * whole.blocks : 0);
   double* sums = whole.blocks > 1 ? partial.data() : args.row_kl;
 
@@ -161,14 +151,16 @@ void sample_as(const SampleArgs& args) {
       if (args.draws) noise.draw(tile, 0, {args.mu, args.logvar});
       for (int64_t i = 0; i < tile.rows; ++i) {
         const int64_t row = tile.first_row + i;
-        const auto mean_of = [&](const Operand& view, Buffer<C>& buffer) {
-          return means<C>(args.form, load(view, row, tile.begin, tile.n, args.size, buffer), tile.n, buffer, nullptr);
-        };
-        const auto logvar_of = [&](const Operand& view, Buffer<C>& buffer) {
-          return log_variances<C>(args.form, load(view, row, tile.begin, tile.n, args.size, buffer), tile.n, buffer, nullptr);
-        };
-        const C *mu = mean_of(args.mu, mu_buffer), *logvar = logvar_of(args.logvar, logvar_buffer);
-        const C *prior_mu = mean_of(args.prior_mu, prior_mu_buffer), *prior_logvar = logvar_of(args.prior_logvar, prior_logvar_buffer);
+        const C* mu = load(args.mu, row, tile.begin, tile.n, args.size, mu_buffer);
+        const C* logvar = load(args.logvar, row, tile.begin, tile.n, args.size, logvar_buffer);
+        const C* prior_mu = load(args.prior_mu, row, tile.begin, tile.n, args.size, prior_mu_buffer);
+        const C* prior_logvar = load(args.prior_logvar, row, tile.begin, tile.n, args.size, prior_logvar_buffer);
+        if (!plain) {
+          mu = means<C>(args.form, mu, tile.n, mu_buffer.data, nullptr);
+          logvar = log_variances<C>(args.form, logvar, tile.n, logvar_buffer.data, nullptr);
+          prior_mu = means<C>(args.form, prior_mu, tile.n, prior_mu_buffer.data, nullptr);
+          prior_logvar = log_variances<C>(args.form, prior_logvar, tile.n, prior_logvar_buffer.data, nullptr);
+        }
         C* element_kl = destination(args.element_kl, row, tile.begin, args.size, out_buffer);
         C* row_sigma = sigma.data + i * tile.stride;
         Sum<C> sum;
@@ -189,7 +181,8 @@ void sample_as(const SampleArgs& args) {
         const Result z_view = shifted(args.z, k * args.z_draw_stride);
         for (int64_t i = 0; i < tile.rows; ++i) {
           const int64_t row = tile.first_row + i;
-          const C* mu = means<C>(args.form, load(args.mu, row, tile.begin, tile.n, args.size, mu_buffer), tile.n, mu_buffer, nullptr);
+          const C* mu = load(args.mu, row, tile.begin, tile.n, args.size, mu_buffer);
+          if (!plain) mu = means<C>(args.form, mu, tile.n, mu_buffer.data, nullptr);
           const C* eps = noise.row(tile, i);
           const C* row_sigma = sigma.data + i * tile.stride;
           C* z = destination(z_view, row, tile.begin, args.size, out_buffer);
@@ -213,6 +206,7 @@ void sample_grad_as(const SampleGradArgs& args) {
   using V = Vec<C>;
   using P = math::Primitives<V>;
   const V posterior_weight(static_cast<C>(args.posterior_weight)), prior_weight(static_cast<C>(args.prior_weight));
+  const bool plain = args.form.is_plain();
   const bool with_kl = args.grad_kl.data;
   const bool kl_per_row = with_kl && args.grad_kl.run_stride == 0 && args.grad_kl.run == 1;
 
@@ -240,7 +234,7 @@ void sample_grad_as(const SampleGradArgs& args) {
           }
           if (C* grad_eps = destination(grad_eps_view, row, tile.begin, args.size, grad_mu_buffer)) {
             const C* logvar = load(args.logvar, row, tile.begin, tile.n, args.size, logvar_buffer);
-            logvar = log_variances<C>(args.form, logvar, tile.n, logvar_buffer, nullptr);
+            if (!plain) logvar = log_variances<C>(args.form, logvar, tile.n, logvar_buffer.data, nullptr);
             for_lanes<C>(tile.n, [&](int64_t j, auto lanes) FASTVAE_INLINE {
               store_lanes(load_lanes(grad_z + j, lanes) * scale_of<C>(load_lanes(logvar + j, lanes)).exp, grad_eps + j, lanes);
             });
@@ -250,15 +244,16 @@ void sample_grad_as(const SampleGradArgs& args) {
       }
       for (int64_t i = 0; i < tile.rows; ++i) {
         const int64_t row = tile.first_row + i;
-        const auto mean_of = [&](const Operand& view, Buffer<C>& buffer, Buffer<C>& factors) {
-          return means(args.form, load(view, row, tile.begin, tile.n, args.size, buffer), tile.n, buffer, factors.data);
-        };
-        const auto logvar_of = [&](const Operand& view, Buffer<C>& buffer, Buffer<C>& factors) {
-          return log_variances(args.form, load(view, row, tile.begin, tile.n, args.size, buffer), tile.n, buffer, factors.data);
-        };
-        const C *mu = mean_of(args.mu, mu_buffer, mu_factors), *logvar = logvar_of(args.logvar, logvar_buffer, logvar_factors);
-        const C* prior_mu = mean_of(args.prior_mu, prior_mu_buffer, prior_mu_factors);
-        const C* prior_logvar = logvar_of(args.prior_logvar, prior_logvar_buffer, prior_logvar_factors);
+        const C* mu = load(args.mu, row, tile.begin, tile.n, args.size, mu_buffer);
+        const C* logvar = load(args.logvar, row, tile.begin, tile.n, args.size, logvar_buffer);
+        const C* prior_mu = load(args.prior_mu, row, tile.begin, tile.n, args.size, prior_mu_buffer);
+        const C* prior_logvar = load(args.prior_logvar, row, tile.begin, tile.n, args.size, prior_logvar_buffer);
+        if (!plain) {
+          mu = means(args.form, mu, tile.n, mu_buffer.data, mu_factors.data);
+          logvar = log_variances(args.form, logvar, tile.n, logvar_buffer.data, logvar_factors.data);
+          prior_mu = means(args.form, prior_mu, tile.n, prior_mu_buffer.data, prior_mu_factors.data);
+          prior_logvar = log_variances(args.form, prior_logvar, tile.n, prior_logvar_buffer.data, prior_logvar_factors.data);
+        }
         const C* total = draws ? sum_grad_z.data + i * tile.stride : nullptr;
         const C* total_eps = sum_grad_z_eps.data + i * tile.stride;
         C row_weight(0);
@@ -299,13 +294,13 @@ void sample_grad_as(const SampleGradArgs& args) {
           if (grad_mu) store_lanes(d_mu, grad_mu + j, lanes);
           if (grad_logvar) store_lanes(d_logvar, grad_logvar + j, lanes);
         });
-        if (args.form.soft != 0) {
-          chain(grad_mu, mu_factors.data, tile.n);
-          chain(grad_prior_mu, prior_mu_factors.data, tile.n);
-        }
-        if (!args.form.is_plain()) {
+        if (!plain) {
           chain(grad_logvar, logvar_factors.data, tile.n);
           chain(grad_prior_logvar, prior_logvar_factors.data, tile.n);
+          if (args.form.soft != 0) {
+            chain(grad_mu, mu_factors.data, tile.n);
+            chain(grad_prior_mu, prior_mu_factors.data, tile.n);
+          }
         }
         const auto home = [&](const Result& view, const Buffer<C>& buffer) { store(view, row, tile.begin, tile.n, args.size, buffer); };
         home(args.grad_mu, grad_mu_buffer);

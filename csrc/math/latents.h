@@ -61,21 +61,22 @@ FASTVAE_HD V log1p_of_unit(V t) {
 template <class V>
 FASTVAE_HD LogVariance<V> log_of_shifted(V v, V low) {
   using P = Primitives<V>;
-  const V t = P::exp_bounded(P::neg(P::abs(v - low))), inverse = V(1) / (V(1) + t);
-  return {P::at_least(v, low) + log1p_of_unit(t), P::select(P::less(v, low), t * inverse, inverse)};
+  const V t = P::exp_bounded(P::neg(P::abs(v - low)));
+  return {P::at_least(v, low) + log1p_of_unit(t), P::select(P::less(v, low), t, V(1)) / (V(1) + t)};
 }
 
 // log((log(1 + exp(v)) + eps)^2) and its derivative. Below `tail`, log(1 + exp(v)) + eps counts as exp(v), which may underflow.
 template <class V>
 FASTVAE_HD LogVariance<V> log_of_softplus(V v, V eps, V tail) {
   using P = Primitives<V>;
-  const V t = P::exp_bounded(P::neg(P::abs(v))), inverse = V(1) / (V(1) + t);
-  const V sigma = P::relu(v) + log1p_of_unit(t) + eps, sigmoid = P::select(P::less(v, V(0)), t * inverse, inverse);
+  const V t = P::exp_bounded(P::neg(P::abs(v))), sigma = P::relu(v) + log1p_of_unit(t) + eps;
   const auto below = P::less(v, tail);
   const V positive = P::select(below, V(1), sigma);
   // P::log takes neither infinity nor NaN.
   const V logarithm = P::select(P::less(positive, V(INFINITY)), P::log(positive), positive);
-  return {V(2) * P::select(below, v, logarithm), V(2) * P::select(below, V(1), sigmoid / positive)};
+  // The derivative of log(1 + exp(v)) is 1 / (1 + t), or t / (1 + t) where v is negative.
+  const V grad = P::select(P::less(v, V(0)), t + t, V(2)) / ((V(1) + t) * positive);
+  return {V(2) * P::select(below, v, logarithm), P::select(below, V(2), grad)};
 }
 
 // Calls f with the function of `form` that turns v into log sigma^2, so that the form is chosen once for many elements.

@@ -30,13 +30,29 @@ variable_list placed(Tensors gradients, int64_t needs, size_t arguments, std::in
   return once_differentiable(std::move(results));
 }
 
-// What the backward ops need of the arguments beside the tensors.
-void save(AutogradContext* ctx, FASTVAE_POSTERIOR) {
-  ctx->saved_data["form"] = std::string(form);
-  ctx->saved_data["constants"] = constants.vec();
-  ctx->saved_data["balance"] = balance;
-  ctx->saved_data["needs"] = needs_of(mu, logvar, prior_mu, prior_logvar, {});
-}
+// The form of the scale and the balance, for the backward. What is as usual is not saved, because every entry of saved_data costs time.
+struct SavedForm {
+  std::string form = "logvar";
+  std::vector<double> constants;
+  std::optional<double> balance;
+
+  static void save(AutogradContext* ctx, std::string_view form, at::ArrayRef<double> constants, std::optional<double> balance) {
+    if (form != "logvar") {
+      ctx->saved_data["form"] = std::string(form);
+      ctx->saved_data["constants"] = constants.vec();
+    }
+    if (balance) ctx->saved_data["balance"] = *balance;
+  }
+
+  explicit SavedForm(const AutogradContext* ctx) {
+    const auto& data = ctx->saved_data;
+    if (const auto found = data.find("form"); found != data.end()) {
+      form = found->second.toStringRef();
+      constants = data.at("constants").toDoubleVector();
+    }
+    if (const auto found = data.find("balance"); found != data.end()) balance = found->second.toDouble();
+  }
+};
 
 struct Sample : torch::autograd::Function<Sample> {
   static variable_list forward(AutogradContext* ctx, FASTVAE_POSTERIOR, bool per_element, FASTVAE_NOISE) {
@@ -44,10 +60,10 @@ struct Sample : torch::autograd::Function<Sample> {
     static const auto forward_op = op<SampleForward>("fastvae::reparameterize_kl_forward");
     auto [z, kl, used_seed] = forward_op.call(FASTVAE_POSTERIOR_ARGS, per_element, FASTVAE_NOISE_ARGS);
     ctx->set_materialize_grads(false);
-    save(ctx, FASTVAE_POSTERIOR_ARGS);
+    SavedForm::save(ctx, form, constants, balance);
     ctx->saved_data["samples"] = samples;
     ctx->saved_data["row_offset"] = row_offset;
-    ctx->saved_data["eps_needs"] = needs_grad(eps);
+    ctx->saved_data["needs"] = needs_of(mu, logvar, prior_mu, prior_logvar, eps);
     ctx->save_for_backward({mu, logvar.value_or(Tensor()), prior_mu.value_or(Tensor()), prior_logvar.value_or(Tensor()), used_seed,
                             eps.value_or(Tensor())});
     return {z, kl};
@@ -56,15 +72,15 @@ struct Sample : torch::autograd::Function<Sample> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
     int64_t needs = ctx->saved_data["needs"].toInt();
-    if (grads[0].defined()) needs |= kEps * ctx->saved_data["eps_needs"].toBool();
+    if (!grads[0].defined()) needs &= ~kEps;
     if (!grads[0].defined() && !grads[1].defined()) needs = 0;
     Tensors gradients;
     if (needs) {
       const at::AutoDispatchBelowADInplaceOrView guard;
       static const auto backward_op = op<SampleBackward>("fastvae::reparameterize_kl_backward");
+      const SavedForm how(ctx);
       gradients = backward_op.call(optional(grads[0]), optional(grads[1]), saved[0], optional(saved[1]), optional(saved[2]),
-                                   optional(saved[3]), ctx->saved_data["form"].toStringRef(),
-                                   ctx->saved_data["constants"].toDoubleVector(), ctx->saved_data["balance"].toOptional<double>(),
+                                   optional(saved[3]), how.form, how.constants, how.balance,
                                    ctx->saved_data["samples"].toOptional<int64_t>(), saved[4],
                                    ctx->saved_data["row_offset"].toInt(), optional(saved[5]), needs);
     }
@@ -76,7 +92,8 @@ struct Kl : torch::autograd::Function<Kl> {
   static Tensor forward(AutogradContext* ctx, FASTVAE_POSTERIOR, bool per_element) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     static const auto forward_op = op<KlForward>("fastvae::gaussian_kl_forward");
-    save(ctx, FASTVAE_POSTERIOR_ARGS);
+    SavedForm::save(ctx, form, constants, balance);
+    ctx->saved_data["needs"] = needs_of(mu, logvar, prior_mu, prior_logvar, {});
     ctx->save_for_backward({mu, logvar.value_or(Tensor()), prior_mu.value_or(Tensor()), prior_logvar.value_or(Tensor())});
     return forward_op.call(FASTVAE_POSTERIOR_ARGS, per_element);
   }
@@ -87,9 +104,9 @@ struct Kl : torch::autograd::Function<Kl> {
     const auto run = [&] {
       const at::AutoDispatchBelowADInplaceOrView guard;
       static const auto backward_op = op<KlBackward>("fastvae::gaussian_kl_backward");
-      return backward_op.call(grads[0], saved[0], optional(saved[1]), optional(saved[2]), optional(saved[3]),
-                              ctx->saved_data["form"].toStringRef(), ctx->saved_data["constants"].toDoubleVector(),
-                              ctx->saved_data["balance"].toOptional<double>(), needs);
+      const SavedForm how(ctx);
+      return backward_op.call(grads[0], saved[0], optional(saved[1]), optional(saved[2]), optional(saved[3]), how.form,
+                              how.constants, how.balance, needs);
     };
     return placed(run(), needs, 8, {0, 1, 2, 3});
   }

@@ -612,7 +612,11 @@ def _gradients(
     gradients.append(torch.empty_like(eps) if needs & EPS and eps is not None else None)
     elements = rows * size * max(1, draws)
     device = posterior.given[0].device
-    cut = partition(rows, size, choice("sample_gradient", elements, device), narrowest=4)
+    tuned = choice("sample_gradient", elements, device)
+    if posterior.form.numbers[3] != 0 and posterior.given[2] is not None:
+        # With the derivatives of four soft clamps, a full tile would spill registers.
+        tuned = tuned._replace(tile=tuned.tile // 2)
+    cut = partition(rows, size, tuned, narrowest=4)
     launch(
         sample_gradient_kernel,
         cut.programs,

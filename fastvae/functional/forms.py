@@ -104,6 +104,14 @@ _BY_NAME: dict[str, ScaleForm] = {
     "softplus": Softplus(),
     "variance": Variance(),
 }
+_KERNELS = {name: form.kernel for name, form in _BY_NAME.items()}
+
+
+def kernel_form(where: str, form: Any) -> tuple[str, list[float]]:
+    """Return the name and the constants with which the backends are called."""
+    if isinstance(form, str) and form in _KERNELS:
+        return _KERNELS[form]
+    return checked_form(where, "form", form).kernel
 
 
 def checked_form(where: str, name: str, form: Any) -> ScaleForm:

@@ -17,7 +17,7 @@ from .checks import (
     is_dense,
     layout_message,
 )
-from .forms import ScaleForm, checked_form
+from .forms import ScaleForm, kernel_form
 
 __all__ = ["gaussian_kl", "reparameterize_kl"]
 
@@ -74,7 +74,7 @@ def reparameterize_kl(
         ValueError: If a shape, device or value is wrong, or there are two sources of noise.
     """
     where = "reparameterize_kl"
-    name, constants = _kernel_form(where, form)
+    name, constants = kernel_form(where, form)
     if choose.fast_path is not None and not torch.compiler.is_compiling():
         default = prior_mu is None and prior_logvar is None and samples is None and balance is None
         default = default and generator is None and seed is None and eps is None
@@ -147,7 +147,7 @@ def gaussian_kl(
         ValueError: If a shape, device or value is wrong, or `reduction` or `form` is unknown.
     """
     where = "gaussian_kl"
-    name, constants = _kernel_form(where, form)
+    name, constants = kernel_form(where, form)
     default = prior_mu is None and prior_logvar is None and balance is None
     default = default and (reduction == "event" or reduction == "none")
     if default and choose.fast_path is not None and not torch.compiler.is_compiling():
@@ -161,12 +161,6 @@ def gaussian_kl(
         mu, logvar, prior_mu, prior_logvar, name, constants, balance, reduction != "event"
     )
     return _per_channel(kl) if reduction == "channel" else kl
-
-
-def _kernel_form(where: str, form: Any) -> tuple[str, list[float]]:
-    if form == "logvar":
-        return "logvar", []
-    return checked_form(where, "form", form).kernel
 
 
 def _per_channel(kl: Tensor) -> Tensor:
