@@ -30,7 +30,7 @@ from .launch import (
 )
 from .noise import normals
 from .tiles import first_column, row_size, row_totals, tile_columns, tile_rows
-from .tuning import choice
+from .tuning import Choice, choice
 
 # The bits of `needs` say which gradients a backward computes. It returns them in this order.
 MU, LOGVAR, PRIOR_MU, PRIOR_LOGVAR, EPS = 1, 2, 4, 8, 16
@@ -426,6 +426,12 @@ class _Posterior:
         self.form = _Form.of(form, constants)
         self.weights = (1.0, 1.0) if balance is None else (1 - balance, balance)
 
+    def choice(self, kernel: str, elements: int) -> Choice:
+        tuned = choice(kernel, elements, self.given[0].device)
+        # With four soft clamps, a full tile would spill registers.
+        four = self.form.numbers[3] != 0 and self.given[2] is not None
+        return tuned._replace(tile=tuned.tile // 2) if four else tuned
+
 
 def reparameterize_kl_forward(
     mu: Tensor,
@@ -492,7 +498,7 @@ def _sample(
     """Run sample_kernel, which writes z, and return (kl of the rows, kl of the elements), one of which is empty."""
     mu, rows, size = posterior.tensors[0], posterior.rows, posterior.size
     assert mu is not None
-    cut = partition(rows, size, choice("sample", rows * size * max(1, draws), mu.device), narrowest=4)
+    cut = partition(rows, size, posterior.choice("sample", rows * size * max(1, draws)), narrowest=4)
     partials = mu.new_empty((0 if per_element else rows, cut.splits), dtype=posterior.dtype)
     elements = mu.new_empty((rows, size) if per_element else 0, dtype=posterior.dtype)
     launch(
@@ -612,11 +618,7 @@ def _gradients(
     gradients.append(torch.empty_like(eps) if needs & EPS and eps is not None else None)
     elements = rows * size * max(1, draws)
     device = posterior.given[0].device
-    tuned = choice("sample_gradient", elements, device)
-    if posterior.form.numbers[3] != 0 and posterior.given[2] is not None:
-        # With the derivatives of four soft clamps, a full tile would spill registers.
-        tuned = tuned._replace(tile=tuned.tile // 2)
-    cut = partition(rows, size, tuned, narrowest=4)
+    cut = partition(rows, size, posterior.choice("sample_gradient", elements), narrowest=4)
     launch(
         sample_gradient_kernel,
         cut.programs,

@@ -19,7 +19,7 @@ from .checks import (
 )
 from .forms import ScaleForm, kernel_form
 
-__all__ = ["gaussian_kl", "reparameterize_kl"]
+__all__ = ["gaussian_kl", "group_coefficients", "reparameterize_kl"]
 
 
 _REDUCTIONS = ("event", "channel", "none")
@@ -161,6 +161,42 @@ def gaussian_kl(
         mu, logvar, prior_mu, prior_logvar, name, constants, balance, reduction != "event"
     )
     return _per_channel(kl) if reduction == "channel" else kl
+
+
+def group_coefficients(kl: Tensor, alpha: Tensor | None = None) -> Tensor:
+    """NVAE's coefficients of the KL of every group of latents, (G,), with mean 1 and no gradient.
+
+    The coefficient of a group is proportional to its mean KL over the batch plus 0.01, divided by alpha (Vahdat and
+    Kautz 2020, section 3.2, and the function kl_balancer of their code). A group with a small KL thus costs less::
+
+        kl = torch.stack([kl of every group], 1)               # (B, G)
+        kl = (kl * functional.group_coefficients(kl)).sum(1)   # (B,)
+
+    Args:
+        kl: (B, G), the KL of every row and group, as from `reduction="channel"`.
+        alpha: (G,), the size of every group relative to the smallest; 1 for every group by default.
+
+    Raises:
+        TypeError: If an argument is not a floating-point tensor.
+        ValueError: If a shape or device is wrong.
+    """
+    where = "group_coefficients"
+    check_floating(where, "kl", kl)
+    if kl.dim() != 2:
+        raise ValueError(f"fastvae.{where}: `kl` must have shape (B, G), got {tuple(kl.shape)}")
+    with torch.no_grad():
+        size = kl.abs().mean(0) + 0.01
+        if alpha is not None:
+            check_floating(where, "alpha", alpha)
+            if alpha.shape != kl.shape[1:]:
+                raise ValueError(
+                    f"fastvae.{where}: `alpha` must have one value per group of `kl`, shape {tuple(kl.shape[1:])}, "
+                    f"got {tuple(alpha.shape)}"
+                )
+            if alpha.device != kl.device:
+                raise ValueError(device_message(where, "alpha", alpha, "kl", kl))
+            size = size / alpha
+        return size / size.mean()
 
 
 def _per_channel(kl: Tensor) -> Tensor:
