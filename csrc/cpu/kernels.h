@@ -171,6 +171,22 @@ struct SampleGradArgs : Latents {
   int64_t grad_eps_draw_stride;
 };
 
+// z of `draws` samples, and log q(z | x) and log p(z) of every draw and row, (draws, rows).
+struct LogProbArgs : Latents {
+  Result z;
+  int64_t z_draw_stride;
+  double *log_q, *log_p;
+};
+
+// With `stl`, log q has no gradient but the one through z. Null gradients stand for zero.
+struct LogProbGradArgs : Latents {
+  bool stl;
+  Operand grad_z;
+  int64_t grad_z_draw_stride;
+  const double *grad_log_q, *grad_log_p;                            // (draws, rows)
+  Result grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar;  // null data if not requested
+};
+
 // out = in * factor[row * factor_stride]; `out` may be the same memory as `in`.
 struct ScaleArgs {
   int64_t rows, size;
@@ -202,6 +218,8 @@ struct ScaleElementsArgs {
   void discretized_logistic(const LogisticArgs&); \
   void sample(const SampleArgs&);                 \
   void sample_grad(const SampleGradArgs&);        \
+  void log_probs(const LogProbArgs&);             \
+  void log_probs_grad(const LogProbGradArgs&);    \
   void scale_rows(const ScaleArgs&);              \
   void scale_elements(const ScaleElementsArgs&);  \
   }

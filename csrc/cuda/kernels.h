@@ -136,6 +136,23 @@ struct SampleGradArgs : Latents {
   int64_t grad_eps_draw_stride = 0;
 };
 
+// z of `draws` samples, and log q(z | x) and log p(z) of every draw and row, (draws, rows), fp64 if mu is and fp32 otherwise.
+struct LogProbArgs : Latents {
+  Result z;
+  int64_t z_draw_stride = 0;
+  Output log_q, log_p;
+  int64_t* used_seed = nullptr;  // as in SampleArgs
+};
+
+// With `stl`, log q has no gradient but the one through z. Null gradients stand for zero.
+struct LogProbGradArgs : Latents {
+  bool stl = false;
+  Operand grad_z;
+  int64_t grad_z_draw_stride = 0;
+  Numbers grad_log_q, grad_log_p;                                // (draws, rows)
+  Result grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar;  // null data if not requested
+};
+
 int64_t nll_scratch(const NllArgs&);
 int64_t mixture_scratch(const MixtureArgs&);
 int64_t categorical_scratch(const CategoricalArgs&);
@@ -148,5 +165,7 @@ cudaError_t categorical(const CategoricalArgs&, cudaStream_t stream);
 cudaError_t nll_backward(const NllBackwardArgs&, cudaStream_t stream);
 cudaError_t sample(const SampleArgs&, cudaStream_t stream);
 cudaError_t sample_grad(const SampleGradArgs&, cudaStream_t stream);
+cudaError_t log_probs(const LogProbArgs&, cudaStream_t stream);
+cudaError_t log_probs_grad(const LogProbGradArgs&, cudaStream_t stream);
 
 }  // namespace fastvae::cuda

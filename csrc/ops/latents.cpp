@@ -112,6 +112,59 @@ struct Kl : torch::autograd::Function<Kl> {
   }
 };
 
+struct LogProbs : torch::autograd::Function<LogProbs> {
+  static variable_list forward(AutogradContext* ctx, FASTVAE_DENSITIES, FASTVAE_DRAWS) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    static const auto forward_op = op<LogProbsForward>("fastvae::sample_log_probs_forward");
+    auto [z, log_q, log_p, used_seed] =
+        forward_op.call(FASTVAE_DENSITIES_ARGS, samples, seed, row_offset, eps, std::move(generator));
+    ctx->set_materialize_grads(false);
+    SavedForm::save(ctx, form, constants, {});
+    ctx->saved_data["stl"] = stl;
+    ctx->saved_data["samples"] = samples;
+    ctx->saved_data["row_offset"] = row_offset;
+    ctx->saved_data["needs"] = needs_of(mu, logvar, prior_mu, prior_logvar, {});
+    ctx->save_for_backward({mu, logvar.value_or(Tensor()), prior_mu.value_or(Tensor()), prior_logvar.value_or(Tensor()), used_seed,
+                            eps.value_or(Tensor())});
+    return {z, log_q, log_p};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const bool any = grads[0].defined() || grads[1].defined() || grads[2].defined();
+    const int64_t needs = any ? ctx->saved_data["needs"].toInt() : 0;
+    Tensors gradients;
+    if (needs) {
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      static const auto backward_op = op<LogProbsBackward>("fastvae::sample_log_probs_backward");
+      const SavedForm how(ctx);
+      gradients = backward_op.call(optional(grads[0]), optional(grads[1]), optional(grads[2]), saved[0], optional(saved[1]),
+                                   optional(saved[2]), optional(saved[3]), how.form, how.constants, ctx->saved_data["stl"].toBool(),
+                                   ctx->saved_data["samples"].toInt(), saved[4], ctx->saved_data["row_offset"].toInt(),
+                                   optional(saved[5]), needs);
+    }
+    return placed(std::move(gradients), needs, 12, {0, 1, 2, 3});
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> log_probs_without_graph(FASTVAE_DENSITIES, FASTVAE_DRAWS) {
+  static const auto forward_op = op<LogProbsForward>("fastvae::sample_log_probs_forward");
+  auto [z, log_q, log_p, used_seed] =
+      forward_op.call(FASTVAE_DENSITIES_ARGS, samples, seed, row_offset, eps, std::move(generator));
+  return {z, log_q, log_p};
+}
+
+std::tuple<Tensor, Tensor, Tensor> log_probs_autograd(FASTVAE_DENSITIES, FASTVAE_DRAWS) {
+  for (const OptionalTensor& t : {OptionalTensor(mu), logvar, prior_mu, prior_logvar, eps}) refuse_tangent(t);
+  TORCH_CHECK_VALUE(!c10::GradMode::is_enabled() || !needs_grad(eps), "fastvae::sample_log_probs: `eps` has no gradient here");
+  if (!c10::GradMode::is_enabled() || !needs_of(mu, logvar, prior_mu, prior_logvar, {})) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return log_probs_without_graph(FASTVAE_DENSITIES_ARGS, samples, seed, row_offset, eps, std::move(generator));
+  }
+  const auto out = LogProbs::apply(FASTVAE_DENSITIES_ARGS, samples, seed, row_offset, eps, std::move(generator));
+  return {out[0], out[1], out[2]};
+}
+
 std::tuple<Tensor, Tensor> sample_without_graph(FASTVAE_POSTERIOR, bool per_element, FASTVAE_NOISE) {
   static const auto forward_op = op<SampleForward>("fastvae::reparameterize_kl_forward");
   auto [z, kl, used_seed] = forward_op.call(FASTVAE_POSTERIOR_ARGS, per_element, FASTVAE_NOISE_ARGS);
@@ -178,6 +231,20 @@ Tensors gradients_meta(const Tensor& mu, const OptionalTensor& prior_mu, int64_t
 Tensors sample_grad_meta(const OptionalTensor&, const OptionalTensor&, FASTVAE_POSTERIOR, std::optional<int64_t>, const Tensor&, int64_t,
                          const OptionalTensor& eps, int64_t needs) {
   return gradients_meta(mu, prior_mu, needs, eps);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> log_probs_meta(FASTVAE_DENSITIES, FASTVAE_DRAWS) {
+  auto sizes = latent_sizes(mu, logvar);
+  sizes.insert(sizes.begin(), samples);
+  const auto rows = c10::SymIntArrayRef(sizes).slice(0, 2);
+  const auto dtype = row_dtype(mu.scalar_type());
+  return {empty_as(mu, sizes, mu.scalar_type()), empty_as(mu, rows, dtype), empty_as(mu, rows, dtype),
+          empty_as(mu, {eps ? 0 : 2}, at::kLong)};
+}
+
+Tensors log_probs_grad_meta(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, FASTVAE_DENSITIES, int64_t,
+                            const Tensor&, int64_t, const OptionalTensor&, int64_t needs) {
+  return gradients_meta(mu, prior_mu, needs, {});
 }
 
 Tensors kl_grad_meta(const Tensor&, FASTVAE_POSTERIOR, int64_t needs) { return gradients_meta(mu, prior_mu, needs, {}); }
@@ -278,15 +345,19 @@ Draws::Draws(const Tensor& mu, std::optional<int64_t> samples, const OptionalTen
 
 TORCH_LIBRARY_IMPL(fastvae, CompositeExplicitAutograd, m) {
   m.impl("reparameterize_kl", sample_without_graph);
+  m.impl("sample_log_probs", log_probs_without_graph);
   m.impl("gaussian_kl", kl_without_graph);
 }
 TORCH_LIBRARY_IMPL(fastvae, Autograd, m) {
   m.impl("reparameterize_kl", sample_autograd);
+  m.impl("sample_log_probs", log_probs_autograd);
   m.impl("gaussian_kl", kl_autograd);
 }
 TORCH_LIBRARY_IMPL(fastvae, Meta, m) {
   m.impl("reparameterize_kl_forward", sample_meta);
   m.impl("reparameterize_kl_backward", sample_grad_meta);
+  m.impl("sample_log_probs_forward", log_probs_meta);
+  m.impl("sample_log_probs_backward", log_probs_grad_meta);
   m.impl("gaussian_kl_forward", kl_meta);
   m.impl("gaussian_kl_backward", kl_grad_meta);
 }

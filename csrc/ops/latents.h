@@ -34,6 +34,20 @@ using SampleBackward = Tensors(const OptionalTensor& grad_z, const OptionalTenso
                                std::optional<int64_t> samples, const Tensor& seed, int64_t row_offset, const OptionalTensor& eps,
                                int64_t needs);
 
+// (posterior, stl, samples, seed, row_offset, eps, generator) -> (z, log_q, log_p), for users' calls.
+#define FASTVAE_DENSITIES                                                                                                    \
+  const Tensor &mu, const OptionalTensor &logvar, const OptionalTensor &prior_mu, const OptionalTensor &prior_logvar,        \
+      std::string_view form, at::ArrayRef<double> constants, bool stl
+#define FASTVAE_DENSITIES_ARGS mu, logvar, prior_mu, prior_logvar, form, constants, stl
+#define FASTVAE_DRAWS int64_t samples, const OptionalTensor &seed, int64_t row_offset, const OptionalTensor &eps, OptionalGenerator generator
+
+using SampleLogProbs = std::tuple<Tensor, Tensor, Tensor>(FASTVAE_DENSITIES, FASTVAE_DRAWS);
+// The same arguments -> (z, log_q, log_p, the seed that was used).
+using LogProbsForward = std::tuple<Tensor, Tensor, Tensor, Tensor>(FASTVAE_DENSITIES, FASTVAE_DRAWS);
+using LogProbsBackward = Tensors(const OptionalTensor& grad_z, const OptionalTensor& grad_log_q, const OptionalTensor& grad_log_p,
+                                 FASTVAE_DENSITIES, int64_t samples, const Tensor& seed, int64_t row_offset, const OptionalTensor& eps,
+                                 int64_t needs);
+
 using KlForward = Tensor(FASTVAE_POSTERIOR, bool per_element);
 using KlBackward = Tensors(const Tensor& grad_kl, FASTVAE_POSTERIOR, int64_t needs);
 

@@ -96,6 +96,42 @@ Tensors sample_grad_cpu(const OptionalTensor& grad_z, const OptionalTensor& grad
   return gradients;
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> log_probs_cpu(FASTVAE_DENSITIES, FASTVAE_DRAWS) {
+  const Posterior posterior(mu, logvar, prior_mu, prior_logvar, form, constants, {});
+  const Draws draws(posterior.mu, samples, eps);
+  const Tensor used_seed = eps ? at::empty({0}, at::kLong) : seed ? seed->contiguous() : seed_from(generator);
+  cpu::LogProbArgs args{};
+  fill(args, posterior);
+  fill_noise(args, used_seed, row_offset, draws.eps, true);
+  fill_z(args, draws.z, true);
+  std::vector<double> log_q(samples * args.rows), log_p(samples * args.rows);
+  args.log_q = log_q.data();
+  args.log_p = log_p.data();
+  cpu::kernels().log_probs(args);
+  const auto dtype = row_dtype(mu.scalar_type());
+  return {draws.z, from_doubles(log_q, {samples, args.rows}, dtype), from_doubles(log_p, {samples, args.rows}, dtype),
+          seed && !eps ? used_seed.clone() : used_seed};
+}
+
+Tensors log_probs_grad_cpu(const OptionalTensor& grad_z, const OptionalTensor& grad_log_q, const OptionalTensor& grad_log_p,
+                           FASTVAE_DENSITIES, int64_t samples, const Tensor& seed, int64_t row_offset, const OptionalTensor& eps,
+                           int64_t needs) {
+  const Posterior posterior(mu, logvar, prior_mu, prior_logvar, form, constants, {});
+  const Tensor noise = eps ? eps->contiguous() : Tensor(), grad = grad_z ? grad_z->contiguous() : Tensor();
+  cpu::LogProbGradArgs args{};
+  fill(args, posterior);
+  fill_noise(args, seed, row_offset, noise, true);
+  args.draws = samples;
+  args.stl = stl;
+  if (grad_z) fill_grad_z(args, grad, true);
+  std::vector<double> by_q, by_p;
+  if (grad_log_q) args.grad_log_q = (by_q = to_doubles(grad_log_q->reshape(-1))).data();
+  if (grad_log_p) args.grad_log_p = (by_p = to_doubles(grad_log_p->reshape(-1))).data();
+  Tensors gradients = fill_gradients(args, posterior, needs);
+  cpu::kernels().log_probs_grad(args);
+  return gradients;
+}
+
 Tensor kl_cpu(FASTVAE_POSTERIOR, bool per_element) {
   const Posterior posterior(FASTVAE_POSTERIOR_ARGS);
   cpu::SampleArgs args{};
@@ -121,6 +157,8 @@ Tensors kl_grad_cpu(const Tensor& grad_kl, FASTVAE_POSTERIOR, int64_t needs) {
 TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
   m.impl("reparameterize_kl_forward", sample_cpu);
   m.impl("reparameterize_kl_backward", sample_grad_cpu);
+  m.impl("sample_log_probs_forward", log_probs_cpu);
+  m.impl("sample_log_probs_backward", log_probs_grad_cpu);
   m.impl("gaussian_kl_forward", kl_cpu);
   m.impl("gaussian_kl_backward", kl_grad_cpu);
 }

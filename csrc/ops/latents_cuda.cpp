@@ -122,6 +122,57 @@ Tensors sample_grad_cuda(const OptionalTensor& grad_z, const OptionalTensor& gra
   return gradients;
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> log_probs_cuda(FASTVAE_DENSITIES, FASTVAE_DRAWS) {
+  const OnDevice device(mu);
+  device.expect(eps, "eps");
+  const Posterior posterior(mu, logvar, prior_mu, prior_logvar, form, constants, {});
+  const Draws draws(posterior.mu, samples, eps);
+  const auto options = mu.options().dtype(row_dtype(mu.scalar_type()));
+  const Tensor log_q = uninitialized({samples, mu.size(0)}, options), log_p = uninitialized({samples, mu.size(0)}, options);
+  const Tensor used_seed = uninitialized({eps ? 0 : 2}, mu.options().dtype(at::kLong));
+  const Tensor given_seed = seed ? seed->contiguous() : Tensor();
+
+  cuda::LogProbArgs args;
+  fill(args, posterior, device);
+  fill_z(args, draws.z, true);
+  if (eps) {
+    fill_eps(args, draws.eps, true);
+  } else {
+    args.noise = seed ? noise_from(given_seed, row_offset, device) : noise_from(generator, args.draws, row_offset, device);
+    args.used_seed = used_seed.mutable_data_ptr<int64_t>();
+  }
+  args.log_q = output(log_q);
+  args.log_p = output(log_p);
+  check_launch(cuda::log_probs(args, device));
+  return {draws.z, log_q, log_p, used_seed};
+}
+
+Tensors log_probs_grad_cuda(const OptionalTensor& grad_z, const OptionalTensor& grad_log_q, const OptionalTensor& grad_log_p,
+                            FASTVAE_DENSITIES, int64_t samples, const Tensor& seed, int64_t row_offset, const OptionalTensor& eps,
+                            int64_t needs) {
+  const OnDevice device(mu);
+  device.expect(grad_z, "grad_z");
+  device.expect(grad_log_q, "grad_log_q");
+  device.expect(grad_log_p, "grad_log_p");
+  device.expect(eps, "eps");
+  const Posterior posterior(mu, logvar, prior_mu, prior_logvar, form, constants, {});
+  const auto dense = [](const OptionalTensor& t) { return t ? t->contiguous() : Tensor(); };
+  const Tensor noise = dense(eps), by_z = dense(grad_z), by_q = dense(grad_log_q), by_p = dense(grad_log_p);
+
+  cuda::LogProbGradArgs args;
+  fill(args, posterior, device);
+  args.draws = samples;
+  args.stl = stl;
+  if (eps) fill_eps(args, noise, true);
+  else args.noise = noise_from(seed, row_offset, device);
+  if (grad_z) fill_grad_z(args, by_z, true);
+  if (grad_log_q) args.grad_log_q = numbers(by_q.view({-1}), "grad_log_q");
+  if (grad_log_p) args.grad_log_p = numbers(by_p.view({-1}), "grad_log_p");
+  Tensors gradients = fill_gradients(args, posterior, needs);
+  check_launch(cuda::log_probs_grad(args, device));
+  return gradients;
+}
+
 Tensor kl_cuda(FASTVAE_POSTERIOR, bool per_element) {
   const OnDevice device(mu);
   const Posterior posterior(FASTVAE_POSTERIOR_ARGS);
@@ -150,6 +201,8 @@ Tensors kl_grad_cuda(const Tensor& grad_kl, FASTVAE_POSTERIOR, int64_t needs) {
 TORCH_LIBRARY_IMPL(fastvae, CUDA, m) {
   m.impl("reparameterize_kl_forward", sample_cuda);
   m.impl("reparameterize_kl_backward", sample_grad_cuda);
+  m.impl("sample_log_probs_forward", log_probs_cuda);
+  m.impl("sample_log_probs_backward", log_probs_grad_cuda);
   m.impl("gaussian_kl_forward", kl_cuda);
   m.impl("gaussian_kl_backward", kl_grad_cuda);
 }

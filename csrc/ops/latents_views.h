@@ -72,9 +72,9 @@ void fill_grad_z(SampleGradArgs& args, const Tensor& grad_z, bool many) {
   args.grad_z_draw_stride = draw_stride(grad_z, many);
 }
 
-// Creates the gradients selected by `needs`.
-template <class SampleGradArgs>
-Tensors fill_gradients(SampleGradArgs& args, const Posterior& posterior, const Tensor& eps, int64_t needs, bool many) {
+// Creates the gradients of the posterior and the prior that `needs` selects.
+template <class GradArgs>
+Tensors fill_gradients(GradArgs& args, const Posterior& posterior, int64_t needs) {
   const Tensor& mu = posterior.mu;
   Tensors gradients;
   const auto wanted = [&](int64_t bit, cpu::Result& view) {
@@ -92,12 +92,19 @@ Tensors fill_gradients(SampleGradArgs& args, const Posterior& posterior, const T
       second = result(half_of(gradients.back(), 1));
     }
   };
-  args.posterior_weight = posterior.posterior_weight;
-  args.prior_weight = posterior.prior_weight;
   pair(kMu, posterior.head, args.grad_mu, args.grad_logvar);
   pair(kPriorMu, posterior.prior_head, args.grad_prior_mu, args.grad_prior_logvar);
+  return gradients;
+}
+
+// The same, and the gradient of eps.
+template <class SampleGradArgs>
+Tensors fill_gradients(SampleGradArgs& args, const Posterior& posterior, const Tensor& eps, int64_t needs, bool many) {
+  Tensors gradients = fill_gradients(args, posterior, needs);
+  args.posterior_weight = posterior.posterior_weight;
+  args.prior_weight = posterior.prior_weight;
   if (needs & kEps) {
-    gradients.push_back(pooled_empty(eps.sizes(), mu));
+    gradients.push_back(pooled_empty(eps.sizes(), posterior.mu));
     args.grad_eps = first_draw_result(gradients.back(), many);
     args.grad_eps_draw_stride = draw_stride(gradients.back(), many);
   }

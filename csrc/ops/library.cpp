@@ -14,6 +14,13 @@ TORCH_LIBRARY(fastvae, m) {
   m.def("reparameterize_kl_backward(Tensor? grad_z, Tensor? grad_kl, " POSTERIOR
         ", int? samples, Tensor seed, int row_offset, Tensor? eps, int needs) -> Tensor[]",
         tags);
+#define DENSITIES "Tensor mu, Tensor? logvar, Tensor? prior_mu, Tensor? prior_logvar, str form, float[] constants, bool stl"
+#define DRAWS "int samples, Tensor? seed, int row_offset, Tensor? eps, Generator? generator"
+  m.def("sample_log_probs(" DENSITIES ", " DRAWS ") -> (Tensor z, Tensor log_q, Tensor log_p)", random);
+  m.def("sample_log_probs_forward(" DENSITIES ", " DRAWS ") -> (Tensor z, Tensor log_q, Tensor log_p, Tensor used_seed)", random);
+  m.def("sample_log_probs_backward(Tensor? grad_z, Tensor? grad_log_q, Tensor? grad_log_p, " DENSITIES
+        ", int samples, Tensor seed, int row_offset, Tensor? eps, int needs) -> Tensor[]",
+        tags);
   m.def("gaussian_kl(" POSTERIOR ", bool per_element) -> Tensor", tags);
   m.def("gaussian_kl_forward(" POSTERIOR ", bool per_element) -> Tensor", tags);
   m.def("gaussian_kl_backward(Tensor grad_kl, " POSTERIOR ", int needs) -> Tensor[]", tags);

@@ -199,3 +199,38 @@ def gaussian_kl_backward(
     grad_kl: Tensor, mu: Tensor, logvar: Tensor | None, prior_mu: Tensor | None, *rest: Any
 ) -> list[Tensor]:
     return _posterior_gradients(mu, prior_mu, rest[-1])
+
+
+def sample_log_probs_forward(
+    mu: Tensor,
+    logvar: Tensor | None,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    form: str,
+    constants: Sequence[float],
+    stl: bool,
+    samples: int,
+    seed: Tensor | None,
+    row_offset: int,
+    eps: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = (samples, mu.shape[0])
+    return (
+        mu.new_empty((samples, *_latent_shape(mu, logvar))),
+        mu.new_empty(rows, dtype=row_dtype(mu)),
+        mu.new_empty(rows, dtype=row_dtype(mu)),
+        mu.new_empty((0 if eps is not None else 2,), dtype=torch.int64),
+    )
+
+
+def sample_log_probs_backward(
+    grad_z: Tensor | None,
+    grad_log_q: Tensor | None,
+    grad_log_p: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor | None,
+    prior_mu: Tensor | None,
+    *rest: Any,
+) -> list[Tensor]:
+    return _posterior_gradients(mu, prior_mu, rest[-1])

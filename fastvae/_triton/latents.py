@@ -395,7 +395,7 @@ class _Form(NamedTuple):
         return _Form("shifted_variance" if eps > 0 else "logvar", (shift, 0.0, 0.0, 0.0))
 
 
-class _Posterior:
+class Posterior:
     """The posterior and the prior, with dense rows. `unit` divides their strides and their size."""
 
     def __init__(
@@ -426,6 +426,25 @@ class _Posterior:
         self.form = _Form.of(form, constants)
         self.weights = (1.0, 1.0) if balance is None else (1 - balance, balance)
 
+    @property
+    def gradient_rows(self) -> tuple[int, int]:
+        """The distance between rows of the gradients of the posterior and of the prior, in rows."""
+        return (2 if self.given[1] is None else 1, 2 if self.given[3] is None else 1)
+
+    def new_gradients(self, needs: int) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """The gradients that `needs` asks for, for each given tensor, and the same with the halves of packed heads
+        apart."""
+        gradients: list[Tensor | None] = []
+        views: list[Tensor | None] = []
+        for bit, t, other in zip((MU, PRIOR_MU), self.given[::2], self.given[1::2], strict=True):
+            pair = [
+                torch.empty(g.shape, dtype=g.dtype, device=g.device) if g is not None and needs & b else None
+                for g, b in ((t, bit), (other, bit << 1))
+            ]
+            gradients += pair
+            views += pair[0].chunk(2, 1) if other is None and pair[0] is not None else pair
+        return gradients, views
+
     def choice(self, kernel: str, elements: int) -> Choice:
         tuned = choice(kernel, elements, self.given[0].device)
         # With four soft clamps, a full tile would spill registers.
@@ -455,7 +474,7 @@ def reparameterize_kl_forward(
         used_seed = seed.clone()  # an op must not return what it was given
     else:
         used_seed = draw_seed(mu.device, generator)
-    posterior = _Posterior(mu, logvar, prior_mu, prior_logvar, form, constants, balance)
+    posterior = Posterior(mu, logvar, prior_mu, prior_logvar, form, constants, balance)
     shape = posterior.shape if samples is None else (samples, *posterior.shape)
     z = torch.empty(shape, dtype=mu.dtype, device=mu.device)
     rows, elements = _sample(
@@ -480,13 +499,13 @@ def gaussian_kl_forward(
     balance: float | None,
     per_element: bool,
 ) -> Tensor:
-    posterior = _Posterior(mu, logvar, prior_mu, prior_logvar, form, constants, balance)
+    posterior = Posterior(mu, logvar, prior_mu, prior_logvar, form, constants, balance)
     rows, elements = _sample(posterior, None, None, None, 0, 0, per_element=per_element)
     return elements.view(posterior.shape) if per_element else rows
 
 
 def _sample(
-    posterior: _Posterior,
+    posterior: Posterior,
     eps: Tensor | None,
     seed: Tensor | None,
     z: Tensor | None,
@@ -564,7 +583,7 @@ def reparameterize_kl_backward(
 ) -> list[Tensor]:
     """Return the gradients that `needs` asks for, in the order of its bits."""
     return _gradients(
-        _Posterior(mu, logvar, prior_mu, prior_logvar, form, constants, balance),
+        Posterior(mu, logvar, prior_mu, prior_logvar, form, constants, balance),
         grad_z.contiguous() if grad_z is not None else None,
         grad_kl,
         eps.contiguous() if eps is not None else None,
@@ -587,12 +606,12 @@ def gaussian_kl_backward(
     needs: int,
 ) -> list[Tensor]:
     """Return the gradients that `needs` asks for. grad_kl is (B,), or has the shape of the mean."""
-    posterior = _Posterior(mu, logvar, prior_mu, prior_logvar, form, constants, balance)
+    posterior = Posterior(mu, logvar, prior_mu, prior_logvar, form, constants, balance)
     return _gradients(posterior, None, grad_kl, None, None, 0, 0, needs)
 
 
 def _gradients(
-    posterior: _Posterior,
+    posterior: Posterior,
     grad_z: Tensor | None,
     grad_kl: Tensor | None,
     eps: Tensor | None,
@@ -605,16 +624,7 @@ def _gradients(
     per_element = grad_kl is not None and (grad_kl.dim() != 1 or len(posterior.shape) == 1)
     if grad_kl is not None and per_element:
         grad_kl = dense_rows(grad_kl)
-    gradients: list[Tensor | None] = []  # the results
-    views: list[Tensor | None] = []  # the same, with the halves of a packed head apart
-    for bit, t, other in zip((MU, PRIOR_MU), posterior.given[::2], posterior.given[1::2], strict=True):
-        packed = t is not None and other is None
-        pair = [
-            torch.empty(g.shape, dtype=g.dtype, device=g.device) if g is not None and needs & b else None
-            for g, b in ((t, bit), (other, bit << 1))
-        ]
-        gradients += pair
-        views += pair[0].chunk(2, 1) if packed and pair[0] is not None else pair
+    gradients, views = posterior.new_gradients(needs)
     gradients.append(torch.empty_like(eps) if needs & EPS and eps is not None else None)
     elements = rows * size * max(1, draws)
     device = posterior.given[0].device
@@ -634,8 +644,7 @@ def _gradients(
         draws,
         row_offset,
         grad_kl.stride(0) if grad_kl is not None else 0,
-        2 if posterior.given[1] is None else 1,
-        2 if posterior.given[3] is None else 1,
+        *posterior.gradient_rows,
         cut.splits,
         cut.tiles,
         *posterior.form.numbers,

@@ -63,4 +63,41 @@ def _gaussian_kl(
     )
 
 
-REFERENCE = Backend("reference", _reparameterize_kl, _gaussian_kl, reference.nll, reference.nll_elements)
+def _sample_log_probs(
+    mu: Tensor,
+    logvar: Tensor | None,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    form: str,
+    constants: Sequence[float],
+    stl: bool,
+    samples: int,
+    seed: Tensor | None,
+    row_offset: int,
+    eps: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.sample_log_probs(
+        mu,
+        logvar,
+        prior_mu,
+        prior_logvar,
+        samples=samples,
+        form=form,
+        constants=constants,
+        stl=stl,
+        generator=generator,
+        seed=seed,
+        row_offset=row_offset,
+        eps=eps,
+    )
+
+
+REFERENCE = Backend(
+    "reference",
+    _reparameterize_kl,
+    _gaussian_kl,
+    _sample_log_probs,
+    reference.nll,
+    reference.nll_elements,
+)

@@ -11,6 +11,7 @@ from .checks import (
     check_choice,
     check_floating,
     check_like,
+    checked_int,
     checked_not_negative,
     device_message,
     dtype_name,
@@ -19,7 +20,7 @@ from .checks import (
 )
 from .forms import ScaleForm, kernel_form
 
-__all__ = ["gaussian_kl", "group_coefficients", "reparameterize_kl"]
+__all__ = ["gaussian_kl", "group_coefficients", "reparameterize_kl", "sample_log_probs"]
 
 
 _REDUCTIONS = ("event", "channel", "none")
@@ -161,6 +162,56 @@ def gaussian_kl(
         mu, logvar, prior_mu, prior_logvar, name, constants, balance, reduction != "event"
     )
     return _per_channel(kl) if reduction == "channel" else kl
+
+
+def sample_log_probs(
+    mu: Tensor,
+    logvar: Tensor | None = None,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
+    *,
+    samples: int,
+    form: str | ScaleForm = "logvar",
+    stl: bool = False,
+    generator: torch.Generator | None = None,
+    seed: Tensor | None = None,
+    row_offset: int = 0,
+    eps: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw K samples z from the posterior of every row, and compute log q(z | x) and log p(z), in one pass.
+
+    These are what bounds with several draws need (Burda et al. 2016) and estimates of log p(x). The noise is never
+    stored; the backward pass generates it again.
+
+    Args:
+        mu, logvar, prior_mu, prior_logvar, form: as for `reparameterize_kl`; `mu` alone is a packed head.
+        samples: K, the number of draws for each row.
+        stl: leave the score out of the gradient of log q: it then has no gradient but the one through z ("Sticking the
+            Landing", Roeder et al. 2017). The values are the same.
+        generator, seed, row_offset: as for `reparameterize_kl`, which generates the same noise.
+        eps: the noise to use, (K, B, ...), of mu's dtype. It gets no gradient.
+
+    Returns:
+        (z, log_q, log_p): z is (K, B, ...), in mu's dtype; log_q and log_p are (K, B) in nats, with their constants,
+        float32 (float64 for float64).
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype, or only one of the prior's tensors is passed.
+        ValueError: If a shape, device or value is wrong, `eps` requires a gradient, or there are two sources of noise.
+    """
+    where = "sample_log_probs"
+    name, constants = kernel_form(where, form)
+    mean = _check_posterior(where, mu, logvar, prior_mu, prior_logvar)
+    checked_int(where, "samples", samples, 1, None)
+    if isinstance(eps, Tensor) and eps.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"fastvae.{where}: `eps` requires a gradient, which it does not get; pass eps.detach()"
+        )
+    seed = _checked_noise(where, mean, samples, generator, seed, row_offset, eps)
+    z, log_q, log_p = choose.for_tensor(mu).sample_log_probs(
+        mu, logvar, prior_mu, prior_logvar, name, constants, stl, samples, seed, row_offset, eps, generator
+    )
+    return z, log_q, log_p
 
 
 def group_coefficients(kl: Tensor, alpha: Tensor | None = None) -> Tensor:

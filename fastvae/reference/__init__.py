@@ -30,6 +30,7 @@ Sources:
   [H]   Hafner, Lillicrap, Norouzi and Ba, "Mastering Atari with Discrete World Models", ICLR 2021 (DreamerV2).
   [V]   Vahdat and Kautz, "NVAE: A Deep Hierarchical Variational Autoencoder", NeurIPS 2020; and its code,
         github.com/NVlabs/NVAE.
+  [RWD] Roeder, Wu and Duvenaud, "Sticking the Landing", NeurIPS 2017.
   [AS]  Abramowitz and Stegun, "Handbook of Mathematical Functions", 1964: 6.1.41, Stirling's series.
 """
 

@@ -10,7 +10,7 @@ from .continuous import bounded_logvar
 from .conventions import compute_dtype, scaled, sum_event
 from .noise import draw_seed, normal_noise
 
-__all__ = ["free_bits", "gaussian_kl", "log_variance", "reparameterize_kl"]
+__all__ = ["free_bits", "gaussian_kl", "log_variance", "reparameterize_kl", "sample_log_probs"]
 
 
 def gaussian_kl(
@@ -75,6 +75,58 @@ def reparameterize_kl(
     z = mean + torch.exp(v / 2) * eps.to(dtype)
     prior = None if prior_mu is None else mean_and_logvar(prior_mu, prior_logvar, form, constants, dtype)
     return z.to(mu.dtype), _reduced(_balanced_kl((mean, v), prior, balance), reduction)
+
+
+def sample_log_probs(
+    mu: Tensor,
+    logvar: Tensor | None = None,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
+    *,
+    samples: int,
+    form: str = "logvar",
+    constants: Sequence[float] = (),
+    stl: bool = False,
+    generator: torch.Generator | None = None,
+    seed: Tensor | None = None,
+    row_offset: int = 0,
+    eps: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """K draws z, (K, B, ...), with log q(z | x) and log p(z), (K, B).
+
+    As z = mu + sigma eps, log q(z | x) = -sum (eps^2 / 2 + log sigma + log(2 pi) / 2). With `stl`, the parameters of q
+    are constants in log q, so that it has no gradient but the one through z ([RWD]).
+    """
+    dtype = compute_dtype(mu)
+    mean, v = mean_and_logvar(mu, logvar, form, constants, dtype)
+    if eps is None:
+        if seed is None:
+            seed = draw_seed(mu.device, generator)
+        rows, dims = mean.shape[0], math.prod(mean.shape[1:])
+        eps = normal_noise(seed, row_offset, rows, dims, samples, dtype).reshape(samples, *mean.shape)
+    eps = eps.to(dtype)
+    z = mean + torch.exp(v / 2) * eps
+    if stl:
+        fixed_v = v.detach()
+        standard = (z - mean.detach()) * torch.exp(-fixed_v / 2)
+        # The value is that of the noise, because the difference is inaccurate for a small scale.
+        square = standard.square() + (eps.square() - standard.square()).detach()
+        log_q = _log_density(square, fixed_v)
+    else:
+        log_q = _log_density(eps.square(), v)
+    if prior_mu is None:
+        log_p = _log_density(z.square(), torch.zeros_like(v))
+    else:
+        prior_mean, prior_v = mean_and_logvar(prior_mu, prior_logvar, form, constants, dtype)
+        log_p = _log_density(scaled(z - prior_mean, prior_v / 2).square(), prior_v)
+    # A view, so that a hook on the result sees only its own gradient, and not those of the densities.
+    return z.to(mu.dtype).view_as(z), log_q, log_p
+
+
+def _log_density(square: Tensor, logvar: Tensor) -> Tensor:
+    """The log-density of every draw and row, (K, B), from the squared standardised distances (K, B, ...)."""
+    terms = -(square + (logvar + math.log(2 * math.pi))) / 2
+    return terms.flatten(2).sum(2) if terms.dim() > 2 else terms
 
 
 def log_variance(v: Tensor, form: str, constants: Sequence[float]) -> Tensor:

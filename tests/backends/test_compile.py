@@ -208,6 +208,10 @@ OPS = {
         (leaf(*M).half(), leaf(*M).half(), plain(*M).half(), plain(*M).half(), *PLAIN_FORM, True),
         (leaf(*HEAD), NONE, NONE, NONE, "softplus", [1e-4], NONE, False),
     ],
+    "sample_log_probs": [
+        (leaf(*M), leaf(*M), NONE, NONE, "logvar", [], True, 2, SEED, 3, NONE, NONE),
+        (leaf(*HEAD), NONE, leaf(*HEAD), NONE, "softplus", [1e-4], False, 2, NONE, 0, plain(2, *M), NONE),
+    ],
     "nll": [
         ("bernoulli", [leaf(*X)], plain(*X).sigmoid(), [], ROWS.clone().requires_grad_(), BETA, 2),
         ("bernoulli", [IMAGE.clone().requires_grad_()], IMAGE.byte(), [], NONE, NONE, 0),
@@ -284,6 +288,16 @@ OPS = {
     "gaussian_kl_backward": [
         (ROWS, plain(*M), plain(*M), plain(*M), plain(*M), *PLAIN_FORM, 0b1111),
         (ROWS, plain(*HEAD), NONE, plain(*HEAD), NONE, *NVAE_FORM, 0b0101),
+    ],
+    "sample_log_probs_forward": [
+        (plain(*M), plain(*M), plain(*M), plain(*M), "log_std", [5.0, 1e-2], True, 2, SEED, 3, NONE, NONE),
+        (plain(*HEAD), NONE, NONE, NONE, "logvar", [], False, 2, NONE, 0, plain(2, *M), NONE),
+    ],
+    "sample_log_probs_backward": [
+        (plain(2, *M), plain(2, 3), NONE, plain(*M), plain(*M), NONE, NONE)
+        + ("logvar", [], True, 2, SEED, 3, NONE, 0b11),
+        (NONE, NONE, plain(2, 3), plain(*HEAD), NONE, plain(*HEAD), NONE)
+        + ("logvar", [], False, 2, SEED[:0], 0, plain(2, *M), 0b0101),
     ],
     "nll_forward": [
         ("bernoulli", [plain(*X)], plain(*X), [], ROWS, BETA, 2, 1),
