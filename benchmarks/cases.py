@@ -20,6 +20,7 @@ Outputs = tuple[Tensor, ...]
 
 LOG_2PI = math.log(2 * math.pi)
 _BOUNDS = (-12.0, 2.0)  # bounds of a log-variance
+_FREE_BITS = 0.6  # about the mean KL of a dimension
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,16 @@ def _latents(batch: int, size: int, device: torch.device, dtype: torch.dtype = t
         "logvar": (0.5 * torch.randn(batch, size, device=device, dtype=dtype)).requires_grad_(),
         "z_gradient": torch.randn(batch, size, device=device, dtype=dtype),
     }
+
+
+def _latent_head(batch: int, size: int) -> Callable[[torch.device], Inputs]:
+    """The encoder's output with mean and scale packed."""
+
+    def setup(device: torch.device) -> Inputs:
+        head = torch.randn(batch, 2 * size, device=device)
+        return {"head": head.requires_grad_(), "z_gradient": torch.randn(batch, size, device=device)}
+
+    return setup
 
 
 def _reconstruction(
@@ -241,6 +252,24 @@ def _fused_latents(device: torch.device) -> Callable[..., Outputs]:
     return fused
 
 
+def _fused_softplus(device: torch.device) -> Callable[..., Outputs]:
+    def fused(head: Tensor) -> Outputs:
+        z, kl = fastvae.functional.reparameterize_kl(head, form="softplus")
+        return kl.mean(), z
+
+    return fused
+
+
+def _fused_free_bits(device: torch.device) -> Callable[..., Outputs]:
+    elbo = fastvae.ELBO("bernoulli", free_bits=_FREE_BITS).to(device)
+
+    def fused(mu: Tensor, logvar: Tensor) -> Outputs:
+        z, kl = elbo.reparameterize(mu, logvar)
+        return fastvae.reference.free_bits(kl, _FREE_BITS).mean(), z
+
+    return fused
+
+
 def _fused_step(device: torch.device) -> Callable[..., Outputs]:
     elbo = fastvae.ELBO("bernoulli").to(device)
 
@@ -418,6 +447,22 @@ def _baseline_latents(mu: Tensor, logvar: Tensor) -> Outputs:
     return _baseline_kld(mu, logvar) / mu.shape[0], z
 
 
+def _baseline_free_bits(mu: Tensor, logvar: Tensor) -> Outputs:
+    z = _baseline_sample(mu, logvar)
+    kld = -0.5 * (1 + logvar - mu.pow(2) - logvar.exp())
+    return kld.mean(0).clamp(min=_FREE_BITS).sum(), z
+
+
+def _baseline_softplus(head: Tensor) -> Outputs:
+    """As in stable-audio-tools, but with the 1/2 of the KL, which it leaves out."""
+    mean, scale = head.chunk(2, dim=1)
+    stdev = F.softplus(scale) + 1e-4
+    var = stdev * stdev
+    logvar = torch.log(var)
+    z = torch.randn_like(mean) * stdev + mean
+    return 0.5 * (mean * mean + var - logvar - 1).sum(1).mean(), z
+
+
 def _baseline_step(mu: Tensor, logvar: Tensor, recon: Tensor, x: Tensor) -> Outputs:
     z = _baseline_sample(mu, logvar)
     bce = F.binary_cross_entropy_with_logits(recon, x, reduction="sum")
@@ -488,6 +533,10 @@ CASES = (
          4 * 5 * 512 * 3072, (4.0, 2.0)),
     Case("reparameterise + KL 4096 x 256", lambda device: _latents(4096, 256, device), _fused_latents,
          _baseline_latents, 4 * _SAMPLE * 4096 * 256, (3.0, 3.0)),
+    Case("softplus posterior, packed, 4096 x 256", _latent_head(4096, 256), _fused_softplus, _baseline_softplus,
+         4 * _SAMPLE * 4096 * 256, (4.0, 3.0)),
+    Case("free bits 4096 x 256", lambda device: _latents(4096, 256, device), _fused_free_bits, _baseline_free_bits,
+         4 * (_SAMPLE + 2) * 4096 * 256, (3.0, 3.0)),
     # From the decoder's raw outputs: their softmax and exponential belong to the loss on both sides. The tolerances
     # allow for the cancellation of lgamma terms in the baseline's float32, which mainly affects log_theta's gradient.
     Case("ZINB 128 x 20000", _counts(True, True), _fused_zinb_raw, _baseline_zinb_raw, 4 * 5 * 128 * 20_000, (8.0, 3.0),

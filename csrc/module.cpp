@@ -109,20 +109,37 @@ py::object nll(std::string_view likelihood, const py::sequence& params, py::hand
   return unless_refused([&] { return handle.call(likelihood, tensors, *data, constants, row_kl, row_beta, reduction, weights); });
 }
 
+// mu and logvar, or a packed head and None.
+struct PosteriorArgs {
+  const Tensor* mu;
+  OptionalTensor logvar;
+  bool plain;
+
+  PosteriorArgs(py::handle first, py::handle second) : mu(plain_floats(first)), plain(mu && !watched()) {
+    if (!plain || second.is_none()) return;
+    const Tensor* t = plain_floats(second);
+    plain = t && t->device() == mu->device();
+    if (plain) logvar = *t;
+  }
+};
+
 // A standard normal prior, one draw, noise from the default generator.
-py::object reparameterize_kl(py::handle mu, py::handle logvar) {
-  const Tensor *m = plain_floats(mu), *v = plain_floats(logvar);
-  if (!m || !v || m->device() != v->device() || watched()) return py::none();
+py::object reparameterize_kl(py::handle mu, py::handle logvar, std::string_view form, const std::vector<double>& constants,
+                             bool per_element) {
+  const PosteriorArgs args(mu, logvar);
+  if (!args.plain) return py::none();
   static const auto handle = op<ReparameterizeKl>("fastvae::reparameterize_kl");
-  return unless_refused([&] { return handle.call(*m, *v, {}, {}, {}, {}, 0, {}, {}); });
+  return unless_refused(
+      [&] { return handle.call(*args.mu, args.logvar, {}, {}, form, constants, {}, per_element, {}, {}, 0, {}, {}); });
 }
 
 // A standard normal prior.
-py::object gaussian_kl(py::handle mu, py::handle logvar, bool per_element) {
-  const Tensor *m = plain_floats(mu), *v = plain_floats(logvar);
-  if (!m || !v || m->device() != v->device() || watched()) return py::none();
+py::object gaussian_kl(py::handle mu, py::handle logvar, std::string_view form, const std::vector<double>& constants,
+                       bool per_element) {
+  const PosteriorArgs args(mu, logvar);
+  if (!args.plain) return py::none();
   static const auto handle = op<KlForward>("fastvae::gaussian_kl");
-  return unless_refused([&] { return handle.call(*m, *v, {}, {}, per_element); });
+  return unless_refused([&] { return handle.call(*args.mu, args.logvar, {}, {}, form, constants, {}, per_element); });
 }
 
 // The table of likelihoods in the format of table() in fastvae/_spec.py.

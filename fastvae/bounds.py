@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .elbo import ELBO
-from .functional import reparameterize_kl
-from .functional.checks import check_choice, check_floating, check_like, checked_int
+from .functional import sample_log_probs
+from .functional.checks import check_choice, checked_int
+from .functional.forms import ScaleForm
 from .likelihoods.base import nll_of_draws
 from .reference.loss import reduce_rows
 
 __all__ = ["IWAE", "IWAEOutput", "PosteriorDraws"]
 
 ESTIMATORS = ("iwae", "stl", "dreg")
-_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class PosteriorDraws(NamedTuple):
@@ -80,6 +80,7 @@ class IWAE(ELBO):
         reduction: `"mean"` (or `"batchmean"`), `"sum"` or `"none"`, over rows, as for `fastvae.ELBO`.
         chunk: the number of draws to evaluate at a time, to save memory. The decoder then runs once more in the
             backward pass, so it must be passed as a function.
+        posterior: the form of the scale, as for `fastvae.ELBO`.
     """
 
     def __init__(
@@ -91,8 +92,9 @@ class IWAE(ELBO):
         beta: float | Tensor = 1.0,
         reduction: str = "mean",
         chunk: int | None = None,
+        posterior: str | ScaleForm = "logvar",
     ) -> None:
-        super().__init__(likelihood, beta=beta, reduction=reduction)
+        super().__init__(likelihood, beta=beta, reduction=reduction, posterior=posterior)
         self.samples: int = checked_int("IWAE", "samples", samples, 1, None)
         check_choice("IWAE", "estimator", estimator, ESTIMATORS)
         self.estimator = estimator
@@ -101,39 +103,31 @@ class IWAE(ELBO):
     def sample(
         self,
         mu: Tensor,
-        logvar: Tensor,
+        logvar: Tensor | None = None,
         *,
         generator: torch.Generator | None = None,
         seed: Tensor | None = None,
         row_offset: int = 0,
     ) -> PosteriorDraws:
-        """Draw K samples z ~ N(mu, e^logvar) for every row, and compute their densities.
+        """Draw K samples z from the posterior of every row, and compute their densities. See
+        `fastvae.functional.sample_log_probs`.
 
         Args:
-            mu, logvar: the posterior, (B, ...), floating, of one dtype and shape.
+            mu, logvar: the posterior, (B, ...), floating, of one dtype and shape; or a packed head (B, 2 L, ...) alone.
             generator, seed, row_offset: as for `fastvae.functional.reparameterize_kl`, which generates the noise.
         """
-        check_floating("IWAE", "mu", mu)
-        check_like("IWAE", "logvar", logvar, "mu", mu)
-        nothing = torch.zeros_like(mu, requires_grad=False)
-        # For a standard normal posterior, the draws are the noise itself.
-        eps, _ = reparameterize_kl(
-            nothing, nothing, samples=self.samples, generator=generator, seed=seed, row_offset=row_offset
+        return PosteriorDraws(
+            *sample_log_probs(
+                mu,
+                logvar,
+                form=self.posterior,
+                samples=self.samples,
+                stl=self.estimator != "iwae",
+                generator=generator,
+                seed=seed,
+                row_offset=row_offset,
+            )
         )
-        z = mu + torch.exp(0.5 * logvar) * eps
-        wide = torch.float64 if mu.dtype == torch.float64 else torch.float32
-        z_wide, size = z.to(wide), mu[0].numel() if len(mu) else 0
-        if self.estimator == "iwae":
-            # As z is a function of the noise, only the derivative of the scale remains of the density's derivative.
-            log_q = -(0.5 * (eps.to(wide).square() + logvar.to(wide))).flatten(2).sum(2)
-        else:
-            fixed_mu, fixed_logvar = mu.detach().to(wide), logvar.detach().to(wide)
-            standard = (z_wide - fixed_mu) * torch.exp(-0.5 * fixed_logvar)
-            # The value is that of the noise, because the difference is inaccurate for a small scale.
-            square = standard.square() + (eps.to(wide).square() - standard.square()).detach()
-            log_q = -(0.5 * (square + fixed_logvar)).flatten(2).sum(2)
-        log_p = -(0.5 * z_wide.square()).flatten(2).sum(2)
-        return PosteriorDraws(z, log_q - _HALF_LOG_2PI * size, log_p - _HALF_LOG_2PI * size)
 
     def forward(
         self,
@@ -152,7 +146,7 @@ class IWAE(ELBO):
             decoder: a function of z, (K * B, ...), that returns the parameters of the likelihood, with K * B rows; or,
                 with `draws`, its result.
             x: the data, (B, ...), as for `fastvae.ELBO`.
-            mu, logvar: the posterior, (B, ...).
+            mu, logvar: the posterior, (B, ...), or a packed head (B, 2 L, ...) alone.
             draws: the result of `sample`, in place of the posterior.
             weight: the weight of each element of `x`, shared by the draws, as for `fastvae.ELBO`. With a weight of 0
                 for what is missing, this is the bound of MIWAE (Mattei and Frellsen 2019, equation 4).
@@ -162,7 +156,7 @@ class IWAE(ELBO):
                 without draws, or `chunk` is set and the decoder is not a function.
             ValueError: If a shape or device is wrong.
         """
-        if (mu is None) != (logvar is None) or (mu is None) == (draws is None):
+        if (mu is None and logvar is not None) or (mu is None) == (draws is None):
             raise TypeError(
                 "fastvae.IWAE: call iwae(decoder, x, mu, logvar) or iwae(recon, x, draws=iwae.sample(mu, logvar)): the "
                 "posterior or its draws"
@@ -209,8 +203,11 @@ class IWAE(ELBO):
         weights, log_weights = weights.masked_fill(impossible, 0), log_weights.masked_fill(impossible, 0)
         if self.estimator == "dreg" and z.requires_grad:
             of_z = weights.reshape(*weights.shape, *[1] * (z.dim() - 2)).to(z.dtype)
-            # The path through z needs the square of the weight, and everything else the weight itself.
+            # The path through z needs the square of the weight, and everything else the weight itself. The densities
+            # have no gradient but the one through z.
             z.register_hook(lambda grad: grad * of_z)
+            log_q.register_hook(lambda grad: grad * weights)
+            log_p.register_hook(lambda grad: grad * weights)
         rows = _with_gradient(-bound, -(weights * log_weights).sum(0))
         loss = reduce_rows(rows, self._reduction)
         return IWAEOutput(loss, bound, nll, kl, ess)

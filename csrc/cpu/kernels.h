@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "../math/scale_form.h"
+
 namespace fastvae::cpu {
 
 // u8 is a pixel and is read as x / 255; byte and the wider integers are read as plain numbers.
@@ -164,10 +166,11 @@ struct NoiseKey {
   uint64_t seed, offset, row_offset;
 };
 
-// A diagonal Gaussian posterior with `draws` samples, and its prior, which is N(0, I) if prior_mu has null data. The noise is `eps` if
-// that is given, and is otherwise drawn from `key`.
+// A diagonal Gaussian posterior with `draws` samples, and its prior, which is N(0, I) if prior_mu has null data. The scales of both are
+// in the given form. The noise is `eps` if that is given, and is otherwise drawn from `key`.
 struct Latents {
   bool in_double;
+  ScaleForm form;
   int64_t rows, size, draws;
   Operand mu, logvar, prior_mu, prior_logvar, eps;
   int64_t eps_draw_stride;
@@ -185,8 +188,25 @@ struct SampleGradArgs : Latents {
   Operand grad_z;  // null data stands for zero
   int64_t grad_z_draw_stride;
   Operand grad_kl;  // one value per element, or per row (run == 1, run_stride == 0); null data stands for zero
+  double posterior_weight, prior_weight;  // factors of the KL's gradients
   Result grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar, grad_eps;  // null data if not requested
   int64_t grad_eps_draw_stride;
+};
+
+// z of `draws` samples, and log q(z | x) and log p(z) of every draw and row, (draws, rows).
+struct LogProbArgs : Latents {
+  Result z;
+  int64_t z_draw_stride;
+  double *log_q, *log_p;
+};
+
+// With `stl`, log q has no gradient but the one through z. Null gradients stand for zero.
+struct LogProbGradArgs : Latents {
+  bool stl;
+  Operand grad_z;
+  int64_t grad_z_draw_stride;
+  const double *grad_log_q, *grad_log_p;                            // (draws, rows)
+  Result grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar;  // null data if not requested
 };
 
 // out = in * factor[row * factor_stride]; `out` may be the same memory as `in`.
@@ -220,6 +240,8 @@ struct ScaleElementsArgs {
   void discretized_logistic(const LogisticArgs&); \
   void sample(const SampleArgs&);                 \
   void sample_grad(const SampleGradArgs&);        \
+  void log_probs(const LogProbArgs&);             \
+  void log_probs_grad(const LogProbGradArgs&);    \
   void scale_rows(const ScaleArgs&);              \
   void scale_elements(const ScaleElementsArgs&);  \
   }

@@ -108,9 +108,10 @@ struct NoiseSource {
   int64_t row_offset = 0;
 };
 
-// A diagonal Gaussian posterior with `draws` samples, and its prior, which is N(0, I) if prior_mu has null data. All operands have the
-// same type, and every row is a single run.
+// A diagonal Gaussian posterior with `draws` samples, and its prior, which is N(0, I) if prior_mu has null data. The scales of both are
+// in the given form. All operands have the same type, and every row is a single run.
 struct Latents {
+  ScaleForm form;
   int64_t rows = 0, size = 0, draws = 0;
   Operand mu, logvar, prior_mu, prior_logvar;
   Operand eps;  // null data if it is to be drawn from `noise`
@@ -133,8 +134,26 @@ struct SampleGradArgs : Latents {
   int64_t grad_z_draw_stride = 0;
   Numbers grad_kl;          // per row; null data stands for zero
   Operand element_grad_kl;  // per element; an alternative to grad_kl
+  double posterior_weight = 1, prior_weight = 1;  // factors of the KL's gradients
   Result grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar, grad_eps;  // null data if not requested
   int64_t grad_eps_draw_stride = 0;
+};
+
+// z of `draws` samples, and log q(z | x) and log p(z) of every draw and row, (draws, rows), fp64 if mu is and fp32 otherwise.
+struct LogProbArgs : Latents {
+  Result z;
+  int64_t z_draw_stride = 0;
+  Output log_q, log_p;
+  int64_t* used_seed = nullptr;  // as in SampleArgs
+};
+
+// With `stl`, log q has no gradient but the one through z. Null gradients stand for zero.
+struct LogProbGradArgs : Latents {
+  bool stl = false;
+  Operand grad_z;
+  int64_t grad_z_draw_stride = 0;
+  Numbers grad_log_q, grad_log_p;                                // (draws, rows)
+  Result grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar;  // null data if not requested
 };
 
 int64_t nll_scratch(const NllArgs&);
@@ -149,5 +168,7 @@ cudaError_t categorical(const CategoricalArgs&, cudaStream_t stream);
 cudaError_t nll_backward(const NllBackwardArgs&, cudaStream_t stream);
 cudaError_t sample(const SampleArgs&, cudaStream_t stream);
 cudaError_t sample_grad(const SampleGradArgs&, cudaStream_t stream);
+cudaError_t log_probs(const LogProbArgs&, cudaStream_t stream);
+cudaError_t log_probs_grad(const LogProbGradArgs&, cudaStream_t stream);
 
 }  // namespace fastvae::cuda

@@ -12,6 +12,8 @@ struct Kernels {
   void (*discretized_logistic)(const LogisticArgs&);
   void (*sample)(const SampleArgs&);
   void (*sample_grad)(const SampleGradArgs&);
+  void (*log_probs)(const LogProbArgs&);
+  void (*log_probs_grad)(const LogProbGradArgs&);
   void (*scale_rows)(const ScaleArgs&);
   void (*scale_elements)(const ScaleElementsArgs&);
 };

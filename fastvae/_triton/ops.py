@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .._spec import VARIANTS
-from . import elements, fakes, latents, loss
+from . import elements, fakes, latents, log_probs, loss
 from .counts import shared_bit
 from .launch import memory_order, row_dtype
 from .loss import MEAN, NONE
@@ -26,22 +26,39 @@ from .runtime import INTERPRETED
 _library = torch.library.Library("fastvae_triton", "DEF")
 _ops = torch.ops.fastvae_triton
 
-_POSTERIOR = "Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar"
+_POSTERIOR = (
+    "Tensor mu, Tensor? logvar, Tensor? prior_mu, Tensor? prior_logvar, str form, float[] constants, "
+    "float? balance"
+)
 _NOISE = "int? samples, Tensor? seed, int row_offset, Tensor? eps, Generator? generator"
 _DATA = "str likelihood, Tensor[] params, Tensor target, float[] constants"
 _EXTRAS = (
     "Tensor? scalar_rows, Tensor? kl, Tensor? beta, SymInt rows, int reduction, bool need_kl, bool need_beta"
 )
-_RANDOM = ("reparameterize_kl", "reparameterize_kl_forward")
+_DENSITIES = (
+    "Tensor mu, Tensor? logvar, Tensor? prior_mu, Tensor? prior_logvar, str form, float[] constants, bool stl"
+)
+_DRAWS = "int samples, Tensor? seed, int row_offset, Tensor? eps, Generator? generator"
+_RANDOM = (
+    "reparameterize_kl",
+    "reparameterize_kl_forward",
+    "sample_log_probs",
+    "sample_log_probs_forward",
+)
 
 for _schema in (
-    f"reparameterize_kl({_POSTERIOR}, {_NOISE}) -> (Tensor z, Tensor kl)",
-    f"reparameterize_kl_forward({_POSTERIOR}, {_NOISE}) -> (Tensor z, Tensor kl, Tensor used_seed)",
+    f"reparameterize_kl({_POSTERIOR}, bool per_element, {_NOISE}) -> (Tensor z, Tensor kl)",
+    f"reparameterize_kl_forward({_POSTERIOR}, bool per_element, {_NOISE}) -> (Tensor z, Tensor kl, Tensor used_seed)",
     f"reparameterize_kl_backward(Tensor? grad_z, Tensor? grad_kl, {_POSTERIOR}, int? samples, Tensor seed, "
     "int row_offset, Tensor? eps, int needs) -> Tensor[]",
     f"gaussian_kl({_POSTERIOR}, bool per_element) -> Tensor",
     f"gaussian_kl_forward({_POSTERIOR}, bool per_element) -> Tensor",
     f"gaussian_kl_backward(Tensor grad_kl, {_POSTERIOR}, int needs) -> Tensor[]",
+    f"sample_log_probs({_DENSITIES}, {_DRAWS}) -> (Tensor z, Tensor log_q, Tensor log_p)",
+    f"sample_log_probs_forward({_DENSITIES}, {_DRAWS}) "
+    "-> (Tensor z, Tensor log_q, Tensor log_p, Tensor used_seed)",
+    f"sample_log_probs_backward(Tensor? grad_z, Tensor? grad_log_q, Tensor? grad_log_p, {_DENSITIES}, "
+    "int samples, Tensor seed, int row_offset, Tensor? eps, int needs) -> Tensor[]",
     f"nll({_DATA}, Tensor? kl, Tensor? beta, int reduction, Tensor? weight=None) -> (Tensor loss, Tensor nll)",
     f"nll_forward({_DATA}, Tensor? kl, Tensor? beta, int reduction, int needs, Tensor? weight=None) "
     "-> (Tensor loss, Tensor nll, Tensor[] gradients, Tensor scalar_rows)",
@@ -391,10 +408,12 @@ class _Sample(torch.autograd.Function):
     def forward(
         ctx: Any,
         mu: Tensor,
-        logvar: Tensor,
+        logvar: Tensor | None,
         prior_mu: Tensor | None,
         prior_logvar: Tensor | None,
         eps: Tensor | None,
+        form: tuple[str, Sequence[float], float | None],
+        per_element: bool,
         samples: int | None,
         seed: Tensor | None,
         row_offset: int,
@@ -402,27 +421,37 @@ class _Sample(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         with _below_autograd():
             z, kl, used_seed = _ops.reparameterize_kl_forward.default(
-                mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, generator
+                mu,
+                logvar,
+                prior_mu,
+                prior_logvar,
+                *form,
+                per_element,
+                samples,
+                seed,
+                row_offset,
+                eps,
+                generator,
             )
         ctx.set_materialize_grads(False)
         ctx.needs = _bits(mu, logvar, prior_mu, prior_logvar, eps)
-        ctx.samples, ctx.row_offset = samples, row_offset
+        ctx.form, ctx.samples, ctx.row_offset = form, samples, row_offset
         ctx.save_for_backward(mu, logvar, prior_mu, prior_logvar, eps, used_seed)
         return z, kl
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_z is None and grad_kl is None:
-            return (None,) * 9
+            return (None,) * 11
         *posterior, eps, seed = ctx.saved_tensors
         needs = ctx.needs if grad_z is not None else ctx.needs & ~latents.EPS
         gradients = []
         if needs:
             with _below_autograd():
                 gradients = _ops.reparameterize_kl_backward.default(
-                    grad_z, grad_kl, *posterior, ctx.samples, seed, ctx.row_offset, eps, needs
+                    grad_z, grad_kl, *posterior, *ctx.form, ctx.samples, seed, ctx.row_offset, eps, needs
                 )
-        return (*_placed(gradients, needs, [*posterior, eps]), None, None, None, None)
+        return (*_placed(gradients, needs, [*posterior, eps]), *(None,) * 6)
 
 
 class _Kl(torch.autograd.Function):
@@ -430,14 +459,15 @@ class _Kl(torch.autograd.Function):
     def forward(
         ctx: Any,
         mu: Tensor,
-        logvar: Tensor,
+        logvar: Tensor | None,
         prior_mu: Tensor | None,
         prior_logvar: Tensor | None,
+        form: tuple[str, Sequence[float], float | None],
         per_element: bool,
     ) -> Tensor:
         with _below_autograd():
-            kl = _ops.gaussian_kl_forward.default(mu, logvar, prior_mu, prior_logvar, per_element)
-        ctx.needs = _bits(mu, logvar, prior_mu, prior_logvar)
+            kl = _ops.gaussian_kl_forward.default(mu, logvar, prior_mu, prior_logvar, *form, per_element)
+        ctx.needs, ctx.form = _bits(mu, logvar, prior_mu, prior_logvar), form
         ctx.save_for_backward(mu, logvar, prior_mu, prior_logvar)
         return kl
 
@@ -445,8 +475,45 @@ class _Kl(torch.autograd.Function):
     def backward(ctx: Any, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
         posterior = ctx.saved_tensors
         with _below_autograd():
-            gradients = _ops.gaussian_kl_backward.default(grad_kl, *posterior, ctx.needs)
-        return (*_placed(gradients, ctx.needs, posterior), None)
+            gradients = _ops.gaussian_kl_backward.default(grad_kl, *posterior, *ctx.form, ctx.needs)
+        return (*_placed(gradients, ctx.needs, posterior), None, None)
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mu: Tensor,
+        logvar: Tensor | None,
+        prior_mu: Tensor | None,
+        prior_logvar: Tensor | None,
+        how: tuple[str, Sequence[float], bool, int],
+        seed: Tensor | None,
+        row_offset: int,
+        eps: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        posterior = mu, logvar, prior_mu, prior_logvar
+        with _below_autograd():
+            *results, used_seed = _ops.sample_log_probs_forward.default(
+                *posterior, *how, seed, row_offset, eps, generator
+            )
+        ctx.set_materialize_grads(False)
+        ctx.needs, ctx.how, ctx.row_offset = _bits(*posterior), how, row_offset
+        ctx.save_for_backward(*posterior, eps, used_seed)
+        z, log_q, log_p = results
+        return z, log_q, log_p
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grads):
+            return (None,) * 9
+        *posterior, eps, seed = ctx.saved_tensors
+        with _below_autograd():
+            gradients = _ops.sample_log_probs_backward.default(
+                *grads, *posterior, *ctx.how, seed, ctx.row_offset, eps, ctx.needs
+            )
+        return (*_placed(gradients, ctx.needs, posterior), *(None,) * 5)
 
 
 def _placed(
@@ -460,21 +527,24 @@ def _placed(
 
 def _reparameterize_kl(
     mu: Tensor,
-    logvar: Tensor,
+    logvar: Tensor | None,
     prior_mu: Tensor | None,
     prior_logvar: Tensor | None,
+    form: str,
+    constants: Sequence[float],
+    balance: float | None,
+    per_element: bool,
     samples: int | None,
     seed: Tensor | None,
     row_offset: int,
     eps: Tensor | None,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and _requires_grad(mu, logvar, prior_mu, prior_logvar, eps):
-        return _Sample.apply(mu, logvar, prior_mu, prior_logvar, eps, samples, seed, row_offset, generator)
+    posterior, how = (mu, logvar, prior_mu, prior_logvar), (form, constants, balance)
+    if torch.is_grad_enabled() and _requires_grad(*posterior, eps):
+        return _Sample.apply(*posterior, eps, how, per_element, samples, seed, row_offset, generator)
     with _below_autograd():
-        return _sample_without_graph(
-            mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, generator
-        )
+        return _sample_without_graph(*posterior, *how, per_element, samples, seed, row_offset, eps, generator)
 
 
 def _sample_without_graph(*args: Any) -> tuple[Tensor, Tensor]:
@@ -482,13 +552,49 @@ def _sample_without_graph(*args: Any) -> tuple[Tensor, Tensor]:
     return z, kl
 
 
-def _gaussian_kl(
-    mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, per_element: bool
-) -> Tensor:
-    if torch.is_grad_enabled() and _requires_grad(mu, logvar, prior_mu, prior_logvar):
-        return _Kl.apply(mu, logvar, prior_mu, prior_logvar, per_element)
+def _sample_log_probs(
+    mu: Tensor,
+    logvar: Tensor | None,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    form: str,
+    constants: Sequence[float],
+    stl: bool,
+    samples: int,
+    seed: Tensor | None,
+    row_offset: int,
+    eps: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    posterior, how = (mu, logvar, prior_mu, prior_logvar), (form, constants, stl, samples)
+    if torch.is_grad_enabled() and _requires_grad(eps):
+        raise ValueError("fastvae::sample_log_probs: `eps` has no gradient here")
+    if torch.is_grad_enabled() and _requires_grad(*posterior):
+        return _LogProbs.apply(*posterior, how, seed, row_offset, eps, generator)
     with _below_autograd():
-        return _kl_without_graph(mu, logvar, prior_mu, prior_logvar, per_element)
+        return _log_probs_without_graph(*posterior, *how, seed, row_offset, eps, generator)
+
+
+def _log_probs_without_graph(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    z, log_q, log_p, _ = _ops.sample_log_probs_forward.default(*args)
+    return z, log_q, log_p
+
+
+def _gaussian_kl(
+    mu: Tensor,
+    logvar: Tensor | None,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    form: str,
+    constants: Sequence[float],
+    balance: float | None,
+    per_element: bool,
+) -> Tensor:
+    posterior, how = (mu, logvar, prior_mu, prior_logvar), (form, constants, balance)
+    if torch.is_grad_enabled() and _requires_grad(*posterior):
+        return _Kl.apply(*posterior, how, per_element)
+    with _below_autograd():
+        return _kl_without_graph(*posterior, *how, per_element)
 
 
 def _kl_without_graph(*args: Any) -> Tensor:
@@ -504,6 +610,7 @@ for _name, _autograd, _composite in (
     ("nll_elements", _nll_elements, _elements_without_graph),
     ("reparameterize_kl", _reparameterize_kl, _sample_without_graph),
     ("gaussian_kl", _gaussian_kl, _kl_without_graph),
+    ("sample_log_probs", _sample_log_probs, _log_probs_without_graph),
 ):
     _library.impl(_name, _autograd, "Autograd")
     _library.impl(_name, _composite, "CompositeExplicitAutograd")
@@ -520,6 +627,8 @@ for _function in (
     latents.reparameterize_kl_backward,
     latents.gaussian_kl_forward,
     latents.gaussian_kl_backward,
+    log_probs.sample_log_probs_forward,
+    log_probs.sample_log_probs_backward,
 ):
     # Tensors of ROCm have the dispatch key CUDA too.
     for _key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 NAMES = ("auto", "reference", "native", "triton")
-OPS = ("reparameterize_kl", "gaussian_kl", "nll", "nll_elements")
+OPS = ("reparameterize_kl", "gaussian_kl", "sample_log_probs", "nll", "nll_elements")
 
 # op -> the (backend, device type) pairs that have no kernel for it. "auto" then uses the next backend that has one.
 OPS_LACKING: dict[str, tuple[tuple[str, str], ...]] = {"nll_elements": (("native", "cuda"),)}
@@ -18,8 +18,11 @@ DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
 class Backend(NamedTuple):
     """The functions of one backend, called with positional arguments:
 
-    reparameterize_kl(mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, generator) -> (z, kl)
-    gaussian_kl(mu, logvar, prior_mu, prior_logvar, per_element) -> kl
+    reparameterize_kl(mu, logvar, prior_mu, prior_logvar, form, constants, balance, per_element,
+                      samples, seed, row_offset, eps, generator) -> (z, kl)
+    gaussian_kl(mu, logvar, prior_mu, prior_logvar, form, constants, balance, per_element) -> kl
+    sample_log_probs(mu, logvar, prior_mu, prior_logvar, form, constants, stl,
+                     samples, seed, row_offset, eps, generator) -> (z, log_q, log_p)
     nll(likelihood, params, target, constants, kl, beta, reduction) -> (loss, nll)
     nll_elements(likelihood, params, target, constants, weight) -> values
     """
@@ -27,6 +30,7 @@ class Backend(NamedTuple):
     name: str
     reparameterize_kl: Callable[..., Any]
     gaussian_kl: Callable[..., Any]
+    sample_log_probs: Callable[..., Any]
     nll: Callable[..., Any]
     nll_elements: Callable[..., Any]
 

@@ -186,21 +186,31 @@ def positive(*shape: int) -> Tensor:
     return plain(*shape).abs().requires_grad_()
 
 
-X, M, ROWS, BETA, NONE = (3, D), (3, L), torch.ones(3), torch.tensor(0.5), None
+X, M, HEAD, ROWS, BETA, NONE = (3, D), (3, L), (3, 2 * L), torch.ones(3), torch.tensor(0.5), None
 IMAGE = plain(2, 3, 4, 4).to(memory_format=torch.channels_last)
 
 LEVELS = torch.arange(18, dtype=torch.uint8).view(2, 3, 3)
 
+# The form of a posterior's scale, its constants and the balance.
+PLAIN_FORM = "logvar", [], NONE
+NVAE_FORM = "log_std", [5.0, 1e-2], 0.8
+
 # The ops themselves, then the forward and backward ops that they call.
 OPS = {
     "reparameterize_kl": [
-        (leaf(*M), leaf(*M), NONE, NONE, NONE, SEED, 0, NONE, NONE),
-        (leaf(*M), leaf(*M), leaf(*M), leaf(*M), 2, SEED, 3, NONE, NONE),
-        (leaf(*M), plain(*M), NONE, NONE, 2, NONE, 0, leaf(2, *M), NONE),
+        (leaf(*M), leaf(*M), NONE, NONE, *PLAIN_FORM, False, NONE, SEED, 0, NONE, NONE),
+        (leaf(*M), leaf(*M), leaf(*M), leaf(*M), *PLAIN_FORM, False, 2, SEED, 3, NONE, NONE),
+        (leaf(*M), plain(*M), NONE, NONE, *PLAIN_FORM, False, 2, NONE, 0, leaf(2, *M), NONE),
+        (leaf(*HEAD), NONE, leaf(*HEAD), NONE, *NVAE_FORM, True, 2, SEED, 3, NONE, NONE),
     ],
     "gaussian_kl": [
-        (leaf(*M), leaf(*M), NONE, NONE, False),
-        (leaf(*M).half(), leaf(*M).half(), plain(*M).half(), plain(*M).half(), True),
+        (leaf(*M), leaf(*M), NONE, NONE, *PLAIN_FORM, False),
+        (leaf(*M).half(), leaf(*M).half(), plain(*M).half(), plain(*M).half(), *PLAIN_FORM, True),
+        (leaf(*HEAD), NONE, NONE, NONE, "softplus", [1e-4], NONE, False),
+    ],
+    "sample_log_probs": [
+        (leaf(*M), leaf(*M), NONE, NONE, "logvar", [], True, 2, SEED, 3, NONE, NONE),
+        (leaf(*HEAD), NONE, leaf(*HEAD), NONE, "softplus", [1e-4], False, 2, NONE, 0, plain(2, *M), NONE),
     ],
     "nll": [
         ("bernoulli", [leaf(*X)], plain(*X).sigmoid(), [], ROWS.clone().requires_grad_(), BETA, 2),
@@ -260,11 +270,26 @@ OPS = {
         ),
     ],
     "reparameterize_kl_forward": [
-        (plain(*M), plain(*M), NONE, NONE, NONE, SEED, 0, NONE, NONE),
-        (plain(*M), plain(*M), plain(*M), plain(*M), 2, NONE, 0, plain(2, *M), NONE),
+        (plain(*M), plain(*M), NONE, NONE, *PLAIN_FORM, False, NONE, SEED, 0, NONE, NONE),
+        (plain(*M), plain(*M), plain(*M), plain(*M), *PLAIN_FORM, False, 2, NONE, 0, plain(2, *M), NONE),
+        (plain(*HEAD), NONE, NONE, NONE, "variance", [1e-6], NONE, True, NONE, SEED, 0, NONE, NONE),
     ],
     "reparameterize_kl_backward": [
-        (plain(*M), ROWS, plain(*M), plain(*M), NONE, NONE, NONE, SEED, 0, NONE, 0b00011),
+        (plain(*M), ROWS, plain(*M), plain(*M), NONE, NONE, *PLAIN_FORM, NONE, SEED, 0, NONE, 0b00011),
+        (
+            plain(*M),
+            plain(*M),
+            plain(*HEAD),
+            NONE,
+            plain(*M),
+            plain(*M),
+            *NVAE_FORM,
+            NONE,
+            SEED,
+            0,
+            NONE,
+            0b01101,
+        ),
         (
             plain(2, *M),
             NONE,
@@ -272,6 +297,7 @@ OPS = {
             plain(*M),
             plain(*M),
             plain(*M),
+            *PLAIN_FORM,
             2,
             SEED[:0],
             0,
@@ -279,8 +305,21 @@ OPS = {
             0b11111,
         ),
     ],
-    "gaussian_kl_forward": [(plain(*M), plain(*M), NONE, NONE, True)],
-    "gaussian_kl_backward": [(ROWS, plain(*M), plain(*M), plain(*M), plain(*M), 0b1111)],
+    "gaussian_kl_forward": [(plain(*M), plain(*M), NONE, NONE, *PLAIN_FORM, True)],
+    "gaussian_kl_backward": [
+        (ROWS, plain(*M), plain(*M), plain(*M), plain(*M), *PLAIN_FORM, 0b1111),
+        (ROWS, plain(*HEAD), NONE, plain(*HEAD), NONE, *NVAE_FORM, 0b0101),
+    ],
+    "sample_log_probs_forward": [
+        (plain(*M), plain(*M), plain(*M), plain(*M), "log_std", [5.0, 1e-2], True, 2, SEED, 3, NONE, NONE),
+        (plain(*HEAD), NONE, NONE, NONE, "logvar", [], False, 2, NONE, 0, plain(2, *M), NONE),
+    ],
+    "sample_log_probs_backward": [
+        (plain(2, *M), plain(2, 3), NONE, plain(*M), plain(*M), NONE, NONE)
+        + ("logvar", [], True, 2, SEED, 3, NONE, 0b11),
+        (NONE, NONE, plain(2, 3), plain(*HEAD), NONE, plain(*HEAD), NONE)
+        + ("logvar", [], False, 2, SEED[:0], 0, plain(2, *M), 0b0101),
+    ],
     "nll_forward": [
         ("bernoulli", [plain(*X)], plain(*X), [], ROWS, BETA, 2, 1),
         ("laplace", [plain(*X)], plain(*X), [0.5], ROWS, BETA, 2, 1, plain(*X).abs()),

@@ -201,7 +201,35 @@ class NoiseSource(Structure):
     )
 
 
+class ScaleForm(Structure):
+    _fields_ = (("kind", c_int8), ("constants", c_double * 3), ("soft", c_double))
+
+    KINDS = ("logvar", "clamped", "bounded", "log_std", "shifted_log_std", "softplus", "shifted_variance")
+
+
+def scale_form(name: str, constants: Sequence[float]) -> ScaleForm:
+    """As csrc/ops/latents.cpp makes it."""
+    first, second = (*constants, 0.0, 0.0)[:2]
+    kind, numbers, soft = name, (first, second, 0.0), 0.0
+    if name == "logvar_clamp":
+        kind = "clamped"
+    elif name == "logvar_bounds":
+        half = (second - first) / 2
+        kind, numbers = "bounded", (first + half, half, 1 / half)
+    elif name == "log_std":
+        soft = first
+        kind, numbers = (
+            ("shifted_log_std", (math.log(second), 0.0, 0.0)) if second else (name, (0.0, 0.0, 0.0))
+        )
+    elif name == "variance":
+        kind, numbers = (
+            ("shifted_variance", (math.log(first), 0.0, 0.0)) if first else ("logvar", (0.0, 0.0, 0.0))
+        )
+    return ScaleForm(kind=ScaleForm.KINDS.index(kind), constants=(c_double * 3)(*numbers), soft=soft)
+
+
 _LATENTS = (
+    ("form", ScaleForm),
     ("rows", c_int64),
     ("size", c_int64),
     ("draws", c_int64),
@@ -234,6 +262,8 @@ class SampleGradArgs(Structure):
         ("grad_z_draw_stride", c_int64),
         ("grad_kl", Numbers),
         ("element_grad_kl", Operand),
+        ("posterior_weight", c_double),
+        ("prior_weight", c_double),
         ("grad_mu", Operand),
         ("grad_logvar", Operand),
         ("grad_prior_mu", Operand),
@@ -606,8 +636,9 @@ class Kernels:
         noise: NoiseSource | None = None,
         eps: Tensor | None = None,
         samples: int | None = None,
+        form: tuple[str, Sequence[float]] = ("logvar", ()),
     ) -> tuple[Tensor, Tensor, Tensor]:
-        args = SampleArgs()
+        args = SampleArgs(form=scale_form(*form))
         self._latents(args, mu, logvar, prior, noise, eps, samples)
         z = poisoned(mu.shape if samples is None else (samples, *mu.shape), mu.dtype)
         kl, used = poisoned((mu.shape[0],), row_dtype(mu)), torch.full((2,), -1)
@@ -617,9 +648,15 @@ class Kernels:
         return z, kl, used
 
     def kl(
-        self, mu: Tensor, logvar: Tensor, prior: Sequence[Tensor] | None = None, *, per_element: bool = False
+        self,
+        mu: Tensor,
+        logvar: Tensor,
+        prior: Sequence[Tensor] | None = None,
+        *,
+        per_element: bool = False,
+        form: tuple[str, Sequence[float]] = ("logvar", ()),
     ) -> Tensor:
-        args = SampleArgs()
+        args = SampleArgs(form=scale_form(*form))
         self._latents(args, mu, logvar, prior, None, None, 0)
         kl = poisoned(mu.shape if per_element else (mu.shape[0],), row_dtype(mu))
         if per_element:
@@ -641,9 +678,11 @@ class Kernels:
         eps: Tensor | None = None,
         samples: int | None = None,
         per_element: bool = False,
+        form: tuple[str, Sequence[float]] = ("logvar", ()),
+        weights: tuple[float, float] = (1.0, 1.0),
     ) -> list[Tensor]:
         """The gradients of mu, logvar, the prior and eps, as far as they exist."""
-        args = SampleGradArgs()
+        args = SampleGradArgs(form=scale_form(*form), posterior_weight=weights[0], prior_weight=weights[1])
         self._latents(args, mu, logvar, prior, noise, eps, samples)
         args.grad_z, args.grad_z_draw_stride = self._draws(grad_z, samples)
         if per_element:

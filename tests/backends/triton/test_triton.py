@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cases
+import posterior_forms
 import pytest
 import test_count_elements
 import test_counts
 import test_discretized
 import test_extremes as ends
+import test_log_probs
+import test_posteriors
 import test_weight
 import torch
 from cases import CASES, DTYPES, GRADIENT_TOLERANCE, VALUE_TOLERANCE, Case, Inputs, Result
@@ -572,6 +575,49 @@ def test_reparameterize_kl_equals_the_formula(
     want = torch.autograd.grad((want_z, want_kl), exact, [w.double() for w in weights])
     for name, g, w in zip(names, got, want, strict=True):
         check_gradient(name, g, w, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("packed", [False, True], ids=["apart", "packed"])
+@pytest.mark.parametrize("prior", [False, True], ids=["standard", "prior"])
+@pytest.mark.parametrize("shape", [(3, 9), (2, 3, 5)], ids=cases.ids)
+@pytest.mark.parametrize("name", posterior_forms.FORMS)
+def test_forms_of_the_scale_equal_the_formula(
+    device: torch.device, name: str, shape: tuple[int, ...], prior: bool, packed: bool, dtype: torch.dtype
+) -> None:
+    tensors = test_posteriors.posterior(shape, dtype, prior, device)
+    balance = 0.8 if prior else None
+    test_posteriors.check_against_the_formula(name, tensors, packed=packed, balance=balance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=cases.ids)
+@pytest.mark.parametrize("name", posterior_forms.FORMS)
+def test_forms_of_the_scale_at_their_ends_equal_the_formula(
+    device: torch.device, name: str, dtype: torch.dtype
+) -> None:
+    test_posteriors.check_ends(name, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("given", [False, True], ids=["seed", "eps"])
+@pytest.mark.parametrize("packed", [False, True], ids=["apart", "packed"])
+@pytest.mark.parametrize("prior", [False, True], ids=["standard", "prior"])
+@pytest.mark.parametrize("stl", [False, True], ids=["full", "stl"])
+@pytest.mark.parametrize("shape", [(3, 9), (2, 3, 5), (2, 4100)], ids=cases.ids)
+@pytest.mark.parametrize("name", ["logvar", "softplus", "nvae"])
+def test_log_probs_equal_the_formula(
+    device: torch.device,
+    name: str,
+    shape: tuple[int, ...],
+    stl: bool,
+    prior: bool,
+    packed: bool,
+    given: bool,
+    dtype: torch.dtype,
+) -> None:
+    # In half precision, the gradients of a prior with a small scale would overflow.
+    tensors = [t * 0.4 for t in test_posteriors.posterior(shape, dtype, prior, device)]
+    test_log_probs.check_log_probs(name, tensors, packed=packed, stl=stl, given=given)
 
 
 @pytest.mark.parametrize("dtype", NOISE_TOLERANCE, ids=["float32", "float64"])

@@ -175,29 +175,38 @@ def bernoulli(params: torch.dtype, target: torch.dtype, needs: int = 1) -> objec
     return loss("bernoulli", [data(params)], data(target), needs)
 
 
-def sample(dtype: torch.dtype, size: int = 128, prior: bool = False, **noise: Any) -> object:
-    mu, logvar = data(dtype, 65536, 2 * size).chunk(2, 1)
+# The form of the scale, its constants and the balance.
+LOGVAR = "logvar", [], NONE
+NVAE = "log_std", [5.0, 1e-2], 0.8
+
+
+def sample(
+    dtype: torch.dtype, size: int = 128, prior: bool = False, form: tuple[Any, ...] = LOGVAR, **noise: Any
+) -> object:
+    head = data(dtype, 65536, 2 * size)
     priors = (data(dtype, 65536, size),) * 2 if prior else (NONE, NONE)
     seed = NONE if "eps" in noise else SEED
     return latents.reparameterize_kl_forward(
-        mu, logvar, *priors, noise.get("samples"), seed, 0, noise.get("eps"), NONE
+        head, NONE, *priors, *form, False, noise.get("samples"), seed, 0, noise.get("eps"), NONE
     )
 
 
-def sample_gradient(dtype: torch.dtype, size: int = 128, prior: bool = False) -> object:
-    mu, logvar = data(dtype, 65536, 2 * size).chunk(2, 1)
+def sample_gradient(
+    dtype: torch.dtype, size: int = 128, prior: bool = False, form: tuple[Any, ...] = LOGVAR
+) -> object:
     priors = (data(dtype, 65536, size),) * 2 if prior else (NONE, NONE)
     return latents.reparameterize_kl_backward(
         data(dtype, 65536, size),
         data(FLOAT, 65536),
-        mu,
-        logvar,
+        data(dtype, 65536, 2 * size),
+        NONE,
         *priors,
+        *form,
         NONE,
         SEED,
         0,
         NONE,
-        0b1111 if prior else 0b11,
+        0b1101 if prior else 0b1,
     )
 
 
@@ -285,10 +294,12 @@ ALIGNED: dict[str, Callable[[], object]] = {
     "sample, bf16": lambda: sample(HALF),
     "sample, prior": lambda: sample(FLOAT, prior=True),
     "sample, given noise": lambda: sample(FLOAT, samples=3, eps=data(FLOAT, 3, 65536, 128)),
+    "sample, softplus": lambda: sample(FLOAT, form=("softplus", [1e-4], NONE)),
+    "sample gradient, softplus": lambda: sample_gradient(FLOAT, form=("softplus", [1e-4], NONE)),
     "sample gradient": lambda: sample_gradient(FLOAT),
     "sample gradient, bf16": lambda: sample_gradient(HALF),
     "sample gradient, prior": lambda: sample_gradient(FLOAT, prior=True),
-    "kl per element": lambda: latents.gaussian_kl_forward(data(FLOAT), data(FLOAT), NONE, NONE, True),
+    "kl per element": lambda: latents.gaussian_kl_forward(data(FLOAT), data(FLOAT), NONE, NONE, *LOGVAR, True),
 }  # fmt: skip
 
 # Other calls: they must compile and spill nothing.
@@ -330,15 +341,17 @@ OTHERS: dict[str, Callable[[], object]] = {
     "mixture, no gradient": lambda: loss("discretized_logistic_mixture", [PLANES], LEVELS, 0),
     "mixture, double": lambda: loss("discretized_logistic_mixture", [PLANES.double()], LEVELS),
     "mixture of many rows": lambda: loss("discretized_logistic_mixture", [MIXED], LEVELS[0, :, 0, 0].expand(512, 3)),
+    "sample gradient, nvae, bf16": lambda: sample_gradient(HALF, prior=True, form=NVAE),
+    "sample, nvae, bf16": lambda: sample(HALF, prior=True, form=NVAE),
     "small latents": lambda: sample(FLOAT, 20),
     "sample, double": lambda: sample(DOUBLE, 20),
-    "long latents": lambda: latents.gaussian_kl_forward(LONG, LONG, NONE, NONE, False),
+    "long latents": lambda: latents.gaussian_kl_forward(LONG, LONG, NONE, NONE, *LOGVAR, False),
     "bernoulli, 64-bit columns": lambda: with_64_bit_columns(lambda: bernoulli(FLOAT, FLOAT)),
     "scale, 64-bit columns": lambda: with_64_bit_columns(lambda: scale(FLOAT, False)),
     "scale, by row, 64-bit columns": lambda: with_64_bit_columns(lambda: scale(FLOAT, True)),
     "sample, 64-bit columns": lambda: with_64_bit_columns(lambda: sample(FLOAT)),
     "sample gradient, 64-bit columns": lambda: with_64_bit_columns(lambda: sample_gradient(FLOAT)),
-    "kl gradient": lambda: latents.gaussian_kl_backward(data(FLOAT), data(FLOAT), data(FLOAT), NONE, NONE, 3),
+    "kl gradient": lambda: latents.gaussian_kl_backward(data(FLOAT), data(FLOAT), data(FLOAT), NONE, NONE, *LOGVAR, 3),
 }  # fmt: skip
 
 
@@ -434,11 +447,11 @@ def step(rows: int, size: int, latents_: int, likelihood: str, dtype: torch.dtyp
     params, target = data(dtype, rows, size), data(FLOAT, rows, size)
     more = [ONE.to(dtype)] if likelihood == "gaussian_learned" else []
     kl, posterior = data(FLOAT, rows), data(dtype, rows, 2 * latents_).chunk(2, 1)
-    latents.reparameterize_kl_forward(*posterior, NONE, NONE, NONE, SEED, 0, NONE, NONE)
+    latents.reparameterize_kl_forward(*posterior, NONE, NONE, *LOGVAR, False, NONE, SEED, 0, NONE, NONE)
     losses.nll_forward(likelihood, [params, *more], target, [], kl, ONE, 2, 0b11 if more else 1)
     losses.nll_backward_(ONE, NONE, [params], kl if more else NONE, kl, ONE, rows, 2, True, False)
     latents.reparameterize_kl_backward(
-        data(dtype, rows, latents_), kl, *posterior, NONE, NONE, NONE, SEED, 0, NONE, 0b11
+        data(dtype, rows, latents_), kl, *posterior, NONE, NONE, *LOGVAR, NONE, SEED, 0, NONE, 0b11
     )
 
 
