@@ -26,15 +26,15 @@ class VAE(LightningModule):
     The ELBO is a submodule, so that a learned scale is trained and synchronised between processes like other weights.
 
     Args:
-        encoder: maps a batch to (B, 2L), the posterior's mu and logvar.
+        encoder: maps a batch to (B, 2L), the posterior's mean and its scale in the form of `posterior`.
         decoder: maps z (B, L) to the parameters of the likelihood.
-        elbo: an ELBO or IWAE with reduction "mean". Its `beta` is the final value of a warm-up.
+        elbo: an ELBO or IWAE with reduction "mean". Its `capacity`, or its `beta` if it has none, is the final value of
+            a warm-up.
         latents: L, the number of latent dimensions.
+        posterior: the form of the posterior's scale; see `fastvae.posteriors`.
         lr, adam_eps: the learning rate and the epsilon of Adam.
         weight_decay: the decoupled weight decay of the networks (Loshchilov and Hutter 2019).
         lr_schedule: the schedule of the learning rate; see `fastvae.train.schedules`.
-        capacity: if above 0, the loss has beta |KL - capacity| in place of beta KL, where KL is the mean of the batch
-            (Burgess et al. 2018, equation 8), and a warm-up raises the capacity instead of beta.
         seed: the seed of the noise. The noise of a step depends only on the seed and the number of the step, and not
             on interruptions of the run or on the number of processes.
         schedule, schedule_epochs, cycles: the warm-up of beta; see `fastvae.train.schedules`.
@@ -66,11 +66,11 @@ class VAE(LightningModule):
         elbo: fastvae.ELBO,
         *,
         latents: int,
+        posterior: str = "logvar",
         lr: float = 1e-3,
         adam_eps: float = 1e-8,
         weight_decay: float = 0.0,
         lr_schedule: str = "constant",
-        capacity: float = 0.0,
         seed: int = 0,
         schedule: str = "none",
         schedule_epochs: float = 1.0,
@@ -81,11 +81,12 @@ class VAE(LightningModule):
         self.decoder = decoder
         self.elbo = elbo
         self.latents = latents
+        self.posterior = posterior
         self.lr, self.adam_eps, self.weight_decay, self.lr_schedule = lr, adam_eps, weight_decay, lr_schedule
-        self.capacity = self.final_capacity = capacity
         self.seed = seed
         self.schedule, self.schedule_epochs, self.cycles = schedule, schedule_epochs, cycles
         self.beta = float(elbo.beta)
+        self.capacity = None if elbo.capacity is None else float(elbo.capacity)
         self.kl_per_dimension = torch.zeros(latents)
         self.first_skipped: str | None = None
         if isinstance(elbo, fastvae.IWAE):
@@ -93,7 +94,11 @@ class VAE(LightningModule):
 
     def encode(self, x: Any) -> tuple[Tensor, Tensor]:
         """Return mu and logvar of the posterior, (B, L) each."""
-        mu, logvar = self.encoder(x).chunk(2, dim=1)
+        head = self.encoder(x)
+        if self.posterior != "logvar":
+            posterior = fastvae.posteriors.DiagonalGaussian(head, self.posterior)
+            return posterior.mean, posterior.logvar
+        mu, logvar = head.chunk(2, dim=1)
         return mu, logvar
 
     def decode(self, z: Tensor) -> Tensor:
@@ -141,10 +146,7 @@ class VAE(LightningModule):
             return elbo(lambda z: self.params(z, x), self.target(x), draws=draws), mu, logvar
         z, kl = elbo.reparameterize(mu, logvar, seed=seed, row_offset=row_offset)
         params = self.params(z if elbo.samples is None else z.flatten(0, 1), x)
-        if not self.final_capacity:
-            return elbo(params, self.target(x), kl=kl), mu, logvar
-        distance = (kl.mean() - self.capacity).abs()
-        return elbo(params, self.target(x), kl=distance.expand_as(kl))._replace(kl=kl), mu, logvar
+        return elbo(params, self.target(x), kl=kl), mu, logvar
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         scale = list(self.elbo.parameters())
@@ -225,10 +227,10 @@ class VAE(LightningModule):
         passed = self.current_epoch + batch_idx / self.trainer.num_training_batches
         if self.schedule != "none":
             factor = schedules.kl_weight(self.schedule, passed, self.schedule_epochs, self.cycles)
-            if self.final_capacity:
-                self.capacity = self.final_capacity * factor
+            # ELBO copies the value into its buffer in place.
+            if self.capacity is not None:
+                self.elbo.capacity = self.capacity * factor  # type: ignore[assignment]
             else:
-                # ELBO copies the value into its buffer in place.
                 self.elbo.beta = self.beta * factor  # type: ignore[assignment]
         if self.lr_schedule != "constant":
             factor = schedules.learning_rate_factor(self.lr_schedule, passed, self.trainer.max_epochs or 1)
@@ -281,8 +283,8 @@ class VAE(LightningModule):
         loss, nll, kl = (s / count if count else math.nan for s in sums)
         metrics = {"train_loss": loss, **self.terms("train", nll, kl)}
         metrics |= {"beta": float(self.elbo.beta), "skipped_steps": float(skipped.sum())}
-        if self.final_capacity:
-            metrics["capacity"] = self.capacity
+        if self.elbo.capacity is not None:
+            metrics["capacity"] = float(self.elbo.capacity)
         self.log_dict(metrics)
         self.first_skipped = None
         if skipped.any():

@@ -55,6 +55,12 @@ class Settings:
 
     data: str = option("", "Data to train on.", "Data")
     latent: int = option(20, "Number of latent dimensions.", "Model", at_least=1)
+    posterior: Literal["logvar", "log_std", "softplus", "variance"] = option(
+        "logvar",
+        "How the encoder gives the posterior's scale: its log-variance, the logarithm of its standard deviation, or "
+        "softplus(v) + 1e-4 (standard deviation) or exp(v) + 1e-4 (variance) of its output v.",
+        "Model",
+    )
 
     epochs: int = option(20, "Number of passes over the data.", "Training", at_least=1)
     batch_size: int = option(128, "Examples per batch, over all devices together.", "Training", at_least=1)
@@ -164,19 +170,24 @@ class Settings:
     def make_elbo(self, likelihood: Any) -> "fastvae.ELBO":
         """Return the training objective for a likelihood."""
         if self.objective == "elbo":
-            samples = None if self.samples == 1 else self.samples
-            return fastvae.ELBO(likelihood, beta=self.beta, free_bits=self.free_bits, samples=samples)
+            return fastvae.ELBO(
+                likelihood,
+                beta=self.beta,
+                free_bits=self.free_bits,
+                capacity=self.capacity or None,
+                samples=None if self.samples == 1 else self.samples,
+            )
         return fastvae.IWAE(likelihood, self.samples, self.objective, beta=self.beta)
 
     def module_options(self) -> dict[str, Any]:
         """Return the arguments that every `VAE` takes: for its optimiser, its noise and its warm-up."""
         return {
             "latents": self.latent,
+            "posterior": self.posterior,
             "lr": self.lr,
             "adam_eps": self.adam_eps,
             "weight_decay": self.weight_decay,
             "lr_schedule": self.lr_schedule,
-            "capacity": self.capacity,
             "seed": self.seed,
             "schedule": self.warmup,
             "schedule_epochs": self.warmup_epochs,

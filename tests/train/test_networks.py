@@ -107,13 +107,29 @@ def test_adam_eps_reaches_the_optimiser(tmp_path):
         torch.testing.assert_close(weight, fresh[name], rtol=0, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("form", ["log_std", "softplus", "variance"])
+def test_posterior_form_is_that_of_the_encoder(form):
+    settings = MLP(likelihood="bernoulli", posterior=form)
+    model = runs.new_model(KIND, settings, (8, 8, 1), data.load("digits"))
+    x = torch.rand(3, 1, 8, 8)
+    mu, v = model.encoder(x).chunk(2, dim=1)
+    std = {
+        "log_std": v.exp(),
+        "softplus": torch.nn.functional.softplus(v) + 1e-4,
+        "variance": (v.exp() + 1e-4).sqrt(),
+    }
+    mean, logvar = model.encode(x)
+    torch.testing.assert_close(mean, mu)
+    torch.testing.assert_close(logvar, 2 * std[form].log())
+
+
 def test_run_without_the_newer_settings_is_read_with_their_defaults(tmp_path):
     run = tmp_path / "run"
     assert train(run, "--epochs", "1") == 0
     config = run / "config.toml"
     newer = {
-        "lr_schedule": "constant", "adam_eps": 1e-8, "weight_decay": 0.0, "objective": "elbo", "samples": 1,
-        "capacity": 0.0, "bias_at_mean": False, "activation": "relu", "init": "default",
+        "posterior": "logvar", "lr_schedule": "constant", "adam_eps": 1e-8, "weight_decay": 0.0, "objective": "elbo",
+        "samples": 1, "capacity": 0.0, "bias_at_mean": False, "activation": "relu", "init": "default",
     }  # fmt: skip
     lines = config.read_text().splitlines(keepends=True)
     kept = [line for line in lines if line.partition(" ")[0] not in newer]

@@ -87,7 +87,7 @@ def test_iwae_is_the_formula_in_float64(backend):
 @pytest.mark.parametrize("capacity", [0.01, 1000.0])
 def test_capacity_replaces_the_kl_by_its_distance(capacity):
     """Burgess et al. 2018, equation 8: below the capacity, the loss rewards a larger KL."""
-    model = make_model(fastvae.ELBO("bernoulli", beta=3.0), capacity=capacity)
+    model = make_model(fastvae.ELBO("bernoulli", beta=3.0, capacity=capacity))
     plain = make_model(fastvae.ELBO("bernoulli", beta=3.0))
     x = (torch.rand(5, 9) > 0.5).float()
     out, expected = model(x, torch.tensor([7, 8]), 0)[0], plain(x, torch.tensor([7, 8]), 0)[0]
