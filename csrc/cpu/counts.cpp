@@ -228,7 +228,9 @@ struct Kernel {
   using P = math::Primitives<V>;
   static constexpr int64_t W = V::size();
 
-  // Computes every element as if its count were zero, and lists those whose count is not.
+  // Computes every element as if its count were zero, and lists those whose count is not. From raw inputs, it stores values only if
+  // kValues: the pointer to them would slow down all other calls.
+  template <bool kValues = !kRaw>
   static Sums zeros(const Block<C>& b, const Row<C>& row, int32_t* positive, int64_t& positives) {
     const V scale(row.mean_scale), weight(row.weight), value_weight(row.value_weight), eps(static_cast<C>(row.eps));
     Sum<C> nll, grad;
@@ -249,7 +251,7 @@ struct Kernel {
       if constexpr (kInflated) term = math::with_additional_zeros(term, load_lanes(b.pi + i, lanes));
       const V value = P::select(is_zero, term.value, V(0));
       const V d_log_mu = kRaw ? P::select(is_zero, term.d_mu * mu, V(0)) : V(0);
-      if (b.values) store_lanes(value * value_weight, b.values + i, lanes);
+      if (kValues && b.values) store_lanes(value * value_weight, b.values + i, lanes);
       if (b.d_mean) store_lanes(kRaw ? d_log_mu : term.d_mu * weight, b.d_mean + i, lanes);
       if (b.d_theta) {
         const V d = (kRaw ? term.d_theta * theta : term.d_theta) * weight;
@@ -430,7 +432,7 @@ struct Kernel {
       }
 
       int64_t count;
-      Sums sums = zeros(b, row, scratch.positive, count);
+      Sums sums = kRaw && b.values ? zeros<true>(b, row, scratch.positive, count) : zeros(b, row, scratch.positive, count);
       if (count) {
         if constexpr (kRaw) b.logits = load(args.mean, r, begin, b.n, genes, scratch.mean);
         const Sums more = positives(b, row, scratch, count);
