@@ -66,6 +66,21 @@ def _latent_head(batch: int, size: int) -> Callable[[torch.device], Inputs]:
     return setup
 
 
+def _draws(samples: int, batch: int, size: int, latents: int) -> Callable[[torch.device], Inputs]:
+    """The posterior, data, and what the decoder returns for the draws of every row."""
+
+    def setup(device: torch.device) -> Inputs:
+        return {
+            "mu": torch.randn(batch, latents, device=device).requires_grad_(),
+            "logvar": (0.5 * torch.randn(batch, latents, device=device)).requires_grad_(),
+            "recon": torch.randn(samples, batch, size, device=device).requires_grad_(),
+            "x": (torch.rand(batch, size, device=device) > 0.5).float(),
+            "z_gradient": torch.randn(samples, batch, latents, device=device),
+        }
+
+    return setup
+
+
 def _reconstruction(
     shape: tuple[int, ...],
     device: torch.device,
@@ -270,6 +285,16 @@ def _fused_free_bits(device: torch.device) -> Callable[..., Outputs]:
     return fused
 
 
+def _fused_iwae(device: torch.device) -> Callable[..., Outputs]:
+    iwae = fastvae.IWAE("bernoulli", samples=50).to(device)
+
+    def fused(mu: Tensor, logvar: Tensor, recon: Tensor, x: Tensor) -> Outputs:
+        draws = iwae.sample(mu, logvar)
+        return iwae(recon.flatten(0, 1), x, draws=draws).loss, draws.z
+
+    return fused
+
+
 def _fused_step(device: torch.device) -> Callable[..., Outputs]:
     elbo = fastvae.ELBO("bernoulli").to(device)
 
@@ -463,6 +488,16 @@ def _baseline_softplus(head: Tensor) -> Outputs:
     return 0.5 * (mean * mean + var - logvar - 1).sum(1).mean(), z
 
 
+def _baseline_iwae(mu: Tensor, logvar: Tensor, recon: Tensor, x: Tensor) -> Outputs:
+    std = torch.exp(0.5 * logvar)
+    z = mu + std * torch.randn(len(recon), *mu.shape, device=mu.device)
+    log_q = (-0.5 * ((z - mu) / std) ** 2 - torch.log(std) - 0.5 * LOG_2PI).sum(-1)
+    log_p = (-0.5 * z**2 - 0.5 * LOG_2PI).sum(-1)
+    bce = F.binary_cross_entropy_with_logits(recon, x.expand_as(recon), reduction="none").sum(-1)
+    log_w = log_p - log_q - bce
+    return -(torch.logsumexp(log_w, 0) - math.log(len(recon))).mean(), z
+
+
 def _baseline_step(mu: Tensor, logvar: Tensor, recon: Tensor, x: Tensor) -> Outputs:
     z = _baseline_sample(mu, logvar)
     bce = F.binary_cross_entropy_with_logits(recon, x, reduction="sum")
@@ -537,6 +572,9 @@ CASES = (
          4 * _SAMPLE * 4096 * 256, (4.0, 3.0)),
     Case("free bits 4096 x 256", lambda device: _latents(4096, 256, device), _fused_free_bits, _baseline_free_bits,
          4 * (_SAMPLE + 2) * 4096 * 256, (3.0, 3.0)),
+    # The sides draw other noise, on which everything depends. Tests compare the bound with the formula.
+    Case("IWAE, K = 50, 100 x 784, latent 50", _draws(50, 100, 784, 50), _fused_iwae, _baseline_iwae,
+         4 * (2 * 50 * 100 * 784 + 3 * 50 * 100 * 50), (6.0, 4.0), tolerance=math.inf),
     # From the decoder's raw outputs: their softmax and exponential belong to the loss on both sides. The tolerances
     # allow for the cancellation of lgamma terms in the baseline's float32, which mainly affects log_theta's gradient.
     Case("ZINB 128 x 20000", _counts(True, True), _fused_zinb_raw, _baseline_zinb_raw, 4 * 5 * 128 * 20_000, (8.0, 3.0),

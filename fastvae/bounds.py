@@ -205,9 +205,9 @@ class IWAE(ELBO):
             of_z = weights.reshape(*weights.shape, *[1] * (z.dim() - 2)).to(z.dtype)
             # The path through z needs the square of the weight, and everything else the weight itself. The densities
             # have no gradient but the one through z.
-            z.register_hook(lambda grad: grad * of_z)
-            log_q.register_hook(lambda grad: grad * weights)
-            log_p.register_hook(lambda grad: grad * weights)
+            for tensor, factor in ((z, of_z), (log_q, weights), (log_p, weights)):
+                # A hook gets None where nothing depends on the tensor.
+                tensor.register_hook(lambda grad, factor=factor: None if grad is None else grad * factor)
         rows = _with_gradient(-bound, -(weights * log_weights).sum(0))
         loss = reduce_rows(rows, self._reduction)
         return IWAEOutput(loss, bound, nll, kl, ess)

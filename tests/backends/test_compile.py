@@ -194,6 +194,8 @@ LEVELS = torch.arange(18, dtype=torch.uint8).view(2, 3, 3)
 # The form of a posterior's scale, its constants and the balance.
 PLAIN_FORM = "logvar", [], NONE
 NVAE_FORM = "log_std", [5.0, 1e-2], 0.8
+ROW_2, EPS_2 = plain(2, 3), plain(2, *M)
+LOG_PROBS = "logvar", [], True, 2  # form, constants, stl, samples
 
 # The ops themselves, then the forward and backward ops that they call.
 OPS = {
@@ -315,10 +317,8 @@ OPS = {
         (plain(*HEAD), NONE, NONE, NONE, "logvar", [], False, 2, NONE, 0, plain(2, *M), NONE),
     ],
     "sample_log_probs_backward": [
-        (plain(2, *M), plain(2, 3), NONE, plain(*M), plain(*M), NONE, NONE)
-        + ("logvar", [], True, 2, SEED, 3, NONE, 0b11),
-        (NONE, NONE, plain(2, 3), plain(*HEAD), NONE, plain(*HEAD), NONE)
-        + ("logvar", [], False, 2, SEED[:0], 0, plain(2, *M), 0b0101),
+        (plain(2, *M), plain(2, 3), NONE, plain(*M), plain(*M), NONE, NONE, *LOG_PROBS, SEED, 3, NONE, 0b11),
+        (NONE, NONE, ROW_2, plain(*HEAD), NONE, plain(*HEAD), NONE, *LOG_PROBS, SEED[:0], 0, EPS_2, 0b0101),
     ],
     "nll_forward": [
         ("bernoulli", [plain(*X)], plain(*X), [], ROWS, BETA, 2, 1),

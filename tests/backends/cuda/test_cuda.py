@@ -94,8 +94,6 @@ SHARED = (
     test_nll_on_the_grid_of_extremes_equals_the_limits,
     test_kl_on_the_grid_of_extremes_equals_the_limits,
     test_log_probs_equal_the_formula,
-    test_forms_of_the_scale_at_their_ends_equal_the_formula,
-    test_forms_of_the_scale_equal_the_formula,
     test_graph_replays_draw_fresh_noise,
     test_mixture_nll_of_large_logits_is_accurate,
     test_nll_of_long_and_many_rows_equals_the_formula,

@@ -29,6 +29,8 @@ PARTS = {
     },
     "families": {
         "backends/test_compile.py": "(opcheck or one_graph and native) and not nll_elements",
+        "core/test_posteriors.py": "native and not node and not compiled",
+        "core/test_log_probs.py": "native and not compiled",
         "core/test_categorical.py": "not thread and not instruction and not reference and not invalid_class",
         "core/test_discretized.py": "native or eager",
         "core/test_discretized_modules.py": "native or eager or compiles",

@@ -33,11 +33,12 @@ from fastvae._triton import (  # noqa: E402
     elements,
     elementwise,
     latents,
+    log_probs,
     tuning,
 )
 from fastvae._triton import loss as losses  # noqa: E402
 
-WITH_KERNELS = (elementwise, categorical, counts, discretized, elements, latents, losses)
+WITH_KERNELS = (elementwise, categorical, counts, discretized, elements, latents, log_probs, losses)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -210,6 +211,19 @@ def sample_gradient(
     )
 
 
+def draws(dtype: torch.dtype, size: int = 128, prior: bool = False, form: tuple[Any, ...] = LOGVAR) -> object:
+    """Three draws with their densities, and the gradients."""
+    head = data(dtype, 8192, 2 * size)
+    priors = (data(dtype, 8192, size),) * 2 if prior else (NONE, NONE)
+    posterior = head, NONE, *priors, *form[:2]
+    log_probs.sample_log_probs_forward(*posterior, False, 3, SEED, 0, NONE, NONE)
+    densities = (data(FLOAT, 3, 8192),) * 2
+    needs = 0b1101 if prior else 0b1
+    return log_probs.sample_log_probs_backward(
+        data(dtype, 3, 8192, size), *densities, *posterior, prior, 3, SEED, 0, NONE, needs
+    )
+
+
 def scale(dtype: torch.dtype, by_row: bool) -> object:
     return losses.nll_backward_(
         ROWS if by_row else ONE, NONE, [data(dtype)], NONE, ROWS, ONE, B, 0 if by_row else 2, True, False
@@ -343,6 +357,10 @@ OTHERS: dict[str, Callable[[], object]] = {
     "mixture of many rows": lambda: loss("discretized_logistic_mixture", [MIXED], LEVELS[0, :, 0, 0].expand(512, 3)),
     "sample gradient, nvae, bf16": lambda: sample_gradient(HALF, prior=True, form=NVAE),
     "sample, nvae, bf16": lambda: sample(HALF, prior=True, form=NVAE),
+    "draws": lambda: draws(FLOAT),
+    "draws, prior, bf16": lambda: draws(HALF, prior=True),
+    "draws, softplus": lambda: draws(FLOAT, form=("softplus", [1e-4])),
+    "draws, small latents, double": lambda: draws(DOUBLE, 20),
     "small latents": lambda: sample(FLOAT, 20),
     "sample, double": lambda: sample(DOUBLE, 20),
     "long latents": lambda: latents.gaussian_kl_forward(LONG, LONG, NONE, NONE, *LOGVAR, False),
