@@ -686,8 +686,8 @@ def evaluate(
     if form.raw and d_mean is not None:
         log_grads = d_mean if d_mean.dtype == dtype else room(True, dtype)
     row_sums = lead.new_empty((rows, 1), dtype=dtype)
-    # In a full tile, a thread has four elements, or two in float64, and half as many with weights. Their arithmetic takes
-    # most of its registers.
+    # In a full tile, a thread has four elements, or two in float64, and half as many with weights. Their arithmetic
+    # takes most of its registers.
     widest = 512 if dtype == torch.float32 else 256
     columns = min(widest, max(16, triton.next_power_of_2(genes)))
     strides = [
