@@ -736,6 +736,18 @@ def test_wrong_weights_are_refused(native: None, weight: Any, error: type[Except
         fastvae.ELBO("bernoulli")(LOGITS, X, kl=torch.zeros(4), weight=weight)
 
 
+def test_a_weight_with_too_many_broadcast_dimensions_is_refused(native: None) -> None:
+    x, weight = torch.rand(2, 2, 3, 2, 3, 2), torch.rand(2, 2, 1, 2, 1, 2)
+    message = (
+        "the `weight` has too many broadcast dimensions; pass weight.expand([2, 2, 3, 2, 3, 2]).contiguous()"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fv.bernoulli_nll(x, x, weight=weight)
+    want = torch.nn.functional.binary_cross_entropy_with_logits(x, x, reduction="none") * weight
+    got = fv.bernoulli_nll(x, x, weight=weight.expand([2, 2, 3, 2, 3, 2]).contiguous())
+    torch.testing.assert_close(got, want.flatten(1).sum(1))
+
+
 def test_the_advice_for_a_wrong_weight_works(native: None) -> None:
     mask = make_weight((4, 5, 7), torch.bool)
     got = fv.bernoulli_nll(LOGITS, X, weight=mask.reshape((4, 1, 5, 7)))
