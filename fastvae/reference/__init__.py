@@ -10,6 +10,8 @@ These conventions hold throughout:
 - float16 and bfloat16 inputs are converted to float32 for the computation. Results of the input's type (`z`, gradients)
   are rounded once, at the end. Per-row results are float32, or float64 for float64 inputs.
 - Variances are passed as logarithms: `logvar` is log sigma^2.
+- `weight` multiplies the nll of each element (or position, or pixel) and broadcasts like torch's operands. Where it is
+  0, the element is left out: even NaN or inf there reach neither value nor gradient.
 
 Sources:
   [KW]  Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014.

@@ -145,9 +145,15 @@ class Subclass(torch.Tensor):
     pass
 
 
-def _nll(params: object, target: object = B, *rest: object, likelihood: str = "bernoulli") -> object:
+def _nll(
+    params: object,
+    target: object = B,
+    *rest: object,
+    likelihood: str = "bernoulli",
+    weight: object = None,
+) -> object:
     kl, beta = rest or (None, None)
-    return choose.fast_path.nll(likelihood, params, target, [], kl, beta, 0)
+    return choose.fast_path.nll(likelihood, params, target, [], kl, beta, 0, weight)
 
 
 UNUSUAL: dict[str, Callable[[], object]] = {
@@ -172,6 +178,11 @@ UNUSUAL: dict[str, Callable[[], object]] = {
     "a KL per element": lambda: _nll([A], B, B, ONE),
     "a KL of another device": lambda: _nll([A], B, KL.to("meta"), ONE),
     "beta cast along": lambda: _nll([A], B, KL, ONE.half()),
+    "a weight of another shape": lambda: _nll([A], weight=torch.ones(2)),
+    "a weight of another dtype": lambda: _nll([A], weight=torch.ones(2, 3).int()),
+    "a weight of another device": lambda: _nll([A], weight=torch.ones(2, 3, device="meta")),
+    "a weight with a gradient": lambda: _nll([A], weight=torch.ones(2, 3, requires_grad=True)),
+    "a list of weights": lambda: _nll([A], weight=[1, 2]),
     "counts": lambda: _nll([A, A], likelihood="negative_binomial"),
     "classes": lambda: _nll([A], torch.zeros(2, dtype=torch.int64), likelihood="categorical"),
     "a posterior of two shapes": lambda: choose.fast_path.reparameterize_kl(A, A[:1], *PLAIN_FORM),
@@ -189,6 +200,7 @@ UNUSUAL: dict[str, Callable[[], object]] = {
 def test_unusual_calls_use_the_python_checks(name: str) -> None:
     """They also draw no random number for it."""
     assert _nll([A]) is not None
+    assert _nll([A], weight=torch.ones(1, 3, dtype=torch.bool)) is not None
     state = torch.get_rng_state()
     assert UNUSUAL[name]() is None
     assert torch.equal(torch.get_rng_state(), state)

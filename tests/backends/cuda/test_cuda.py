@@ -258,10 +258,12 @@ def test_plain_tensors_use_the_fast_path(device: torch.device) -> None:
     """Calls that do not fit go to the checks, which have messages for them."""
     _, (recon, mu, logvar), x = step_inputs()
     assert choose.fast_path.reparameterize_kl(mu, logvar, "logvar", [], False) is not None
-    assert choose.fast_path.nll("bernoulli", [recon], x, [], None, None, 0) is not None
-    assert choose.fast_path.nll("bernoulli", [recon], x.cpu(), [], None, None, 0) is None
+    assert choose.fast_path.nll("bernoulli", [recon], x, [], None, None, 0, None) is not None
+    assert choose.fast_path.nll("bernoulli", [recon], x.cpu(), [], None, None, 0, None) is None
     assert (
-        choose.fast_path.nll("bernoulli", [recon], x, [], torch.ones(128, device=device), torch.ones(()), 2)
+        choose.fast_path.nll(
+            "bernoulli", [recon], x, [], torch.ones(128, device=device), torch.ones(()), 2, None
+        )
         is None
     )
     with pytest.raises(ValueError, match="`target` must be on the device of `logits`, cuda:0, got cpu"):
