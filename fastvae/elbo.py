@@ -80,7 +80,6 @@ class ELBO(nn.Module):
         capacity: C in the loss nll + beta |KL - C|, where KL is the mean over the batch (Burgess et al. 2018,
             equation 8; their gamma is `beta`), a float or a 0-dim tensor, at least 0. It is a setting like beta:
             `elbo.capacity = 5.0` raises it between steps, also under torch.compile. It excludes `free_bits`.
-
         posterior: what the encoder's second output means: `"logvar"`, `"log_std"`, `"softplus"`, `"variance"`, or one
             of `fastvae.posteriors`, as for `functional.reparameterize_kl`.
 
@@ -170,6 +169,7 @@ class ELBO(nn.Module):
                 return
             if name == "capacity" and value is None:
                 self._buffers[name] = None
+                del self._settings[name]
                 return
             # Written in place because compiled code and CUDA graphs hold a reference to this tensor.
             with torch.no_grad():

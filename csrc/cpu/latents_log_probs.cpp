@@ -7,8 +7,7 @@ namespace {
 // The mean and the scale of the rows of a tile, and those of the prior. A row's numbers begin at `stride` times its number in the tile.
 template <class C>
 struct Moments {
-  Buffer<C> mean, logvar, mean_factors, factors;
-  Buffer<C> sigma;
+  Buffer<C> mean, mean_factors, sigma, factors;
   double log_scale[kBlock / 4];  // the sum of log sigma over the row
 
   // With `inverse`, sigma is the root of its inverse.

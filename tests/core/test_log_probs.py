@@ -168,7 +168,7 @@ def test_empty_batches_and_rows(backend: str) -> None:
         assert torch.autograd.grad(z.sum() + log_q.sum() + log_p.sum(), mu)[0].shape == shape
 
 
-def test_compiled_draws_are_one_graph(backend: str) -> None:
+def test_compiled_draws_are_one_graph(native: None) -> None:
     def loss(mu: Tensor, v: Tensor, eps: Tensor) -> Tensor:
         z, log_q, log_p = fv.sample_log_probs(mu, v, samples=3, eps=eps, stl=True, form="softplus")
         return z.square().sum() + (log_q - log_p).logsumexp(0).sum()

@@ -13,6 +13,7 @@
 #include "kernels.h"
 
 using namespace fastvae::cuda;
+using fastvae::ScaleForm;
 
 namespace {
 
