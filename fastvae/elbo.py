@@ -175,6 +175,7 @@ class ELBO(nn.Module):
                 return
             if name == "capacity" and value is None:
                 self._buffers[name] = None
+                del self._settings[name]
                 return
             # Written in place because compiled code and CUDA graphs hold a reference to this tensor.
             with torch.no_grad():
