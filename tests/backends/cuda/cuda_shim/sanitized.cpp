@@ -58,6 +58,12 @@ struct Buffer {
   Numbers numbers(int64_t stride = 1) { return {data(), type, stride}; }
 };
 
+// Weights of rows of `size` elements, in memory that ends at the last of them.
+Weights weights_of(Buffer& weight, int64_t size) {
+  for (int64_t i = 0; i < weight.count; ++i) static_cast<float*>(weight.data())[i] = static_cast<float>(i % 3);
+  return {weight.data(), DType::f32, size, 1, {size}, {1}, {Weights::inverse_of(size)}};
+}
+
 struct Scratch {
   std::vector<double> memory;
   uint32_t counter = 0;
@@ -91,6 +97,18 @@ void reconstruction(std::mt19937& random, DType type, DType target_type, int64_t
     total += sum + kl.get(r);
   }
   check(near(loss.get(0), total / static_cast<double>(rows), 1e-4), "the loss", rows, size);
+
+  Buffer weight(DType::f32, rows * size);
+  NllArgs weighted = args;
+  weighted.weights = weights_of(weight, size);
+  weighted.workspace = scratch.of(nll_scratch(weighted));
+  check(fastvae::cuda::nll(weighted, nullptr) == cudaSuccess, "nll with weights", rows, size);
+  for (int64_t r = 0; r < rows; ++r) {
+    double sum = 0;
+    for (int64_t i = r * size; i < (r + 1) * size; ++i)
+      sum += i % 3 * (std::log1p(std::exp(-std::abs(logits.get(i)))) + std::max(logits.get(i), 0.0) - logits.get(i) * target.get(i));
+    check(near(nll.get(r), sum, 1e-4), "a row's nll with weights", rows, size);
+  }
 
   for (const bool by_row : {false, true}) {
     NllBackwardArgs back;
@@ -175,6 +193,10 @@ void levels(std::mt19937& random, DType type, int64_t components, int64_t channe
   args.loss = args.nll = {};
   args.grad_nll = factors.numbers();
   check((K ? mixture(args, nullptr) : fastvae::cuda::nll(args, nullptr)) == cudaSuccess, "logistics", rows, pixels);
+  const int64_t weighted = K ? pixels : channels * pixels;
+  Buffer weight(DType::f32, rows * weighted);
+  args.weights = weights_of(weight, weighted);
+  check((K ? mixture(args, nullptr) : fastvae::cuda::nll(args, nullptr)) == cudaSuccess, "logistics with weights", rows, pixels);
 }
 
 void words(std::mt19937& random, DType type, int64_t rows, int64_t positions, int64_t classes, int64_t shift) {
@@ -207,6 +229,9 @@ void words(std::mt19937& random, DType type, int64_t rows, int64_t positions, in
   args.loss = args.nll = {};
   args.grad_nll = factors.numbers();
   check(categorical(args, nullptr) == cudaSuccess, "categorical", rows, size);
+  Buffer weight(DType::f32, rows * positions);
+  args.weights = weights_of(weight, positions);
+  check(categorical(args, nullptr) == cudaSuccess, "categorical with weights", rows, size);
 }
 
 void posterior(std::mt19937& random, DType type, int64_t rows, int64_t size, int64_t draws, int64_t shift) {
