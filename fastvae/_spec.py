@@ -168,7 +168,6 @@ SPECS = (
         raw=("logits", "log_dispersion", "library"),
         forms=(MEAN, RAW),
         elementwise=False,
-        lacks=(("native", "cuda"),),
     ),
     Spec(
         "zero_inflated_negative_binomial",
@@ -178,7 +177,6 @@ SPECS = (
         raw=("logits", "log_dispersion", "zi_logits", "library"),
         forms=(MEAN, RAW),
         elementwise=False,
-        lacks=(("native", "cuda"),),
     ),
     Spec(
         "categorical",

@@ -6,13 +6,14 @@
 
 #include "categorical.h"
 #include "common_cuda.h"
+#include "counts.h"
 #include "discretized.h"
 #include "nll_views.h"
 
 namespace fastvae {
 namespace {
 
-using Args = std::variant<cuda::NllArgs, cuda::MixtureArgs, cuda::CategoricalArgs>;  // by family
+using Args = std::variant<cuda::NllArgs, cuda::MixtureArgs, cuda::CategoricalArgs, cuda::CountArgs>;  // by family
 
 cuda::NllArgs& common(Args& args) {
   return std::visit([](auto& of_family) -> cuda::NllArgs& { return of_family; }, args);
@@ -62,6 +63,65 @@ Tensors fill_categorical(Args& args, const Tensor& logits, const Tensor& target,
   return {gradient};
 }
 
+// The arguments of the kernel of counts, except its results.
+void fill_count_inputs(cuda::CountArgs& counts, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target,
+                       at::ArrayRef<double> constants, Tensors& kept) {
+  constexpr auto order = at::MemoryFormat::Contiguous;
+  const auto& form = count_form(variant);
+  const auto keep = [&](const Tensor& t) -> const Tensor& { return kept.emplace_back(t); };
+  kept.reserve(8);
+  counts.rows = params[0].size(0);
+  counts.size = params[0].size(1);
+  counts.raw = form.raw;
+  counts.shared_dispersion = params[1].dim() == 1;
+  counts.params[0] = operand(keep(dense_rows(params[0], order)));
+  const Tensor& dispersion = keep(counts.shared_dispersion ? params[1].contiguous() : dense_rows(params[1], order));
+  counts.params[1] = {dispersion.const_data_ptr(), dtype_of(dispersion), counts.shared_dispersion ? 0 : dispersion.stride(0), counts.size, 0};
+  if (form.zero_logits >= 0) counts.params[2] = operand(keep(dense_rows(params[form.zero_logits], order)));
+  if (form.library >= 0) {
+    const Tensor& library = params[form.library];
+    counts.library = {library.const_data_ptr(), dtype_of(library), library.stride(0)};
+  }
+  if (!constants.empty()) counts.constants[0] = constants[0];
+  if (!has_positions(variant, params)) {
+    counts.target = count_operand(keep(dense_rows(target, order)));
+    counts.target_rows = repeated_rows(target.size(0), counts.rows);
+    return;
+  }
+  const Tensor &values = keep(target.contiguous()), &starts = keep(params[variant.tensors].contiguous()),
+               &columns = keep(params[variant.tensors + 1].contiguous());
+  counts.target = count_operand(values);
+  counts.stored = values.size(0);
+  counts.starts = starts.const_data_ptr<int64_t>();
+  counts.columns = columns.const_data_ptr<int64_t>();
+  counts.target_rows = repeated_rows(starts.size(0) - 1, counts.rows);
+}
+
+Tensors fill_counts(Args& args, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
+                    int64_t needs, Tensors& kept) {
+  auto& counts = args.emplace<cuda::CountArgs>();
+  fill_count_inputs(counts, variant, params, target, constants, kept);
+  const auto& form = count_form(variant);
+  const Tensor& lead = params[0];
+  Tensors gradients;
+  for (int i = 0; i < variant.tensors; ++i) {
+    if (!(needs >> i & 1)) continue;
+    if (i == form.library || (i == 1 && counts.shared_dispersion)) {
+      gradients.push_back(uninitialized(params[i].sizes(), params[i].options()));
+      (i == 1 ? counts.shared_gradient : counts.library_gradient) = output(gradients.back());
+    } else {
+      gradients.push_back(pooled_empty(lead.sizes(), lead));
+      counts.grads[i == form.zero_logits ? 2 : i] = result(gradients.back());
+    }
+  }
+  if (form.raw && needs & 1) {
+    const auto type = row_dtype(lead.scalar_type());
+    counts.log_mean_grads =
+        lead.scalar_type() == type ? counts.grads[0] : result(kept.emplace_back(uninitialized(lead.sizes(), lead.options().dtype(type))));
+  }
+  return gradients;
+}
+
 // All arguments except the results of the rows.
 Tensors fill(Args& args, const OnDevice& device, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target,
              at::ArrayRef<double> constants, int64_t reduction, int64_t needs, Tensors& kept) {
@@ -74,9 +134,8 @@ Tensors fill(Args& args, const OnDevice& device, const LikelihoodVariant& varian
     switch (variant.family) {
       case Family::discretized: gradients = fill_discretized(args, variant, params, target, constants, needs, kept); break;
       case Family::categorical: gradients = fill_categorical(args, params[0], target, constants, needs, kept); break;
-      default:
-        TORCH_CHECK_NOT_IMPLEMENTED(false, "fastvae::nll: there is no CUDA kernel for ", std::string(variant.name),
-                                    " yet; fastvae.set_backend(\"auto\") takes what there is");
+      case Family::counts: gradients = fill_counts(args, variant, params, target, constants, needs, kept); break;
+      case Family::continuous: break;  // all of this family are elementwise
     }
   }
   common(args).weight = weight_of(reduction, common(args).rows);
@@ -95,6 +154,7 @@ void launch(Args& args, const OnDevice& device) {
   if (auto* mixture = std::get_if<cuda::MixtureArgs>(&args)) launch(*mixture, cuda::mixture_scratch, cuda::mixture, device);
   else if (auto* positions = std::get_if<cuda::CategoricalArgs>(&args))
     launch(*positions, cuda::categorical_scratch, cuda::categorical, device);
+  else if (auto* counts = std::get_if<cuda::CountArgs>(&args)) launch(*counts, cuda::count_scratch, cuda::count_nll, device);
   else launch(common(args), cuda::nll_scratch, cuda::nll, device);
 }
 
@@ -150,8 +210,6 @@ Tensors nll_backward_into(at::TensorList results, const OptionalTensor& grad_los
                           const OptionalTensor& beta, int64_t rows, int64_t reduction, bool need_kl, bool need_beta) {
   Tensors extras;
   if (gradients.empty() && !scalar_rows && !need_kl && !need_beta) return extras;
-  TORCH_CHECK_VALUE(gradients.size() <= size_t(cuda::kMaxParams), "fastvae::nll_backward: at most ", cuda::kMaxParams,
-                    " gradients, got ", gradients.size());
   const OnDevice device(!gradients.empty() ? gradients[0] : scalar_rows ? *scalar_rows : kl.value());
   device.expect(grad_loss, "grad_loss");
   device.expect(grad_nll, "grad_nll");
@@ -163,10 +221,21 @@ Tensors nll_backward_into(at::TensorList results, const OptionalTensor& grad_los
   cuda::NllBackwardArgs args;
   args.rows = rows;
   args.weight = weight_of(reduction, rows);
+  // Of counts, the gradients of a shared dispersion and of the library are smaller than the others.
+  const Tensor* lead = nullptr;
+  for (const auto& g : gradients)
+    if (!lead || g.dim() > lead->dim()) lead = &g;
+  int full = 0, small = 0;
   for (size_t i = 0; i < gradients.size(); ++i) {
-    args.size = event_size(gradients[i]);
-    args.gradients[i] = operand(gradients[i]);
-    args.results[i] = result(results[i]);
+    const Tensor& g = gradients[i];
+    if (g.sizes() == lead->sizes() && g.scalar_type() == lead->scalar_type() && g.size(0) == rows && full < cuda::kMaxParams) {
+      args.size = event_size(g);
+      args.gradients[full] = operand(g);
+      args.results[full++] = result(results[i]);
+    } else {
+      TORCH_CHECK_VALUE(small < 2, "fastvae::nll_backward: at most 2 gradients of other shapes, got the shape ", g.sizes());
+      args.small[small++] = {output(g), output(results[i]), g.numel()};
+    }
   }
   args.grad_loss = numbers(grad_loss, "grad_loss");
   args.grad_nll = numbers(grad_nll, "grad_nll");

@@ -156,6 +156,25 @@ class CategoricalArgs(NllArgs):
     _fields_ = (("positions", c_int64), ("classes", c_int64), ("ignored", c_int64))
 
 
+class CountArgs(NllArgs):
+    _fields_ = (
+        ("raw", c_bool),
+        ("shared_dispersion", c_bool),
+        ("library", Numbers),
+        ("shared_gradient", Output),
+        ("library_gradient", Output),
+        ("log_mean_grads", Operand),
+        ("values", Operand),
+        ("starts", c_void_p),
+        ("columns", c_void_p),
+        ("stored", c_int64),
+    )
+
+
+class SmallGradient(Structure):
+    _fields_ = (("gradient", Output), ("result", Output), ("count", c_int64))
+
+
 class NllBackwardArgs(Structure):
     _fields_ = (
         ("rows", c_int64),
@@ -171,6 +190,7 @@ class NllBackwardArgs(Structure):
         ("scalar_gradient", Output),
         ("kl_gradient", Output),
         ("beta_gradient", Output),
+        ("small", SmallGradient * 2),
         ("workspace", Workspace),
     )
 
@@ -338,13 +358,14 @@ class Kernels:
             "run_nll_backward_scratch",
             "run_mixture_scratch",
             "run_categorical_scratch",
+            "run_count_nll_scratch",
             "run_sample_scratch",
         ):
             getattr(self.library, name).restype = c_int64
-        structs = (NllArgs, MixtureArgs, CategoricalArgs, NllBackwardArgs, SampleArgs, SampleGradArgs, Plan)
+        structs = (NllArgs, MixtureArgs, CategoricalArgs, NllBackwardArgs, SampleArgs, SampleGradArgs, Plan, CountArgs)
         for i, struct in enumerate(structs):
             assert self.library.size_of(i) == ctypes.sizeof(struct), struct.__name__
-        self.counter = torch.zeros(1, dtype=torch.int32)
+        self.counter = torch.zeros(2, dtype=torch.int32)
         self.processors = 1
 
     @property
@@ -374,7 +395,7 @@ class Kernels:
         error = getattr(self.library, name)(byref(args))
         assert error == 0
         assert self.library.launches() <= before + 1
-        assert self.counter.item() == 0
+        assert not self.counter.any()
         KEPT.clear()
 
     def _nll_args(

@@ -59,13 +59,13 @@ struct Buffer {
 
 struct Scratch {
   std::vector<double> memory;
-  uint32_t counter = 0;
+  uint32_t counters[kCounters] = {};
 
   Workspace of(int64_t bytes) {
     memory.resize(bytes / 8);
-    return {bytes ? memory.data() : nullptr, &counter};
+    return {bytes ? memory.data() : nullptr, counters};
   }
-  ~Scratch() { check(counter == 0, "the counter", 0, 0); }
+  ~Scratch() { check(counters[0] == 0 && counters[1] == 0, "the counters", 0, 0); }
 };
 
 void reconstruction(std::mt19937& random, DType type, DType target_type, int64_t rows, int64_t size, int64_t shift) {
