@@ -30,7 +30,7 @@ constexpr int kWarps = kThreads / kWarp;
 
 template <class T>
 constexpr int count_resident() {
-  return sizeof(T) == 8 ? 1 : 3;
+  return sizeof(T) == 8 ? 1 : 2;
 }
 
 // What phase 1 finds about a row: the largest logit, the sum of exp(logit - top), and what turns logits into means and their logarithms.
@@ -53,6 +53,11 @@ template <class C>
 struct alignas(16) Quad {
   C value[kQuad];
 };
+// Adjacent quads as an array.
+template <class C>
+FASTVAE_DEVICE C* flat(Quad<C>* quads) {
+  return reinterpret_cast<C*>(quads);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------------------
 // Four adjacent elements
@@ -64,28 +69,37 @@ struct Some {
   int n;
 };
 
-template <class T, class C>
-FASTVAE_DEVICE void load_quad(const T* p, const Some& some, C otherwise, C (&x)[kQuad]) {
-  if (some.wide) {
-    Pack<T, kQuad> pack;
-    if (some.n) pack.load(p);
-#pragma unroll
-    for (int j = 0; j < kQuad; ++j) x[j] = some.n ? static_cast<C>(widened(pack.value[j])) : otherwise;
-  } else {
-#pragma unroll
-    for (int j = 0; j < kQuad; ++j) {
-      Pack<T, 1> one;
-      if (j < some.n) one.load(p + j);
-      x[j] = j < some.n ? static_cast<C>(widened(one.value[0])) : otherwise;
-    }
-  }
-}
-
 template <class T>
 FASTVAE_DEVICE auto load_one(const T* p) {
   Pack<T, 1> one;
   one.load(p);
   return widened(one.value[0]);
+}
+
+template <class T, class C>
+FASTVAE_DEVICE void load_quad(const T* p, const Some& some, C otherwise, C (&x)[kQuad]) {
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) x[j] = otherwise;
+  if (some.wide) {
+    if (!some.n) return;
+    Pack<T, kQuad> pack;
+    pack.load(p);
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) x[j] = static_cast<C>(widened(pack.value[j]));
+  } else {
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j)
+      if (j < some.n) x[j] = static_cast<C>(load_one(p + j));
+  }
+}
+
+// A dispersion that all rows share, which may be in fp32 beside params in half precision.
+template <class T>
+FASTVAE_DEVICE Compute<T> load_shared(const Operand& dispersion, int64_t i) {
+  if constexpr (sizeof(T) == 2) {
+    if (dispersion.type == DType::f32) return load_one(static_cast<const float*>(dispersion.data) + i);
+  }
+  return load_one(static_cast<const T*>(dispersion.data) + i);
 }
 
 // Calls f with a null pointer to the type of a count.
@@ -104,8 +118,8 @@ FASTVAE_DEVICE auto with_count_type(DType type, const F& f) {
 }
 
 template <class C>
-FASTVAE_DEVICE C load_count(const Operand& target, int64_t i) {
-  return with_count_type(target.type, [&](auto* as) { return static_cast<C>(load_one(static_cast<decltype(as)>(target.data) + i)); });
+FASTVAE_DEVICE C load_count(const char* data, DType type, int64_t i) {
+  return with_count_type(type, [&](auto* as) { return static_cast<C>(load_one(reinterpret_cast<decltype(as)>(data) + i)); });
 }
 
 // Results have the type T or the compute type.
@@ -223,15 +237,17 @@ FASTVAE_DEVICE bool small_count(const Positive<float>& in, double offset, math::
   } else {
     log_mu = logf(mu);
   }
-  const auto parts = math::Primitives<float>::log1p_parts(mu / theta);
-  float product = 1.0f + mu / theta, shares = 0;  // shares is 1 / (theta + 1) + 2 / (theta + 2) + ...
+  using P = math::Primitives<float>;
+  const float x = mu / theta, inverse = 1.0f / (1.0f + x);
+  const auto parts = math::log1p_parts_by_series(x, P::log1p(x), inverse);
+  float product = 1.0f + x, shares = 0;  // shares is 1 / (theta + 1) + 2 / (theta + 2) + ...
+#pragma unroll 1
   for (float i = 1; i < in.t; ++i) {
-    const float inverse = math::reciprocal_approximately(theta + i);
-    product *= (i + 1.0f) * (theta + mu) * inverse;
-    shares = fmaf(i, inverse, shares);
+    product *= P::divide((i + 1.0f) * (theta + mu), theta + i);
+    shares += P::divide(i, theta + i);
   }
-  const float kept = fmaf(-in.t, mu / theta * parts.inverse, shares);
-  term = {fmaf(theta, parts.value, fmaf(-in.t, log_mu, logf(product))), (mu - in.t) * parts.inverse,
+  const float kept = fmaf(-in.t, x * inverse, shares);
+  term = {fmaf(theta, parts.value, fmaf(-in.t, log_mu, logf(product))), (mu - in.t) * inverse,
           kRaw ? fmaf(parts.excess, theta, kept) : parts.excess + kept / theta, 0.0f};
   if constexpr (!kRaw) term.d_mu /= mu;
   return true;
@@ -318,7 +334,7 @@ struct Stored {
       const int64_t column = args.columns[i];
       const bool inside = column >= begin && column < begin + count && (i == first || args.columns[i - 1] < column);
       good &= inside;
-      if (inside && load_count<double>(args.target, i) != 0) {
+      if (inside && load_count<float>(static_cast<const char*>(args.target.data), args.target.type, i) != 0) {
         const int g = static_cast<int>(column - begin);
         atomicOr(&bits[g / 32], 1u << g % 32);
       }
@@ -354,6 +370,9 @@ struct CountScratch {
 
   FASTVAE_DEVICE CountScratch(const CountArgs& args, const CountPlan& plan) {
     char* bytes = static_cast<char*>(args.workspace.scratch);
+#ifdef __CUDA_ARCH__
+    asm volatile("mov.u64 %0, %0;" : "+l"(bytes));  // or the compiler would keep all four in registers, for the whole kernel
+#endif
     totals = reinterpret_cast<double*>(bytes);
     losses = reinterpret_cast<double*>(bytes + plan.of_rows);
     softmax = reinterpret_cast<RowSoftmax<C>*>(bytes + plan.of_softmax);
@@ -424,47 +443,18 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
   const T* mean = static_cast<const T*>(args.params[0].data) + row * args.params[0].row_stride + begin;
   const T* dispersion = static_cast<const T*>(args.params[1].data) + row * args.params[1].row_stride + begin;
   const T* zero_logits = static_cast<const T*>(args.params[2].data) + row * args.params[2].row_stride + begin;
-  const int64_t target = source * args.target.row_stride + begin;
-  const auto place = [&](const Result& out) { return row * out.row_stride + begin; };
+  const char* target = static_cast<const char*>(args.target.data);
+  if (!sparse) target += (source * args.target.row_stride + begin) * cpu::item_size(args.target.type);
+  const int64_t cell = row * args.size + begin;  // in the results
 
-  // All loads come before the first use.
-  C x[kQuads][kQuad], pi[kQuads][kQuad], given[kQuads][kQuad];
-  Some some[kQuads];
-#pragma unroll
-  for (int u = 0; u < kQuads; ++u) {
-    const int g = kQuad * (u * kWarp + lane), left = count - g;
-    some[u] = {plan.wide, left < 0 ? 0 : left < kQuad ? left : kQuad};
-    load_quad(mean + g, some[u], C(0), x[u]);
-    if constexpr (kInflated) load_quad(zero_logits + g, some[u], C(0), pi[u]);
-    if (!args.shared_dispersion) load_quad(dispersion + g, some[u], C(1), given[u]);
-  }
-  uint32_t zeros = 0, others = 0;  // bit 4 u + j says whether element j of quad u has a count of zero, or another one
+  const auto quad_at = [&](int quad) {
+    const int left = count - kQuad * quad;
+    return Some{plan.wide, left < 0 ? 0 : left < kQuad ? left : kQuad};
+  };
   Stored stored_values;
   if (sparse) {
     stored_values = Stored(args, source, begin, count, bits);
     if (!stored_values.valid) weight = C(NAN);
-#pragma unroll
-    for (int u = 0; u < kQuads; ++u) {
-      const int g = kQuad * (u * kWarp + lane);
-      const uint32_t there = (1u << some[u].n) - 1, set = bits[g / 32] >> g % 32 & there;
-      zeros |= (there & ~set) << kQuad * u;
-    }
-  } else {
-    with_count_type(args.target.type, [&](auto* as) {
-      C t[kQuads][kQuad];
-#pragma unroll
-      for (int u = 0; u < kQuads; ++u)
-        load_quad(static_cast<decltype(as)>(args.target.data) + target + kQuad * (u * kWarp + lane), some[u], C(0), t[u]);
-#pragma unroll
-      for (int u = 0; u < kQuads; ++u)
-#pragma unroll
-        for (int j = 0; j < kQuad; ++j) {
-          if (t[u][j] == C(0)) zeros |= 1u << (kQuad * u + j);
-          else others |= 1u << (kQuad * u + j);
-        }
-    });
-#pragma unroll
-    for (int u = 0; u < kQuads; ++u) zeros &= ~(((15u << some[u].n) & 15u) << kQuad * u);
   }
 
   C top(0), scale(0);
@@ -477,28 +467,50 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
   }
 
   C sum(0), grad(0), logs(0);
-#pragma unroll
+  uint32_t others = 0;  // bit 4 u + j is set if element j of this lane's quad u has a count that is not zero
+#pragma unroll 1
   for (int u = 0; u < kQuads; ++u) {
     const int quad = u * kWarp + lane, g = kQuad * quad;
+    const Some some = quad_at(quad);
+    // All loads come before the first use.
+    C x[kQuad], pi[kQuad], t[kQuad];
     Quad<C> theta, inverse;
+    load_quad(mean + g, some, C(0), x);
+    if constexpr (kInflated) load_quad(zero_logits + g, some, C(0), pi);
     if (args.shared_dispersion) {
       theta = shared.theta[quad];
       inverse = shared.inverse[quad];
     } else {
+      load_quad(dispersion + g, some, C(1), theta.value);
+    }
+    uint32_t zeros = (1u << some.n) - 1;  // bit j is set if element j has a count of zero
+    if (sparse) {
+      zeros &= ~(bits[g / 32] >> g % 32);
+    } else {
+      with_count_type(args.target.type, [&](auto* as) {
+        load_quad(reinterpret_cast<decltype(as)>(target) + g, some, C(0), t);
+      });
+      uint32_t is_other = 0;
 #pragma unroll
-      for (int j = 0; j < kQuad; ++j) dispersion_of_zeros<kRaw>(given[u][j], theta.value[j], inverse.value[j]);
+      for (int j = 0; j < kQuad; ++j) is_other |= t[j] == C(0) ? 0 : 1u << j;
+      zeros &= ~is_other;
+      others |= is_other << kQuad * u;
+    }
+    if (!args.shared_dispersion) {
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) dispersion_of_zeros<kRaw>(theta.value[j], theta.value[j], inverse.value[j]);
     }
     C value[kQuad], d_mean[kQuad], d_theta[kQuad], d_pi[kQuad];
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) {
       C mu;
-      if constexpr (!kRaw) mu = x[u][j] + static_cast<C>(offset);
-      else if constexpr (sizeof(C) == 4) mu = math::exp2_approximately(fmaf(x[u][j] - top, 1.44269504f, scale));
-      else mu = P::exp(x[u][j] - top) * scale;
+      if constexpr (!kRaw) mu = x[j] + static_cast<C>(offset);
+      else if constexpr (sizeof(C) == 4) mu = math::exp2_approximately(fmaf(x[j] - top, 1.44269504f, scale));
+      else mu = P::exp(x[j] - top) * scale;
       // With a mean of 0, the other elements add nothing to any sum.
-      mu = zeros >> (kQuad * u + j) & 1 ? mu : C(0);
+      mu = zeros >> j & 1 ? mu : C(0);
       auto term = math::negative_binomial_zero(mu, theta.value[j], inverse.value[j]);
-      if constexpr (kInflated && !kLogs) term = math::with_additional_zeros(term, pi[u][j]);
+      if constexpr (kInflated && !kLogs) term = math::with_additional_zeros(term, pi[j]);
       value[j] = term.value;
       d_mean[j] = kRaw ? term.d_mu * mu : term.d_mu;
       d_theta[j] = kRaw ? term.d_theta * theta.value[j] : term.d_theta;
@@ -506,7 +518,7 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
     }
     if constexpr (kLogs) {
       InflatedZeros with[kQuad];
-      with_additional_zeros(value, pi[u], with);
+      with_additional_zeros(value, pi, with);
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) {
         d_mean[j] *= with[j].d_z;
@@ -523,17 +535,17 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
     if constexpr (kRaw) {
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) grad += d_mean[j];
-      if (args.log_mean_grads.data) store_quad<T>(args.log_mean_grads, place(args.log_mean_grads) + g, some[u], d_mean);
+      if (args.log_mean_grads.data) store_quad<T>(args.log_mean_grads, cell + g, some, d_mean);
     } else {
       if (args.values.data) {
 #pragma unroll
         for (int j = 0; j < kQuad; ++j) value[j] *= weight;
-        store_quad<T>(args.values, place(args.values) + g, some[u], value);
+        store_quad<T>(args.values, cell + g, some, value);
       }
       if (args.grads[0].data) {
 #pragma unroll
         for (int j = 0; j < kQuad; ++j) d_mean[j] *= weight;
-        store_quad<T>(args.grads[0], place(args.grads[0]) + g, some[u], d_mean);
+        store_quad<T>(args.grads[0], cell + g, some, d_mean);
       }
     }
     if (wants_sums) {
@@ -544,13 +556,13 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
     } else if (args.grads[1].data) {
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) d_theta[j] *= weight;
-      store_quad<T>(args.grads[1], place(args.grads[1]) + g, some[u], d_theta);
+      store_quad<T>(args.grads[1], cell + g, some, d_theta);
     }
     if constexpr (kInflated) {
       if (args.grads[2].data) {
 #pragma unroll
         for (int j = 0; j < kQuad; ++j) d_pi[j] *= weight;
-        store_quad<T>(args.grads[2], place(args.grads[2]) + g, some[u], d_pi);
+        store_quad<T>(args.grads[2], cell + g, some, d_pi);
       }
     }
   }
@@ -559,18 +571,22 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
   // List the others.
   int listed = static_cast<int>(stored_values.last - stored_values.first);
   if (!sparse) {
-    const int own = __popc(others);
+    // In ascending order, like the positions of a sparse target. The counters of both quads take one half of a number each.
+    static_assert(kQuads == 2);
+    const int own = __popc(others & 15) | __popc(others >> 4) << 16;
     int until = own;  // the others of this lane and of those before it
 #pragma unroll
-    for (int offset_ = 1; offset_ < kWarp; offset_ *= 2) {
-      const int before = __shfl_up_sync(0xffffffff, until, offset_);
-      if (lane >= offset_) until += before;
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+      const int before = __shfl_up_sync(0xffffffff, until, distance);
+      if (lane >= distance) until += before;
     }
-    for (int at = until - own; others; others &= others - 1, ++at) {
-      const int bit = __ffs(others) - 1;
-      list[at] = static_cast<uint8_t>(kQuad * (bit / kQuad * kWarp + lane) + bit % kQuad);
-    }
-    listed = __shfl_sync(0xffffffff, until, kWarp - 1);
+    const int total = __shfl_sync(0xffffffff, until, kWarp - 1), first_quad = total & 0xffff;
+    listed = first_quad + (total >> 16);
+    until -= own;
+    int at = until & 0xffff;
+    for (int quad = 0; quad < kQuads; ++quad, at = first_quad + (until >> 16))
+      for (uint32_t left = others >> kQuad * quad & 15; left; left &= left - 1)
+        list[at++] = static_cast<uint8_t>(kQuad * (quad * kWarp + lane) + __ffs(left) - 1);
   }
   __syncwarp();  // also orders the stores above before those below, by other lanes
 
@@ -578,7 +594,7 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
     Positive<C> in;
     in.t = t;
     in.lead = static_cast<C>(load_one(mean + g));
-    if (args.shared_dispersion) in.dispersion = static_cast<C>(number_of_any({args.params[1].data, args.params[1].type, 1}, begin + g));
+    if (args.shared_dispersion) in.dispersion = load_shared<T>(args.params[1], begin + g);
     else in.dispersion = static_cast<C>(load_one(dispersion + g));
     in.pi = kInflated ? static_cast<C>(load_one(zero_logits + g)) : C(0);
     return in;
@@ -587,23 +603,23 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
     sum += value;
     if constexpr (kRaw) {
       grad += d_mean;
-      if (args.log_mean_grads.data) store_one<T>(args.log_mean_grads, place(args.log_mean_grads) + g, d_mean);
+      if (args.log_mean_grads.data) store_one<T>(args.log_mean_grads, cell + g, d_mean);
     } else {
-      if (args.values.data) store_one<T>(args.values, place(args.values) + g, value * weight);
-      if (args.grads[0].data) store_one<T>(args.grads[0], place(args.grads[0]) + g, d_mean * weight);
+      if (args.values.data) store_one<T>(args.values, cell + g, value * weight);
+      if (args.grads[0].data) store_one<T>(args.grads[0], cell + g, d_mean * weight);
     }
-    if (wants_sums) sums[g / kQuad].value[g % kQuad] += d_theta * weight;
-    else if (args.grads[1].data) store_one<T>(args.grads[1], place(args.grads[1]) + g, d_theta * weight);
-    if (kInflated && args.grads[2].data) store_one<T>(args.grads[2], place(args.grads[2]) + g, d_pi * weight);
+    if (wants_sums) flat(sums)[g] += d_theta * weight;
+    else if (args.grads[1].data) store_one<T>(args.grads[1], cell + g, d_theta * weight);
+    if (kInflated && args.grads[2].data) store_one<T>(args.grads[2], cell + g, d_pi * weight);
   };
   // Entry i of the list, and its count.
   const auto feature = [&](int i, C& t) {
     if (!sparse) {
-      t = load_count<C>(args.target, target + list[i]);
+      t = load_count<C>(target, args.target.type, list[i]);
       return int(list[i]);
     }
     const int64_t at = stored_values.first + i;
-    t = load_count<C>(args.target, at);
+    t = load_count<C>(target, args.target.type, at);
     return static_cast<int>(args.columns[at] - begin);
   };
 
@@ -660,14 +676,12 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
       // With a library of 0, all means are 0. As it grows, each mean grows by its feature's share of it, and the nll of a count of zero by
       // the same amount, unless it is an additional zero.
       C shares(0);
-#pragma unroll
-      for (int u = 0; u < kQuads; ++u)
-#pragma unroll
-        for (int j = 0; j < kQuad; ++j) {
-          C share = j < some[u].n ? P::exp_bounded(x[u][j] - top) : C(0);
-          if constexpr (kInflated) share /= C(1) + P::exp(pi[u][j]);
-          shares += share;
-        }
+#pragma unroll 1
+      for (int g = lane; g < count; g += kWarp) {
+        C share = P::exp_bounded(static_cast<C>(load_one(mean + g)) - top);
+        if constexpr (kInflated) share /= C(1) + P::exp(static_cast<C>(load_one(zero_logits + g)));
+        shares += share;
+      }
       shares = warp_sum(shares);
       if (lane == 0) scratch.totals[2 * cells + at] = static_cast<double>(shares);
     }
@@ -733,7 +747,7 @@ FASTVAE_DEVICE void through_softmax(const CountArgs& args, const CountPlan& plan
   const double total = total_of_row(scratch.totals + args.rows * plan.segments, row, plan.segments);
   const C factor = static_cast<C>(total / static_cast<double>(load_written(&of_row->sum)));
   const T* logits = static_cast<const T*>(args.params[0].data) + row * args.params[0].row_stride;
-  const C* in = static_cast<const C*>(args.log_mean_grads.data) + row * args.log_mean_grads.row_stride;
+  const C* in = static_cast<const C*>(args.log_mean_grads.data) + row * args.size;
 #pragma unroll 1
   for (int64_t base = begin; base < begin + kLong * kSegment && base < args.size; base += kSegment) {
     C x[kQuads][kQuad], d[kQuads][kQuad];
@@ -743,21 +757,24 @@ FASTVAE_DEVICE void through_softmax(const CountArgs& args, const CountPlan& plan
       const int64_t i = base + kQuad * (u * kWarp + lane), left = args.size - i;
       some[u] = {plan.wide, static_cast<int>(left < 0 ? 0 : left < kQuad ? left : kQuad)};
       load_quad(logits + i, some[u], C(0), x[u]);
-      if (some[u].wide) {
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) d[u][j] = C(0);
+      if (some[u].wide && some[u].n) {
         Pack<C, kQuad> pack;
-        if (some[u].n) pack.load_written(in + i);
+        pack.load_written(in + i);
 #pragma unroll
         for (int j = 0; j < kQuad; ++j) d[u][j] = pack.value[j];
       } else {
 #pragma unroll
-        for (int j = 0; j < kQuad; ++j) d[u][j] = j < some[u].n ? load_written(in + i + j) : C(0);
+        for (int j = 0; j < kQuad; ++j)
+          if (j < some[u].n) d[u][j] = load_written(in + i + j);
       }
     }
 #pragma unroll
     for (int u = 0; u < kQuads; ++u) {
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) d[u][j] = P::fma(-P::exp_bounded(x[u][j] - top), factor, d[u][j]) * weight;
-      store_quad<T>(args.grads[0], row * args.grads[0].row_stride + base + kQuad * (u * kWarp + lane), some[u], d[u]);
+      store_quad<T>(args.grads[0], row * args.size + base + kQuad * (u * kWarp + lane), some[u], d[u]);
     }
   }
 }
@@ -774,7 +791,6 @@ __global__ void __launch_bounds__(kThreads, count_resident<T>())
   FASTVAE_SHARED(double, of_warps, kWarps);
   FASTVAE_SHARED(C, softmax_scratch, 2 * kWarps);
   FASTVAE_SHARED(uint32_t, number, 2);
-  const CountScratch<C> scratch(args, plan);
   const CountShared<C> shared{theta, inverse, sums, list, bits};
   uint32_t *taken = args.workspace.counter, *done = args.workspace.counter + 1;
 
@@ -783,17 +799,19 @@ __global__ void __launch_bounds__(kThreads, count_resident<T>())
     __syncthreads();
     const uint32_t item = number[0];
     if (item >= plan.items) break;
+    const CountScratch<C> scratch(args, plan);
     if (item < plan.first) {
       if constexpr (kRaw) softmax_of_row<T>(args, plan, item, scratch.softmax + item, softmax_scratch);
     } else if (item < plan.second) {
       const int64_t group = (item - plan.first) / plan.segments, segment = (item - plan.first) - group * plan.segments;
       const int64_t begin = segment * kSegment;
       if (args.shared_dispersion) {
+#pragma unroll 1
         for (int i = threadIdx.x; i < kSegment; i += kThreads) {
-          const bool inside = begin + i < args.size;
-          const C given = inside ? static_cast<C>(number_of_any({args.params[1].data, args.params[1].type, 1}, begin + i)) : C(1);
-          dispersion_of_zeros<kRaw>(given, theta[i / kQuad].value[i % kQuad], inverse[i / kQuad].value[i % kQuad]);
+          const C given = begin + i < args.size ? load_shared<T>(args.params[1], begin + i) : C(1);
+          dispersion_of_zeros<kRaw>(given, flat(theta)[i], flat(inverse)[i]);
         }
+#pragma unroll 1
         for (int i = threadIdx.x; i < kWarps * kSegment / kQuad; i += kThreads) sums[i] = Quad<C>{};
       }
       if (kRaw) wait_for(done, plan.first);
@@ -806,9 +824,10 @@ __global__ void __launch_bounds__(kThreads, count_resident<T>())
       }
       if (args.shared_gradient.data) {
         __syncthreads();
+#pragma unroll 1
         for (int i = threadIdx.x; i < kSegment && begin + i < args.size; i += kThreads) {
           C sum(0);
-          for (int w = 0; w < kWarps; ++w) sum += sums[(w * kSegment + i) / kQuad].value[i % kQuad];
+          for (int w = 0; w < kWarps; ++w) sum += flat(sums)[w * kSegment + i];
           scratch.features[group * args.size + begin + i] = sum;
         }
       }

@@ -84,7 +84,7 @@ struct CategoricalArgs : NllArgs {
 // library[row] * softmax(logits), and the logarithm of the dispersion. size = the number of features.
 //
 // A dispersion with the row_stride 0 and `shared_dispersion` is shared by all rows, and has a type of its own. Its gradient is a sum over
-// rows, `shared_gradient` of shape (size,), and grads[1] has null data. grads have the type of params[0], or that of the rows.
+// rows, `shared_gradient` of shape (size,), and grads[1] has null data. grads are dense; they have the type of params[0], or that of the rows.
 struct CountArgs : NllArgs {
   bool raw = false, shared_dispersion = false;
   Numbers library;  // of any floating-point type
@@ -92,7 +92,7 @@ struct CountArgs : NllArgs {
   // If raw, the derivatives by the logarithms of the means, dense and in the type of the rows, which are needed for grads[0]. They may be
   // the same memory.
   Result log_mean_grads;
-  Result values;  // the nll of each element times `weight`, in the type of the rows; null data if not requested. Not if raw
+  Result values;  // the nll of each element times `weight`, dense and in the type of the rows; null data if not requested. Not if raw
   // Of a sparse target, row r has the values from starts[r] to starts[r + 1] in ascending columns, and target is a single row of
   // `stored` values. A row whose positions are out of range or out of order has an nll of NaN.
   const int64_t *starts = nullptr, *columns = nullptr;
