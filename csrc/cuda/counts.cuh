@@ -49,6 +49,16 @@ struct CountPlan {
   bool wide;
 };
 
+// Returns p. The compiler does not know that, so it cannot compute what depends on p before the loop over items, where it would take up
+// registers for the whole kernel.
+template <class P>
+FASTVAE_DEVICE P* computed_here(P* p) {
+#ifdef __CUDA_ARCH__
+  asm volatile("mov.u64 %0, %0;" : "+l"(p));
+#endif
+  return p;
+}
+
 template <class C>
 struct alignas(16) Quad {
   C value[kQuad];
@@ -122,18 +132,20 @@ FASTVAE_DEVICE C load_count(const char* data, DType type, int64_t i) {
   return with_count_type(type, [&](auto* as) { return static_cast<C>(load_one(reinterpret_cast<decltype(as)>(data) + i)); });
 }
 
-// Results have the type T or the compute type.
-template <class T, class F>
-FASTVAE_DEVICE void with_result_type(const Result& out, const F& f) {
-  if constexpr (sizeof(T) == 2) {
+// A result of type T or, unless `kFixed`, of the compute type.
+template <class T, bool kFixed = false>
+struct To {};
+template <class T, bool kFixed, class F>
+FASTVAE_DEVICE void with_result_type(To<T, kFixed>, const Result& out, const F& f) {
+  if constexpr (sizeof(T) == 2 && !kFixed) {
     if (out.type == DType::f32) return f(static_cast<float*>(out.data));
   }
   f(static_cast<T*>(out.data));
 }
 
-template <class T, class C>
+template <class Type, class C>
 FASTVAE_DEVICE void store_quad(const Result& out, int64_t i, const Some& some, const C (&x)[kQuad]) {
-  with_result_type<T>(out, [&](auto* p) {
+  with_result_type(Type(), out, [&](auto* p) {
     using S = std::remove_pointer_t<decltype(p)>;
     if (some.wide) {
       if (!some.n) return;
@@ -148,9 +160,9 @@ FASTVAE_DEVICE void store_quad(const Result& out, int64_t i, const Some& some, c
   });
 }
 
-template <class T, class C>
+template <class Type, class C>
 FASTVAE_DEVICE void store_one(const Result& out, int64_t i, C x) {
-  with_result_type<T>(out, [&](auto* p) { p[i] = narrowed<std::remove_pointer_t<decltype(p)>>(x); });
+  with_result_type(Type(), out, [&](auto* p) { p[i] = narrowed<std::remove_pointer_t<decltype(p)>>(x); });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------
@@ -369,10 +381,7 @@ struct CountScratch {
   C* features;  // of each group and feature: the derivative by the shared dispersion
 
   FASTVAE_DEVICE CountScratch(const CountArgs& args, const CountPlan& plan) {
-    char* bytes = static_cast<char*>(args.workspace.scratch);
-#ifdef __CUDA_ARCH__
-    asm volatile("mov.u64 %0, %0;" : "+l"(bytes));  // or the compiler would keep all four in registers, for the whole kernel
-#endif
+    char* bytes = computed_here(static_cast<char*>(args.workspace.scratch));
     totals = reinterpret_cast<double*>(bytes);
     losses = reinterpret_cast<double*>(bytes + plan.of_rows);
     softmax = reinterpret_cast<RowSoftmax<C>*>(bytes + plan.of_softmax);
@@ -385,7 +394,7 @@ template <class T, class C>
 FASTVAE_DEVICE void softmax_of_row(const CountArgs& args, const CountPlan& plan, int64_t row, RowSoftmax<C>* out, C* scratch) {
   using P = math::Primitives<C>;
   constexpr int kUnroll = sizeof(T) == 8 ? 2 : 4;
-  const T* logits = static_cast<const T*>(args.params[0].data) + row * args.params[0].row_stride;
+  const T* logits = computed_here(static_cast<const T*>(args.params[0].data)) + row * args.params[0].row_stride;
   Scaled<C> mine;
   for (int64_t i = int64_t(threadIdx.x) * kQuad; i < args.size; i += int64_t(kThreads) * kQuad * kUnroll) {
     C x[kUnroll][kQuad], top = mine.top;
@@ -430,6 +439,7 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
                                    const CountShared<Compute<T>>& shared, int64_t row, int64_t segment) {
   using C = Compute<T>;
   using P = math::Primitives<C>;
+  using Grad = To<T, kRaw>;  // only the mean form has values and derivatives per element, in the compute type
   constexpr bool kLogs = kInflated && sizeof(C) == 4;  // whether elements share logarithms
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t begin = segment * kSegment, source = cpu::target_row(args, row);
@@ -535,17 +545,17 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
     if constexpr (kRaw) {
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) grad += d_mean[j];
-      if (args.log_mean_grads.data) store_quad<T>(args.log_mean_grads, cell + g, some, d_mean);
+      if (args.log_mean_grads.data) store_quad<To<C>>(args.log_mean_grads, cell + g, some, d_mean);
     } else {
       if (args.values.data) {
 #pragma unroll
         for (int j = 0; j < kQuad; ++j) value[j] *= weight;
-        store_quad<T>(args.values, cell + g, some, value);
+        store_quad<To<C>>(args.values, cell + g, some, value);
       }
       if (args.grads[0].data) {
 #pragma unroll
         for (int j = 0; j < kQuad; ++j) d_mean[j] *= weight;
-        store_quad<T>(args.grads[0], cell + g, some, d_mean);
+        store_quad<Grad>(args.grads[0], cell + g, some, d_mean);
       }
     }
     if (wants_sums) {
@@ -556,13 +566,13 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
     } else if (args.grads[1].data) {
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) d_theta[j] *= weight;
-      store_quad<T>(args.grads[1], cell + g, some, d_theta);
+      store_quad<Grad>(args.grads[1], cell + g, some, d_theta);
     }
     if constexpr (kInflated) {
       if (args.grads[2].data) {
 #pragma unroll
         for (int j = 0; j < kQuad; ++j) d_pi[j] *= weight;
-        store_quad<T>(args.grads[2], cell + g, some, d_pi);
+        store_quad<Grad>(args.grads[2], cell + g, some, d_pi);
       }
     }
   }
@@ -603,14 +613,14 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
     sum += value;
     if constexpr (kRaw) {
       grad += d_mean;
-      if (args.log_mean_grads.data) store_one<T>(args.log_mean_grads, cell + g, d_mean);
+      if (args.log_mean_grads.data) store_one<To<C>>(args.log_mean_grads, cell + g, d_mean);
     } else {
-      if (args.values.data) store_one<T>(args.values, cell + g, value * weight);
-      if (args.grads[0].data) store_one<T>(args.grads[0], cell + g, d_mean * weight);
+      if (args.values.data) store_one<To<C>>(args.values, cell + g, value * weight);
+      if (args.grads[0].data) store_one<Grad>(args.grads[0], cell + g, d_mean * weight);
     }
     if (wants_sums) flat(sums)[g] += d_theta * weight;
-    else if (args.grads[1].data) store_one<T>(args.grads[1], cell + g, d_theta * weight);
-    if (kInflated && args.grads[2].data) store_one<T>(args.grads[2], cell + g, d_pi * weight);
+    else if (args.grads[1].data) store_one<Grad>(args.grads[1], cell + g, d_theta * weight);
+    if (kInflated && args.grads[2].data) store_one<Grad>(args.grads[2], cell + g, d_pi * weight);
   };
   // Entry i of the list, and its count.
   const auto feature = [&](int i, C& t) {
@@ -746,7 +756,7 @@ FASTVAE_DEVICE void through_softmax(const CountArgs& args, const CountPlan& plan
   const C top = load_written(&of_row->top), weight = weight_of_row<C>(args, row);
   const double total = total_of_row(scratch.totals + args.rows * plan.segments, row, plan.segments);
   const C factor = static_cast<C>(total / static_cast<double>(load_written(&of_row->sum)));
-  const T* logits = static_cast<const T*>(args.params[0].data) + row * args.params[0].row_stride;
+  const T* logits = computed_here(static_cast<const T*>(args.params[0].data)) + row * args.params[0].row_stride;
   const C* in = static_cast<const C*>(args.log_mean_grads.data) + row * args.size;
 #pragma unroll 1
   for (int64_t base = begin; base < begin + kLong * kSegment && base < args.size; base += kSegment) {
@@ -774,7 +784,7 @@ FASTVAE_DEVICE void through_softmax(const CountArgs& args, const CountPlan& plan
     for (int u = 0; u < kQuads; ++u) {
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) d[u][j] = P::fma(-P::exp_bounded(x[u][j] - top), factor, d[u][j]) * weight;
-      store_quad<T>(args.grads[0], row * args.size + base + kQuad * (u * kWarp + lane), some[u], d[u]);
+      store_quad<To<T, true>>(args.grads[0], row * args.size + base + kQuad * (u * kWarp + lane), some[u], d[u]);
     }
   }
 }

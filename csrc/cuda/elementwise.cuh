@@ -96,6 +96,7 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
   using C = Compute<T>;
   constexpr int U = unroll(L::params, N);
   constexpr bool kRuns = L::params > 1;  // the params may come from a packed head
+  constexpr bool kValues = std::is_same_v<L, math::PoissonRate> && std::is_same_v<T, C>;
   const int64_t row = part.row, begin = part.begin;
   const uint32_t count = part.count;
   const T* param[L::params];
@@ -128,7 +129,7 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (i + u * step >= count) break;
-      C grads[L::params][N];
+      C grads[L::params][N], values[N];
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         C p[L::params], d[L::params];
@@ -147,8 +148,16 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
           if (value != value) value = L::at_ends(p, t, value);
         }
         sum += value;
+        if constexpr (kValues) values[j] = value * factor;
 #pragma unroll
         for (int k = 0; k < L::params; ++k) grads[k][j] = d[k] * factor;
+      }
+      if constexpr (kValues) {
+        if (args.values.data) {
+          Pack<T, N> pack;
+          pack.fill(values);
+          pack.store(static_cast<T*>(args.values.data) + row * args.values.row_stride + begin + place(u));
+        }
       }
 #pragma unroll
       for (int k = 0; k < L::params; ++k) {
@@ -236,7 +245,7 @@ template <class L>
 int unit_of(const NllArgs& args) {
   constexpr bool levels = std::is_same_v<L, math::DiscretizedLogistic>;  // levels have a single type
   const int unit = widest<L>(cpu::item_size(args.params[0].type));
-  bool wide = (levels || !counts(args.target.type)) && allows(args.target, args.size, unit);
+  bool wide = (levels || !counts(args.target.type)) && allows(args.target, args.size, unit) && allows(args.values, args.size, unit);
   for (int k = 0; k < kMaxParams; ++k) wide &= allows(args.params[k], args.size, unit) && allows(args.grads[k], args.size, unit);
   return wide ? unit : 1;
 }

@@ -62,6 +62,9 @@ struct NllArgs {
   bool reduced = false;
   Output loss;  // null data if only the grads are requested
   Output nll, scalar_rows;
+  // The value of each element times `weight`, dense and in the type of the rows; null data if not requested. Only for counts by their
+  // mean (poisson_rate, not in half precision, and CountArgs).
+  Result values;
   Workspace workspace;
 };
 
@@ -92,7 +95,6 @@ struct CountArgs : NllArgs {
   // If raw, the derivatives by the logarithms of the means, dense and in the type of the rows, which are needed for grads[0]. They may be
   // the same memory.
   Result log_mean_grads;
-  Result values;  // the nll of each element times `weight`, dense and in the type of the rows; null data if not requested. Not if raw
   // Of a sparse target, row r has the values from starts[r] to starts[r + 1] in ascending columns, and target is a single row of
   // `stored` values. A row whose positions are out of range or out of order has an nll of NaN.
   const int64_t *starts = nullptr, *columns = nullptr;

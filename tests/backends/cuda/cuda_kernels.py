@@ -139,6 +139,7 @@ class NllArgs(Structure):
         ("loss", Output),
         ("nll", Output),
         ("scalar_rows", Output),
+        ("values", Operand),
         ("workspace", Workspace),
     )
 
@@ -164,7 +165,6 @@ class CountArgs(NllArgs):
         ("shared_gradient", Output),
         ("library_gradient", Output),
         ("log_mean_grads", Operand),
-        ("values", Operand),
         ("starts", c_void_p),
         ("columns", c_void_p),
         ("stored", c_int64),

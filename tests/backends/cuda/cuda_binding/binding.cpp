@@ -15,11 +15,14 @@
 #include "../../../../csrc/ops/latents.cpp"
 #include "../../../../csrc/ops/library.cpp"
 #include "../../../../csrc/ops/nll.cpp"
+#include "../../../../csrc/ops/nll_elements.cpp"
 
 #define CUDA CPU  // the dispatch key
 #include "../../../../csrc/ops/common_cuda.cpp"
+#include "../../../../csrc/ops/counts_cuda.cpp"
 #include "../../../../csrc/ops/latents_cuda.cpp"
 #include "../../../../csrc/ops/nll_cuda.cpp"
+#include "../../../../csrc/ops/nll_elements_cuda.cpp"
 #undef CUDA
 
 extern "C" void set_capturing(bool on) { c10::cuda::capturing = on; }

@@ -141,7 +141,7 @@ inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 // The approximations of the hardware have the maximum error that its manual allows (PTX ISA: 2^-22, 1 unit in the last place, 2^-22.4, 2^-22.6),
 // always in one direction, and flush results below 2^-126.
 inline float approximate(float x, float error) { return std::abs(x) < 1.17549435e-38f ? 0.0f : x + x * error; }
-inline float shim_exp2f(float x) { return approximate(std::exp2(x), 2.4e-7f); }
+inline float shim_exp2f(float x) { return x == 0 ? 1.0f : approximate(std::exp2(x), 2.4e-7f); }  // exact at 0
 #define exp2f shim_exp2f
 inline float __log2f(float x) {  // the error is absolute around 1 (2^-22.6)
   const float y = std::log2(x);
