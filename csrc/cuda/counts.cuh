@@ -42,6 +42,7 @@ struct alignas(16) RowSoftmax {
 
 struct CountPlan {
   int64_t rows_each, groups, segments;  // of phase 2
+  int64_t parts;                        // of a row, for the logits in phase 3
   uint32_t first, second, items;        // items before the second and the third phase, and all
   uint32_t rows, features;              // items of phase 3 that finish rows and the shared dispersion's gradient; the others are for logits
   int64_t of_rows, of_softmax, of_features, bytes;  // offsets in the scratch
@@ -328,7 +329,7 @@ struct Stored {
 
   FASTVAE_DEVICE Stored() {}
   // Sets the bit of each column whose value is not zero in `bits`, of which a warp has kSegment.
-  FASTVAE_DEVICE Stored(const CountArgs& args, int64_t row, int64_t begin, int count, uint32_t* bits) {
+  FASTVAE_DEVICE Stored(const CountArgs& args, int64_t row, int64_t begin, uint32_t count, uint32_t* bits) {
     const int lane = threadIdx.x % kWarp;
     const int64_t start = __ldg(reinterpret_cast<const long long*>(args.starts) + row),
                   end = __ldg(reinterpret_cast<const long long*>(args.starts) + row + 1);
@@ -702,7 +703,7 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
 FASTVAE_DEVICE double total_of_row(const double* totals, int64_t row, int64_t segments) {
   double sum = 0;
 #pragma unroll 4
-  for (int64_t i = threadIdx.x % kWarp; i < segments; i += kWarp) sum += load_written(totals + row * segments + i);
+  for (int i = threadIdx.x % kWarp; i < static_cast<int>(segments); i += kWarp) sum += load_written(totals + row * segments + i);
   return warp_sum(sum);
 }
 
@@ -749,7 +750,7 @@ template <class T, class C>
 FASTVAE_DEVICE void through_softmax(const CountArgs& args, const CountPlan& plan, const CountScratch<C>& scratch, int64_t item) {
   using P = math::Primitives<C>;
   const int lane = threadIdx.x % kWarp;
-  const int64_t parts = (plan.segments + kLong - 1) / kLong, group = item / parts, begin = (item - group * parts) * (kLong * kSegment);
+  const int64_t group = item / plan.parts, begin = (item - group * plan.parts) * (kLong * kSegment);
   const int64_t row = group * kWarps + threadIdx.x / kWarp;
   if (row >= args.rows) return;
   const RowSoftmax<C>* of_row = scratch.softmax + row;
@@ -871,13 +872,14 @@ inline CountPlan count_plan(const CountArgs& args) {
   const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   CountPlan plan{};
   plan.segments = up(size, kSegment);
+  plan.parts = up(plan.segments, kLong);
   // A group has more than one row for each warp only if there are so many that the device stays busy.
   plan.rows_each = kWarps * std::max<int64_t>(1, std::min<int64_t>(64, up(rows, kWarps) * plan.segments / (16 * slots)));
   plan.groups = up(rows, plan.rows_each);
   const int64_t first = args.raw && plan.segments ? rows : 0, second = first + plan.groups * plan.segments;
   const int64_t finished = args.loss.data || args.library_gradient.data ? std::max<int64_t>(1, up(rows, kWarps)) : 0;
   const int64_t features = args.shared_gradient.data ? up(size, kThreads) : 0;
-  const int64_t logits = args.raw && args.grads[0].data ? up(rows, kWarps) * up(plan.segments, kLong) : 0;
+  const int64_t logits = args.raw && args.grads[0].data ? up(rows, kWarps) * plan.parts : 0;
   plan.first = static_cast<uint32_t>(first);
   plan.second = static_cast<uint32_t>(second);
   plan.rows = static_cast<uint32_t>(finished);

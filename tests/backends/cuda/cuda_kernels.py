@@ -362,7 +362,16 @@ class Kernels:
             "run_sample_scratch",
         ):
             getattr(self.library, name).restype = c_int64
-        structs = (NllArgs, MixtureArgs, CategoricalArgs, NllBackwardArgs, SampleArgs, SampleGradArgs, Plan, CountArgs)
+        structs = (
+            NllArgs,
+            MixtureArgs,
+            CategoricalArgs,
+            NllBackwardArgs,
+            SampleArgs,
+            SampleGradArgs,
+            Plan,
+            CountArgs,
+        )
         for i, struct in enumerate(structs):
             assert self.library.size_of(i) == ctypes.sizeof(struct), struct.__name__
         self.counter = torch.zeros(2, dtype=torch.int32)
@@ -544,7 +553,9 @@ class Kernels:
         dtype = row_dtype(lead)
         of_element = dtype if elements else lead.dtype
         gradients = []
-        names = ("logits", "dispersion", "zi_logits", "library") if raw else ("mean", "dispersion", "zi_logits")
+        names = (
+            ("logits", "dispersion", "zi_logits", "library") if raw else ("mean", "dispersion", "zi_logits")
+        )
         if not likelihood.startswith("zero_inflated"):
             names = tuple(name for name in names if name != "zi_logits")
         for name, param in zip(names, params, strict=True):

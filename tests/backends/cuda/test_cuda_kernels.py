@@ -602,7 +602,9 @@ def test_categorical_nll_of_an_invalid_class_is_nan(kernels: Kernels) -> None:
 # The negative binomials
 # ---------------------------------------------------------------------------------------------------------------------
 
-COUNT_FORMS = [name for name, variant in VARIANTS.items() if variant.family == "counts" and not variant.element]
+COUNT_FORMS = [
+    name for name, variant in VARIANTS.items() if variant.family == "counts" and not variant.element
+]
 COUNT_SHAPES = ((1, 1), (3, 5), (5, 260), (70, 3), (2, 3000), (20, 515))
 
 
@@ -626,7 +628,9 @@ def count_truth(
     return nll.detach(), list(torch.autograd.grad(nll, leaves, weights.double()))
 
 
-def check_counts(found: Tensor, gradients: list[Tensor], want: tuple[Tensor, list[Tensor]], dtype: torch.dtype) -> None:
+def check_counts(
+    found: Tensor, gradients: list[Tensor], want: tuple[Tensor, list[Tensor]], dtype: torch.dtype
+) -> None:
     close(found, want[0], VALUE[dtype])
     for gradient, full in zip(gradients, want[1], strict=True):
         if not full.numel():
@@ -695,7 +699,13 @@ def test_sparse_counts_at_invalid_positions_give_nan_in_their_row(kernels: Kerne
     starts, columns, values = csr.crow_indices(), csr.col_indices(), csr.values()
     first, last = int(starts[1]), int(starts[2]) - 1
     wrong = []
-    for place, column in ((first, -1), (last, 600), (last, 2**40), (first, int(columns[first + 1])), (first, 599)):
+    for place, column in (
+        (first, -1),
+        (last, 600),
+        (last, 2**40),
+        (first, int(columns[first + 1])),
+        (first, 599),
+    ):
         bad = columns.clone()
         bad[place] = column
         wrong.append((starts, bad))
@@ -731,7 +741,9 @@ def test_counts_serve_the_same_row_of_every_draw(kernels: Kernels, form: str, sp
 @pytest.mark.parametrize("form", ["negative_binomial", "zero_inflated_negative_binomial"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shared", [True, False], ids=["feature", "element"])
-def test_count_elements_sum_to_the_rows(kernels: Kernels, form: str, dtype: torch.dtype, shared: bool) -> None:
+def test_count_elements_sum_to_the_rows(
+    kernels: Kernels, form: str, dtype: torch.dtype, shared: bool
+) -> None:
     """Their derivatives are per element, in the rows' dtype, also by a dispersion that all rows share."""
     params, target = counted(form, 9, 301, dtype, shared=shared)
     _, nll, gradients, _ = kernels.counts(form, params, target.float())
