@@ -5,6 +5,7 @@
 #include "ops/categorical.cpp"
 #include "ops/categorical_cpu.cpp"
 #include "ops/common.cpp"
+#include "ops/counts.cpp"
 #include "ops/counts_cpu.cpp"
 #include "ops/cpu_kernels.cpp"
 #include "ops/discretized.cpp"

@@ -15,6 +15,8 @@ namespace fastvae::cpu::FASTVAE_ISA {
 namespace {
 
 using Wide = Vec<double>;
+using math::below;
+using math::Bounds;
 
 // Rows are split into chunks in a way that depends only on the number of rows. Each chunk sums the derivatives of its own rows by a
 // shared dispersion, and these sums are added in order, so the result does not depend on the number of threads.
@@ -29,28 +31,10 @@ struct SharedDispersion {
   bool any_below = false;
 };
 
-// Dispersions and their logarithms are clamped when they are read. The lower bound keeps 1 / theta finite. There the nll of a count of
-// zero has vanished, and `below` adds what the nll of other counts lacks. From the upper bound on, the distribution is the Poisson, and
-// mu / theta still keeps its digits.
-template <class C>
-struct Bounds {
-  static constexpr bool wide = sizeof(C) == 8;
-  static constexpr C lowest_log = wide ? -650 : -85, highest_log = wide ? 600 : 60;
-  static constexpr C lowest = wide ? 5.08e-283 : 1.22e-37, highest = wide ? 3.77e260 : 1.14e26;  // exp of those bounds
-};
-
 // Clamps theta to the bounds; a NaN stays NaN.
 template <class C>
 double within(double theta) {
   return std::max<double>(std::min<double>(theta, Bounds<C>::highest), Bounds<C>::lowest);
-}
-
-// What the clamp takes from the nll of a count above zero whose inverse dispersion is below the bound. There the nll is -log theta plus
-// a part that no longer changes with theta.
-FASTVAE_HD double below(double dispersion, bool is_logarithm) {
-  using B = Bounds<double>;
-  if (is_logarithm) return dispersion < B::lowest_log ? B::lowest_log - dispersion : 0;
-  return dispersion < B::lowest ? std::log(B::lowest) - std::log(dispersion) : 0;
 }
 
 template <class C>

@@ -142,6 +142,11 @@ struct Pack {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) chunk[i] = reinterpret_cast<const Chunk*>(p)[i];
   }
+  // Loads from memory that other blocks have written.
+  FASTVAE_DEVICE void load_written(const T* p) {
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) chunk[i] = __ldcg(reinterpret_cast<const Chunk*>(p) + i);
+  }
   FASTVAE_DEVICE void store(T* p) const {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) store_chunk(reinterpret_cast<Chunk*>(p) + i, chunk[i]);
@@ -206,18 +211,23 @@ FASTVAE_DEVICE void put(const Output& out, int64_t i, double value) {
   else static_cast<float*>(out.data)[i] = static_cast<float>(value);
 }
 
-// Reads a single number of any floating-point type.
-FASTVAE_DEVICE double number(const Numbers& single) {
-  if (single.type == DType::f16) return __half2float(*static_cast<const Half*>(single.data));
-  if (single.type == DType::bf16) return __bfloat162float(*static_cast<const BFloat16*>(single.data));
-  return number(single, 0);
+// The same for numbers of any floating-point type.
+FASTVAE_DEVICE double number_of_any(const Numbers& numbers, int64_t row) {
+  const int64_t i = row * numbers.stride;
+  if (numbers.type == DType::f16) return __half2float(static_cast<const Half*>(numbers.data)[i]);
+  if (numbers.type == DType::bf16) return __bfloat162float(static_cast<const BFloat16*>(numbers.data)[i]);
+  return number(numbers, row);
 }
 
-FASTVAE_DEVICE void put(const Output& single, double value) {
-  if (single.type == DType::f16) *static_cast<Half*>(single.data) = __float2half_rn(static_cast<float>(value));
-  else if (single.type == DType::bf16) *static_cast<BFloat16*>(single.data) = __float2bfloat16_rn(static_cast<float>(value));
-  else put(single, 0, value);
+FASTVAE_DEVICE void put_any(const Output& out, int64_t i, double value) {
+  if (out.type == DType::f16) static_cast<Half*>(out.data)[i] = __float2half_rn(static_cast<float>(value));
+  else if (out.type == DType::bf16) static_cast<BFloat16*>(out.data)[i] = __float2bfloat16_rn(static_cast<float>(value));
+  else put(out, i, value);
 }
+
+// A single number of any floating-point type.
+FASTVAE_DEVICE double number(const Numbers& single) { return number_of_any(single, 0); }
+FASTVAE_DEVICE void put(const Output& single, double value) { put_any(single, 0, value); }
 
 // d objective / d nll of a row: weight * grad_loss + grad_nll, where a gradient that is not given counts as 0.
 FASTVAE_DEVICE double row_factor(const Numbers& grad_loss, const Numbers& grad_nll, double weight, int64_t row) {
@@ -277,6 +287,32 @@ FASTVAE_DEVICE uint32_t take_number(uint32_t* counter, uint32_t last) {
 #else
   return atomicInc(counter, last);
 #endif
+}
+
+// Waits until a counter of take_number has reached `count`. All threads of a block call it, and can then read, with load_written, what was
+// written before the counter was incremented. The work for which a block waits must have been begun by then, by blocks that do not wait
+// for this one.
+FASTVAE_DEVICE void wait_for(const uint32_t* counter, uint32_t count) {
+  FASTVAE_SHARED(bool, reached, 1);
+  while (true) {
+    if (threadIdx.x == 0) {
+      uint32_t number;
+#ifdef __CUDA_ARCH__
+      for (int tries = 0; tries < 64; ++tries) {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(number) : "l"(__cvta_generic_to_global(counter)) : "memory");
+        if (number >= count) break;
+        __nanosleep(100);
+      }
+#else
+      number = __atomic_load_n(counter, __ATOMIC_ACQUIRE);
+#endif
+      reached[0] = number >= count;
+    }
+    __syncthreads();
+    const bool done = reached[0];
+    __syncthreads();
+    if (done) return;
+  }
 }
 
 // Whether this block is the last of `blocks` to get here. If so, it can read, with load_written, what the first threads of the other

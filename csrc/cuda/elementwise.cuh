@@ -93,6 +93,10 @@ struct Data<Any, C, 1, U> {
   FASTVAE_DEVICE C value(int u, int) const { return values[u]; }
 };
 
+// Whether the value of each element can be asked for.
+template <class L, class T>
+constexpr bool kValues = std::is_same_v<L, math::PoissonRate> && std::is_same_v<T, Compute<T>>;
+
 // Computes this thread's elements of a part of a row. Returns the sum of their nll without the normaliser and writes the gradients.
 template <class L, class T, class D, int N>
 FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int lane, int lanes,
@@ -132,7 +136,7 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (i + u * step >= count) break;
-      C grads[L::params][N];
+      C grads[L::params][N], values[N];
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         C p[L::params], d[L::params];
@@ -151,8 +155,16 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
           if (value != value) value = L::at_ends(p, t, value);
         }
         sum += value;
+        if constexpr (kValues<L, T>) values[j] = value * factor;
 #pragma unroll
         for (int k = 0; k < L::params; ++k) grads[k][j] = d[k] * factor;
+      }
+      if constexpr (kValues<L, T>) {
+        if (args.values.data) {
+          Pack<T, N> pack;
+          pack.fill(values);
+          pack.store(static_cast<T*>(args.values.data) + row * args.values.row_stride + begin + place(u));
+        }
       }
 #pragma unroll
       for (int k = 0; k < L::params; ++k) {
@@ -201,6 +213,9 @@ FASTVAE_DEVICE Compute<T> weighted_part_of_row(const NllArgs& args, const Part& 
     const bool kept = own != C(0);
     if constexpr (math::has_scale<L>) scale_grad += kept ? L::scalar_grad(C(1), value, own_scale_grad) * own : C(0);
     sum += kept ? (value + same.per_element) * own : C(0);
+    if constexpr (kValues<L, T>) {
+      if (args.values.data) static_cast<T*>(args.values.data)[row * args.values.row_stride + place] = kept ? value * own * factor : C(0);
+    }
 #pragma unroll
     for (int k = 0; k < L::params; ++k) {
       T* grad = static_cast<T*>(args.grads[k].data);
@@ -288,7 +303,7 @@ int unit_of(const NllArgs& args) {
   if (args.weights.data) return 1;
   constexpr bool levels = std::is_same_v<L, math::DiscretizedLogistic>;  // levels have a single type
   const int unit = widest<L>(cpu::item_size(args.params[0].type));
-  bool wide = (levels || !counts(args.target.type)) && allows(args.target, args.size, unit);
+  bool wide = (levels || !counts(args.target.type)) && allows(args.target, args.size, unit) && allows(args.values, args.size, unit);
   for (int k = 0; k < kMaxParams; ++k) wide &= allows(args.params[k], args.size, unit) && allows(args.grads[k], args.size, unit);
   return wide ? unit : 1;
 }

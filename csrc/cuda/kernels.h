@@ -30,9 +30,11 @@ struct Output {
   DType type = DType::f32;
 };
 
-// Where blocks leave partial results for the last block to add up. `scratch` has as many bytes as the function's ..._scratch returns for
-// the same arguments; it is aligned to 16 bytes and its contents do not matter. `counter` must be zero before the launch and is zero
-// again afterwards; launches that may run at the same time must not share it. Both may be null if ..._scratch returns 0.
+// Where blocks leave partial results for other blocks. `scratch` has as many bytes as the function's ..._scratch returns for the same
+// arguments; it is aligned to 16 bytes and its contents do not matter. `counter` points to kCounters adjacent counters, which must be
+// zero before the launch and are zero again afterwards; launches that may run at the same time must not share them. Both may be null if
+// ..._scratch returns 0.
+constexpr int kCounters = 2;
 struct Workspace {
   void* scratch = nullptr;
   uint32_t* counter = nullptr;
@@ -63,6 +65,9 @@ struct NllArgs {
   bool reduced = false;
   Output loss;  // null data if only the grads are requested
   Output nll, scalar_rows;
+  // The value of each element times `weight`, dense and in the type of the rows; null data if not requested. Only for counts by their
+  // mean (poisson_rate, not in half precision, and CountArgs).
+  Result values;
   Workspace workspace;
 };
 
@@ -80,11 +85,38 @@ struct CategoricalArgs : NllArgs {
   int64_t positions = 0, classes = 0, ignored = 0;
 };
 
+// Negative binomial counts, as math/counts.h describes them: params are the mean (to which constants[0] is added), the dispersion and, if
+// the likelihood is zero-inflated, the logits of zero inflation; null data if it is not. If `raw`, they are logits, from which the mean is
+// library[row] * softmax(logits), and the logarithm of the dispersion. size = the number of features.
+//
+// A dispersion with the row_stride 0 and `shared_dispersion` is shared by all rows, and has a type of its own. Its gradient is a sum over
+// rows, `shared_gradient` of shape (size,), and grads[1] has null data. grads are dense; they have the type of params[0], or that of the rows.
+struct CountArgs : NllArgs {
+  bool raw = false, shared_dispersion = false;
+  Numbers library;  // of any floating-point type
+  Output shared_gradient, library_gradient;  // of any floating-point type
+  // If raw, the derivatives by the logarithms of the means, dense and in the type of the rows, which are needed for grads[0]. They may be
+  // the same memory.
+  Result log_mean_grads;
+  // Of a sparse target, row r has the values from starts[r] to starts[r + 1] in ascending columns, and target is a single row of
+  // `stored` values. A row whose positions are out of range or out of order has an nll of NaN.
+  const int64_t *starts = nullptr, *columns = nullptr;
+  int64_t stored = 0;
+};
+
 // results[i] = gradients[i] times (weight * grad_loss[r] + grad_nll[r]) / weight. Nothing is written if both are the same memory and the
 // factor is 1. All are dense tensors of shape (rows, size) and of one type.
 //   scalar_gradient = sum of (weight * grad_loss[r] + grad_nll[r]) scalar_rows[r]
 //   kl_gradient[r]  = weight * grad_loss[r] * beta
 //   beta_gradient   = sum of weight * grad_loss[r] kl[r]
+//
+// `small[i]` is scaled in the same way. It has any floating-point type, and one number for each row, or as many as it likes if all rows
+// have the same factor.
+struct SmallGradient {
+  Output gradient, result;
+  int64_t count = 0;
+};
+
 struct NllBackwardArgs {
   int64_t rows = 0, size = 0;
   Operand gradients[kMaxParams];  // null data after the last
@@ -93,6 +125,7 @@ struct NllBackwardArgs {
   Numbers grad_loss, grad_nll;
   Numbers scalar_rows, kl, beta;
   Output scalar_gradient, kl_gradient, beta_gradient;
+  SmallGradient small[2];  // null data after the last
   Workspace workspace;
 };
 
@@ -159,12 +192,14 @@ struct LogProbGradArgs : Latents {
 int64_t nll_scratch(const NllArgs&);
 int64_t mixture_scratch(const MixtureArgs&);
 int64_t categorical_scratch(const CategoricalArgs&);
+int64_t count_scratch(const CountArgs&);
 int64_t nll_backward_scratch(const NllBackwardArgs&);
 int64_t sample_scratch(const SampleArgs&);
 
 cudaError_t nll(const NllArgs&, cudaStream_t stream);
 cudaError_t mixture(const MixtureArgs&, cudaStream_t stream);
 cudaError_t categorical(const CategoricalArgs&, cudaStream_t stream);
+cudaError_t count_nll(const CountArgs&, cudaStream_t stream);
 cudaError_t nll_backward(const NllBackwardArgs&, cudaStream_t stream);
 cudaError_t sample(const SampleArgs&, cudaStream_t stream);
 cudaError_t sample_grad(const SampleGradArgs&, cudaStream_t stream);

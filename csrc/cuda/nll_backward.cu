@@ -1,5 +1,5 @@
 // The backward of a reconstruction loss whose gradient the forward has already computed. It scales that gradient, unless the factor is 1,
-// and computes the small gradients: those of the scalar, of the KL and of beta.
+// and computes the small gradients: those of the scalar, of the KL and of beta, and those that `small` holds.
 #include "device.cuh"
 
 namespace fastvae::cuda {
@@ -19,6 +19,12 @@ struct BackwardPlan {
 
 constexpr int resident(int64_t item_size) { return item_size == 8 ? 2 : 4; }
 
+FASTVAE_DEVICE double factor_of(const NllBackwardArgs& args, const BackwardPlan& how, int64_t row) {
+  double factor = args.grad_loss.data ? number(args.grad_loss, row) : 0.0;
+  if (args.grad_nll.data) factor += number(args.grad_nll, row) * how.over_weight;
+  return factor;
+}
+
 __device__ void small_gradients(const NllBackwardArgs& args, const BackwardPlan& how) {
   FASTVAE_SHARED(double, scalar_scratch, kThreads / kWarp);
   FASTVAE_SHARED(double, beta_scratch, kThreads / kWarp);
@@ -26,6 +32,14 @@ __device__ void small_gradients(const NllBackwardArgs& args, const BackwardPlan&
   const bool scalar = args.scalar_gradient.data, beta = args.beta_gradient.data;
   const double kl_factor = args.beta.data ? number(args.beta) : 1.0;
   double scalar_sum = 0, beta_sum = 0;
+  for (const SmallGradient& one : args.small) {
+#pragma unroll 1
+    for (int64_t i = blockIdx.x * kThreads + threadIdx.x; i < one.count; i += how.row_blocks * kThreads) {
+      const double factor = factor_of(args, how, how.uniform ? 0 : i);
+      if (one.result.data == one.gradient.data && factor == 1.0) continue;
+      put_any(one.result, i, factor * number_of_any({one.gradient.data, one.gradient.type, 1}, i));
+    }
+  }
 #pragma unroll 1
   for (int64_t row = begin + threadIdx.x; row < end; row += kThreads) {
     const double by_loss = row_factor(args.grad_loss, Numbers(), args.weight, row);
@@ -85,8 +99,7 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
     const Part part(plan, item, size);
     const int64_t row = part.row;
     if (row >= (how.uniform ? 1 : args.rows)) continue;
-    double factor = args.grad_loss.data ? number(args.grad_loss, row) : 0.0;
-    if (args.grad_nll.data) factor += number(args.grad_nll, row) * how.over_weight;
+    const double factor = factor_of(args, how, row);
     if (in_place && factor == 1.0) {
       if (how.uniform) return;
       continue;
@@ -120,8 +133,9 @@ int unit_of(const NllBackwardArgs& args) {
 
 BackwardPlan backward_plan(const NllBackwardArgs& args) {
   BackwardPlan how{};
-  if (args.scalar_gradient.data || args.kl_gradient.data || args.beta_gradient.data) {
-    how.row_blocks = static_cast<int>(std::min<int64_t>(std::max<int64_t>(1, (args.rows + 4 * kThreads - 1) / (4 * kThreads)), 64));
+  const int64_t numbers = std::max({args.rows, args.small[0].count, args.small[1].count});
+  if (args.scalar_gradient.data || args.kl_gradient.data || args.beta_gradient.data || args.small[0].gradient.data) {
+    how.row_blocks = static_cast<int>(std::min<int64_t>(std::max<int64_t>(1, (numbers + 4 * kThreads - 1) / (4 * kThreads)), 64));
     how.rows_each = (args.rows + how.row_blocks - 1) / how.row_blocks;
   }
   how.uniform = is_uniform(args);

@@ -35,6 +35,15 @@ FASTVAE_HD float inverse_root_approximately(float x) {
 #endif
 }
 
+FASTVAE_HD float log2_approximately(float x) {
+#ifdef __CUDA_ARCH__
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
+  return x;
+#else
+  return __log2f(x);
+#endif
+}
+
 // at_most returns the smaller of two numbers and at_least the larger. Both return NaN where x is NaN.
 FASTVAE_HD float at_most(float x, float bound) {
 #ifdef __CUDA_ARCH__
@@ -84,6 +93,17 @@ struct Primitives<float> : ScalarPrimitives<float> {
   static FASTVAE_HD float exp(float x) { return expf(x); }
   static FASTVAE_HD float exp_finite(float x) { return expf(x); }
   static FASTVAE_HD float log(float x) { return logf(x); }
+  static FASTVAE_HD float minimum(float a, float b) { return fminf(a, b); }
+  static FASTVAE_HD float clamp(float x, float low, float high) { return math::at_least(math::at_most(x, high), low); }
+  // With y = x / (1 + x), log(1 + x) - y = y^2 (1/2 + y/3 + y^2/4 + ...). For x < 1/2, where the hardware's logarithm would lose digits,
+  // this is a minimax fit with a relative error of 5e-8. x must not exceed 8e37.
+  static FASTVAE_HD Log1pParts<float> log1p_parts(float x) {
+    constexpr float fit[] = {0.417030603f, -0.0249610543f, 0.209610477f, 0.194582433f, 0.250319391f, 0.33332634f, 0.5f};
+    const float one_plus_x = 1.0f + x, inverse = reciprocal_approximately(one_plus_x), y = x * inverse;
+    const float near = y * y * polynomial(y, fit), far = fmaf(log2_approximately(one_plus_x), 0.693147182f, -y);
+    const float excess = x < 0.5f ? near : far;
+    return {y + excess, excess, inverse};
+  }
   // This takes two instructions. x log2(e) is rounded before the power of 2 is taken. At x = -87, where results underflow, this causes
   // a relative error of 3e-6.
   static FASTVAE_HD float exp_bounded(float x) { return exp2_approximately(1.44269504f * x); }
@@ -116,6 +136,9 @@ struct Primitives<double> : ScalarPrimitives<double> {
   static FASTVAE_HD double at_most(double x, double high) { return high < x ? high : x; }
   static FASTVAE_HD double with_sign(double size, double x) { return copysign(size, x); }
   static FASTVAE_HD double log1p(double x) { return ::log1p(x); }
+  static FASTVAE_HD double minimum(double a, double b) { return fmin(a, b); }
+  static FASTVAE_HD double clamp(double x, double low, double high) { return at_least(at_most(x, high), low); }
+  static FASTVAE_HD Log1pParts<double> log1p_parts(double x) { return log1p_parts_by_series(x, ::log1p(x), 1 / (1 + x)); }
   static FASTVAE_HD double exp(double x) { return ::exp(x); }
   static FASTVAE_HD double exp_finite(double x) { return ::exp(x); }
   static FASTVAE_HD double log(double x) { return ::log(x); }

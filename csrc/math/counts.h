@@ -124,7 +124,7 @@ FASTVAE_HD CountTerm<V> with_additional_zeros(const CountTerm<V>& term, V pi) {
   const auto decay = P::exp_pair(P::neg(z));
   const V q = V(1) / (odds + decay.exp), r = P::neg(decay.minus_1) * q;
   V value = P::log1p_parts(r).value, d_z = decay.exp * q, d_pi = P::neg(r) * (odds / (V(1) + odds));
-  const auto beyond = P::less(pi, V(-bound)), far = P::select(beyond, z, V(0));
+  const V far = P::select(P::less(pi, V(-bound)), z, V(0));
   if (P::any(P::less(V(bound / 2), far))) {
     // Both exponentials are too small for their sum to be computed, so log(exp(pi) + exp(-z)) is computed from the larger one.
     const auto use = P::less(V(bound / 2), far);
@@ -135,6 +135,24 @@ FASTVAE_HD CountTerm<V> with_additional_zeros(const CountTerm<V>& term, V pi) {
     d_pi = P::select(use, kept - V(1), d_pi);
   }
   return {value, term.d_mu * d_z, term.d_theta * d_z, d_pi};
+}
+
+// Dispersions and their logarithms are clamped when they are read. The lower bound keeps 1 / theta finite. There the nll of a count of
+// zero has vanished, and `below` adds what the nll of other counts lacks. From the upper bound on, the distribution is the Poisson, and
+// mu / theta still keeps its digits.
+template <class C>
+struct Bounds {
+  static constexpr bool wide = sizeof(C) == 8;
+  static constexpr C lowest_log = wide ? -650 : -85, highest_log = wide ? 600 : 60;
+  static constexpr C lowest = wide ? 5.08e-283 : 1.22e-37, highest = wide ? 3.77e260 : 1.14e26;  // exp of those bounds
+};
+
+// What the clamp takes from the nll of a count above zero whose inverse dispersion is below the bound. There the nll is -log theta plus
+// a part that no longer changes with theta.
+FASTVAE_HD double below(double dispersion, bool is_logarithm) {
+  using B = Bounds<double>;
+  if (is_logarithm) return dispersion < B::lowest_log ? B::lowest_log - dispersion : 0;
+  return dispersion < B::lowest ? std::log(B::lowest) - std::log(dispersion) : 0;
 }
 
 // From here on, V must be in fp64.

@@ -11,12 +11,14 @@
 namespace fastvae {
 namespace {
 
-constexpr size_t kCounters = 1024;
-constexpr size_t kCounterBytes = 16;  // keeps the memory behind it aligned
+constexpr size_t kSets = 1024;
+constexpr size_t kSetBytes = cuda::kCounters * sizeof(uint32_t);
+constexpr size_t kOwnSetBytes = 16;  // keeps the memory behind it aligned
+static_assert(kSetBytes <= kOwnSetBytes);
 
-// The counters of a device, each of which is zero while it is not in use. A stream has its own counter, because its launches run in
-// order. A captured launch has its own too, because its graph may be replayed on any stream, concurrently with anything else; that
-// counter is returned when the graph is destroyed.
+// The counters of a device, in sets for one launch each. They are zero while they are not in use. A stream has its own set, because its launches run
+// in order. A captured launch has its own too, because its graph may be replayed on any stream, concurrently with anything else; that
+// set is returned when the graph is destroyed.
 class Counters {
  public:
   // Null if none is available: the first call of the process is captured, or existing graphs hold all of them.
@@ -37,8 +39,8 @@ class Counters {
     if (!all_) {
       if (capturing) return nullptr;  // the memory and its zeroing would belong to the graph
       const c10::cuda::CUDAStreamCaptureModeGuard while_others_capture(cudaStreamCaptureModeRelaxed);
-      auto zeros = c10::cuda::CUDACachingAllocator::get()->allocate(kCounters * sizeof(uint32_t));
-      C10_CUDA_CHECK(cudaMemsetAsync(zeros.get(), 0, kCounters * sizeof(uint32_t), stream));
+      auto zeros = c10::cuda::CUDACachingAllocator::get()->allocate(kSets * kSetBytes);
+      C10_CUDA_CHECK(cudaMemsetAsync(zeros.get(), 0, kSets * kSetBytes, stream));
       // Once per process and device, because other streams will use them as well.
       C10_CUDA_CHECK(cudaStreamSynchronize(stream));
       all_ = std::move(zeros);
@@ -51,8 +53,8 @@ class Counters {
       returned_.pop_back();
       return counter;
     }
-    if (next_ == kCounters) return nullptr;
-    auto* counter = static_cast<uint32_t*>(all_.get()) + next_++;
+    if (next_ == kSets) return nullptr;
+    auto* counter = static_cast<uint32_t*>(all_.get()) + cuda::kCounters * next_++;
     if (!capturing) of_streams_.emplace_back(stream, counter);
     return counter;
   }
@@ -107,12 +109,12 @@ Scratch::Scratch(int64_t bytes, cudaStream_t stream) {
   if (bytes == 0) return;
   const bool capturing = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
   counter_ = counters_of_current_device().take(stream, capturing);
-  memory_ = c10::cuda::CUDACachingAllocator::get()->allocate(bytes + (counter_ ? 0 : kCounterBytes));
+  memory_ = c10::cuda::CUDACachingAllocator::get()->allocate(bytes + (counter_ ? 0 : kOwnSetBytes));
   scratch_ = memory_.get();
   if (counter_) return;
   counter_ = static_cast<uint32_t*>(scratch_);
-  scratch_ = static_cast<char*>(scratch_) + kCounterBytes;
-  C10_CUDA_CHECK(cudaMemsetAsync(counter_, 0, kCounterBytes, stream));
+  scratch_ = static_cast<char*>(scratch_) + kOwnSetBytes;
+  C10_CUDA_CHECK(cudaMemsetAsync(counter_, 0, kOwnSetBytes, stream));
 }
 
 }  // namespace fastvae

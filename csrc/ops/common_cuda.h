@@ -72,4 +72,13 @@ class Scratch {
   uint32_t* counter_ = nullptr;
 };
 
+// Launches a kernel whose blocks leave each other partial results.
+template <class Arguments>
+void launch(Arguments& args, int64_t (*scratch_of)(const Arguments&), cudaError_t (*kernel)(const Arguments&, cudaStream_t),
+            const OnDevice& device) {
+  const Scratch scratch(scratch_of(args), device);
+  args.workspace = scratch.workspace();
+  check_launch(kernel(args, device));
+}
+
 }  // namespace fastvae

@@ -6,13 +6,14 @@
 
 #include "categorical.h"
 #include "common_cuda.h"
+#include "counts_cuda.h"
 #include "discretized.h"
 #include "nll_views.h"
 
 namespace fastvae {
 namespace {
 
-using Args = std::variant<cuda::NllArgs, cuda::MixtureArgs, cuda::CategoricalArgs>;  // by family
+using Args = std::variant<cuda::NllArgs, cuda::MixtureArgs, cuda::CategoricalArgs, cuda::CountArgs>;  // by family
 
 cuda::NllArgs& common(Args& args) {
   return std::visit([](auto& of_family) -> cuda::NllArgs& { return of_family; }, args);
@@ -76,27 +77,22 @@ Tensors fill(Args& args, const OnDevice& device, const LikelihoodVariant& varian
     switch (variant.family) {
       case Family::discretized: gradients = fill_discretized(args, variant, params, target, constants, needs, weight, kept); break;
       case Family::categorical: gradients = fill_categorical(args, params[0], target, constants, needs, weight, kept); break;
-      default:
-        TORCH_CHECK_NOT_IMPLEMENTED(false, "fastvae::nll: there is no CUDA kernel for ", std::string(variant.name),
-                                    " yet; fastvae.set_backend(\"auto\") takes what there is");
+      case Family::counts:
+        refuse_weight(weight);
+        gradients = fill_counts(args.emplace<cuda::CountArgs>(), variant, params, target, constants, needs, kept);
+        break;
+      case Family::continuous: break;  // all of this family are elementwise
     }
   }
   common(args).weight = weight_of(reduction, common(args).rows);
   return gradients;
 }
 
-template <class Arguments>
-void launch(Arguments& args, int64_t (*scratch_of)(const Arguments&), cudaError_t (*kernel)(const Arguments&, cudaStream_t),
-            const OnDevice& device) {
-  const Scratch scratch(scratch_of(args), device);
-  args.workspace = scratch.workspace();
-  check_launch(kernel(args, device));
-}
-
 void launch(Args& args, const OnDevice& device) {
   if (auto* mixture = std::get_if<cuda::MixtureArgs>(&args)) launch(*mixture, cuda::mixture_scratch, cuda::mixture, device);
   else if (auto* positions = std::get_if<cuda::CategoricalArgs>(&args))
     launch(*positions, cuda::categorical_scratch, cuda::categorical, device);
+  else if (auto* counts = std::get_if<cuda::CountArgs>(&args)) launch(*counts, cuda::count_scratch, cuda::count_nll, device);
   else launch(common(args), cuda::nll_scratch, cuda::nll, device);
 }
 
@@ -153,8 +149,6 @@ Tensors nll_backward_into(at::TensorList results, const OptionalTensor& grad_los
                           const OptionalTensor& beta, int64_t rows, int64_t reduction, bool need_kl, bool need_beta) {
   Tensors extras;
   if (gradients.empty() && !scalar_rows && !need_kl && !need_beta) return extras;
-  TORCH_CHECK_VALUE(gradients.size() <= size_t(cuda::kMaxParams), "fastvae::nll_backward: at most ", cuda::kMaxParams,
-                    " gradients, got ", gradients.size());
   const OnDevice device(!gradients.empty() ? gradients[0] : scalar_rows ? *scalar_rows : kl.value());
   device.expect(grad_loss, "grad_loss");
   device.expect(grad_nll, "grad_nll");
@@ -166,10 +160,21 @@ Tensors nll_backward_into(at::TensorList results, const OptionalTensor& grad_los
   cuda::NllBackwardArgs args;
   args.rows = rows;
   args.weight = weight_of(reduction, rows);
+  // Of counts, the gradients of a shared dispersion and of the library are smaller than the others.
+  const Tensor* lead = nullptr;
+  for (const auto& g : gradients)
+    if (!lead || g.dim() > lead->dim()) lead = &g;
+  int full = 0, small = 0;
   for (size_t i = 0; i < gradients.size(); ++i) {
-    args.size = event_size(gradients[i]);
-    args.gradients[i] = operand(gradients[i]);
-    args.results[i] = result(results[i]);
+    const Tensor& g = gradients[i];
+    if (g.sizes() == lead->sizes() && g.scalar_type() == lead->scalar_type() && g.size(0) == rows && full < cuda::kMaxParams) {
+      args.size = event_size(g);
+      args.gradients[full] = operand(g);
+      args.results[full++] = result(results[i]);
+    } else {
+      TORCH_CHECK_VALUE(small < 2, "fastvae::nll_backward: at most 2 gradients of other shapes, got the shape ", g.sizes());
+      args.small[small++] = {output(g), output(results[i]), g.numel()};
+    }
   }
   args.grad_loss = numbers(grad_loss, "grad_loss");
   args.grad_nll = numbers(grad_nll, "grad_nll");

@@ -152,6 +152,7 @@ class NllArgs(Structure):
         ("loss", Output),
         ("nll", Output),
         ("scalar_rows", Output),
+        ("values", Operand),
         ("workspace", Workspace),
     )
 
@@ -169,6 +170,24 @@ class CategoricalArgs(NllArgs):
     _fields_ = (("positions", c_int64), ("classes", c_int64), ("ignored", c_int64))
 
 
+class CountArgs(NllArgs):
+    _fields_ = (
+        ("raw", c_bool),
+        ("shared_dispersion", c_bool),
+        ("library", Numbers),
+        ("shared_gradient", Output),
+        ("library_gradient", Output),
+        ("log_mean_grads", Operand),
+        ("starts", c_void_p),
+        ("columns", c_void_p),
+        ("stored", c_int64),
+    )
+
+
+class SmallGradient(Structure):
+    _fields_ = (("gradient", Output), ("result", Output), ("count", c_int64))
+
+
 class NllBackwardArgs(Structure):
     _fields_ = (
         ("rows", c_int64),
@@ -184,6 +203,7 @@ class NllBackwardArgs(Structure):
         ("scalar_gradient", Output),
         ("kl_gradient", Output),
         ("beta_gradient", Output),
+        ("small", SmallGradient * 2),
         ("workspace", Workspace),
     )
 
@@ -394,13 +414,23 @@ class Kernels:
             "run_nll_backward_scratch",
             "run_mixture_scratch",
             "run_categorical_scratch",
+            "run_count_nll_scratch",
             "run_sample_scratch",
         ):
             getattr(self.library, name).restype = c_int64
-        structs = (NllArgs, MixtureArgs, CategoricalArgs, NllBackwardArgs, SampleArgs, SampleGradArgs, Plan)
+        structs = (
+            NllArgs,
+            MixtureArgs,
+            CategoricalArgs,
+            NllBackwardArgs,
+            SampleArgs,
+            SampleGradArgs,
+            Plan,
+            CountArgs,
+        )
         for i, struct in enumerate(structs):
             assert self.library.size_of(i) == ctypes.sizeof(struct), struct.__name__
-        self.counter = torch.zeros(1, dtype=torch.int32)
+        self.counter = torch.zeros(2, dtype=torch.int32)
         self.processors = 1
 
     @property
@@ -430,7 +460,7 @@ class Kernels:
         error = getattr(self.library, name)(byref(args))
         assert error == 0
         assert self.library.launches() <= before + 1
-        assert self.counter.item() == 0
+        assert not self.counter.any()
         KEPT.clear()
 
     def _nll_args(
@@ -555,6 +585,75 @@ class Kernels:
         args.grad_nll = numbers(grad_nll)
         self._run("run_categorical", args)
         return loss, nll, grads
+
+    def counts(
+        self,
+        likelihood: str,
+        params: Sequence[Tensor],
+        target: Tensor,
+        *,
+        eps: float = 0.0,
+        positions: tuple[Tensor, Tensor] | None = None,
+        reduction: int = 1,
+        grad_nll: Tensor | None = None,
+        with_gradient: bool = True,
+        elements: bool = False,
+    ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
+        """Return (loss, nll, gradients, values of the elements); with `grad_nll`, only gradients are computed.
+
+        `positions` are the crow_indices and the col_indices of a sparse target, whose values `target` then holds.
+        """
+        lead, raw = params[0], likelihood.endswith("_logits")
+        rows, features = lead.shape
+        args = CountArgs(element=-1, rows=rows, size=features, raw=raw)
+        args.weight, args.reduced = self.weight(reduction, rows), reduction != 0
+        args.constants[0] = eps
+        dtype = row_dtype(lead)
+        of_element = dtype if elements else lead.dtype
+        gradients = []
+        names = (
+            ("logits", "dispersion", "zi_logits", "library") if raw else ("mean", "dispersion", "zi_logits")
+        )
+        if not likelihood.startswith("zero_inflated"):
+            names = tuple(name for name in names if name != "zi_logits")
+        for name, param in zip(names, params, strict=True):
+            is_shared = name == "dispersion" and param.dim() == 1
+            small = (is_shared and not elements) or name == "library"
+            gradient = poisoned(param.shape, param.dtype) if small else poisoned((rows, features), of_element)
+            if with_gradient:
+                gradients.append(gradient)
+            if name == "library":
+                args.library = numbers(param)
+                args.library_gradient = output(gradient if with_gradient else None)
+                continue
+            i = {"dispersion": 1, "zi_logits": 2}.get(name, 0)
+            args.params[i] = operand(param)
+            if is_shared:
+                args.shared_dispersion = True
+                args.params[i].row_stride, args.params[i].run = 0, features
+            if small:
+                args.shared_gradient = output(gradient if with_gradient else None)
+            else:
+                args.grads[i] = operand(gradient if with_gradient else None)
+        if raw and with_gradient:
+            same = lead.dtype == dtype
+            args.log_mean_grads = args.grads[0] if same else operand(poisoned((rows, features), dtype))
+        args.target = operand(target, COUNTS)
+        args.target_rows = target_rows(lead, target)
+        if positions is not None:
+            starts, columns = positions
+            args.starts, args.columns, args.stored = pointer(starts), pointer(columns), target.numel()
+            repeated = starts.numel() - 1
+            args.target_rows = 0 if repeated == rows else repeated
+        values = poisoned((rows, features), dtype) if elements else None
+        if elements:
+            args.values = operand(values)
+        nll, loss = poisoned((rows,), dtype), poisoned(() if reduction else (rows,), dtype)
+        if grad_nll is None:
+            args.nll, args.loss = output(nll), output(loss)
+        args.grad_nll = numbers(grad_nll)
+        self._run("run_count_nll", args)
+        return loss, nll, gradients, values
 
     def nll_gradient(
         self,

@@ -11,6 +11,7 @@ import cuda_kernels
 import posterior_forms
 import pytest
 import test_categorical
+import test_counts
 import test_discretized
 import test_extremes
 import test_posteriors
@@ -635,6 +636,189 @@ def test_categorical_nll_of_an_invalid_class_is_nan(kernels: Kernels) -> None:
         assert nll.isnan().tolist() == [False, True, False]
         assert gradient.isnan().all(2).tolist() == [[False, False], [False, True], [False, False]]
         assert not gradient[2, 1].any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The negative binomials
+# ---------------------------------------------------------------------------------------------------------------------
+
+COUNT_FORMS = [
+    name for name, variant in VARIANTS.items() if variant.family == "counts" and not variant.element
+]
+COUNT_SHAPES = ((1, 1), (3, 5), (5, 260), (70, 3), (2, 3000), (20, 515))
+
+
+def counted(
+    form: str, rows: int, features: int, dtype: torch.dtype, *, shared: bool
+) -> tuple[list[Tensor], Tensor]:
+    """Return (params, counts), most of which are 0 and a few large."""
+    inputs = test_counts.make(form, rows, features, torch.float64, shared, zeros=0.8)
+    target = inputs.pop("target")
+    target[:, ::7] *= 30
+    return [x.detach().to(dtype) for x in inputs.values()], target
+
+
+def count_truth(
+    form: str, params: list[Tensor], target: Tensor, weights: Tensor, eps: float = 0.0
+) -> tuple[Tensor, list[Tensor]]:
+    """The nll of each row and the gradients of its sum with `weights`, in float64."""
+    leaves = differentiable(*params)
+    constants = [] if form.endswith("_logits") else [eps]
+    _, nll = reference.nll(form, leaves, target.double(), constants, None, None, 1)
+    return nll.detach(), list(torch.autograd.grad(nll, leaves, weights.double()))
+
+
+def check_counts(
+    found: Tensor, gradients: list[Tensor], want: tuple[Tensor, list[Tensor]], dtype: torch.dtype
+) -> None:
+    close(found, want[0], VALUE[dtype])
+    for gradient, full in zip(gradients, want[1], strict=True):
+        if not full.numel():
+            continue
+        error = (gradient.double() - full).abs().max()
+        # Those of the dispersion and the library are sums, in which larger terms cancel.
+        assert error <= 2 * GRADIENT[dtype] * full.abs().max(), (error / full.abs().max()).item()
+
+
+@pytest.mark.parametrize("form", COUNT_FORMS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", COUNT_SHAPES, ids=str)
+@pytest.mark.parametrize("shared", [True, False], ids=["feature", "element"])
+@pytest.mark.parametrize("processors", [1, 3])
+def test_count_nll_equals_the_reference(
+    kernels: Kernels, form: str, dtype: torch.dtype, shape: tuple[int, int], shared: bool, processors: int
+) -> None:
+    """With one block or several, and with several rows for each warp."""
+    kernels.processors = processors
+    params, target = counted(form, *shape, dtype, shared=shared)
+    eps = 0.0 if form.endswith("_logits") else 1e-3
+    runs = [kernels.counts(form, params, target.float(), eps=eps, reduction=1) for _ in range(2)]
+    loss, nll, gradients, _ = runs[0]
+    want = count_truth(form, params, target, torch.ones(shape[0]), eps)
+    check_counts(nll, gradients, want, dtype)
+    close(loss, want[0].sum(), VALUE[dtype])
+    assert torch.equal(runs[1][0], loss)
+    assert torch.equal(runs[1][1], nll)
+    for one, other in zip(gradients, runs[1][2], strict=True):
+        assert torch.equal(one, other)
+    # The gradient alone, with a factor for each row, and the values alone.
+    weights = torch.linspace(0.5, 2, shape[0]).to(row_dtype(params[0]))
+    _, _, weighted, _ = kernels.counts(form, params, target.float(), eps=eps, grad_nll=weights)
+    check_counts(nll, weighted, (want[0], count_truth(form, params, target, weights, eps)[1]), dtype)
+    _, alone, _, _ = kernels.counts(form, params, target.float(), eps=eps, reduction=0, with_gradient=False)
+    assert torch.equal(alone, nll)
+
+
+@pytest.mark.parametrize("form", COUNT_FORMS)
+@pytest.mark.parametrize("target_dtype", [*cuda_kernels.COUNTS, *FLOATS], ids=str)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
+@pytest.mark.parametrize("features", [300, 301])
+def test_count_targets_of_any_dtype_and_layout_equal_float32(
+    kernels: Kernels, form: str, target_dtype: torch.dtype, sparse: bool, features: int
+) -> None:
+    params, target = counted(form, 4, features, torch.float32, shared=True)
+    target = target.clamp(max=250).round()
+    _, nll, gradients, _ = kernels.counts(form, params, target.float())
+    positions = None
+    data = target.to(target_dtype)
+    if sparse:
+        csr = target.to_sparse_csr()
+        positions = (csr.crow_indices(), csr.col_indices())
+        data = csr.values().to(target_dtype)
+    _, other, others, _ = kernels.counts(form, params, data, positions=positions)
+    assert torch.equal(other, nll)
+    for one, two in zip(gradients, others, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("form", ["negative_binomial", "zero_inflated_negative_binomial_logits"])
+def test_sparse_counts_at_invalid_positions_give_nan_in_their_row(kernels: Kernels, form: str) -> None:
+    """Columns out of range, out of order or given twice, and rows that end before they begin or after the values."""
+    params, target = counted(form, 3, 600, torch.float32, shared=True)
+    csr = target.float().to_sparse_csr()
+    starts, columns, values = csr.crow_indices(), csr.col_indices(), csr.values()
+    first, last = int(starts[1]), int(starts[2]) - 1
+    wrong = []
+    for place, column in (
+        (first, -1),
+        (last, 600),
+        (last, 2**40),
+        (first, int(columns[first + 1])),
+        (first, 599),
+    ):
+        bad = columns.clone()
+        bad[place] = column
+        wrong.append((starts, bad))
+    for ends in (int(starts[1]) - 1, values.numel() + 5):
+        bad_starts = starts.clone()
+        bad_starts[2] = ends
+        wrong.append((bad_starts, columns))
+    for positions in wrong:
+        _, nll, _, _ = kernels.counts(form, params, values, positions=positions, reduction=0)
+        assert nll[1].isnan()
+        assert not nll[0].isnan()
+    _, nll, _, _ = kernels.counts(form, params, values, positions=(starts, columns), reduction=0)
+    assert nll.isfinite().all()
+
+
+@pytest.mark.parametrize("form", COUNT_FORMS)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
+def test_counts_serve_the_same_row_of_every_draw(kernels: Kernels, form: str, sparse: bool) -> None:
+    params, target = counted(form, 6, 300, torch.float32, shared=True)
+    target = target[:2].float()
+
+    def call(data: Tensor) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
+        csr = data.to_sparse_csr()
+        positions = (csr.crow_indices(), csr.col_indices()) if sparse else None
+        return kernels.counts(form, params, csr.values() if sparse else data, positions=positions)
+
+    once, repeated = call(target), call(torch.cat([target] * 3))
+    assert torch.equal(once[1], repeated[1])
+    for one, two in zip(once[2], repeated[2], strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("form", ["negative_binomial", "zero_inflated_negative_binomial"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shared", [True, False], ids=["feature", "element"])
+def test_count_elements_sum_to_the_rows(
+    kernels: Kernels, form: str, dtype: torch.dtype, shared: bool
+) -> None:
+    """Their derivatives are per element, in the rows' dtype, also by a dispersion that all rows share."""
+    params, target = counted(form, 9, 301, dtype, shared=shared)
+    _, nll, gradients, _ = kernels.counts(form, params, target.float())
+    _, _, derivatives, values = kernels.counts(form, params, target.float(), elements=True)
+    assert values is not None
+    close(values.sum(1), nll.double(), 2 * VALUE[dtype])
+    for derivative, gradient in zip(derivatives, gradients, strict=True):
+        assert derivative.dtype == row_dtype(params[0])
+        summed = derivative.sum(0) if gradient.dim() == 1 else derivative
+        close(summed, gradient.double(), 2 * GRADIENT[dtype])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inflated", [False, True])
+def test_counts_over_a_wide_range_equal_50_digits(kernels: Kernels, inflated: bool) -> None:
+    """Inverse dispersions from 1e-4 to 1e8, counts up to 1e6 and means around them, in float32."""
+    form = "zero_inflated_negative_binomial" if inflated else "negative_binomial"
+    grid = [
+        (float(t), max(t, 0.5) * ratio, 10.0**power)
+        for t in (0, 1, 2, 5, 7, 8, 20, 1000, 10**6)
+        for ratio in (1e-3, 0.5, 1.0, 1.1, 100.0)
+        for power in range(-4, 9)
+    ]
+    table = torch.tensor(grid, dtype=torch.float64).float()
+    t, mean, theta = (table[:, i : i + 1].contiguous() for i in range(3))
+    pi = torch.full_like(t, -1.0)
+    params = [mean, theta, *([pi] if inflated else [])]
+    _, nll, gradients, _ = kernels.counts(form, params, t, reduction=0)
+    for i in range(len(grid)):
+        point = (t[i].item(), mean[i].item(), theta[i].item())
+        value, slopes = test_counts.exact(*point, *((-1.0,) if inflated else ()))
+        assert abs(nll[i].item() - value) <= 5e-6 * abs(value), point
+        for gradient, slope in zip(gradients, slopes, strict=True):
+            found = gradient[i].item()
+            assert abs(found - slope) <= 5e-6 * abs(slope) + 1e-30, (point, found, float(slope))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,21 +10,20 @@
 #include "../../../../csrc/ops/buffer_pool.cpp"
 #include "../../../../csrc/ops/categorical.cpp"
 #include "../../../../csrc/ops/common.cpp"
+#include "../../../../csrc/ops/counts.cpp"
 #include "../../../../csrc/ops/discretized.cpp"
 #include "../../../../csrc/ops/latents.cpp"
 #include "../../../../csrc/ops/library.cpp"
 #include "../../../../csrc/ops/nll.cpp"
+#include "../../../../csrc/ops/nll_elements.cpp"
 
 #define CUDA CPU  // the dispatch key
 #include "../../../../csrc/ops/common_cuda.cpp"
+#include "../../../../csrc/ops/counts_cuda.cpp"
 #include "../../../../csrc/ops/latents_cuda.cpp"
 #include "../../../../csrc/ops/nll_cuda.cpp"
+#include "../../../../csrc/ops/nll_elements_cuda.cpp"
 #undef CUDA
-
-// Families without a CUDA kernel.
-namespace fastvae {
-void check_counts(const LikelihoodVariant&, at::TensorList, const Tensor&, at::ArrayRef<double>) {}
-}  // namespace fastvae
 
 extern "C" void set_capturing(bool on) { c10::cuda::capturing = on; }
 extern "C" void destroy_graph() { c10::cuda::destroy_graph(); }

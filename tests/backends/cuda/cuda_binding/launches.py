@@ -122,17 +122,23 @@ def test_a_step_copies_and_fills_nothing(likelihood: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [2, 600])
-@pytest.mark.parametrize("likelihood", ["mixture", "logistic", "categorical"])
+@pytest.mark.parametrize("likelihood", ["mixture", "logistic", "categorical", "counts", "sparse counts"])
 def test_what_shares_more_than_an_element_takes_no_more_launches(likelihood: str, rows: int) -> None:
     levels = torch.randint(0, 256, (rows, 3, 5, 7), dtype=torch.uint8)
     modules = fastvae.likelihoods
+    counts = torch.randint(0, 5, (rows, 300)).float()
+    decoded = (leaf(rows, 300), leaf(rows).exp(), leaf(rows, 300))
+    zinb = modules.ZeroInflatedNegativeBinomial(300)
     module, recon, target = {
+        "counts": (zinb, decoded, counts),
+        "sparse counts": (zinb, decoded, counts.to_sparse_csr()),
         "mixture": (modules.DiscretizedLogisticMixture(10), leaf(rows, 100, 5, 7), levels),
         "logistic": (modules.DiscretizedLogistic(), leaf(rows, 6, 5, 7), levels),
         "categorical": (modules.Categorical(), leaf(rows, 5, 300), torch.randint(0, 300, (rows, 5))),
     }[likelihood]
     elbo, kl = fastvae.ELBO(module), leaf(rows)
-    assert launches(lambda: torch.autograd.grad(elbo(recon, target, kl=kl).loss, [recon, kl])) == 2
+    inputs = [*(recon if isinstance(recon, tuple) else [recon]), kl, *elbo.parameters()]
+    assert launches(lambda: torch.autograd.grad(elbo(recon, target, kl=kl).loss, inputs)) == 2
 
 
 def test_half_parameters_take_one_more() -> None:

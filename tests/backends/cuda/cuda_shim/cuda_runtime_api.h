@@ -89,15 +89,39 @@ inline uint32_t atomicInc(uint32_t* p, uint32_t limit) {
   return old;
 }
 
+inline uint32_t atomicOr(uint32_t* p, uint32_t bits) { return std::atomic_ref<uint32_t>(*p).fetch_or(bits); }
+
+inline void __syncwarp() { shim::team->wait_for_warp(threadIdx.x); }
+
+// Returns the value of the thread `source`, counted in the block.
 template <class T>
-T __shfl_xor_sync(uint32_t, T value, int mask) {
+T shim_exchange(T value, unsigned source) {
   uint64_t* words = shim::team->exchange.data();
   std::memcpy(&words[threadIdx.x], &value, sizeof value);
-  shim::team->wait_for_warp(threadIdx.x);
-  std::memcpy(&value, &words[threadIdx.x ^ mask], sizeof value);
-  shim::team->wait_for_warp(threadIdx.x);
+  __syncwarp();
+  std::memcpy(&value, &words[source], sizeof value);
+  __syncwarp();
   return value;
 }
+template <class T>
+T __shfl_xor_sync(uint32_t, T value, int mask) {
+  return shim_exchange(value, threadIdx.x ^ mask);
+}
+template <class T>
+T __shfl_up_sync(uint32_t, T value, unsigned distance) {
+  return shim_exchange(value, threadIdx.x % shim::kWarp < distance ? threadIdx.x : threadIdx.x - distance);
+}
+template <class T>
+T __shfl_sync(uint32_t, T value, unsigned lane) {
+  return shim_exchange(value, threadIdx.x / shim::kWarp * shim::kWarp + lane);
+}
+inline uint32_t __ballot_sync(uint32_t, bool bit) {
+  uint32_t bits = uint32_t(bit) << threadIdx.x % shim::kWarp;
+  for (int mask = 1; mask < shim::kWarp; mask *= 2) bits |= __shfl_xor_sync(0xffffffff, bits, mask);
+  return bits;
+}
+inline int __popc(uint32_t x) { return std::popcount(x); }
+inline int __ffs(uint32_t x) { return x ? std::countr_zero(x) + 1 : 0; }
 
 template <class T>
 T __ldg(const T* p) {
@@ -114,11 +138,15 @@ inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 
-// The approximations of the hardware have the maximum error that its manual allows (PTX ISA: 2^-22, 1 unit in the last place, 2^-22.4),
+// The approximations of the hardware have the maximum error that its manual allows (PTX ISA: 2^-22, 1 unit in the last place, 2^-22.4, 2^-22.6),
 // always in one direction, and flush results below 2^-126.
 inline float approximate(float x, float error) { return std::abs(x) < 1.17549435e-38f ? 0.0f : x + x * error; }
-inline float shim_exp2f(float x) { return approximate(std::exp2(x), 2.4e-7f); }
+inline float shim_exp2f(float x) { return x == 0 ? 1.0f : approximate(std::exp2(x), 2.4e-7f); }  // exact at 0
 #define exp2f shim_exp2f
+inline float __log2f(float x) {  // the error is absolute around 1 (2^-22.6)
+  const float y = std::log2(x);
+  return y + 1.6e-7f * std::fmax(1.0f, std::abs(y));
+}
 inline float __frcp_rn(float x) { return approximate(1.0f / x, 1.2e-7f); }
 inline float rsqrtf(float x) { return approximate(1.0f / std::sqrt(x), 1.9e-7f); }
 

@@ -8,7 +8,7 @@ void set_processors(int count) { shim::processors = count; }
 int launches() { return shim::launches; }
 int64_t size_of(int what) {
   const int64_t sizes[] = {sizeof(NllArgs),    sizeof(MixtureArgs),    sizeof(CategoricalArgs), sizeof(NllBackwardArgs),
-                           sizeof(SampleArgs), sizeof(SampleGradArgs), sizeof(Plan)};
+                           sizeof(SampleArgs), sizeof(SampleGradArgs), sizeof(Plan),            sizeof(CountArgs)};
   return sizes[what];
 }
 void plan(int64_t rows, int64_t size, int unit, int unroll, int64_t slots, Plan* plan) {
@@ -23,11 +23,13 @@ int64_t place(int64_t i, int64_t run, int64_t run_stride) {
 int64_t run_nll_scratch(const NllArgs* args) { return nll_scratch(*args); }
 int64_t run_mixture_scratch(const MixtureArgs* args) { return mixture_scratch(*args); }
 int64_t run_categorical_scratch(const CategoricalArgs* args) { return categorical_scratch(*args); }
+int64_t run_count_nll_scratch(const CountArgs* args) { return count_scratch(*args); }
 int64_t run_nll_backward_scratch(const NllBackwardArgs* args) { return nll_backward_scratch(*args); }
 int64_t run_sample_scratch(const SampleArgs* args) { return sample_scratch(*args); }
 int run_nll(const NllArgs* args) { return nll(*args, nullptr); }
 int run_mixture(const MixtureArgs* args) { return mixture(*args, nullptr); }
 int run_categorical(const CategoricalArgs* args) { return categorical(*args, nullptr); }
+int run_count_nll(const CountArgs* args) { return count_nll(*args, nullptr); }
 int run_nll_backward(const NllBackwardArgs* args) { return nll_backward(*args, nullptr); }
 int run_sample(const SampleArgs* args) { return sample(*args, nullptr); }
 int run_sample_grad(const SampleGradArgs* args) { return sample_grad(*args, nullptr); }

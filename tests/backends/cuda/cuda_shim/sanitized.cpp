@@ -66,13 +66,13 @@ Weights weights_of(Buffer& weight, int64_t size) {
 
 struct Scratch {
   std::vector<double> memory;
-  uint32_t counter = 0;
+  uint32_t counters[kCounters] = {};
 
   Workspace of(int64_t bytes) {
     memory.resize(bytes / 8);
-    return {bytes ? memory.data() : nullptr, &counter};
+    return {bytes ? memory.data() : nullptr, counters};
   }
-  ~Scratch() { check(counter == 0, "the counter", 0, 0); }
+  ~Scratch() { check(counters[0] == 0 && counters[1] == 0, "the counters", 0, 0); }
 };
 
 void reconstruction(std::mt19937& random, DType type, DType target_type, int64_t rows, int64_t size, int64_t shift) {
@@ -234,6 +234,62 @@ void words(std::mt19937& random, DType type, int64_t rows, int64_t positions, in
   check(categorical(args, nullptr) == cudaSuccess, "categorical with weights", rows, size);
 }
 
+// Zero-inflated counts by their logits, with every gradient, and a target that is dense or sparse.
+void counts(std::mt19937& random, DType type, int64_t rows, int64_t features, int64_t shift, bool shared, bool sparse) {
+  Scratch scratch;
+  const int64_t cells = rows * features;
+  Buffer logits(type, cells, shift), dispersion(type, shared ? features : cells, shift), zeros(type, cells, shift), library(DType::f32, rows);
+  Buffer d_logits(type, cells, shift), d_dispersion(type, shared ? features : cells), d_zeros(type, cells), d_library(DType::f32, rows);
+  Buffer nll(DType::f32, rows), loss(DType::f32, 1), log_grads(DType::f32, cells), factors(DType::f32, rows);
+  logits.fill(random), dispersion.fill(random), zeros.fill(random), factors.fill(random);
+  for (int64_t r = 0; r < rows; ++r) static_cast<float*>(library.data())[r] = static_cast<float>(features);
+  std::vector<float> target(cells), values;
+  std::vector<int64_t> starts{0}, columns;
+  for (int64_t i = 0; i < cells; ++i) {
+    if (random() % 4 == 0) target[i] = static_cast<float>(random() % 12);
+    if (target[i] != 0) values.push_back(target[i]), columns.push_back(i % features);
+    if (i % features == features - 1) starts.push_back(static_cast<int64_t>(values.size()));
+  }
+  CountArgs args;
+  args.rows = rows, args.size = features, args.raw = true, args.shared_dispersion = shared;
+  args.params[0] = logits.view<Operand>(features), args.params[1] = dispersion.view<Operand>(features);
+  args.params[2] = zeros.view<Operand>(features), args.library = library.numbers();
+  args.grads[0] = d_logits.view<Result>(features), args.grads[2] = d_zeros.view<Result>(features);
+  if (shared) args.params[1].row_stride = 0, args.shared_gradient = d_dispersion.output();
+  else args.grads[1] = d_dispersion.view<Result>(features);
+  args.library_gradient = d_library.output();
+  args.log_mean_grads = type == DType::f32 ? args.grads[0] : log_grads.view<Result>(features);
+  args.target = {target.data(), DType::f32, features, features, 0};
+  if (sparse) {
+    const auto stored = static_cast<int64_t>(values.size());
+    args.target = {values.data(), DType::f32, 1, 1, 0};
+    args.starts = starts.data(), args.columns = columns.data(), args.stored = stored;
+  }
+  args.nll = nll.output(), args.loss = loss.output(), args.reduced = true;
+  args.workspace = scratch.of(count_scratch(args));
+  check(count_nll(args, nullptr) == cudaSuccess, "count_nll", rows, features);
+  double all = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    double sum = 0, normaliser = 0;
+    for (int64_t g = 0; g < features; ++g) normaliser += std::exp(logits.get(r * features + g));
+    for (int64_t g = 0; g < features; ++g) {
+      const int64_t i = r * features + g;
+      const double mu = static_cast<double>(features) * std::exp(logits.get(i)) / normaliser, t = target[i];
+      const double theta = std::exp(dispersion.get(shared ? g : i)), p = 1 / (1 + std::exp(-zeros.get(i)));
+      const double log_p = std::lgamma(t + theta) - std::lgamma(theta) - std::lgamma(t + 1) - theta * std::log1p(mu / theta) +
+                           t * std::log(mu / (theta + mu));
+      sum -= std::log((t == 0 ? p : 0) + (1 - p) * std::exp(log_p));
+    }
+    check(near(nll.get(r), sum, 1e-4), "a row of counts", rows, features);
+    all += sum;
+  }
+  check(near(loss.get(0), all, 1e-4), "the loss of counts", rows, features);
+  args.loss = args.nll = {};
+  args.grad_nll = factors.numbers();
+  args.workspace = scratch.of(count_scratch(args));
+  check(count_nll(args, nullptr) == cudaSuccess, "count_nll", rows, features);
+}
+
 void posterior(std::mt19937& random, DType type, int64_t rows, int64_t size, int64_t draws, int64_t shift) {
   Scratch scratch;
   Buffer mu(type, rows * size, shift), logvar(type, rows * size), z(type, draws * rows * size), kl(DType::f32, rows);
@@ -325,6 +381,11 @@ int main() {
       words(random, DType::f32, 3, 5, 17, shift);
       words(random, DType::bf16, 40, 2, 8, shift);
       words(random, DType::f32, 2, 3, 1004, shift);
+      for (const bool sparse : {false, true}) {
+        counts(random, DType::f32, 3, 17, shift, true, sparse);
+        counts(random, DType::f32, 5, 520, shift, false, sparse);
+        counts(random, DType::bf16, 20, 260, shift, true, sparse);
+      }
       for (const bool in_turns : {false, true}) {
         for (const int64_t components : {0, 1, 3, 10})
           for (const int64_t channels : {1, 3}) {

@@ -1,0 +1,921 @@
+// Negative binomial counts. One launch computes the nll of each row, the loss and, where wanted, the gradients, and reads each input from
+// memory once (the softmax and its gradient read the logits again from the cache).
+//
+// Sums over a row, and over all rows, are needed before other blocks can go on. So the work is a list of items in three phases, which
+// blocks take in order with a counter:
+//   1. if raw, a row: the sum of its softmax
+//   2. a group of rows in a segment of kSegment features: nll and derivatives of every element
+//   3. what needs sums over rows or over segments: the nll of rows and the loss, the gradient of a shared dispersion, and the logits'
+// A block whose item is of a later phase waits until all items of the phases before it are done. They have all been taken, by blocks that
+// are running, so it needs no block to start and cannot wait for ever.
+//
+// In phase 2, a warp computes a segment of one row. Most counts are zeros, and it first computes all elements as zeros, in the compute
+// type. It lists the others, which then occupy its lanes one after the other: small whole counts are computed in the compute type, and
+// the rest, whose terms cancel, in fp64.
+#pragma once
+#include <cmath>
+
+#include "rows.cuh"
+#include "softmax.cuh"
+//
+#include "../math/counts.h"
+
+namespace fastvae::cuda {
+
+constexpr int kSegment = 256;  // the number of features that a warp computes at a time
+constexpr int kQuad = 4;       // adjacent elements of a lane
+constexpr int kQuads = kSegment / (kWarp * kQuad);
+constexpr int kLong = 4;  // segments of an item of phase 3
+constexpr int kWarps = kThreads / kWarp;
+
+template <class T>
+constexpr int count_resident() {
+  return sizeof(T) == 8 ? 1 : 2;
+}
+
+// What phase 1 finds about a row: the largest logit, the sum of exp(logit - top), and what turns logits into means and their logarithms.
+template <class C>
+struct alignas(16) RowSoftmax {
+  double log_offset;  // log library - top - log sum
+  C top, sum, scale;  // scale: library / sum, or its binary logarithm in fp32
+};
+
+struct CountPlan {
+  int64_t rows_each, groups, segments;  // of phase 2
+  int64_t parts;                        // of a row, for the logits in phase 3
+  uint32_t first, second, items;        // items before the second and the third phase, and all
+  uint32_t rows, features;              // items of phase 3 that finish rows and the shared dispersion's gradient; the others are for logits
+  int64_t of_rows, of_softmax, of_features, bytes;  // offsets in the scratch
+  int blocks;
+  bool wide;
+};
+
+// Returns p. The compiler does not know that, so it cannot compute what depends on p before the loop over items, where it would take up
+// registers for the whole kernel.
+template <class P>
+FASTVAE_DEVICE P* computed_here(P* p) {
+#ifdef __CUDA_ARCH__
+  asm volatile("mov.u64 %0, %0;" : "+l"(p));
+#endif
+  return p;
+}
+
+template <class C>
+struct alignas(16) Quad {
+  C value[kQuad];
+};
+// Adjacent quads as an array.
+template <class C>
+FASTVAE_DEVICE C* flat(Quad<C>* quads) {
+  return reinterpret_cast<C*>(quads);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Four adjacent elements
+// ---------------------------------------------------------------------------------------------------------------------------------
+
+// Of four elements, the first n exist: all or none if they are read at once (`wide`).
+struct Some {
+  bool wide;
+  int n;
+};
+
+template <class T>
+FASTVAE_DEVICE auto load_one(const T* p) {
+  Pack<T, 1> one;
+  one.load(p);
+  return widened(one.value[0]);
+}
+
+template <class T, class C>
+FASTVAE_DEVICE void load_quad(const T* p, const Some& some, C otherwise, C (&x)[kQuad]) {
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) x[j] = otherwise;
+  if (some.wide) {
+    if (!some.n) return;
+    Pack<T, kQuad> pack;
+    pack.load(p);
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) x[j] = static_cast<C>(widened(pack.value[j]));
+  } else {
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j)
+      if (j < some.n) x[j] = static_cast<C>(load_one(p + j));
+  }
+}
+
+// A dispersion that all rows share, which may be in fp32 beside params in half precision.
+template <class T>
+FASTVAE_DEVICE Compute<T> load_shared(const Operand& dispersion, int64_t i) {
+  if constexpr (sizeof(T) == 2) {
+    if (dispersion.type == DType::f32) return load_one(static_cast<const float*>(dispersion.data) + i);
+  }
+  return load_one(static_cast<const T*>(dispersion.data) + i);
+}
+
+// Calls f with a null pointer to the type of a count.
+template <class F>
+FASTVAE_DEVICE auto with_count_type(DType type, const F& f) {
+  switch (type) {
+    case DType::f32: return f(static_cast<const float*>(nullptr));
+    case DType::f64: return f(static_cast<const double*>(nullptr));
+    case DType::f16: return f(static_cast<const Half*>(nullptr));
+    case DType::bf16: return f(static_cast<const BFloat16*>(nullptr));
+    case DType::u16: return f(static_cast<const uint16_t*>(nullptr));
+    case DType::i32: return f(static_cast<const int32_t*>(nullptr));
+    case DType::i64: return f(static_cast<const int64_t*>(nullptr));
+    default: return f(static_cast<const uint8_t*>(nullptr));
+  }
+}
+
+template <class C>
+FASTVAE_DEVICE C load_count(const char* data, DType type, int64_t i) {
+  return with_count_type(type, [&](auto* as) { return static_cast<C>(load_one(reinterpret_cast<decltype(as)>(data) + i)); });
+}
+
+// A result of type T or, unless `kFixed`, of the compute type.
+template <class T, bool kFixed = false>
+struct To {};
+template <class T, bool kFixed, class F>
+FASTVAE_DEVICE void with_result_type(To<T, kFixed>, const Result& out, const F& f) {
+  if constexpr (sizeof(T) == 2 && !kFixed) {
+    if (out.type == DType::f32) return f(static_cast<float*>(out.data));
+  }
+  f(static_cast<T*>(out.data));
+}
+
+template <class Type, class C>
+FASTVAE_DEVICE void store_quad(const Result& out, int64_t i, const Some& some, const C (&x)[kQuad]) {
+  with_result_type(Type(), out, [&](auto* p) {
+    using S = std::remove_pointer_t<decltype(p)>;
+    if (some.wide) {
+      if (!some.n) return;
+      Pack<S, kQuad> pack;
+      pack.fill(x);
+      pack.store(p + i);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j)
+        if (j < some.n) p[i + j] = narrowed<S>(x[j]);
+    }
+  });
+}
+
+template <class Type, class C>
+FASTVAE_DEVICE void store_one(const Result& out, int64_t i, C x) {
+  with_result_type(Type(), out, [&](auto* p) { p[i] = narrowed<std::remove_pointer_t<decltype(p)>>(x); });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Elements
+// ---------------------------------------------------------------------------------------------------------------------------------
+
+// The dispersion for counts of zero, and its inverse.
+template <bool kRaw, class C>
+FASTVAE_DEVICE void dispersion_of_zeros(C given, C& theta, C& inverse) {
+  using P = math::Primitives<C>;
+  using B = math::Bounds<C>;
+  if constexpr (kRaw) {
+    const C bounded = P::clamp(given, B::lowest_log, B::highest_log);
+    theta = P::exp_bounded(bounded);
+    inverse = P::exp_bounded(-bounded);
+  } else {
+    theta = P::clamp(given, B::lowest, B::highest);
+    inverse = P::divide(C(1), theta);
+  }
+}
+
+// A count of zero with additional zeros, whose value is log(1 + r): the caller takes a single logarithm for several elements. In the
+// few cases where r might overflow a product of these, `far` holds the value, and r is 0.
+struct InflatedZeros {
+  float r, far, d_z, d_pi;
+};
+
+// 1 - exp(-z) with its relative accuracy, given exp(-z), for z >= 0. The fit has a relative error of 2e-8.
+FASTVAE_DEVICE float lost_by_decay(float z, float decay) {
+  constexpr float fit[] = {0.00721385516f, -0.0413337015f, 0.166625708f, -0.499998242f, 1.0f};
+  return z < 0.35f ? z * math::polynomial(z, fit) : 1.0f - decay;
+}
+
+// See math::with_additional_zeros. z are the values without additional zeros.
+FASTVAE_DEVICE void with_additional_zeros(const float (&z)[kQuad], const float (&pi)[kQuad], InflatedZeros (&out)[kQuad]) {
+  using P = math::Primitives<float>;
+  constexpr float kFar = 0x1p-15f;  // the product of eight 1 + r, with r of at most 1 / kFar, is finite
+  float denominators[kQuad], least = INFINITY;
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) {
+    const float odds = P::exp_bounded(P::at_most(pi[j], 80.0f)), decay = P::exp_bounded(-z[j]);
+    const float denominator = odds + decay, q = math::reciprocal_approximately(denominator);
+    const float r = lost_by_decay(z[j], decay) * q;
+    out[j] = {r, 0.0f, decay * q, -r * (odds * math::reciprocal_approximately(1.0f + odds))};
+    denominators[j] = denominator;
+    least = fminf(least, denominator);
+  }
+  if (least < kFar) {
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      if (!(denominators[j] < kFar)) continue;
+      const auto term = math::with_additional_zeros(math::CountTerm<float>{z[j], 1.0f, 1.0f, 0.0f}, pi[j]);
+      out[j] = {0.0f, term.value, term.d_mu, term.d_pi};
+    }
+  }
+}
+
+// A count above zero, as it is read. `lead` is the mean or the logit; what is to be added to it is called `offset` (see RowSoftmax).
+template <class C>
+struct Positive {
+  C t, lead, dispersion, pi;
+};
+
+// Computes a whole count below 8 in fp32, unless its dispersion or mean is extreme; returns whether it has. d_mu is the derivative by mu
+// or, if raw, by log mu, and d_theta that by theta or, if raw, log theta. With the products written as one,
+//   value = theta log(1 + mu / theta) + log[(1 + mu / theta) prod (i + 1) (theta + mu) / (theta + i)] - t log mu,  i = 1, ..., t - 1
+// The value is at least 1, and of the three terms no two are so much larger that their difference would lose digits of it.
+template <bool kRaw>
+FASTVAE_DEVICE bool small_count(const Positive<float>& in, double offset, math::CountTerm<float>& term) {
+  constexpr float kLowest = kRaw ? -11.5f : 1e-5f, kHighest = kRaw ? 69.0f : 1e30f, kMost = kRaw ? 9.2f : 1e4f;
+  bool fits = in.t < 8.0f && in.t >= 1.0f && truncf(in.t) == in.t && in.dispersion > kLowest && in.dispersion < kHighest;
+  float mu = 0, log_mu = 0, theta = in.dispersion;
+  if constexpr (kRaw) {
+    log_mu = static_cast<float>(static_cast<double>(in.lead) + offset);  // fp64, because the error would be the same in the whole row
+    fits = fits && log_mu < kMost;
+  } else {
+    mu = in.lead + static_cast<float>(offset);
+    fits = fits && mu > 1e-37f && mu < kMost;
+  }
+  if (!fits) return false;
+  if constexpr (kRaw) {
+    mu = expf(log_mu);
+    theta = expf(theta);
+  } else {
+    log_mu = logf(mu);
+  }
+  using P = math::Primitives<float>;
+  const float x = mu / theta, inverse = 1.0f / (1.0f + x);
+  const auto parts = math::log1p_parts_by_series(x, P::log1p(x), inverse);
+  float product = 1.0f + x, shares = 0;  // shares is 1 / (theta + 1) + 2 / (theta + 2) + ...
+#pragma unroll 1
+  for (float i = 1; i < in.t; ++i) {
+    product *= P::divide((i + 1.0f) * (theta + mu), theta + i);
+    shares += P::divide(i, theta + i);
+  }
+  const float kept = fmaf(-in.t, x * inverse, shares);
+  term = {fmaf(theta, parts.value, fmaf(-in.t, log_mu, logf(product))), (mu - in.t) * inverse,
+          kRaw ? fmaf(parts.excess, theta, kept) : parts.excess + kept / theta, 0.0f};
+  if constexpr (!kRaw) term.d_mu /= mu;
+  return true;
+}
+
+// Any count above zero, in fp64.
+template <bool kRaw>
+FASTVAE_DEVICE math::CountTerm<double> any_count(const Positive<double>& in, double offset) {
+  using P = math::Primitives<double>;
+  using B = math::Bounds<double>;
+  double mu = in.lead + offset, log_mu = mu, extra = math::below(in.dispersion, kRaw), theta = in.dispersion;
+  if constexpr (kRaw) {
+    const double unbounded = mu;
+    log_mu = P::clamp(unbounded, -670, 670);
+    extra += in.t * P::relu(log_mu - unbounded);  // below the clamp, the nll is -t log mu plus a constant
+    mu = ::exp(log_mu);
+    theta = ::exp(P::clamp(theta, B::lowest_log, B::highest_log));
+  } else {
+    log_mu = ::log(mu);
+    theta = P::clamp(theta, B::lowest, B::highest);
+  }
+  const bool large = in.t >= math::kStirlingFrom, near_poisson = theta >= math::kStirlingFrom;
+  const double log_factorial = large ? 0 : math::gamma_parts(in.t + 1).log_gamma;
+  math::CountTerm<double> term;
+  if (!large && in.t >= 1 && trunc(in.t) == in.t && theta >= math::kFewFrom) {
+    term = math::negative_binomial_few<false>(in.t, mu, log_mu, theta, log_factorial);
+  } else {
+    const auto of_theta = math::dispersion_parts(theta);
+    if (large)
+      term = near_poisson ? math::negative_binomial_positive<true, true>(in.t, mu, log_mu, theta, of_theta, log_factorial)
+                          : math::negative_binomial_positive<true, false>(in.t, mu, log_mu, theta, of_theta, log_factorial);
+    else
+      term = near_poisson ? math::negative_binomial_positive<false, true>(in.t, mu, log_mu, theta, of_theta, log_factorial)
+                          : math::negative_binomial_positive<false, false>(in.t, mu, log_mu, theta, of_theta, log_factorial);
+  }
+  term.value += extra;
+  if constexpr (kRaw) term.d_theta *= theta;
+  else term.d_mu /= mu;
+  return term;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Positions
+// ---------------------------------------------------------------------------------------------------------------------------------
+
+// The first of the positions from `first` to `last` whose column is at least `column`, found by a warp. If columns are out of order, it
+// is some position, and the same one in every call.
+FASTVAE_DEVICE int64_t lower_bound(const int64_t* columns, int64_t first, int64_t last, int64_t column) {
+  const int lane = threadIdx.x % kWarp;
+  while (first < last) {
+    const int64_t step = (last - first + kWarp - 1) / kWarp, probe = first + lane * step;
+    const bool below = probe < last && __ldg(reinterpret_cast<const long long*>(columns) + probe) < column;
+    const int n = __popc(__ballot_sync(0xffffffff, below));
+    if (n == 0) return first;
+    const int64_t end = first + n * step;
+    first += (n - 1) * step + 1;
+    last = end < last ? end : last;
+  }
+  return first;
+}
+
+// The stored values of a row in the columns from `begin` to `begin + count`.
+struct Stored {
+  int64_t first = 0, last = 0;
+  bool valid = true;  // false if the row's positions are out of range or out of order here
+
+  FASTVAE_DEVICE Stored() {}
+  // Sets the bit of each column whose value is not zero in `bits`, of which a warp has kSegment.
+  FASTVAE_DEVICE Stored(const CountArgs& args, int64_t row, int64_t begin, uint32_t count, uint32_t* bits) {
+    const int lane = threadIdx.x % kWarp;
+    const int64_t start = __ldg(reinterpret_cast<const long long*>(args.starts) + row),
+                  end = __ldg(reinterpret_cast<const long long*>(args.starts) + row + 1);
+    valid = start >= 0 && start <= end && end <= args.stored;
+    if (valid) {
+      // Each position of the row lies in the range of one segment, whatever its column is.
+      first = begin == 0 ? start : lower_bound(args.columns, start, end, begin);
+      last = begin + count == args.size ? end : lower_bound(args.columns, start, end, begin + count);
+      valid = first <= last && last - first <= count;
+    }
+    if (lane < kSegment / 32) bits[lane] = 0;
+    __syncwarp();
+    bool good = true;
+    for (int64_t i = first + lane; valid && i < last; i += kWarp) {
+      const int64_t column = args.columns[i];
+      const bool inside = column >= begin && column < begin + count && (i == first || args.columns[i - 1] < column);
+      good &= inside;
+      if (inside && load_count<float>(static_cast<const char*>(args.target.data), args.target.type, i) != 0) {
+        const int g = static_cast<int>(column - begin);
+        atomicOr(&bits[g / 32], 1u << g % 32);
+      }
+    }
+    __syncwarp();
+    if (__ballot_sync(0xffffffff, !good)) valid = false;
+    if (!valid) first = last = 0;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// The phases
+// ---------------------------------------------------------------------------------------------------------------------------------
+
+template <class C>
+FASTVAE_DEVICE C weight_of_row(const CountArgs& args, int64_t row) {
+  if (!args.grad_loss.data && !args.grad_nll.data) return static_cast<C>(args.weight);
+  return static_cast<C>(row_factor(args.grad_loss, args.grad_nll, args.weight, row));
+}
+
+template <class C>
+FASTVAE_DEVICE C warp_sum(C value) {
+  return group_sum(value, kWarp, static_cast<C*>(nullptr));
+}
+
+// What the blocks leave each other.
+template <class C>
+struct CountScratch {
+  double* totals;  // of each row and segment: the nll, then of all again the derivatives by log means, then those at an empty library
+  double* losses;  // of each item that finishes rows
+  RowSoftmax<C>* softmax;
+  C* features;  // of each group and feature: the derivative by the shared dispersion
+
+  FASTVAE_DEVICE CountScratch(const CountArgs& args, const CountPlan& plan) {
+    char* bytes = computed_here(static_cast<char*>(args.workspace.scratch));
+    totals = reinterpret_cast<double*>(bytes);
+    losses = reinterpret_cast<double*>(bytes + plan.of_rows);
+    softmax = reinterpret_cast<RowSoftmax<C>*>(bytes + plan.of_softmax);
+    features = reinterpret_cast<C*>(bytes + plan.of_features);
+  }
+};
+
+// Phase 1.
+template <class T, class C>
+FASTVAE_DEVICE void softmax_of_row(const CountArgs& args, const CountPlan& plan, int64_t row, RowSoftmax<C>* out, C* scratch) {
+  using P = math::Primitives<C>;
+  constexpr int kUnroll = sizeof(T) == 8 ? 2 : 4;
+  const T* logits = computed_here(static_cast<const T*>(args.params[0].data)) + row * args.params[0].row_stride;
+  Scaled<C> mine;
+  for (int64_t i = int64_t(threadIdx.x) * kQuad; i < args.size; i += int64_t(kThreads) * kQuad * kUnroll) {
+    C x[kUnroll][kQuad], top = mine.top;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t at = i + int64_t(u) * kThreads * kQuad, left = args.size - at;
+      load_quad(logits + at, Some{plan.wide, static_cast<int>(left < 0 ? 0 : left < kQuad ? left : kQuad)}, C(-INFINITY), x[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) top = top < x[u][j] ? x[u][j] : top;
+    C more(0);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) more += P::exp_bounded(x[u][j] - top);
+    mine.sum = P::fma(mine.sum, P::exp(mine.top - top), more);
+    mine.top = top;
+  }
+  mine = group_total(mine, kThreads, scratch);
+  if (threadIdx.x != 0) return;
+  const double library = number_of_any(args.library, row), sum = mine.sum, scale = library / sum;
+  constexpr double most = math::largest<C>();
+  C bounded = static_cast<C>(scale < most ? scale : scale == scale ? most : scale);
+  if constexpr (sizeof(C) == 4) bounded = log2f(bounded);
+  *out = {::log(library) - static_cast<double>(mine.top) - ::log(sum), mine.top, mine.sum, bounded};
+}
+
+// The shared memory of phase 2.
+template <class C>
+struct CountShared {
+  Quad<C>*theta, *inverse;  // of each feature of the segment, if all rows share the dispersion
+  Quad<C>* sums;            // of each warp and feature: the derivative by the shared dispersion
+  uint8_t* list;            // of each warp: the features of the segment whose count is not zero
+  uint32_t* bits;           // the same as bits, for a sparse target
+};
+
+// Computes a segment of a row, as the threads of one warp.
+template <class T, bool kRaw, bool kInflated>
+FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan, const CountScratch<Compute<T>>& scratch,
+                                   const CountShared<Compute<T>>& shared, int64_t row, int64_t segment) {
+  using C = Compute<T>;
+  using P = math::Primitives<C>;
+  using Grad = To<T, kRaw>;  // only the mean form has values and derivatives per element, in the compute type
+  constexpr bool kLogs = kInflated && sizeof(C) == 4;  // whether elements share logarithms
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t begin = segment * kSegment, source = cpu::target_row(args, row);
+  const int count = static_cast<int>(begin + kSegment < args.size ? kSegment : args.size - begin);
+  const bool sparse = args.starts, wants_sums = args.shared_gradient.data;
+  uint8_t* list = shared.list + warp * kSegment;
+  uint32_t* bits = shared.bits + warp * (kSegment / 32);
+  Quad<C>* sums = shared.sums + warp * (kSegment / kQuad);
+  C weight = weight_of_row<C>(args, row);
+
+  const T* mean = static_cast<const T*>(args.params[0].data) + row * args.params[0].row_stride + begin;
+  const T* dispersion = static_cast<const T*>(args.params[1].data) + row * args.params[1].row_stride + begin;
+  const T* zero_logits = static_cast<const T*>(args.params[2].data) + row * args.params[2].row_stride + begin;
+  const char* target = static_cast<const char*>(args.target.data);
+  if (!sparse) target += (source * args.target.row_stride + begin) * cpu::item_size(args.target.type);
+  const int64_t cell = row * args.size + begin;  // in the results
+
+  const auto quad_at = [&](int quad) {
+    const int left = count - kQuad * quad;
+    return Some{plan.wide, left < 0 ? 0 : left < kQuad ? left : kQuad};
+  };
+  Stored stored_values;
+  if (sparse) {
+    stored_values = Stored(args, source, begin, count, bits);
+    if (!stored_values.valid) weight = C(NAN);
+  }
+
+  C top(0), scale(0);
+  double offset = args.constants[0];
+  if constexpr (kRaw) {
+    const RowSoftmax<C>* of_row = scratch.softmax + row;
+    top = load_written(&of_row->top);
+    scale = load_written(&of_row->scale);
+    offset = load_written(&of_row->log_offset);
+  }
+
+  C sum(0), grad(0), logs(0);
+  uint32_t others = 0;  // bit 4 u + j is set if element j of this lane's quad u has a count that is not zero
+#pragma unroll 1
+  for (int u = 0; u < kQuads; ++u) {
+    const int quad = u * kWarp + lane, g = kQuad * quad;
+    const Some some = quad_at(quad);
+    // All loads come before the first use.
+    C x[kQuad], pi[kQuad], t[kQuad];
+    Quad<C> theta, inverse;
+    load_quad(mean + g, some, C(0), x);
+    if constexpr (kInflated) load_quad(zero_logits + g, some, C(0), pi);
+    if (args.shared_dispersion) {
+      theta = shared.theta[quad];
+      inverse = shared.inverse[quad];
+    } else {
+      load_quad(dispersion + g, some, C(1), theta.value);
+    }
+    uint32_t zeros = (1u << some.n) - 1;  // bit j is set if element j has a count of zero
+    if (sparse) {
+      zeros &= ~(bits[g / 32] >> g % 32);
+    } else {
+      with_count_type(args.target.type, [&](auto* as) {
+        load_quad(reinterpret_cast<decltype(as)>(target) + g, some, C(0), t);
+      });
+      uint32_t is_other = 0;
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) is_other |= t[j] == C(0) ? 0 : 1u << j;
+      zeros &= ~is_other;
+      others |= is_other << kQuad * u;
+    }
+    if (!args.shared_dispersion) {
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) dispersion_of_zeros<kRaw>(theta.value[j], theta.value[j], inverse.value[j]);
+    }
+    C value[kQuad], d_mean[kQuad], d_theta[kQuad], d_pi[kQuad];
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      C mu;
+      if constexpr (!kRaw) mu = x[j] + static_cast<C>(offset);
+      else if constexpr (sizeof(C) == 4) mu = math::exp2_approximately(fmaf(x[j] - top, 1.44269504f, scale));
+      else mu = P::exp(x[j] - top) * scale;
+      // With a mean of 0, the other elements add nothing to any sum.
+      mu = zeros >> j & 1 ? mu : C(0);
+      auto term = math::negative_binomial_zero(mu, theta.value[j], inverse.value[j]);
+      if constexpr (kInflated && !kLogs) term = math::with_additional_zeros(term, pi[j]);
+      value[j] = term.value;
+      d_mean[j] = kRaw ? term.d_mu * mu : term.d_mu;
+      d_theta[j] = kRaw ? term.d_theta * theta.value[j] : term.d_theta;
+      d_pi[j] = term.d_pi;
+    }
+    if constexpr (kLogs) {
+      InflatedZeros with[kQuad];
+      with_additional_zeros(value, pi, with);
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) {
+        d_mean[j] *= with[j].d_z;
+        d_theta[j] *= with[j].d_z;
+        d_pi[j] = with[j].d_pi;
+        sum += with[j].far;
+        logs = P::fma(logs, C(1) + with[j].r, with[j].r);
+        if (!kRaw && args.values.data) value[j] = with[j].far + P::log1p(with[j].r);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) sum += value[j];
+    }
+    if constexpr (kRaw) {
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) grad += d_mean[j];
+      if (args.log_mean_grads.data) store_quad<To<C>>(args.log_mean_grads, cell + g, some, d_mean);
+    } else {
+      if (args.values.data) {
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) value[j] *= weight;
+        store_quad<To<C>>(args.values, cell + g, some, value);
+      }
+      if (args.grads[0].data) {
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) d_mean[j] *= weight;
+        store_quad<Grad>(args.grads[0], cell + g, some, d_mean);
+      }
+    }
+    if (wants_sums) {
+      Quad<C> so_far = sums[quad];
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) so_far.value[j] = P::fma(d_theta[j], weight, so_far.value[j]);
+      sums[quad] = so_far;
+    } else if (args.grads[1].data) {
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) d_theta[j] *= weight;
+      store_quad<Grad>(args.grads[1], cell + g, some, d_theta);
+    }
+    if constexpr (kInflated) {
+      if (args.grads[2].data) {
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) d_pi[j] *= weight;
+        store_quad<Grad>(args.grads[2], cell + g, some, d_pi);
+      }
+    }
+  }
+  if constexpr (kLogs) sum += P::log1p(logs);
+
+  // List the others.
+  int listed = static_cast<int>(stored_values.last - stored_values.first);
+  if (!sparse) {
+    // In ascending order, like the positions of a sparse target. The counters of both quads take one half of a number each.
+    static_assert(kQuads == 2);
+    const int own = __popc(others & 15) | __popc(others >> 4) << 16;
+    int until = own;  // the others of this lane and of those before it
+#pragma unroll
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+      const int before = __shfl_up_sync(0xffffffff, until, distance);
+      if (lane >= distance) until += before;
+    }
+    const int total = __shfl_sync(0xffffffff, until, kWarp - 1), first_quad = total & 0xffff;
+    listed = first_quad + (total >> 16);
+    until -= own;
+    int at = until & 0xffff;
+    for (int quad = 0; quad < kQuads; ++quad, at = first_quad + (until >> 16))
+      for (uint32_t left = others >> kQuad * quad & 15; left; left &= left - 1)
+        list[at++] = static_cast<uint8_t>(kQuad * (quad * kWarp + lane) + __ffs(left) - 1);
+  }
+  __syncwarp();  // also orders the stores above before those below, by other lanes
+
+  const auto read = [&](int g, C t) {
+    Positive<C> in;
+    in.t = t;
+    in.lead = static_cast<C>(load_one(mean + g));
+    if (args.shared_dispersion) in.dispersion = load_shared<T>(args.params[1], begin + g);
+    else in.dispersion = static_cast<C>(load_one(dispersion + g));
+    in.pi = kInflated ? static_cast<C>(load_one(zero_logits + g)) : C(0);
+    return in;
+  };
+  const auto write = [&](int g, C value, C d_mean, C d_theta, C d_pi) {
+    sum += value;
+    if constexpr (kRaw) {
+      grad += d_mean;
+      if (args.log_mean_grads.data) store_one<To<C>>(args.log_mean_grads, cell + g, d_mean);
+    } else {
+      if (args.values.data) store_one<To<C>>(args.values, cell + g, value * weight);
+      if (args.grads[0].data) store_one<Grad>(args.grads[0], cell + g, d_mean * weight);
+    }
+    if (wants_sums) flat(sums)[g] += d_theta * weight;
+    else if (args.grads[1].data) store_one<Grad>(args.grads[1], cell + g, d_theta * weight);
+    if (kInflated && args.grads[2].data) store_one<Grad>(args.grads[2], cell + g, d_pi * weight);
+  };
+  // Entry i of the list, and its count.
+  const auto feature = [&](int i, C& t) {
+    if (!sparse) {
+      t = load_count<C>(target, args.target.type, list[i]);
+      return int(list[i]);
+    }
+    const int64_t at = stored_values.first + i;
+    t = load_count<C>(target, args.target.type, at);
+    return static_cast<int>(args.columns[at] - begin);
+  };
+
+  int rest = listed;
+  if constexpr (sizeof(C) == 4) {
+    rest = 0;  // entries that are left for fp64 move to the front of the list
+#pragma unroll 1
+    for (int base = 0; base < listed; base += kWarp) {
+      const int i = base + lane;
+      bool left = false;
+      int entry = 0;
+      if (i < listed) {
+        C t;
+        const int g = feature(i, t);
+        entry = sparse ? i : g;
+        if (t != C(0)) {
+          const auto in = read(g, t);
+          math::CountTerm<float> term;
+          left = !small_count<kRaw>(in, offset, term);
+          if (!left) {
+            if constexpr (kInflated) math::without_additional_zero(term, in.pi);
+            write(g, term.value, term.d_mu, term.d_theta, term.d_pi);
+          }
+        }
+      }
+      const uint32_t all = __ballot_sync(0xffffffff, left);
+      __syncwarp();
+      if (left) list[rest + __popc(all & ((1u << lane) - 1))] = static_cast<uint8_t>(entry);
+      rest += __popc(all);
+      __syncwarp();
+    }
+  }
+#pragma unroll 1
+  for (int i = lane; i < rest; i += kWarp) {
+    C t;
+    int g;
+    if (sparse) g = feature(sizeof(C) == 4 ? list[i] : i, t);
+    else g = feature(i, t);
+    if (t == C(0)) continue;
+    const auto in = read(g, t);
+    auto term = any_count<kRaw>(Positive<double>{in.t, in.lead, in.dispersion, in.pi}, offset);
+    if constexpr (kInflated) math::without_additional_zero(term, static_cast<double>(in.pi));
+    write(g, static_cast<C>(term.value), static_cast<C>(term.d_mu), static_cast<C>(term.d_theta), static_cast<C>(term.d_pi));
+  }
+
+  if (!stored_values.valid) sum = C(NAN), grad = C(NAN);
+  const int64_t at = row * plan.segments + segment, cells = args.rows * plan.segments;
+  sum = warp_sum(sum);
+  if (lane == 0) scratch.totals[at] = static_cast<double>(sum);
+  if constexpr (kRaw) {
+    grad = warp_sum(grad);
+    if (lane == 0) scratch.totals[cells + at] = static_cast<double>(grad);
+    if (args.library_gradient.data && number_of_any(args.library, row) == 0) {
+      // With a library of 0, all means are 0. As it grows, each mean grows by its feature's share of it, and the nll of a count of zero by
+      // the same amount, unless it is an additional zero.
+      C shares(0);
+#pragma unroll 1
+      for (int g = lane; g < count; g += kWarp) {
+        C share = P::exp_bounded(static_cast<C>(load_one(mean + g)) - top);
+        if constexpr (kInflated) share /= C(1) + P::exp(static_cast<C>(load_one(zero_logits + g)));
+        shares += share;
+      }
+      shares = warp_sum(shares);
+      if (lane == 0) scratch.totals[2 * cells + at] = static_cast<double>(shares);
+    }
+  }
+}
+
+// Sums what the segments of a row have left, as the threads of one warp, and returns the sum to all of them.
+FASTVAE_DEVICE double total_of_row(const double* totals, int64_t row, int64_t segments) {
+  double sum = 0;
+#pragma unroll 4
+  for (int i = threadIdx.x % kWarp; i < static_cast<int>(segments); i += kWarp) sum += load_written(totals + row * segments + i);
+  return warp_sum(sum);
+}
+
+// Phase 3, for kWarps rows. Returns their part of the loss to the first thread.
+template <class C>
+FASTVAE_DEVICE double finish_rows(const CountArgs& args, const CountPlan& plan, const CountScratch<C>& scratch, int64_t item, double* of_warps) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t row = item * kWarps + warp, cells = args.rows * plan.segments;
+  double loss = 0;
+  if (row < args.rows) {
+    double nll = total_of_row(scratch.totals, row, plan.segments);
+    const double library = args.raw ? number_of_any(args.library, row) : 1;
+    const auto is_infinite = [](double x) { return fabs(x) > math::largest<double>(); };
+    if (is_infinite(library)) nll += fabs(library);
+    if (args.loss.data && lane == 0) loss = put_row(args, row, nll, beta_of(args) * kl_of(args, row));
+    if (args.library_gradient.data) {
+      // If a row with a library of 0 has a count above zero, its nll and the derivative are infinite.
+      const bool empty = library == 0 && !is_infinite(nll);
+      double sum = total_of_row(scratch.totals + (empty ? 2 : 1) * cells, row, plan.segments);
+      sum /= empty ? static_cast<double>(load_written(&scratch.softmax[row].sum)) : library;
+      if (lane == 0) put_any(args.library_gradient, row, static_cast<double>(weight_of_row<C>(args, row)) * sum);
+    }
+  }
+  if (lane == 0) of_warps[warp] = loss;
+  __syncthreads();
+  for (int i = 1; threadIdx.x == 0 && i < kWarps; ++i) loss += of_warps[i];
+  return loss;
+}
+
+// Phase 3, for kThreads features.
+template <class C>
+FASTVAE_DEVICE void finish_features(const CountArgs& args, const CountPlan& plan, const CountScratch<C>& scratch, int64_t item) {
+  const int64_t feature = item * kThreads + threadIdx.x;
+  if (feature >= args.size) return;
+  double sum = 0;
+#pragma unroll 8
+  for (int64_t i = 0; i < plan.groups; ++i) sum += static_cast<double>(load_written(scratch.features + i * args.size + feature));
+  put_any(args.shared_gradient, feature, sum);
+}
+
+// Phase 3, for kLong segments of kWarps rows: the derivative by a logit is the derivative by the logarithm of its mean, less its share
+// of the sum of these over all features.
+template <class T, class C>
+FASTVAE_DEVICE void through_softmax(const CountArgs& args, const CountPlan& plan, const CountScratch<C>& scratch, int64_t item) {
+  using P = math::Primitives<C>;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t group = item / plan.parts, begin = (item - group * plan.parts) * (kLong * kSegment);
+  const int64_t row = group * kWarps + threadIdx.x / kWarp;
+  if (row >= args.rows) return;
+  const RowSoftmax<C>* of_row = scratch.softmax + row;
+  const C top = load_written(&of_row->top), weight = weight_of_row<C>(args, row);
+  const double total = total_of_row(scratch.totals + args.rows * plan.segments, row, plan.segments);
+  const C factor = static_cast<C>(total / static_cast<double>(load_written(&of_row->sum)));
+  const T* logits = computed_here(static_cast<const T*>(args.params[0].data)) + row * args.params[0].row_stride;
+  const C* in = static_cast<const C*>(args.log_mean_grads.data) + row * args.size;
+#pragma unroll 1
+  for (int64_t base = begin; base < begin + kLong * kSegment && base < args.size; base += kSegment) {
+    C x[kQuads][kQuad], d[kQuads][kQuad];
+    Some some[kQuads];
+#pragma unroll
+    for (int u = 0; u < kQuads; ++u) {
+      const int64_t i = base + kQuad * (u * kWarp + lane), left = args.size - i;
+      some[u] = {plan.wide, static_cast<int>(left < 0 ? 0 : left < kQuad ? left : kQuad)};
+      load_quad(logits + i, some[u], C(0), x[u]);
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) d[u][j] = C(0);
+      if (some[u].wide && some[u].n) {
+        Pack<C, kQuad> pack;
+        pack.load_written(in + i);
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) d[u][j] = pack.value[j];
+      } else {
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j)
+          if (j < some[u].n) d[u][j] = load_written(in + i + j);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kQuads; ++u) {
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) d[u][j] = P::fma(-P::exp_bounded(x[u][j] - top), factor, d[u][j]) * weight;
+      store_quad<To<T, true>>(args.grads[0], row * args.size + base + kQuad * (u * kWarp + lane), some[u], d[u]);
+    }
+  }
+}
+
+template <class T, bool kRaw, bool kInflated>
+__global__ void __launch_bounds__(kThreads, count_resident<T>())
+    count_kernel(const __grid_constant__ CountArgs args, const __grid_constant__ CountPlan plan) {
+  using C = Compute<T>;
+  FASTVAE_SHARED(Quad<C>, theta, kSegment / kQuad);
+  FASTVAE_SHARED(Quad<C>, inverse, kSegment / kQuad);
+  FASTVAE_SHARED(Quad<C>, sums, kWarps * kSegment / kQuad);
+  FASTVAE_SHARED(uint8_t, list, kWarps * kSegment);
+  FASTVAE_SHARED(uint32_t, bits, kWarps * kSegment / 32);
+  FASTVAE_SHARED(double, of_warps, kWarps);
+  FASTVAE_SHARED(C, softmax_scratch, 2 * kWarps);
+  FASTVAE_SHARED(uint32_t, number, 2);
+  const CountShared<C> shared{theta, inverse, sums, list, bits};
+  uint32_t *taken = args.workspace.counter, *done = args.workspace.counter + 1;
+
+  while (true) {
+    if (threadIdx.x == 0) number[0] = take_number(taken, plan.items + gridDim.x - 1);
+    __syncthreads();
+    const uint32_t item = number[0];
+    if (item >= plan.items) break;
+    const CountScratch<C> scratch(args, plan);
+    if (item < plan.first) {
+      if constexpr (kRaw) softmax_of_row<T>(args, plan, item, scratch.softmax + item, softmax_scratch);
+    } else if (item < plan.second) {
+      const int64_t group = (item - plan.first) / plan.segments, segment = (item - plan.first) - group * plan.segments;
+      const int64_t begin = segment * kSegment;
+      if (args.shared_dispersion) {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < kSegment; i += kThreads) {
+          const C given = begin + i < args.size ? load_shared<T>(args.params[1], begin + i) : C(1);
+          dispersion_of_zeros<kRaw>(given, flat(theta)[i], flat(inverse)[i]);
+        }
+#pragma unroll 1
+        for (int i = threadIdx.x; i < kWarps * kSegment / kQuad; i += kThreads) sums[i] = Quad<C>{};
+      }
+      if (kRaw) wait_for(done, plan.first);
+      else __syncthreads();
+      const int64_t first = group * plan.rows_each, last = first + plan.rows_each < args.rows ? first + plan.rows_each : args.rows;
+#pragma unroll 1
+      for (int64_t row = first + threadIdx.x / kWarp; row < last; row += kWarps) {
+        segment_of_row<T, kRaw, kInflated>(args, plan, scratch, shared, row, segment);
+        __syncwarp();
+      }
+      if (args.shared_gradient.data) {
+        __syncthreads();
+#pragma unroll 1
+        for (int i = threadIdx.x; i < kSegment && begin + i < args.size; i += kThreads) {
+          C sum(0);
+          for (int w = 0; w < kWarps; ++w) sum += flat(sums)[w * kSegment + i];
+          scratch.features[group * args.size + begin + i] = sum;
+        }
+      }
+    } else {
+      const uint32_t own = item - plan.second;
+      wait_for(done, plan.second);
+      if (own < plan.rows) {
+        const double loss = finish_rows(args, plan, scratch, own, of_warps);
+        if (threadIdx.x == 0) scratch.losses[own] = loss;
+      } else if (own < plan.rows + plan.features) {
+        finish_features(args, plan, scratch, own - plan.rows);
+      } else if constexpr (kRaw) {
+        through_softmax<T>(args, plan, scratch, own - plan.rows - plan.features);
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) number[1] = take_number(done, plan.items - 1);
+    __syncthreads();
+    if (number[1] == plan.items - 1 && args.loss.data && args.reduced) {
+      const double loss = sum_written(scratch.losses, static_cast<int>(plan.rows), of_warps);
+      if (threadIdx.x == 0) put(args.loss, 0, args.weight * loss);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+
+inline CountPlan count_plan(const CountArgs& args) {
+  const int64_t rows = args.rows, size = args.size, item = cpu::item_size(args.params[0].type), in_compute = item == 8 ? 8 : 4;
+  const int64_t slots = fastvae::cuda::slots(item == 8 ? count_resident<double>() : count_resident<float>());
+  const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  CountPlan plan{};
+  plan.segments = up(size, kSegment);
+  plan.parts = up(plan.segments, kLong);
+  // A group has more than one row for each warp only if there are so many that the device stays busy.
+  plan.rows_each = kWarps * std::max<int64_t>(1, std::min<int64_t>(64, up(rows, kWarps) * plan.segments / (16 * slots)));
+  plan.groups = up(rows, plan.rows_each);
+  const int64_t first = args.raw && plan.segments ? rows : 0, second = first + plan.groups * plan.segments;
+  const int64_t finished = args.loss.data || args.library_gradient.data ? std::max<int64_t>(1, up(rows, kWarps)) : 0;
+  const int64_t features = args.shared_gradient.data ? up(size, kThreads) : 0;
+  const int64_t logits = args.raw && args.grads[0].data ? up(rows, kWarps) * plan.parts : 0;
+  plan.first = static_cast<uint32_t>(first);
+  plan.second = static_cast<uint32_t>(second);
+  plan.rows = static_cast<uint32_t>(finished);
+  plan.features = static_cast<uint32_t>(features);
+  plan.items = static_cast<uint32_t>(second + finished + features + logits);
+  plan.blocks = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(plan.items, slots)));
+  plan.wide = allows(args.params[0], size, kQuad) && allows(args.grads[0], size, kQuad) && allows(args.params[2], size, kQuad) &&
+              allows(args.grads[1], size, kQuad) && allows(args.grads[2], size, kQuad) && allows(args.values, size, kQuad) &&
+              allows(args.log_mean_grads, size, kQuad) && (args.shared_dispersion || allows(args.params[1], size, kQuad)) &&
+              (args.starts || allows(args.target, size, kQuad));
+  const auto room = [&](int64_t bytes) {
+    const int64_t at = plan.bytes;
+    plan.bytes += up(bytes, 16) * 16;
+    return at;
+  };
+  room((args.library_gradient.data ? 3 : args.raw ? 2 : 1) * rows * plan.segments * int64_t(sizeof(double)));
+  plan.of_rows = room(finished * int64_t(sizeof(double)));
+  plan.of_softmax = room(first * int64_t(in_compute == 8 ? sizeof(RowSoftmax<double>) : sizeof(RowSoftmax<float>)));
+  plan.of_features = room(features ? plan.groups * size * in_compute : 0);
+  plan.bytes = std::max<int64_t>(plan.bytes, 16);  // the counters are needed in any case
+  return plan;
+}
+
+template <class T>
+cudaError_t launch_counts(const CountArgs& args, cudaStream_t stream) {
+  const CountPlan plan = count_plan(args);
+  const bool inflated = args.params[2].data;
+  if (args.raw && inflated) return FASTVAE_LAUNCH((count_kernel<T, true, true>), plan.blocks, stream, args, plan);
+  if (args.raw) return FASTVAE_LAUNCH((count_kernel<T, true, false>), plan.blocks, stream, args, plan);
+  if (inflated) return FASTVAE_LAUNCH((count_kernel<T, false, true>), plan.blocks, stream, args, plan);
+  return FASTVAE_LAUNCH((count_kernel<T, false, false>), plan.blocks, stream, args, plan);
+}
+
+extern template cudaError_t launch_counts<float>(const CountArgs&, cudaStream_t);
+extern template cudaError_t launch_counts<double>(const CountArgs&, cudaStream_t);
+extern template cudaError_t launch_counts<Half>(const CountArgs&, cudaStream_t);
+extern template cudaError_t launch_counts<BFloat16>(const CountArgs&, cudaStream_t);
+
+}  // namespace fastvae::cuda
