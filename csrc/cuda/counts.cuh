@@ -50,14 +50,20 @@ struct CountPlan {
   bool wide;
 };
 
-// Returns p. The compiler does not know that, so it cannot compute what depends on p before the loop over items, where it would take up
+// Returns x. The compiler does not know that, so it cannot compute what depends on x before the loop over items, where it would take up
 // registers for the whole kernel.
-template <class P>
-FASTVAE_DEVICE P* computed_here(P* p) {
+FASTVAE_DEVICE uint32_t computed_here(uint32_t x) {
 #ifdef __CUDA_ARCH__
-  asm volatile("mov.u64 %0, %0;" : "+l"(p));
+  asm volatile("mov.u32 %0, %0;" : "+r"(x));
 #endif
-  return p;
+  return x;
+}
+template <class P>
+FASTVAE_DEVICE P* computed_here(P* x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("mov.u64 %0, %0;" : "+l"(x));
+#endif
+  return x;
 }
 
 template <class C>
@@ -703,7 +709,7 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
 FASTVAE_DEVICE double total_of_row(const double* totals, int64_t row, int64_t segments) {
   double sum = 0;
 #pragma unroll 4
-  for (int i = threadIdx.x % kWarp; i < static_cast<int>(segments); i += kWarp) sum += load_written(totals + row * segments + i);
+  for (int i = static_cast<int>(computed_here(threadIdx.x) % kWarp); i < static_cast<int>(segments); i += kWarp) sum += load_written(totals + row * segments + i);
   return warp_sum(sum);
 }
 
