@@ -12,6 +12,7 @@ from .functional.checks import check_choice, check_kl, is_dense, layout_message
 from .functional.loss import nll as loss_and_nll
 from .functional.ranges import has_values, warn_of_impossible_values
 from .likelihoods import Bernoulli, Likelihood
+from .priors import Prior
 from .reference import REDUCTIONS, free_bits
 from .reference.loss import reduce_rows
 
@@ -70,6 +71,9 @@ class ELBO(nn.Module):
             counts as having this much, so nothing pushes it to collapse (Kingma et al. 2016, appendix C.8). 0 disables
             them. With free bits, `reparameterize` returns the KL of every dimension, in the shape of `mu`, and `kl=`
             expects the same; `out.kl` is still the true KL of every row.
+        prior: a module of `fastvae.priors`; None is the standard normal. Where its KL has no closed form, `reparameterize`
+            returns the KL of its sample, log q(z | x) - log p(z). The parameters of a learned prior are among
+            `elbo.parameters()`.
         free_bits_mean: if True, as in the paper, the threshold applies to the mean KL of a dimension over the batch (of
             this process); if False, it applies to each datum separately.
 
@@ -89,6 +93,7 @@ class ELBO(nn.Module):
         reduction: str = "mean",
         free_bits: float = 0.0,
         free_bits_mean: bool = True,
+        prior: Prior | None = None,
     ) -> None:
         super().__init__()
         self.likelihood = likelihoods.get(likelihood)
@@ -97,6 +102,8 @@ class ELBO(nn.Module):
         # at compile time.
         self._free_bits = _checked("free_bits", "float", free_bits) or None
         self.free_bits_mean = free_bits_mean
+        _check_prior(prior, self._free_bits)
+        self.prior = prior
         # A plain number has no device, so beta is created on torch's default device, like every other parameter.
         device = beta.device if isinstance(beta, Tensor) else None
         self._beta = _checked_beta(beta)
@@ -166,7 +173,16 @@ class ELBO(nn.Module):
         With `samples=K`, z is (K, B, ...). To average the loss over the samples, make each a row of its own:
         `elbo(decoder(z.flatten(0, 1)), x.repeat(K, *[1] * (x.dim() - 1)), kl=kl.repeat(K))`; for flat data,
         `x.repeat(K, 1)` is enough. With free bits, repeat the KL in the same way as x.
+
+        With `prior=`, the KL is that from the prior, averaged over the samples if it is estimated from them.
         """
+        prior: Any = self._modules.get("prior")
+        if prior is not None:
+            if prior_mu is not None or prior_logvar is not None:
+                raise ValueError("fastvae.ELBO: `prior_mu` and the ELBO's `prior` exclude each other, got both")
+            noise = {"generator": generator, "seed": seed, "row_offset": row_offset, "eps": eps}
+            z, kl = prior.reparameterize_kl(mu, logvar, samples=samples, **noise)
+            return z, kl if self._free_bits is None else prior.analytic_kl(mu, logvar, reduction="none")
         z, kl = functional.reparameterize_kl(
             mu,
             logvar,
@@ -216,7 +232,7 @@ class ELBO(nn.Module):
                 raise ValueError(
                     f"fastvae.ELBO: `mu` must have as many rows as `x` {tuple(x.shape)}, got {tuple(mu.shape)}"
                 )
-            kl = functional.gaussian_kl(mu, logvar, reduction="event" if self._free_bits is None else "none")
+            kl = _analytic_kl(self._modules.get("prior"), mu, logvar, "event" if self._free_bits is None else "none")
         elif mu is not None or logvar is not None:
             raise TypeError(_kl_or_posterior_message("both"))
         true_kl = kl
@@ -249,6 +265,33 @@ class ELBO(nn.Module):
         beta = "?" if self.beta.is_meta else f"{self.beta.item():g}"
         free_bits = f", free_bits={self.free_bits:g}" if self.free_bits else ""
         return f"beta={beta}, reduction={self.reduction!r}{free_bits}"
+
+
+def _check_prior(prior: Any, free_bits: float | None) -> None:
+    if prior is None:
+        return
+    if not isinstance(prior, Prior):
+        raise TypeError(
+            f"fastvae.ELBO: `prior` must be a module of fastvae.priors or None, got {type(prior).__name__}; subclass "
+            "fastvae.priors.Prior for one of your own"
+        )
+    if free_bits is not None and not prior.has_analytic_kl:
+        raise ValueError(
+            f"fastvae.ELBO: `free_bits` need the KL of every dimension, which has no closed form with the prior "
+            f"{type(prior).__name__}; use free_bits=0"
+        )
+
+
+def _analytic_kl(prior: Any, mu: Tensor, logvar: Tensor, reduction: str) -> Tensor:
+    if prior is None:
+        return functional.gaussian_kl(mu, logvar, reduction=reduction)
+    kl = prior.analytic_kl(mu, logvar, reduction=reduction)
+    if kl is None:
+        raise TypeError(
+            f"fastvae.ELBO: with the prior {type(prior).__name__}, the KL depends on z: pass `kl`, as in "
+            "z, kl = elbo.reparameterize(mu, logvar) and elbo(decoder(z), x, kl=kl)"
+        )
+    return kl
 
 
 def _move_beta(beta: Tensor, kl: Tensor) -> None:

@@ -6,10 +6,13 @@ from typing import Any, NamedTuple
 import torch
 
 NAMES = ("auto", "reference", "native", "triton")
-OPS = ("reparameterize_kl", "gaussian_kl", "nll", "nll_elements")
+OPS = ("reparameterize_kl", "gaussian_kl", "nll", "nll_elements", "gaussian_mixture_log_prob")
 
 # op -> the (backend, device type) pairs that have no kernel for it. "auto" then uses the next backend that has one.
-OPS_LACKING: dict[str, tuple[tuple[str, str], ...]] = {"nll_elements": (("native", "cuda"),)}
+OPS_LACKING: dict[str, tuple[tuple[str, str], ...]] = {
+    "nll_elements": (("native", "cuda"),),
+    "gaussian_mixture_log_prob": (("native", "cuda"),),
+}
 
 # Tensors on any other device type are served by the reference, under every setting.
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
@@ -22,6 +25,8 @@ class Backend(NamedTuple):
     gaussian_kl(mu, logvar, prior_mu, prior_logvar, per_element) -> kl
     nll(likelihood, params, target, constants, kl, beta, reduction) -> (loss, nll)
     nll_elements(likelihood, params, target, constants, weight) -> values
+    gaussian_mixture_log_prob(z, mu, logvar, log_weight, joint, per_dimension) -> (joint, per_dimension), each of which
+        is empty if it is not requested
     """
 
     name: str
@@ -29,6 +34,7 @@ class Backend(NamedTuple):
     gaussian_kl: Callable[..., Any]
     nll: Callable[..., Any]
     nll_elements: Callable[..., Any]
+    gaussian_mixture_log_prob: Callable[..., Any]
 
 
 class Missing(Exception):
