@@ -71,9 +71,9 @@ class ELBO(nn.Module):
             counts as having this much, so nothing pushes it to collapse (Kingma et al. 2016, appendix C.8). 0 disables
             them. With free bits, `reparameterize` returns the KL of every dimension, in the shape of `mu`, and `kl=`
             expects the same; `out.kl` is still the true KL of every row.
-        prior: a module of `fastvae.priors`; None is the standard normal. Where its KL has no closed form, `reparameterize`
-            returns the KL of its sample, log q(z | x) - log p(z). The parameters of a learned prior are among
-            `elbo.parameters()`.
+        prior: a module of `fastvae.priors`; None is the standard normal. Where its KL has no closed form,
+            `reparameterize` returns the KL of its sample, log q(z | x) - log p(z). The parameters of a learned prior
+            are among `elbo.parameters()`.
         free_bits_mean: if True, as in the paper, the threshold applies to the mean KL of a dimension over the batch (of
             this process); if False, it applies to each datum separately.
 
@@ -179,7 +179,9 @@ class ELBO(nn.Module):
         prior: Any = self._modules.get("prior")
         if prior is not None:
             if prior_mu is not None or prior_logvar is not None:
-                raise ValueError("fastvae.ELBO: `prior_mu` and the ELBO's `prior` exclude each other, got both")
+                raise ValueError(
+                    "fastvae.ELBO: `prior_mu` and the ELBO's `prior` exclude each other, got both"
+                )
             noise = {"generator": generator, "seed": seed, "row_offset": row_offset, "eps": eps}
             z, kl = prior.reparameterize_kl(mu, logvar, samples=samples, **noise)
             return z, kl if self._free_bits is None else prior.analytic_kl(mu, logvar, reduction="none")
@@ -232,7 +234,9 @@ class ELBO(nn.Module):
                 raise ValueError(
                     f"fastvae.ELBO: `mu` must have as many rows as `x` {tuple(x.shape)}, got {tuple(mu.shape)}"
                 )
-            kl = _analytic_kl(self._modules.get("prior"), mu, logvar, "event" if self._free_bits is None else "none")
+            kl = _analytic_kl(
+                self._modules.get("prior"), mu, logvar, "event" if self._free_bits is None else "none"
+            )
         elif mu is not None or logvar is not None:
             raise TypeError(_kl_or_posterior_message("both"))
         true_kl = kl

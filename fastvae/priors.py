@@ -5,7 +5,7 @@ estimated from the sample z: log q(z | x) - log p(z). Subclass `Prior` for one o
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,14 @@ class Prior(nn.Module):
         dim: the number of latent dimensions.
     """
 
-    has_analytic_kl: ClassVar[bool] | bool = False
-    """Whether `analytic_kl` returns a tensor, so that no sample is needed for the KL."""
-
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = checked_int(f"priors.{type(self).__name__}", "dim", dim, 1, None)
+
+    @property
+    def has_analytic_kl(self) -> bool:
+        """Whether `analytic_kl` returns a tensor, so that no sample is needed for the KL."""
+        return False
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z) of every row, in nats: (B, dim), or (B, ...) with `dim` elements per row, to (B,)."""
@@ -101,12 +103,14 @@ class StandardNormal(Prior):
         dim: the number of latent dimensions.
     """
 
-    has_analytic_kl = True
-
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
         # It carries the device and dtype of samples.
         self.register_buffer("_like", torch.empty(0), persistent=False)
+
+    @property
+    def has_analytic_kl(self) -> bool:
+        return True
 
     def log_prob(self, z: Tensor) -> Tensor:
         return log_normal(self._points(z))
@@ -138,7 +142,9 @@ class _Mixture(Prior):
         dtype = torch.promote_types(points.dtype, torch.promote_types(mu.dtype, logvar.dtype))
         if log_weight is not None:
             log_weight = log_weight.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        return functional.gaussian_mixture_log_prob(points.to(dtype), mu.to(dtype), logvar.to(dtype), log_weight)
+        return functional.gaussian_mixture_log_prob(
+            points.to(dtype), mu.to(dtype), logvar.to(dtype), log_weight
+        )
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -161,7 +167,7 @@ class GaussianMixture(_Mixture):
         dim: the number of latent dimensions.
         spread: the standard deviation of the initial means around 0. Equal components would never part.
 
-    Parameters: `mu` and `logvar`, (M, dim), and `logits`, (M,), whose softmax are the weights.
+    Parameters: `mu` and `logvar`, (M, dim), and `logits`, (M,), whose softmax are the weights (None for one component).
     """
 
     def __init__(self, components: int, dim: int, *, spread: float = 1.0) -> None:
@@ -170,20 +176,22 @@ class GaussianMixture(_Mixture):
         self.spread = float(spread)
         self.mu = nn.Parameter(torch.empty(components, dim))
         self.logvar = nn.Parameter(torch.empty(components, dim))
-        self.logits = nn.Parameter(torch.empty(components))
+        # A parameter that never gets a gradient would stop DistributedDataParallel.
+        self.logits = nn.Parameter(torch.empty(components)) if components > 1 else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.mu, std=self.spread)
         nn.init.zeros_(self.logvar)
-        nn.init.zeros_(self.logits)
+        if self.logits is not None:
+            nn.init.zeros_(self.logits)
 
     @property
-    def has_analytic_kl(self) -> bool:  # type: ignore[override]
+    def has_analytic_kl(self) -> bool:
         return self.mu.shape[0] == 1
 
-    def components(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.mu, self.logvar, self.logits.log_softmax(0)
+    def components(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.mu, self.logvar, None if self.logits is None else self.logits.log_softmax(0)
 
     def analytic_kl(self, mu: Tensor, logvar: Tensor, *, reduction: str = "event") -> Tensor | None:
         if not self.has_analytic_kl:

@@ -1,11 +1,11 @@
 """Terms of objectives that compare the aggregate posterior with its marginals or with the prior.
 
-The aggregate posterior q(z) = 1/N sum_n q(z | x_n) belongs to the whole data set; from a batch it can only be estimated.
-`total_correlation` and `decompose_kl` estimate it with the posteriors of the batch as the components of a mixture
-(Chen, Li, Grosse and Duvenaud 2018, "Isolating Sources of Disentanglement in VAEs"). `mmd` compares samples (Zhao, Song
-and Ermon 2019, InfoVAE; Tolstikhin et al. 2018, WAE). All are differentiable, in nats, and none builds a tensor of
-B x B x D elements. Under DistributedDataParallel an estimate is made by each process from its own rows, with the size of
-the whole data set.
+The aggregate posterior q(z) = 1/N sum_n q(z | x_n) belongs to the whole data set; a batch only gives estimates of it.
+`total_correlation` and `decompose_kl` estimate it by a mixture whose components are the posteriors of the batch (Chen,
+Li, Grosse and Duvenaud 2018, "Isolating Sources of Disentanglement in VAEs"). `mmd` compares samples (Zhao, Song and
+Ermon 2019, InfoVAE; Tolstikhin et al. 2018, WAE). All are differentiable, and none builds a tensor of B x B x D
+elements. Under DistributedDataParallel, each process makes an estimate from its own rows, with the size of the whole
+data set.
 """
 
 import math
@@ -57,8 +57,9 @@ def total_correlation(
         estimator: how the batch stands for the data set. `"mss"`, stratified sampling, weighs a point's own posterior
             1/N and each other (N - 1) / (N (B - 1)). This is Chen et al.'s appendix C.2, averaged over the order of the
             batch: the estimate of q(z) is unbiased and does not depend on the order. `"mws"`, weighted sampling
-            (appendix C.1), weighs all 1 / (N B); it gives the point's own posterior B times its share of q(z) and is
-            biased, less so in TC, where the constant -log N occurs D + 1 times.
+            (appendix C.1), weighs all 1 / (N B), so that its expectation is
+            [q(z | n) + (B - 1) / (N - 1) sum of the others] / (N B). Where posteriors overlap, that is q(z) / N, and
+            TC is too large by (D - 1) log N, a constant without gradient.
 
     The logarithm of an estimate is biased even if the estimate is not (Jensen's inequality), the more so the more
     dimensions and the fewer rows: see docs/priors.md.
@@ -95,9 +96,7 @@ def decompose_kl(
     check_choice(where, "reduction", reduction, ("mean", "none"))
     joint, of_each = _log_aggregate(where, z, mu, logvar, dataset_size, estimator)
     marginals = of_each.sum(1)
-    parts = KLDecomposition(
-        log_normal(z, mu, logvar) - joint, joint - marginals, marginals - log_normal(z)
-    )
+    parts = KLDecomposition(log_normal(z, mu, logvar) - joint, joint - marginals, marginals - log_normal(z))
     return parts if reduction == "none" else KLDecomposition(*(part.mean() for part in parts))
 
 
@@ -127,7 +126,7 @@ def mmd(
 
     Args:
         z: samples of the aggregate posterior, (B, D), floating point.
-        prior_sample: samples of the prior, (P, D), with z's dtype. Without it the prior is N(0, 1), and the expectations
+        prior_sample: samples of the prior, (P, D), with z's dtype. Without it the prior is N(0, 1), and expectations
             over it are exact (Rustamov 2021, "Closed-form expressions for maximum mean discrepancy with applications to
             Wasserstein auto-encoders"), which leaves the noise of one sample instead of two.
         bandwidth: of the kernel, or several, whose kernels are averaged. By default sqrt(D): then 2 bandwidth^2 is the

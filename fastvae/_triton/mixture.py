@@ -1,9 +1,9 @@
 """Mixtures of diagonal Gaussians: the log-density of points, jointly and in each dimension, and its gradients.
 
 A program keeps some points (or, for the gradients of components, some components) and goes through tiles of the others.
-With r = e^(-logvar / 2) / sqrt(2) and t = (z - mu) r, the log-density of one dimension is -t^2 - (logvar + log 2 pi) / 2,
-and its derivatives by z, mu and logvar are -2 t r, 2 t r and t^2 - 1/2. csrc/math/mixture.h gives the reasons for what
-happens to infinite numbers.
+With r = e^(-logvar / 2) / sqrt(2) and t = (z - mu) r, the log-density of one dimension is
+-t^2 - (logvar + log 2 pi) / 2, and its derivatives by z, mu and logvar are -2 t r, 2 t r and t^2 - 1/2.
+csrc/math/mixture.h gives the reasons for what happens to infinite numbers.
 """
 
 import math
@@ -356,9 +356,7 @@ class _Mixture:
         columns = min(64, chosen.tile)
         rows = max(1, chosen.tile // columns)
         point_blocks, component_blocks = -(-self.points // rows), -(-self.components // columns)
-        blocks, others = (
-            (point_blocks, component_blocks) if of_points else (component_blocks, point_blocks)
-        )
+        blocks, others = (point_blocks, component_blocks) if of_points else (component_blocks, point_blocks)
         dims = self.dims if each else 1
         splits = min(max(1, chosen.programs // max(1, blocks * dims)), others)
         tiles = -(-others // splits)
@@ -442,17 +440,20 @@ def gaussian_mixture_log_prob_backward(
         if grad is not None
     }
     gradients: list[Tensor] = []
+
+    def add(like: Tensor, factor: int, of_each_form: list[Tensor]) -> None:
+        total = of_each_form[0] if len(of_each_form) == 1 else of_each_form[0] + of_each_form[1]
+        gradients.append((total * factor).t().to(like.dtype).contiguous())
+
     if needs & POINTS:
-        total = sum(_gradients(mixture, each, *pair, True, False)[0] for each, pair in pairs.items())
-        gradients.append((total * -2).t().to(z.dtype).contiguous())
+        add(z, -2, [_gradients(mixture, each, *pair, True, False)[0] for each, pair in pairs.items()])
     if needs & (MEANS | LOGVARS):
-        parts = [
-            _gradients(mixture, each, *pair, False, needs & LOGVARS != 0) for each, pair in pairs.items()
-        ]
+        with_second = needs & LOGVARS != 0
+        parts = [_gradients(mixture, each, *pair, False, with_second) for each, pair in pairs.items()]
         if needs & MEANS:
-            gradients.append((sum(part[0] for part in parts) * 2).t().to(mu.dtype).contiguous())
-        if needs & LOGVARS:
-            gradients.append(sum(part[1] for part in parts).t().to(logvar.dtype).contiguous())
+            add(mu, 2, [part[0] for part in parts])
+        if with_second:
+            add(logvar, 1, [part[1] for part in parts])
     if needs & LOG_WEIGHTS and log_weight is not None:
         gradients.append(_weight_gradient(mixture, pairs).to(log_weight.dtype))
     return gradients

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from .checks import check_beside, check_floating, check_like, device_message, dtype_name, is_dense, layout_message
+from .checks import (
+    check_beside,
+    check_floating,
+    check_like,
+    device_message,
+    dtype_name,
+    is_dense,
+    layout_message,
+)
 
 __all__ = ["gaussian_mixture_log_prob"]
 
@@ -115,7 +123,8 @@ def _check_mixture(where: str, z: Any, mu: Any, logvar: Any, log_weight: Any) ->
         return
     check_beside(where, "log_weight", log_weight, "z", z)
     points, components = z.shape[0], mu.shape[0]
-    if log_weight.shape not in ((components,), (points, components)):
+    # torch.compile cannot trace `in` for shapes with symbolic sizes.
+    if log_weight.shape != (components,) and log_weight.shape != (points, components):
         raise ValueError(
             f"fastvae.{where}: `log_weight` must have shape ({components},) or ({points}, {components}) for `z` "
             f"{tuple(z.shape)} and `mu` {tuple(mu.shape)}, got {tuple(log_weight.shape)}"

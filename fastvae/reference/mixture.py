@@ -37,8 +37,10 @@ def gaussian_mixture_log_prob(
     log_weight = log_weight.to(dtype)
     # The inverse of the standard deviation is finite, so that a distance of 0 remains 0 for every variance.
     inverse = torch.exp(logvar.clamp(min=-1418.0 if dtype == torch.float64 else -176.0) / -2)
-    standardised = (z.unsqueeze(1) - mu) * inverse
-    unreached = (standardised * standardised).isinf()
+    distance = z.unsqueeze(1) - mu
+    infinite = distance.isinf()
+    standardised = torch.where(infinite, 0.0, distance) * inverse
+    unreached = infinite | (standardised * standardised).isinf()
     standardised = torch.where(unreached, 0.0, standardised)
     logvar = torch.where(logvar < _LOG_OF_NOTHING, _LOG_OF_NOTHING, logvar)
     elements = (standardised * standardised + logvar + math.log(2 * math.pi)) / -2

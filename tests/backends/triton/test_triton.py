@@ -2,7 +2,7 @@
 
 The interpreter must be enabled before the first import of Triton: TRITON_INTERPRET=1 pytest tests/backends/triton.
 Without this variable and without a GPU, this file starts itself with it, in two processes, together with the tests of
-test_autograd.py and test_autograd_features.py that take a backend. test_triton_aot.py tests the compiled kernels
+core files below that take a backend. test_triton_aot.py tests the compiled kernels
 without a GPU.
 """
 
@@ -43,7 +43,7 @@ on_gpu = pytest.mark.skipif(not GPU, reason="only a GPU can show this")
 @pytest.mark.parametrize("shard", ["0/2", "1/2"])
 def test_device_tests_pass_in_the_interpreter(shard: str, which_tests: list[str]) -> None:
     tests = Path(__file__).parents[2]
-    core = ("test_autograd", "test_autograd_features", "test_draws")
+    core = ("test_autograd", "test_autograd_features", "test_draws", "test_mixture")
     files = [
         str(tests / "backends/triton/test_triton.py"),
         *(str(tests / f"core/{name}.py") for name in core),
