@@ -37,7 +37,7 @@ _DEFAULT = {
     ("sample_gradient", "large"): Choice(1024, 4, 2048),
     # These tiles are pairs of a point and a component.
     ("mixture", "small"): Choice(1024, 4, 256),
-    ("mixture", "large"): Choice(2048, 4, 512),
+    ("mixture", "large"): Choice(1024, 4, 1024),
 }
 
 # Maps architecture -> (kernel, class) -> choice. If there is no entry, that of "default" is used. In a full tile, a

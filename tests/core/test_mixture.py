@@ -46,7 +46,7 @@ def formula(
 ) -> Any:
     components = mu.shape[0]
     if log_weight is None:
-        log_weight = torch.full((components,), -math.log(components), dtype=mu.dtype)
+        log_weight = mu.new_full((components,), -math.log(components))
     elements = Normal(mu, torch.exp(logvar / 2)).log_prob(z.unsqueeze(1))
     joint = torch.logsumexp(elements.sum(2) + log_weight, 1)
     each = torch.logsumexp(elements + log_weight.unsqueeze(-1), 1)
@@ -59,14 +59,14 @@ def results(function: Callable[..., Any], inputs: list[Tensor], form: bool | str
     out = function(*leaves, per_dimension=form)
     values = out if isinstance(out, tuple) else (out,)
     generator = torch.Generator().manual_seed(1)
-    factors = [torch.randn(value.shape, generator=generator).to(value) for value in values]
+    factors = [torch.randn(value.shape, generator=generator).to(value.device, value.dtype) for value in values]
     return *(value.detach() for value in values), *torch.autograd.grad(values, leaves, factors)
 
 
-def relative_error(got: Tensor, want: Tensor) -> float:
+def relative_error(got: Tensor, want: Tensor) -> Tensor:
     if want.numel() == 0:
-        return 0.0
-    return float((got.double() - want).abs().max() / (1 + want.abs().max()))
+        return torch.zeros(())
+    return (got.double() - want).abs().max() / (1 + want.abs().max())
 
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 2e-2}

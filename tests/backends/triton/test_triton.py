@@ -19,6 +19,7 @@ import test_count_elements
 import test_counts
 import test_discretized
 import test_extremes as ends
+import test_mixture
 import torch
 from cases import CASES, DTYPES, GRADIENT_TOLERANCE, VALUE_TOLERANCE, Case, Inputs, Result
 from conftest import INTERPRETED
@@ -102,6 +103,21 @@ def test_against_the_reference(device: torch.device, case: Case) -> None:
     scale = cases.exact(case, inputs).scale
     exact = Result(want.value.double(), scale, {n: g.double() for n, g in want.gradients.items()})
     check(got, exact, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("form", test_mixture.FORMS)
+@pytest.mark.parametrize("weights", test_mixture.WEIGHTS)
+def test_gaussian_mixture_equals_the_formula(
+    device: torch.device, weights: str, form: bool | str, dtype: torch.dtype
+) -> None:
+    size = (500, 300, 20) if GPU else (20, 70, 3)
+    inputs = [x.to(device) for x in test_mixture.make(size, weights, dtype)]
+    got = test_mixture.results(functional.gaussian_mixture_log_prob, inputs, form)
+    want = test_mixture.results(test_mixture.formula, [x.double() for x in inputs], form)
+    for ours, exact in zip(got, want, strict=True):
+        assert ours.shape == exact.shape
+        assert test_mixture.relative_error(ours, exact) < test_mixture.TOLERANCE[dtype]
 
 
 # components (0: no mixture), channels, pixels
