@@ -61,8 +61,8 @@ def total_correlation(
             [q(z | n) + (B - 1) / (N - 1) sum of the others] / (N B). Where posteriors overlap, that is q(z) / N, and
             TC is too large by (D - 1) log N, a constant without gradient.
 
-    The logarithm of an estimate is biased even if the estimate is not (Jensen's inequality), the more so the more
-    dimensions and the fewer rows: see docs/priors.md.
+    The logarithm of an estimate is biased even if the estimate is not (Jensen's inequality), and in many dimensions the
+    posteriors of a finite data set hardly overlap, so that independent dimensions look dependent: see docs/priors.md.
 
     Returns:
         The mean over the batch, a scalar; float32 (float64 for float64).

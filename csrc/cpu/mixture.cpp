@@ -3,8 +3,10 @@
 #include "../math/mixture.h"
 
 #include <ATen/Parallel.h>
+#include <c10/core/Allocator.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -21,6 +23,21 @@ template <class C>
 constexpr int64_t kTile = kVectors * Vec<C>::size();
 
 inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// Memory from torch's allocator, so that its profiler counts it.
+template <class C>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size, bool zeroed = false)
+      : memory_(size ? c10::GetAllocator(c10::DeviceType::CPU)->allocate(size * sizeof(C)) : c10::DataPtr()) {
+    if (zeroed && size) std::memset(memory_.mutable_get(), 0, size * sizeof(C));
+  }
+  C* data() { return static_cast<C*>(memory_.mutable_get()); }
+  const C* data() const { return static_cast<const C*>(memory_.get()); }
+
+ private:
+  c10::DataPtr memory_;
+};
 
 // The components, transposed: a tile has its `kTile` components side by side, for one dimension after another.
 template <class C>
@@ -53,7 +70,7 @@ class Components {
               sum += terms[i];
             }
           }
-          base_[place] = real ? static_cast<C>(sum) : -std::numeric_limits<C>::infinity();
+          base_.data()[place] = real ? static_cast<C>(sum) : -std::numeric_limits<C>::infinity();
         }
     });
   }
@@ -70,7 +87,7 @@ class Components {
   C* block(int64_t tile, int64_t which) { return data_.data() + (3 * tile + which) * dims_ * kTile<C>; }
 
   int64_t dims_;
-  std::vector<C> base_, data_;
+  Scratch<C> base_, data_;
 };
 
 // kRows points, the last of which is repeated if there are fewer.
@@ -157,7 +174,8 @@ struct Total {
 // Rounding errors of a lane's running sum grow with the number of its summands, so totals are taken after so many tiles.
 constexpr int64_t kTilesPerTotal = 64;
 
-template <class C, bool kJoint, bool kEach>
+// kEach says whether the densities of each dimension are wanted. The joint one costs little beside them.
+template <class C, bool kEach>
 void value_as(const MixtureValueArgs& args) {
   using V = Vec<C>;
   constexpr int64_t W = V::size();
@@ -178,25 +196,24 @@ void value_as(const MixtureValueArgs& args) {
       for (int64_t tile = 0; tile < components.tiles; ++tile) {
         load_log_weights(args, group, tile, weights);
         if constexpr (kEach) {
-          if (kJoint) sums.clear();
+          sums.clear();
           const C *mu = components.mu(tile), *root = components.root(tile), *term = components.term(tile);
           for (int64_t d = 0; d < dims; ++d)
             for (int v = 0; v < kVectors; ++v, mu += W, root += W, term += W) {
               const V m = V::loadu(mu), s = V::loadu(root), c = V::loadu(term);
               for (int r = 0; r < kRows; ++r) {
                 const V t = (V(z[r][d]) - m) * s, square = t * t;
-                if (kJoint) sums.at[r][v] = sums.at[r][v] + square;
+                sums.at[r][v] = sums.at[r][v] + square;
                 each[d * kRows + r].add(c + weights.at[r][v] - square);
               }
             }
         } else {
           squares(components, tile, z, dims, sums);
         }
-        if constexpr (kJoint)
-          for (int v = 0; v < kVectors; ++v) {
-            const V base = V::loadu(components.base(tile) + v * W);
-            for (int r = 0; r < kRows; ++r) joint[r].add(base + weights.at[r][v] - sums.at[r][v]);
-          }
+        for (int v = 0; v < kVectors; ++v) {
+          const V base = V::loadu(components.base(tile) + v * W);
+          for (int r = 0; r < kRows; ++r) joint[r].add(base + weights.at[r][v] - sums.at[r][v]);
+        }
         if ((tile + 1) % kTilesPerTotal == 0 || tile + 1 == components.tiles) {
           for (int r = 0; r < kRows; ++r) {
             joint_total[r].add(joint[r]);
@@ -209,7 +226,7 @@ void value_as(const MixtureValueArgs& args) {
         }
       }
       for (int64_t r = 0; r < group.rows; ++r) {
-        if (kJoint) static_cast<C*>(args.joint)[group.row[r]] = joint_total[r].log();
+        if (args.joint) static_cast<C*>(args.joint)[group.row[r]] = joint_total[r].log();
         if (kEach)
           for (int64_t d = 0; d < dims; ++d)
             static_cast<C*>(args.per_dimension)[group.row[r] * dims + d] = each_total[d * kRows + r].log();
@@ -249,7 +266,7 @@ C sum_of_lanes(Vec<C> v) {
   return sum;
 }
 
-template <class C, bool kJoint, bool kEach>
+template <class C, bool kEach>
 void grad_as(const MixtureGradArgs& args) {
   using V = Vec<C>;
   using P = math::Primitives<V>;
@@ -257,11 +274,12 @@ void grad_as(const MixtureGradArgs& args) {
   const Components<C> components(args);
   const Division<C> division(args);
   const int64_t dims = args.dims, tile_size = dims * kTile<C>, padded = components.tiles * kTile<C>;
-  const bool of_rows = args.log_weight_stride != 0;
+  const bool of_rows = args.log_weight_stride != 0, with_joint = !kEach || args.grad_joint;
   // Every range of points has its own sums for the components, and every range of components its own sums for the points.
-  std::vector<C> all_mu(division.points * components.tiles * tile_size), all_logvar(all_mu.size());
-  std::vector<C> all_z(division.components * args.points * dims);
-  std::vector<C> all_weights(args.grad_log_weight && !of_rows ? division.points * padded : 0);
+  const int64_t of_components = components.tiles * tile_size, of_points = args.points * dims;
+  Scratch<C> all_mu(division.points * of_components, true), all_logvar(division.points * of_components, true);
+  Scratch<C> all_z(division.components * of_points);
+  Scratch<C> all_weights(args.grad_log_weight && !of_rows ? division.points * padded : 0, true);
 
   at::parallel_for(0, division.points * division.components, 1, [&](int64_t first, int64_t last) {
     std::vector<V> z_sums(kRows * dims);
@@ -280,7 +298,7 @@ void grad_as(const MixtureGradArgs& args) {
         for (int r = 0; r < kRows; ++r) {
           z[r] = static_cast<const C*>(args.z) + group.row[r] * dims;
           const bool repeated = r >= group.rows;  // counted once, by its first copy
-          if (kJoint) {
+          if (with_joint) {
             total[r] = static_cast<const C*>(args.joint)[group.row[r]];
             grad[r] = repeated ? C(0) : static_cast<const C*>(args.grad_joint)[group.row[r]];
             usable(total[r], grad[r]);
@@ -297,7 +315,7 @@ void grad_as(const MixtureGradArgs& args) {
         for (int64_t tile = first_tile; tile < last_tile; ++tile) {
           load_log_weights(args, group, tile, weights);
           V largest(0);
-          if constexpr (kJoint) {
+          if (with_joint) {
             squares(components, tile, z, dims, sums);
             for (int v = 0; v < kVectors; ++v) {
               const V base = V::loadu(components.base(tile) + v * W);
@@ -306,6 +324,8 @@ void grad_as(const MixtureGradArgs& args) {
                 shares.at[r][v] = math::share(base + weights.at[r][v] - sums.at[r][v], V(total[r])) * V(grad[r]);
               }
             }
+          } else {
+            shares.clear();
           }
           if (kEach && args.grad_log_weight) each_shares.clear();
           const int64_t place = (point_range * components.tiles + tile) * tile_size;
@@ -320,11 +340,11 @@ void grad_as(const MixtureGradArgs& args) {
                 const V m = V::loadu(mu), s = V::loadu(root), c = kEach ? V::loadu(term) : V(0);
                 V mu_sum = V::loadu(mu_sums), logvar_sum = V::loadu(logvar_sums);
                 for (int r = 0; r < kRows; ++r) {
-                  V t = (V(z[r][d]) - m) * s, square = t * t, w = kJoint ? shares.at[r][v] : V(0);
+                  V t = (V(z[r][d]) - m) * s, square = t * t, w = shares.at[r][v];
                   if constexpr (kEach) {
                     const V own = math::share(c + weights.at[r][v] - square, V(totals[d * kRows + r])) * V(grads[d * kRows + r]);
                     if (args.grad_log_weight) each_shares.at[r][v] = each_shares.at[r][v] + own;
-                    w = kJoint ? w + own : own;
+                    w = w + own;
                   }
                   if (with_infinite) {
                     const V infinite = P::less(V(math::largest<C>()), square);
@@ -348,7 +368,7 @@ void grad_as(const MixtureGradArgs& args) {
           if (!args.grad_log_weight) continue;
           for (int r = 0; r < group.rows; ++r)
             for (int v = 0; v < kVectors; ++v) {
-              const V share = kJoint && kEach ? shares.at[r][v] + each_shares.at[r][v] : kJoint ? shares.at[r][v] : each_shares.at[r][v];
+              const V share = kEach ? shares.at[r][v] + each_shares.at[r][v] : shares.at[r][v];
               const int64_t m = tile * kTile<C> + v * W, left = std::min(W, args.components - m);
               if (left <= 0) continue;
               if (of_rows) store_lanes(share, static_cast<C*>(args.grad_log_weight) + group.row[r] * args.components + m, left);
@@ -360,43 +380,39 @@ void grad_as(const MixtureGradArgs& args) {
         }
         for (int64_t r = 0; r < group.rows; ++r)
           for (int64_t d = 0; d < dims; ++d)
-            all_z[(component_range * args.points + group.row[r]) * dims + d] = sum_of_lanes(z_sums[d * kRows + r]);
+            all_z.data()[(component_range * args.points + group.row[r]) * dims + d] = sum_of_lanes(z_sums[d * kRows + r]);
       }
     }
   });
 
-  const auto total = [](const std::vector<C>& sums, int64_t count, int64_t at) {
+  const auto total = [](const Scratch<C>& sums, int64_t count, int64_t size, int64_t at) {
     C sum = 0;
-    for (int64_t i = 0; i < count; ++i) sum += sums[i * (sums.size() / count) + at];
+    for (int64_t i = 0; i < count; ++i) sum += sums.data()[i * size + at];
     return sum;
   };
   at::parallel_for(0, args.points * dims, kGrain, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) static_cast<C*>(args.grad_z)[i] = -2 * total(all_z, division.components, i);
+    for (int64_t i = first; i < last; ++i) static_cast<C*>(args.grad_z)[i] = -2 * total(all_z, division.components, of_points, i);
   });
   at::parallel_for(0, args.components, grain(dims), [&](int64_t first, int64_t last) {
     for (int64_t m = first; m < last; ++m) {
       const int64_t at = m / kTile<C> * tile_size + m % kTile<C>;
       for (int64_t d = 0; d < dims; ++d) {
-        static_cast<C*>(args.grad_mu)[m * dims + d] = 2 * total(all_mu, division.points, at + d * kTile<C>);
-        static_cast<C*>(args.grad_logvar)[m * dims + d] = total(all_logvar, division.points, at + d * kTile<C>);
+        static_cast<C*>(args.grad_mu)[m * dims + d] = 2 * total(all_mu, division.points, of_components, at + d * kTile<C>);
+        static_cast<C*>(args.grad_logvar)[m * dims + d] = total(all_logvar, division.points, of_components, at + d * kTile<C>);
       }
-      if (args.grad_log_weight && !of_rows) static_cast<C*>(args.grad_log_weight)[m] = total(all_weights, division.points, m);
+      if (args.grad_log_weight && !of_rows) static_cast<C*>(args.grad_log_weight)[m] = total(all_weights, division.points, padded, m);
     }
   });
 }
 
 template <class C>
 void value_in(const MixtureValueArgs& args) {
-  if (!args.per_dimension) value_as<C, true, false>(args);
-  else if (!args.joint) value_as<C, false, true>(args);
-  else value_as<C, true, true>(args);
+  args.per_dimension ? value_as<C, true>(args) : value_as<C, false>(args);
 }
 
 template <class C>
 void grad_in(const MixtureGradArgs& args) {
-  if (!args.grad_per_dimension) grad_as<C, true, false>(args);
-  else if (!args.grad_joint) grad_as<C, false, true>(args);
-  else grad_as<C, true, true>(args);
+  args.grad_per_dimension ? grad_as<C, true>(args) : grad_as<C, false>(args);
 }
 
 }  // namespace

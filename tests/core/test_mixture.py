@@ -59,7 +59,9 @@ def results(function: Callable[..., Any], inputs: list[Tensor], form: bool | str
     out = function(*leaves, per_dimension=form)
     values = out if isinstance(out, tuple) else (out,)
     generator = torch.Generator().manual_seed(1)
-    factors = [torch.randn(value.shape, generator=generator).to(value.device, value.dtype) for value in values]
+    factors = [
+        torch.randn(value.shape, generator=generator).to(value.device, value.dtype) for value in values
+    ]
     return *(value.detach() for value in values), *torch.autograd.grad(values, leaves, factors)
 
 
