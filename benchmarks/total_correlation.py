@@ -16,7 +16,7 @@ import torch
 from fastvae.regularizers import total_correlation
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 SIZE, STD = 4096, 0.3
 DIMENSIONS = (2, 5, 10, 20)
