@@ -74,7 +74,7 @@ py::object unless_refused(const Op& op) {
 }
 
 py::object nll(std::string_view likelihood, const py::sequence& params, py::handle target, const std::vector<double>& constants,
-               py::handle kl, py::handle beta, int64_t reduction) {
+               py::handle kl, py::handle beta, int64_t reduction, py::handle weight) {
   const auto& variant = likelihood_variant(likelihood);
   if (watched() || !(variant.elementwise() || variant.family == Family::discretized)) return py::none();
   Tensors tensors;
@@ -87,7 +87,7 @@ py::object nll(std::string_view likelihood, const py::sequence& params, py::hand
   const Tensor* data = plain_tensor(target);
   // Only Python says whether a target may serve several rows.
   if (!data || data->dim() == 0 || tensors[0].dim() == 0 || data->size(0) != tensors[0].size(0)) return py::none();
-  OptionalTensor row_kl, weight;
+  OptionalTensor row_kl, row_beta, weights;
   const auto device = tensors[0].device();
   bool together = data->device() == device;
   for (const Tensor& t : tensors) together &= t.device() == device;
@@ -96,27 +96,50 @@ py::object nll(std::string_view likelihood, const py::sequence& params, py::hand
     if (!k || c10::isReducedFloatingType(k->scalar_type()) || !b || b->scalar_type() != at::kFloat) return py::none();
     together &= k->device() == device && b->device() == device;
     row_kl = *k;
-    weight = *b;
+    row_beta = *b;
+  }
+  if (!weight.is_none()) {
+    const Tensor* w = plain_tensor(weight);
+    if (!w) return py::none();
+    together &= w->device() == device;
+    weights = *w;
   }
   if (!together) return py::none();
   static const auto handle = op<Nll>("fastvae::nll");
-  return unless_refused([&] { return handle.call(likelihood, tensors, *data, constants, row_kl, weight, reduction); });
+  return unless_refused([&] { return handle.call(likelihood, tensors, *data, constants, row_kl, row_beta, reduction, weights); });
 }
 
+// mu and logvar, or a packed head and None.
+struct PosteriorArgs {
+  const Tensor* mu;
+  OptionalTensor logvar;
+  bool plain;
+
+  PosteriorArgs(py::handle first, py::handle second) : mu(plain_floats(first)), plain(mu && !watched()) {
+    if (!plain || second.is_none()) return;
+    const Tensor* t = plain_floats(second);
+    plain = t && t->device() == mu->device();
+    if (plain) logvar = *t;
+  }
+};
+
 // A standard normal prior, one draw, noise from the default generator.
-py::object reparameterize_kl(py::handle mu, py::handle logvar) {
-  const Tensor *m = plain_floats(mu), *v = plain_floats(logvar);
-  if (!m || !v || m->device() != v->device() || watched()) return py::none();
+py::object reparameterize_kl(py::handle mu, py::handle logvar, std::string_view form, const std::vector<double>& constants,
+                             bool per_element) {
+  const PosteriorArgs args(mu, logvar);
+  if (!args.plain) return py::none();
   static const auto handle = op<ReparameterizeKl>("fastvae::reparameterize_kl");
-  return unless_refused([&] { return handle.call(*m, *v, {}, {}, {}, {}, 0, {}, {}); });
+  return unless_refused(
+      [&] { return handle.call(*args.mu, args.logvar, {}, {}, form, constants, {}, per_element, {}, {}, 0, {}, {}); });
 }
 
 // A standard normal prior.
-py::object gaussian_kl(py::handle mu, py::handle logvar, bool per_element) {
-  const Tensor *m = plain_floats(mu), *v = plain_floats(logvar);
-  if (!m || !v || m->device() != v->device() || watched()) return py::none();
+py::object gaussian_kl(py::handle mu, py::handle logvar, std::string_view form, const std::vector<double>& constants,
+                       bool per_element) {
+  const PosteriorArgs args(mu, logvar);
+  if (!args.plain) return py::none();
   static const auto handle = op<KlForward>("fastvae::gaussian_kl");
-  return unless_refused([&] { return handle.call(*m, *v, {}, {}, per_element); });
+  return unless_refused([&] { return handle.call(*args.mu, args.logvar, {}, {}, form, constants, {}, per_element); });
 }
 
 // The table of likelihoods in the format of table() in fastvae/_spec.py.

@@ -286,3 +286,22 @@ def table() -> list[tuple[str, str, str, int, int, bool, bool, bool, tuple[torch
         )
         for variant in VARIANTS.values()
     ]
+
+
+# The forms in which an encoder gives the scale of a posterior, and the names of their constants. With the encoder's
+# number v:
+#   logvar          v = log sigma^2
+#   logvar_clamp    log sigma^2 = v, clamped to [low, high], with no gradient outside
+#   logvar_bounds   log sigma^2 = v, clamped smoothly between low and high
+#   log_std         sigma = e^v + eps; if soft_clamp is not 0, v and the mean are first clamped to c tanh(v / c) and
+#                   c tanh(mu / c), where c is soft_clamp
+#   softplus        sigma = log(1 + e^v) + eps
+#   variance        sigma^2 = e^v + eps
+SCALE_FORMS: dict[str, tuple[str, ...]] = {
+    "logvar": (),
+    "logvar_clamp": ("low", "high"),
+    "logvar_bounds": ("low", "high"),
+    "log_std": ("soft_clamp", "eps"),
+    "softplus": ("eps",),
+    "variance": ("eps",),
+}

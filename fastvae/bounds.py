@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .elbo import ELBO
-from .functional import reparameterize_kl
-from .functional.checks import check_choice, check_floating, check_like, checked_int
-from .functional.loss import nll as loss_and_nll
-from .likelihoods import Likelihood
+from .functional import sample_log_probs
+from .functional.checks import check_choice, checked_int
+from .functional.forms import ScaleForm
+from .likelihoods.base import nll_of_draws
 from .reference.loss import reduce_rows
 
 __all__ = ["IWAE", "IWAEOutput", "PosteriorDraws"]
 
 ESTIMATORS = ("iwae", "stl", "dreg")
-_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class PosteriorDraws(NamedTuple):
@@ -81,6 +80,7 @@ class IWAE(ELBO):
         reduction: `"mean"` (or `"batchmean"`), `"sum"` or `"none"`, over rows, as for `fastvae.ELBO`.
         chunk: the number of draws to evaluate at a time, to save memory. The decoder then runs once more in the
             backward pass, so it must be passed as a function.
+        posterior: the form of the scale, as for `fastvae.ELBO`.
     """
 
     def __init__(
@@ -92,9 +92,10 @@ class IWAE(ELBO):
         beta: float | Tensor = 1.0,
         reduction: str = "mean",
         chunk: int | None = None,
+        posterior: str | ScaleForm = "logvar",
     ) -> None:
-        super().__init__(likelihood, beta=beta, reduction=reduction)
-        self.samples = checked_int("IWAE", "samples", samples, 1, None)
+        super().__init__(likelihood, beta=beta, reduction=reduction, posterior=posterior)
+        self.samples: int = checked_int("IWAE", "samples", samples, 1, None)
         check_choice("IWAE", "estimator", estimator, ESTIMATORS)
         self.estimator = estimator
         self.chunk = None if chunk is None else checked_int("IWAE", "chunk", chunk, 1, None)
@@ -102,39 +103,31 @@ class IWAE(ELBO):
     def sample(
         self,
         mu: Tensor,
-        logvar: Tensor,
+        logvar: Tensor | None = None,
         *,
         generator: torch.Generator | None = None,
         seed: Tensor | None = None,
         row_offset: int = 0,
     ) -> PosteriorDraws:
-        """Draw K samples z ~ N(mu, e^logvar) for every row, and compute their densities.
+        """Draw K samples z from the posterior of every row, and compute their densities. See
+        `fastvae.functional.sample_log_probs`.
 
         Args:
-            mu, logvar: the posterior, (B, ...), floating, of one dtype and shape.
+            mu, logvar: the posterior, (B, ...), floating, of one dtype and shape; or a packed head (B, 2 L, ...) alone.
             generator, seed, row_offset: as for `fastvae.functional.reparameterize_kl`, which generates the noise.
         """
-        check_floating("IWAE", "mu", mu)
-        check_like("IWAE", "logvar", logvar, "mu", mu)
-        nothing = torch.zeros_like(mu, requires_grad=False)
-        # For a standard normal posterior, the draws are the noise itself.
-        eps, _ = reparameterize_kl(
-            nothing, nothing, samples=self.samples, generator=generator, seed=seed, row_offset=row_offset
+        return PosteriorDraws(
+            *sample_log_probs(
+                mu,
+                logvar,
+                form=self.posterior,
+                samples=self.samples,
+                stl=self.estimator != "iwae",
+                generator=generator,
+                seed=seed,
+                row_offset=row_offset,
+            )
         )
-        z = mu + torch.exp(0.5 * logvar) * eps
-        wide = torch.float64 if mu.dtype == torch.float64 else torch.float32
-        z_wide, size = z.to(wide), mu[0].numel() if len(mu) else 0
-        if self.estimator == "iwae":
-            # As z is a function of the noise, only the derivative of the scale remains of the density's derivative.
-            log_q = -(0.5 * (eps.to(wide).square() + logvar.to(wide))).flatten(2).sum(2)
-        else:
-            fixed_mu, fixed_logvar = mu.detach().to(wide), logvar.detach().to(wide)
-            standard = (z_wide - fixed_mu) * torch.exp(-0.5 * fixed_logvar)
-            # The value is that of the noise, because the difference is inaccurate for a small scale.
-            square = standard.square() + (eps.to(wide).square() - standard.square()).detach()
-            log_q = -(0.5 * (square + fixed_logvar)).flatten(2).sum(2)
-        log_p = -(0.5 * z_wide.square()).flatten(2).sum(2)
-        return PosteriorDraws(z, log_q - _HALF_LOG_2PI * size, log_p - _HALF_LOG_2PI * size)
 
     def forward(
         self,
@@ -144,6 +137,7 @@ class IWAE(ELBO):
         logvar: Tensor | None = None,
         *,
         draws: PosteriorDraws | None = None,
+        weight: Any = None,
     ) -> IWAEOutput:
         """Compute the bound of a batch, as `iwae(decoder, x, mu, logvar)`, or from separate draws, as
         `draws = iwae.sample(mu, logvar)` and `iwae(decoder(draws.z.flatten(0, 1)), x, draws=draws)`.
@@ -152,15 +146,17 @@ class IWAE(ELBO):
             decoder: a function of z, (K * B, ...), that returns the parameters of the likelihood, with K * B rows; or,
                 with `draws`, its result.
             x: the data, (B, ...), as for `fastvae.ELBO`.
-            mu, logvar: the posterior, (B, ...).
+            mu, logvar: the posterior, (B, ...), or a packed head (B, 2 L, ...) alone.
             draws: the result of `sample`, in place of the posterior.
+            weight: the weight of each element of `x`, shared by the draws, as for `fastvae.ELBO`. With a weight of 0
+                for what is missing, this is the bound of MIWAE (Mattei and Frellsen 2019, equation 4).
 
         Raises:
             TypeError: If neither or both of the posterior and the draws are passed, the decoder's output is passed
                 without draws, or `chunk` is set and the decoder is not a function.
             ValueError: If a shape or device is wrong.
         """
-        if (mu is None) != (logvar is None) or (mu is None) == (draws is None):
+        if (mu is None and logvar is not None) or (mu is None) == (draws is None):
             raise TypeError(
                 "fastvae.IWAE: call iwae(decoder, x, mu, logvar) or iwae(recon, x, draws=iwae.sample(mu, logvar)): the "
                 "posterior or its draws"
@@ -186,10 +182,10 @@ class IWAE(ELBO):
             )
 
         def nll_of(part: Tensor) -> Tensor:
-            return self._nll(decoder(part.flatten(0, 1)), x, len(part))
+            return nll_of_draws("IWAE", self.likelihood, decoder(part.flatten(0, 1)), x, len(part), weight)
 
         if not is_function:
-            nll = self._nll(decoder, x, self.samples)
+            nll = nll_of_draws("IWAE", self.likelihood, decoder, x, self.samples, weight)
         elif self.chunk is None or self.chunk >= self.samples:
             nll = nll_of(z)
         else:
@@ -200,46 +196,27 @@ class IWAE(ELBO):
         beta = self.beta.to(kl.device)
         log_weights = -nll - beta * kl
         weights = torch.softmax(log_weights.detach(), 0)
+        ess = weights.square().sum(0).reciprocal()
         bound = torch.logsumexp(log_weights.detach(), 0) - math.log(self.samples)
+        # An impossible draw has weight 0, and its part of the sum below is 0, the limit, and not 0 times infinity.
+        impossible = log_weights.detach() == -math.inf
+        weights, log_weights = weights.masked_fill(impossible, 0), log_weights.masked_fill(impossible, 0)
         if self.estimator == "dreg" and z.requires_grad:
             of_z = weights.reshape(*weights.shape, *[1] * (z.dim() - 2)).to(z.dtype)
-            # The path through z needs the square of the weight, and everything else the weight itself.
-            z.register_hook(lambda grad: grad * of_z)
+            # The path through z needs the square of the weight, and everything else the weight itself. The densities
+            # have no gradient but the one through z.
+            for tensor, factor in ((z, of_z), (log_q, weights), (log_p, weights)):
+                # A hook gets None where nothing depends on the tensor.
+                tensor.register_hook(lambda grad, factor=factor: None if grad is None else grad * factor)
         rows = _with_gradient(-bound, -(weights * log_weights).sum(0))
         loss = reduce_rows(rows, self._reduction)
-        return IWAEOutput(loss, bound, nll, kl, weights.square().sum(0).reciprocal())
-
-    def _nll(self, recon: Any, x: Any, draws: int) -> Tensor:
-        """Compute -log p(x | z), (K, B), from the decoder's output for K * B rows."""
-        likelihood: Any = self.likelihood
-        if not isinstance(likelihood, Likelihood) or type(likelihood).nll is not Likelihood.nll:
-            return likelihood.nll(recon, _repeated(x, draws)).unflatten(0, (draws, -1))
-        name, params, constants = likelihood.kernel_call(recon)
-        rows = params[0].shape[0]
-        if rows % draws != 0:
-            raise ValueError(
-                f"fastvae.IWAE: the decoder must return K * B rows, {draws} times those of `x`, got {rows}"
-            )
-        # Parameters that all rows share, a learned scale or a dispersion per feature, are not divided into draws.
-        apart = [
-            p.unflatten(0, (draws, -1))
-            if p.dim() > 1 or (p.dim() == 1 and i > 0 and p.shape[0] == rows)
-            else p
-            for i, p in enumerate(params)
-        ]
-        return loss_and_nll(name, apart, x, constants, draws=draws)[1]
+        return IWAEOutput(loss, bound, nll, kl, ess)
 
     def extra_repr(self) -> str:
         chunk = "" if self.chunk is None else f", chunk={self.chunk}"
-        return f"samples={self.samples}, estimator={self.estimator!r}{chunk}, {super().extra_repr()}"
+        return f"estimator={self.estimator!r}{chunk}, {super().extra_repr()}"
 
 
 def _with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
     """Return `value` with the gradient of `surrogate`."""
     return value.detach() + (surrogate - surrogate.detach())
-
-
-def _repeated(x: Any, draws: int) -> Any:
-    if isinstance(x, dict):
-        return {name: _repeated(value, draws) for name, value in x.items()}
-    return x.expand(draws, *x.shape).flatten(0, 1)

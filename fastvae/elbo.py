@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, likelihoods
-from .functional.checks import check_choice, check_kl, is_dense, layout_message
+from .functional.checks import check_choice, check_kl, checked_int, is_dense, layout_message
+from .functional.forms import LogVar, ScaleForm, checked_form
 from .functional.loss import nll as loss_and_nll
 from .functional.ranges import has_values, warn_of_impossible_values
 from .likelihoods import Bernoulli, Likelihood
+from .likelihoods.base import nll_of_draws, nll_of_module
 from .priors import Prior
 from .reference import REDUCTIONS, free_bits
+from .reference.conventions import sum_event
 from .reference.loss import reduce_rows
 
 __all__ = ["ELBO", "ELBOOutput"]
@@ -25,12 +28,12 @@ class ELBOOutput(NamedTuple):
     """The result of an `ELBO` call. Every field is differentiable: train on `loss` and log the others."""
 
     loss: Tensor
-    """nll + beta * kl, reduced: a scalar, or (B,) with reduction "none". With free bits, this uses the KL after
-    them."""
+    """nll + beta * kl, reduced: a scalar, or (B,) with reduction "none". With free bits or a capacity, this uses the KL
+    after them."""
     nll: Tensor
-    """-log p(x | z) of every row, (B,), in nats."""
+    """-log p(x | z) of every row, (B,), in nats; with several draws of z, their average."""
     kl: Tensor
-    """KL( q(z | x) || p(z) ) of every row, (B,), in nats. With free bits, this is still the true KL."""
+    """KL( q(z | x) || p(z) ) of every row, (B,), in nats. With free bits or a capacity, this is still the true KL."""
 
     @property
     def elbo(self) -> Tensor:
@@ -76,11 +79,23 @@ class ELBO(nn.Module):
             are among `elbo.parameters()`.
         free_bits_mean: if True, as in the paper, the threshold applies to the mean KL of a dimension over the batch (of
             this process); if False, it applies to each datum separately.
+        free_bits_per: what has `free_bits` nats at no cost: each `"dimension"`; each `"channel"` of a latent image,
+            dimension 1 of z, as in the code of Kingma et al.; or the whole `"row"`, as Dreamer's free nats. The KL that
+            `reparameterize` returns and `kl=` expects is then that of every channel, (B, C), or of every row, (B,).
+        capacity: C in the loss nll + beta |KL - C|, where KL is the mean over the batch (Burgess et al. 2018,
+            equation 8; their gamma is `beta`), a float or a 0-dim tensor, at least 0. It is a setting like beta:
+            `elbo.capacity = 5.0` raises it between steps, also under torch.compile. It excludes `free_bits`.
+        posterior: what the encoder's second output means: `"logvar"`, `"log_std"`, `"softplus"`, `"variance"`, or one
+            of `fastvae.posteriors`, as for `functional.reparameterize_kl`.
+        samples: K, the number of draws of z for each row, over which the nll is averaged: `reparameterize` returns z of
+            shape (K, B, ...), and the decoder is called with K * B rows, as in `elbo(decoder(z.flatten(0, 1)), x,
+            kl=kl)`. The data are read in place and not repeated. None means one draw, with z in the shape of `mu`.
 
     Call it as `elbo(recon, x, kl=kl)` or `elbo(recon, x, mu, logvar)`; see `forward`.
     """
 
     beta: Tensor
+    capacity: Tensor | None
 
     # TorchScript can compile a model that contains an ELBO, provided the compiled code does not call it.
     __jit_unused_properties__ = ("free_bits",)
@@ -93,29 +108,43 @@ class ELBO(nn.Module):
         reduction: str = "mean",
         free_bits: float = 0.0,
         free_bits_mean: bool = True,
+        free_bits_per: str = "dimension",
+        capacity: float | Tensor | None = None,
+        posterior: str | ScaleForm = "logvar",
+        samples: int | None = None,
         prior: Prior | None = None,
     ) -> None:
         super().__init__()
+        self.posterior = checked_form("ELBO", "posterior", posterior)
         self.likelihood = likelihoods.get(likelihood)
         self.reduction = reduction
         # None rather than 0: torch.compile turns a float into a graph input, and a branch on it cannot be resolved
         # at compile time.
         self._free_bits = _checked("free_bits", "float", free_bits) or None
         self.free_bits_mean = free_bits_mean
+        self.samples = None if samples is None else checked_int("ELBO", "samples", samples, 1, None)
+        check_choice("ELBO", "free_bits_per", free_bits_per, tuple(_KL_OF))
+        self.free_bits_per = free_bits_per
         _check_prior(prior, self._free_bits)
         self.prior = prior
         # A plain number has no device, so beta is created on torch's default device, like every other parameter.
         device = beta.device if isinstance(beta, Tensor) else None
-        self._beta = _checked_beta(beta)
-        self.register_buffer(
-            "beta", torch.tensor(self._beta, dtype=torch.float32, device=device), persistent=False
-        )
+        self._settings: dict[str, float] = {}  # the last numbers of the buffers
+        self.register_buffer("beta", self._setting("beta", beta, device), persistent=False)
+        self.register_buffer("capacity", None, persistent=False)
+        if capacity is not None:
+            self.capacity = capacity  # type: ignore[assignment]
         self._first_batch_checked = False
 
+    def _setting(self, name: str, value: Any, device: torch.device | None) -> Tensor:
+        self._settings[name] = _checked_setting(name, value)
+        return torch.tensor(self._settings[name], dtype=torch.float32, device=device)
+
     def reset_parameters(self) -> None:
-        """Write the last numeric `beta` into the buffer again. A module created on the meta device has no value for it
-        after `to_empty`, and checkpoints do not contain it."""
-        self.beta.fill_(self._beta)
+        """Write the last numeric `beta` and `capacity` into the buffers again. A module created on the meta device has
+        no values for them after `to_empty`, and checkpoints do not contain them."""
+        for name, value in self._settings.items():
+            self._buffers[name].fill_(value)  # type: ignore[union-attr]
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
@@ -123,14 +152,17 @@ class ELBO(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         # `load_state_dict(assign=True)` fills a model created on the meta device, but checkpoints do not contain beta.
         if self.beta.is_meta and local_metadata.get("assign_to_params_buffers", False):
-            self._buffers["beta"] = torch.tensor(self._beta, dtype=torch.float32, device="cpu")
+            for name, value in self._settings.items():
+                self._buffers[name] = torch.tensor(value, dtype=torch.float32, device="cpu")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ELBO":
-        before = self.beta
+        settings = {name: self._buffers[name] for name in ("beta", "capacity")}
         super()._apply(fn, recurse)
         # `model.half()` would round beta permanently, so it follows a change of device but not of dtype.
-        if before.dtype == torch.float32 and self.beta.dtype != torch.float32:
-            self._buffers["beta"] = before.to(self.beta.device)
+        for name, before in settings.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and before.dtype == torch.float32 != after.dtype:
+                self._buffers[name] = before.to(after.device)
         return self
 
     @property
@@ -138,14 +170,27 @@ class ELBO(nn.Module):
         return self._free_bits or 0.0
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "beta" and "beta" in self.__dict__.get("_buffers", ()):
+        if name in ("beta", "capacity") and name in self.__dict__.get("_buffers", ()):
+            buffer = self._buffers[name]
+            if buffer is None:
+                if self._free_bits is not None and value is not None:
+                    raise ValueError(
+                        f"fastvae.ELBO: `capacity` and `free_bits` exclude each other, got {value} and {self.free_bits}"
+                    )
+                buffer = None if value is None else self._setting(name, value, self.beta.device)
+                self._buffers[name] = buffer
+                return
+            if name == "capacity" and value is None:
+                self._buffers[name] = None
+                del self._settings[name]
+                return
             # Written in place because compiled code and CUDA graphs hold a reference to this tensor.
             with torch.no_grad():
                 if isinstance(value, Tensor) and value.dim() == 0:
-                    self.beta.copy_(value)
+                    buffer.copy_(value)
                 else:
-                    self._beta = _checked_beta(value)
-                    self.beta.fill_(self._beta)
+                    self._settings[name] = _checked_setting(name, value)
+                    buffer.fill_(self._settings[name])
             return
         if name == "reduction":
             check_choice("ELBO", name, value, (*REDUCTIONS, *_ALIASES))
@@ -155,50 +200,65 @@ class ELBO(nn.Module):
     def reparameterize(
         self,
         mu: Tensor,
-        logvar: Tensor,
+        logvar: Tensor | None = None,
         prior_mu: Tensor | None = None,
         prior_logvar: Tensor | None = None,
         *,
+        balance: float | None = None,
         samples: int | None = None,
         generator: torch.Generator | None = None,
         seed: Tensor | None = None,
         row_offset: int = 0,
         eps: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draw z ~ N(mu, e^logvar) and compute the KL of every row, (B,). See `fastvae.functional.reparameterize_kl`.
+        """Draw z from the posterior and compute the KL of every row, (B,). See `fastvae.functional.reparameterize_kl`.
+
+        `mu` alone is a packed head, (B, 2 L, ...). The form of `logvar` and `prior_logvar` is that of `posterior`.
 
         With free bits, the KL is that of every dimension, in the shape of `mu`: pass it on as `kl=`, or sum it to log
         it. This draws noise in evaluation mode too; for a z without noise, use `mu` itself.
 
-        With `samples=K`, z is (K, B, ...). To average the loss over the samples, make each a row of its own:
-        `elbo(decoder(z.flatten(0, 1)), x.repeat(K, *[1] * (x.dim() - 1)), kl=kl.repeat(K))`; for flat data,
-        `x.repeat(K, 1)` is enough. With free bits, repeat the KL in the same way as x.
+        With `samples=K`, z is (K, B, ...). The default is the `samples` of this ELBO, whose loss averages over them. An
+        ELBO without `samples` takes every draw as a row of its own: `elbo(decoder(z.flatten(0, 1)), x.repeat(K, *[1] *
+        (x.dim() - 1)), kl=kl.repeat(K))`. With free bits, repeat the KL in the same way as x.
 
-        With `prior=`, the KL is that from the prior, averaged over the samples if it is estimated from them.
+        With `prior=`, the KL is that from the prior, averaged over the draws where it is estimated from them.
         """
         prior: Any = self._modules.get("prior")
         if prior is not None:
-            if prior_mu is not None or prior_logvar is not None:
+            if prior_mu is not None or prior_logvar is not None or balance is not None:
                 raise ValueError(
-                    "fastvae.ELBO: `prior_mu` and the ELBO's `prior` exclude each other, got both"
+                    "fastvae.ELBO: `prior_mu`, `prior_logvar` and `balance` exclude the ELBO's `prior`, got both"
                 )
-            noise = {"generator": generator, "seed": seed, "row_offset": row_offset, "eps": eps}
-            z, kl = prior.reparameterize_kl(mu, logvar, samples=samples, **noise)
-            return z, kl if self._free_bits is None else prior.analytic_kl(mu, logvar, reduction="none")
-        z, kl = functional.reparameterize_kl(
+            drawn: tuple[Tensor, Tensor] = prior.reparameterize_kl(
+                mu,
+                logvar,
+                form=self.posterior,
+                reduction=self._kl_reduction(),
+                samples=self.samples if samples is None else samples,
+                generator=generator,
+                seed=seed,
+                row_offset=row_offset,
+                eps=eps,
+            )
+            return drawn
+        return functional.reparameterize_kl(
             mu,
             logvar,
             prior_mu,
             prior_logvar,
-            samples=samples,
+            form=self.posterior,
+            balance=balance,
+            reduction=self._kl_reduction(),
+            samples=self.samples if samples is None else samples,
             generator=generator,
             seed=seed,
             row_offset=row_offset,
             eps=eps,
         )
-        if self._free_bits is not None:
-            kl = functional.gaussian_kl(mu, logvar, prior_mu, prior_logvar, reduction="none")
-        return z, kl
+
+    def _kl_reduction(self) -> str:
+        return "event" if self._free_bits is None else _KL_OF[self.free_bits_per]
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def forward(
@@ -209,15 +269,24 @@ class ELBO(nn.Module):
         logvar: Tensor | None = None,
         *,
         kl: Tensor | None = None,
+        weight: Any = None,
     ) -> ELBOOutput:
         """Compute the loss of a batch.
 
         Args:
-            recon: the output of the decoder, (B, ...), which holds the parameters of the likelihood.
+            recon: the output of the decoder, (B, ...), which holds the parameters of the likelihood. If `samples` is K,
+                it has K * B rows, of which the first B belong to the first draw.
             x: the data, (B, ...), in the shape that the likelihood expects for `recon`.
-            mu, logvar: the posterior, (B, ...). Its KL from N(0, 1) is computed here.
+            mu, logvar: the posterior, (B, ...), or `mu` alone: a packed head, (B, 2 L, ...). Its KL from N(0, 1) is
+                computed here.
             kl: the KL of every row, (B,), as `reparameterize` returns it; with free bits, the KL of every dimension,
                 (B, ...). Pass either `kl` or the posterior.
+            weight: multiplies the nll of each element of `x`, for instance a mask of what is observed: bool, uint8
+                (read as a number) or floating, at least 0, in the shape of `x` or with sizes of 1, as (B, 1, H, W).
+                Elements of weight 0 are left out: even NaN or inf there, in `recon` or in `x`, reach neither the loss
+                nor a gradient. It must not require a gradient. For the positions of a categorical, the pixels of a
+                mixture of discretised logistics and for counts, see the functions in `fastvae.functional`. For a
+                `Product`, a dict with the weights of some or all of its parts.
 
         Raises:
             TypeError: If neither or both of the posterior and `kl` are passed, or an argument has a wrong type or
@@ -225,50 +294,66 @@ class ELBO(nn.Module):
             ValueError: If a shape or device is wrong, or `x` requires a gradient that the likelihood does not provide.
         """
         if kl is None:
-            if mu is None or logvar is None:
-                raise TypeError(
-                    _kl_or_posterior_message("neither" if mu is logvar else "only one of `mu` and `logvar`")
-                )
+            if mu is None:
+                raise TypeError(_kl_or_posterior_message("neither" if logvar is None else "only `logvar`"))
             tensors = isinstance(mu, Tensor) and isinstance(x, Tensor)
             if tensors and not mu.is_nested and not x.is_nested and mu.shape[:1] != x.shape[:1]:
                 raise ValueError(
                     f"fastvae.ELBO: `mu` must have as many rows as `x` {tuple(x.shape)}, got {tuple(mu.shape)}"
                 )
-            kl = _analytic_kl(
-                self._modules.get("prior"), mu, logvar, "event" if self._free_bits is None else "none"
-            )
+            kl = _analytic_kl(self._modules.get("prior"), mu, logvar, self.posterior, self._kl_reduction())
         elif mu is not None or logvar is not None:
             raise TypeError(_kl_or_posterior_message("both"))
         true_kl = kl
         if self._free_bits is not None:
-            _check_kl_per_dimension(kl)
+            _check_kl_shape(kl, self.free_bits_per)
             # Half precision could overflow in the sum.
             kl = kl if kl.dtype == torch.float64 else kl.float()
-            true_kl = kl.flatten(1).sum(1)
+            true_kl = sum_event(kl)
             kl = free_bits(kl, self._free_bits, batch_mean=self.free_bits_mean)
+        capacity: Any = self._buffers["capacity"]
+        if capacity is not None:
+            check_kl("ELBO", kl, "kl", kl)
+            if not torch.compiler.is_compiling() and capacity.is_cpu and not kl.is_cpu:
+                _move_setting(capacity, kl)
+            distance = (kl if kl.dtype == torch.float64 else kl.float()) - capacity
+            # The rows have the sign of their mean, so that the mean of the rows is |mean KL - C|.
+            kl = distance * distance.detach().mean().sign()
 
         # Attribute access such as self.likelihood goes through nn.Module.__getattr__, which is noticeably slow for
         # small batches.
         likelihood: Any = self._modules["likelihood"]
         beta: Any = self._buffers["beta"]
         if not torch.compiler.is_compiling() and beta.is_cpu and isinstance(kl, Tensor) and not kl.is_cpu:
-            _move_beta(beta, kl)
+            _move_setting(beta, kl)
+        if self.samples is not None:
+            nll = nll_of_draws("ELBO", likelihood, recon, x, self.samples, weight).mean(0)
+            return _output_from_nll(nll, kl, beta, self._reduction)._replace(kl=true_kl)
         if not isinstance(likelihood, Likelihood) or type(likelihood).nll is not Likelihood.nll:
-            output = _output_from_nll(likelihood.nll(recon, x), kl, beta, self._reduction)
+            nll = nll_of_module(likelihood, "ELBO", recon, x, weight)
+            output = _output_from_nll(nll, kl, beta, self._reduction)
             return output._replace(kl=true_kl)
         name, params, constants = likelihood.kernel_call(recon)
-        loss, nll = loss_and_nll(name, params, x, constants, kl, beta, self._reduction, caller="ELBO")
+        loss, nll = loss_and_nll(
+            name, params, x, constants, kl, beta, self._reduction, caller="ELBO", weight=weight
+        )
         if not torch.compiler.is_compiling() and not self._first_batch_checked:
             probs = recon if isinstance(likelihood, Bernoulli) and likelihood.from_probs else None
             self._first_batch_checked = warn_of_impossible_values(
-                "ELBO", ("recon", "x"), name, params, x, constants, probs
+                "ELBO", ("recon", "x"), name, params, x, constants, probs, weight
             )
         return ELBOOutput(loss, nll, true_kl)
 
     def extra_repr(self) -> str:
         beta = "?" if self.beta.is_meta else f"{self.beta.item():g}"
         free_bits = f", free_bits={self.free_bits:g}" if self.free_bits else ""
-        return f"beta={beta}, reduction={self.reduction!r}{free_bits}"
+        samples = f", samples={self.samples}" if self.samples is not None else ""
+        if self.free_bits and self.free_bits_per != "dimension":
+            free_bits += f" per {self.free_bits_per}"
+        if self.capacity is not None:
+            free_bits += ", capacity=?" if self.capacity.is_meta else f", capacity={self.capacity.item():g}"
+        posterior = "" if self.posterior == LogVar() else f", posterior={self.posterior}"
+        return f"beta={beta}, reduction={self.reduction!r}{free_bits}{samples}{posterior}"
 
 
 def _check_prior(prior: Any, free_bits: float | None) -> None:
@@ -286,10 +371,10 @@ def _check_prior(prior: Any, free_bits: float | None) -> None:
         )
 
 
-def _analytic_kl(prior: Any, mu: Tensor, logvar: Tensor, reduction: str) -> Tensor:
+def _analytic_kl(prior: Any, mu: Tensor, logvar: Tensor | None, form: ScaleForm, reduction: str) -> Tensor:
     if prior is None:
-        return functional.gaussian_kl(mu, logvar, reduction=reduction)
-    kl = prior.analytic_kl(mu, logvar, reduction=reduction)
+        return functional.gaussian_kl(mu, logvar, form=form, reduction=reduction)
+    kl: Tensor | None = prior.analytic_kl(mu, logvar, form=form, reduction=reduction)
     if kl is None:
         raise TypeError(
             f"fastvae.ELBO: with the prior {type(prior).__name__}, the KL depends on z: pass `kl`, as in "
@@ -298,39 +383,48 @@ def _analytic_kl(prior: Any, mu: Tensor, logvar: Tensor, reduction: str) -> Tens
     return kl
 
 
-def _move_beta(beta: Tensor, kl: Tensor) -> None:
-    """Move a beta that is on the CPU to the GPU of the loss, once.
+def _move_setting(setting: Tensor, kl: Tensor) -> None:
+    """Move a beta or a capacity that is on the CPU to the GPU of the loss, once.
 
     Copying it in every call would make Python wait for the GPU and could not be captured in a CUDA graph. The tensor
     object stays the same, and only `elbo.to()` moves it back, because a captured graph reads it at its address.
     """
-    if has_values(kl) and has_values(beta):
+    if has_values(kl) and has_values(setting):
         # A tensor created in inference mode could not be written to afterwards.
         with torch.inference_mode(False), torch.no_grad():
-            beta.data = beta.to(kl.device)
+            setting.data = setting.to(kl.device)
 
 
-def _check_kl_per_dimension(kl: Any) -> None:
+# What has free bits -> the reduction that gives its KL.
+_KL_OF = {"dimension": "none", "channel": "channel", "row": "event"}
+
+
+def _check_kl_shape(kl: Any, free_bits_per: str) -> None:
     if not isinstance(kl, Tensor):
         raise TypeError(f"fastvae.ELBO: `kl` must be a Tensor, got {type(kl).__name__}")
     if not is_dense(kl):
         raise TypeError(layout_message("ELBO", "kl", kl))
     if not kl.is_floating_point():
         raise TypeError(f"fastvae.ELBO: `kl` must be floating point, got {kl.dtype}")
-    if kl.dim() < 2:
+    if free_bits_per == "row" and kl.dim() != 1:
         raise ValueError(
-            "fastvae.ELBO: with `free_bits`, `kl` must be the KL of every dimension, (B, ...), as returned by "
-            'elbo.reparameterize and functional.gaussian_kl(..., reduction="none"), '
+            "fastvae.ELBO: with `free_bits_per` 'row', `kl` must be the KL of every row, (B,), got shape "
+            f"{tuple(kl.shape)}"
+        )
+    if free_bits_per != "row" and kl.dim() < 2:
+        raise ValueError(
+            f"fastvae.ELBO: with `free_bits`, `kl` must be the KL of every {free_bits_per}, (B, ...), as returned by "
+            f'elbo.reparameterize and functional.gaussian_kl(..., reduction="{_KL_OF[free_bits_per]}"), '
             f"got shape {tuple(kl.shape)}"
         )
 
 
-def _checked_beta(beta: Any) -> float:
-    if isinstance(beta, Tensor) and beta.dim() != 0:
+def _checked_setting(name: str, value: Any) -> float:
+    if isinstance(value, Tensor) and value.dim() != 0:
         raise ValueError(
-            f"fastvae.ELBO: `beta` must be a float or a 0-dim tensor, got shape {tuple(beta.shape)}"
+            f"fastvae.ELBO: `{name}` must be a float or a 0-dim tensor, got shape {tuple(value.shape)}"
         )
-    return _checked("beta", "float or a 0-dim tensor", beta)
+    return _checked(name, "float or a 0-dim tensor", value)
 
 
 def _checked(name: str, kind: str, number: Any) -> float:
@@ -351,7 +445,7 @@ def _kl_or_posterior_message(found: str) -> str:
 
 
 def _output_from_nll(nll: Tensor, kl: Tensor, beta: Tensor, reduction: int) -> ELBOOutput:
-    """Combine the nll of a likelihood that has no kernel with the KL."""
+    """Combine the nll of a likelihood that has no kernel, or of several draws, with the KL."""
     if not isinstance(nll, Tensor) or nll.dim() != 1:
         found = tuple(nll.shape) if isinstance(nll, Tensor) else type(nll).__name__
         raise ValueError(

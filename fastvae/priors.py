@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .functional.checks import check_floating, checked_int
+from .functional.checks import check_choice, check_floating, checked_int
+from .functional.forms import ScaleForm, kernel_form
+from .reference.latents import mean_and_logvar
 from .regularizers import log_normal
 
 __all__ = ["GaussianMixture", "Prior", "StandardNormal", "VampPrior"]
@@ -41,39 +43,53 @@ class Prior(nn.Module):
         """Draw n points, (n, dim). They carry no gradient."""
         raise NotImplementedError
 
-    def analytic_kl(self, mu: Tensor, logvar: Tensor, *, reduction: str = "event") -> Tensor | None:
-        """The KL of N(mu, e^logvar) from this prior, (B,), or of every element with reduction "none"; None if it has no
-        closed form."""
+    def analytic_kl(
+        self,
+        mu: Tensor,
+        logvar: Tensor | None = None,
+        *,
+        form: str | ScaleForm = "logvar",
+        reduction: str = "event",
+    ) -> Tensor | None:
+        """The KL of a posterior from this prior, (B,), or in the shape of another `reduction`; None if it has no closed
+        form. The arguments are those of `fastvae.functional.gaussian_kl`."""
         return None
 
     def reparameterize_kl(
-        self, mu: Tensor, logvar: Tensor, *, samples: int | None = None, **noise: Any
+        self,
+        mu: Tensor,
+        logvar: Tensor | None = None,
+        *,
+        form: str | ScaleForm = "logvar",
+        reduction: str = "event",
+        samples: int | None = None,
+        eps: Tensor | None = None,
+        **noise: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Draw z ~ N(mu, e^logvar) and return it with its KL from this prior, (B,), in nats.
+        """Draw z from the posterior and return it with its KL from this prior, (B,), in nats.
 
         The KL is analytic where that exists, and otherwise log q(z | x) - log p(z), averaged over the samples. The
-        arguments, and the shape and dtype of z, are those of `fastvae.functional.reparameterize_kl`.
+        arguments, and the shape and dtype of z, are those of `fastvae.functional.reparameterize_kl`; only an analytic
+        KL has another `reduction` than "event".
         """
         if self.has_analytic_kl:
-            z, _ = functional.reparameterize_kl(mu, logvar, samples=samples, **noise)
-            kl = self.analytic_kl(mu, logvar)
+            z, _ = functional.reparameterize_kl(mu, logvar, form=form, samples=samples, eps=eps, **noise)
+            kl = self.analytic_kl(mu, logvar, form=form, reduction=reduction)
             assert kl is not None
             return z, kl
+        check_choice("reparameterize_kl", "reduction", reduction, ("event",))
         check_floating("reparameterize_kl", "mu", mu)
         # The distance of z from mu must not be lost in the rounding of half precision.
         dtype = mu.dtype
-        if dtype in (torch.float16, torch.bfloat16) and isinstance(logvar, Tensor):
-            mu, logvar = mu.float(), logvar.float()
-            if noise.get("eps") is not None:
-                noise["eps"] = noise["eps"].float()
-        z, _ = functional.reparameterize_kl(mu, logvar, samples=samples, **noise)
-        draws = z if samples is None else z.flatten(0, 1)
-        repeat = (1 if samples is None else samples, *[1] * (mu.dim() - 1))
-        log_q = log_normal(draws, mu.repeat(repeat), logvar.repeat(repeat))
-        kl = log_q - self.log_prob(draws)
-        if samples is not None:
-            kl = kl.unflatten(0, (samples, -1)).mean(0)
-        return z.to(dtype), kl
+        if dtype in (torch.float16, torch.bfloat16):
+            mu = mu.float()
+            logvar, eps = (t.float() if isinstance(t, Tensor) else t for t in (logvar, eps))
+        if samples is None and isinstance(eps, Tensor):
+            eps = eps.unsqueeze(0)
+        draws = 1 if samples is None else samples
+        z, log_q, _ = functional.sample_log_probs(mu, logvar, samples=draws, form=form, eps=eps, **noise)
+        kl = (log_q - self.log_prob(z.flatten(0, 1)).unflatten(0, (draws, -1))).mean(0)
+        return (z[0] if samples is None else z).to(dtype), kl
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
@@ -119,13 +135,18 @@ class StandardNormal(Prior):
         like: Any = self._like
         return torch.randn(n, self.dim, generator=generator, device=like.device, dtype=like.dtype)
 
-    def analytic_kl(self, mu: Tensor, logvar: Tensor, *, reduction: str = "event") -> Tensor:
-        return functional.gaussian_kl(mu, logvar, reduction=reduction)
+    def analytic_kl(
+        self,
+        mu: Tensor,
+        logvar: Tensor | None = None,
+        *,
+        form: str | ScaleForm = "logvar",
+        reduction: str = "event",
+    ) -> Tensor:
+        return functional.gaussian_kl(mu, logvar, form=form, reduction=reduction)
 
-    def reparameterize_kl(
-        self, mu: Tensor, logvar: Tensor, *, samples: int | None = None, **noise: Any
-    ) -> tuple[Tensor, Tensor]:
-        return functional.reparameterize_kl(mu, logvar, samples=samples, **noise)  # one pass for both
+    def reparameterize_kl(self, *posterior: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        return functional.reparameterize_kl(*posterior, **options)  # one pass for both
 
 
 class _Mixture(Prior):
@@ -193,9 +214,22 @@ class GaussianMixture(_Mixture):
     def components(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.mu, self.logvar, None if self.logits is None else self.logits.log_softmax(0)
 
-    def analytic_kl(self, mu: Tensor, logvar: Tensor, *, reduction: str = "event") -> Tensor | None:
+    def analytic_kl(
+        self,
+        mu: Tensor,
+        logvar: Tensor | None = None,
+        *,
+        form: str | ScaleForm = "logvar",
+        reduction: str = "event",
+    ) -> Tensor | None:
         if not self.has_analytic_kl:
             return None
+        check_floating("gaussian_kl", "mu", mu)
+        name, constants = kernel_form("gaussian_kl", form)
+        if logvar is None or name != "logvar":
+            # The prior has another form than the posterior, and the kernel takes one for both.
+            dtype = torch.float64 if mu.dtype == torch.float64 else torch.float32
+            mu, logvar = mean_and_logvar(mu, logvar, name, constants, dtype)
         self._points(mu, self.mu)
         prior_mu, prior_logvar = (t.to(mu.dtype).reshape(1, *mu.shape[1:]) for t in (self.mu, self.logvar))
         return functional.gaussian_kl(

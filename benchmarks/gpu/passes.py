@@ -110,11 +110,11 @@ def sample_pass(namespaces: list[str], dtype: torch.dtype, device: torch.device,
         seed = torch.tensor([1, 2], device=device)
         if not backward:
             return lambda ops: ops.reparameterize_kl_forward.default(
-                mu, logvar, None, None, None, seed, 0, None, None
+                mu, logvar, None, None, "logvar", [], None, False, None, seed, 0, None, None
             )
         z_gradient, kl_gradient = torch.randn_like(mu), torch.ones(rows, device=device)
         return lambda ops: ops.reparameterize_kl_backward.default(
-            z_gradient, kl_gradient, mu, logvar, None, None, None, seed, 0, None, 0b11
+            z_gradient, kl_gradient, mu, logvar, None, None, "logvar", [], None, None, seed, 0, None, 0b11
         )
 
     size_in_bytes = rows * size * dtype.itemsize * (5 if backward else 3)

@@ -125,8 +125,11 @@ void run(const CategoricalArgs& args) {
       const Operand logits = shifted(args.logits, row * args.row_stride + t * classes);
       const Result grads = shifted(args.grads, task * classes);
       const int64_t target = args.target[target_row(args, row) * args.target_row_stride + t];
-      if (target != args.ignored) {
-        nll[task] = position<C>(logits, grads, classes, target, args.weight[row * args.weight_stride], in_buffer, out_buffer);
+      C own(1);
+      if (args.weights.data) read(args.weights, target_row(args, row), t, 1, &own);
+      if (target != args.ignored && own != C(0)) {
+        const double weight = args.weight[row * args.weight_stride] * own;
+        nll[task] = own * position<C>(logits, grads, classes, target, weight, in_buffer, out_buffer);
       } else if (grads.data) {
         // Zero bytes represent the number 0 in every type.
         std::fill_n(static_cast<char*>(grads.data), classes * item_size(grads.type), char(0));

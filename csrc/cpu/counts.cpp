@@ -105,7 +105,7 @@ struct Gathered {
 template <class C>
 struct Scratch {
   std::vector<C> exponentials, grads, target;  // each holds one row, where it is needed
-  Buffer<C> mean, dispersion, pi, counts, values, d_mean, d_dispersion, d_pi;
+  Buffer<C> mean, dispersion, pi, counts, weights, values, d_mean, d_dispersion, d_pi;
   int32_t positive[kBlock + kBufferSlack];
   Gathered gathered[kCases];
 };
@@ -116,8 +116,9 @@ struct Row {
   C mean_scale;       // if raw: the factor that turns the exponentials of the logits into means
   double sum;         // if raw: the sum of those exponentials
   double log_offset;  // if raw: the summand that turns a logit into the logarithm of the mean
-  C weight;
-  double eps;  // if not raw: this is added to the mean
+  C weight;        // of the derivatives
+  C value_weight;  // of the values
+  double eps;      // if not raw: this is added to the mean
 };
 
 // n elements of a block, as dense arrays. The pointers to outputs, and to inputs that the likelihood does not have, may be null.
@@ -188,9 +189,35 @@ Sums evaluate(Gathered& g, const Reading& read) {
     }
     (read.raw ? term.d_mu : term.d_mu / mu).store(g.d_mean + i);
     (read.raw ? term.d_theta * theta : term.d_theta).store(g.d_theta + i);
-    term.value.store(g.value + i);
-    nll.add_lanes(read.raw ? at::vec::fmadd(at(g.t), underflow, term.value) : term.value, g.count - i);
+    const Wide value = read.raw ? at::vec::fmadd(at(g.t), underflow, term.value) : term.value;
+    value.store(g.value + i);
+    nll.add_lanes(value, g.count - i);
     grad.add_lanes(term.d_mu, g.count - i);
+  }
+  return {nll.total(), grad.total()};
+}
+
+// Multiplies the values and the derivatives of a block by the weights of its elements, and returns the sums of the values and of what is in
+// d_mean. The derivatives by a shared dispersion are added to `d_shared`.
+template <class C>
+Sums weigh(const Block<C>& b, const C* weights, C* d_shared) {
+  using V = Vec<C>;
+  Sum<C> nll, grad;
+  for (int64_t i = 0; i < b.n; i += V::size()) {
+    const int64_t lanes = std::min<int64_t>(V::size(), b.n - i);
+    const V own = load_lanes(weights + i, lanes);
+    const auto weighted_in = [&](C* data) {
+      const V x = weighted<C>(load_lanes(data + i, lanes), own);
+      store_lanes(x, data + i, lanes);
+      return x;
+    };
+    nll.add(0, weighted_in(b.values));
+    if (b.d_mean) grad.add(0, weighted_in(b.d_mean));
+    if (b.d_pi) weighted_in(b.d_pi);
+    if (b.d_theta) {
+      const V d = weighted_in(b.d_theta);
+      if (d_shared) store_lanes(load_lanes(d_shared + i, lanes) + d, d_shared + i, lanes);
+    }
   }
   return {nll.total(), grad.total()};
 }
@@ -201,9 +228,11 @@ struct Kernel {
   using P = math::Primitives<V>;
   static constexpr int64_t W = V::size();
 
-  // Computes every element as if its count were zero, and lists those whose count is not.
+  // Computes every element as if its count were zero, and lists those whose count is not. From raw inputs, it stores values only if
+  // kValues: the pointer to them would slow down all other calls.
+  template <bool kValues = !kRaw>
   static Sums zeros(const Block<C>& b, const Row<C>& row, int32_t* positive, int64_t& positives) {
-    const V scale(row.mean_scale), weight(row.weight), eps(static_cast<C>(row.eps));
+    const V scale(row.mean_scale), weight(row.weight), value_weight(row.value_weight), eps(static_cast<C>(row.eps));
     Sum<C> nll, grad;
     positives = 0;
     const auto step = [&](int64_t i, auto lanes, int slot) FASTVAE_INLINE {
@@ -222,7 +251,7 @@ struct Kernel {
       if constexpr (kInflated) term = math::with_additional_zeros(term, load_lanes(b.pi + i, lanes));
       const V value = P::select(is_zero, term.value, V(0));
       const V d_log_mu = kRaw ? P::select(is_zero, term.d_mu * mu, V(0)) : V(0);
-      if (!kRaw && b.values) store_lanes(value * weight, b.values + i, lanes);
+      if (kValues && b.values) store_lanes(value * value_weight, b.values + i, lanes);
       if (b.d_mean) store_lanes(kRaw ? d_log_mu : term.d_mu * weight, b.d_mean + i, lanes);
       if (b.d_theta) {
         const V d = (kRaw ? term.d_theta * theta : term.d_theta) * weight;
@@ -293,8 +322,8 @@ struct Kernel {
       sums.nll += part.nll;
       sums.grad += part.grad;
       const double weight = row.weight;
-      if (!kRaw && b.values)
-        for (int64_t j = 0; j < g.count; ++j) b.values[g.place[j]] = static_cast<C>(g.value[j] * weight);
+      if (b.values)
+        for (int64_t j = 0; j < g.count; ++j) b.values[g.place[j]] = static_cast<C>(g.value[j] * row.value_weight);
       if (b.d_mean)
         for (int64_t j = 0; j < g.count; ++j) b.d_mean[g.place[j]] = static_cast<C>(kRaw ? g.d_mean[j] : g.d_mean[j] * weight);
       if (b.d_theta)
@@ -305,8 +334,11 @@ struct Kernel {
       if (kInflated && b.d_pi)
         for (int64_t j = 0; j < g.count; ++j) b.d_pi[g.place[j]] = static_cast<C>(g.d_pi[j] * weight);
     }
-    if (!kRaw && b.values && any_below)
-      for (int64_t k = 0; k < count; ++k) b.values[scratch.positive[k]] += static_cast<C>(below(b.given[scratch.positive[k]], kRaw)) * row.weight;
+    if (b.values && any_below)
+      for (int64_t k = 0; k < count; ++k) {
+        const int32_t i = scratch.positive[k];
+        b.values[i] += static_cast<C>(below(b.given[i], kRaw)) * row.value_weight;
+      }
     return sums;
   }
 
@@ -354,7 +386,8 @@ struct Kernel {
 
   static void one_row(const CountArgs& args, const SharedDispersion<C>& shared, int64_t r, C* d_shared, Scratch<C>& scratch) {
     const int64_t genes = args.genes;
-    Row<C> row{C(1), 1, 0, static_cast<C>(args.weight[r * args.weight_stride]), args.eps};
+    const C factor = static_cast<C>(args.weight[r * args.weight_stride]);
+    Row<C> row{C(1), 1, 0, factor, args.values.data ? factor : C(1), args.eps};
     if constexpr (kRaw) softmax(args, r, row, scratch);
     const int64_t source = target_row(args, r);
     if (args.starts)
@@ -365,6 +398,7 @@ struct Kernel {
       }
 
     double nll = 0, grad = 0;
+    bool any = !args.weights.data;  // whether an element of the row has a weight
     for (int64_t begin = 0; begin < genes; begin += kBlock) {
       Block<C> b{};
       b.n = std::min(kBlock, genes - begin);
@@ -390,25 +424,36 @@ struct Kernel {
       b.target = !args.starts ? load(args.target, source, begin, b.n, genes, scratch.counts) : scratch.target.data() + begin;
       if constexpr (kRaw) b.d_mean = args.d_mean.data ? scratch.grads.data() + begin : nullptr;
       else b.d_mean = destination(args.d_mean, r, begin, genes, scratch.d_mean);
+      if (args.weights.data) {
+        if (!b.values) b.values = scratch.values.data;
+        if (b.sums_theta) b.d_theta = scratch.d_dispersion.data;
+        if (kRaw && !b.d_mean) b.d_mean = scratch.d_mean.data;
+        b.sums_theta = false;
+      }
 
       int64_t count;
-      const Sums zero = zeros(b, row, scratch.positive, count);
-      nll += zero.nll;
-      grad += zero.grad;
+      Sums sums = kRaw && b.values ? zeros<true>(b, row, scratch.positive, count) : zeros(b, row, scratch.positive, count);
       if (count) {
         if constexpr (kRaw) b.logits = load(args.mean, r, begin, b.n, genes, scratch.mean);
         const Sums more = positives(b, row, scratch, count);
-        nll += more.nll;
-        grad += more.grad;
+        sums.nll += more.nll;
+        sums.grad += more.grad;
       }
+      if (const C* weights = load(args.weights, source, begin, b.n, scratch.weights)) {
+        sums = weigh(b, weights, d_shared ? d_shared + begin : nullptr);
+        for (int64_t i = 0; i < b.n; ++i) any |= weights[i] != C(0);
+      }
+      nll += sums.nll;
+      grad += sums.grad;
       if constexpr (!kRaw) store(args.values, r, begin, b.n, genes, scratch.values);
       store(args.d_dispersion, r, begin, b.n, genes, scratch.d_dispersion);
       if constexpr (kInflated) store(args.d_zero_logits, r, begin, b.n, genes, scratch.d_pi);
       if constexpr (!kRaw) store(args.d_mean, r, begin, b.n, genes, scratch.d_mean);
     }
     args.row_nll[r] = nll;
-    if (args.d_library) args.d_library[r] = static_cast<double>(row.weight) * grad / args.library[r];
-    if (kRaw && args.d_mean.data) through_softmax(args, r, row, grad, scratch);
+    if (args.d_library) args.d_library[r] = any ? static_cast<double>(row.weight) * grad / args.library[r] : 0;
+    if (kRaw && args.d_mean.data) through_softmax(args, r, row, grad, scratch, any);
+    if (kRaw && any && (args.library[r] == 0 || std::isinf(args.library[r]))) at_ends(args, r, scratch);
     if (args.starts)
       for (int64_t i = args.starts[source]; i < args.starts[source + 1]; ++i) scratch.target[args.columns[i]] = 0;
   }
@@ -424,10 +469,11 @@ struct Kernel {
     for (int64_t begin = 0; begin < args.genes; begin += kBlock) {
       const int64_t n = std::min(kBlock, args.genes - begin);
       const C* pi = kInflated ? load(args.zero_logits, r, begin, n, args.genes, scratch.pi) : nullptr;
+      const C* weights = load(args.weights, target_row(args, r), begin, n, scratch.weights);
       for (int64_t i = 0; i < n; ++i) {
-        const double e = scratch.exponentials[begin + i];
+        const double e = scratch.exponentials[begin + i], weight = weights ? weights[i] : 1;
         sum += e;
-        grad += kInflated ? e / (1 + std::exp(static_cast<double>(pi[i]))) : e;
+        if (weight != 0) grad += weight * (kInflated ? e / (1 + std::exp(static_cast<double>(pi[i]))) : e);
       }
     }
     // A count above zero has an infinite nll and an infinite derivative, so a row with one keeps what one_row wrote.
@@ -436,7 +482,8 @@ struct Kernel {
   }
 
   // The derivative by logit g is the derivative by log mu_g minus the sum of these over all genes times the share of g.
-  static void through_softmax(const CountArgs& args, int64_t r, const Row<C>& row, double grad, Scratch<C>& scratch) {
+  // If no element of the row has a weight, there is no derivative, whatever the logits are.
+  static void through_softmax(const CountArgs& args, int64_t r, const Row<C>& row, double grad, Scratch<C>& scratch, bool any) {
     const V weight(row.weight), factor(static_cast<C>(grad / row.sum));
     for (int64_t begin = 0; begin < args.genes; begin += kBlock) {
       const int64_t n = std::min(kBlock, args.genes - begin);
@@ -445,7 +492,7 @@ struct Kernel {
       for (int64_t i = 0; i < n; i += W) {
         const int64_t lanes = std::min(W, n - i);
         const V d = (load_lanes(grads + i, lanes) - load_lanes(exponentials + i, lanes) * factor) * weight;
-        store_lanes(d, out + i, lanes);
+        store_lanes(any ? d : V(0), out + i, lanes);
       }
       store(args.d_mean, r, begin, n, args.genes, scratch.d_mean);
     }
@@ -465,7 +512,6 @@ struct Kernel {
         C* d_shared = args.d_shared_dispersion ? sums.data() + chunk * genes : nullptr;
         for (int64_t r = chunk * step; r < std::min(rows, (chunk + 1) * step); ++r) {
           one_row(args, shared, r, d_shared, *scratch);
-          if (kRaw && (args.library[r] == 0 || std::isinf(args.library[r]))) at_ends(args, r, *scratch);
         }
       }
     });

@@ -37,6 +37,7 @@ struct Tile {
   Planes<const C> params;
   Planes<const C> data;  // one plane per channel, in half bins: 2 * level - levels
   Planes<C> grads;
+  Planes<const C> weights;  // one plane per channel or, for a mixture, one for all; null data if there are no weights
   int64_t pixels;
   C weight;
   Ahead results, coming;  // where the gradients will be written, and the params of the next tile
@@ -66,6 +67,7 @@ struct Single {
   double nll(Tile<C>& tile) {
     using P = math::Primitives<V>;
     const V weight(-tile.weight);
+    const bool weighs = tile.weights.data;
     Sum<C> sum;
     for (int64_t c = 0; c < channels; ++c) {
       math::Log1pSum<V> logs;
@@ -83,16 +85,24 @@ struct Single {
         const math::LogMass<Two> mass({n, all}, {distance, log_scale, all}, all);
         if constexpr (kGrads) {
           for (int k = 0; k < 2; ++k) {
-            store_lanes(mass.by_middle.lane[k] * bins.levels * weight, tile.grads.at(c, i + k * second), lanes);
-            store_lanes(mass.by_log_scale.lane[k] * weight, tile.grads.at(channels + c, i + k * second), lanes);
+            const V own = weighs ? weight * load_lanes(tile.weights.at(c, i + k * second), lanes) : weight;
+            store_lanes(mass.by_middle.lane[k] * bins.levels * own, tile.grads.at(c, i + k * second), lanes);
+            store_lanes(mass.by_log_scale.lane[k] * own, tile.grads.at(channels + c, i + k * second), lanes);
           }
         }
         return mass;
       };
       constexpr std::integral_constant<int64_t, V::size()> whole;
+      const auto value = [&](const math::LogMass<Two>& mass, int k) FASTVAE_INLINE {
+        return mass.linear.lane[k] + P::log(mass.over.lane[k]) + P::log1p(mass.e.lane[k]);
+      };
       int64_t i = 0;
       for (; i + 2 * whole <= tile.pixels; i += 2 * whole) {
         const auto mass = step(i, whole, whole);
+        if (weighs) {
+          for (int k = 0; k < 2; ++k) sum.add(k, value(mass, k) * load_lanes(tile.weights.at(c, i + k * whole), whole));
+          continue;
+        }
         for (int k = 0; k < 2; ++k) {
           logs.add(mass.e.lane[k], V(1) + mass.e.lane[k]);
           over = over * mass.over.lane[k];
@@ -113,7 +123,7 @@ struct Single {
       while (i < tile.pixels) {
         const int64_t rest = std::min<int64_t>(whole, tile.pixels - i);
         const auto mass = step(i, 0, rest);
-        sum.add_lanes(mass.linear.lane[0] + P::log(mass.over.lane[0]) + P::log1p(mass.e.lane[0]), rest);
+        sum.add_lanes(weighs ? value(mass, 0) * load_lanes(tile.weights.at(c, i), rest) : value(mass, 0), rest);
         i += rest;
       }
     }
@@ -245,10 +255,15 @@ struct Mixture {
       weights = weights + component.logit;
       masses = masses + component.factor;
     }
-    const V value = (weights / masses).log() - top;
+    V value = (weights / masses).log() - top, weight(tile.weight);
+    if (tile.weights.data) {
+      const V own = load_lanes(tile.weights.at(0, i), lanes);
+      value = value * own;
+      weight = weight * own;
+    }
 
     if constexpr (kGrads) {
-      const V weight(tile.weight), prior = weight / weights, posterior = weight / masses;
+      const V prior = weight / weights, posterior = weight / masses;
       for (int64_t k = 0; k < K; ++k) {
         const Component& component = components[k];
         const V share = P::neg(component.factor * posterior), by_mean = share * bins.levels;
@@ -332,6 +347,17 @@ void half_bins(const Operand& view, int64_t row, int64_t begin, int64_t n, int64
   }
 }
 
+// Replaces the params of what has the weight 0 by 0, so that its value and its derivatives are finite. Plane p has the weights of plane
+// p % weight_planes.
+template <class C>
+void leave_out(const C* weights, int64_t weight_planes, int64_t n, int64_t stride, C* params, int64_t planes) {
+  for (int64_t p = 0; p < planes; ++p) {
+    const C* weight = weights + p % weight_planes * stride;
+    C* to = params + p * stride;
+    for (int64_t i = 0; i < n; ++i) to[i] = weight[i] == C(0) ? C(0) : to[i];
+  }
+}
+
 template <class View>
 Ahead ahead(const View& view, int64_t row, int64_t begin, int64_t n, int64_t planes, int64_t pixels) {
   const int64_t width = item_size(view.type);
@@ -343,20 +369,21 @@ void run(const LogisticArgs& args) {
   constexpr int64_t kTile = Model::kTile;
   const int64_t planes = Model::planes(args);
   const int64_t blocks = (args.pixels + Model::kPixels - 1) / Model::kPixels, tasks = args.rows * blocks;
-  const bool wanted = args.grads.data != nullptr;
-  const auto dense = [&](const auto& view) { return Model::kInPlace && !args.alternate && view.type == dtype_of<C>(); };
+  const bool wanted = args.grads.data != nullptr, weighs = args.weights.data;
+  const auto dense = [&](const auto& view) { return Model::kInPlace && !args.alternate && view.type == dtype_of<C>() && !weighs; };
+  const int64_t weight_planes = args.components ? 1 : args.channels;
   std::vector<double> sums(tasks);
 
   at::parallel_for(0, tasks, grain(std::min(args.pixels, Model::kPixels) * planes), [&](int64_t first, int64_t last) {
     Model model(args);
     std::vector<C> params(dense(args.params) ? 0 : planes * kTile), grads(!wanted || dense(args.grads) ? 0 : planes * kTile);
-    std::vector<C> data(args.channels * kTile), line(args.alternate ? planes : 0);
+    std::vector<C> data(args.channels * kTile), line(args.alternate ? planes : 0), weights(weighs ? weight_planes * kTile : 0);
     for (int64_t task = first; task < last; ++task) {
       const int64_t row = task / blocks, end = std::min(args.pixels, (task % blocks + 1) * Model::kPixels);
       double sum = 0;
       for (int64_t begin = task % blocks * Model::kPixels; begin < end; begin += kTile) {
         const int64_t n = std::min(kTile, end - begin);
-        Tile<C> tile{{params.data(), kTile}, {data.data(), kTile}, {grads.data(), kTile}, n, 0, {}, {}};
+        Tile<C> tile{{params.data(), kTile}, {data.data(), kTile}, {grads.data(), kTile}, {}, n, 0, {}, {}};
         tile.weight = static_cast<C>(args.weight[row * args.weight_stride]);
         if (dense(args.params))
           tile.params = {static_cast<const C*>(args.params.data) + row * args.params.row_stride + begin, args.pixels};
@@ -366,6 +393,12 @@ void run(const LogisticArgs& args) {
           const bool here = end > begin + kTile;
           const int64_t next_row = here ? row : (task + 1) / blocks, next = here ? begin + kTile : (task + 1) % blocks * Model::kPixels;
           tile.coming = ahead(args.params, next_row, next, std::min(kTile, args.pixels - next), planes, args.pixels);
+        }
+        if (weighs) {
+          for (int64_t c = 0; c < weight_planes; ++c)
+            read(args.weights, target_row(args, row), c * args.pixels + begin, n, weights.data() + c * kTile);
+          tile.weights = {weights.data(), kTile};
+          leave_out(weights.data(), weight_planes, n, kTile, params.data(), planes);
         }
         half_bins(args.target, target_row(args, row), begin, n, args.channels, args.pixels, args.alternate, int(args.levels), kTile, data.data());
         if (!wanted) {

@@ -14,7 +14,7 @@ namespace fastvae::cpu::FASTVAE_ISA {
 namespace {
 
 struct BlockSums {
-  double nll, scale_grad;
+  double nll, scale_grad, weights = 0;
 };
 
 // Whether `element` returns the whole value of an element, to which neither a normaliser nor a logarithm is added later. Only these
@@ -118,6 +118,76 @@ BlockSums block_as(const C* const (&param)[kMaxParams], const C* target, C* cons
   return {total, L::has_scale_grad ? scale_grad.total() : 0};
 }
 
+// The same where every element has a weight, by which values, derivatives and grads are multiplied. As there are so many likelihoods, this
+// is compiled only once for each: whether grads are stored is decided at run time. With `at_ends`, elements with infinite params have the
+// values that L::at_ends gives.
+template <class L, class C>
+BlockSums weighted_block(const C* const (&param)[kMaxParams], const C* target, const C* weights, C* const (&grad)[kMaxParams], C* values,
+                         const double* constants, double weight, int64_t n, bool at_ends = false) {
+  using V = Vec<C>;
+  using P = math::Primitives<V>;
+  constexpr int64_t W = V::size();
+  V constant[L::constants + 1];
+  for (int i = 0; i < L::constants; ++i) constant[i] = V(static_cast<C>(constants[i]));
+  if constexpr (math::has_scale<L>) constant[0] = V(math::bounded_root(static_cast<C>(constants[0])));
+  const V w(static_cast<C>(weight));
+  Sum<C> sum, scale_grad, weight_sum;
+  // The logarithms of elements with the weight 1 can be added up before they are computed. Others need one for each vector.
+  math::Log1pSum<V> masked[4];
+  bool is_mask = L::has_log1p;
+  for (int64_t i = 0; is_mask && i < n; i += W) {
+    const V own = load_lanes(weights + i, std::min(W, n - i));
+    is_mask = !P::any_less(V(0), P::abs(own * own - own));
+  }
+  const auto step = [&](int64_t i, int64_t lanes, int slot) FASTVAE_INLINE {
+    V p[L::params], d[L::params];
+    for (int k = 0; k < L::params; ++k) p[k] = load_lanes(param[k] + i, lanes);
+    const V t = load_lanes(target + i, lanes), own = load_lanes(weights + i, lanes);
+    math::Log1pSum<V> logs;
+    V value;
+    if constexpr (L::has_scale_grad) {
+      V own_scale_grad;
+      value = L::element(p, t, constant, d, logs, own_scale_grad);
+      scale_grad.add(slot, weighted<C>(own_scale_grad, own));
+    } else {
+      value = L::element(p, t, constant, d, logs);
+    }
+    if constexpr (math::has_ends<L, V>) {
+      if (at_ends) value = L::at_ends(p, t, value);
+    }
+    if constexpr (L::has_log1p) {
+      if (is_mask) {
+        const V e = weighted<C>(logs.excess, own);
+        masked[slot].add(e, V(1) + e);
+      } else {
+        value = value + logs.value();
+      }
+    }
+    value = weighted<C>(value, own);
+    if (kWhole<L> && values) store_lanes(value * w, values + i, lanes);
+    for (int k = 0; k < L::params; ++k)
+      if (grad[k]) store_lanes(weighted<C>(d[k], own) * w, grad[k] + i, lanes);
+    // Lanes beyond the end have the weight 0.
+    sum.add(slot, value);
+    weight_sum.add(slot, own);
+  };
+  constexpr int64_t kAhead = 2048 / sizeof(C);
+  for (int64_t i = 0; i < n; i += W) {
+    for (int k = 0; k < L::params; ++k) {
+      prefetch(param[k] + i + kAhead, W * sizeof(C));
+      if (grad[k]) prefetch(grad[k] + i + kAhead, W * sizeof(C));
+    }
+    prefetch(target + i + kAhead, W * sizeof(C));
+    step(i, std::min(W, n - i), i / W % 4);
+  }
+  for (int k = 0; L::has_log1p && k < 4; ++k) sum.add(k, masked[k].value());
+  const double total = sum.total();
+  if constexpr (math::has_ends<L, V>) {
+    if (!at_ends && std::isnan(total)) return weighted_block<L, C>(param, target, weights, grad, values, constants, weight, n, true);
+  }
+  return {total, L::has_scale_grad ? scale_grad.total() : 0, weight_sum.total()};
+}
+
 template <class L, class C, bool kGrads>
 BlockSums block(const C* const (&param)[kMaxParams], const C* target, C* const (&grad)[kMaxParams], C* values,
                 const double* constants, double weight, int64_t n) {
@@ -138,9 +208,11 @@ void run(const NllArgs& args) {
   const bool has_scale_grad = L::has_scale_grad && args.row_scale_grad;
   std::vector<double> partial_scale_grad(has_scale_grad && blocks > 1 ? tasks : 0);
   double* scale_grads = blocks > 1 ? partial_scale_grad.data() : args.row_scale_grad;
+  std::vector<double> partial_weights(args.row_weights && blocks > 1 ? tasks : 0);
+  double* weight_sums = blocks > 1 ? partial_weights.data() : args.row_weights;
 
   at::parallel_for(0, tasks, grain(std::min(args.size, kBlock)), [&](int64_t first, int64_t last) {
-    Buffer<C> param_buffer[L::params], target_buffer, grad_buffer[L::params], value_buffer;
+    Buffer<C> param_buffer[L::params], target_buffer, weight_buffer, grad_buffer[L::params], value_buffer;
     for (int64_t task = first; task < last; ++task) {
       const int64_t row = task / blocks, begin = task % blocks * kBlock, n = std::min(kBlock, args.size - begin);
       const C* param[kMaxParams] = {};
@@ -152,9 +224,13 @@ void run(const NllArgs& args) {
       const C* target = load(args.target, target_row(args, row), begin, n, args.size, target_buffer);
       C* values = kWhole<L> ? destination(args.values, row, begin, args.size, value_buffer) : nullptr;
       const double weight = args.weight[row * args.weight_stride];
-      const BlockSums of_block = wanted || kWhole<L> ? block<L, C, true>(param, target, grad, values, args.constants, weight, n)
-                                                    : block<L, C, kWhole<L>>(param, target, grad, values, args.constants, weight, n);
+      BlockSums of_block;
+      if (const C* weights = load(args.weights, target_row(args, row), begin, n, weight_buffer))
+        of_block = weighted_block<L, C>(param, target, weights, grad, values, args.constants, weight, n);
+      else if (wanted || kWhole<L>) of_block = block<L, C, true>(param, target, grad, values, args.constants, weight, n);
+      else of_block = block<L, C, kWhole<L>>(param, target, grad, values, args.constants, weight, n);
       sums[task] = of_block.nll;
+      if (args.row_weights) weight_sums[task] = of_block.weights;
       if (has_scale_grad) scale_grads[task] = of_block.scale_grad;
       for (int k = 0; k < L::params; ++k) store(args.grads[k], row, begin, n, args.size, grad_buffer[k]);
       if (kWhole<L>) store(args.values, row, begin, n, args.size, value_buffer);
@@ -171,6 +247,7 @@ void run(const NllArgs& args) {
   };
   add_up(sums, args.row_nll);
   if (has_scale_grad) add_up(scale_grads, args.row_scale_grad);
+  if (args.row_weights) add_up(weight_sums, args.row_weights);
 }
 
 template <class L, class C>

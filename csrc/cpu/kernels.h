@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "../math/scale_form.h"
+
 namespace fastvae::cpu {
 
 // u8 is a pixel and is read as x / 255; byte and the wider integers are read as plain numbers.
@@ -49,6 +51,23 @@ constexpr int64_t target_row(const Args& args, int64_t row) {
   return args.target_rows ? row % args.target_rows : row;
 }
 
+constexpr int kMaxLevels = 4;
+
+// The weights of the elements of a (target rows, size) target, or of its positions or pixels. The dimensions of a row are nested loops:
+// `levels` of them, the innermost first, with sizes[i] steps of strides[i] elements. A stride of 0 repeats a weight. Where the weight is 0,
+// the element is left out, and whatever it contains reaches no result.
+struct Weights {
+  const void* data = nullptr;  // null if there are no weights
+  DType type = DType::f32;     // not u8
+  int64_t row_stride = 0;
+  int levels = 0;
+  int64_t sizes[kMaxLevels] = {}, strides[kMaxLevels] = {};
+  uint64_t inverses[kMaxLevels] = {};  // see inverse_of
+
+  // 2^63 / size, rounded up. i / size is then the high half of 2 * i * inverse while i * size is below 2^63, so that CUDA needs no division.
+  static constexpr uint64_t inverse_of(int64_t size) { return ((uint64_t(1) << 63) - 1) / static_cast<uint64_t>(size) + 1; }
+};
+
 constexpr int kMaxParams = 3;
 constexpr int kMaxConstants = 5;
 
@@ -59,7 +78,7 @@ enum class Element : int8_t {
 };
 
 // row_nll[r] is the sum of the element's values over the row. grads[i], if requested, is the derivative of each element times
-// weight[r * weight_stride].
+// weight[r * weight_stride]. Here and below, `weights` multiply both.
 struct NllArgs {
   Element element;
   bool in_double;
@@ -72,8 +91,10 @@ struct NllArgs {
   const double* weight;
   int64_t weight_stride;
   double* row_nll;
-  // For an Element that has_scale_grad, the sum of (params[0] - target) times the unweighted derivative; may be null.
+  // For an Element that has_scale_grad, the sum of (params[0] - target) times the derivative before weight[r]; may be null.
   double* row_scale_grad;
+  Weights weights;
+  double* row_weights;  // the sum of the weights of each row; null without weights
   // The weighted value of each element; null data if not requested. Supported only where `element` gives the complete value.
   Result values;
 };
@@ -94,6 +115,7 @@ struct CountArgs {
   int64_t target_rows;  // see target_row
   const int64_t *starts, *columns;
   Operand target_values;  // a single row
+  Weights weights;
   // Derivatives times weight[row * weight_stride]; those with null data are not requested.
   Result d_mean, d_dispersion, d_zero_logits;  // d_dispersion is per element, even if the dispersion is shared
   double* d_shared_dispersion;  // (genes,), summed over the rows
@@ -115,6 +137,7 @@ struct CategoricalArgs {
   int64_t target_rows;  // see target_row
   int64_t target_row_stride;
   int64_t ignored;
+  Weights weights;  // of positions
   Result grads;  // null data if not requested
   const double* weight;
   int64_t weight_stride;
@@ -131,6 +154,7 @@ struct LogisticArgs {
   Operand params;
   Operand target;  // u8: levels
   int64_t target_rows;  // see target_row
+  Weights weights;  // of elements in the order of the target or, with components, of pixels
   Result grads;   // null data if not requested
   const double* weight;
   int64_t weight_stride;
@@ -142,10 +166,11 @@ struct NoiseKey {
   uint64_t seed, offset, row_offset;
 };
 
-// A diagonal Gaussian posterior with `draws` samples, and its prior, which is N(0, I) if prior_mu has null data. The noise is `eps` if
-// that is given, and is otherwise drawn from `key`.
+// A diagonal Gaussian posterior with `draws` samples, and its prior, which is N(0, I) if prior_mu has null data. The scales of both are
+// in the given form. The noise is `eps` if that is given, and is otherwise drawn from `key`.
 struct Latents {
   bool in_double;
+  ScaleForm form;
   int64_t rows, size, draws;
   Operand mu, logvar, prior_mu, prior_logvar, eps;
   int64_t eps_draw_stride;
@@ -163,8 +188,25 @@ struct SampleGradArgs : Latents {
   Operand grad_z;  // null data stands for zero
   int64_t grad_z_draw_stride;
   Operand grad_kl;  // one value per element, or per row (run == 1, run_stride == 0); null data stands for zero
+  double posterior_weight, prior_weight;  // factors of the KL's gradients
   Result grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar, grad_eps;  // null data if not requested
   int64_t grad_eps_draw_stride;
+};
+
+// z of `draws` samples, and log q(z | x) and log p(z) of every draw and row, (draws, rows).
+struct LogProbArgs : Latents {
+  Result z;
+  int64_t z_draw_stride;
+  double *log_q, *log_p;
+};
+
+// With `stl`, log q has no gradient but the one through z. Null gradients stand for zero.
+struct LogProbGradArgs : Latents {
+  bool stl;
+  Operand grad_z;
+  int64_t grad_z_draw_stride;
+  const double *grad_log_q, *grad_log_p;                            // (draws, rows)
+  Result grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar;  // null data if not requested
 };
 
 // Points (points, dims) and the components (components, dims) of a mixture, all dense and of the type of the computation. The log-weights
@@ -219,6 +261,8 @@ struct ScaleElementsArgs {
   void discretized_logistic(const LogisticArgs&); \
   void sample(const SampleArgs&);                 \
   void sample_grad(const SampleGradArgs&);        \
+  void log_probs(const LogProbArgs&);             \
+  void log_probs_grad(const LogProbGradArgs&);    \
   void mixture(const MixtureValueArgs&);          \
   void mixture_grad(const MixtureGradArgs&);      \
   void scale_rows(const ScaleArgs&);              \

@@ -1,90 +1,9 @@
 // Reads a posterior once. The forward computes the samples z and the KL; the backward computes the gradients of both and draws the
 // same noise again.
-#include <ATen/Parallel.h>
-
-#include <vector>
-
-#include "../math/latents.h"
-#include "noise.h"
-#include "staging.h"
+#include "latents.h"
 
 namespace fastvae::cpu::FASTVAE_ISA {
 namespace {
-
-// Rows are cut into blocks of kBlock elements. Short rows are processed several at a time, so that their noise, which comes from
-// consecutive counters, is drawn in one sweep.
-struct Tiling {
-  int64_t size, counters_per_row, blocks, group, tasks;
-
-  explicit Tiling(const Latents& args)
-      : size(args.size),
-        counters_per_row((args.size + 3) / 4),
-        blocks((args.size + kBlock - 1) / kBlock),
-        group(blocks == 1 ? kBlock / (4 * counters_per_row) : 1),
-        tasks(blocks ? (args.rows + group - 1) / group * blocks : 0) {}
-};
-
-struct Tile {
-  int64_t first_row, rows, begin, n, stride;  // stride: the distance between rows of the tile in a buffer
-
-  Tile(const Tiling& tiling, const Latents& args, int64_t task)
-      : first_row(task / tiling.blocks * tiling.group),
-        rows(std::min(tiling.group, args.rows - first_row)),
-        begin(task % tiling.blocks * kBlock),
-        n(std::min(kBlock, args.size - begin)),
-        stride(4 * tiling.counters_per_row) {}
-};
-
-template <class F>
-void for_tiles(const Latents& args, const F& f) {
-  const Tiling tiling(args);
-  const int64_t work = 4 * tiling.group * std::min(args.size, kBlock);  // noise makes it four times the work of a likelihood
-  at::parallel_for(0, tiling.tasks, grain(work), [&](int64_t first, int64_t last) { f(tiling, first, last); });
-}
-
-// The noise of a tile for draw k, either given by the user or drawn here.
-template <class C>
-class Noise {
- public:
-  Noise(const Latents& args, const Tiling& tiling) : args_(args), tiling_(tiling) {}
-
-  // `next` lists operands that are read for the same tile afterwards; they are prefetched while the noise is drawn.
-  void draw(const Tile& tile, int64_t k, std::initializer_list<Operand> next) {
-    given_ = shifted(args_.eps, k * args_.eps_draw_stride);
-    if (given_.data) return;
-    const uint64_t counter = (args_.key.row_offset + tile.first_row) * tiling_.counters_per_row + tile.begin / 4;
-    const int64_t counters = tile.rows > 1 ? tile.rows * tiling_.counters_per_row : (tile.n + 3) / 4;
-    const auto stride = static_cast<uint32_t>(tile.stride);
-    normals(args_.key.seed, args_.key.offset / 4 + k, counter, counters, buffer_.data, [&](int64_t i, int64_t n) FASTVAE_INLINE {
-      const int64_t row = tile.rows > 1 ? static_cast<uint32_t>(i) / stride : 0;
-      for (const Operand& operand : next)
-        if (operand.data) {
-          const int64_t position = (tile.first_row + row) * operand.row_stride + tile.begin + i - row * tile.stride;
-          prefetch(static_cast<const char*>(operand.data) + position * item_size(operand.type), n * item_size(operand.type));
-        }
-    });
-  }
-
-  const C* row(const Tile& tile, int64_t i) {
-    if (given_.data) return load(given_, tile.first_row + i, tile.begin, tile.n, args_.size, buffer_);
-    return buffer_.data + i * tile.stride;
-  }
-
- private:
-  const Latents& args_;
-  const Tiling& tiling_;
-  Operand given_;
-  Buffer<C> buffer_;
-};
-
-// Calls f(index, lanes) for each vector of n elements. `lanes` is a compile-time constant except for an incomplete last vector.
-template <class C, class F>
-inline void for_lanes(int64_t n, const F& f) {
-  constexpr int64_t W = Vec<C>::size();
-  int64_t i = 0;
-  for (; i + W <= n; i += W) f(i, std::integral_constant<int64_t, W>());
-  if (i < n) f(i, n - i);
-}
 
 // sigma = exp(logvar / 2), with the intermediate results that the KL reuses.
 template <class C>
@@ -96,6 +15,7 @@ template <class C>
 void sample_as(const SampleArgs& args) {
   using V = Vec<C>;
   const Tiling whole(args);
+  const bool plain = args.form.is_plain();
   std::vector<double> partial(whole.blocks > 1 && args.row_kl ? args.rows * whole.blocks : 0);
   double* sums = whole.blocks > 1 ? partial.data() : args.row_kl;
 
@@ -111,6 +31,12 @@ void sample_as(const SampleArgs& args) {
         const C* logvar = load(args.logvar, row, tile.begin, tile.n, args.size, logvar_buffer);
         const C* prior_mu = load(args.prior_mu, row, tile.begin, tile.n, args.size, prior_mu_buffer);
         const C* prior_logvar = load(args.prior_logvar, row, tile.begin, tile.n, args.size, prior_logvar_buffer);
+        if (!plain) {
+          mu = means<C>(args.form, mu, tile.n, mu_buffer.data, nullptr);
+          logvar = log_variances<C>(args.form, logvar, tile.n, logvar_buffer.data, nullptr);
+          prior_mu = means<C>(args.form, prior_mu, tile.n, prior_mu_buffer.data, nullptr);
+          prior_logvar = log_variances<C>(args.form, prior_logvar, tile.n, prior_logvar_buffer.data, nullptr);
+        }
         C* element_kl = destination(args.element_kl, row, tile.begin, args.size, out_buffer);
         C* row_sigma = sigma.data + i * tile.stride;
         Sum<C> sum;
@@ -132,6 +58,7 @@ void sample_as(const SampleArgs& args) {
         for (int64_t i = 0; i < tile.rows; ++i) {
           const int64_t row = tile.first_row + i;
           const C* mu = load(args.mu, row, tile.begin, tile.n, args.size, mu_buffer);
+          if (!plain) mu = means<C>(args.form, mu, tile.n, mu_buffer.data, nullptr);
           const C* eps = noise.row(tile, i);
           const C* row_sigma = sigma.data + i * tile.stride;
           C* z = destination(z_view, row, tile.begin, args.size, out_buffer);
@@ -153,11 +80,15 @@ void sample_as(const SampleArgs& args) {
 template <class C>
 void sample_grad_as(const SampleGradArgs& args) {
   using V = Vec<C>;
+  using P = math::Primitives<V>;
+  const V posterior_weight(static_cast<C>(args.posterior_weight)), prior_weight(static_cast<C>(args.prior_weight));
+  const bool plain = args.form.is_plain();
   const bool with_kl = args.grad_kl.data;
   const bool kl_per_row = with_kl && args.grad_kl.run_stride == 0 && args.grad_kl.run == 1;
 
   for_tiles(args, [&](const Tiling& tiling, int64_t first, int64_t last) {
     Buffer<C> mu_buffer, logvar_buffer, prior_mu_buffer, prior_logvar_buffer, grad_z_buffer, grad_kl_buffer;
+    Buffer<C> mu_factors, logvar_factors, prior_mu_factors, prior_logvar_factors;
     Buffer<C> sum_grad_z, sum_grad_z_eps, grad_mu_buffer, grad_logvar_buffer, grad_prior_mu_buffer, grad_prior_logvar_buffer;
     Noise<C> noise(args, tiling);
     for (int64_t task = first; task < last; ++task) {
@@ -179,6 +110,7 @@ void sample_grad_as(const SampleGradArgs& args) {
           }
           if (C* grad_eps = destination(grad_eps_view, row, tile.begin, args.size, grad_mu_buffer)) {
             const C* logvar = load(args.logvar, row, tile.begin, tile.n, args.size, logvar_buffer);
+            if (!plain) logvar = log_variances<C>(args.form, logvar, tile.n, logvar_buffer.data, nullptr);
             for_lanes<C>(tile.n, [&](int64_t j, auto lanes) FASTVAE_INLINE {
               store_lanes(load_lanes(grad_z + j, lanes) * scale_of<C>(load_lanes(logvar + j, lanes)).exp, grad_eps + j, lanes);
             });
@@ -192,6 +124,12 @@ void sample_grad_as(const SampleGradArgs& args) {
         const C* logvar = load(args.logvar, row, tile.begin, tile.n, args.size, logvar_buffer);
         const C* prior_mu = load(args.prior_mu, row, tile.begin, tile.n, args.size, prior_mu_buffer);
         const C* prior_logvar = load(args.prior_logvar, row, tile.begin, tile.n, args.size, prior_logvar_buffer);
+        if (!plain) {
+          mu = means(args.form, mu, tile.n, mu_buffer.data, mu_factors.data);
+          logvar = log_variances(args.form, logvar, tile.n, logvar_buffer.data, logvar_factors.data);
+          prior_mu = means(args.form, prior_mu, tile.n, prior_mu_buffer.data, prior_mu_factors.data);
+          prior_logvar = log_variances(args.form, prior_logvar, tile.n, prior_logvar_buffer.data, prior_logvar_factors.data);
+        }
         const C* total = draws ? sum_grad_z.data + i * tile.stride : nullptr;
         const C* total_eps = sum_grad_z_eps.data + i * tile.stride;
         C row_weight(0);
@@ -208,7 +146,7 @@ void sample_grad_as(const SampleGradArgs& args) {
         for_lanes<C>(tile.n, [&](int64_t j, auto lanes) FASTVAE_INLINE {
           const V m = load_lanes(mu + j, lanes), v = load_lanes(logvar + j, lanes);
           const auto s = scale_of<C>(v);
-          V d_mu(0), d_logvar(0), d_prior_logvar(0);
+          V d_mu(0), d_logvar(0), d_prior_mu(0), d_prior_logvar(0);
           // A KL that is not needed is skipped rather than multiplied by 0, because its gradients may overflow.
           if (with_kl) {
             const V w = weight ? load_lanes(weight + j, lanes) : V(row_weight);
@@ -216,9 +154,14 @@ void sample_grad_as(const SampleGradArgs& args) {
                                      : math::standard_kl(m, s);
             d_mu = w * kl.d_mu;
             d_logvar = w * kl.d_logvar;
-            if (prior_mu) d_prior_logvar = w * kl.d_prior_logvar;
+            if (prior_mu) {
+              d_prior_mu = P::neg(prior_weight * d_mu);
+              d_prior_logvar = prior_weight * w * kl.d_prior_logvar;
+              d_mu = posterior_weight * d_mu;
+              d_logvar = posterior_weight * d_logvar;
+            }
           }
-          if (grad_prior_mu) store_lanes(V(0) - d_mu, grad_prior_mu + j, lanes);
+          if (grad_prior_mu) store_lanes(d_prior_mu, grad_prior_mu + j, lanes);
           if (grad_prior_logvar) store_lanes(d_prior_logvar, grad_prior_logvar + j, lanes);
           if (total) {
             d_mu = d_mu + load_lanes(total + j, lanes);
@@ -227,6 +170,14 @@ void sample_grad_as(const SampleGradArgs& args) {
           if (grad_mu) store_lanes(d_mu, grad_mu + j, lanes);
           if (grad_logvar) store_lanes(d_logvar, grad_logvar + j, lanes);
         });
+        if (!plain) {
+          chain(grad_logvar, logvar_factors.data, tile.n);
+          chain(grad_prior_logvar, prior_logvar_factors.data, tile.n);
+          if (args.form.soft != 0) {
+            chain(grad_mu, mu_factors.data, tile.n);
+            chain(grad_prior_mu, prior_mu_factors.data, tile.n);
+          }
+        }
         const auto home = [&](const Result& view, const Buffer<C>& buffer) { store(view, row, tile.begin, tile.n, args.size, buffer); };
         home(args.grad_mu, grad_mu_buffer);
         home(args.grad_logvar, grad_logvar_buffer);

@@ -94,9 +94,11 @@ inline void convert_in(const void* data, DType type, int64_t position, C* out, i
     }
     case DType::f16:
       if constexpr (std::is_same_v<C, float>) widen(static_cast<const c10::Half*>(data) + position, out, n);
+      else read_numbers<c10::Half>(data, position, out, n);  // only weights are half while params are double
       break;
     case DType::bf16:
       if constexpr (std::is_same_v<C, float>) widen(static_cast<const c10::BFloat16*>(data) + position, out, n);
+      else read_numbers<c10::BFloat16>(data, position, out, n);
       break;
   }
 }
@@ -138,6 +140,54 @@ inline const C* load(const Operand& view, int64_t row, int64_t begin, int64_t n,
     convert_in(view.data, view.type, position, buffer.data + index, length);
   });
   return buffer.data;
+}
+
+// The weights of elements [begin, begin + n) of `row` as a dense array, for n up to kBlock.
+template <class C>
+void read(const Weights& view, int64_t row, int64_t begin, int64_t n, C* out) {
+  const int64_t size = view.sizes[0], stride = view.strides[0];
+  if (stride == 0 && view.levels > 1) {  // each weight serves `size` elements
+    Weights outer = view;
+    std::copy(view.sizes + 1, view.sizes + view.levels, outer.sizes);
+    std::copy(view.strides + 1, view.strides + view.levels, outer.strides);
+    --outer.levels;
+    Buffer<C> weights;
+    const int64_t first = begin / size;
+    read(outer, row, first, (begin + n - 1) / size - first + 1, weights.data);
+    int64_t left = size - begin % size;
+    for (int64_t i = 0, k = 0; i < n; ++i, --left) {
+      if (left == 0) ++k, left = size;
+      out[i] = weights.data[k];
+    }
+    return;
+  }
+  for (int64_t done = 0; done < n;) {
+    const int64_t within = (begin + done) % size, length = std::min(n - done, size - within);
+    int64_t position = row * view.row_stride + within * stride;
+    for (int64_t l = 1, rest = (begin + done) / size; l < view.levels; rest /= view.sizes[l++]) position += rest % view.sizes[l] * view.strides[l];
+    C* to = out + done;
+    if (stride == 1) {
+      convert_in(view.data, view.type, position, to, length);
+    } else {
+      for (int64_t i = 0; i < (stride ? length : 1); ++i) convert_in(view.data, view.type, position + i * stride, to + i, 1);
+      if (stride == 0) std::fill(to + 1, to + length, *to);
+    }
+    done += length;
+  }
+}
+
+// The same in `buffer`, or null if there are no weights.
+template <class C>
+inline const C* load(const Weights& view, int64_t row, int64_t begin, int64_t n, Buffer<C>& buffer) {
+  if (!view.data) return nullptr;
+  read(view, row, begin, n, buffer.data);
+  return buffer.data;
+}
+
+// `x` times the weight; 0 where the weight is 0, whatever x is.
+template <class C>
+inline __attribute__((always_inline)) Vec<C> weighted(Vec<C> x, Vec<C> weight) {
+  return math::Primitives<Vec<C>>::select(weight == Vec<C>(0), Vec<C>(0), x * weight);
 }
 
 // Where to write those elements. If that is the buffer, `store` must be called afterwards to copy them to the result.

@@ -92,7 +92,8 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
       const bool inside = has_row && position < part.end;
       int64_t target = args.ignored;
       if (inside) target = __ldg(static_cast<const long long*>(args.target.data) + cpu::target_row(args, row) * args.target.row_stride + position);
-      const bool counted = inside && target != args.ignored, exists = target >= 0 && target < args.classes;
+      const C own_weight = inside ? weight_of<C>(args.weights, cpu::target_row(args, row), position) : C(1);
+      const bool counted = inside && target != args.ignored && own_weight != C(0), exists = target >= 0 && target < args.classes;
       const T* logits = static_cast<const T*>(args.params[0].data) + row * args.params[0].row_stride + position * args.classes;
       const uint32_t own = exists ? static_cast<uint32_t>(target) : classes;
 
@@ -140,9 +141,10 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
       // The logit of a class that does not exist must not be read; the nll and the gradients of such a target are NaN.
       const C a = exists ? static_cast<C>(widened(__ldg(logits + own))) : C(NAN);
       const C top = others.top < a ? a : others.top, rest = others.sum * P::exp(others.top - top), total = P::exp(a - top) + rest;
-      if (lane == 0) sum += static_cast<double>(top - a) + static_cast<double>(a >= others.top ? P::log1p(rest) : P::log(total));
+      if (lane == 0)
+        sum += own_weight * (static_cast<double>(top - a) + static_cast<double>(a >= others.top ? P::log1p(rest) : P::log(total)));
       if (!grads) continue;
-      const C scale = weight / total, own_grad = -(weight * (rest / total));
+      const C scale = weight * own_weight / total, own_grad = -(weight * own_weight * (rest / total));
 #pragma unroll 1
       for (uint32_t i = uint32_t(lane) * N; i < classes; i += step * kUnroll) {
         Pack<T, N> packs[kUnroll];

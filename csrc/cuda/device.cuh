@@ -164,14 +164,36 @@ struct Pack {
 // Maps the index of an element in its row to its offset in memory.
 struct Runs {
   int64_t gap;       // the distance from the end of a run to the next run; 0 if the row is dense
-  uint64_t inverse;  // 2^63 / run, rounded up, so that i / run is the high half of 2 * i * inverse while i * run is below 2^63
+  uint64_t inverse;  // that of the length of a run; see Weights::inverse_of
 
   explicit Runs(const Operand& view)
-      : gap(view.run_stride ? view.run_stride - view.run : 0), inverse(view.run > 0 ? ((uint64_t(1) << 63) - 1) / view.run + 1 : 0) {}
+      : gap(view.run_stride ? view.run_stride - view.run : 0), inverse(view.run > 0 ? Weights::inverse_of(view.run) : 0) {}
   FASTVAE_DEVICE int64_t operator()(int64_t i) const {
     return gap == 0 ? i : i + static_cast<int64_t>(__umul64hi(2 * static_cast<uint64_t>(i), inverse)) * gap;
   }
 };
+
+// The weight of an element (or pixel, or position), which is 1 without weights.
+template <class C>
+FASTVAE_DEVICE C weight_of(const Weights& weights, int64_t row, int64_t element) {
+  if (!weights.data) return C(1);
+  int64_t at = row * weights.row_stride;
+  const int last = weights.levels - 1;
+#pragma unroll 1
+  for (int l = 0; l < last; ++l) {
+    const int64_t rest = static_cast<int64_t>(__umul64hi(2 * static_cast<uint64_t>(element), weights.inverses[l]));
+    at += (element - rest * weights.sizes[l]) * weights.strides[l];
+    element = rest;
+  }
+  at += element * weights.strides[last];
+  switch (weights.type) {
+    case DType::f32: return static_cast<C>(__ldg(static_cast<const float*>(weights.data) + at));
+    case DType::f64: return static_cast<C>(__ldg(static_cast<const double*>(weights.data) + at));
+    case DType::f16: return static_cast<C>(widened(__ldg(static_cast<const Half*>(weights.data) + at)));
+    case DType::bf16: return static_cast<C>(widened(__ldg(static_cast<const BFloat16*>(weights.data) + at)));
+    default: return static_cast<C>(__ldg(static_cast<const uint8_t*>(weights.data) + at));
+  }
+}
 
 // Reads the number of a row, which is fp32 or fp64.
 FASTVAE_DEVICE double number(const Numbers& numbers, int64_t row) {

@@ -172,12 +172,13 @@ __global__ void __launch_bounds__(kThreads, mixture_resident(kChannels, sizeof(T
     for (int64_t first = part.begin; first < end; first += plan.width) {
       const int64_t pixel = first + its_pixel;
       const bool inside = has_row && pixel < end;
+      const bool counted = inside && weight_of<C>(args.weights, cpu::target_row(args, row), pixel) != C(0);
       const int64_t there = pixel * pixel_step + slot * plane_step;
       const T* at = params + (row * args.params[0].row_stride + there);
       C n[kChannels] = {};
       One one{};
       int k = slot;
-      if (inside) {
+      if (counted) {
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) {
           const uint8_t level = __ldg(target + cpu::target_row(args, row) * args.target.row_stride + pixel * data_step + c * channel_step);
@@ -197,15 +198,22 @@ __global__ void __launch_bounds__(kThreads, mixture_resident(kChannels, sizeof(T
       }
       __syncthreads();
       if (sums_row && first + pixel_pixel < end) {
-        const C* part = parts + thread * place_step;
-        Mixed<C> all(part);
-        for (int s = 1; s < slots; ++s) all.add(Mixed<C>(part + s * slot_step));
-        sum += static_cast<double>(P::log(P::divide(all.weights, all.masses)) + (all.top_logit - all.logit) - all.linear);
-        all.masses = P::divide(weight, all.masses), all.weights = P::divide(weight, all.weights);
-        all.store(whole + thread);
+        const C own = weight_of<C>(args.weights, cpu::target_row(args, first_row + pixel_row), first + pixel_pixel);
+        if (own != C(0)) {
+          const C* part = parts + thread * place_step;
+          Mixed<C> all(part);
+          for (int s = 1; s < slots; ++s) all.add(Mixed<C>(part + s * slot_step));
+          const C value = P::log(P::divide(all.weights, all.masses)) + (all.top_logit - all.logit) - all.linear;
+          sum += static_cast<double>(own) * static_cast<double>(value);
+          all.masses = P::divide(weight * own, all.masses), all.weights = P::divide(weight * own, all.weights);
+          all.store(whole + thread);
+        }
       }
       __syncthreads();
-      if (inside && grads) {
+      if (inside && !counted && grads) {
+        T* to = grads + (row * args.grads[0].row_stride + there);
+        for (; k < K; k += slots, to += slots * plane_step) one.store(to, K * plane_step, C(0), C(0));
+      } else if (inside && grads) {
         const Mixed<C> all(whole + place);
         T* to = grads + (row * args.grads[0].row_stride + there + (k - slot) * plane_step);
 #pragma unroll 1

@@ -12,6 +12,10 @@ namespace fastvae::cuda {
 // `unroll` is the number of accesses to each operand that a thread has in flight at a time. `resident` is the number of blocks that share
 // the registers of a multiprocessor.
 constexpr int unroll(int params, int unit) { return (unit == 1 ? 4 : 2) / params; }
+
+// The N of kernels whose elements have weights; others access N elements at a time.
+constexpr int kWeighted = 0;
+
 template <class L>
 constexpr int resident(int64_t item_size, int unit) {
   constexpr bool is_long = std::is_same_v<L, math::Poisson> || std::is_same_v<L, math::ContinuousBernoulli> ||
@@ -164,9 +168,55 @@ FASTVAE_DEVICE Compute<T> part_of_row(const NllArgs& args, const Part& part, int
   return sum;
 }
 
+// The same where elements have weights, in which case the sum includes the normaliser, and scale_grad is the derivative by the scale. It
+// takes one element after another, and has kernels of its own, so that weights take no registers from the others.
+template <class L, class T, class D>
+FASTVAE_DEVICE Compute<T> weighted_part_of_row(const NllArgs& args, const Part& part, int lane, int lanes,
+                                               const math::Normaliser<Compute<T>>& same, Compute<T> factor, const Runs& runs,
+                                               Compute<T>& scale_grad) {
+  using C = Compute<T>;
+  const int64_t row = part.row, data_row = cpu::target_row(args, row), begin = part.begin;
+  const int64_t target_begin = data_row * args.target.row_stride + begin;
+  const char* target = static_cast<const char*>(args.target.data) + target_begin * cpu::item_size(args.target.type);
+  C sum(0);
+#pragma unroll 1
+  for (uint32_t i = lane; i < part.count; i += lanes) {
+    const int64_t place = L::params > 1 ? runs(begin + i) : begin + i;
+    C p[L::params], d[L::params];
+#pragma unroll
+    for (int k = 0; k < L::params; ++k)
+      p[k] = widened(__ldg(static_cast<const T*>(args.params[k].data) + (row * args.params[k].row_stride + place)));
+    Data<D, C, 1, 1> data(args.target.type);
+    data.load(target, i, 0, part.count);
+    const C t = data.value(0, 0);
+    Logs<L, C> logs;
+    C value, own_scale_grad(0);
+    if constexpr (L::has_scale_grad) value = L::element(p, t, same.constants, d, logs, own_scale_grad);
+    else value = L::element(p, t, same.constants, d, logs);
+    if constexpr (math::has_ends<L, C>) {
+      if (value != value) value = L::at_ends(p, t, value);
+    }
+    if constexpr (L::has_log1p) value += logs.value();
+    const C own = weight_of<C>(args.weights, data_row, begin + i);
+    const bool kept = own != C(0);
+    if constexpr (math::has_scale<L>) scale_grad += kept ? L::scalar_grad(C(1), value, own_scale_grad) * own : C(0);
+    sum += kept ? (value + same.per_element) * own : C(0);
+#pragma unroll
+    for (int k = 0; k < L::params; ++k) {
+      T* grad = static_cast<T*>(args.grads[k].data);
+      if (grad) grad[row * args.grads[k].row_stride + place] = narrowed<T>(kept ? d[k] * own * factor : C(0));
+    }
+  }
+  return sum;
+}
+
 // Writes the results of a row whose elements sum to `value`, and returns its part of the loss.
-template <class L, class C>
+template <class L, bool kWeights, class C>
 FASTVAE_DEVICE double finish_row(const NllArgs& args, int64_t row, double value, double scale_grad, C normaliser, double weighted_kl) {
+  if constexpr (kWeights) {
+    if (args.scalar_rows.data) put(args.scalar_rows, row, scale_grad);
+    return put_row(args, row, value, weighted_kl);
+  }
   if constexpr (math::has_scale<L>) {
     if (args.scalar_rows.data) put(args.scalar_rows, row, L::scalar_grad(static_cast<double>(args.size), value, scale_grad));
   }
@@ -174,13 +224,13 @@ FASTVAE_DEVICE double finish_row(const NllArgs& args, int64_t row, double value,
 }
 
 template <class L, class T, class D, int N>
-__global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T), N))
+__global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T), N == kWeighted ? 1 : N))
     nll_kernel(const __grid_constant__ NllArgs args, const __grid_constant__ Plan plan, const __grid_constant__ Runs place) {
   using C = Compute<T>;
   FASTVAE_SHARED(C, row_scratch, 2 * kThreads / kWarp);
   FASTVAE_SHARED(double, loss_scratch, kThreads / kWarp);
   const int lane = threadIdx.x & (plan.lanes - 1);
-  const bool values = args.loss.data, scale_grads = L::has_scale_grad && args.scalar_rows.data;
+  const bool values = args.loss.data, scale_grads = (L::has_scale_grad || N == kWeighted) && args.scalar_rows.data;
 
   math::Normaliser<C> same = {static_cast<C>(args.normaliser), {}};
 #pragma unroll
@@ -204,7 +254,8 @@ __global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T), N))
       C factor = static_cast<C>(args.weight);
       if (args.grad_loss.data || args.grad_nll.data)
         factor = static_cast<C>(row_factor(args.grad_loss, args.grad_nll, args.weight, row));
-      sum = part_of_row<L, T, D, N>(args, part, lane, plan.lanes, same.constants, factor, place, scale_grad);
+      if constexpr (N == kWeighted) sum = weighted_part_of_row<L, T, D>(args, part, lane, plan.lanes, same, factor, place, scale_grad);
+      else sum = part_of_row<L, T, D, N>(args, part, lane, plan.lanes, same.constants, factor, place, scale_grad);
     }
     if (!values) continue;
     sum = group_sum(sum, plan.lanes, row_scratch + (turn ^= kThreads / kWarp));
@@ -215,13 +266,13 @@ __global__ void __launch_bounds__(kThreads, resident<L>(sizeof(T), N))
       partials[item] = sum;
       if (scale_grads) partials[plan.items + item] = scale_grad;
     } else {
-      loss += finish_row<L>(args, row, sum, scale_grad, same.per_element, beta * kl);
+      loss += finish_row<L, N == kWeighted>(args, row, sum, scale_grad, same.per_element, beta * kl);
     }
   }
   if (values)
     finish<C>(args, plan, scale_grads, loss, loss_scratch,
               [&](int64_t row, double sum, double scale_grad) {
-                return finish_row<L>(args, row, sum, scale_grad, same.per_element, beta * kl_of(args, row));
+                return finish_row<L, N == kWeighted>(args, row, sum, scale_grad, same.per_element, beta * kl_of(args, row));
               });
 }
 
@@ -234,6 +285,7 @@ constexpr bool counts(DType type) {
 // The number of elements in a wide access if all operands allow one, otherwise 1.
 template <class L>
 int unit_of(const NllArgs& args) {
+  if (args.weights.data) return 1;
   constexpr bool levels = std::is_same_v<L, math::DiscretizedLogistic>;  // levels have a single type
   const int unit = widest<L>(cpu::item_size(args.params[0].type));
   bool wide = (levels || !counts(args.target.type)) && allows(args.target, args.size, unit);
@@ -257,6 +309,8 @@ cudaError_t launch_nll(const NllArgs& args, cudaStream_t stream) {
   const Plan plan = plan_for<L>(args);
   constexpr int N = widest<L>(sizeof(T));
   const bool wide = unit_of<L>(args) != 1;
+  using Unknown = std::conditional_t<std::is_same_v<L, math::DiscretizedLogistic>, uint8_t, Any>;
+  if (args.weights.data) return launch_nll<L, T, Unknown, kWeighted>(args, plan, stream);
   if constexpr (std::is_same_v<L, math::DiscretizedLogistic>) {
     return wide ? launch_nll<L, T, uint8_t, N>(args, plan, stream) : launch_nll<L, T, uint8_t, 1>(args, plan, stream);
   } else {

@@ -12,6 +12,7 @@ using cpu::DType;
 using cpu::Element;
 using cpu::Operand;
 using cpu::Result;
+using cpu::Weights;
 using cpu::kMaxConstants;
 using cpu::kMaxParams;
 
@@ -43,13 +44,15 @@ struct Workspace {
 //   grads[i]      = d element / d params[i], times `weight`; if grad_loss or grad_nll is given, times
 //                    weight * grad_loss[r] + grad_nll[r] instead, where one that is not given counts as 0
 //   scalar_rows[r] = d nll[r] / d scalar
-// A packed head has two views with the same runs for its params, and two for its grads. Each row of the target is a single run.
+// A packed head has two views with the same runs for its params, and two for its grads. Each row of the target is a single run. The
+// `weights` multiply the value and the derivatives of each element, including the normaliser.
 struct NllArgs {
   Element element = Element::bernoulli;
   int64_t rows = 0, size = 0;
   Operand params[kMaxParams];
   Operand target;
   int64_t target_rows = 0;  // see cpu::target_row
+  Weights weights;          // of elements, pixels or positions
   double constants[kMaxConstants] = {};  // as computed by csrc/ops/likelihood_table.h; for a scale of 1 if `scalar` is given
   double normaliser = 0;                 // per element
   Numbers scalar;                        // a learned log-scale (for the Gaussian, log-variance) for all elements
@@ -105,9 +108,10 @@ struct NoiseSource {
   int64_t row_offset = 0;
 };
 
-// A diagonal Gaussian posterior with `draws` samples, and its prior, which is N(0, I) if prior_mu has null data. All operands have the
-// same type, and every row is a single run.
+// A diagonal Gaussian posterior with `draws` samples, and its prior, which is N(0, I) if prior_mu has null data. The scales of both are
+// in the given form. All operands have the same type, and every row is a single run.
 struct Latents {
+  ScaleForm form;
   int64_t rows = 0, size = 0, draws = 0;
   Operand mu, logvar, prior_mu, prior_logvar;
   Operand eps;  // null data if it is to be drawn from `noise`
@@ -130,8 +134,26 @@ struct SampleGradArgs : Latents {
   int64_t grad_z_draw_stride = 0;
   Numbers grad_kl;          // per row; null data stands for zero
   Operand element_grad_kl;  // per element; an alternative to grad_kl
+  double posterior_weight = 1, prior_weight = 1;  // factors of the KL's gradients
   Result grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar, grad_eps;  // null data if not requested
   int64_t grad_eps_draw_stride = 0;
+};
+
+// z of `draws` samples, and log q(z | x) and log p(z) of every draw and row, (draws, rows), fp64 if mu is and fp32 otherwise.
+struct LogProbArgs : Latents {
+  Result z;
+  int64_t z_draw_stride = 0;
+  Output log_q, log_p;
+  int64_t* used_seed = nullptr;  // as in SampleArgs
+};
+
+// With `stl`, log q has no gradient but the one through z. Null gradients stand for zero.
+struct LogProbGradArgs : Latents {
+  bool stl = false;
+  Operand grad_z;
+  int64_t grad_z_draw_stride = 0;
+  Numbers grad_log_q, grad_log_p;                                // (draws, rows)
+  Result grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar;  // null data if not requested
 };
 
 int64_t nll_scratch(const NllArgs&);
@@ -146,5 +168,7 @@ cudaError_t categorical(const CategoricalArgs&, cudaStream_t stream);
 cudaError_t nll_backward(const NllBackwardArgs&, cudaStream_t stream);
 cudaError_t sample(const SampleArgs&, cudaStream_t stream);
 cudaError_t sample_grad(const SampleGradArgs&, cudaStream_t stream);
+cudaError_t log_probs(const LogProbArgs&, cudaStream_t stream);
+cudaError_t log_probs_grad(const LogProbGradArgs&, cudaStream_t stream);
 
 }  // namespace fastvae::cuda

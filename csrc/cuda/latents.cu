@@ -13,6 +13,10 @@ struct SamplePlan {
 
 constexpr int resident(int64_t item_size) { return item_size == 8 ? 1 : 4; }
 
+// Whether the kernel for units of n elements takes every form of the scale, or only the plain one. With eight elements, the others would
+// spill registers.
+constexpr bool takes_forms(int n) { return n <= 4; }
+
 template <class T, int N, bool kWhole>
 __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
     sample_kernel(const __grid_constant__ SampleArgs args, const __grid_constant__ SamplePlan how) {
@@ -50,10 +54,12 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
           C v[N], kl[N];
           read<T, N, kWhole>(mu + i, left, m);
           read<T, N, kWhole>(logvar + i, left, v);
+          if constexpr (takes_forms(N)) apply(args.form, m, v);
           if (prior_mu && wants_kl) {
             C pm[N], pv[N];
             read<T, N, kWhole>(prior_mu + i, left, pm);
             read<T, N, kWhole>(prior_logvar + i, left, pv);
+            if constexpr (takes_forms(N)) apply(args.form, pm, pv);
 #pragma unroll
             for (int j = 0; j < N; ++j) {
               kl[j] = math::prior_kl(m[j], v[j], pm[j], pv[j]).value;
@@ -69,9 +75,8 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
           }
           if (wants_kl) {
             if (args.element_kl.data) write<C, N, kWhole>(row_of<C>(args.element_kl, part) + i, left, kl);
-            // Past the end of a row all inputs are read as 0, for which the KL is 0.
 #pragma unroll
-            for (int j = 0; j < N; ++j) sum += kl[j];
+            for (int j = 0; j < N; ++j) sum += kWhole || uint32_t(j) < left ? kl[j] : C(0);
           }
         }
 #pragma unroll 1
@@ -107,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T)))
 
 bool is_whole(const SampleArgs& args) {
   const int unit = whole_unit(cpu::item_size(args.mu.type));
-  return allows(args, unit) && allows(args.z, args.size, unit) && args.z_draw_stride % unit == 0 &&
+  return (takes_forms(unit) || args.form.is_plain()) && allows(args, unit) && allows(args.z, args.size, unit) && args.z_draw_stride % unit == 0 &&
          allows(args.element_kl, args.size, unit);
 }
 

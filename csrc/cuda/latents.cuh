@@ -93,6 +93,49 @@ FASTVAE_DEVICE void write(T* p, uint32_t left, const C (&in)[N]) {
   }
 }
 
+// Calls x[j] = f(j, x[j]) for one element after the other. Side by side, they would take registers that the kernels do not have, and the
+// code of every form would be there N times. An array in registers has no variable index, so the elements are selected.
+template <class C, int N, class F>
+FASTVAE_DEVICE void one_by_one(C (&x)[N], const F& f) {
+#pragma unroll 1
+  for (int j = 0; j < N; ++j) {
+    C value = x[0];
+#pragma unroll
+    for (int i = 1; i < N; ++i) value = i == j ? x[i] : value;
+    value = f(j, value);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = i == j ? value : x[i];
+  }
+}
+
+// log sigma^2 and its derivative for what an encoder gives.
+template <class C>
+FASTVAE_DEVICE math::LogVariance<C> log_variance(const ScaleForm& form, C v) {
+  math::LogVariance<C> soft{v, C(1)}, out;
+  if (form.soft != 0) soft = math::soft_clamp(v, C(form.soft));
+  math::with_log_variance<C>(form, [&](const auto& of) { out = of(soft.value); });
+  return {out.value, out.grad * soft.grad};
+}
+
+// Replaces what an encoder gives by the mean and log sigma^2.
+template <class C, int N>
+FASTVAE_DEVICE void apply(const ScaleForm& form, C (&mu)[N], C (&v)[N]) {
+  if (form.is_plain()) return;
+  one_by_one(v, [&](int, C x) { return log_variance(form, x).value; });
+  if (form.soft != 0) one_by_one(mu, [&](int, C x) { return math::soft_clamp(x, C(form.soft)).value; });
+}
+
+// Multiplies the gradients by the derivatives of the form. It reads what the encoder gives again: to keep the derivatives would take
+// registers that the rest of the kernel needs.
+template <class T, class C, int N>
+FASTVAE_DEVICE void chain(const ScaleForm& form, const T* mu, const T* v, uint32_t left, C (&d_mu)[N], C (&d_v)[N]) {
+  if (form.is_plain()) return;
+  const auto at = [&](const T* p, int j) { return uint32_t(j) < left ? C(widened(p[j])) : C(0); };
+  one_by_one(d_v, [&](int j, C grad) { return math::chained(grad, log_variance(form, at(v, j)).grad); });
+  if (form.soft == 0) return;
+  one_by_one(d_mu, [&](int j, C grad) { return math::chained(grad, math::soft_clamp(at(mu, j), C(form.soft)).grad); });
+}
+
 // Where a part of a row begins.
 template <class T, class View>
 FASTVAE_DEVICE auto row_of(const View& view, const Part& part) {

@@ -56,11 +56,15 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T), kPrior))
         }
         if (args.grad_eps.data) {
 #pragma unroll
-          for (int j = 0; j < N; ++j) noise[j] = by_z[j] * P::exp(C(0.5f) * v[j]);
+          for (int j = 0; j < N; ++j) noise[j] = v[j];
+          if (!args.form.is_plain()) one_by_one(noise, [&](int, C x) { return log_variance(args.form, x).value; });
+#pragma unroll
+          for (int j = 0; j < N; ++j) noise[j] = by_z[j] * P::exp(C(0.5f) * noise[j]);
           write<T, N, kWhole>(row_of<T>(args.grad_eps, part) + draw * args.grad_eps_draw_stride + i, left, noise);
         }
       }
 
+      apply(args.form, m, v);
       // Without a gradient by z there is none by the scale either. The scale may be infinite, so it is not multiplied by 0.
       const auto half_of = [&](C sigma) { return by_z_too ? C(0.5f) * sigma : C(0); };
       C w[N];
@@ -71,14 +75,18 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T), kPrior))
         C pm[N], pv[N], d_prior_mu[N], d_prior_logvar[N];
         read<T, N, kWhole>(row_of<T>(args.prior_mu, part) + i, left, pm);
         read<T, N, kWhole>(row_of<T>(args.prior_logvar, part) + i, left, pv);
+        apply(args.form, pm, pv);
+        const C posterior_weight = C(args.posterior_weight), prior_weight = C(args.prior_weight);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
           const auto kl = math::prior_kl(m[j], v[j], pm[j], pv[j]);
-          d_mu[j] = add_kl(w[j], kl.d_mu, d_mu[j]);
-          d_logvar[j] = add_kl(w[j], kl.d_logvar, half_of(P::exp(C(0.5f) * v[j])) * d_logvar[j]);
-          d_prior_mu[j] = add_kl(-w[j], kl.d_mu, C(0));
-          d_prior_logvar[j] = add_kl(w[j], kl.d_prior_logvar, C(0));
+          d_mu[j] = add_kl(posterior_weight * w[j], kl.d_mu, d_mu[j]);
+          d_logvar[j] = add_kl(posterior_weight * w[j], kl.d_logvar, half_of(P::exp(C(0.5f) * v[j])) * d_logvar[j]);
+          d_prior_mu[j] = add_kl(-prior_weight * w[j], kl.d_mu, C(0));
+          d_prior_logvar[j] = add_kl(prior_weight * w[j], kl.d_prior_logvar, C(0));
         }
+        chain(args.form, row_of<T>(args.prior_mu, part) + i, row_of<T>(args.prior_logvar, part) + i, left, d_prior_mu,
+                            d_prior_logvar);
         if (args.grad_prior_mu.data) write<T, N, kWhole>(row_of<T>(args.grad_prior_mu, part) + i, left, d_prior_mu);
         if (args.grad_prior_logvar.data) write<T, N, kWhole>(row_of<T>(args.grad_prior_logvar, part) + i, left, d_prior_logvar);
       } else {
@@ -90,6 +98,7 @@ __global__ void __launch_bounds__(kThreads, resident(sizeof(T), kPrior))
           d_logvar[j] = add_kl(w[j], kl.d_logvar, half_of(sigma.exp) * d_logvar[j]);
         }
       }
+      chain(args.form, mu + i, logvar + i, left, d_mu, d_logvar);
       if (args.grad_mu.data) write<T, N, kWhole>(row_of<T>(args.grad_mu, part) + i, left, d_mu);
       if (args.grad_logvar.data) write<T, N, kWhole>(row_of<T>(args.grad_logvar, part) + i, left, d_logvar);
     }

@@ -8,7 +8,7 @@ namespace fastvae {
 void check_categorical(const Tensor& logits, const Tensor& target, at::ArrayRef<double> constants);
 
 // Writes the nll of each row and, if requested, appends the gradient, multiplied for row r by weights[r * weight_stride].
-void evaluate_categorical(const Tensor& logits, const Tensor& target, at::ArrayRef<double> constants, bool wanted,
+void evaluate_categorical(const Tensor& logits, const Tensor& target, at::ArrayRef<double> constants, bool wanted, const OptionalTensor& weight,
                           const double* weights, int64_t weight_stride, std::vector<double>& nll, Tensors& gradients);
 
 }  // namespace fastvae

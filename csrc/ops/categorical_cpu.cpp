@@ -3,13 +3,15 @@
 
 #include "buffer_pool.h"
 #include "cpu_kernels.h"
+#include "nll_views.h"
 
 namespace fastvae {
 
-void evaluate_categorical(const Tensor& logits, const Tensor& target, at::ArrayRef<double> constants, bool wanted,
+void evaluate_categorical(const Tensor& logits, const Tensor& target, at::ArrayRef<double> constants, bool wanted, const OptionalTensor& weight,
                           const double* weights, int64_t weight_stride, std::vector<double>& nll, Tensors& gradients) {
   const Tensor dense = dense_rows(logits, at::MemoryFormat::Contiguous);
   const Tensor dense_target = dense_rows(target, at::MemoryFormat::Contiguous);
+  Tensors kept;
   cpu::CategoricalArgs args{};
   args.in_double = logits.scalar_type() == at::kDouble;
   args.rows = logits.size(0);
@@ -21,6 +23,7 @@ void evaluate_categorical(const Tensor& logits, const Tensor& target, at::ArrayR
   args.target = dense_target.const_data_ptr<int64_t>();
   args.target_rows = repeated_rows(target.size(0), args.rows);
   args.target_row_stride = dense_target.stride(0);
+  args.weights = weights_view(weight, target.sizes(), at::MemoryFormat::Contiguous, kept);
   args.ignored = static_cast<int64_t>(constants[0]);
   for (int64_t row = 0; row < target.size(0); ++row)
     for (int64_t t = 0; t < args.positions; ++t) {

@@ -2,6 +2,7 @@
 
 #include "buffer_pool.h"
 #include "cpu_kernels.h"
+#include "nll_views.h"
 
 namespace fastvae {
 namespace {
@@ -39,7 +40,7 @@ void check_positions(const int64_t* starts, const int64_t* columns, int64_t rows
 
 // The arguments of the kernel. `kept` holds the tensors to which its views point.
 void fill_inputs(cpu::CountArgs& args, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target,
-                 at::ArrayRef<double> constants, Tensors& kept) {
+                 at::ArrayRef<double> constants, const OptionalTensor& weight, Tensors& kept) {
   constexpr auto order = at::MemoryFormat::Contiguous;
   const auto& form = form_of(variant);
   const Tensor& lead = params[0];
@@ -58,6 +59,7 @@ void fill_inputs(cpu::CountArgs& args, const LikelihoodVariant& variant, at::Ten
   args.dispersion = {dispersion.const_data_ptr(), dtype_of(dispersion), args.shared_dispersion ? 0 : dispersion.stride(0), genes, 0};
   if (args.inflated) args.zero_logits = operand(keep(dense_rows(params[form.zero_logits], order)));
   args.eps = constants.empty() ? 0 : constants[0];
+  args.weights = weights_view(weight, weighted_sizes(variant, params, target), order, kept);
 
   if (is_sparse(variant, params)) {
     const Tensor &values = keep(target.contiguous()), &starts = keep(params[variant.tensors].contiguous()),
@@ -112,14 +114,14 @@ void check_counts(const LikelihoodVariant& variant, at::TensorList params, const
                     "fastvae::nll: a sparse target of ", rows, " rows must have ", rows + 1, " crow_indices and as many col_indices as values");
 }
 
-void evaluate_counts(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants, int64_t needs,
+void evaluate_counts(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants, int64_t needs, const OptionalTensor& weight,
                      const double* weights, int64_t weight_stride, std::vector<double>& nll, Tensors& gradients) {
   const auto& form = form_of(variant);
   const Tensor& lead = params[0];
   const int64_t rows = lead.size(0), genes = lead.size(1);
   Tensors kept;
   cpu::CountArgs args{};
-  fill_inputs(args, variant, params, target, constants, kept);
+  fill_inputs(args, variant, params, target, constants, weight, kept);
   nll.resize(rows);
   std::vector<double> library;
   if (form.library >= 0) library = to_doubles(params[form.library]);
@@ -156,16 +158,16 @@ void evaluate_counts(const LikelihoodVariant& variant, at::TensorList params, co
 }
 
 void evaluate_count_elements(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
-                             double weight, int64_t needs, const Tensor& values, const Tensors& derivatives) {
+                             double factor, int64_t needs, const OptionalTensor& weight, const Tensor& values, const Tensors& derivatives) {
   Tensors kept;
   cpu::CountArgs args{};
-  fill_inputs(args, variant, params, target, constants, kept);
+  fill_inputs(args, variant, params, target, constants, weight, kept);
   cpu::Result* const by_param[] = {&args.d_mean, &args.d_dispersion, &args.d_zero_logits};
   auto derivative = derivatives.begin();
   for (int i = 0; i < variant.tensors; ++i)
     if (needs >> i & 1) *by_param[i] = result(*derivative++);
   args.values = result(values);
-  args.weight = &weight;
+  args.weight = &factor;
   std::vector<double> nll(args.rows);
   args.row_nll = nll.data();
   cpu::kernels().count_nll(args);

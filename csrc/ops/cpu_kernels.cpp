@@ -5,7 +5,8 @@
 namespace fastvae::cpu {
 
 #define FASTVAE_KERNELS(name, isa) \
-  Kernels{name, isa::nll, isa::count_nll, isa::categorical, isa::discretized_logistic, isa::sample, isa::sample_grad, isa::mixture, \
+  Kernels{name,         isa::nll,         isa::count_nll,    isa::categorical,    isa::discretized_logistic, \
+          isa::sample,  isa::sample_grad, isa::log_probs,    isa::log_probs_grad, isa::mixture,              \
           isa::mixture_grad, isa::scale_rows, isa::scale_elements}
 
 static Kernels choose() {

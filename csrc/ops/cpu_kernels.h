@@ -12,6 +12,8 @@ struct Kernels {
   void (*discretized_logistic)(const LogisticArgs&);
   void (*sample)(const SampleArgs&);
   void (*sample_grad)(const SampleGradArgs&);
+  void (*log_probs)(const LogProbArgs&);
+  void (*log_probs_grad)(const LogProbGradArgs&);
   void (*mixture)(const MixtureValueArgs&);
   void (*mixture_grad)(const MixtureGradArgs&);
   void (*scale_rows)(const ScaleArgs&);

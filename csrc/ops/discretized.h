@@ -23,6 +23,6 @@ void check_discretized(const LikelihoodVariant& variant, const Tensor& params, c
 
 // Writes the nll of each row and, if requested, appends the gradient, multiplied for row r by weights[r * weight_stride].
 void evaluate_discretized(const LikelihoodVariant& variant, const Tensor& params, const Tensor& target, at::ArrayRef<double> constants,
-                       bool wanted, const double* weights, int64_t weight_stride, std::vector<double>& nll, Tensors& gradients);
+                       bool wanted, const OptionalTensor& weight, const double* weights, int64_t weight_stride, std::vector<double>& nll, Tensors& gradients);
 
 }  // namespace fastvae

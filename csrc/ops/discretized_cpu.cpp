@@ -3,14 +3,16 @@
 
 #include "buffer_pool.h"
 #include "cpu_kernels.h"
+#include "nll_views.h"
 
 namespace fastvae {
 
 void evaluate_discretized(const LikelihoodVariant& variant, const Tensor& params, const Tensor& target, at::ArrayRef<double> constants,
-                       bool wanted, const double* weights, int64_t weight_stride, std::vector<double>& nll, Tensors& gradients) {
+                       bool wanted, const OptionalTensor& weight, const double* weights, int64_t weight_stride, std::vector<double>& nll, Tensors& gradients) {
   const auto order = memory_order(params);
   const auto found = logistic_constants(variant, constants);
   const Tensor dense = dense_rows(params, order), dense_target = dense_rows(target, order);
+  Tensors kept;
   nll.resize(params.size(0));
   cpu::LogisticArgs args{};
   args.in_double = params.scalar_type() == at::kDouble;
@@ -29,6 +31,8 @@ void evaluate_discretized(const LikelihoodVariant& variant, const Tensor& params
   args.params = operand(dense);
   args.target = operand(dense_target);
   args.target_rows = repeated_rows(target.size(0), args.rows);
+  // The kernel numbers elements channel by channel, whatever their order in memory.
+  args.weights = weights_view(weight, weighted_sizes(variant, params, target), at::MemoryFormat::Contiguous, kept);
   if (wanted) {
     gradients.push_back(pooled_empty(params.sizes(), params, order));
     args.grads = result(gradients.back());

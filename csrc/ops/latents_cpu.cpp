@@ -33,11 +33,29 @@ void fill_noise(cpu::Latents& args, const Tensor& seed, int64_t row_offset, cons
   args.key = {uint64_t(words[0]) & kSeedMask, uint64_t(words[1]) & kSeedMask, uint64_t(row_offset)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> sample_cpu(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
-                                              const OptionalTensor& prior_logvar, std::optional<int64_t> samples,
-                                              const OptionalTensor& seed, int64_t row_offset, const OptionalTensor& eps,
-                                              OptionalGenerator generator) {
-  const Posterior posterior(mu, logvar, prior_mu, prior_logvar);
+// Where the kernel writes the KL of rows or elements.
+class KlResult {
+ public:
+  KlResult(cpu::SampleArgs& args, const Posterior& posterior, bool per_element) : dtype_(row_dtype(posterior.mu.scalar_type())) {
+    if (per_element) {
+      elements_ = pooled_empty(posterior.mu.sizes(), posterior.mu.options().dtype(dtype_));
+      args.element_kl = result(elements_);
+    } else {
+      rows_.resize(args.rows);
+      args.row_kl = rows_.data();
+    }
+  }
+
+  Tensor tensor() const { return elements_.defined() ? elements_ : from_doubles(rows_, {int64_t(rows_.size())}, dtype_); }
+
+ private:
+  at::ScalarType dtype_;
+  Tensor elements_;
+  std::vector<double> rows_;
+};
+
+std::tuple<Tensor, Tensor, Tensor> sample_cpu(FASTVAE_POSTERIOR, bool per_element, FASTVAE_NOISE) {
+  const Posterior posterior(FASTVAE_POSTERIOR_ARGS);
   const Draws draws(posterior.mu, samples, eps);
   const bool many = samples.has_value();
   const Tensor used_seed = eps ? at::empty({0}, at::kLong) : seed ? seed->contiguous() : seed_from(generator);
@@ -46,19 +64,22 @@ std::tuple<Tensor, Tensor, Tensor> sample_cpu(const Tensor& mu, const Tensor& lo
   fill(args, posterior);
   fill_noise(args, used_seed, row_offset, draws.eps, many);
   fill_z(args, draws.z, many);
-  std::vector<double> kl(args.rows);
-  args.row_kl = kl.data();
+  const KlResult kl(args, posterior, per_element);
   cpu::kernels().sample(args);
   // An op must not return one of its inputs.
-  return {draws.z, from_doubles(kl, {args.rows}, row_dtype(mu.scalar_type())), seed && !eps ? used_seed.clone() : used_seed};
+  return {draws.z, kl.tensor(), seed && !eps ? used_seed.clone() : used_seed};
 }
 
-cpu::Operand per_row(const Tensor& t) { return {t.const_data_ptr(), dtype_of(t), t.stride(0), 1, 0}; }
+// The gradient by the KL of rows or elements. `dense` keeps the memory that the kernel reads.
+cpu::Operand kl_gradient(const Tensor& grad_kl, const Posterior& posterior, Tensor& dense) {
+  if (!is_per_element(grad_kl, posterior.mu)) return {grad_kl.const_data_ptr(), dtype_of(grad_kl), grad_kl.stride(0), 1, 0};
+  dense = dense_rows(grad_kl, at::MemoryFormat::Contiguous);
+  return operand(dense);
+}
 
-Tensors sample_grad_cpu(const OptionalTensor& grad_z, const OptionalTensor& grad_kl, const Tensor& mu, const Tensor& logvar,
-                        const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar, std::optional<int64_t> samples,
-                        const Tensor& seed, int64_t row_offset, const OptionalTensor& eps, int64_t needs) {
-  const Posterior posterior(mu, logvar, prior_mu, prior_logvar);
+Tensors sample_grad_cpu(const OptionalTensor& grad_z, const OptionalTensor& grad_kl, FASTVAE_POSTERIOR,
+                        std::optional<int64_t> samples, const Tensor& seed, int64_t row_offset, const OptionalTensor& eps, int64_t needs) {
+  const Posterior posterior(FASTVAE_POSTERIOR_ARGS);
   const bool many = samples.has_value();
   const Tensor noise = eps ? eps->contiguous() : Tensor();
   const Tensor grad = grad_z ? grad_z->contiguous() : Tensor();
@@ -68,40 +89,65 @@ Tensors sample_grad_cpu(const OptionalTensor& grad_z, const OptionalTensor& grad
   fill_noise(args, seed, row_offset, noise, many);
   args.draws = samples.value_or(1);
   if (grad_z) fill_grad_z(args, grad, many);
-  if (grad_kl) args.grad_kl = per_row(*grad_kl);
-  Tensors gradients = fill_gradients(args, posterior.mu, noise, needs, many);
+  Tensor dense;
+  if (grad_kl) args.grad_kl = kl_gradient(*grad_kl, posterior, dense);
+  Tensors gradients = fill_gradients(args, posterior, noise, needs, many);
   cpu::kernels().sample_grad(args);
   return gradients;
 }
 
-Tensor kl_cpu(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
-              bool per_element) {
-  const Posterior posterior(mu, logvar, prior_mu, prior_logvar);
-  const auto dtype = row_dtype(mu.scalar_type());
-  cpu::SampleArgs args{};
+std::tuple<Tensor, Tensor, Tensor, Tensor> log_probs_cpu(FASTVAE_DENSITIES, FASTVAE_DRAWS) {
+  const Posterior posterior(mu, logvar, prior_mu, prior_logvar, form, constants, {});
+  const Draws draws(posterior.mu, samples, eps);
+  const Tensor used_seed = eps ? at::empty({0}, at::kLong) : seed ? seed->contiguous() : seed_from(generator);
+  cpu::LogProbArgs args{};
   fill(args, posterior);
-  Tensor elements;
-  std::vector<double> kl;
-  if (per_element) {
-    elements = at::empty(mu.sizes(), mu.options().dtype(dtype));
-    args.element_kl = result(elements);
-  } else {
-    kl.resize(args.rows);
-    args.row_kl = kl.data();
-  }
-  cpu::kernels().sample(args);
-  return per_element ? elements : from_doubles(kl, {args.rows}, dtype);
+  fill_noise(args, used_seed, row_offset, draws.eps, true);
+  fill_z(args, draws.z, true);
+  std::vector<double> log_q(samples * args.rows), log_p(samples * args.rows);
+  args.log_q = log_q.data();
+  args.log_p = log_p.data();
+  cpu::kernels().log_probs(args);
+  const auto dtype = row_dtype(mu.scalar_type());
+  return {draws.z, from_doubles(log_q, {samples, args.rows}, dtype), from_doubles(log_p, {samples, args.rows}, dtype),
+          seed && !eps ? used_seed.clone() : used_seed};
 }
 
-Tensors kl_grad_cpu(const Tensor& grad_kl, const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
-                    const OptionalTensor& prior_logvar, int64_t needs) {
-  const Posterior posterior(mu, logvar, prior_mu, prior_logvar);
+Tensors log_probs_grad_cpu(const OptionalTensor& grad_z, const OptionalTensor& grad_log_q, const OptionalTensor& grad_log_p,
+                           FASTVAE_DENSITIES, int64_t samples, const Tensor& seed, int64_t row_offset, const OptionalTensor& eps,
+                           int64_t needs) {
+  const Posterior posterior(mu, logvar, prior_mu, prior_logvar, form, constants, {});
+  const Tensor noise = eps ? eps->contiguous() : Tensor(), grad = grad_z ? grad_z->contiguous() : Tensor();
+  cpu::LogProbGradArgs args{};
+  fill(args, posterior);
+  fill_noise(args, seed, row_offset, noise, true);
+  args.draws = samples;
+  args.stl = stl;
+  if (grad_z) fill_grad_z(args, grad, true);
+  std::vector<double> by_q, by_p;
+  if (grad_log_q) args.grad_log_q = (by_q = to_doubles(grad_log_q->reshape(-1))).data();
+  if (grad_log_p) args.grad_log_p = (by_p = to_doubles(grad_log_p->reshape(-1))).data();
+  Tensors gradients = fill_gradients(args, posterior, needs);
+  cpu::kernels().log_probs_grad(args);
+  return gradients;
+}
+
+Tensor kl_cpu(FASTVAE_POSTERIOR, bool per_element) {
+  const Posterior posterior(FASTVAE_POSTERIOR_ARGS);
+  cpu::SampleArgs args{};
+  fill(args, posterior);
+  const KlResult kl(args, posterior, per_element);
+  cpu::kernels().sample(args);
+  return kl.tensor();
+}
+
+Tensors kl_grad_cpu(const Tensor& grad_kl, FASTVAE_POSTERIOR, int64_t needs) {
+  const Posterior posterior(FASTVAE_POSTERIOR_ARGS);
   cpu::SampleGradArgs args{};
   fill(args, posterior);
-  const bool per_element = is_per_element(grad_kl, mu);
-  const Tensor dense = per_element ? dense_rows(grad_kl, at::MemoryFormat::Contiguous) : grad_kl;
-  args.grad_kl = per_element ? operand(dense) : per_row(dense);
-  Tensors gradients = fill_gradients(args, posterior.mu, Tensor(), needs, false);
+  Tensor dense;
+  args.grad_kl = kl_gradient(grad_kl, posterior, dense);
+  Tensors gradients = fill_gradients(args, posterior, Tensor(), needs, false);
   cpu::kernels().sample_grad(args);
   return gradients;
 }
@@ -111,6 +157,8 @@ Tensors kl_grad_cpu(const Tensor& grad_kl, const Tensor& mu, const Tensor& logva
 TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
   m.impl("reparameterize_kl_forward", sample_cpu);
   m.impl("reparameterize_kl_backward", sample_grad_cpu);
+  m.impl("sample_log_probs_forward", log_probs_cpu);
+  m.impl("sample_log_probs_backward", log_probs_grad_cpu);
   m.impl("gaussian_kl_forward", kl_cpu);
   m.impl("gaussian_kl_backward", kl_grad_cpu);
 }

@@ -57,16 +57,31 @@ void run(cuda::SampleArgs& args, const OnDevice& device) {
   check_launch(cuda::sample(args, device));
 }
 
-std::tuple<Tensor, Tensor, Tensor> sample_cuda(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
-                                               const OptionalTensor& prior_logvar, std::optional<int64_t> samples,
-                                               const OptionalTensor& seed, int64_t row_offset, const OptionalTensor& eps,
-                                               OptionalGenerator generator) {
+// Where the kernel writes the KL of rows or elements.
+Tensor kl_result(cuda::SampleArgs& args, const Posterior& posterior, bool per_element) {
+  const auto options = posterior.mu.options().dtype(row_dtype(posterior.mu.scalar_type()));
+  const Tensor kl = per_element ? uninitialized(posterior.mu.sizes(), options) : uninitialized({posterior.mu.size(0)}, options);
+  if (per_element) args.element_kl = result(kl);
+  else args.row_kl = output(kl);
+  return kl;
+}
+
+// The gradient by the KL of rows or elements. `dense` keeps the memory that the kernel reads.
+void fill_grad_kl(cuda::SampleGradArgs& args, const Tensor& grad_kl, const Posterior& posterior, Tensor& dense) {
+  if (is_per_element(grad_kl, posterior.mu)) {
+    dense = dense_rows(grad_kl, at::MemoryFormat::Contiguous);
+    args.element_grad_kl = operand(dense);
+  } else {
+    args.grad_kl = numbers(grad_kl, "grad_kl");
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> sample_cuda(FASTVAE_POSTERIOR, bool per_element, FASTVAE_NOISE) {
   const OnDevice device(mu);
   device.expect(eps, "eps");
-  const Posterior posterior(mu, logvar, prior_mu, prior_logvar);
+  const Posterior posterior(FASTVAE_POSTERIOR_ARGS);
   const Draws draws(posterior.mu, samples, eps);
   const bool many = samples.has_value();
-  const Tensor kl = uninitialized({mu.size(0)}, mu.options().dtype(row_dtype(mu.scalar_type())));
   const Tensor used_seed = uninitialized({eps ? 0 : 2}, mu.options().dtype(at::kLong));
   const Tensor given_seed = seed ? seed->contiguous() : Tensor();
 
@@ -79,19 +94,18 @@ std::tuple<Tensor, Tensor, Tensor> sample_cuda(const Tensor& mu, const Tensor& l
     args.noise = seed ? noise_from(given_seed, row_offset, device) : noise_from(generator, args.draws, row_offset, device);
     args.used_seed = used_seed.mutable_data_ptr<int64_t>();
   }
-  args.row_kl = output(kl);
+  const Tensor kl = kl_result(args, posterior, per_element);
   run(args, device);
   return {draws.z, kl, used_seed};
 }
 
-Tensors sample_grad_cuda(const OptionalTensor& grad_z, const OptionalTensor& grad_kl, const Tensor& mu, const Tensor& logvar,
-                         const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar, std::optional<int64_t> samples,
-                         const Tensor& seed, int64_t row_offset, const OptionalTensor& eps, int64_t needs) {
+Tensors sample_grad_cuda(const OptionalTensor& grad_z, const OptionalTensor& grad_kl, FASTVAE_POSTERIOR,
+                         std::optional<int64_t> samples, const Tensor& seed, int64_t row_offset, const OptionalTensor& eps, int64_t needs) {
   const OnDevice device(mu);
   device.expect(grad_z, "grad_z");
   device.expect(grad_kl, "grad_kl");
   device.expect(eps, "eps");
-  const Posterior posterior(mu, logvar, prior_mu, prior_logvar);
+  const Posterior posterior(FASTVAE_POSTERIOR_ARGS);
   const bool many = samples.has_value();
   const Tensor noise = eps ? eps->contiguous() : Tensor();
   const Tensor grad = grad_z ? grad_z->contiguous() : Tensor();
@@ -102,38 +116,83 @@ Tensors sample_grad_cuda(const OptionalTensor& grad_z, const OptionalTensor& gra
   if (eps) fill_eps(args, noise, many);
   else args.noise = noise_from(seed, row_offset, device);
   if (grad_z) fill_grad_z(args, grad, many);
-  args.grad_kl = numbers(grad_kl, "grad_kl");
-  Tensors gradients = fill_gradients(args, posterior.mu, noise, needs, many);
+  Tensor dense;
+  if (grad_kl) fill_grad_kl(args, *grad_kl, posterior, dense);
+  Tensors gradients = fill_gradients(args, posterior, noise, needs, many);
   check_launch(cuda::sample_grad(args, device));
   return gradients;
 }
 
-Tensor kl_cuda(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
-               bool per_element) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> log_probs_cuda(FASTVAE_DENSITIES, FASTVAE_DRAWS) {
   const OnDevice device(mu);
-  const Posterior posterior(mu, logvar, prior_mu, prior_logvar);
+  device.expect(eps, "eps");
+  const Posterior posterior(mu, logvar, prior_mu, prior_logvar, form, constants, {});
+  const Draws draws(posterior.mu, samples, eps);
+  const auto options = mu.options().dtype(row_dtype(mu.scalar_type()));
+  const Tensor log_q = uninitialized({samples, mu.size(0)}, options), log_p = uninitialized({samples, mu.size(0)}, options);
+  const Tensor used_seed = uninitialized({eps ? 0 : 2}, mu.options().dtype(at::kLong));
+  const Tensor given_seed = seed ? seed->contiguous() : Tensor();
+
+  cuda::LogProbArgs args;
+  fill(args, posterior, device);
+  fill_z(args, draws.z, true);
+  if (eps) {
+    fill_eps(args, draws.eps, true);
+  } else {
+    args.noise = seed ? noise_from(given_seed, row_offset, device) : noise_from(generator, args.draws, row_offset, device);
+    args.used_seed = used_seed.mutable_data_ptr<int64_t>();
+  }
+  args.log_q = output(log_q);
+  args.log_p = output(log_p);
+  check_launch(cuda::log_probs(args, device));
+  return {draws.z, log_q, log_p, used_seed};
+}
+
+Tensors log_probs_grad_cuda(const OptionalTensor& grad_z, const OptionalTensor& grad_log_q, const OptionalTensor& grad_log_p,
+                            FASTVAE_DENSITIES, int64_t samples, const Tensor& seed, int64_t row_offset, const OptionalTensor& eps,
+                            int64_t needs) {
+  const OnDevice device(mu);
+  device.expect(grad_z, "grad_z");
+  device.expect(grad_log_q, "grad_log_q");
+  device.expect(grad_log_p, "grad_log_p");
+  device.expect(eps, "eps");
+  const Posterior posterior(mu, logvar, prior_mu, prior_logvar, form, constants, {});
+  const auto dense = [](const OptionalTensor& t) { return t ? t->contiguous() : Tensor(); };
+  const Tensor noise = dense(eps), by_z = dense(grad_z), by_q = dense(grad_log_q), by_p = dense(grad_log_p);
+
+  cuda::LogProbGradArgs args;
+  fill(args, posterior, device);
+  args.draws = samples;
+  args.stl = stl;
+  if (eps) fill_eps(args, noise, true);
+  else args.noise = noise_from(seed, row_offset, device);
+  if (grad_z) fill_grad_z(args, by_z, true);
+  if (grad_log_q) args.grad_log_q = numbers(by_q.view({-1}), "grad_log_q");
+  if (grad_log_p) args.grad_log_p = numbers(by_p.view({-1}), "grad_log_p");
+  Tensors gradients = fill_gradients(args, posterior, needs);
+  check_launch(cuda::log_probs_grad(args, device));
+  return gradients;
+}
+
+Tensor kl_cuda(FASTVAE_POSTERIOR, bool per_element) {
+  const OnDevice device(mu);
+  const Posterior posterior(FASTVAE_POSTERIOR_ARGS);
   cuda::SampleArgs args;
   fill(args, posterior, device);
-  const auto options = mu.options().dtype(row_dtype(mu.scalar_type()));
-  const Tensor kl = per_element ? uninitialized(mu.sizes(), options) : uninitialized({mu.size(0)}, options);
-  if (per_element) args.element_kl = result(kl);
-  else args.row_kl = output(kl);
+  const Tensor kl = kl_result(args, posterior, per_element);
   run(args, device);
   return kl;
 }
 
-Tensors kl_grad_cuda(const Tensor& grad_kl, const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
-                     const OptionalTensor& prior_logvar, int64_t needs) {
+Tensors kl_grad_cuda(const Tensor& grad_kl, FASTVAE_POSTERIOR, int64_t needs) {
   const OnDevice device(mu);
   device.expect(grad_kl, "grad_kl");
-  const Posterior posterior(mu, logvar, prior_mu, prior_logvar);
+  const Posterior posterior(FASTVAE_POSTERIOR_ARGS);
   cuda::SampleGradArgs args;
   fill(args, posterior, device);
-  const bool per_element = is_per_element(grad_kl, mu);
-  const Tensor dense = per_element ? dense_rows(grad_kl, at::MemoryFormat::Contiguous) : grad_kl;
-  if (per_element) args.element_grad_kl = operand(dense);
-  else args.grad_kl = numbers(grad_kl, "grad_kl");
-  Tensors gradients = fill_gradients(args, posterior.mu, Tensor(), needs, false);
+  Tensor dense;
+  fill_grad_kl(args, grad_kl, posterior, dense);
+  Tensors gradients = fill_gradients(args, posterior, Tensor(), needs, false);
   check_launch(cuda::sample_grad(args, device));
   return gradients;
 }
@@ -143,6 +202,8 @@ Tensors kl_grad_cuda(const Tensor& grad_kl, const Tensor& mu, const Tensor& logv
 TORCH_LIBRARY_IMPL(fastvae, CUDA, m) {
   m.impl("reparameterize_kl_forward", sample_cuda);
   m.impl("reparameterize_kl_backward", sample_grad_cuda);
+  m.impl("sample_log_probs_forward", log_probs_cuda);
+  m.impl("sample_log_probs_backward", log_probs_grad_cuda);
   m.impl("gaussian_kl_forward", kl_cuda);
   m.impl("gaussian_kl_backward", kl_grad_cuda);
 }

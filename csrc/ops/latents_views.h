@@ -5,14 +5,24 @@
 
 namespace fastvae {
 
+// The form that the kernels take, from its name and its constants:
+//   "logvar" ()   "logvar_clamp" (low, high)   "logvar_bounds" (low, high)   "log_std" (soft clamp or 0, eps)   "softplus" (eps)
+//   "variance" (eps)
+ScaleForm scale_form(std::string_view name, at::ArrayRef<double> constants);
+
 // The checked posterior and prior, and the tensors that own the memory that the kernels read.
 struct Posterior {
   Tensor mu, logvar, prior_mu, prior_logvar;
+  ScaleForm form;
+  double posterior_weight = 1, prior_weight = 1;
+  // The shapes of packed heads; without one, the gradients have the shape of mu.
+  std::optional<std::vector<int64_t>> head, prior_head;
 
-  Posterior(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar);
+  explicit Posterior(FASTVAE_POSTERIOR);
 
   template <class Latents>
   void fill(Latents& args) const {
+    args.form = form;
     args.rows = mu.size(0);
     args.size = event_size(mu);
     args.mu = operand(mu);
@@ -23,6 +33,12 @@ struct Posterior {
     }
   }
 };
+
+// The first or the second half of a packed head.
+inline Tensor half_of(const Tensor& head, int64_t which) {
+  const int64_t half = head.size(1) / 2;
+  return head.narrow(1, which * half, half);
+}
 
 // Tensors (K, B, ...) with `many` draws, or (B, ...). The kernels get the first draw and the stride to the next.
 inline cpu::Operand first_draw(const Tensor& t, bool many) { return operand(many ? t.select(0, 0) : t); }
@@ -56,21 +72,39 @@ void fill_grad_z(SampleGradArgs& args, const Tensor& grad_z, bool many) {
   args.grad_z_draw_stride = draw_stride(grad_z, many);
 }
 
-// Creates the gradients selected by `needs`.
-template <class SampleGradArgs>
-Tensors fill_gradients(SampleGradArgs& args, const Tensor& mu, const Tensor& eps, int64_t needs, bool many) {
+// Creates the gradients of the posterior and the prior that `needs` selects.
+template <class GradArgs>
+Tensors fill_gradients(GradArgs& args, const Posterior& posterior, int64_t needs) {
+  const Tensor& mu = posterior.mu;
   Tensors gradients;
   const auto wanted = [&](int64_t bit, cpu::Result& view) {
     if (!(needs & bit)) return;
     gradients.push_back(pooled_empty(mu.sizes(), mu));
     view = result(gradients.back());
   };
-  wanted(kMu, args.grad_mu);
-  wanted(kLogvar, args.grad_logvar);
-  wanted(kPriorMu, args.grad_prior_mu);
-  wanted(kPriorLogvar, args.grad_prior_logvar);
+  const auto pair = [&](int64_t bit, const std::optional<std::vector<int64_t>>& head, cpu::Result& first, cpu::Result& second) {
+    if (!head) {
+      wanted(bit, first);
+      wanted(bit << 1, second);
+    } else if (needs & bit) {
+      gradients.push_back(pooled_empty(*head, mu));
+      first = result(half_of(gradients.back(), 0));
+      second = result(half_of(gradients.back(), 1));
+    }
+  };
+  pair(kMu, posterior.head, args.grad_mu, args.grad_logvar);
+  pair(kPriorMu, posterior.prior_head, args.grad_prior_mu, args.grad_prior_logvar);
+  return gradients;
+}
+
+// The same, and the gradient of eps.
+template <class SampleGradArgs>
+Tensors fill_gradients(SampleGradArgs& args, const Posterior& posterior, const Tensor& eps, int64_t needs, bool many) {
+  Tensors gradients = fill_gradients(args, posterior, needs);
+  args.posterior_weight = posterior.posterior_weight;
+  args.prior_weight = posterior.prior_weight;
   if (needs & kEps) {
-    gradients.push_back(pooled_empty(eps.sizes(), mu));
+    gradients.push_back(pooled_empty(eps.sizes(), posterior.mu));
     args.grad_eps = first_draw_result(gradients.back(), many);
     args.grad_eps_draw_stride = draw_stride(gradients.back(), many);
   }

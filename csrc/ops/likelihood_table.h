@@ -130,9 +130,8 @@ inline Normaliser normaliser(const LikelihoodVariant& variant, c10::ArrayRef<dou
   return {0, {}};
 }
 
-// The derivative of a row with respect to the 0-dim tensor, from the kernel's sum.
-inline double scalar_grad(const LikelihoodVariant& variant, int64_t size, double nll_less_normaliser, double scale_grad) {
-  const double n = static_cast<double>(size);
+// The derivative of a row of n elements, or of elements whose weights sum to n, with respect to the 0-dim tensor, from the kernel's sums.
+inline double scalar_grad(const LikelihoodVariant& variant, double n, double nll_less_normaliser, double scale_grad) {
   switch (variant.element) {
     case cpu::Element::gaussian: return math::Gaussian::scalar_grad(n, nll_less_normaliser, scale_grad);
     case cpu::Element::laplace: return math::Laplace::scalar_grad(n, nll_less_normaliser, scale_grad);

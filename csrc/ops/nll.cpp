@@ -21,9 +21,10 @@ using torch::autograd::variable_list;
 
 std::tuple<Tensor, Tensor, Tensors, Tensor> forward_op(std::string_view likelihood, at::TensorList params, const Tensor& target,
                                                        at::ArrayRef<double> constants, const OptionalTensor& kl,
-                                                       const OptionalTensor& beta, int64_t reduction, int64_t needs) {
+                                                       const OptionalTensor& beta, int64_t reduction, int64_t needs,
+                                                       const OptionalTensor& weight) {
   static const auto handle = op<NllForward>("fastvae::nll_forward");
-  return handle.call(likelihood, params, target, constants, kl, beta, reduction, needs);
+  return handle.call(likelihood, params, target, constants, kl, beta, reduction, needs, weight);
 }
 
 // Multiplies the saved gradients by the factors of the backward, with torch's own ops. A compiler fuses them with the code that reads
@@ -53,7 +54,7 @@ Tensors scaled_in_torch(at::TensorList gradients, const Tensor& grad_loss, const
 struct NllFunction : torch::autograd::Function<NllFunction> {
   static variable_list forward(AutogradContext* ctx, const std::string& likelihood, at::TensorList params, const Tensor& target,
                                at::ArrayRef<double> constants, const OptionalTensor& kl, const OptionalTensor& beta,
-                               int64_t reduction) {
+                               int64_t reduction, const OptionalTensor& weight) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     const auto& variant = likelihood_variant(likelihood);
     int64_t needs = 0;
@@ -65,7 +66,7 @@ struct NllFunction : torch::autograd::Function<NllFunction> {
     const bool at_once = gradient_in_forward(params[0].scalar_type()) && !(shared && reduction == kNone);
     const bool keep_inputs = !at_once || shared;
     auto [loss, nll, gradients, scalar_rows] =
-        forward_op(likelihood, params, target, constants, kl, beta, reduction, at_once ? computed : computed & scalar_bit);
+        forward_op(likelihood, params, target, constants, kl, beta, reduction, at_once ? computed : computed & scalar_bit, weight);
 
     const bool need_kl = needs_grad(kl), need_beta = needs_grad(beta);
     ctx->set_materialize_grads(false);
@@ -90,13 +91,14 @@ struct NllFunction : torch::autograd::Function<NllFunction> {
     if (keep_inputs) {
       saved.insert(saved.end(), params.begin(), params.end());
       saved.push_back(target);
+      saved.push_back(weight.value_or(Tensor()));
     }
     ctx->save_for_backward(std::move(saved));
     return {loss, nll};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list results(ctx->saved_data["params"].toInt() + 6);  // likelihood, params..., target, constants, kl, beta, reduction
+    variable_list results(ctx->saved_data["params"].toInt() + 7);  // likelihood, params..., target, constants, kl, beta, reduction, weight
     if (!grads[0].defined() && !grads[1].defined()) return once_differentiable(std::move(results));
 
     const variable_list saved = ctx->get_saved_variables();
@@ -105,7 +107,7 @@ struct NllFunction : torch::autograd::Function<NllFunction> {
     const int64_t reduction = ctx->saved_data["reduction"].toInt(), params = ctx->saved_data["params"].toInt();
     const bool need_kl = ctx->saved_data["need_kl"].toBool(), need_beta = ctx->saved_data["need_beta"].toBool();
     const bool need_scalar = variant.has_scalar && (needs >> (params - 1) & 1);
-    const auto inputs = saved.end() - (ctx->saved_data["keep_inputs"].toBool() ? params + 1 : 0);  // the params and the target
+    const auto inputs = saved.end() - (ctx->saved_data["keep_inputs"].toBool() ? params + 2 : 0);  // the params, the target and the weight
     const Tensors ready(saved.begin() + 3, inputs);
     const bool at_once = ctx->saved_data["at_once"].toBool() && !(inputs != saved.end() && grads[1].defined());
 
@@ -122,9 +124,9 @@ struct NllFunction : torch::autograd::Function<NllFunction> {
       const Tensor& any = grads[0].defined() ? grads[0] : grads[1];
       if (!at_once) {
         if (elementwise)
-          gradients = gradient.call(variant.name, Tensors(inputs, inputs + params), saved.back(),
+          gradients = gradient.call(variant.name, Tensors(inputs, inputs + params), inputs[params],
                                     ctx->saved_data["constants"].toDoubleVector(), optional(grads[0]), optional(grads[1]), reduction,
-                                    elementwise);
+                                    elementwise, optional(saved.back()));
         extras = scaled(new_tensors, {});
       } else if (traced(any)) {
         gradients = scaled_in_torch(ready, grads[0], grads[1], ctx->saved_data["rows"].toSymInt(), reduction);
@@ -168,25 +170,28 @@ bool any_needs_grad(at::TensorList params, const Tensor& target, const OptionalT
 
 std::tuple<Tensor, Tensor> nll_without_graph(std::string_view likelihood, at::TensorList params, const Tensor& target,
                                              at::ArrayRef<double> constants, const OptionalTensor& kl, const OptionalTensor& beta,
-                                             int64_t reduction) {
-  auto [loss, nll, gradients, scalar_rows] = forward_op(likelihood, params, target, constants, kl, beta, reduction, 0);
+                                             int64_t reduction, const OptionalTensor& weight) {
+  auto [loss, nll, gradients, scalar_rows] = forward_op(likelihood, params, target, constants, kl, beta, reduction, 0, weight);
   return {loss, nll};
 }
 
 std::tuple<Tensor, Tensor> nll_autograd(std::string_view likelihood, at::TensorList params, const Tensor& target,
                                         at::ArrayRef<double> constants, const OptionalTensor& kl, const OptionalTensor& beta,
-                                        int64_t reduction) {
+                                        int64_t reduction, const OptionalTensor& weight) {
   for (const auto& p : params) refuse_tangent(p);
   refuse_tangent(target);
   refuse_tangent(kl);
   refuse_tangent(beta);
+  refuse_tangent(weight);
+  TORCH_CHECK_VALUE(!needs_grad(weight) || !c10::GradMode::is_enabled(),
+                    "fastvae::nll: the `weight` has no gradient here; pass weight.detach()");
   if (!c10::GradMode::is_enabled() || !any_needs_grad(params, target, kl, beta)) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return nll_without_graph(likelihood, params, target, constants, kl, beta, reduction);
+    return nll_without_graph(likelihood, params, target, constants, kl, beta, reduction, weight);
   }
   TORCH_CHECK_VALUE(!target.requires_grad() || likelihood_variant(likelihood).is_location, "fastvae::nll: the `target` of ",
                     std::string(likelihood), " has no gradient here; pass target.detach()");
-  const auto out = NllFunction::apply(std::string(likelihood), params, target, constants, kl, beta, reduction);
+  const auto out = NllFunction::apply(std::string(likelihood), params, target, constants, kl, beta, reduction, weight);
   return {out[0], out[1]};
 }
 
@@ -198,7 +203,8 @@ Tensor empty_gradient(const LikelihoodVariant& variant, at::TensorList params, s
 
 std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_meta(std::string_view likelihood, at::TensorList params,
                                                              const Tensor& target, at::ArrayRef<double>, const OptionalTensor& kl,
-                                                             const OptionalTensor&, int64_t reduction, int64_t needs) {
+                                                             const OptionalTensor&, int64_t reduction, int64_t needs,
+                                                             const OptionalTensor&) {
   const auto& variant = likelihood_variant(likelihood);
   const Tensor& lead = params[0];
   const c10::SymInt rows = lead.sym_size(0);
@@ -217,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_meta(std::string_view li
 }
 
 Tensors nll_gradient_meta(std::string_view likelihood, at::TensorList params, const Tensor&, at::ArrayRef<double>, const OptionalTensor&,
-                          const OptionalTensor&, int64_t, int64_t needs) {
+                          const OptionalTensor&, int64_t, int64_t needs, const OptionalTensor&) {
   Tensors gradients;
   for (int64_t i = 0; i < int64_t(params.size()); ++i)
     if (needs >> i & 1) gradients.push_back(empty_gradient(likelihood_variant(likelihood), params, i));
@@ -274,10 +280,31 @@ void check_elements(const LikelihoodVariant& variant, at::TensorList params, con
   }
 }
 
+void check_weight(const Tensor& weight, at::IntArrayRef expected) {
+  const auto type = weight.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kBool || type == at::kByte || type == at::kFloat || type == at::kDouble || type == at::kHalf ||
+                       type == at::kBFloat16,
+                   "fastvae::nll: `weight` must be bool, uint8 or floating point, got ", type);
+  bool fits = weight.dim() == int64_t(expected.size());
+  for (int64_t i = 0; fits && i < weight.dim(); ++i) fits = weight.size(i) == 1 || weight.size(i) == expected[i];
+  TORCH_CHECK_VALUE(fits, "fastvae::nll: `weight` must have the shape ", expected, " or sizes of 1, got ", weight.sizes());
+}
+
 }  // namespace
 
+c10::SmallVector<int64_t, 5> weighted_sizes(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target) {
+  c10::SmallVector<int64_t, 5> sizes(target.sizes().begin(), target.sizes().end());
+  if (variant.family == Family::counts && !variant.elementwise()) {
+    // A sparse target is a list of values. It comes with two more params, the first of which has an entry for each row and one more.
+    const bool sparse = int64_t(params.size()) > variant.tensors;
+    return {sparse ? params[variant.tensors].size(0) - 1 : target.size(0), params[0].size(1)};
+  }
+  if (variant.family == Family::discretized && variant.constants == 4) sizes[1] = 1;
+  return sizes;
+}
+
 void check_nll(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
-               const OptionalTensor& kl, const OptionalTensor& beta, int64_t reduction) {
+               const OptionalTensor& kl, const OptionalTensor& beta, int64_t reduction, const OptionalTensor& weight) {
   TORCH_CHECK_VALUE(reduction >= kNone && reduction <= kMean, "fastvae::nll: `reduction` must be 0, 1 or 2, got ", reduction);
   if (variant.elementwise()) {
     check_elements(variant, params, target, constants);
@@ -292,6 +319,7 @@ void check_nll(const LikelihoodVariant& variant, at::TensorList params, const Te
   const int64_t rows = params[0].size(0);
   TORCH_CHECK_VALUE(!kl || (kl->dim() == 1 && kl->size(0) == rows), "fastvae::nll: `kl` must have the shape (", rows, ",)");
   TORCH_CHECK_VALUE(!beta || beta->numel() == 1, "fastvae::nll: `beta` must be a single number");
+  if (weight) check_weight(*weight, weighted_sizes(variant, params, target));
 }
 
 TORCH_LIBRARY_IMPL(fastvae, CompositeExplicitAutograd, m) { m.impl("nll", nll_without_graph); }

@@ -16,13 +16,14 @@ namespace {
 struct Evaluation {
   std::vector<double> nll;  // of each row, without the normaliser
   std::vector<double> scale_grad;
+  std::vector<double> weights;  // the sum of the weights of each row; empty without weights
   Tensors gradients;
   Normaliser normaliser;
 };
 
 // Runs the kernel. The gradient of row r is multiplied by weights[r * weight_stride].
 Evaluation evaluate_elements(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
-                             int64_t needs, const double* weights, int64_t weight_stride) {
+                             int64_t needs, const OptionalTensor& weight, const double* weights, int64_t weight_stride) {
   Evaluation out;
   out.normaliser = normaliser(variant, constants, variant.has_scalar ? to_doubles(params.back())[0] : 0);
   out.nll.resize(params[0].size(0));
@@ -34,23 +35,27 @@ Evaluation evaluate_elements(const LikelihoodVariant& variant, at::TensorList pa
   args.weight_stride = weight_stride;
   args.row_nll = out.nll.data();
   args.row_scale_grad = variant.has_scalar ? out.scale_grad.data() : nullptr;
+  out.weights.resize(weight ? params[0].size(0) : 0);
+  args.row_weights = weight ? out.weights.data() : nullptr;
   Tensors kept;
-  out.gradients = fill_elements(args, variant, params, target, needs, kept);
+  out.gradients = fill_elements(args, variant, params, target, needs, weight, kept);
   cpu::kernels().nll(args);
   return out;
 }
 
 Evaluation evaluate(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
-                    int64_t needs, const double* weights, int64_t weight_stride) {
-  if (variant.elementwise()) return evaluate_elements(variant, params, target, constants, needs, weights, weight_stride);
+                    int64_t needs, const OptionalTensor& weight, const double* weights, int64_t weight_stride) {
+  if (variant.elementwise()) return evaluate_elements(variant, params, target, constants, needs, weight, weights, weight_stride);
   Evaluation out{};
   switch (variant.family) {
-    case Family::counts: evaluate_counts(variant, params, target, constants, needs, weights, weight_stride, out.nll, out.gradients); break;
+    case Family::counts:
+      evaluate_counts(variant, params, target, constants, needs, weight, weights, weight_stride, out.nll, out.gradients);
+      break;
     case Family::categorical:
-      evaluate_categorical(params[0], target, constants, needs & 1, weights, weight_stride, out.nll, out.gradients);
+      evaluate_categorical(params[0], target, constants, needs & 1, weight, weights, weight_stride, out.nll, out.gradients);
       break;
     case Family::discretized:
-      evaluate_discretized(variant, params[0], target, constants, needs & 1, weights, weight_stride, out.nll, out.gradients);
+      evaluate_discretized(variant, params[0], target, constants, needs & 1, weight, weights, weight_stride, out.nll, out.gradients);
       break;
     case Family::continuous: break;  // all of this family are elementwise
   }
@@ -60,28 +65,30 @@ Evaluation evaluate(const LikelihoodVariant& variant, at::TensorList params, con
 std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cpu(std::string_view likelihood, at::TensorList params,
                                                             const Tensor& target, at::ArrayRef<double> constants,
                                                             const OptionalTensor& kl, const OptionalTensor& beta,
-                                                            int64_t reduction, int64_t needs) {
+                                                            int64_t reduction, int64_t needs, const OptionalTensor& weight) {
   const auto& variant = likelihood_variant(likelihood);
-  check_nll(variant, params, target, constants, kl, beta, reduction);
+  check_nll(variant, params, target, constants, kl, beta, reduction, weight);
   const Tensor& lead = params[0];
   const int64_t rows = lead.size(0), size = event_size(target);
-  const double weight = weight_of(reduction, rows);
-  auto [nll, scale_grad, gradients, norm] = evaluate(variant, params, target, constants, needs, &weight, 0);
+  const double of_reduction = weight_of(reduction, rows);
+  auto [nll, scale_grad, weights, gradients, norm] = evaluate(variant, params, target, constants, needs, weight, &of_reduction, 0);
+  // How often the normaliser of an element is added to a row.
+  const auto count = [&, &weights = weights](int64_t r) { return weights.empty() ? static_cast<double>(size) : weights[r]; };
 
   const auto dtype = row_dtype(lead.scalar_type());
   Tensor scalar_rows = at::empty({0}, lead.options().dtype(dtype));
   if (variant.has_scalar && (needs >> (params.size() - 1) & 1)) {
     std::vector<double> grad(rows);
-    for (int64_t r = 0; r < rows; ++r) grad[r] = scalar_grad(variant, size, nll[r], scale_grad[r]);
+    for (int64_t r = 0; r < rows; ++r) grad[r] = scalar_grad(variant, count(r), nll[r], scale_grad[r]);
     scalar_rows = from_doubles(grad, {rows}, dtype);
   }
   const auto loss_dtype = kl && kl->scalar_type() == at::kDouble ? at::kDouble : dtype;
-  const double of_each = norm.per_element * static_cast<double>(size), factor = beta ? to_doubles(*beta)[0] : 1.0;
+  const double factor = beta ? to_doubles(*beta)[0] : 1.0;
   const auto of_kl = kl ? to_doubles(*kl) : std::vector<double>();
   std::vector<double> loss(reduction == kNone ? rows : 1);
   double sum = 0;
   for (int64_t r = 0; r < rows; ++r) {
-    nll[r] += of_each;
+    if (const double n = count(r)) nll[r] += norm.per_element * n;
     const double of_row = kl ? nll[r] + factor * of_kl[r] : nll[r];
     if (reduction == kNone) loss[r] = of_row;
     sum += of_row;
@@ -138,11 +145,12 @@ Tensors extras(const RowGradients& g, const OptionalTensor& scalar_rows, const O
 }
 
 Tensors nll_gradient_cpu(std::string_view likelihood, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
-                         const OptionalTensor& grad_loss, const OptionalTensor& grad_nll, int64_t reduction, int64_t needs) {
+                         const OptionalTensor& grad_loss, const OptionalTensor& grad_nll, int64_t reduction, int64_t needs,
+                         const OptionalTensor& weight) {
   const auto& variant = likelihood_variant(likelihood);
-  check_nll(variant, params, target, constants, {}, {}, reduction);
+  check_nll(variant, params, target, constants, {}, {}, reduction, weight);
   const auto g = row_gradients(grad_loss, grad_nll, params[0].size(0), reduction);
-  return evaluate(variant, params, target, constants, needs, g.by_nll.data(), !g.uniform).gradients;
+  return evaluate(variant, params, target, constants, needs, weight, g.by_nll.data(), !g.uniform).gradients;
 }
 
 // out[i] = gradients[i] times the factors that the forward has not included.

@@ -19,17 +19,17 @@ cuda::NllArgs& common(Args& args) {
 }
 
 Tensors fill_elementwise(Args& args, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target,
-                         at::ArrayRef<double> constants, int64_t needs, Tensors& kept) {
+                         at::ArrayRef<double> constants, int64_t needs, const OptionalTensor& weight, Tensors& kept) {
   auto& elements = args.emplace<cuda::NllArgs>();
   const auto norm = normaliser(variant, constants, 0);
   std::copy_n(norm.constants, cuda::kMaxConstants, elements.constants);
   elements.normaliser = norm.per_element;
   if (variant.has_scalar) elements.scalar = number(params.back(), "params");
-  return fill_elements(elements, variant, params, target, needs, kept);
+  return fill_elements(elements, variant, params, target, needs, weight, kept);
 }
 
 Tensors fill_discretized(Args& args, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target,
-                      at::ArrayRef<double> constants, int64_t needs, Tensors& kept) {
+                      at::ArrayRef<double> constants, int64_t needs, const OptionalTensor& weight, Tensors& kept) {
   const auto found = logistic_constants(variant, constants);
   if (found.components > 0) {
     auto& mixture = args.emplace<cuda::MixtureArgs>();
@@ -40,13 +40,13 @@ Tensors fill_discretized(Args& args, const LikelihoodVariant& variant, at::Tenso
   }
   const auto bins = bins_of(found);
   std::copy(bins.begin(), bins.end(), common(args).constants);
-  Tensors gradients = fill_elements(common(args), variant, params, target, needs, kept);
+  Tensors gradients = fill_elements(common(args), variant, params, target, needs, weight, kept);
   common(args).element = cpu::Element::discretized_logistic;  // on CUDA, a single one uses the loop over elements
   return gradients;
 }
 
 Tensors fill_categorical(Args& args, const Tensor& logits, const Tensor& target, at::ArrayRef<double> constants, int64_t needs,
-                         Tensors& kept) {
+                         const OptionalTensor& weight, Tensors& kept) {
   auto& positions = args.emplace<cuda::CategoricalArgs>();
   positions.rows = logits.size(0);
   positions.size = positions.positions = event_size(target);
@@ -56,6 +56,7 @@ Tensors fill_categorical(Args& args, const Tensor& logits, const Tensor& target,
   positions.params[0] = operand(kept[0]);
   positions.target = operand(kept[1]);
   positions.target_rows = repeated_rows(target.size(0), positions.rows);
+  positions.weights = weights_view(weight, target.sizes(), at::MemoryFormat::Contiguous, kept);
   if (!(needs & 1)) return {};
   Tensor gradient = pooled_empty(logits.sizes(), logits);
   positions.grads[0] = result(gradient);
@@ -64,16 +65,17 @@ Tensors fill_categorical(Args& args, const Tensor& logits, const Tensor& target,
 
 // All arguments except the results of the rows.
 Tensors fill(Args& args, const OnDevice& device, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target,
-             at::ArrayRef<double> constants, int64_t reduction, int64_t needs, Tensors& kept) {
+             at::ArrayRef<double> constants, int64_t reduction, int64_t needs, const OptionalTensor& weight, Tensors& kept) {
   for (const auto& p : params) device.expect(p, "params");
   device.expect(target, "target");
+  device.expect(weight, "weight");
   Tensors gradients;
   if (variant.elementwise()) {
-    gradients = fill_elementwise(args, variant, params, target, constants, needs, kept);
+    gradients = fill_elementwise(args, variant, params, target, constants, needs, weight, kept);
   } else {
     switch (variant.family) {
-      case Family::discretized: gradients = fill_discretized(args, variant, params, target, constants, needs, kept); break;
-      case Family::categorical: gradients = fill_categorical(args, params[0], target, constants, needs, kept); break;
+      case Family::discretized: gradients = fill_discretized(args, variant, params, target, constants, needs, weight, kept); break;
+      case Family::categorical: gradients = fill_categorical(args, params[0], target, constants, needs, weight, kept); break;
       default:
         TORCH_CHECK_NOT_IMPLEMENTED(false, "fastvae::nll: there is no CUDA kernel for ", std::string(variant.name),
                                     " yet; fastvae.set_backend(\"auto\") takes what there is");
@@ -101,16 +103,16 @@ void launch(Args& args, const OnDevice& device) {
 std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cuda(std::string_view likelihood, at::TensorList params,
                                                              const Tensor& target, at::ArrayRef<double> constants,
                                                              const OptionalTensor& kl, const OptionalTensor& beta,
-                                                             int64_t reduction, int64_t needs) {
+                                                             int64_t reduction, int64_t needs, const OptionalTensor& weight) {
   const auto& variant = likelihood_variant(likelihood);
-  check_nll(variant, params, target, constants, kl, beta, reduction);
+  check_nll(variant, params, target, constants, kl, beta, reduction, weight);
   const OnDevice device(target);
   device.expect(kl, "kl");
   device.expect(beta, "beta");
 
   Args of_family;
   Tensors kept;
-  Tensors gradients = fill(of_family, device, variant, params, target, constants, reduction, needs, kept);
+  Tensors gradients = fill(of_family, device, variant, params, target, constants, reduction, needs, weight, kept);
   cuda::NllArgs& args = common(of_family);
   const auto options = target.options().dtype(row_dtype(params[0].scalar_type()));
   const bool with_scalar = variant.has_scalar && (needs >> (params.size() - 1) & 1);
@@ -129,15 +131,16 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cuda(std::string_view li
 }
 
 Tensors nll_gradient_cuda(std::string_view likelihood, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
-                          const OptionalTensor& grad_loss, const OptionalTensor& grad_nll, int64_t reduction, int64_t needs) {
+                          const OptionalTensor& grad_loss, const OptionalTensor& grad_nll, int64_t reduction, int64_t needs,
+                         const OptionalTensor& weight) {
   const auto& variant = likelihood_variant(likelihood);
-  check_nll(variant, params, target, constants, {}, {}, reduction);
+  check_nll(variant, params, target, constants, {}, {}, reduction, weight);
   const OnDevice device(target);
   device.expect(grad_loss, "grad_loss");
   device.expect(grad_nll, "grad_nll");
   Args of_family;
   Tensors kept;
-  Tensors gradients = fill(of_family, device, variant, params, target, constants, reduction, needs, kept);
+  Tensors gradients = fill(of_family, device, variant, params, target, constants, reduction, needs, weight, kept);
   common(of_family).grad_loss = numbers(grad_loss, "grad_loss");
   common(of_family).grad_nll = numbers(grad_nll, "grad_nll");
   launch(of_family, device);

@@ -17,18 +17,19 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 std::tuple<Tensor, Tensors> elements_forward_op(std::string_view likelihood, at::TensorList params, const Tensor& target,
-                                       at::ArrayRef<double> constants, double weight, int64_t needs) {
+                                       at::ArrayRef<double> constants, double factor, int64_t needs,
+                                       const OptionalTensor& weight) {
   static const auto handle = op<NllElementsForward>("fastvae::nll_elements_forward");
-  return handle.call(likelihood, params, target, constants, weight, needs);
+  return handle.call(likelihood, params, target, constants, factor, needs, weight);
 }
 
 struct NllElementsFunction : torch::autograd::Function<NllElementsFunction> {
   static Tensor forward(AutogradContext* ctx, const std::string& likelihood, at::TensorList params, const Tensor& target,
-                        at::ArrayRef<double> constants, double weight) {
+                        at::ArrayRef<double> constants, double factor, const OptionalTensor& weight) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     int64_t needs = 0;
     for (size_t i = 0; i < params.size(); ++i) needs |= int64_t(params[i].requires_grad()) << i;
-    auto [values, derivatives] = elements_forward_op(likelihood, params, target, constants, weight, needs);
+    auto [values, derivatives] = elements_forward_op(likelihood, params, target, constants, factor, needs, weight);
     ctx->set_materialize_grads(false);
     const int64_t shared = shared_param(params);
     ctx->saved_data["needs"] = needs;
@@ -42,7 +43,7 @@ struct NllElementsFunction : torch::autograd::Function<NllElementsFunction> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const int64_t params = ctx->saved_data["params"].toInt(), needs = ctx->saved_data["needs"].toInt();
-    variable_list results(params + 4);  // likelihood, params..., target, constants, weight
+    variable_list results(params + 5);  // likelihood, params..., target, constants, factor, weight
     const Tensor& grad = grads[0];
     if (!grad.defined()) return once_differentiable(std::move(results));
 
@@ -79,24 +80,28 @@ struct NllElementsFunction : torch::autograd::Function<NllElementsFunction> {
 };
 
 Tensor elements_without_graph(std::string_view likelihood, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
-                     double weight) {
-  return std::get<0>(elements_forward_op(likelihood, params, target, constants, weight, 0));
+                     double factor, const OptionalTensor& weight) {
+  return std::get<0>(elements_forward_op(likelihood, params, target, constants, factor, 0, weight));
 }
 
-Tensor elements_autograd(std::string_view likelihood, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants, double weight) {
+Tensor elements_autograd(std::string_view likelihood, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants, double factor,
+                         const OptionalTensor& weight) {
   bool needed = target.requires_grad();
   for (const auto& p : params) {
     refuse_tangent(p);
     needed |= p.requires_grad();
   }
   refuse_tangent(target);
+  refuse_tangent(weight);
+  TORCH_CHECK_VALUE(!needs_grad(weight) || !c10::GradMode::is_enabled(),
+                    "fastvae::nll_elements: the `weight` has no gradient here; pass weight.detach()");
   if (!c10::GradMode::is_enabled() || !needed) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return elements_without_graph(likelihood, params, target, constants, weight);
+    return elements_without_graph(likelihood, params, target, constants, factor, weight);
   }
   TORCH_CHECK_VALUE(!target.requires_grad(), "fastvae::nll_elements: the `target` of ", std::string(likelihood),
                     " has no gradient here; pass target.detach()");
-  return NllElementsFunction::apply(std::string(likelihood), params, target, constants, weight);
+  return NllElementsFunction::apply(std::string(likelihood), params, target, constants, factor, weight);
 }
 
 Tensor empty_elements(const Tensor& lead, at::ScalarType dtype) {
@@ -104,7 +109,7 @@ Tensor empty_elements(const Tensor& lead, at::ScalarType dtype) {
 }
 
 std::tuple<Tensor, Tensors> elements_forward_meta(std::string_view, at::TensorList params, const Tensor&, at::ArrayRef<double>, double,
-                                         int64_t needs) {
+                                         int64_t needs, const OptionalTensor&) {
   const Tensor& lead = params[0];
   const auto dtype = row_dtype(lead.scalar_type());
   Tensors derivatives;
@@ -130,11 +135,12 @@ Tensors elements_backward_in_place_meta(const Tensor&, at::TensorList derivative
 
 bool gives_elements(const LikelihoodVariant& variant) { return variant.family == Family::counts && variant.constants == 1; }
 
-void check_nll_elements(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants) {
+void check_nll_elements(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
+                        const OptionalTensor& weight) {
   TORCH_CHECK_VALUE(gives_elements(variant), "fastvae::nll_elements: there is no kernel for the elements of ", std::string(variant.name));
   TORCH_CHECK_VALUE(int64_t(params.size()) == variant.tensors, "fastvae::nll_elements: ", std::string(variant.name), " takes ", variant.tensors,
                     " params, got ", params.size());
-  check_nll(variant, params, target, constants, {}, {}, kNone);
+  check_nll(variant, params, target, constants, {}, {}, kNone, weight);
 }
 
 TORCH_LIBRARY_IMPL(fastvae, CompositeExplicitAutograd, m) { m.impl("nll_elements", elements_without_graph); }

@@ -9,11 +9,12 @@
 namespace fastvae {
 namespace {
 
-void evaluate_each(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants, double weight,
-                   int64_t needs, const Tensor& values, const Tensors& derivatives) {
+void evaluate_each(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants, double factor,
+                   int64_t needs, const OptionalTensor& weight, const Tensor& values, const Tensors& derivatives) {
   const auto order = memory_order(params[0]);
   const Tensor lead = dense_rows(params[0], order), data = dense_rows(target, order);
   std::vector<double> nll(lead.size(0));
+  Tensors kept;
   cpu::NllArgs args{};
   args.element = variant.element;
   args.in_double = lead.scalar_type() == at::kDouble;
@@ -24,16 +25,18 @@ void evaluate_each(const LikelihoodVariant& variant, at::TensorList params, cons
   const auto norm = normaliser(variant, constants, 0);
   std::copy_n(norm.constants, cpu::kMaxConstants, args.constants);
   if (needs) args.grads[0] = result(derivatives[0]);
-  args.weight = &weight;
+  args.weight = &factor;
+  args.weights = weights_view(weight, target.sizes(), order, kept);
   args.row_nll = nll.data();
   args.values = result(values);
   cpu::kernels().nll(args);
 }
 
 std::tuple<Tensor, Tensors> elements_forward_cpu(std::string_view likelihood, at::TensorList params, const Tensor& target,
-                                        at::ArrayRef<double> constants, double weight, int64_t needs) {
+                                        at::ArrayRef<double> constants, double factor, int64_t needs,
+                                        const OptionalTensor& weight) {
   const auto& variant = likelihood_variant(likelihood);
-  check_nll_elements(variant, params, target, constants);
+  check_nll_elements(variant, params, target, constants, weight);
   const Tensor& lead = params[0];
   const auto options = lead.options().dtype(row_dtype(lead.scalar_type()));
   const auto order = memory_order(lead);
@@ -42,7 +45,7 @@ std::tuple<Tensor, Tensors> elements_forward_cpu(std::string_view likelihood, at
   for (int i = 0; i < variant.tensors; ++i)
     if (needs >> i & 1) derivatives.push_back(pooled_empty(lead.sizes(), options, order));
   const auto evaluate = variant.elementwise() ? evaluate_each : evaluate_count_elements;
-  evaluate(variant, params, target, constants, weight, needs, values, derivatives);
+  evaluate(variant, params, target, constants, factor, needs, weight, values, derivatives);
   return {std::move(values), std::move(derivatives)};
 }
 

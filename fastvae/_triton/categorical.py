@@ -8,14 +8,35 @@ import triton.language as tl
 from torch import Tensor
 
 from .elementary import exp, log1p
-from .launch import COMPUTE, dense_rows, divisor, event_size, kernel, launch, number, row_dtype, row_stride
+from .launch import (
+    COMPUTE,
+    dense_rows,
+    divisor,
+    event_size,
+    kernel,
+    launch,
+    number,
+    row_dtype,
+    row_stride,
+    weight_view,
+)
 from .runtime import INTERPRETED
+from .tiles import load_weights
 
 
 @kernel
 def categorical_kernel(
     logits,  # (rows, positions, classes), any stride of rows
     target,  # (target_rows, positions), int64, any stride of rows
+    weights,  # the weights of positions (target_rows, positions), or None; this and the next eight are in a WeightView
+    weights_stride: "number",
+    weights_size_0: "number",
+    weights_size_1: "number",
+    weights_size_2: "number",
+    weights_stride_0: "number",
+    weights_stride_1: "number",
+    weights_stride_2: "number",
+    weights_stride_3: "number",
     grads,  # output or None: shaped like the logits, dense
     sums,  # output or None: (rows, positions) in C
     grad_loss,  # see row_factor in tiles.py
@@ -30,6 +51,7 @@ def categorical_kernel(
     grad_loss_stride: "number",
     grad_nll_stride: "number",
     REPEATED: tl.constexpr,
+    WEIGHTED: tl.constexpr,  # KIND of the weights
     UNIT: tl.constexpr,
     COLUMNS: tl.constexpr,
     C: tl.constexpr,
@@ -50,8 +72,26 @@ def categorical_kernel(
             factor += tl.load(grad_loss + row * grad_loss_stride).to(C) * tl.full((), weight, C)
         if grad_nll is not None:
             factor += tl.load(grad_nll + row * grad_nll_stride).to(C)
+    left_out = chosen == ignored
+    if WEIGHTED > 0:
+        own_weight = load_weights(
+            weights + data_row * weights_stride,
+            position,
+            position < positions,
+            weights_size_0,
+            weights_size_1,
+            weights_size_2,
+            weights_stride_0,
+            weights_stride_1,
+            weights_stride_2,
+            weights_stride_3,
+            WEIGHTED,
+            C,
+        )
+        factor *= own_weight
+        left_out = left_out | (own_weight == 0.0)
 
-    if chosen == ignored:
+    if left_out:
         if sums is not None:
             tl.store(sums + program, tl.full((), 0.0, C))
         if grads is not None:
@@ -84,6 +124,8 @@ def categorical_kernel(
         total = mine + rest
         if sums is not None:
             value = tl.where(own == top, log1p(rest), top - own + tl.log(total))
+            if WEIGHTED > 0:
+                value *= own_weight
             tl.store(sums + program, value)
         if grads is not None:
             scale = factor / total
@@ -109,6 +151,7 @@ def evaluate(
     grad_loss: Tensor | None = None,
     grad_nll: Tensor | None = None,
     values: bool = True,
+    element_weight: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """Runs categorical_kernel with one program per position; see elementwise.evaluate for the arguments."""
     lead = params[0]
@@ -120,12 +163,14 @@ def evaluate(
     widest = 4096 if INTERPRETED or dtype == torch.float32 else 2048
     columns = min(widest, max(16, triton.next_power_of_2(classes)))
     unit = divisor(classes, logits.stride(0))
+    weights = weight_view(element_weight, target.shape)
     launch(
         categorical_kernel,
         rows * positions,
         lead.device,
         logits,
         chosen,
+        *weights.arguments,
         grads,
         sums,
         grad_loss,
@@ -140,6 +185,7 @@ def evaluate(
         row_stride(grad_loss),
         row_stride(grad_nll),
         REPEATED=chosen.shape[0] != rows,
+        WEIGHTED=weights.kind,
         UNIT=unit,
         COLUMNS=columns,
         C=COMPUTE[dtype],

@@ -17,7 +17,18 @@ from torch import Tensor
 from .._spec import VARIANTS
 from .element import Element
 from .elementary import exp, exp_minus_1_minus, log1p, log_factorial, polynomial
-from .launch import COMPUTE, dense_rows, divisor, kernel, launch, number, row_dtype, row_stride
+from .launch import (
+    COMPUTE,
+    dense_rows,
+    divisor,
+    kernel,
+    launch,
+    number,
+    row_dtype,
+    row_stride,
+    weight_view,
+)
+from .tiles import by_weight, load_weights
 
 # 2 (1/3 + s^2/5 + s^4/7 + ...), for log(1 + x) = 2 (s + s^3/3 + ...) with s = x / (2 + x), for |x| < 1/2.
 _LOG1P_32: tl.constexpr = tl.constexpr((2 / 13, 2 / 11, 2 / 9, 2 / 7, 2 / 5, 2 / 3))
@@ -258,7 +269,24 @@ def positive_term(t, mu, log_mu, theta):
 
 
 @triton.jit
-def grad_of_empty(mean, target, zero_logits, genes, top, COLUMNS: tl.constexpr, C: tl.constexpr):
+def grad_of_empty(
+    mean,
+    target,
+    zero_logits,
+    genes,
+    top,
+    weights,
+    weights_size_0,
+    weights_size_1,
+    weights_size_2,
+    weights_stride_0,
+    weights_stride_1,
+    weights_stride_2,
+    weights_stride_3,
+    WEIGHTED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    C: tl.constexpr,
+):
     """The derivative of a cell's nll by a library of 0, times the sum of e^(logit - top).
 
     The formula is explained at at_ends in csrc/cpu/counts.cpp.
@@ -270,7 +298,26 @@ def grad_of_empty(mean, target, zero_logits, genes, top, COLUMNS: tl.constexpr, 
         share = exp(tl.load(mean + columns, inside, -float("inf")).to(C) - top)
         if zero_logits is not None:
             share /= 1.0 + exp(tl.load(zero_logits + columns, inside, 0.0).to(C))
-        shares += tl.where(tl.load(target + columns, inside, 0) == 0, share, -float("inf"))
+        share = tl.where(tl.load(target + columns, inside, 0) == 0, share, -float("inf"))
+        if WEIGHTED > 0:
+            share = by_weight(
+                load_weights(
+                    weights,
+                    columns,
+                    inside,
+                    weights_size_0,
+                    weights_size_1,
+                    weights_size_2,
+                    weights_stride_0,
+                    weights_stride_1,
+                    weights_stride_2,
+                    weights_stride_3,
+                    WEIGHTED,
+                    C,
+                ),
+                share,
+            )
+        shares += share
     return tl.sum(shares, 0)
 
 
@@ -281,6 +328,15 @@ def count_kernel(
     zero_logits,  # (rows, genes), or None
     library,  # with RAW, (rows,)
     target,
+    weights,  # the weights of elements (target_rows, genes), or None; this and the next eight are in a WeightView
+    weights_stride: "number",
+    weights_size_0: "number",
+    weights_size_1: "number",
+    weights_size_2: "number",
+    weights_stride_0: "number",
+    weights_stride_1: "number",
+    weights_stride_2: "number",
+    weights_stride_3: "number",
     d_mean,  # out, or None: (rows, genes), dense, as are the next two
     d_dispersion,
     d_zero_logits,
@@ -303,6 +359,7 @@ def count_kernel(
     grad_loss_stride: "number",
     grad_nll_stride: "number",
     REPEATED: tl.constexpr,
+    WEIGHTED: tl.constexpr,  # KIND of the weights
     RAW: tl.constexpr,
     UNIT: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -317,6 +374,8 @@ def count_kernel(
     if REPEATED:
         data_row = row % target_rows
     target += data_row * target_stride * UNIT
+    if WEIGHTED > 0:
+        weights += data_row * weights_stride
     if zero_logits is not None:
         zero_logits += row * zero_stride * UNIT
     dense = row * genes
@@ -349,6 +408,8 @@ def count_kernel(
     grads = tl.zeros((COLUMNS,), C)
     other_values = tl.zeros((PLACES,), tl.float64)
     other_grads = tl.zeros((PLACES,), tl.float64)
+    if WEIGHTED > 0:
+        weighs = tl.zeros((COLUMNS,), tl.int32)
     places += row * COLUMNS
     for start in range(0, genes, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
@@ -356,6 +417,24 @@ def count_kernel(
         mu = tl.load(mean + columns, inside, 1.0).to(C)
         theta = tl.load(dispersion + columns, inside, 1.0).to(C)
         t = tl.load(target + columns, inside, 0).to(C)
+        kept = inside
+        if WEIGHTED > 0:
+            own = load_weights(
+                weights,
+                columns,
+                inside,
+                weights_size_0,
+                weights_size_1,
+                weights_size_2,
+                weights_stride_0,
+                weights_stride_1,
+                weights_stride_2,
+                weights_stride_3,
+                WEIGHTED,
+                C,
+            )
+            kept = inside & (own != 0.0)
+            weighs = tl.where(kept, 1, weighs)
         if RAW:
             mu = exp(mu - top) * scale
         else:
@@ -367,21 +446,29 @@ def count_kernel(
             value, d_z, d_pi = with_additional_zeros(value, pi)
             d_mu *= d_z
             d_theta *= d_z
+            if WEIGHTED > 0:
+                d_pi = by_weight(own, d_pi)
             if d_zero_logits is not None:
                 tl.store(
                     d_zero_logits + dense + columns,
                     (d_pi * factor).to(d_zero_logits.dtype.element_ty),
                     inside,
                 )
+        if RAW:
+            d_mu *= mu
+            d_theta *= theta
+        if WEIGHTED > 0:
+            value = by_weight(own, value)
+            d_mu = by_weight(own, d_mu)
+            d_theta = by_weight(own, d_theta)
         if element_values is not None:
             tl.store(element_values + dense + columns, value * factor, inside)
-        is_zero = inside & (t == 0.0)
+        is_zero = kept & (t == 0.0)
         values += tl.where(is_zero, value, 0.0)
         if RAW:
-            grads += tl.where(is_zero, d_mu * mu, 0.0)
+            grads += tl.where(is_zero, d_mu, 0.0)
             if log_grads is not None:
-                tl.store(log_grads + dense + columns, d_mu * mu, inside)
-            d_theta *= theta
+                tl.store(log_grads + dense + columns, d_mu, inside)
         elif d_mean is not None:
             tl.store(d_mean + dense + columns, (d_mu * factor).to(d_mean.dtype.element_ty), inside)
         if d_dispersion is not None:
@@ -391,7 +478,7 @@ def count_kernel(
                 inside,
             )
 
-        other = inside & (t != 0.0)
+        other = kept & (t != 0.0)
         position = tl.cumsum(other.to(tl.int32), 0) - 1
         count = tl.sum(other.to(tl.int32), 0)
         tl.store(places + position, (columns - start).to(tl.int16), other)
@@ -419,17 +506,38 @@ def count_kernel(
                 # Below the lower bound, the nll is -t log mu plus a constant.
                 other_value += other_t * tl.where(unbounded < log_mu, log_mu - unbounded, 0.0)
                 other_d_theta *= other_theta
+            if WEIGHTED > 0:
+                other_weight = load_weights(
+                    weights,
+                    place,
+                    there,
+                    weights_size_0,
+                    weights_size_1,
+                    weights_size_2,
+                    weights_stride_0,
+                    weights_stride_1,
+                    weights_stride_2,
+                    weights_stride_3,
+                    WEIGHTED,
+                    C,
+                ).to(tl.float64)
+                d_log_mu *= other_weight
+                other_d_theta *= other_weight
             if zero_logits is not None:
                 other_pi = tl.load(zero_logits + place, there, 0.0).to(C).to(tl.float64)
                 other_e = tl.exp(-tl.abs(other_pi))
                 other_value += tl.where(other_pi > 0.0, other_pi, 0.0) + log1p(other_e)
                 if d_zero_logits is not None:
                     other_d_pi = tl.where(other_pi < 0.0, other_e, 1.0) / (1.0 + other_e)
+                    if WEIGHTED > 0:
+                        other_d_pi *= other_weight
                     tl.store(
                         d_zero_logits + dense + place,
                         (other_d_pi * factor).to(C).to(d_zero_logits.dtype.element_ty),
                         there,
                     )
+            if WEIGHTED > 0:
+                other_value *= other_weight
             if element_values is not None:
                 tl.store(element_values + dense + place, (other_value * factor).to(C), there)
             other_values += tl.where(there, other_value, 0.0)
@@ -452,15 +560,40 @@ def count_kernel(
         tl.debug_barrier()
 
     row_sum = (tl.sum(values, 0).to(tl.float64) + tl.sum(other_values, 0)).to(C)
+    if WEIGHTED > 0:
+        any_weight = tl.max(weighs, 0) > 0
     if RAW:
-        row_sum = tl.where(size == float("inf"), row_sum + size, row_sum)
+        infinite = size == float("inf")
+        if WEIGHTED > 0:
+            infinite = infinite & any_weight
+        row_sum = tl.where(infinite, row_sum + size, row_sum)
     tl.store(row_sums + row, row_sum)
     if RAW:
         grad = (tl.sum(grads, 0).to(tl.float64) + tl.sum(other_grads, 0)).to(C)
         if d_library is not None:
             by_library = grad / size
             if size == 0.0:
-                by_library = grad_of_empty(mean, target, zero_logits, genes, top, COLUMNS, C) / total
+                by_library = grad_of_empty(
+                    mean,
+                    target,
+                    zero_logits,
+                    genes,
+                    top,
+                    weights,
+                    weights_size_0,
+                    weights_size_1,
+                    weights_size_2,
+                    weights_stride_0,
+                    weights_stride_1,
+                    weights_stride_2,
+                    weights_stride_3,
+                    WEIGHTED,
+                    COLUMNS,
+                    C,
+                )
+                by_library /= total
+            if WEIGHTED > 0:
+                by_library = tl.where(any_weight, by_library, 0.0)
             tl.store(d_library + row, (factor * by_library).to(d_library.dtype.element_ty))
         if d_mean is not None:
             # The derivative by logit g is the derivative by log mu_g minus gene g's share of the sum over all genes.
@@ -470,6 +603,8 @@ def count_kernel(
                 inside = columns < genes
                 d = tl.load(log_grads + dense + columns, inside, 0.0)
                 d -= exp(tl.load(mean + columns, inside, 0.0).to(C) - top) * part
+                if WEIGHTED > 0:  # without any weight there is no derivative, whatever the logits are
+                    d = tl.where(any_weight, d, 0.0)
                 tl.store(d_mean + dense + columns, (d * factor).to(d_mean.dtype.element_ty), inside)
 
 
@@ -521,6 +656,7 @@ def evaluate(
     grad_nll: Tensor | None = None,
     values: bool = True,
     element_values: Tensor | None = None,
+    element_weight: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """Run count_kernel, as elementwise.evaluate runs the kernel of elements. It always computes the values."""
     form, lead = FORMS[likelihood], params[0]
@@ -552,13 +688,15 @@ def evaluate(
     if form.raw and d_mean is not None:
         log_grads = d_mean if d_mean.dtype == dtype else room(True, dtype)
     row_sums = lead.new_empty((rows, 1), dtype=dtype)
-    # In a full tile, a thread has four elements, or two in float64. Their arithmetic takes most of its registers.
+    # In a full tile, a thread has four elements, or two in float64, and half as many with weights. Their arithmetic
+    # takes most of its registers.
     widest = 512 if dtype == torch.float32 else 256
     columns = min(widest, max(16, triton.next_power_of_2(genes)))
     strides = [
         t.stride(0) if t is not None and t.dim() == 2 else 0 for t in (mean, dispersion, zero_logits, data)
     ]
     unit = divisor(genes, *strides)
+    weights = weight_view(element_weight, data.shape)
     launch(
         count_kernel,
         rows,
@@ -568,6 +706,7 @@ def evaluate(
         zero_logits,
         library,
         data,
+        *weights.arguments,
         d_mean,
         d_dispersion,
         d_zero_logits,
@@ -590,12 +729,13 @@ def evaluate(
         row_stride(grad_loss),
         row_stride(grad_nll),
         REPEATED=data.shape[0] != rows,
+        WEIGHTED=weights.kind,
         RAW=form.raw,
         UNIT=unit,
         COLUMNS=columns,
         PLACES=min(128, columns),
         C=COMPUTE[dtype],
-        num_warps=max(1, 4 * columns // widest),
+        num_warps=max(1, (8 if weights.kind else 4) * columns // widest),
     )
     if shared and d_dispersion is not None and element_values is None:
         d_dispersion = d_dispersion.sum(0).to(params[1].dtype)

@@ -26,8 +26,9 @@ from .launch import (
     partition,
     row_dtype,
     row_stride,
+    weight_view,
 )
-from .tiles import first_column, row_factor, row_size, tile_columns, tile_rows
+from .tiles import first_column, load_weights, row_factor, row_size, tile_columns, tile_rows
 from .tuning import choice
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,6 +152,15 @@ def component(
 def logistic_kernel(
     first,  # the parameters (rows, planes * pixels), with any stride of rows
     target,  # uint8 levels (target_rows, channels * pixels), with any stride of rows
+    weights,  # of elements or, if MIXED, of pixels, or None; this and the next eight are in a WeightView
+    weights_stride: "number",
+    weights_size_0: "number",
+    weights_size_1: "number",
+    weights_size_2: "number",
+    weights_stride_0: "number",
+    weights_stride_1: "number",
+    weights_stride_2: "number",
+    weights_stride_3: "number",
     grads,  # output or None: shaped like `first`
     row_sums,  # output or None: (rows, splits) in C
     levels: tl.float64,  # 2^bits - 1
@@ -174,6 +184,7 @@ def logistic_kernel(
     splits: "number",
     tiles: "number",
     REPEATED: tl.constexpr,
+    WEIGHTED: tl.constexpr,  # KIND of the weights
     MIXED: tl.constexpr,  # the number of channels of a mixture, or 0
     ALTERNATE: tl.constexpr,  # planes are interleaved at every pixel (channels_last)
     UNIT: tl.constexpr,
@@ -191,15 +202,17 @@ def logistic_kernel(
     if REPEATED:
         data_rows = rows % target_rows
     target += data_rows[:, None] * target_stride * UNIT
+    if WEIGHTED > 0:
+        weights += data_rows[:, None] * weights_stride
     if grads is not None:
         grads += rows[:, None] * grads_stride * UNIT
     if grad_loss is None and grad_nll is None:
-        weights = tl.full((), weight, C)
+        row_weights = tl.full((), weight, C)
     else:
-        weights = row_factor(
+        row_weights = row_factor(
             grad_loss, grad_nll, weight, rows, inside_rows, grad_loss_stride, grad_nll_stride, C
         )
-        weights = weights[:, None]
+        row_weights = row_weights[:, None]
     highest = tl.full((), levels, C)
     width = tl.full((), log_width, C)
     least = tl.full((), floor, C)
@@ -236,6 +249,26 @@ def logistic_kernel(
                     2.0 * tl.minimum(tl.load(target + data_places + 2 * data_step, inside, 0).to(C), highest)
                     - highest
                 )
+            # The params of a pixel of weight 0 are not read but taken to be 0, so that all derivatives are finite.
+            reads = inside
+            factors = row_weights
+            if WEIGHTED > 0:
+                own = load_weights(
+                    weights,
+                    columns,
+                    inside,
+                    weights_size_0,
+                    weights_size_1,
+                    weights_size_2,
+                    weights_stride_0,
+                    weights_stride_1,
+                    weights_stride_2,
+                    weights_stride_3,
+                    WEIGHTED,
+                    C,
+                )
+                reads = inside & (own != 0.0)
+                factors = row_weights * own
             # This works like Mixed in csrc/cuda/discretized.cuh. The initial values are lower than any logit but
             # finite: if they were -inf, a first component of weight 0 would give -inf - -inf.
             top = tl.full((ROWS, COLUMNS), -1e38, C)
@@ -246,7 +279,7 @@ def logistic_kernel(
             priors = tl.zeros((ROWS, COLUMNS), C)
             for k in range(0, K):
                 logit, linear, factor, _, _, _, _, _, _, _, _, _ = component(
-                    first, places, k, K, step, inside, n0, n1, n2, highest, width, least, smallest, MIXED
+                    first, places, k, K, step, reads, n0, n1, n2, highest, width, least, smallest, MIXED
                 )
                 above = (logit - top) + (linear - top_linear)
                 ratio = exp(-tl.abs(above))
@@ -261,13 +294,16 @@ def logistic_kernel(
                 top_logit = tl.where(higher, logit, top_logit)
             # From here on, top_linear is relative to the highest logit, so that `top` need not be kept.
             top_linear += top - top_logit
-            sums += tl.where(inside, tl.log(priors / masses) - top_linear, 0.0)
+            value = tl.log(priors / masses) - top_linear
+            if WEIGHTED > 0:
+                value *= own
+            sums += tl.where(inside, value, 0.0)
             if grads is not None:
-                posterior = -weights / masses
-                prior = weights / priors
+                posterior = -factors / masses
+                prior = factors / priors
                 for k in range(0, K):
                     logit, linear, factor, m0, m1, m2, s0, s1, s2, c0, c1, c2 = component(
-                        first, places, k, K, step, inside, n0, n1, n2, highest, width, least, smallest, MIXED
+                        first, places, k, K, step, reads, n0, n1, n2, highest, width, least, smallest, MIXED
                     )
                     logit -= top_logit
                     share = posterior * factor * exp((logit + linear) - top_linear)
@@ -287,16 +323,37 @@ def logistic_kernel(
             for c in range(0, singles):
                 level = tl.load(target + data_places + c * data_step, inside, 0).to(C)
                 n = 2.0 * tl.minimum(level, highest) - highest
-                distance = tl.fma(-load_plane(first, places, c, step, inside, C), highest, n)
-                scale = load_plane(first, places, channels + c, step, inside, C)
+                reads = inside
+                factors = row_weights
+                if WEIGHTED > 0:
+                    own = load_weights(
+                        weights,
+                        data_places + c * data_step,
+                        inside,
+                        weights_size_0,
+                        weights_size_1,
+                        weights_size_2,
+                        weights_stride_0,
+                        weights_stride_1,
+                        weights_stride_2,
+                        weights_stride_3,
+                        WEIGHTED,
+                        C,
+                    )
+                    reads = inside & (own != 0.0)
+                    factors = row_weights * own
+                distance = tl.fma(-load_plane(first, places, c, step, reads, C), highest, n)
+                scale = load_plane(first, places, channels + c, step, reads, C)
                 linear, e1, e2, factor, _, by_middle, by_scale = log_mass(
                     n, distance, scale, highest, width, least, smallest
                 )
                 value = linear + log1p(combine_excess(e1, e2)) - tl.log(factor)
+                if WEIGHTED > 0:
+                    value *= own
                 sums += tl.where(inside, value, 0.0)
                 if grads is not None:
-                    store_plane(grads, places, c, step, inside, -weights * by_middle * highest)
-                    store_plane(grads, places, channels + c, step, inside, -weights * by_scale)
+                    store_plane(grads, places, c, step, inside, -factors * by_middle * highest)
+                    store_plane(grads, places, channels + c, step, inside, -factors * by_scale)
 
     if row_sums is not None:
         tl.store(row_sums + rows * splits + split, tl.sum(sums, 1), inside_rows)
@@ -318,6 +375,7 @@ def evaluate(
     grad_loss: Tensor | None = None,
     grad_nll: Tensor | None = None,
     values: bool = True,
+    element_weight: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """Runs logistic_kernel; see elementwise.evaluate for the arguments."""
     components = int(constants[0]) if len(constants) == 4 else 0
@@ -328,6 +386,9 @@ def evaluate(
     first, data = dense_rows(lead, order), dense_rows(target, order)
     rows, planes, channels = lead.shape[0], lead.shape[1], target.shape[1]
     alternate = order != torch.contiguous_format
+    weights = weight_view(element_weight, target.shape, order)
+    if components:
+        weights = weight_view(element_weight, (rows, 1, *target.shape[2:]))
     pixels = event_size(target) // max(1, channels)
     if not components and not alternate:  # channels are independent and form one long plane
         pixels, planes, channels = pixels * channels, 2, 1
@@ -348,6 +409,7 @@ def evaluate(
         lead.device,
         first,
         data,
+        *weights.arguments,
         grads,
         row_sums,
         levels,
@@ -371,6 +433,7 @@ def evaluate(
         cut.splits,
         cut.tiles,
         REPEATED=target.shape[0] != rows,
+        WEIGHTED=weights.kind,
         MIXED=channels if components else 0,
         ALTERNATE=alternate,
         UNIT=unit,

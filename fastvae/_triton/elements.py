@@ -79,8 +79,9 @@ def nll_elements_forward(
     params: Sequence[Tensor],
     target: Tensor,
     constants: Sequence[float],
-    weight: float,
+    factor: float,
     needs: int,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """(values, derivatives), as csrc/ops/nll_elements.h describes them."""
     if not VARIANTS[likelihood].elements:
@@ -88,7 +89,15 @@ def nll_elements_forward(
     lead = params[0]
     values = torch.empty_like(lead, dtype=row_dtype(lead), memory_format=memory_order(lead))
     derivatives, *_ = EVALUATE[likelihood](
-        likelihood, params, target, constants, needs, weight, values=False, element_values=values
+        likelihood,
+        params,
+        target,
+        constants,
+        needs,
+        factor,
+        values=False,
+        element_values=values,
+        element_weight=weight,
     )
     return values, derivatives
 

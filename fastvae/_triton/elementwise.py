@@ -27,8 +27,19 @@ from .launch import (
     partition,
     row_dtype,
     row_stride,
+    weight_view,
 )
-from .tiles import first_column, fold_excess, fold_sum, row_factor, row_size, tile_columns, tile_rows
+from .tiles import (
+    by_weight,
+    first_column,
+    fold_excess,
+    fold_sum,
+    load_weights,
+    row_factor,
+    row_size,
+    tile_columns,
+    tile_rows,
+)
 from .tuning import choice
 
 # Maps each variant to its element.
@@ -44,6 +55,15 @@ def nll_kernel(
     first,  # the parameters: (rows, size), with any stride of rows
     second,  # None if the likelihood has only one
     target,  # (target_rows, size), any dtype
+    weights,  # the weights of elements (target_rows, size), or None; this and the next eight are in a WeightView
+    weights_stride: "number",  # in units of UNIT elements if the weights are dense
+    weights_size_0: "number",
+    weights_size_1: "number",
+    weights_size_2: "number",
+    weights_stride_0: "number",
+    weights_stride_1: "number",
+    weights_stride_2: "number",
+    weights_stride_3: "number",
     scalar,  # one number, or None to use `scalar_value`
     scalar_value: tl.float64,
     shape: tl.float64,  # see element.py
@@ -71,6 +91,7 @@ def nll_kernel(
     ELEMENT: tl.constexpr,
     LOG_TERM: tl.constexpr,
     REPEATED: tl.constexpr,
+    WEIGHTED: tl.constexpr,  # KIND of the weights
     COUNTS: tl.constexpr,  # integers are plain numbers, even uint8
     UNIT: tl.constexpr,
     RUN: tl.constexpr,  # 0, or half the channels of a packed head in channels_last order, whose halves are interleaved
@@ -90,6 +111,8 @@ def nll_kernel(
     if REPEATED:
         data_rows = rows % target_rows
     target += data_rows[:, None] * target_stride * UNIT
+    if WEIGHTED > 0:
+        weights += data_rows[:, None] * weights_stride * (UNIT if WEIGHTED == 1 else 1)
     if first_grad is not None:
         first_grad += rows[:, None] * grad_stride * UNIT
     if second_grad is not None:
@@ -134,27 +157,48 @@ def nll_kernel(
         if is_pixel:
             t = t / 255.0
         value, e, grad_a, grad_b, grad_shared = ELEMENT(a, b, t, shared, shape, offset)
+        if WEIGHTED > 0:
+            own = load_weights(
+                weights,
+                columns,
+                inside,
+                weights_size_0,
+                weights_size_1,
+                weights_size_2,
+                weights_stride_0,
+                weights_stride_1,
+                weights_stride_2,
+                weights_stride_3,
+                WEIGHTED,
+                C,
+            )
+            if LOG_TERM:
+                value += log1p(e)
+            value = by_weight(own, value)
+            grad_a = by_weight(own, grad_a)
+            grad_b = by_weight(own, grad_b)
+            grad_shared = by_weight(own, grad_shared)
 
         if first_grad is not None:
             tl.store(first_grad + places, (grad_a * factor).to(first_grad.dtype.element_ty), inside)
         if second_grad is not None:
             tl.store(second_grad + places, (grad_b * factor).to(second_grad.dtype.element_ty), inside)
         if element_values is not None:
-            whole = value + log1p(e) if LOG_TERM else value
+            whole = value + log1p(e) if LOG_TERM and WEIGHTED == 0 else value
             place = rows[:, None] * size + columns
             tl.store(element_values + place, whole * factor, inside)
         if row_sums is not None:
             sums += fold_sum(tl.where(inside, value, 0.0), ROWS, COLUMNS, FOLD)
         if scalar_sums is not None:
             scalar_grads += fold_sum(tl.where(inside, grad_shared, 0.0), ROWS, COLUMNS, FOLD)
-        if LOG_TERM and row_sums is not None:
+        if LOG_TERM and WEIGHTED == 0 and row_sums is not None:
             excess = combine_excess(excess, fold_excess(tl.where(inside, e, 0.0), ROWS, COLUMNS, FOLD))
             # The product of 64 factors of at most 2 each fits in float32.
             if (i + 1) * FOLD % 64 == 0:
                 sums += log1p(excess)
                 excess = tl.zeros((ROWS, COLUMNS // FOLD), C)
 
-    if LOG_TERM:
+    if LOG_TERM and WEIGHTED == 0:
         sums += log1p(excess)
     if row_sums is not None:
         tl.store(row_sums + rows * splits + split, tl.sum(sums, 1), inside_rows)
@@ -174,11 +218,13 @@ def evaluate(
     grad_nll: Tensor | None = None,
     values: bool = True,
     element_values: Tensor | None = None,
+    element_weight: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """Runs nll_kernel and returns (gradients, row sums (rows, splits), the same sums of the derivative by the scalar).
 
     Bit i of `needs` requests the gradient of params[i]. Without `values`, only gradients are computed. The value of
-    each element is written to `element_values` if that is given, and the gradients then have its dtype.
+    each element is written to `element_values` if that is given, and the gradients then have its dtype. Values and
+    derivatives are multiplied by `element_weight`, if it is given.
     """
     variant, element, lead = VARIANTS[likelihood], ELEMENTS[likelihood], params[0]
     order, dtype = memory_order(lead), row_dtype(lead)
@@ -203,9 +249,15 @@ def evaluate(
         run = target.shape[1] if in_turns else 0
         second_offset = run if in_turns else size
 
+    weights = weight_view(element_weight, target.shape, order)
     grad_stride = size * (2 if variant.packed else 1)
     second_stride = second.stride(0) if second is not None else 0
-    unit = divisor(size, first.stride(0), second_stride, data.stride(0), grad_stride, second_offset)
+    # In float64, the weights take registers too.
+    spread = max(element.warps_64, 2 if weights.kind else 1) if dtype == torch.float64 else 1
+    dense = weights.row_stride if weights.kind == 1 else 0
+    unit = divisor(size, first.stride(0), second_stride, data.stride(0), grad_stride, second_offset, dense)
+    if weights.kind == 1:
+        weights = weights._replace(row_stride=dense // unit)
     # A thread holds this many adjacent elements: those of a 128-bit access, or fewer if the strides require it.
     fold = min(16 // lead.element_size(), unit)
     cut = partition(rows, size, choice("nll", rows * size, lead.device), narrowest=fold)
@@ -220,6 +272,7 @@ def evaluate(
         first,
         second,
         data,
+        *weights.arguments,
         scalar,
         element.scalar_of(constants),
         element.shape_of(constants),
@@ -246,6 +299,7 @@ def evaluate(
         ELEMENT=element.function,
         LOG_TERM=element.log_term,
         REPEATED=target.shape[0] != rows,
+        WEIGHTED=weights.kind,
         COUNTS=variant.counts,
         UNIT=unit,
         RUN=run,
@@ -254,6 +308,6 @@ def evaluate(
         FOLD=fold,
         WIDE=cut.wide,
         C=COMPUTE[dtype],
-        num_warps=cut.warps * (element.warps_64 if dtype == torch.float64 else 1),
+        num_warps=cut.warps * spread,
     )
     return gradients, row_sums, scalar_sums

@@ -44,6 +44,7 @@ def nll_forward(
     beta: Tensor | None,
     reduction: int,
     needs: int,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     variant, lead = VARIANTS[likelihood], params[0]
     rows, dtype = lead.shape[0], row_dtype(lead)
@@ -67,6 +68,7 @@ def nll_gradient(
     grad_nll: Tensor | None,
     reduction: int,
     needs: int,
+    weight: Tensor | None = None,
 ) -> list[Tensor]:
     return _gradients_of(likelihood, params, needs)
 
@@ -103,8 +105,9 @@ def nll_elements_forward(
     params: Sequence[Tensor],
     target: Tensor,
     constants: Sequence[float],
-    weight: float,
+    factor: float,
     needs: int,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     lead = params[0]
 
@@ -127,55 +130,113 @@ def nll_elements_backward(
     return gradients
 
 
+def _latent_shape(mu: Tensor, logvar: Tensor | None) -> tuple[int, ...]:
+    """The shape of z for one draw, where mu may be a packed head."""
+    return mu.shape if logvar is not None else (mu.shape[0], mu.shape[1] // 2, *mu.shape[2:])
+
+
 def reparameterize_kl_forward(
     mu: Tensor,
-    logvar: Tensor,
+    logvar: Tensor | None,
     prior_mu: Tensor | None,
     prior_logvar: Tensor | None,
+    form: str,
+    constants: Sequence[float],
+    balance: float | None,
+    per_element: bool,
     samples: int | None,
     seed: Tensor | None,
     row_offset: int,
     eps: Tensor | None,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    shape = _latent_shape(mu, logvar)
     return (
-        mu.new_empty(mu.shape if samples is None else (samples, *mu.shape)),
-        gaussian_kl_forward(mu, logvar, None, None, False),
+        mu.new_empty(shape if samples is None else (samples, *shape)),
+        mu.new_empty(shape if per_element else shape[:1], dtype=row_dtype(mu)),
         mu.new_empty((0 if eps is not None else 2,), dtype=torch.int64),
     )
 
 
 def gaussian_kl_forward(
-    mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, per_element: bool
+    mu: Tensor,
+    logvar: Tensor | None,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    form: str,
+    constants: Sequence[float],
+    balance: float | None,
+    per_element: bool,
 ) -> Tensor:
-    return mu.new_empty(mu.shape if per_element else mu.shape[:1], dtype=row_dtype(mu))
+    shape = _latent_shape(mu, logvar)
+    return mu.new_empty(shape if per_element else shape[:1], dtype=row_dtype(mu))
 
 
-def _posterior_gradients(mu: Tensor, needs: int, eps: Tensor | None = None) -> list[Tensor]:
-    gradients = [
-        mu.new_empty(mu.shape)
-        for bit in (latents.MU, latents.LOGVAR, latents.PRIOR_MU, latents.PRIOR_LOGVAR)
-        if needs & bit
-    ]
+def _posterior_gradients(
+    mu: Tensor, prior_mu: Tensor | None, needs: int, eps: Tensor | None = None
+) -> list[Tensor]:
+    """The two tensors of a pair have one shape, and the tensor of a packed head is the first of its pair."""
+    firsts = (
+        (latents.MU, mu),
+        (latents.LOGVAR, mu),
+        (latents.PRIOR_MU, prior_mu),
+        (latents.PRIOR_LOGVAR, prior_mu),
+    )
+    gradients = [mu.new_empty(first.shape) for bit, first in firsts if needs & bit and first is not None]
     return gradients + ([mu.new_empty(eps.shape)] if needs & latents.EPS and eps is not None else [])
 
 
 def reparameterize_kl_backward(
-    grad_z: Tensor | None, grad_kl: Tensor | None, mu: Tensor, logvar: Tensor, *rest: Any
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor | None,
+    prior_mu: Tensor | None,
+    *rest: Any,
 ) -> list[Tensor]:
     *_, eps, needs = rest
-    return _posterior_gradients(mu, needs, eps)
+    return _posterior_gradients(mu, prior_mu, needs, eps)
 
 
 def gaussian_kl_backward(
-    grad_kl: Tensor,
+    grad_kl: Tensor, mu: Tensor, logvar: Tensor | None, prior_mu: Tensor | None, *rest: Any
+) -> list[Tensor]:
+    return _posterior_gradients(mu, prior_mu, rest[-1])
+
+
+def sample_log_probs_forward(
     mu: Tensor,
-    logvar: Tensor,
+    logvar: Tensor | None,
     prior_mu: Tensor | None,
     prior_logvar: Tensor | None,
-    needs: int,
+    form: str,
+    constants: Sequence[float],
+    stl: bool,
+    samples: int,
+    seed: Tensor | None,
+    row_offset: int,
+    eps: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = (samples, mu.shape[0])
+    return (
+        mu.new_empty((samples, *_latent_shape(mu, logvar))),
+        mu.new_empty(rows, dtype=row_dtype(mu)),
+        mu.new_empty(rows, dtype=row_dtype(mu)),
+        mu.new_empty((0 if eps is not None else 2,), dtype=torch.int64),
+    )
+
+
+def sample_log_probs_backward(
+    grad_z: Tensor | None,
+    grad_log_q: Tensor | None,
+    grad_log_p: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor | None,
+    prior_mu: Tensor | None,
+    *rest: Any,
 ) -> list[Tensor]:
-    return _posterior_gradients(mu, needs)
+    return _posterior_gradients(mu, prior_mu, rest[-1])
 
 
 def gaussian_mixture_log_prob_forward(

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -64,6 +64,60 @@ def event_size(tensor: Tensor) -> int:
 def row_stride(tensor: Tensor | None) -> int:
     """The stride of a (B,) tensor; 0 for a single number, which all rows then share, and for None."""
     return tensor.stride(0) if tensor is not None and tensor.dim() else 0
+
+
+class WeightView(NamedTuple):
+    """The arguments by which a kernel reads the weights of elements, and the constant `KIND`.
+
+    The dimensions of a row are nested loops of `sizes` with `strides`, the innermost first; a stride of 0 repeats a
+    weight. KIND is 0 if there are no weights, 1 if they are dense, 2 if a row has only one, and otherwise the number of
+    loops, 2 to 4, plus 1. The outermost loop needs no size.
+    """
+
+    tensor: Tensor | None = None
+    row_stride: int = 0
+    sizes: tuple[int, int, int] = (1, 1, 1)
+    strides: tuple[int, int, int, int] = (0, 0, 0, 0)
+    kind: int = 0
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return (self.tensor, self.row_stride, *self.sizes, *self.strides)
+
+
+def weight_view(
+    weight: Tensor | None, sizes: Sequence[int], order: torch.memory_format = torch.contiguous_format
+) -> WeightView:
+    """A view of the weights of elements, positions or pixels of these sizes, (B, ...), which are read in `order`."""
+    if weight is None:
+        return WeightView()
+    dimensions = list(range(weight.dim() - 1, 0, -1))
+    if order != torch.contiguous_format:
+        dimensions = [1, *dimensions[:-1]]
+    loops: list[list[int]] = []
+    for i in dimensions:
+        size, stride = sizes[i], weight.stride(i) if weight.shape[i] > 1 else 0
+        if size == 1:
+            continue
+        if loops and stride == loops[-1][0] * loops[-1][1]:
+            loops[-1][0] *= size
+        else:
+            loops.append([size, stride])
+    row_stride_ = weight.stride(0) if weight.shape[0] > 1 else 0
+    if not loops or (len(loops) == 1 and loops[0][1] == 0):
+        return WeightView(weight, row_stride_, kind=2)
+    if len(loops) == 1 and loops[0][1] == 1:
+        return WeightView(weight, row_stride_, kind=1)
+    if len(loops) > 4:
+        raise ValueError(
+            f"fastvae::nll: the `weight` has too many broadcast dimensions; pass weight.expand({tuple(sizes)})"
+            ".contiguous()"
+        )
+    count = max(2, len(loops))
+    loops += [[1, 0]] * (4 - len(loops))
+    first, second, third, _ = (size for size, _ in loops)
+    strides = (loops[0][1], loops[1][1], loops[2][1], loops[3][1])
+    return WeightView(weight, row_stride_, (first, second, third), strides, count + 1)
 
 
 def divisor(*numbers: int) -> int:

@@ -230,6 +230,7 @@ def nll_forward(
     beta: Tensor | None,
     reduction: int,
     needs: int,
+    element_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     """(loss, nll, gradients, scalar_rows), as csrc/ops/nll.h describes them.
 
@@ -241,7 +242,7 @@ def nll_forward(
     rows = lead.shape[0]
     weight = weight_of(reduction, rows)
     gradients, row_sums, scalar_sums = EVALUATE[likelihood](
-        likelihood, params, target, constants, needs, weight
+        likelihood, params, target, constants, needs, weight, element_weight=element_weight
     )
     assert row_sums is not None
     splits = row_sums.shape[1]
@@ -298,6 +299,7 @@ def nll_gradient(
     grad_nll: Tensor | None,
     reduction: int,
     needs: int,
+    element_weight: Tensor | None = None,
 ) -> list[Tensor]:
     """The gradients of the objective, if the forward could not compute them: fp16 needs the incoming factor first."""
     gradients, *_ = EVALUATE[likelihood](
@@ -310,6 +312,7 @@ def nll_gradient(
         grad_loss=grad_loss,
         grad_nll=grad_nll,
         values=False,
+        element_weight=element_weight,
     )
     return gradients
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .._spec import VARIANTS
-from . import elements, fakes, latents, loss, mixture
+from . import elements, fakes, latents, log_probs, loss, mixture
 from .counts import shared_bit
 from .launch import memory_order, row_dtype
 from .loss import MEAN, NONE
@@ -26,7 +26,10 @@ from .runtime import INTERPRETED
 _library = torch.library.Library("fastvae_triton", "DEF")
 _ops = torch.ops.fastvae_triton
 
-_POSTERIOR = "Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar"
+_POSTERIOR = (
+    "Tensor mu, Tensor? logvar, Tensor? prior_mu, Tensor? prior_logvar, str form, float[] constants, "
+    "float? balance"
+)
 _NOISE = "int? samples, Tensor? seed, int row_offset, Tensor? eps, Generator? generator"
 _DATA = "str likelihood, Tensor[] params, Tensor target, float[] constants"
 _MIXTURE = "Tensor z, Tensor mu, Tensor logvar, Tensor? log_weight"
@@ -34,24 +37,40 @@ _FORMS = "bool joint, bool per_dimension) -> (Tensor joint, Tensor per_dimension
 _EXTRAS = (
     "Tensor? scalar_rows, Tensor? kl, Tensor? beta, SymInt rows, int reduction, bool need_kl, bool need_beta"
 )
-_RANDOM = ("reparameterize_kl", "reparameterize_kl_forward")
+_DENSITIES = (
+    "Tensor mu, Tensor? logvar, Tensor? prior_mu, Tensor? prior_logvar, str form, float[] constants, bool stl"
+)
+_DRAWS = "int samples, Tensor? seed, int row_offset, Tensor? eps, Generator? generator"
+_RANDOM = (
+    "reparameterize_kl",
+    "reparameterize_kl_forward",
+    "sample_log_probs",
+    "sample_log_probs_forward",
+)
 
 for _schema in (
-    f"reparameterize_kl({_POSTERIOR}, {_NOISE}) -> (Tensor z, Tensor kl)",
-    f"reparameterize_kl_forward({_POSTERIOR}, {_NOISE}) -> (Tensor z, Tensor kl, Tensor used_seed)",
+    f"reparameterize_kl({_POSTERIOR}, bool per_element, {_NOISE}) -> (Tensor z, Tensor kl)",
+    f"reparameterize_kl_forward({_POSTERIOR}, bool per_element, {_NOISE}) -> (Tensor z, Tensor kl, Tensor used_seed)",
     f"reparameterize_kl_backward(Tensor? grad_z, Tensor? grad_kl, {_POSTERIOR}, int? samples, Tensor seed, "
     "int row_offset, Tensor? eps, int needs) -> Tensor[]",
     f"gaussian_kl({_POSTERIOR}, bool per_element) -> Tensor",
     f"gaussian_kl_forward({_POSTERIOR}, bool per_element) -> Tensor",
     f"gaussian_kl_backward(Tensor grad_kl, {_POSTERIOR}, int needs) -> Tensor[]",
-    f"nll({_DATA}, Tensor? kl, Tensor? beta, int reduction) -> (Tensor loss, Tensor nll)",
-    f"nll_forward({_DATA}, Tensor? kl, Tensor? beta, int reduction, int needs) "
+    f"sample_log_probs({_DENSITIES}, {_DRAWS}) -> (Tensor z, Tensor log_q, Tensor log_p)",
+    f"sample_log_probs_forward({_DENSITIES}, {_DRAWS}) "
+    "-> (Tensor z, Tensor log_q, Tensor log_p, Tensor used_seed)",
+    f"sample_log_probs_backward(Tensor? grad_z, Tensor? grad_log_q, Tensor? grad_log_p, {_DENSITIES}, "
+    "int samples, Tensor seed, int row_offset, Tensor? eps, int needs) -> Tensor[]",
+    f"nll({_DATA}, Tensor? kl, Tensor? beta, int reduction, Tensor? weight=None) -> (Tensor loss, Tensor nll)",
+    f"nll_forward({_DATA}, Tensor? kl, Tensor? beta, int reduction, int needs, Tensor? weight=None) "
     "-> (Tensor loss, Tensor nll, Tensor[] gradients, Tensor scalar_rows)",
-    f"nll_gradient({_DATA}, Tensor? grad_loss, Tensor? grad_nll, int reduction, int needs) -> Tensor[]",
+    f"nll_gradient({_DATA}, Tensor? grad_loss, Tensor? grad_nll, int reduction, int needs, Tensor? weight=None) "
+    "-> Tensor[]",
     f"nll_backward(Tensor? grad_loss, Tensor? grad_nll, Tensor[] gradients, {_EXTRAS}) -> Tensor[]",
     f"nll_backward_(Tensor? grad_loss, Tensor? grad_nll, Tensor(a!)[] gradients, {_EXTRAS}) -> Tensor[]",
-    f"nll_elements({_DATA}, float weight) -> Tensor",
-    f"nll_elements_forward({_DATA}, float weight, int needs) -> (Tensor values, Tensor[] derivatives)",
+    f"nll_elements({_DATA}, float factor, Tensor? weight=None) -> Tensor",
+    f"nll_elements_forward({_DATA}, float factor, int needs, Tensor? weight=None) "
+    "-> (Tensor values, Tensor[] derivatives)",
     "nll_elements_backward(Tensor grad, Tensor[] derivatives, int shared, ScalarType dtype) -> Tensor[]",
     "nll_elements_backward_(Tensor grad, Tensor(a!)[] derivatives, int shared) -> Tensor[]",
     f"gaussian_mixture_log_prob({_MIXTURE}, {_FORMS}",
@@ -146,6 +165,7 @@ class _Nll(torch.autograd.Function):
         target: Tensor,
         kl: Tensor | None,
         beta: Tensor | None,
+        weight: Tensor | None,
         *params: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         variant = VARIANTS[likelihood]
@@ -169,6 +189,7 @@ class _Nll(torch.autograd.Function):
                 beta,
                 reduction,
                 computed if at_once else computed & scalar_bit,
+                weight,
             )
         ctx.set_materialize_grads(False)
         ctx.variant, ctx.needs, ctx.elementwise, ctx.at_once = variant, needs, computed & ~scalar_bit, at_once
@@ -186,7 +207,7 @@ class _Nll(torch.autograd.Function):
             kl if with_kl else None,
             beta if with_kl else None,
             *(gradients if at_once else ()),
-            *((*params, target) if keeps_inputs else ()),
+            *((*params, target, weight) if keeps_inputs else ()),
         )
         return loss, rows, scalar_rows
 
@@ -194,7 +215,7 @@ class _Nll(torch.autograd.Function):
     def backward(
         ctx: Any, grad_loss: Tensor | None, grad_nll: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
-        results: list[Tensor | None] = [None] * (6 + ctx.tensors)
+        results: list[Tensor | None] = [None] * (7 + ctx.tensors)
         if grad_loss is None and grad_nll is None:
             return tuple(results)
         scalar_rows, kl, beta, *saved = ctx.saved_tensors
@@ -212,19 +233,20 @@ class _Nll(torch.autograd.Function):
             gradients: Sequence[Tensor]
             inputs: Sequence[Tensor] = ()
             if ctx.keeps_inputs:
-                saved, inputs = saved[: -ctx.tensors - 1], saved[-ctx.tensors - 1 :]
+                saved, inputs = saved[: -ctx.tensors - 2], saved[-ctx.tensors - 2 :]
             if not ctx.at_once or (inputs and grad_nll is not None):
                 gradients = []
                 if ctx.elementwise:
                     gradients = _ops.nll_gradient.default(
                         likelihood,
-                        inputs[:-1],
-                        inputs[-1],
+                        inputs[:-2],
+                        inputs[-2],
                         constants,
                         grad_loss,
                         grad_nll,
                         reduction,
                         ctx.elementwise,
+                        inputs[-1],
                     )
                 extras = _ops.nll_backward.default(grad_loss, grad_nll, [], *rest)
             elif _traced(grad_loss if grad_loss is not None else grad_nll):
@@ -251,7 +273,7 @@ class _Nll(torch.autograd.Function):
                         location = location.unflatten(0, (-1, ctx.target_rows)).sum(0)
                     results[3] = location.neg().to(ctx.target_dtype)
                 if ctx.needs >> i & 1:
-                    results[6 + i] = gradient
+                    results[7 + i] = gradient
             if ctx.need_scalar:
                 results[-1] = next(more)
             if ctx.need_kl:
@@ -269,20 +291,38 @@ def _nll(
     kl: Tensor | None,
     beta: Tensor | None,
     reduction: int,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    _refuse_gradient_of_weight(weight)
     if not torch.is_grad_enabled() or not _requires_grad(target, kl, beta, *params):
         with _below_autograd():
-            return _nll_without_graph(likelihood, params, target, constants, kl, beta, reduction)
+            return _nll_without_graph(likelihood, params, target, constants, kl, beta, reduction, weight)
     if target.requires_grad and not VARIANTS[likelihood].is_location:
         raise ValueError(
             f"fastvae::nll: the `target` of {likelihood} has no gradient here; pass target.detach()"
         )
-    return _Nll.apply(likelihood, constants, reduction, target, kl, beta, *params)[:2]
+    return _Nll.apply(likelihood, constants, reduction, target, kl, beta, weight, *params)[:2]
 
 
-def _nll_without_graph(*args: Any) -> tuple[Tensor, Tensor]:
-    loss, rows, _, _ = _ops.nll_forward.default(*args, 0)
+def _nll_without_graph(
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float],
+    kl: Tensor | None,
+    beta: Tensor | None,
+    reduction: int,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    loss, rows, _, _ = _ops.nll_forward.default(
+        likelihood, params, target, constants, kl, beta, reduction, 0, weight
+    )
     return loss, rows
+
+
+def _refuse_gradient_of_weight(weight: Tensor | None) -> None:
+    if torch.is_grad_enabled() and _requires_grad(weight):
+        raise ValueError("fastvae::nll: the `weight` has no gradient here; pass weight.detach()")
 
 
 class _NllElements(torch.autograd.Function):
@@ -291,14 +331,15 @@ class _NllElements(torch.autograd.Function):
         ctx: Any,
         likelihood: str,
         constants: Sequence[float],
-        weight: float,
+        factor: float,
+        weight: Tensor | None,
         target: Tensor,
         *params: Tensor,
     ) -> tuple[Tensor, Tensor]:
         needs = _bits(*params)
         with _below_autograd():
             values, derivatives = _ops.nll_elements_forward.default(
-                likelihood, params, target, constants, weight, needs
+                likelihood, params, target, constants, factor, needs, weight
             )
         shared = len(params) > 1 and params[1].dim() == 1 and needs & 2
         ctx.set_materialize_grads(False)
@@ -313,7 +354,7 @@ class _NllElements(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * (4 + ctx.tensors)
+            return (None,) * (5 + ctx.tensors)
         anchor, *derivatives = ctx.saved_tensors
         with _below_autograd(), torch.no_grad():
             # This copies only if a saved-tensor hook of the user has replaced them by tensors of another layout.
@@ -331,27 +372,40 @@ class _NllElements(torch.autograd.Function):
             if ctx.shared >= 0:
                 gradients[ctx.shared] = gradients[ctx.shared].to(ctx.shared_dtype)
         made = iter(gradients)
-        results: list[Tensor | None] = [None] * 4
+        results: list[Tensor | None] = [None] * 5
         results += [next(made) if ctx.needs >> i & 1 else None for i in range(ctx.tensors)]
         return _once_differentiable(results, anchor)
 
 
 def _nll_elements(
-    likelihood: str, params: Sequence[Tensor], target: Tensor, constants: Sequence[float], weight: float
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float],
+    factor: float,
+    weight: Tensor | None = None,
 ) -> Tensor:
+    _refuse_gradient_of_weight(weight)
     if not torch.is_grad_enabled() or not _requires_grad(target, *params):
         with _below_autograd():
-            return _elements_without_graph(likelihood, params, target, constants, weight)
+            return _elements_without_graph(likelihood, params, target, constants, factor, weight)
     if target.requires_grad:
         raise ValueError(
             f"fastvae::nll_elements: the `target` of {likelihood} has no gradient here; pass target.detach()"
         )
-    values: Tensor = _NllElements.apply(likelihood, constants, weight, target, *params)[0]
+    values: Tensor = _NllElements.apply(likelihood, constants, factor, weight, target, *params)[0]
     return values
 
 
-def _elements_without_graph(*args: Any) -> Tensor:
-    values, _ = _ops.nll_elements_forward.default(*args, 0)
+def _elements_without_graph(
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float],
+    factor: float,
+    weight: Tensor | None = None,
+) -> Tensor:
+    values, _ = _ops.nll_elements_forward.default(likelihood, params, target, constants, factor, 0, weight)
     return values
 
 
@@ -360,10 +414,12 @@ class _Sample(torch.autograd.Function):
     def forward(
         ctx: Any,
         mu: Tensor,
-        logvar: Tensor,
+        logvar: Tensor | None,
         prior_mu: Tensor | None,
         prior_logvar: Tensor | None,
         eps: Tensor | None,
+        form: tuple[str, Sequence[float], float | None],
+        per_element: bool,
         samples: int | None,
         seed: Tensor | None,
         row_offset: int,
@@ -371,27 +427,37 @@ class _Sample(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         with _below_autograd():
             z, kl, used_seed = _ops.reparameterize_kl_forward.default(
-                mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, generator
+                mu,
+                logvar,
+                prior_mu,
+                prior_logvar,
+                *form,
+                per_element,
+                samples,
+                seed,
+                row_offset,
+                eps,
+                generator,
             )
         ctx.set_materialize_grads(False)
         ctx.needs = _bits(mu, logvar, prior_mu, prior_logvar, eps)
-        ctx.samples, ctx.row_offset = samples, row_offset
+        ctx.form, ctx.samples, ctx.row_offset = form, samples, row_offset
         ctx.save_for_backward(mu, logvar, prior_mu, prior_logvar, eps, used_seed)
         return z, kl
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_z is None and grad_kl is None:
-            return (None,) * 9
+            return (None,) * 11
         *posterior, eps, seed = ctx.saved_tensors
         needs = ctx.needs if grad_z is not None else ctx.needs & ~latents.EPS
         gradients = []
         if needs:
             with _below_autograd():
                 gradients = _ops.reparameterize_kl_backward.default(
-                    grad_z, grad_kl, *posterior, ctx.samples, seed, ctx.row_offset, eps, needs
+                    grad_z, grad_kl, *posterior, *ctx.form, ctx.samples, seed, ctx.row_offset, eps, needs
                 )
-        return (*_placed(gradients, needs, [*posterior, eps]), None, None, None, None)
+        return (*_placed(gradients, needs, [*posterior, eps]), *(None,) * 6)
 
 
 class _Kl(torch.autograd.Function):
@@ -399,14 +465,15 @@ class _Kl(torch.autograd.Function):
     def forward(
         ctx: Any,
         mu: Tensor,
-        logvar: Tensor,
+        logvar: Tensor | None,
         prior_mu: Tensor | None,
         prior_logvar: Tensor | None,
+        form: tuple[str, Sequence[float], float | None],
         per_element: bool,
     ) -> Tensor:
         with _below_autograd():
-            kl = _ops.gaussian_kl_forward.default(mu, logvar, prior_mu, prior_logvar, per_element)
-        ctx.needs = _bits(mu, logvar, prior_mu, prior_logvar)
+            kl = _ops.gaussian_kl_forward.default(mu, logvar, prior_mu, prior_logvar, *form, per_element)
+        ctx.needs, ctx.form = _bits(mu, logvar, prior_mu, prior_logvar), form
         ctx.save_for_backward(mu, logvar, prior_mu, prior_logvar)
         return kl
 
@@ -414,8 +481,45 @@ class _Kl(torch.autograd.Function):
     def backward(ctx: Any, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
         posterior = ctx.saved_tensors
         with _below_autograd():
-            gradients = _ops.gaussian_kl_backward.default(grad_kl, *posterior, ctx.needs)
-        return (*_placed(gradients, ctx.needs, posterior), None)
+            gradients = _ops.gaussian_kl_backward.default(grad_kl, *posterior, *ctx.form, ctx.needs)
+        return (*_placed(gradients, ctx.needs, posterior), None, None)
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mu: Tensor,
+        logvar: Tensor | None,
+        prior_mu: Tensor | None,
+        prior_logvar: Tensor | None,
+        how: tuple[str, Sequence[float], bool, int],
+        seed: Tensor | None,
+        row_offset: int,
+        eps: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        posterior = mu, logvar, prior_mu, prior_logvar
+        with _below_autograd():
+            *results, used_seed = _ops.sample_log_probs_forward.default(
+                *posterior, *how, seed, row_offset, eps, generator
+            )
+        ctx.set_materialize_grads(False)
+        ctx.needs, ctx.how, ctx.row_offset = _bits(*posterior), how, row_offset
+        ctx.save_for_backward(*posterior, eps, used_seed)
+        z, log_q, log_p = results
+        return z, log_q, log_p
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grads):
+            return (None,) * 9
+        *posterior, eps, seed = ctx.saved_tensors
+        with _below_autograd():
+            gradients = _ops.sample_log_probs_backward.default(
+                *grads, *posterior, *ctx.how, seed, ctx.row_offset, eps, ctx.needs
+            )
+        return (*_placed(gradients, ctx.needs, posterior), *(None,) * 5)
 
 
 class _Mixture(torch.autograd.Function):
@@ -468,21 +572,24 @@ def _placed(
 
 def _reparameterize_kl(
     mu: Tensor,
-    logvar: Tensor,
+    logvar: Tensor | None,
     prior_mu: Tensor | None,
     prior_logvar: Tensor | None,
+    form: str,
+    constants: Sequence[float],
+    balance: float | None,
+    per_element: bool,
     samples: int | None,
     seed: Tensor | None,
     row_offset: int,
     eps: Tensor | None,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and _requires_grad(mu, logvar, prior_mu, prior_logvar, eps):
-        return _Sample.apply(mu, logvar, prior_mu, prior_logvar, eps, samples, seed, row_offset, generator)
+    posterior, how = (mu, logvar, prior_mu, prior_logvar), (form, constants, balance)
+    if torch.is_grad_enabled() and _requires_grad(*posterior, eps):
+        return _Sample.apply(*posterior, eps, how, per_element, samples, seed, row_offset, generator)
     with _below_autograd():
-        return _sample_without_graph(
-            mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, generator
-        )
+        return _sample_without_graph(*posterior, *how, per_element, samples, seed, row_offset, eps, generator)
 
 
 def _sample_without_graph(*args: Any) -> tuple[Tensor, Tensor]:
@@ -490,13 +597,49 @@ def _sample_without_graph(*args: Any) -> tuple[Tensor, Tensor]:
     return z, kl
 
 
-def _gaussian_kl(
-    mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, per_element: bool
-) -> Tensor:
-    if torch.is_grad_enabled() and _requires_grad(mu, logvar, prior_mu, prior_logvar):
-        return _Kl.apply(mu, logvar, prior_mu, prior_logvar, per_element)
+def _sample_log_probs(
+    mu: Tensor,
+    logvar: Tensor | None,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    form: str,
+    constants: Sequence[float],
+    stl: bool,
+    samples: int,
+    seed: Tensor | None,
+    row_offset: int,
+    eps: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    posterior, how = (mu, logvar, prior_mu, prior_logvar), (form, constants, stl, samples)
+    if torch.is_grad_enabled() and _requires_grad(eps):
+        raise ValueError("fastvae::sample_log_probs: `eps` has no gradient here")
+    if torch.is_grad_enabled() and _requires_grad(*posterior):
+        return _LogProbs.apply(*posterior, how, seed, row_offset, eps, generator)
     with _below_autograd():
-        return _kl_without_graph(mu, logvar, prior_mu, prior_logvar, per_element)
+        return _log_probs_without_graph(*posterior, *how, seed, row_offset, eps, generator)
+
+
+def _log_probs_without_graph(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    z, log_q, log_p, _ = _ops.sample_log_probs_forward.default(*args)
+    return z, log_q, log_p
+
+
+def _gaussian_kl(
+    mu: Tensor,
+    logvar: Tensor | None,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    form: str,
+    constants: Sequence[float],
+    balance: float | None,
+    per_element: bool,
+) -> Tensor:
+    posterior, how = (mu, logvar, prior_mu, prior_logvar), (form, constants, balance)
+    if torch.is_grad_enabled() and _requires_grad(*posterior):
+        return _Kl.apply(*posterior, how, per_element)
+    with _below_autograd():
+        return _kl_without_graph(*posterior, *how, per_element)
 
 
 def _kl_without_graph(*args: Any) -> Tensor:
@@ -525,6 +668,7 @@ for _name, _autograd, _composite in (
     ("nll_elements", _nll_elements, _elements_without_graph),
     ("reparameterize_kl", _reparameterize_kl, _sample_without_graph),
     ("gaussian_kl", _gaussian_kl, _kl_without_graph),
+    ("sample_log_probs", _sample_log_probs, _log_probs_without_graph),
     ("gaussian_mixture_log_prob", _mixture, _mixture_without_graph),
 ):
     _library.impl(_name, _autograd, "Autograd")
@@ -542,6 +686,8 @@ for _function in (
     latents.reparameterize_kl_backward,
     latents.gaussian_kl_forward,
     latents.gaussian_kl_backward,
+    log_probs.sample_log_probs_forward,
+    log_probs.sample_log_probs_backward,
     mixture.gaussian_mixture_log_prob_forward,
     mixture.gaussian_mixture_log_prob_backward,
 ):

@@ -53,6 +53,48 @@ def row_factor(grad_loss, grad_nll, weight, rows, inside, grad_loss_stride, grad
 
 
 @triton.jit
+def load_weights(
+    weights,
+    places,
+    inside,
+    size_0,
+    size_1,
+    size_2,
+    stride_0,
+    stride_1,
+    stride_2,
+    stride_3,
+    KIND: tl.constexpr,
+    C: tl.constexpr,
+):
+    """The weights of the elements at `places` of a row, in C, and 0 outside. launch.py explains the numbers and KIND.
+
+    `weights` points to the row.
+    """
+    offset = places
+    if KIND == 2:
+        offset = places * 0
+    if KIND > 2:
+        offset = (places % size_0).to(tl.int64) * stride_0
+        rest = places // size_0
+        if KIND > 3:
+            offset += (rest % size_1).to(tl.int64) * stride_1
+            rest = rest // size_1
+        if KIND > 4:
+            offset += (rest % size_2).to(tl.int64) * stride_2
+            rest = rest // size_2
+        last = stride_1 if KIND == 3 else stride_2 if KIND == 4 else stride_3
+        offset += rest.to(tl.int64) * last
+    return tl.load(weights + offset, inside, 0).to(C)
+
+
+@triton.jit
+def by_weight(weight, x):
+    """`x` times the weight; 0 where the weight is 0, whatever x is."""
+    return tl.where(weight == 0.0, 0.0, x * weight)
+
+
+@triton.jit
 def fold_sum(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr):
     """(ROWS, COLUMNS) -> (ROWS, COLUMNS / FOLD): sums adjacent elements, which are held by the same thread."""
     return tl.sum(tl.reshape(x, (ROWS, COLUMNS // FOLD, FOLD)), 2)

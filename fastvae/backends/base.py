@@ -6,7 +6,14 @@ from typing import Any, NamedTuple
 import torch
 
 NAMES = ("auto", "reference", "native", "triton")
-OPS = ("reparameterize_kl", "gaussian_kl", "nll", "nll_elements", "gaussian_mixture_log_prob")
+OPS = (
+    "reparameterize_kl",
+    "gaussian_kl",
+    "sample_log_probs",
+    "nll",
+    "nll_elements",
+    "gaussian_mixture_log_prob",
+)
 
 # op -> the (backend, device type) pairs that have no kernel for it. "auto" then uses the next backend that has one.
 OPS_LACKING: dict[str, tuple[tuple[str, str], ...]] = {
@@ -21,8 +28,11 @@ DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
 class Backend(NamedTuple):
     """The functions of one backend, called with positional arguments:
 
-    reparameterize_kl(mu, logvar, prior_mu, prior_logvar, samples, seed, row_offset, eps, generator) -> (z, kl)
-    gaussian_kl(mu, logvar, prior_mu, prior_logvar, per_element) -> kl
+    reparameterize_kl(mu, logvar, prior_mu, prior_logvar, form, constants, balance, per_element,
+                      samples, seed, row_offset, eps, generator) -> (z, kl)
+    gaussian_kl(mu, logvar, prior_mu, prior_logvar, form, constants, balance, per_element) -> kl
+    sample_log_probs(mu, logvar, prior_mu, prior_logvar, form, constants, stl,
+                     samples, seed, row_offset, eps, generator) -> (z, log_q, log_p)
     nll(likelihood, params, target, constants, kl, beta, reduction) -> (loss, nll)
     nll_elements(likelihood, params, target, constants, weight) -> values
     gaussian_mixture_log_prob(z, mu, logvar, log_weight, joint, per_dimension) -> (joint, per_dimension), each of which
@@ -32,6 +42,7 @@ class Backend(NamedTuple):
     name: str
     reparameterize_kl: Callable[..., Any]
     gaussian_kl: Callable[..., Any]
+    sample_log_probs: Callable[..., Any]
     nll: Callable[..., Any]
     nll_elements: Callable[..., Any]
     gaussian_mixture_log_prob: Callable[..., Any]

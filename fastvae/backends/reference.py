@@ -1,5 +1,7 @@
 """The backend "reference": `fastvae.reference`, plain PyTorch, which is always available on any device."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,13 @@ from .base import Backend
 
 def _reparameterize_kl(
     mu: Tensor,
-    logvar: Tensor,
+    logvar: Tensor | None,
     prior_mu: Tensor | None,
     prior_logvar: Tensor | None,
+    form: str,
+    constants: Sequence[float],
+    balance: float | None,
+    per_element: bool,
     samples: int | None,
     seed: Tensor | None,
     row_offset: int,
@@ -23,6 +29,10 @@ def _reparameterize_kl(
         logvar,
         prior_mu,
         prior_logvar,
+        form=form,
+        constants=constants,
+        balance=balance,
+        reduction="none" if per_element else "event",
         samples=samples,
         generator=generator,
         seed=seed,
@@ -32,10 +42,55 @@ def _reparameterize_kl(
 
 
 def _gaussian_kl(
-    mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, per_element: bool
+    mu: Tensor,
+    logvar: Tensor | None,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    form: str,
+    constants: Sequence[float],
+    balance: float | None,
+    per_element: bool,
 ) -> Tensor:
-    reduction = "none" if per_element else "event"
-    return reference.gaussian_kl(mu, logvar, prior_mu, prior_logvar, reduction=reduction)
+    return reference.gaussian_kl(
+        mu,
+        logvar,
+        prior_mu,
+        prior_logvar,
+        form=form,
+        constants=constants,
+        balance=balance,
+        reduction="none" if per_element else "event",
+    )
+
+
+def _sample_log_probs(
+    mu: Tensor,
+    logvar: Tensor | None,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    form: str,
+    constants: Sequence[float],
+    stl: bool,
+    samples: int,
+    seed: Tensor | None,
+    row_offset: int,
+    eps: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.sample_log_probs(
+        mu,
+        logvar,
+        prior_mu,
+        prior_logvar,
+        samples=samples,
+        form=form,
+        constants=constants,
+        stl=stl,
+        generator=generator,
+        seed=seed,
+        row_offset=row_offset,
+        eps=eps,
+    )
 
 
 def _gaussian_mixture_log_prob(
@@ -53,6 +108,7 @@ REFERENCE = Backend(
     "reference",
     _reparameterize_kl,
     _gaussian_kl,
+    _sample_log_probs,
     reference.nll,
     reference.nll_elements,
     _gaussian_mixture_log_prob,

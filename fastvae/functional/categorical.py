@@ -15,7 +15,12 @@ __all__ = ["categorical_nll"]
 
 
 def categorical_nll(
-    logits: Tensor, target: Tensor, *, ignore_index: int = -100, draws: int | None = None
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    draws: int | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Compute -log Categorical(target | softmax(logits)) of every row, in nats, summed over its positions.
 
@@ -30,6 +35,10 @@ def categorical_nll(
         ignore_index: positions with this target (padding) add nothing to the loss and get no gradient.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
+        weight: multiplies the nll of each position: bool, uint8 or floating, at least 0, in the shape of `target` or
+            with sizes of 1, which are read in place. Positions of weight 0 are left out: even NaN or inf in their
+            logits reach neither value nor gradient. It must not require a gradient. With `draws`, it belongs to the
+            target and is shared by all draws.
 
     Returns:
         (B,), float32 (float64 for float64 logits).
@@ -39,7 +48,12 @@ def categorical_nll(
         ValueError: If a shape or device is wrong, or a class does not exist (checked for tensors on the CPU only).
     """
     return loss.nll(
-        "categorical", [logits], target, [checked_index("categorical_nll", ignore_index)], draws=draws
+        "categorical",
+        [logits],
+        target,
+        [checked_index("categorical_nll", ignore_index)],
+        draws=draws,
+        weight=weight,
     )[0]
 
 

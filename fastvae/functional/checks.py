@@ -243,6 +243,80 @@ def _check_head(where: str, name: str, params: Tensor, halves: str, target_name:
         raise ValueError(shape_message(where, target_name, target, name, params, tuple(expected)))
 
 
+WEIGHTS = (torch.bool, torch.uint8, *FLOATS)
+
+
+def checked_weight(
+    where: str, weight: Any, like_name: str, like: Tensor, expected: tuple[int, ...], of: str = "element"
+) -> Tensor:
+    """Check a weight for data `like` whose elements (or pixels, as `of` says) have the shape `expected`, and return it
+    with as many dimensions, each of which has the expected size or 1."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"fastvae.{where}: `weight` must be a Tensor, got {type(weight).__name__}")
+    if not is_dense(weight):
+        raise TypeError(layout_message(where, "weight", weight))
+    if weight.dtype not in WEIGHTS:
+        hint = "weight.bool()" if not weight.is_complex() else "weight.real"
+        raise TypeError(
+            f"fastvae.{where}: `weight` must be {dtype_names(WEIGHTS)}, got {dtype_name(weight.dtype)}; did you mean "
+            f"{hint} or weight.float()?"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"fastvae.{where}: `weight` requires a gradient, which the loss does not provide; pass weight.detach()"
+        )
+    if weight.device != like.device:
+        raise ValueError(device_message(where, "weight", weight, like_name, like))
+    found = tuple(weight.shape)
+    view = weight
+    if of == "pixel" and weight.dim() == len(expected) - 1:
+        view = weight.unsqueeze(1)
+    elif of == "feature" and weight.dim() == 1:
+        view = weight.unsqueeze(0)
+    if view.dim() != len(expected) or any(
+        size not in (1, wanted) for size, wanted in zip(view.shape, expected, strict=True)
+    ):
+        raise ValueError(_weight_message(where, found, like_name, tuple(like.shape), expected, of))
+    return view
+
+
+def _weight_message(
+    where: str,
+    found: tuple[int, ...],
+    like_name: str,
+    data: tuple[int, ...],
+    expected: tuple[int, ...],
+    of: str,
+) -> str:
+    required = f"the shape {expected}, in which any size may be 1, for `{like_name}` {data}"
+    if of == "pixel":
+        required = f"one value per pixel: {required}"
+    elif of == "feature":
+        required = f"{required}, or ({expected[1]},), one value for every feature"
+    hint = ""
+    if len(found) < len(expected):
+        rest = len(expected) - len(found)
+        for view in ((*found, *[1] * rest), (*found[:1], *[1] * rest, *found[1:])):
+            if all(size in (1, wanted) for size, wanted in zip(view, expected, strict=True)):
+                hint = f"; did you mean weight.reshape({view})?"
+                break
+    return f"fastvae.{where}: `weight` must have {required}, got {found}{hint}"
+
+
+def check_weight_values(where: str, weight: Any) -> None:
+    """Report the first value of a weight that is negative, infinite or NaN. This waits for the GPU."""
+    # A weight of another type is left to the checks of the loss, which have the message for it.
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or not is_dense(weight):
+        return
+    valid = (weight >= 0) & (weight < math.inf)
+    if not valid.all():
+        position = tuple((~valid).nonzero()[0].tolist())
+        raise ValueError(
+            f"fastvae.{where}: `weight` must hold finite numbers that are at least 0, got {weight[position].item()} "
+            f"at {position}"
+        )
+
+
 def check_kl(where: str, kl: Any, like_name: str, like: Tensor) -> None:
     if not isinstance(kl, Tensor):
         raise TypeError(f"fastvae.{where}: `kl` must be a Tensor, got {type(kl).__name__}")

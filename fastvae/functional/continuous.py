@@ -24,7 +24,9 @@ __all__ = [
 ]
 
 
-def bernoulli_nll(logits: Tensor, target: Tensor, *, draws: int | None = None) -> Tensor:
+def bernoulli_nll(
+    logits: Tensor, target: Tensor, *, draws: int | None = None, weight: Tensor | None = None
+) -> Tensor:
     """Compute -log Bernoulli(target | sigmoid(logits)) of every row, in nats.
 
     Per element, max(a, 0) - a t + log(1 + e^-|a|) for logit a and target t (Kingma and Welling 2014, appendix C.1).
@@ -37,6 +39,10 @@ def bernoulli_nll(logits: Tensor, target: Tensor, *, draws: int | None = None) -
             gradient.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
+        weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
+            least 0, in the shape of `target` or with sizes of 1, which are read in place. Elements of weight 0 are
+            left out: even NaN or inf there, in the parameters or in `target`, reach neither value nor gradient. It
+            must not require a gradient. With `draws`, it belongs to the target and is shared by all draws.
 
     Returns:
         (B,), float32 (float64 for float64 logits).
@@ -45,7 +51,7 @@ def bernoulli_nll(logits: Tensor, target: Tensor, *, draws: int | None = None) -
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or device is wrong, or the target requires a gradient.
     """
-    return loss.nll("bernoulli", [logits], target, [], draws=draws)[0]
+    return loss.nll("bernoulli", [logits], target, [], draws=draws, weight=weight)[0]
 
 
 def gaussian_nll(
@@ -56,6 +62,7 @@ def gaussian_nll(
     scale: float = 1.0,
     logvar_bounds: tuple[float, float] | None = None,
     draws: int | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Compute -log N(target | mean, variance) of every row, in nats, with the constant 1/2 log 2 pi of each element.
 
@@ -72,6 +79,10 @@ def gaussian_nll(
             identity in the middle, and has a gradient outside the bounds too.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
+        weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
+            least 0, in the shape of `target` or with sizes of 1, which are read in place. Elements of weight 0 are
+            left out: even NaN or inf there, in the parameters or in `target`, reach neither value nor gradient. It
+            must not require a gradient. With `draws`, it belongs to the target and is shared by all draws.
 
     Returns:
         (B,), float32 (float64 for a float64 mean).
@@ -92,7 +103,7 @@ def gaussian_nll(
             raise ValueError(
                 f"fastvae.gaussian_nll: `logvar_bounds` requires `logvar`, got `logvar_bounds` {logvar_bounds!r} alone"
             )
-        return loss.nll("gaussian", [mean], target, [scale], draws=draws)[0]
+        return loss.nll("gaussian", [mean], target, [scale], draws=draws, weight=weight)[0]
     if scale != 1.0:
         raise ValueError(
             f"fastvae.gaussian_nll: `logvar` and `scale` exclude each other, got `scale` {scale}"
@@ -100,14 +111,23 @@ def gaussian_nll(
     learned = isinstance(logvar, Tensor) and isinstance(mean, Tensor) and logvar.shape != mean.shape
     if logvar_bounds is None:
         return loss.nll(
-            "gaussian_learned" if learned else "gaussian_per_element", [mean, logvar], target, [], draws=draws
+            "gaussian_learned" if learned else "gaussian_per_element",
+            [mean, logvar],
+            target,
+            [],
+            draws=draws,
+            weight=weight,
         )[0]
     bounds = checked_bounds("gaussian_nll", logvar_bounds)
     if not learned:
-        return loss.nll("gaussian_bounded_per_element", [mean, logvar], target, list(bounds), draws=draws)[0]
+        return loss.nll(
+            "gaussian_bounded_per_element", [mean, logvar], target, list(bounds), draws=draws, weight=weight
+        )[0]
     check_floating("gaussian_nll", "mean", mean)
     check_learned("gaussian_nll", "logvar", logvar, "mean", mean)
-    return loss.nll("gaussian_learned", [mean, smooth_clamp(logvar, bounds)], target, [], draws=draws)[0]
+    return loss.nll(
+        "gaussian_learned", [mean, smooth_clamp(logvar, bounds)], target, [], draws=draws, weight=weight
+    )[0]
 
 
 def gaussian_head_nll(
@@ -116,6 +136,7 @@ def gaussian_head_nll(
     *,
     logvar_bounds: tuple[float, float] | None = None,
     draws: int | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Compute `gaussian_nll` from mean and log-variance packed in one tensor, whose gradient is packed in the same way.
 
@@ -125,6 +146,10 @@ def gaussian_head_nll(
         logvar_bounds: (lo, hi), a smooth clamp of the log-variance, as in `gaussian_nll`; it needs no extra memory.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
+        weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
+            least 0, in the shape of `target` or with sizes of 1, which are read in place. Elements of weight 0 are
+            left out: even NaN or inf there, in the parameters or in `target`, reach neither value nor gradient. It
+            must not require a gradient. With `draws`, it belongs to the target and is shared by all draws.
 
     Returns:
         (B,) in nats, float32 (float64 for float64 params).
@@ -134,9 +159,9 @@ def gaussian_head_nll(
         ValueError: If a shape, a device or the bounds are wrong.
     """
     if logvar_bounds is None:
-        return loss.nll("gaussian_head", [params], target, [], draws=draws)[0]
+        return loss.nll("gaussian_head", [params], target, [], draws=draws, weight=weight)[0]
     bounds = checked_bounds("gaussian_head_nll", logvar_bounds)
-    return loss.nll("gaussian_bounded_head", [params], target, list(bounds), draws=draws)[0]
+    return loss.nll("gaussian_bounded_head", [params], target, list(bounds), draws=draws, weight=weight)[0]
 
 
 def smooth_clamp(logvar: Tensor, bounds: Sequence[float]) -> Tensor:
@@ -166,6 +191,7 @@ def laplace_nll(
     *,
     scale: float = 1.0,
     draws: int | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Compute -log Laplace(target | loc, scale) of every row, in nats: the normalised form of an L1 loss.
 
@@ -178,6 +204,10 @@ def laplace_nll(
         scale: b if there is no `log_scale`; a positive number.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
+        weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
+            least 0, in the shape of `target` or with sizes of 1, which are read in place. Elements of weight 0 are
+            left out: even NaN or inf there, in the parameters or in `target`, reach neither value nor gradient. It
+            must not require a gradient. With `draws`, it belongs to the target and is shared by all draws.
 
     Returns:
         (B,), float32 (float64 for a float64 loc).
@@ -187,10 +217,12 @@ def laplace_nll(
         ValueError: If a shape, device or `scale` is wrong, or `log_scale` and `scale` are both passed.
     """
     name, params, constants = _scale_variant("laplace", loc, log_scale, scale)
-    return loss.nll(name, params, target, constants, draws=draws)[0]
+    return loss.nll(name, params, target, constants, draws=draws, weight=weight)[0]
 
 
-def laplace_head_nll(params: Tensor, target: Tensor, *, draws: int | None = None) -> Tensor:
+def laplace_head_nll(
+    params: Tensor, target: Tensor, *, draws: int | None = None, weight: Tensor | None = None
+) -> Tensor:
     """Compute `laplace_nll` from location and log-scale packed in one tensor, whose gradient is packed in the same way.
 
     Args:
@@ -198,6 +230,10 @@ def laplace_head_nll(params: Tensor, target: Tensor, *, draws: int | None = None
         target: (B, C, ...): floating, or uint8 read as x / 255. It gets a gradient if it requires one.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
+        weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
+            least 0, in the shape of `target` or with sizes of 1, which are read in place. Elements of weight 0 are
+            left out: even NaN or inf there, in the parameters or in `target`, reach neither value nor gradient. It
+            must not require a gradient. With `draws`, it belongs to the target and is shared by all draws.
 
     Returns:
         (B,) in nats, float32 (float64 for float64 params).
@@ -206,7 +242,7 @@ def laplace_head_nll(params: Tensor, target: Tensor, *, draws: int | None = None
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or device is wrong.
     """
-    return loss.nll("laplace_head", [params], target, draws=draws)[0]
+    return loss.nll("laplace_head", [params], target, draws=draws, weight=weight)[0]
 
 
 def student_t_nll(
@@ -217,6 +253,7 @@ def student_t_nll(
     df: float,
     scale: float = 1.0,
     draws: int | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Compute -log of Student's t density with `df` degrees of freedom, of every row, in nats.
 
@@ -233,6 +270,10 @@ def student_t_nll(
         scale: s if there is no `log_scale`; a positive number.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
+        weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
+            least 0, in the shape of `target` or with sizes of 1, which are read in place. Elements of weight 0 are
+            left out: even NaN or inf there, in the parameters or in `target`, reach neither value nor gradient. It
+            must not require a gradient. With `draws`, it belongs to the target and is shared by all draws.
 
     Returns:
         (B,), float32 (float64 for a float64 loc).
@@ -243,10 +284,12 @@ def student_t_nll(
     """
     df = checked_positive("student_t_nll", "df", df)
     name, params, constants = _scale_variant("student_t", loc, log_scale, scale)
-    return loss.nll(name, params, target, [df, *constants], draws=draws)[0]
+    return loss.nll(name, params, target, [df, *constants], draws=draws, weight=weight)[0]
 
 
-def student_t_head_nll(params: Tensor, target: Tensor, *, df: float, draws: int | None = None) -> Tensor:
+def student_t_head_nll(
+    params: Tensor, target: Tensor, *, df: float, draws: int | None = None, weight: Tensor | None = None
+) -> Tensor:
     """Compute `student_t_nll` from location and log-scale packed in one tensor, whose gradient is packed likewise.
 
     Args:
@@ -255,6 +298,10 @@ def student_t_head_nll(params: Tensor, target: Tensor, *, df: float, draws: int 
         df: the degrees of freedom, a positive number.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
+        weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
+            least 0, in the shape of `target` or with sizes of 1, which are read in place. Elements of weight 0 are
+            left out: even NaN or inf there, in the parameters or in `target`, reach neither value nor gradient. It
+            must not require a gradient. With `draws`, it belongs to the target and is shared by all draws.
 
     Returns:
         (B,) in nats, float32 (float64 for float64 params).
@@ -264,7 +311,12 @@ def student_t_head_nll(params: Tensor, target: Tensor, *, df: float, draws: int 
         ValueError: If a shape, device or `df` is wrong.
     """
     return loss.nll(
-        "student_t_head", [params], target, [checked_positive("student_t_head_nll", "df", df)], draws=draws
+        "student_t_head",
+        [params],
+        target,
+        [checked_positive("student_t_head_nll", "df", df)],
+        draws=draws,
+        weight=weight,
     )[0]
 
 
@@ -287,7 +339,9 @@ def _scale_variant(
     return f"{density}_learned" if learned else f"{density}_per_element", [loc, log_scale], []
 
 
-def continuous_bernoulli_nll(logits: Tensor, target: Tensor, *, draws: int | None = None) -> Tensor:
+def continuous_bernoulli_nll(
+    logits: Tensor, target: Tensor, *, draws: int | None = None, weight: Tensor | None = None
+) -> Tensor:
     """Compute -log of the continuous Bernoulli of every row, in nats: unlike `bernoulli_nll`, a density of grey values.
 
     Per element, log((e^a - 1) / a) - a t for logit a and target t in [0, 1] (Loaiza-Ganem and Cunningham 2019), which
@@ -299,6 +353,10 @@ def continuous_bernoulli_nll(logits: Tensor, target: Tensor, *, draws: int | Non
         target: the shape of `logits`, in [0, 1]: floating, or uint8 read as x / 255. It must not require a gradient.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
+        weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
+            least 0, in the shape of `target` or with sizes of 1, which are read in place. Elements of weight 0 are
+            left out: even NaN or inf there, in the parameters or in `target`, reach neither value nor gradient. It
+            must not require a gradient. With `draws`, it belongs to the target and is shared by all draws.
 
     Returns:
         (B,), float32 (float64 for float64 logits).
@@ -307,10 +365,12 @@ def continuous_bernoulli_nll(logits: Tensor, target: Tensor, *, draws: int | Non
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or device is wrong, or the target requires a gradient.
     """
-    return loss.nll("continuous_bernoulli", [logits], target, draws=draws)[0]
+    return loss.nll("continuous_bernoulli", [logits], target, draws=draws, weight=weight)[0]
 
 
-def gamma_nll(log_scale: Tensor, target: Tensor, *, shape: float, draws: int | None = None) -> Tensor:
+def gamma_nll(
+    log_scale: Tensor, target: Tensor, *, shape: float, draws: int | None = None, weight: Tensor | None = None
+) -> Tensor:
     """Compute -log Gamma(target | shape, e^log_scale) of every row, in nats, for positive data.
 
     The spread of such data grows with their mean, k e^s. Per element, for shape k and log-scale s:
@@ -328,6 +388,10 @@ def gamma_nll(log_scale: Tensor, target: Tensor, *, shape: float, draws: int | N
         shape: k, a positive number.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
+        weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
+            least 0, in the shape of `target` or with sizes of 1, which are read in place. Elements of weight 0 are
+            left out: even NaN or inf there, in the parameters or in `target`, reach neither value nor gradient. It
+            must not require a gradient. With `draws`, it belongs to the target and is shared by all draws.
 
     Returns:
         (B,), float32 (float64 for a float64 log_scale).
@@ -338,5 +402,10 @@ def gamma_nll(log_scale: Tensor, target: Tensor, *, shape: float, draws: int | N
             gradient.
     """
     return loss.nll(
-        "gamma", [log_scale], target, [checked_positive("gamma_nll", "shape", shape)], draws=draws
+        "gamma",
+        [log_scale],
+        target,
+        [checked_positive("gamma_nll", "shape", shape)],
+        draws=draws,
+        weight=weight,
     )[0]

@@ -16,6 +16,7 @@ from .checks import (
     check_floating,
     check_like,
     check_target,
+    check_weight_values,
     checked_not_negative,
     is_dense,
     shape_message,
@@ -32,7 +33,12 @@ __all__ = [
 
 
 def poisson_nll(
-    log_rate: Tensor, target: Tensor, *, validate: bool = False, draws: int | None = None
+    log_rate: Tensor,
+    target: Tensor,
+    *,
+    validate: bool = False,
+    draws: int | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Compute -log Poisson(target | e^log_rate) of every row, in nats, including the term log t!.
 
@@ -47,13 +53,18 @@ def poisson_nll(
             results. Reading the values waits for the GPU.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
+        weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
+            least 0, in the shape of `target` or with sizes of 1, which are read in place. Elements of weight 0 are
+            left out: even NaN or inf there, in the parameters or in `target`, reach neither value nor gradient. It
+            must not require a gradient. With `draws`, it belongs to the target and is shared by all draws.
 
     Returns:
         (B,), float32 (float64 for a float64 log_rate).
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If a shape or device is wrong, the target requires a gradient, or `validate` finds an invalid count.
+        ValueError: If a shape or device is wrong, the target requires a gradient, or `validate` finds an invalid count
+            or weight.
     """
     if validate:
         if draws is None:  # else the loss checks shapes
@@ -61,7 +72,8 @@ def poisson_nll(
                 "poisson_nll", ("log_rate",), VARIANTS["poisson"], [log_rate], target, "target", ()
             )
         _check_counts("poisson_nll", "target", target)
-    return loss.nll("poisson", [log_rate], target, draws=draws)[0]
+        check_weight_values("poisson_nll", weight)
+    return loss.nll("poisson", [log_rate], target, draws=draws, weight=weight)[0]
 
 
 def poisson_rate_nll(
@@ -72,6 +84,7 @@ def poisson_rate_nll(
     reduction: str = "event",
     validate: bool = False,
     draws: int | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Compute -log Poisson(target | rate + eps) in nats, including the term log t!: `poisson_nll` of the rate itself.
 
@@ -89,6 +102,10 @@ def poisson_rate_nll(
             waits for the GPU. Without it, fractional counts are evaluated as they are.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
+        weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
+            least 0, in the shape of `target` or with sizes of 1, which are read in place. Elements of weight 0 are
+            left out: even NaN or inf there, in the parameters or in `target`, reach neither value nor gradient. It
+            must not require a gradient. With `draws`, it belongs to the target and is shared by all draws.
 
     Returns:
         (B,), or the shape of `rate`; float32 (float64 for a float64 rate).
@@ -112,10 +129,11 @@ def poisson_rate_nll(
             (rate >= 0) & (rate < math.inf),
             "finite numbers that are at least 0",
         )
+        check_weight_values(variant.function, weight)
     if reduction == "none":
         _check_no_draws("poisson_rate_nll", draws)
-        return loss.nll_elements("poisson_rate", [rate], target, (eps,))
-    return loss.nll("poisson_rate", [rate], target, (eps,), draws=draws)[0]
+        return loss.nll_elements("poisson_rate", [rate], target, (eps,), weight=weight)
+    return loss.nll("poisson_rate", [rate], target, (eps,), draws=draws, weight=weight)[0]
 
 
 def negative_binomial_nll(
@@ -127,6 +145,7 @@ def negative_binomial_nll(
     reduction: str = "event",
     validate: bool = False,
     draws: int | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Compute -log NB(target | mean + eps, inverse dispersion) in nats, as scvi-tools parametrises it.
 
@@ -147,6 +166,11 @@ def negative_binomial_nll(
             out of its domain. Without it, fractional counts are evaluated as they are.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
+        weight: multiplies the nll of each element: bool, uint8 or floating, at least 0: (B, G), (B, 1), (1, G) or (G,),
+            one weight for every gene; also beside a sparse target. Elements of weight 0 are left out: even NaN or inf
+            there, in the parameters or in `target`, reach neither value nor gradient. (A softmax of logits includes
+            all genes.) It must not require a gradient. With `draws`, it belongs to the target and is shared by all
+            draws.
 
     Returns:
         (B,), or with `reduction="none"` (B, G); float32 (float64 for a float64 mean).
@@ -156,7 +180,9 @@ def negative_binomial_nll(
         ValueError: If a shape, device or value is wrong, `reduction` is unknown, `eps` is below 0, or the target
             requires a gradient.
     """
-    return _mean_nll("negative_binomial", (mean, inverse_dispersion), target, eps, reduction, validate, draws)
+    return _mean_nll(
+        "negative_binomial", (mean, inverse_dispersion), target, eps, reduction, validate, draws, weight
+    )
 
 
 def zero_inflated_negative_binomial_nll(
@@ -169,19 +195,22 @@ def zero_inflated_negative_binomial_nll(
     reduction: str = "event",
     validate: bool = False,
     draws: int | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Compute `negative_binomial_nll` of counts with additional zeros, which have the probability sigmoid(zi_logits).
 
     Per element, -log( p [t = 0] + (1 - p) NB(t) ) with p = sigmoid(zi_logits) (Risso et al. 2018; Lopez et al. 2018).
 
     Args:
-        mean, target, inverse_dispersion, eps, reduction, validate, draws: as for `negative_binomial_nll`.
+        mean, target, inverse_dispersion, eps, reduction, validate, draws, weight: as for `negative_binomial_nll`.
         zi_logits: (B, G), logits of the additional zeros.
 
     Returns and Raises are those of `negative_binomial_nll`.
     """
     params = (mean, inverse_dispersion, zi_logits)
-    return _mean_nll("zero_inflated_negative_binomial", params, target, eps, reduction, validate, draws)
+    return _mean_nll(
+        "zero_inflated_negative_binomial", params, target, eps, reduction, validate, draws, weight
+    )
 
 
 def negative_binomial_logits_nll(
@@ -192,6 +221,7 @@ def negative_binomial_logits_nll(
     *,
     validate: bool = False,
     draws: int | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Compute `negative_binomial_nll` from a decoder's raw outputs, with softmax and exponential in the same pass.
 
@@ -199,14 +229,14 @@ def negative_binomial_logits_nll(
 
     Args:
         logits: (B, G).
-        target, validate, draws: as for `negative_binomial_nll`.
+        target, validate, draws, weight: as for `negative_binomial_nll`.
         log_dispersion: (G,) or (B, G).
         library: (B,) or (B, 1), above 0: the expected total of a cell. It gets a gradient if it requires one.
 
     Returns and Raises are those of `negative_binomial_nll`.
     """
     params = (logits, log_dispersion, library)
-    return _logits_nll("negative_binomial_logits", params, target, validate, draws)
+    return _logits_nll("negative_binomial_logits", params, target, validate, draws, weight)
 
 
 def zero_inflated_negative_binomial_logits_nll(
@@ -218,17 +248,18 @@ def zero_inflated_negative_binomial_logits_nll(
     *,
     validate: bool = False,
     draws: int | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Compute `negative_binomial_logits_nll` of counts with additional zeros of the probability sigmoid(zi_logits).
 
     Args:
-        logits, target, log_dispersion, library, validate, draws: as for `negative_binomial_logits_nll`.
+        logits, target, log_dispersion, library, validate, draws, weight: as for `negative_binomial_logits_nll`.
         zi_logits: (B, G), logits of the additional zeros.
 
     Returns and Raises are those of `negative_binomial_nll`.
     """
     params = (logits, log_dispersion, zi_logits, library)
-    return _logits_nll("zero_inflated_negative_binomial_logits", params, target, validate, draws)
+    return _logits_nll("zero_inflated_negative_binomial_logits", params, target, validate, draws, weight)
 
 
 def _mean_nll(
@@ -239,16 +270,17 @@ def _mean_nll(
     reduction: str,
     validate: bool,
     draws: int | None,
+    weight: Tensor | None,
 ) -> Tensor:
     variant = VARIANTS[likelihood]
     eps = checked_not_negative(variant.function, "eps", eps)
     check_choice(variant.function, "reduction", reduction, ("event", "none"))
     if validate:
-        _check_all_values(variant, params, target, draws, eps)
+        _check_all_values(variant, params, target, draws, weight, eps)
     if reduction == "none":
         _check_no_draws(variant.function, draws)
-        return loss.nll_elements(likelihood, params, target, (eps,))
-    return loss.nll(likelihood, params, target, (eps,), draws=draws)[0]
+        return loss.nll_elements(likelihood, params, target, (eps,), weight=weight)
+    return loss.nll(likelihood, params, target, (eps,), draws=draws, weight=weight)[0]
 
 
 def _check_no_draws(where: str, draws: int | None) -> None:
@@ -260,15 +292,25 @@ def _check_no_draws(where: str, draws: int | None) -> None:
 
 
 def _logits_nll(
-    likelihood: str, params: Sequence[Tensor], target: Tensor, validate: bool, draws: int | None
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    validate: bool,
+    draws: int | None,
+    weight: Tensor | None,
 ) -> Tensor:
     if validate:
-        _check_all_values(VARIANTS[likelihood], params, target, draws)
-    return loss.nll(likelihood, params, target, draws=draws)[0]
+        _check_all_values(VARIANTS[likelihood], params, target, draws, weight)
+    return loss.nll(likelihood, params, target, draws=draws, weight=weight)[0]
 
 
 def _check_all_values(
-    variant: Variant, params: Sequence[Tensor], target: Tensor, draws: int | None, eps: float = 0.0
+    variant: Variant,
+    params: Sequence[Tensor],
+    target: Tensor,
+    draws: int | None,
+    weight: Tensor | None,
+    eps: float = 0.0,
 ) -> None:
     if draws is None:  # else the loss checks shapes
         _check_counts_call(variant.function, variant.tensors, variant, params, target, "target")
@@ -280,6 +322,7 @@ def _check_all_values(
         elif name in ("mean", "inverse_dispersion", "library"):
             valid, required = valid & (value > 0), "positive, finite numbers"
         _check_values(variant.function, name, value, valid, required)
+    check_weight_values(variant.function, weight)
 
 
 def _check_counts_call(

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from .._spec import Variant
 from . import loss
-from .checks import check_floating, checked_int, device_message, dtype_name, is_dense, layout_message
+from .checks import (
+    check_floating,
+    check_weight_values,
+    checked_int,
+    device_message,
+    dtype_name,
+    is_dense,
+    layout_message,
+)
 
 __all__ = ["discretized_logistic_mixture_nll", "discretized_logistic_nll"]
 
@@ -22,6 +30,7 @@ def discretized_logistic_nll(
     min_mass: float = 1e-5,
     validate: bool = False,
     draws: int | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Compute -log P(target | params) of every row under discretised logistics, in nats: a true likelihood of bytes.
 
@@ -41,19 +50,25 @@ def discretized_logistic_nll(
             GPU.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
+        weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
+            least 0, in the shape of `target` or with sizes of 1, which are read in place. Elements of weight 0 are
+            left out: even NaN or inf there, in the parameters or in `target`, reach neither value nor gradient. It
+            must not require a gradient. With `draws`, it belongs to the target and is shared by all draws.
 
     Returns:
         (B,), float32 (float64 for float64 params).
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If a shape, device or number is wrong, or `validate` finds a level out of range.
+        ValueError: If a shape, device or number is wrong, or `validate` finds a level out of range or an invalid
+            weight.
     """
     where = "discretized_logistic_nll"
     constants = logistic_constants(where, bits, log_scale_floor, min_mass)
     if validate:
         _check_range(where, "target", target, bits)
-    return loss.nll("discretized_logistic", [params], target, constants, draws=draws)[0]
+        check_weight_values(where, weight)
+    return loss.nll("discretized_logistic", [params], target, constants, draws=draws, weight=weight)[0]
 
 
 def discretized_logistic_mixture_nll(
@@ -66,6 +81,7 @@ def discretized_logistic_mixture_nll(
     min_mass: float = 1e-5,
     validate: bool = False,
     draws: int | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Compute -log P(target | params) of every row under mixtures of discretised logistics, in nats, as in PixelCNN++.
 
@@ -82,13 +98,18 @@ def discretized_logistic_mixture_nll(
         bits, log_scale_floor, min_mass, validate: as for `discretized_logistic_nll`.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
+        weight: multiplies the nll of each pixel, whose channels share it: bool, uint8 (read as a number) or floating,
+            at least 0, (B, ...) without the dimension of channels or (B, 1, ...), where any size may be 1. Pixels of
+            weight 0 are left out: even NaN or inf in their parameters reach neither value nor gradient. It must not
+            require a gradient. With `draws`, it belongs to the target and is shared by all draws.
 
     Returns:
         (B,), float32 (float64 for float64 params).
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If a shape, device or number is wrong, or `validate` finds a level out of range.
+        ValueError: If a shape, device or number is wrong, or `validate` finds a level out of range or an invalid
+            weight.
     """
     where = "discretized_logistic_mixture_nll"
     constants = [
@@ -97,7 +118,10 @@ def discretized_logistic_mixture_nll(
     ]
     if validate:
         _check_range(where, "target", target, bits)
-    return loss.nll("discretized_logistic_mixture", [params], target, constants, draws=draws)[0]
+        check_weight_values(where, weight)
+    return loss.nll("discretized_logistic_mixture", [params], target, constants, draws=draws, weight=weight)[
+        0
+    ]
 
 
 def logistic_constants(where: str, bits: Any, log_scale_floor: Any, min_mass: Any) -> list[float]:

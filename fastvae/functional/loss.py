@@ -6,11 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._spec import VARIANTS
+from .._spec import VARIANTS, Variant
 from ..backends import choose
 from ..reference import REDUCTIONS
 from . import ranges
-from .checks import check_elements, check_kl, checked_int, is_dense, layout_message
+from .checks import (
+    check_elements,
+    check_kl,
+    checked_int,
+    checked_weight,
+    is_dense,
+    layout_message,
+)
 
 # For each family, the function that checks the arguments of a likelihood that is not elementwise. It has the signature
 # of `check_elements` and returns the same. The modules of the families register theirs here.
@@ -29,21 +36,23 @@ def nll(
     caller: str | None = None,
     probs: Tensor | None = None,
     draws: int | None = None,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute (loss, nll) in one call of the backend: nll (B,) of a variant, and loss = reduce(nll + beta kl).
 
     `reduction` is a value of `REDUCTIONS`. If there is a `caller` ("ELBO"), messages name it and its arguments `recon`
     and `x` instead of the likelihood's function and arguments. `probs` holds the probabilities from which logits were
-    computed. With `draws`, see `_nll_of_draws`, there is neither KL nor reduction.
+    computed. With `draws`, see `_nll_of_draws`, there is neither KL nor reduction. `weight` multiplies the nll of each
+    element; see `_checked_weight` for its shapes.
     """
     if draws is not None:
-        rows = _nll_of_draws(likelihood, params, target, constants, draws)
+        rows = _nll_of_draws(likelihood, params, target, constants, draws, weight)
         return rows, rows
     variant = VARIANTS[likelihood]
     if caller is None and not torch.compiler.is_compiling() and likelihood in ranges.unchecked:
-        return _first_nll(likelihood, params, target, constants, kl, beta, reduction, probs)
+        return _first_nll(likelihood, params, target, constants, kl, beta, reduction, probs, weight)
     if choose.fast_path is not None and not torch.compiler.is_compiling():
-        result = choose.fast_path.nll(likelihood, params, target, constants, kl, beta, reduction)
+        result = choose.fast_path.nll(likelihood, params, target, constants, kl, beta, reduction, weight)
         if result is not None:
             return result
     if caller is None:
@@ -53,6 +62,7 @@ def nll(
     check = check_elements if variant.element else CHECKS[variant.family]
     params = check(where, names, variant, params, target, name, constants)
     first = params[0]
+    weight = _checked_weight(where, variant, weight, name, target)
     if kl is not None:
         check_kl(where, kl, names[0], first)
         # A KL that the user computed may be half precision; sums are never accumulated in half.
@@ -62,7 +72,25 @@ def nll(
         if beta is not None and (beta.device != first.device or beta.dtype != torch.float32):
             # A copy to the GPU of so few bytes has left host memory when the call returns, so it need not block.
             beta = beta.to(first.device, torch.float32, non_blocking=beta.is_cpu)
-    return _call_backend(likelihood, params, target, constants, kl, beta, reduction)
+    return _call_backend(likelihood, params, target, constants, kl, beta, reduction, weight)
+
+
+def _checked_weight(
+    where: str, variant: Variant, weight: Tensor | None, name: str, target: Tensor
+) -> Tensor | None:
+    """Check a weight of the shape of the checked target, or with sizes of 1, and return it with as many dimensions.
+
+    Counts accept one weight per feature, (G,). A mixture of discretised logistics needs one weight per pixel: (B, ...)
+    without the channels, or (B, 1, ...).
+    """
+    if weight is None:
+        return None
+    expected, of = tuple(target.shape), "element"
+    if variant.family == "counts" and not variant.element:
+        of = "feature"
+    elif variant.density == "discretized_logistic_mixture":
+        expected, of = (expected[0], 1, *expected[2:]), "pixel"
+    return checked_weight(where, weight, name, target, expected, of)
 
 
 def _call_backend(
@@ -84,6 +112,7 @@ def _nll_of_draws(
     target: Tensor,
     constants: Sequence[float],
     draws: int,
+    weight: Tensor | None,
 ) -> Tensor:
     """Compute the nll (K, B) of K = `draws` draws of the parameters, (K, B, ...), and one target, (B, ...)."""
     variant = VARIANTS[likelihood]
@@ -102,10 +131,11 @@ def _nll_of_draws(
         merged[i], first_draw[i] = value.flatten(0, 1), value[0]
     check = check_elements if variant.element else CHECKS[variant.family]
     first_draw = list(check(where, names, variant, first_draw, target, "target", constants))
+    weight = _checked_weight(where, variant, weight, "target", target)
     for i, value in enumerate(first_draw):  # the check returns a library of (B, 1) as (B,)
         if merged[i].dim() != value.dim():
             merged[i] = merged[i].flatten()
-    rows = _call_backend(likelihood, merged, target, constants, None, None, REDUCTIONS["none"])[1]
+    rows = _call_backend(likelihood, merged, target, constants, None, None, REDUCTIONS["none"], weight)[1]
     return rows.unflatten(0, (draws, -1))
 
 
@@ -114,14 +144,14 @@ def _first_nll(
 ) -> tuple[Tensor, Tensor]:
     """Compute `nll` and check the values. If they cannot be read, the next call is checked instead."""
     variant = VARIANTS[likelihood]
-    *arguments, probs = rest
+    *arguments, probs, weight = rest
     ranges.unchecked.discard(likelihood)
     checked = False
     try:
-        result = nll(likelihood, params, target, *arguments)
+        result = nll(likelihood, params, target, *arguments, weight=weight)
         names = variant.tensors[0], "target"
         checked = ranges.warn_of_impossible_values(
-            variant.function, names, likelihood, params, target, arguments[0], probs
+            variant.function, names, likelihood, params, target, arguments[0], probs, weight
         )
     finally:
         if not checked:
@@ -134,11 +164,13 @@ def nll_elements(
     params: Sequence[Tensor],
     target: Tensor,
     constants: Sequence[float] = (),
-    weight: float = 1.0,
+    factor: float = 1.0,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Compute the nll of each element, in the target's shape, for a variant that has `elements`.
 
-    The values and their gradients are multiplied by `weight` at no extra cost: -1 gives log-probabilities.
+    The values and their gradients are multiplied by `factor` at no extra cost: -1 gives log-probabilities. `weight` is
+    as for `nll`.
     """
     variant = VARIANTS[likelihood]
     if isinstance(target, Tensor) and not is_dense(target):
@@ -146,5 +178,6 @@ def nll_elements(
         raise TypeError(f"{message} (sparse targets need reduction='event')")
     check = check_elements if variant.element else CHECKS[variant.family]
     params = check(variant.function, variant.tensors, variant, params, target, "target", constants)
+    weight = _checked_weight(variant.function, variant, weight, "target", target)
     chosen = choose.for_tensor(params[0], likelihood, "nll_elements")
-    return chosen.nll_elements(likelihood, params, target, constants, weight)
+    return chosen.nll_elements(likelihood, params, target, constants, factor, weight)

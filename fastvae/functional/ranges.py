@@ -4,6 +4,7 @@ The check takes a pass over the arguments of the first call of each likelihood i
 of each ELBO. Each kind of mistake is reported once per process. `set_range_warnings(False)` turns the check off.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -48,11 +49,12 @@ def warn_of_impossible_values(
     target: Tensor,
     constants: Sequence[float],
     probs: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> bool:
     """Warn of probabilities in place of logits (or the reverse), and of data that the likelihood cannot have.
 
     `names` are the user's names of the first parameter and of the data. `probs` holds the probabilities from which the
-    logits of a Bernoulli were computed. Returns whether the values could be read.
+    logits of a Bernoulli were computed. Data of weight 0 may be anything. Returns whether the values could be read.
     """
     if not _enabled:
         return True
@@ -64,6 +66,12 @@ def warn_of_impossible_values(
         return False
     variant = VARIANTS[likelihood]
     density, where, (first, data) = variant.density, f"fastvae.{caller}", names
+    if weight is not None:
+        _warn_of_wrong_weight(where, density, weight)
+        if values is target and weight.dim() == target.dim():
+            values = values[(weight != 0).expand_as(values)]
+            if values.numel() == 0:
+                return False
     if density in ("bernoulli", "continuous_bernoulli"):
         _warn_of_wrong_logits(where, first, density, params[0], probs)
     low, high = _bounds(values)
@@ -105,6 +113,17 @@ def warn_of_impossible_values(
                 "count as the highest; shift the data right, or increase `bits`",
             )
     return True
+
+
+def _warn_of_wrong_weight(where: str, density: str, weight: Tensor) -> None:
+    low, high = _bounds(weight)
+    if not low >= 0 or not high < math.inf:  # a NaN fails both
+        _warn(
+            density,
+            "weight",
+            f"{where}: `weight` must hold finite numbers that are at least 0, but its values are from {low:.4g} to "
+            f"{high:.4g}",
+        )
 
 
 def _warn_of_wrong_logits(where: str, name: str, density: str, logits: Tensor, probs: Tensor | None) -> None:

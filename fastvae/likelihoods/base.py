@@ -1,11 +1,14 @@
 """The base class of the likelihood modules."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._spec import VARIANTS
 from ..functional import loss
+from ..functional.checks import check_floating, checked_int
 
 __all__ = ["Likelihood"]
 
@@ -23,11 +26,33 @@ class Likelihood(nn.Module):
         """Return the arguments (name, tensors, constants) with which a backend evaluates this likelihood."""
         raise NotImplementedError(f"{type(self).__name__} must define `kernel_call` or `nll`")
 
-    def nll(self, params: Any, target: Tensor) -> Tensor:
-        """Compute -log p(target | params) of every row, (B,), in nats."""
+    def nll(
+        self, params: Any, target: Tensor, *, weight: Tensor | None = None, draws: int | None = None
+    ) -> Tensor:
+        """Compute -log p(target | params) of every row, (B,), in nats.
+
+        Args:
+            params: the output of the decoder, (B, ...).
+            target: the data, (B, ...).
+            weight: multiplies the nll of each element, or of each position of a categorical and each pixel of a mixture
+                of discretised logistics, as in the function of this likelihood in `fastvae.functional`.
+            draws: K if `params` has K * B rows, which hold K draws for each row of `target` one after another, as
+                `decoder(z.flatten(0, 1))` returns them for z (K, B, ...). The result is then (K, B), and `target` and
+                `weight` are read without being repeated.
+        """
         name, tensors, constants = self.kernel_call(params)
+        if draws is not None:
+            where = f"likelihoods.{type(self).__name__}"
+            checked_int(where, "draws", draws, 1, None)
+            check_floating(where, "params", tensors[0])
+            if tensors[0].shape[0] % draws != 0:
+                raise ValueError(
+                    f"fastvae.{where}: `params` must have K * B rows with K = `draws` = {draws}, got "
+                    f"{tensors[0].shape[0]} rows"
+                )
+            tensors = by_draw(name, tensors, draws)
         probs = params if getattr(self, "from_probs", False) else None
-        return loss.nll(name, tensors, target, constants, probs=probs)[0]
+        return loss.nll(name, tensors, target, constants, probs=probs, draws=draws, weight=weight)[0]
 
     def mean(self, params: Any) -> Tensor:
         """The expected data, differentiable, for instance to show as a reconstruction."""
@@ -42,6 +67,16 @@ class Likelihood(nn.Module):
         return c
 
 
+def by_draw(name: str, tensors: list[Tensor], draws: int) -> list[Tensor]:
+    """Divide the tensors of a variant, with K * B rows, into K = `draws` draws, (K, B, ...). Those that all rows share,
+    a learned scale or a dispersion per feature, are left as they are. `draws` must divide the number of rows."""
+    size = tensors[0].shape[0] // draws
+    return [
+        p.unflatten(0, (draws, size)) if p.dim() > 1 or (p.dim() == 1 and part == "library") else p
+        for part, p in zip(VARIANTS[name].tensors, tensors, strict=True)
+    ]
+
+
 def sampling_dtype(like: Tensor) -> torch.dtype:
     """The most precise dtype for draws: float64, or float32 on MPS devices, which have no float64."""
     return torch.float32 if like.device.type == "mps" else torch.float64
@@ -49,3 +84,52 @@ def sampling_dtype(like: Tensor) -> torch.dtype:
 
 def is_pair(params: Any) -> bool:
     return isinstance(params, (tuple, list)) and len(params) == 2
+
+
+def nll_of_module(likelihood: Any, where: str, recon: Any, x: Any, weight: Any) -> Tensor:
+    """Call the `nll` of a module that has no kernel, with the weight only if there is one. Messages name `where`."""
+    if weight is None:
+        return likelihood.nll(recon, x)
+    if not torch.compiler.is_compiling():
+        parameters = inspect.signature(likelihood.nll).parameters.values()
+        if not any(p.name == "weight" or p.kind is p.VAR_KEYWORD for p in parameters):
+            raise TypeError(
+                f"fastvae.{where}: `weight` needs a likelihood with nll(params, target, *, weight=None), got "
+                f"{type(likelihood).__name__}.nll without `weight`"
+            )
+    return likelihood.nll(recon, x, weight=weight)
+
+
+def nll_of_draws(where: str, likelihood: Any, recon: Any, x: Any, draws: int, weight: Any = None) -> Tensor:
+    """Compute -log p(x | z) of K = `draws` draws of z for every row of `x`, (K, B), in nats.
+
+    `recon` is the decoder's output for K * B rows, of which the first B belong to the first draw. The data and their
+    weight are read in place and not repeated, except for a likelihood without a kernel. `where` is the caller, which
+    messages name.
+    """
+    if not isinstance(likelihood, Likelihood) or type(likelihood).nll is not Likelihood.nll:
+        repeated = None if weight is None else _repeated_weight(weight, x, draws)
+        rows = nll_of_module(likelihood, where, recon, _repeated(x, draws), repeated)
+        return rows.unflatten(0, (draws, len(rows) // draws))
+    name, params, constants = likelihood.kernel_call(recon)
+    count = params[0].shape[0]
+    if count % draws != 0:
+        raise ValueError(
+            f"fastvae.{where}: the decoder must return K * B rows, {draws} times those of `x`, got {count}"
+        )
+    return loss.nll(name, by_draw(name, params, draws), x, constants, draws=draws, weight=weight)[1]
+
+
+def _repeated(x: Any, draws: int) -> Any:
+    if isinstance(x, dict):
+        return {name: _repeated(value, draws) for name, value in x.items()}
+    return x.expand(draws, *x.shape).flatten(0, 1)
+
+
+def _repeated_weight(weight: Any, x: Any, draws: int) -> Any:
+    """Repeat a weight like `_repeated` the data; one that all rows share, with size 1, needs no copies."""
+    if isinstance(weight, dict):
+        return {
+            name: _repeated_weight(part, x[name], draws) for name, part in weight.items() if part is not None
+        }
+    return _repeated(weight, draws) if len(weight) == len(x) else weight

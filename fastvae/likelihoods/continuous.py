@@ -187,6 +187,11 @@ class _ScaleFamily(Likelihood):
     def _clamp(self, log_scale: Any) -> Any:
         if self.log_scale_bounds is None or not isinstance(log_scale, Tensor):
             return log_scale
+        if log_scale.dim() > 0 and log_scale.is_floating_point():
+            # This passes no gradient to a NaN or an infinity. If an element is left out by a weight of 0, its gradient
+            # of 0 would otherwise become NaN in the smooth clamp.
+            largest = torch.finfo(log_scale.dtype).max
+            log_scale = log_scale.clamp(-largest, largest)
         return smooth_clamp(log_scale, self.log_scale_bounds).to(log_scale.dtype)
 
     def mean(self, params: Any) -> Tensor:

@@ -54,14 +54,24 @@ class Product(Likelihood):
             self._keys[name] = key
             self.parts[key] = get(part, "likelihoods.Product", f"parts[{name!r}]")
 
-    def nll(self, params: Any, target: Any) -> Tensor:
-        return torch.stack(list(self.nll_of_parts(params, target).values())).sum(0)
+    def nll(self, params: Any, target: Any, *, weight: Any = None, draws: int | None = None) -> Tensor:
+        nlls = self.nll_of_parts(params, target, weight=weight, draws=draws)
+        return torch.stack(list(nlls.values())).sum(0)
 
-    def nll_of_parts(self, params: Mapping[str, Any], target: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Compute the nll of each part, (B,) each."""
+    def nll_of_parts(
+        self,
+        params: Mapping[str, Any],
+        target: Mapping[str, Any],
+        *,
+        weight: Mapping[str, Any] | None = None,
+        draws: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute the nll of each part, (B,) each. `weight` holds the weights of some or all parts, and `draws` is K if
+        the parameters have K * B rows; see `Likelihood.nll`."""
         self._check("params", params)
         self._check("target", target)
-        nlls = self._call_parts("nll", (params, target))
+        options = self._options(weight, draws)
+        nlls = self._call_parts("nll", (params, target), options=options)
         first = next(iter(nlls))
         for name, nll in nlls.items():
             if nll.shape != nlls[first].shape:
@@ -83,17 +93,40 @@ class Product(Likelihood):
         self._check("c", c)
         return self._call_parts("channels", (c,))
 
-    def _call_parts(self, method: str, values: Sequence[Mapping[str, Any]], *rest: Any) -> dict[str, Any]:
+    def _options(self, weight: Any, draws: int | None) -> dict[str, dict[str, Any]]:
+        """The keyword arguments of the nll of each part, only those that are needed."""
+        if weight is not None and (not isinstance(weight, Mapping) or not weight.keys() <= self._keys.keys()):
+            found = type(weight).__name__ if not isinstance(weight, Mapping) else list(weight)
+            raise (ValueError if isinstance(weight, Mapping) else TypeError)(
+                f"fastvae.likelihoods.Product: `weight` must be a dict with some of the keys "
+                f"{', '.join(map(repr, self._keys))}, got {found}"
+            )
+        options: dict[str, dict[str, Any]] = {name: {} for name in self._keys}
+        for name, part in options.items():
+            if draws is not None:
+                part["draws"] = draws
+            if weight is not None and weight.get(name) is not None:
+                part["weight"] = weight[name]
+        return options
+
+    def _call_parts(
+        self,
+        method: str,
+        values: Sequence[Mapping[str, Any]],
+        *rest: Any,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> dict[str, Any]:
         """Call a method of every part with its entries of `values`. An error names the part in which it occurred."""
         results = {}
         for name, key in self._keys.items():
             call = getattr(self.parts[key], method)
             arguments = [*(value[name] for value in values), *rest]
+            keywords = {} if options is None else options[name]
             if torch.compiler.is_compiling():  # not every version of torch can trace a try block
-                results[name] = call(*arguments)
+                results[name] = call(*arguments, **keywords)
                 continue
             try:
-                results[name] = call(*arguments)
+                results[name] = call(*arguments, **keywords)
             except (TypeError, ValueError) as error:
                 # This keeps the exception and its class; add_note() needs Python 3.11.
                 error.args = (f"fastvae.likelihoods.Product: in part {name!r}: {error}",)

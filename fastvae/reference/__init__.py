@@ -10,6 +10,8 @@ These conventions hold throughout:
 - float16 and bfloat16 inputs are converted to float32 for the computation. Results of the input's type (`z`, gradients)
   are rounded once, at the end. Per-row results are float32, or float64 for float64 inputs.
 - Variances are passed as logarithms: `logvar` is log sigma^2.
+- `weight` multiplies the nll of each element (or position, or pixel) and broadcasts like torch's operands. Where it is
+  0, the element is left out: even NaN or inf there reach neither value nor gradient.
 
 Sources:
   [KW]  Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014.
@@ -27,6 +29,10 @@ Sources:
         Methods 15 (2018); the parametrisation is that of scvi-tools' log_nb_positive and log_zinb_positive.
   [ZI]  Risso, Perraudeau, Gribkova, Dudoit and Vert, "A general and flexible method for signal extraction from
         single-cell RNA-seq data", Nature Communications 9 (2018).
+  [H]   Hafner, Lillicrap, Norouzi and Ba, "Mastering Atari with Discrete World Models", ICLR 2021 (DreamerV2).
+  [V]   Vahdat and Kautz, "NVAE: A Deep Hierarchical Variational Autoencoder", NeurIPS 2020; and its code,
+        github.com/NVlabs/NVAE.
+  [RWD] Roeder, Wu and Duvenaud, "Sticking the Landing", NeurIPS 2017.
   [AS]  Abramowitz and Stegun, "Handbook of Mathematical Functions", 1964: 6.1.41, Stirling's series.
 """
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conventions import compute_dtype, plus, read_target, scaled, sum_event, weighted
+from .conventions import compute_dtype, plus, read_target, scaled, sum_event, weighted, without_removed
 
 __all__ = [
     "bernoulli_nll",
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 
-def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
+def bernoulli_nll(logits: Tensor, target: Tensor, *, weight: Tensor | None = None) -> Tensor:
     """-log Bernoulli(target | sigmoid(logits)), (B,) ([KW], appendix C.1, equation 11).
 
     Per element it is -[ t log s(a) + (1 - t) log s(-a) ], where s is the sigmoid. That equals
@@ -33,8 +33,8 @@ def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
     to 1.
     """
     dtype = compute_dtype(logits)
-    a, t = logits.to(dtype), read_target(target, dtype)
-    return sum_event(-(weighted(t, F.logsigmoid(a)) + weighted(1 - t, F.logsigmoid(-a))))
+    a, t = without_removed(weight, logits.to(dtype), read_target(target, dtype))
+    return sum_event(-(weighted(t, F.logsigmoid(a)) + weighted(1 - t, F.logsigmoid(-a))), weight)
 
 
 def gaussian_nll(
@@ -44,6 +44,7 @@ def gaussian_nll(
     *,
     scale: float = 1.0,
     logvar_bounds: Sequence[float] | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """-log N(target | mean, variance), (B,), with its constant ([KW], appendix C.2, equation 12).
 
@@ -52,23 +53,32 @@ def gaussian_nll(
     [R]). With `logvar_bounds` (lo, hi), the log-variance is that of `bounded_logvar`.
     """
     dtype = compute_dtype(mean)
-    distance = read_target(target, dtype) - mean.to(dtype)
+    mean, x = without_removed(weight, mean.to(dtype), read_target(target, dtype))
+    distance = x - mean
     log_variances = torch.full_like(distance, 2 * math.log(scale)) if logvar is None else logvar.to(dtype)
+    if log_variances.dim() > 0:
+        (log_variances,) = without_removed(weight, log_variances)
     if logvar_bounds is not None:
         log_variances = bounded_logvar(log_variances, logvar_bounds)
     standardised = scaled(distance, log_variances / 2)
-    return sum_event(plus(standardised * standardised / 2, (math.log(2 * math.pi) + log_variances) / 2))
+    return sum_event(
+        plus(standardised * standardised / 2, (math.log(2 * math.pi) + log_variances) / 2), weight
+    )
 
 
 def gaussian_head_nll(
-    params: Tensor, target: Tensor, *, logvar_bounds: Sequence[float] | None = None
+    params: Tensor,
+    target: Tensor,
+    *,
+    logvar_bounds: Sequence[float] | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """`gaussian_nll` with mean and log-variance packed along dimension 1.
 
     `params` is (B, 2C, ...), with the mean first.
     """
     mean, logvar = params.chunk(2, dim=1)
-    return gaussian_nll(mean, target, logvar, logvar_bounds=logvar_bounds)
+    return gaussian_nll(mean, target, logvar, logvar_bounds=logvar_bounds, weight=weight)
 
 
 def bounded_logvar(logvar: Tensor, bounds: Sequence[float]) -> Tensor:
@@ -89,7 +99,12 @@ def bounded_logvar(logvar: Tensor, bounds: Sequence[float]) -> Tensor:
 
 
 def laplace_nll(
-    loc: Tensor, target: Tensor, log_scale: Tensor | None = None, *, scale: float = 1.0
+    loc: Tensor,
+    target: Tensor,
+    log_scale: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """-log Laplace(target | loc, scale), (B,), with its constant.
 
@@ -97,18 +112,27 @@ def laplace_nll(
     one e^log_scale for all elements where `log_scale` is 0-dimensional. The gradient in the kink x = m is 0.
     """
     dtype = compute_dtype(loc)
-    distance = _absolute(read_target(target, dtype) - loc.to(dtype))
-    log_scales = torch.full_like(distance, math.log(scale)) if log_scale is None else log_scale.to(dtype)
-    return sum_event(plus(scaled(distance, log_scales), math.log(2) + log_scales))
+    loc, x = without_removed(weight, loc.to(dtype), read_target(target, dtype))
+    distance = _absolute(x - loc)
+    log_scales = _log_scales(distance, log_scale, scale, weight)
+    return sum_event(plus(scaled(distance, log_scales), math.log(2) + log_scales), weight)
 
 
-def laplace_head_nll(params: Tensor, target: Tensor) -> Tensor:
+def _log_scales(distance: Tensor, log_scale: Tensor | None, scale: float, weight: Tensor | None) -> Tensor:
+    """The log-scale of each element, or one for all of them (0-dimensional), in the dtype of `distance`."""
+    if log_scale is None:
+        return torch.full_like(distance, math.log(scale))
+    log_scale = log_scale.to(distance.dtype)
+    return without_removed(weight, log_scale)[0] if log_scale.dim() > 0 else log_scale
+
+
+def laplace_head_nll(params: Tensor, target: Tensor, *, weight: Tensor | None = None) -> Tensor:
     """`laplace_nll` with location and log-scale packed along dimension 1.
 
     `params` is (B, 2C, ...), with the location first.
     """
     loc, log_scale = params.chunk(2, dim=1)
-    return laplace_nll(loc, target, log_scale)
+    return laplace_nll(loc, target, log_scale, weight=weight)
 
 
 def _absolute(x: Tensor) -> Tensor:
@@ -117,7 +141,13 @@ def _absolute(x: Tensor) -> Tensor:
 
 
 def student_t_nll(
-    loc: Tensor, target: Tensor, log_scale: Tensor | None = None, *, df: float, scale: float = 1.0
+    loc: Tensor,
+    target: Tensor,
+    log_scale: Tensor | None = None,
+    *,
+    df: float,
+    scale: float = 1.0,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """-log of Student's t with `df` degrees of freedom, (B,), a Gaussian with heavy tails ([LLT]).
 
@@ -126,9 +156,10 @@ def student_t_nll(
     `laplace_nll`.
     """
     dtype = compute_dtype(loc)
-    distance = (read_target(target, dtype) - loc.to(dtype)) / math.sqrt(df)
+    loc, x = without_removed(weight, loc.to(dtype), read_target(target, dtype))
+    distance = (x - loc) / math.sqrt(df)
     constant = log_beta_half(df) + math.log(df) / 2
-    log_scales = torch.full_like(distance, math.log(scale)) if log_scale is None else log_scale.to(dtype)
+    log_scales = _log_scales(distance, log_scale, scale, weight)
     # Near the location, log(1 + y^2) is computed directly. Further out, y^2 or even y may overflow, so it is computed
     # from log y, which cannot.
     near = scaled(distance, log_scales).detach().abs() < 1
@@ -138,16 +169,17 @@ def student_t_nll(
         torch.where(near, 0.0, log_scales),
     )
     far = (df + 1) * (log_distance + F.softplus(2 * (log_s - log_distance)) / 2) - df * log_s
-    return sum_event(torch.where(near, (df + 1) / 2 * torch.log1p(square) + log_scales, far) + constant)
+    nll = torch.where(near, (df + 1) / 2 * torch.log1p(square) + log_scales, far) + constant
+    return sum_event(nll, weight)
 
 
-def student_t_head_nll(params: Tensor, target: Tensor, *, df: float) -> Tensor:
+def student_t_head_nll(params: Tensor, target: Tensor, *, df: float, weight: Tensor | None = None) -> Tensor:
     """`student_t_nll` with location and log-scale packed along dimension 1.
 
     `params` is (B, 2C, ...), with the location first.
     """
     loc, log_scale = params.chunk(2, dim=1)
-    return student_t_nll(loc, target, log_scale, df=df)
+    return student_t_nll(loc, target, log_scale, df=df, weight=weight)
 
 
 def log_beta_half(df: float) -> float:
@@ -163,7 +195,7 @@ def log_beta_half(df: float) -> float:
 BERNOULLI_NUMBERS = (1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6, -3617 / 510, 43867 / 798)
 
 
-def continuous_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
+def continuous_bernoulli_nll(logits: Tensor, target: Tensor, *, weight: Tensor | None = None) -> Tensor:
     """-log CB(target | sigmoid(logits)), (B,), which normalises the Bernoulli's formula to a density on [0, 1] ([LC]).
 
     Per element, for a logit a, the density is proportional to e^(a t), whose integral over [0, 1] is (e^a - 1) / a. So
@@ -171,7 +203,7 @@ def continuous_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
     elsewhere.
     """
     dtype = compute_dtype(logits)
-    a, t = logits.to(dtype), read_target(target, dtype)
+    a, t = without_removed(weight, logits.to(dtype), read_target(target, dtype))
     near = a.abs() < 0.5
     # Near 0, the even series of log(sinh(a / 2) / (a / 2)) is used. Both branches stay finite outside their range.
     small, large = torch.where(near, a, 0.0), torch.where(near, 1.0, a)
@@ -182,10 +214,10 @@ def continuous_bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
     # max(a, 0) - a t is |a| times the distance of t from the end that the sign of a favours.
     lost = weighted(torch.where(large < 0, t, 1 - t), size)
     far = plus(lost, torch.log(-torch.expm1(-size)) - torch.log(size))
-    return sum_event(torch.where(near, small * (0.5 - t) + series, far))
+    return sum_event(torch.where(near, small * (0.5 - t) + series, far), weight)
 
 
-def gamma_nll(log_scale: Tensor, target: Tensor, *, shape: float) -> Tensor:
+def gamma_nll(log_scale: Tensor, target: Tensor, *, shape: float, weight: Tensor | None = None) -> Tensor:
     """-log Gamma(target | shape, e^log_scale), (B,), for positive data, with a scale for every element.
 
     Per element, for shape k and log-scale s, it is log Gamma(k) + k s - (k - 1) log x + x e^-s. The mean is k e^s. At
@@ -194,9 +226,9 @@ def gamma_nll(log_scale: Tensor, target: Tensor, *, shape: float) -> Tensor:
     is unbounded. Its derivative by s is k.
     """
     dtype = compute_dtype(log_scale)
-    s, x = log_scale.to(dtype), read_target(target, dtype)
+    s, x = without_removed(weight, log_scale.to(dtype), read_target(target, dtype))
     # The infinite logarithm of a zero, or an infinite ratio, determines the result, even at an infinite s.
     of_data = scaled(x, s) - torch.xlogy(shape - 1, x)
     return sum_event(
-        of_data + (math.lgamma(shape) + shape * torch.where(of_data.isinf() & s.isinf(), 0.0, s))
+        of_data + (math.lgamma(shape) + shape * torch.where(of_data.isinf() & s.isinf(), 0.0, s)), weight
     )

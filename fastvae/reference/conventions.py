@@ -22,10 +22,30 @@ def read_counts(target: Tensor, dtype: torch.dtype) -> Tensor:
     return target.to(dtype)
 
 
-def sum_event(value: Tensor) -> Tensor:
-    """Sum over every dimension but the batch: (B, ...) -> (B,)."""
+def sum_event(value: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Sum over every dimension but the batch: (B, ...) -> (B,). Elements are multiplied by `weight`, if it is given."""
+    value = with_weight(value, weight)
     # torch takes an empty list of dimensions to mean all of them, so a tensor of rank 1 is returned unchanged.
     return value.sum(tuple(range(1, value.dim()))) if value.dim() > 1 else value
+
+
+def with_weight(value: Tensor, weight: Tensor | None) -> Tensor:
+    """`value` times `weight`, which is None for 1. A weight of 0 gives 0 even for an infinite value or a NaN."""
+    if weight is None:
+        return value
+    return torch.where(weight == 0, 0.0, value * weight.to(value.dtype))
+
+
+def without_removed(weight: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with 1 in place of each element of weight 0, so that whatever is there has no part in any gradient.
+
+    A gradient of 0 would not be enough, because 0 times an infinite derivative is NaN. All likelihoods are finite for
+    parameters and data of 1.
+    """
+    if weight is None:
+        return tensors
+    removed = weight == 0
+    return tuple(tensor.masked_fill(removed, 1) for tensor in tensors)
 
 
 def weighted(weight: Tensor, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conventions import compute_dtype, read_counts, sum_event, weighted
+from .conventions import compute_dtype, read_counts, sum_event, weighted, with_weight, without_removed
 from .latents import expm1_minus
 
 __all__ = [
@@ -19,14 +19,14 @@ __all__ = [
 ]
 
 
-def poisson_nll(log_rate: Tensor, target: Tensor) -> Tensor:
+def poisson_nll(log_rate: Tensor, target: Tensor, *, weight: Tensor | None = None) -> Tensor:
     """-log Poisson(target | e^log_rate), (B,). Per element it is e^a - t a + log t!, with log t! = log Gamma(t + 1).
 
     For a large count, each of the three terms is as large as t log t, and they nearly cancel. With u = a - log t and
     Stirling's formula, the sum is t (e^u - 1 - u) + 1/2 log(2 pi t) + ...
     """
     dtype = compute_dtype(log_rate)
-    a, t = log_rate.to(dtype), read_counts(target, dtype)
+    a, t = without_removed(weight, log_rate.to(dtype), read_counts(target, dtype))
     large = t >= _STIRLING_FROM
     some = torch.where(large, t, _STIRLING_FROM)
     u = a - torch.log(some)
@@ -36,17 +36,19 @@ def poisson_nll(log_rate: Tensor, target: Tensor) -> Tensor:
     of_large = t * expm1_minus(torch.where(cancels, u, 0.0)) + rest
     # An infinite rate has an infinite nll. At a rate of 0, a count of 0 is certain, and every other count impossible.
     whole = torch.exp(a) - weighted(t, torch.where(a == math.inf, 0.0, a)) + torch.lgamma(t + 1)
-    return sum_event(torch.where(cancels, of_large, whole))
+    return sum_event(torch.where(cancels, of_large, whole), weight)
 
 
-def poisson_rate_nll(rate: Tensor, target: Tensor, *, eps: float = 0.0, reduction: str = "event") -> Tensor:
+def poisson_rate_nll(
+    rate: Tensor, target: Tensor, *, eps: float = 0.0, reduction: str = "event", weight: Tensor | None = None
+) -> Tensor:
     """-log Poisson(target | rate + eps), (B,). Per element it is m - t log m + log t! at m = rate + eps.
 
     At a rate of 0, the nll of a count of 0 is 0, and that of any other count is infinite. `reduction="event"` sums each
     row to (B,), and `"none"` keeps the elements.
     """
     dtype = _count_dtype(rate)
-    m, t = rate.to(dtype) + eps, read_counts(target, dtype)
+    m, t = without_removed(weight, rate.to(dtype) + eps, read_counts(target, dtype))
     # For a count of 0, the formula has no logarithm, so the logarithm must not pass a gradient.
     log_m = torch.log(torch.where(t == 0, 1.0, m))
     nll = m - t * log_m + torch.lgamma(t + 1)
@@ -58,11 +60,17 @@ def poisson_rate_nll(rate: Tensor, target: Tensor, *, eps: float = 0.0, reductio
         0.5 * torch.log(2 * math.pi * some) + _stirling(some) - some * _log1p_minus(e, log_m - log_some)
     )
     nll = torch.where(near, of_large, nll)
-    return _reduced(torch.where(m < math.inf, nll, m), reduction, rate)
+    return _reduced(torch.where(m < math.inf, nll, m), reduction, rate, weight)
 
 
 def negative_binomial_nll(
-    mean: Tensor, target: Tensor, inverse_dispersion: Tensor, *, eps: float = 0.0, reduction: str = "event"
+    mean: Tensor,
+    target: Tensor,
+    inverse_dispersion: Tensor,
+    *,
+    eps: float = 0.0,
+    reduction: str = "event",
+    weight: Tensor | None = None,
 ) -> Tensor:
     """-log NB(target | mean + eps, inverse_dispersion), (B,) ([L]). The variance is m + m^2 / inverse_dispersion.
 
@@ -70,8 +78,8 @@ def negative_binomial_nll(
     `reduction="event"` sums each row to (B,), and `"none"` keeps the elements, (B, G).
     """
     dtype = _count_dtype(mean)
-    mu, t = mean.to(dtype) + eps, _dense_counts(target, dtype)
-    return _reduced(_by_mean(mu, inverse_dispersion.to(dtype), t), reduction, mean)
+    mu, t = without_removed(weight, mean.to(dtype) + eps, _dense_counts(target, dtype))
+    return _reduced(_by_mean(mu, inverse_dispersion.to(dtype), t, weight), reduction, mean, weight)
 
 
 def zero_inflated_negative_binomial_nll(
@@ -82,56 +90,84 @@ def zero_inflated_negative_binomial_nll(
     *,
     eps: float = 0.0,
     reduction: str = "event",
+    weight: Tensor | None = None,
 ) -> Tensor:
     """`negative_binomial_nll` with additional zeros, of probability sigmoid(`zi_logits`), (B,) ([ZI], [L])."""
     dtype = _count_dtype(mean)
-    mu, t = mean.to(dtype) + eps, _dense_counts(target, dtype)
-    nll = _by_mean(mu, inverse_dispersion.to(dtype), t)
-    return _reduced(_with_zeros(nll, zi_logits.to(dtype), t), reduction, mean)
+    mu, t, pi = without_removed(
+        weight, mean.to(dtype) + eps, _dense_counts(target, dtype), zi_logits.to(dtype)
+    )
+    nll = _by_mean(mu, inverse_dispersion.to(dtype), t, weight)
+    return _reduced(_with_zeros(nll, pi, t), reduction, mean, weight)
 
 
 def negative_binomial_logits_nll(
-    logits: Tensor, target: Tensor, log_dispersion: Tensor, library: Tensor
+    logits: Tensor,
+    target: Tensor,
+    log_dispersion: Tensor,
+    library: Tensor,
+    *,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """`negative_binomial_nll` from the raw outputs of a decoder ([L]).
 
     The mean is library * softmax(logits) over the features, and the inverse dispersion is e^log_dispersion. `library`
-    is (B,) or (B, 1).
+    is (B,) or (B, 1). The softmax includes the features of weight 0.
     """
     dtype = _count_dtype(logits)
-    t = _dense_counts(target, dtype)
-    nll = _by_logits(logits.to(dtype), library.to(dtype), log_dispersion.to(dtype), t)
-    return sum_event(nll).to(compute_dtype(logits))
+    t = _without_removed_counts(weight, _dense_counts(target, dtype))
+    nll = _by_logits(logits.to(dtype), library.to(dtype), log_dispersion.to(dtype), t, weight)
+    return sum_event(nll, weight).to(compute_dtype(logits))
 
 
 def zero_inflated_negative_binomial_logits_nll(
-    logits: Tensor, target: Tensor, log_dispersion: Tensor, zi_logits: Tensor, library: Tensor
+    logits: Tensor,
+    target: Tensor,
+    log_dispersion: Tensor,
+    zi_logits: Tensor,
+    library: Tensor,
+    *,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """`negative_binomial_logits_nll` with the additional zeros of `zero_inflated_negative_binomial_nll`."""
     dtype = _count_dtype(logits)
-    t = _dense_counts(target, dtype)
-    nll = _by_logits(logits.to(dtype), library.to(dtype), log_dispersion.to(dtype), t)
-    return sum_event(_with_zeros(nll, zi_logits.to(dtype), t)).to(compute_dtype(logits))
+    t = _without_removed_counts(weight, _dense_counts(target, dtype))
+    (pi,) = without_removed(weight, zi_logits.to(dtype))
+    nll = _by_logits(logits.to(dtype), library.to(dtype), log_dispersion.to(dtype), t, weight)
+    return sum_event(_with_zeros(nll, pi, t), weight).to(compute_dtype(logits))
 
 
-def _reduced(values: Tensor, reduction: str, lead: Tensor) -> Tensor:
-    """The sum of each row, or the elements, in the dtype of the results for `lead`."""
+def _without_removed_counts(weight: Tensor | None, t: Tensor) -> Tensor:
+    """Counts with 0 where the weight is 0: unlike 1, this needs no logarithm of a library that may be 0."""
+    return t if weight is None else t.masked_fill(weight == 0, 0)
+
+
+def _reduced(values: Tensor, reduction: str, lead: Tensor, weight: Tensor | None) -> Tensor:
+    """The sum of each row, or the elements, times `weight`, in the dtype of the results for `lead`."""
+    values = with_weight(values, weight)
     return (sum_event(values) if reduction == "event" else values).to(compute_dtype(lead))
 
 
-def _by_mean(mu: Tensor, theta: Tensor, t: Tensor) -> Tensor:
+def _by_mean(mu: Tensor, theta: Tensor, t: Tensor, weight: Tensor | None) -> Tensor:
     """`_negative_binomial` for any mean and any inverse dispersion, including 0."""
     # For a count of 0, the formula has no logarithm of the mean, so the logarithm must not pass a gradient.
     log_mu = torch.log(torch.where(t == 0, 1.0, mu))
     low, high = _log_bounds(theta.dtype)
-    theta, least = theta.expand_as(mu), math.exp(low)
+    (theta,), least = without_removed(weight, theta.expand_as(mu)), math.exp(low)
     lost = low - torch.log(torch.where((theta < least) & (t > 0), theta, least))
     return _negative_binomial(mu, log_mu, theta.clamp(least, math.exp(high)), t) + lost
 
 
-def _by_logits(logits: Tensor, library: Tensor, log_theta: Tensor, t: Tensor) -> Tensor:
+def _by_logits(
+    logits: Tensor, library: Tensor, log_theta: Tensor, t: Tensor, weight: Tensor | None
+) -> Tensor:
     """`_negative_binomial` for the means library * softmax(logits), a cell's expected counts of every gene ([L])."""
-    library, log_share = library.reshape(-1, 1), F.log_softmax(logits, dim=1)
+    library = library.reshape(-1, 1)
+    if weight is not None:
+        (log_theta,) = without_removed(weight, log_theta.expand_as(t))
+        # A cell all of whose features are removed has neither value nor gradient, whatever its logits are.
+        logits, library = without_removed((weight != 0).any(1, keepdim=True), logits, library)
+    log_share = F.log_softmax(logits, dim=1)
     # Only counts above 0 need the logarithm of a mean. An empty cell has none, so that of its library, which may be 0,
     # is not needed.
     log_library = torch.log(torch.where((t > 0).any(1, keepdim=True), library, 1.0))

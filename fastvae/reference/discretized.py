@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conventions import compute_dtype, sum_event
+from .conventions import compute_dtype, sum_event, without_removed
 
 __all__ = [
     "discretized_logistic_mixture_nll",
@@ -25,15 +25,16 @@ def discretized_logistic_nll(
     bits: int = 8,
     log_scale_floor: float = -7.0,
     min_mass: float = 1e-5,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """The nll (B,) of the target's levels under discretised logistics ([S17], equation 2, without the mixture).
 
     `params` (B, 2C, ...) contains mean and log-scale along dimension 1, mean first; `target` is uint8 (B, C, ...).
     """
     dtype = compute_dtype(params)
-    mean, log_scale = params.to(dtype).chunk(2, dim=1)
+    mean, log_scale = without_removed(weight, *params.to(dtype).chunk(2, dim=1))
     x, half_bin = read_levels(target, bits, dtype)
-    return sum_event(-_log_mass(x, mean, log_scale, half_bin, log_scale_floor, min_mass))
+    return sum_event(-_log_mass(x, mean, log_scale, half_bin, log_scale_floor, min_mass), weight)
 
 
 def discretized_logistic_mixture_nll(
@@ -44,20 +45,21 @@ def discretized_logistic_mixture_nll(
     bits: int = 8,
     log_scale_floor: float = -7.0,
     min_mass: float = 1e-5,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """The nll (B,) of the pixels under a mixture of discretised logistics ([S17], section 2.1 and equation 3).
 
     All 1 or 3 channels of a pixel belong to the same component, so that its log-likelihood is
     log sum_k pi_k prod_c mass_kc. The mean of a channel depends on the channels before it: see `mixture_means`.
-    `mixture_parts` describes the layout of `params`.
+    `mixture_parts` describes the layout of `params`. A `weight` is that of each pixel, (B, 1, ...).
     """
-    dtype = compute_dtype(params)
-    logits, mean, log_scale, coefficients = mixture_parts(params.to(dtype), components, target.shape[1])
-    x, half_bin = read_levels(target, bits, dtype)
+    (wide,) = without_removed(weight, params.to(compute_dtype(params)))
+    logits, mean, log_scale, coefficients = mixture_parts(wide, components, target.shape[1])
+    x, half_bin = read_levels(target, bits, wide.dtype)
     mean = torch.stack(mixture_means(mean, coefficients, x.unbind(1)), 1)
     log_mass = _log_mass(x.unsqueeze(2), mean, log_scale, half_bin, log_scale_floor, min_mass)
     mixed = torch.logsumexp(torch.log_softmax(logits, 1) + log_mass.sum(1), 1)
-    return sum_event(-mixed)
+    return sum_event(-mixed, None if weight is None else weight.squeeze(1))
 
 
 def read_levels(target: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, float]:

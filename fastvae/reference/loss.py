@@ -49,15 +49,21 @@ def nll(
     kl: Tensor | None = None,
     beta: Tensor | None = None,
     reduction: int = 0,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, nll), where loss = reduce(nll + beta kl) is the negative ELBO ([KW], equation 3) and nll is (B,).
 
     `reduction` is a value of `REDUCTIONS`; the mean is over the batch. Without `kl`, loss = reduce(nll). A target with
-    fewer rows than the parameters is shared by several draws, which are stored one after another.
+    fewer rows than the parameters is shared by several draws, which are stored one after another. `weight`, of the
+    target's shape or with sizes of 1, multiplies the nll of each element (of each pixel, for a mixture of discretised
+    logistics). Elements of weight 0 are left out: even NaN or inf there reach neither value nor gradient.
     """
     if target.shape[0] != params[0].shape[0]:
-        target = _repeated(target, params[0].shape[0] // target.shape[0])
-    rows = LIKELIHOODS[likelihood](params, target, constants)
+        draws = params[0].shape[0] // target.shape[0]
+        if weight is not None and weight.shape[0] == target.shape[0]:
+            weight = _repeated(weight, draws)
+        target = _repeated(target, draws)
+    rows = LIKELIHOODS[likelihood](params, target, constants, weight=weight)
     total = rows
     if kl is not None:
         total = rows + (kl if beta is None else beta * kl)
@@ -77,8 +83,14 @@ def _repeated(target: Tensor, draws: int) -> Tensor:
 
 
 def nll_elements(
-    likelihood: str, params: Sequence[Tensor], target: Tensor, constants: Sequence[float], weight: float = 1.0
+    likelihood: str,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float],
+    factor: float = 1.0,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """`weight` times the nll of each element, for a likelihood whose function supports `reduction="none"`."""
-    values = LIKELIHOODS[likelihood](params, target, constants, reduction="none")
-    return values if weight == 1 else weight * values
+    """`factor` times the nll of each element, for a likelihood whose function supports `reduction="none"`. The
+    elements are multiplied by `weight`, too, as in `nll`."""
+    values = LIKELIHOODS[likelihood](params, target, constants, reduction="none", weight=weight)
+    return values if factor == 1 else factor * values

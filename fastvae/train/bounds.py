@@ -10,10 +10,15 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor
 
 from fastvae import functional
+from fastvae.likelihoods.base import nll_of_draws
 
 from .module import VAE
 
 __all__ = ["Bounds", "estimate_bounds", "estimate_in_batches"]
+
+# On 2 cores, MNIST and a table of 2,000 genes take a tenth less time than with one draw of ten times as many rows,
+# because the data are read from the cache.
+_DRAWS = 10
 
 B = TypeVar("B")
 
@@ -36,7 +41,8 @@ def estimate_bounds(
     *,
     seed: int = 0,
     first_row: int = 0,
-    advance: Callable[[], object] = lambda: None,
+    draws: int = _DRAWS,
+    advance: Callable[[int], object] = lambda count: None,
 ) -> tuple[Bounds, Tensor]:
     """Return the ELBO's terms and the importance-weighted bound for x (B, ...), and the posterior means (B, L).
 
@@ -44,34 +50,37 @@ def estimate_bounds(
 
         log p(x) >= E log 1/K sum_k w_k,    w_k = p(x | z_k) p(z_k) / q(z_k | x)
 
-    It equals the ELBO for K = 1 and tends to log p(x) as K grows. The draws are made one at a time for the whole batch,
-    so the memory does not depend on K. Draw k of row r depends only on `seed` and `first_row` + r, so all batch sizes
-    give the same numbers up to rounding.
+    It equals the ELBO for K = 1 and tends to log p(x) as K grows. So many `draws` at a time are made for the whole
+    batch, so the memory does not depend on K; `advance` is called with their number. Draw k of row r depends only on
+    `seed` and `first_row` + r, so all batch sizes and numbers of draws at a time give the same numbers up to rounding.
     """
     mu, logvar = model.encode(x)
     mean, log_variance = mu.double().flatten(1), logvar.double().flatten(1)
+    precision, constant = torch.exp(-log_variance), log_variance.sum(1)
+    target = model.target(x)
     total = torch.full((len(mu),), -math.inf, dtype=torch.float64, device=mu.device)
     reconstruction = torch.zeros_like(total)
-    for k in range(samples):
-        noise = torch.tensor([seed, 4 * k], device=mu.device)
-        z, kl = functional.reparameterize_kl(mu, logvar, seed=noise, row_offset=first_row)
-        nll = model.nll(z, x).double()
-        z_double = z.double().flatten(1)
+    for first in range(0, samples, draws):
+        count = min(draws, samples - first)
+        noise = torch.tensor([seed, 4 * first], device=mu.device)
+        z, kl = functional.reparameterize_kl(mu, logvar, samples=count, seed=noise, row_offset=first_row)
+        nll = nll_of_draws(
+            "train.bounds", model.likelihood, model.params(z.flatten(0, 1), x), target, count
+        ).double()
         # log p(z) - log q(z | x) at the z that was decoded, which differs from mu + sigma eps by float32 rounding.
-        ratio = (
-            (z_double - mean).square() * torch.exp(-log_variance) + log_variance - z_double.square()
-        ).sum(1) / 2
-        total = torch.logaddexp(total, ratio - nll)
-        reconstruction += nll
-        advance()
+        z_double = z.double().flatten(2)
+        ratio = (((z_double - mean).square() * precision - z_double.square()).sum(2) + constant) / 2
+        total = torch.logaddexp(total, torch.logsumexp(ratio - nll, 0))
+        reconstruction += nll.sum(0)
+        advance(count)
     return Bounds(math.log(samples) - total, reconstruction / samples, kl.double()), mu
 
 
 def estimate_in_batches(
     model: VAE,
-    batches: Sequence[B],
+    split: Callable[[int], Sequence[B]],
     prepare: Callable[[B], Any],
-    size: int,
+    rows: int,
     samples: int,
     seed: int,
     console: Console,
@@ -79,9 +88,12 @@ def estimate_in_batches(
 ) -> Iterator[tuple[B, Any, Bounds, Tensor]]:
     """Yield each batch with the result of `prepare`, its bounds and its posterior means.
 
-    All batches but the last have `size` rows. `seed` seeds the draws of z. A progress bar with the description `what`
-    is shown if `console` is a terminal.
+    `split` returns all batches of a size. At most so many `rows` are decoded at a time, several draws of each row of a
+    batch. `seed` seeds the draws of z. A progress bar with the description `what` is shown if `console` is a terminal.
     """
+    draws = min(_DRAWS, rows)
+    size = rows // draws
+    batches = split(size)
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -96,6 +108,12 @@ def estimate_in_batches(
         for number, batch in enumerate(batches):
             x = prepare(batch)
             found, mu = estimate_bounds(
-                model, x, samples, seed=seed, first_row=number * size, advance=lambda: bar.advance(task)
+                model,
+                x,
+                samples,
+                seed=seed,
+                first_row=number * size,
+                draws=draws,
+                advance=lambda count: bar.advance(task, count),
             )
             yield batch, x, found, mu

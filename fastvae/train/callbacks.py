@@ -41,8 +41,8 @@ def metric_columns(model: VAE) -> list[str]:
     train, val = ([f"{part}_{name}" for name in model.split_metrics] for part in ("train", "val"))
     return [
         "epoch", "step", "train_loss", "train_nll", "train_kl", *train,
-        "val_neg_elbo", "val_nll", "val_kl", *val,
-        "beta", "active_units", *model.extra_metrics, "skipped_steps", "seconds",
+        "val_neg_elbo", "val_neg_bound", "val_nll", "val_kl", *val,
+        "beta", "capacity", "active_units", *model.extra_metrics, "skipped_steps", "seconds",
     ]  # fmt: skip
 
 

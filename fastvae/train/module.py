@@ -1,7 +1,7 @@
 """The LightningModule that is trained: an encoder, a decoder and a `fastvae.ELBO`."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fastvae
 from fastvae import functional
 
-from . import seeding, warmup
+from . import schedules, seeding
 
 __all__ = ["ACTIVE", "VAE"]
 
@@ -26,18 +26,23 @@ class VAE(LightningModule):
     The ELBO is a submodule, so that a learned scale is trained and synchronised between processes like other weights.
 
     Args:
-        encoder: maps a batch to (B, 2L), the posterior's mu and logvar.
+        encoder: maps a batch to (B, 2L), the posterior's mean and its scale in the form of `posterior`.
         decoder: maps z (B, L) to the parameters of the likelihood.
-        elbo: an ELBO with reduction "mean". Its `beta` is the final value of a warm-up.
+        elbo: an ELBO or IWAE with reduction "mean". Its `capacity`, or its `beta` if it has none, is the final value of
+            a warm-up.
         latents: L, the number of latent dimensions.
-        lr: the learning rate of Adam.
+        posterior: the form of the posterior's scale; see `fastvae.posteriors`.
+        lr, adam_eps: the learning rate and the epsilon of Adam.
+        weight_decay: the decoupled weight decay of the networks (Loshchilov and Hutter 2019).
+        lr_schedule: the schedule of the learning rate; see `fastvae.train.schedules`.
         seed: the seed of the noise. The noise of a step depends only on the seed and the number of the step, and not
             on interruptions of the run or on the number of processes.
-        schedule, schedule_epochs, cycles: the warm-up of beta; see `fastvae.train.warmup`.
+        schedule, schedule_epochs, cycles: the warm-up of beta; see `fastvae.train.schedules`.
 
     The following metrics are logged after each epoch, in nats per example. For the training data: train_loss (with
     beta), train_nll and train_kl. For the validation data, without beta: val_neg_elbo, val_nll and val_kl. Also beta,
-    active_units and skipped_steps. `kl_per_dimension` (L,) holds the validation KL of each latent dimension.
+    active_units and skipped_steps, and capacity if there is one. With an IWAE, the KL is estimated from its draws, and
+    val_neg_bound is the negative bound. `kl_per_dimension` (L,) holds the validation KL of each latent dimension.
 
     Class attributes of a subclass describe its data and its further metrics: `unit` is the name of one example,
     `split_metrics` are the metrics that `terms` adds for both splits, `extra_metrics` are those that are logged once,
@@ -61,7 +66,11 @@ class VAE(LightningModule):
         elbo: fastvae.ELBO,
         *,
         latents: int,
+        posterior: str = "logvar",
         lr: float = 1e-3,
+        adam_eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
         seed: int = 0,
         schedule: str = "none",
         schedule_epochs: float = 1.0,
@@ -72,16 +81,24 @@ class VAE(LightningModule):
         self.decoder = decoder
         self.elbo = elbo
         self.latents = latents
-        self.lr = lr
+        self.posterior = posterior
+        self.lr, self.adam_eps, self.weight_decay, self.lr_schedule = lr, adam_eps, weight_decay, lr_schedule
         self.seed = seed
         self.schedule, self.schedule_epochs, self.cycles = schedule, schedule_epochs, cycles
         self.beta = float(elbo.beta)
+        self.capacity = None if elbo.capacity is None else float(elbo.capacity)
         self.kl_per_dimension = torch.zeros(latents)
         self.first_skipped: str | None = None
+        if isinstance(elbo, fastvae.IWAE):
+            self.table_columns = (("-bound", "val_neg_bound", 2), *self.table_columns)
 
     def encode(self, x: Any) -> tuple[Tensor, Tensor]:
         """Return mu and logvar of the posterior, (B, L) each."""
-        mu, logvar = self.encoder(x).chunk(2, dim=1)
+        head = self.encoder(x)
+        if self.posterior != "logvar":
+            posterior = fastvae.posteriors.DiagonalGaussian(head, self.posterior)
+            return posterior.mean, posterior.logvar
+        mu, logvar = head.chunk(2, dim=1)
         return mu, logvar
 
     def decode(self, z: Tensor) -> Tensor:
@@ -98,15 +115,38 @@ class VAE(LightningModule):
         """The likelihood of the data given the output of `decode`."""
         return self.elbo.likelihood
 
+    @property
+    def draws(self) -> int:
+        """The number of draws of z for each row of a batch in training."""
+        return self.elbo.samples or 1
+
+    def params(self, z: Tensor, x: Any) -> Any:
+        """Return the parameters of the likelihood for z (K * B, L), whose first B rows are the first of K draws.
+
+        What else the decoder takes from the batch x, which has B rows, is repeated for each draw.
+        """
+        return self.decode(z)
+
+    def target(self, x: Any) -> Any:
+        """Return what the likelihood models of the batch x."""
+        return x
+
     def nll(self, z: Tensor, x: Any) -> Tensor:
         """Return -log p(x | z) for every row, (B,)."""
-        return self.likelihood.nll(self.decode(z), x)
+        return self.likelihood.nll(self.params(z, x), self.target(x))
 
-    def forward(self, x: Any, seed: Tensor, row_offset: int) -> tuple[fastvae.ELBOOutput, Tensor, Tensor]:
+    def forward(
+        self, x: Any, seed: Tensor, row_offset: int
+    ) -> tuple[fastvae.ELBOOutput | fastvae.IWAEOutput, Tensor, Tensor]:
         """Return the loss of a batch, and mu and logvar of its posterior."""
         mu, logvar = self.encode(x)
-        z, kl = self.elbo.reparameterize(mu, logvar, seed=seed, row_offset=row_offset)
-        return self.elbo(self.decode(z), x, kl=kl), mu, logvar
+        elbo = self.elbo
+        if isinstance(elbo, fastvae.IWAE):
+            draws = elbo.sample(mu, logvar, seed=seed, row_offset=row_offset)
+            return elbo(lambda z: self.params(z, x), self.target(x), draws=draws), mu, logvar
+        z, kl = elbo.reparameterize(mu, logvar, seed=seed, row_offset=row_offset)
+        params = self.params(z if elbo.samples is None else z.flatten(0, 1), x)
+        return elbo(params, self.target(x), kl=kl), mu, logvar
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         scale = list(self.elbo.parameters())
@@ -114,15 +154,28 @@ class VAE(LightningModule):
         # Adam moves each parameter by about the learning rate per step, and a log-variance has a long way to go.
         groups = [self.param_group(rest)]
         if scale:
-            groups.append(self.param_group(scale, times=10))
+            groups.append(self.param_group(scale, times=10, weight_decay=0.0))
         # The fused optimiser is needed to skip steps. A gradient scaler skips steps itself, and Lightning cannot clip
         # with a fused optimiser then, because it would have to unscale the gradients first.
         fused = self._scaler is None or not self.trainer.gradient_clip_val
-        return torch.optim.Adam(groups, lr=self.lr, fused=fused)
+        return self.adam(groups, fused=fused)
 
-    def param_group(self, parameters: Iterable[nn.Parameter], times: float = 1) -> dict[str, Any]:
+    def param_group(
+        self, parameters: Iterable[nn.Parameter], times: float = 1, **options: float
+    ) -> dict[str, Any]:
         """Return a parameter group for an optimiser, with `times` the learning rate."""
-        return {"params": list(parameters), "lr": times * self.lr}
+        return {"params": list(parameters), "lr": times * self.lr, **options}
+
+    def adam(self, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Adam:
+        """Return an optimiser with the settings of this run."""
+        return torch.optim.Adam(
+            groups,
+            lr=self.lr,
+            eps=self.adam_eps,
+            weight_decay=self.weight_decay,
+            decoupled_weight_decay=True,
+            **options,
+        )
 
     @property
     def _scaler(self) -> Any:
@@ -133,38 +186,56 @@ class VAE(LightningModule):
     # -----------------------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        self._rates = [[group["lr"] for group in o.param_groups] for o in self.trainer.optimizers]
+        names = ("lr", "eps", "weight_decay", "decoupled_weight_decay")
+        self._options = [
+            [{name: group[name] for name in names} for group in optimizer.param_groups]
+            for optimizer in self.trainer.optimizers
+        ]
 
     def on_train_start(self) -> None:
-        # A checkpoint restores its own learning rates, but the current settings take precedence.
-        for optimizer, rates in zip(self.trainer.optimizers, self._rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+        # A checkpoint restores its own options of the optimisers, but the current settings take precedence.
+        for group, options in self._groups():
+            group.update(options)
+
+    def _groups(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Yield each parameter group with its options according to the settings."""
+        for optimizer, options in zip(self.trainer.optimizers, self._options, strict=True):
+            yield from zip(optimizer.param_groups, options, strict=True)
 
     def on_train_epoch_start(self) -> None:
         self.steps = StepLog()
-        # Derived from the number of steps, so that a resumed run continues with the same noise.
-        self.noise = torch.tensor([self.seed, 4 * self.steps_done], device=self.device)
-        self.noise_step = torch.tensor([0, 4], device=self.device)
+        # Derived from the number of steps, so that a resumed run continues with the same noise. Draw k of a step uses
+        # the noise of the offset plus 4 k.
+        offset = 4 * self.draws
+        self.noise = torch.tensor([self.seed, offset * self.steps_done], device=self.device)
+        self.noise_step = torch.tensor([0, offset], device=self.device)
 
     def training_step(self, batch: tuple[Any, int], batch_idx: int) -> Tensor:
         if self.has_dropout:
             torch.manual_seed(seeding.seeded_generator(self.seed, 4, self.global_step).initial_seed())
         x, first_row = batch
-        self.set_kl_weight(batch_idx)
+        self.set_schedules(batch_idx)
         out, _, _ = self(x, self.noise, first_row)
         self.noise = self.noise + self.noise_step  # not in place: the backward pass generates the noise again
         self.steps.add(out)
         return out.loss
 
-    def set_kl_weight(self, batch_idx: int) -> None:
-        """Set the weight of the KL for this step."""
+    def set_schedules(self, batch_idx: int) -> None:
+        """Set the weight of the KL, or its capacity, and the learning rate for this step."""
+        if self.schedule == "none" and self.lr_schedule == "constant":
+            return
+        passed = self.current_epoch + batch_idx / self.trainer.num_training_batches
         if self.schedule != "none":
-            passed = self.current_epoch + batch_idx / self.trainer.num_training_batches
+            factor = schedules.kl_weight(self.schedule, passed, self.schedule_epochs, self.cycles)
             # ELBO copies the value into its buffer in place.
-            self.elbo.beta = self.beta * warmup.kl_weight(  # type: ignore[assignment]
-                self.schedule, passed, self.schedule_epochs, self.cycles
-            )
+            if self.capacity is not None:
+                self.elbo.capacity = self.capacity * factor  # type: ignore[assignment]
+            else:
+                self.elbo.beta = self.beta * factor  # type: ignore[assignment]
+        if self.lr_schedule != "constant":
+            factor = schedules.learning_rate_factor(self.lr_schedule, passed, self.trainer.max_epochs or 1)
+            for group, options in self._groups():
+                group["lr"] = options["lr"] * factor
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         finite = torch.isfinite(self.steps.losses[-1])
@@ -172,7 +243,8 @@ class VAE(LightningModule):
         if (
             not scaled
         ):  # a scaler checks for itself, and lowers its scale when that alone made a gradient overflow
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            weights = [p for group in optimizer.param_groups for p in group["params"]]
+            gradients = [p.grad for p in weights if p.grad is not None]
             finite = finite & torch.isfinite(torch.nn.utils.get_total_norm(gradients))
         skip = (~finite).float()
         if self.trainer.world_size > 1:
@@ -210,7 +282,10 @@ class VAE(LightningModule):
         count, *sums = self._sum_over_processes(total).tolist()
         loss, nll, kl = (s / count if count else math.nan for s in sums)
         metrics = {"train_loss": loss, **self.terms("train", nll, kl)}
-        self.log_dict(metrics | {"beta": float(self.elbo.beta), "skipped_steps": float(skipped.sum())})
+        metrics |= {"beta": float(self.elbo.beta), "skipped_steps": float(skipped.sum())}
+        if self.elbo.capacity is not None:
+            metrics["capacity"] = float(self.elbo.capacity)
+        self.log_dict(metrics)
         self.first_skipped = None
         if skipped.any():
             step = int(skipped.int().argmax())
@@ -226,15 +301,19 @@ class VAE(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._val_steps = StepLog()
+        self._bounds: list[Tensor] = []
         self._mu: list[Tensor] = []
         self._kl_sums: list[Tensor] = []
 
     def validation_step(self, batch: tuple[Any, int], batch_idx: int) -> None:
         x, first_row = batch
         # The same noise in every epoch, different from the noise of training.
-        seed = torch.tensor([self.seed + 1, 4 * batch_idx], device=self.device)
+        seed = torch.tensor([self.seed + 1, 4 * self.draws * batch_idx], device=self.device)
         out, mu, logvar = self(x, seed, first_row)
         self._val_steps.add(out)
+        if isinstance(out, fastvae.IWAEOutput):
+            # Without beta, which the bound of the output includes.
+            self._bounds.append(torch.logsumexp(-out.nll - out.kl, 0) - math.log(self.draws))
         self.collect_posterior(mu, logvar)
 
     def collect_posterior(self, mu: Tensor, logvar: Tensor) -> None:
@@ -263,6 +342,9 @@ class VAE(LightningModule):
             **self.terms("val", nll, kl),
             "active_units": float(active),
         }
+        if self._bounds:
+            bound = self._sum_over_processes(torch.cat(self._bounds).cpu().double().sum())
+            metrics["val_neg_bound"] = -(bound / total[0]).item()
         self.log_dict(metrics)
 
     def terms(self, part: str, nll: float, kl: float) -> dict[str, float]:
@@ -286,7 +368,8 @@ class StepLog:
         self.kl: list[Tensor] = []  # (B,)
         self.skipped: list[Tensor] = []  # () each: 1 or 0
 
-    def add(self, out: fastvae.ELBOOutput) -> None:
+    def add(self, out: fastvae.ELBOOutput | fastvae.IWAEOutput) -> None:
+        nll, kl = out.nll.detach(), out.kl.detach()
         self.losses.append(out.loss.detach())
-        self.nll.append(out.nll.detach())
-        self.kl.append(out.kl.detach())
+        self.nll.append(nll if nll.dim() == 1 else nll.mean(0))  # an IWAE gives (K, B)
+        self.kl.append(kl if kl.dim() == 1 else kl.mean(0))

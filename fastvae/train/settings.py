@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+import fastvae
+
 from .errors import InputError
 
 __all__ = ["Settings", "option"]
@@ -51,15 +53,28 @@ class Settings:
     automatic_optimization: ClassVar[bool] = True
     """Whether Lightning runs the optimisation steps; otherwise the module does."""
 
-    monitor: ClassVar[str | None] = "val_neg_elbo"
-    """The metric whose smallest value marks the best epoch. With None, the last epoch counts as the best."""
-
     data: str = option("", "Data to train on.", "Data")
     latent: int = option(20, "Number of latent dimensions.", "Model", at_least=1)
+    posterior: Literal["logvar", "log_std", "softplus", "variance"] = option(
+        "logvar",
+        "How the encoder gives the posterior's scale: its log-variance, the logarithm of its standard deviation, or "
+        "softplus(v) + 1e-4 (standard deviation) or exp(v) + 1e-4 (variance) of its output v.",
+        "Model",
+    )
 
     epochs: int = option(20, "Number of passes over the data.", "Training", at_least=1)
     batch_size: int = option(128, "Examples per batch, over all devices together.", "Training", at_least=1)
     lr: float = option(1e-3, "Learning rate of Adam.", "Training", above=0)
+    lr_schedule: Literal["constant", "cosine", "burda"] = option(
+        "constant",
+        "Learning rate over the epochs: constant, cosine (falling to 0), or burda (eight stages, each thrice as long "
+        "as the last, in which it falls to a tenth; Burda et al. 2016).",
+        "Training",
+    )
+    adam_eps: float = option(1e-8, "Epsilon of Adam.", "Training", above=0)
+    weight_decay: float = option(
+        0.0, "Weight decay of the networks, decoupled from the gradient (AdamW).", "Training", at_least=0
+    )
     clip: float = option(0.0, "Clip the gradient to this norm; 0 turns clipping off.", "Training", at_least=0)
     ema: float = option(
         0.0,
@@ -76,7 +91,26 @@ class Settings:
         at_most=2**32 - 1,
     )
 
+    objective: Literal["elbo", "iwae", "stl", "dreg"] = option(
+        "elbo",
+        "elbo, or the importance-weighted bound of several draws of z, with an estimator of its gradient: iwae, stl or "
+        "dreg.",
+        "Objective",
+    )
+    samples: int = option(
+        1,
+        "Draws of z for each example. elbo averages over them; the others weight them.",
+        "Objective",
+        at_least=1,
+    )
     beta: float = option(1.0, "Weight of the KL.", "Objective", at_least=0)
+    capacity: float = option(
+        0.0,
+        "Capacity C in nats: the loss has beta |KL - C| in place of beta KL, and a warm-up raises C instead of beta. 0 "
+        "turns it off.",
+        "Objective",
+        at_least=0,
+    )
     free_bits: float = option(
         0.0, "KL in nats that each latent dimension may have at no cost (free bits).", "Objective", at_least=0
     )
@@ -116,12 +150,44 @@ class Settings:
             raise InputError("--cycles only applies to --warmup cyclical")
         if "warmup_epochs" in changed and self.warmup == "none":
             raise InputError("--warmup-epochs only applies to --warmup linear, cyclical or sigmoid")
+        if self.objective != "elbo":
+            for name in ("free_bits", "capacity"):
+                if value := getattr(self, name):
+                    shown = f"--{name.replace('_', '-')}"
+                    raise InputError(
+                        f"{shown} {value:g} only applies to --objective elbo, got {self.objective}; add {shown} 0"
+                    )
+        if self.capacity and self.free_bits:
+            raise InputError(
+                f"--capacity {self.capacity:g} and --free-bits {self.free_bits:g} exclude each other; add --free-bits 0"
+            )
+
+    @property
+    def monitor(self) -> str | None:
+        """The metric whose smallest value marks the best epoch. With None, the last epoch counts as the best."""
+        return "val_neg_elbo" if self.objective == "elbo" else "val_neg_bound"
+
+    def make_elbo(self, likelihood: Any) -> "fastvae.ELBO":
+        """Return the training objective for a likelihood."""
+        if self.objective == "elbo":
+            return fastvae.ELBO(
+                likelihood,
+                beta=self.beta,
+                free_bits=self.free_bits,
+                capacity=self.capacity or None,
+                samples=None if self.samples == 1 else self.samples,
+            )
+        return fastvae.IWAE(likelihood, self.samples, self.objective, beta=self.beta)
 
     def module_options(self) -> dict[str, Any]:
         """Return the arguments that every `VAE` takes: for its optimiser, its noise and its warm-up."""
         return {
             "latents": self.latent,
+            "posterior": self.posterior,
             "lr": self.lr,
+            "adam_eps": self.adam_eps,
+            "weight_decay": self.weight_decay,
+            "lr_schedule": self.lr_schedule,
             "seed": self.seed,
             "schedule": self.warmup,
             "schedule_epochs": self.warmup_epochs,

@@ -159,7 +159,8 @@ def fit(
 def _describe_plan(settings: Settings, out: Path, done: int) -> Iterator[str]:
     yield f"run: {out}, {pluralize(settings.epochs, 'epoch')}" + (f", {done} of them done" if done else "")
     if settings.warmup != "none" and settings.warmup_epochs > settings.epochs:
+        what = "its capacity" if settings.capacity else "its full weight"
         yield (
             f"warning: the warm-up takes {settings.warmup_epochs:g} epochs, but the run has only {settings.epochs}, so "
-            "the KL will not reach its full weight (see --warmup-epochs)"
+            f"the KL will not reach {what} (see --warmup-epochs)"
         )

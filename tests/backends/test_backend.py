@@ -110,6 +110,9 @@ def test_plain_calls_skip_the_python_checks(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(map(torch.equal, call(), expected))
 
 
+PLAIN_FORM = "logvar", [], False  # the form of the scale, its constants, and whether the KL is per element
+
+
 def _inside(mode: object, call: Callable[[], object]) -> object:
     with mode:  # type: ignore[attr-defined]
         return call()
@@ -121,7 +124,11 @@ def _transformed() -> object:
 
     def call(a: torch.Tensor) -> torch.Tensor:
         found.extend(
-            [choose.fast_path.gaussian_kl(a, a, False), choose.fast_path.gaussian_kl(B, B, False), _nll([A])]
+            [
+                choose.fast_path.gaussian_kl(a, a, *PLAIN_FORM),
+                choose.fast_path.gaussian_kl(B, B, *PLAIN_FORM),
+                _nll([A]),
+            ]
         )
         return a
 
@@ -131,16 +138,22 @@ def _transformed() -> object:
 
 def _with_tangent() -> object:
     with torch.autograd.forward_ad.dual_level():
-        return choose.fast_path.gaussian_kl(torch.autograd.forward_ad.make_dual(B, B), B, False)
+        return choose.fast_path.gaussian_kl(torch.autograd.forward_ad.make_dual(B, B), B, *PLAIN_FORM)
 
 
 class Subclass(torch.Tensor):
     pass
 
 
-def _nll(params: object, target: object = B, *rest: object, likelihood: str = "bernoulli") -> object:
+def _nll(
+    params: object,
+    target: object = B,
+    *rest: object,
+    likelihood: str = "bernoulli",
+    weight: object = None,
+) -> object:
     kl, beta = rest or (None, None)
-    return choose.fast_path.nll(likelihood, params, target, [], kl, beta, 0)
+    return choose.fast_path.nll(likelihood, params, target, [], kl, beta, 0, weight)
 
 
 UNUSUAL: dict[str, Callable[[], object]] = {
@@ -165,11 +178,16 @@ UNUSUAL: dict[str, Callable[[], object]] = {
     "a KL per element": lambda: _nll([A], B, B, ONE),
     "a KL of another device": lambda: _nll([A], B, KL.to("meta"), ONE),
     "beta cast along": lambda: _nll([A], B, KL, ONE.half()),
+    "a weight of another shape": lambda: _nll([A], weight=torch.ones(2)),
+    "a weight of another dtype": lambda: _nll([A], weight=torch.ones(2, 3).int()),
+    "a weight of another device": lambda: _nll([A], weight=torch.ones(2, 3, device="meta")),
+    "a weight with a gradient": lambda: _nll([A], weight=torch.ones(2, 3, requires_grad=True)),
+    "a list of weights": lambda: _nll([A], weight=[1, 2]),
     "counts": lambda: _nll([A, A], likelihood="negative_binomial"),
     "classes": lambda: _nll([A], torch.zeros(2, dtype=torch.int64), likelihood="categorical"),
-    "a posterior of two shapes": lambda: choose.fast_path.reparameterize_kl(A, A[:1]),
-    "a posterior of two dtypes": lambda: choose.fast_path.gaussian_kl(A, A.double(), False),
-    "no batch": lambda: choose.fast_path.reparameterize_kl(ONE, ONE),
+    "a posterior of two shapes": lambda: choose.fast_path.reparameterize_kl(A, A[:1], *PLAIN_FORM),
+    "a posterior of two dtypes": lambda: choose.fast_path.gaussian_kl(A, A.double(), *PLAIN_FORM),
+    "no batch": lambda: choose.fast_path.reparameterize_kl(ONE, ONE, *PLAIN_FORM),
     "a mode": lambda: _inside(FlopCounterMode(display=False), lambda: _nll([A])),
     "a function mode": lambda: _inside(torch.overrides.BaseTorchFunctionMode(), lambda: _nll([A])),
     "fake tensors": lambda: _inside(torch._subclasses.FakeTensorMode(), lambda: _nll([torch.zeros(2, 3)])),
@@ -182,6 +200,7 @@ UNUSUAL: dict[str, Callable[[], object]] = {
 def test_unusual_calls_use_the_python_checks(name: str) -> None:
     """They also draw no random number for it."""
     assert _nll([A]) is not None
+    assert _nll([A], weight=torch.ones(1, 3, dtype=torch.bool)) is not None
     state = torch.get_rng_state()
     assert UNUSUAL[name]() is None
     assert torch.equal(torch.get_rng_state(), state)

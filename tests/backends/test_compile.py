@@ -186,26 +186,59 @@ def positive(*shape: int) -> Tensor:
     return plain(*shape).abs().requires_grad_()
 
 
-X, M, ROWS, BETA, NONE = (3, D), (3, L), torch.ones(3), torch.tensor(0.5), None
+X, M, HEAD, ROWS, BETA, NONE = (3, D), (3, L), (3, 2 * L), torch.ones(3), torch.tensor(0.5), None
 IMAGE = plain(2, 3, 4, 4).to(memory_format=torch.channels_last)
 
 LEVELS = torch.arange(18, dtype=torch.uint8).view(2, 3, 3)
 
+# The form of a posterior's scale, its constants and the balance.
+PLAIN_FORM = "logvar", [], NONE
+NVAE_FORM = "log_std", [5.0, 1e-2], 0.8
+ROW_2, EPS_2 = plain(2, 3), plain(2, *M)
+LOG_PROBS = "logvar", [], True, 2  # form, constants, stl, samples
+
 # The ops themselves, then the forward and backward ops that they call.
 OPS = {
     "reparameterize_kl": [
-        (leaf(*M), leaf(*M), NONE, NONE, NONE, SEED, 0, NONE, NONE),
-        (leaf(*M), leaf(*M), leaf(*M), leaf(*M), 2, SEED, 3, NONE, NONE),
-        (leaf(*M), plain(*M), NONE, NONE, 2, NONE, 0, leaf(2, *M), NONE),
+        (leaf(*M), leaf(*M), NONE, NONE, *PLAIN_FORM, False, NONE, SEED, 0, NONE, NONE),
+        (leaf(*M), leaf(*M), leaf(*M), leaf(*M), *PLAIN_FORM, False, 2, SEED, 3, NONE, NONE),
+        (leaf(*M), plain(*M), NONE, NONE, *PLAIN_FORM, False, 2, NONE, 0, leaf(2, *M), NONE),
+        (leaf(*HEAD), NONE, leaf(*HEAD), NONE, *NVAE_FORM, True, 2, SEED, 3, NONE, NONE),
     ],
     "gaussian_kl": [
-        (leaf(*M), leaf(*M), NONE, NONE, False),
-        (leaf(*M).half(), leaf(*M).half(), plain(*M).half(), plain(*M).half(), True),
+        (leaf(*M), leaf(*M), NONE, NONE, *PLAIN_FORM, False),
+        (leaf(*M).half(), leaf(*M).half(), plain(*M).half(), plain(*M).half(), *PLAIN_FORM, True),
+        (leaf(*HEAD), NONE, NONE, NONE, "softplus", [1e-4], NONE, False),
+    ],
+    "sample_log_probs": [
+        (leaf(*M), leaf(*M), NONE, NONE, "logvar", [], True, 2, SEED, 3, NONE, NONE),
+        (leaf(*HEAD), NONE, leaf(*HEAD), NONE, "softplus", [1e-4], False, 2, NONE, 0, plain(2, *M), NONE),
     ],
     "nll": [
         ("bernoulli", [leaf(*X)], plain(*X).sigmoid(), [], ROWS.clone().requires_grad_(), BETA, 2),
         ("bernoulli", [IMAGE.clone().requires_grad_()], IMAGE.byte(), [], NONE, NONE, 0),
         ("gaussian", [leaf(*X)], leaf(*X), [0.5], ROWS, BETA, 1),
+        ("bernoulli", [leaf(*X)], plain(*X).sigmoid(), [], ROWS, BETA, 2, plain(3, 1) > 0),
+        (
+            "gaussian_learned",
+            [leaf(*X).detach().half().requires_grad_(), leaf()],
+            plain(*X),
+            [],
+            NONE,
+            NONE,
+            0,
+            plain(*X).abs(),
+        ),
+        (
+            "gaussian_head",
+            [leaf(2, 4, 3)],
+            leaf(2, 2, 3),
+            [],
+            NONE,
+            NONE,
+            1,
+            torch.ones(1, 2, 1, dtype=torch.uint8),
+        ),
         ("gaussian_learned", [leaf(*X), leaf()], plain(*X), [], ROWS, BETA, 2),
         ("gaussian_per_element", [plain(*X), leaf(*X)], leaf(*X), [], ROWS, NONE, 2),
         ("gaussian_head", [leaf(2, 4, 3)], leaf(2, 2, 3), [], NONE, NONE, 0),
@@ -239,11 +272,26 @@ OPS = {
         ),
     ],
     "reparameterize_kl_forward": [
-        (plain(*M), plain(*M), NONE, NONE, NONE, SEED, 0, NONE, NONE),
-        (plain(*M), plain(*M), plain(*M), plain(*M), 2, NONE, 0, plain(2, *M), NONE),
+        (plain(*M), plain(*M), NONE, NONE, *PLAIN_FORM, False, NONE, SEED, 0, NONE, NONE),
+        (plain(*M), plain(*M), plain(*M), plain(*M), *PLAIN_FORM, False, 2, NONE, 0, plain(2, *M), NONE),
+        (plain(*HEAD), NONE, NONE, NONE, "variance", [1e-6], NONE, True, NONE, SEED, 0, NONE, NONE),
     ],
     "reparameterize_kl_backward": [
-        (plain(*M), ROWS, plain(*M), plain(*M), NONE, NONE, NONE, SEED, 0, NONE, 0b00011),
+        (plain(*M), ROWS, plain(*M), plain(*M), NONE, NONE, *PLAIN_FORM, NONE, SEED, 0, NONE, 0b00011),
+        (
+            plain(*M),
+            plain(*M),
+            plain(*HEAD),
+            NONE,
+            plain(*M),
+            plain(*M),
+            *NVAE_FORM,
+            NONE,
+            SEED,
+            0,
+            NONE,
+            0b01101,
+        ),
         (
             plain(2, *M),
             NONE,
@@ -251,6 +299,7 @@ OPS = {
             plain(*M),
             plain(*M),
             plain(*M),
+            *PLAIN_FORM,
             2,
             SEED[:0],
             0,
@@ -258,10 +307,22 @@ OPS = {
             0b11111,
         ),
     ],
-    "gaussian_kl_forward": [(plain(*M), plain(*M), NONE, NONE, True)],
-    "gaussian_kl_backward": [(ROWS, plain(*M), plain(*M), plain(*M), plain(*M), 0b1111)],
+    "gaussian_kl_forward": [(plain(*M), plain(*M), NONE, NONE, *PLAIN_FORM, True)],
+    "gaussian_kl_backward": [
+        (ROWS, plain(*M), plain(*M), plain(*M), plain(*M), *PLAIN_FORM, 0b1111),
+        (ROWS, plain(*HEAD), NONE, plain(*HEAD), NONE, *NVAE_FORM, 0b0101),
+    ],
+    "sample_log_probs_forward": [
+        (plain(*M), plain(*M), plain(*M), plain(*M), "log_std", [5.0, 1e-2], True, 2, SEED, 3, NONE, NONE),
+        (plain(*HEAD), NONE, NONE, NONE, "logvar", [], False, 2, NONE, 0, plain(2, *M), NONE),
+    ],
+    "sample_log_probs_backward": [
+        (plain(2, *M), plain(2, 3), NONE, plain(*M), plain(*M), NONE, NONE, *LOG_PROBS, SEED, 3, NONE, 0b11),
+        (NONE, NONE, ROW_2, plain(*HEAD), NONE, plain(*HEAD), NONE, *LOG_PROBS, SEED[:0], 0, EPS_2, 0b0101),
+    ],
     "nll_forward": [
         ("bernoulli", [plain(*X)], plain(*X), [], ROWS, BETA, 2, 1),
+        ("laplace", [plain(*X)], plain(*X), [0.5], ROWS, BETA, 2, 1, plain(*X).abs()),
         ("gaussian_learned", [IMAGE, torch.tensor(0.1)], IMAGE, [], NONE, NONE, 0, 0b11),
         ("gaussian_per_element", [plain(*X), plain(*X)], plain(*X), [], ROWS.double(), BETA, 1, 0b10),
         ("gaussian_bounded_head", [plain(2, 4, 3)], plain(2, 2, 3), [-1.0, 2.0], NONE, NONE, 0, 1),
@@ -270,6 +331,7 @@ OPS = {
     ],
     "nll_gradient": [
         ("bernoulli", [plain(*X).half()], plain(*X).sigmoid(), [], torch.tensor(2.0), NONE, 2, 1),
+        ("bernoulli", [plain(*X).half()], plain(*X).sigmoid(), [], NONE, ROWS, 0, 1, plain(1, D) > 0),
         ("gaussian_per_element", [plain(*X), plain(*X)], plain(*X), [], NONE, ROWS, 0, 0b10),
         (
             "discretized_logistic",
@@ -289,6 +351,7 @@ OPS = {
     "nll_backward_": [(torch.tensor(2.0), ROWS, [plain(*X)], NONE, ROWS, BETA, 3, 2, True, True)],
     "nll_elements": [
         ("poisson_rate", [positive(*IMAGE.shape)], IMAGE.abs().int(), [1e-8], 1.0),
+        ("negative_binomial", [positive(*X), positive(X[1])], plain(*X).abs(), [0.0], 1.0, plain(1, D) > 0),
         ("negative_binomial", [positive(*X), positive(X[1])], plain(*X).abs(), [1e-8], -1.0),
         (
             "zero_inflated_negative_binomial",

@@ -38,6 +38,7 @@ HELPERS = (
     "test_mixture",
     "test_noise",
     "test_values",
+    "test_weight",
 )
 
 NEED_VALUES = {

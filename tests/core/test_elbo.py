@@ -172,7 +172,7 @@ def test_moved_beta_is_still_the_same_tensor() -> None:
     elbo = fastvae.ELBO("gaussian")
     moved_buffer = elbo.beta
     with torch.inference_mode():
-        fastvae.elbo._move_beta(elbo.beta, torch.zeros(3))
+        fastvae.elbo._move_setting(elbo.beta, torch.zeros(3))
     assert elbo.beta is moved_buffer
     moved_buffer.fill_(0.25)
     assert copy.deepcopy(elbo).beta.item() == 0.25

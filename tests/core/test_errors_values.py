@@ -32,7 +32,7 @@ WRONG = {
     "unknown kl reduction": Wrong(
         lambda: fv.gaussian_kl(FLAT, FLAT, reduction="mean"),
         ValueError,
-        "fastvae.gaussian_kl: `reduction` must be one of 'event', 'none', got 'mean'",
+        "fastvae.gaussian_kl: `reduction` must be one of 'event', 'channel', 'none', got 'mean'",
     ),
     "unknown backend": Wrong(
         lambda: fastvae.set_backend("cuda"),
@@ -144,6 +144,7 @@ def test_ops_with_wrong_input_raise() -> None:
     """Direct calls of the native ops, without the Python checks, still refuse inputs that would be read out of
     bounds."""
     ops = torch.ops.fastvae
+    form = "logvar", [], None
     for wrong in (
         lambda: ops.nll("bernoulli", [FLAT], FLAT[:3], [], None, None, 0),
         lambda: ops.nll("bernoulli", [FLAT, FLAT], FLAT, [], None, None, 0),
@@ -151,11 +152,16 @@ def test_ops_with_wrong_input_raise() -> None:
         lambda: ops.nll("bernoulli", [FLAT], FLAT, [], ROWS[:2], None, 0),
         lambda: ops.nll("bernoulli", [FLAT], FLAT, [], None, None, 3),
         lambda: ops.nll("no such", [FLAT], FLAT, [], None, None, 0),
-        lambda: ops.gaussian_kl(FLAT, FLAT[:2], None, None, False),
-        lambda: ops.gaussian_kl(FLAT, FLAT, FLAT, None, False),
-        lambda: ops.reparameterize_kl(FLAT, FLAT, None, None, 0, None, 0, None, None),
-        lambda: ops.reparameterize_kl(FLAT, FLAT, None, None, None, SEED[:1], 0, None, None),
-        lambda: ops.reparameterize_kl(FLAT, FLAT, None, None, None, None, 0, FLAT[:2], None),
+        lambda: ops.gaussian_kl(FLAT, FLAT[:2], None, None, *form, False),
+        lambda: ops.gaussian_kl(FLAT, FLAT, FLAT, None, *form, False),
+        lambda: ops.gaussian_kl(FLAT[:, :5], None, None, None, *form, False),
+        lambda: ops.gaussian_kl(FLAT, None, FLAT[:, :6], None, *form, False),
+        lambda: ops.gaussian_kl(FLAT, FLAT, None, None, "no such", [], None, False),
+        lambda: ops.gaussian_kl(FLAT, FLAT, None, None, "softplus", [], None, False),
+        lambda: ops.gaussian_kl(FLAT, FLAT, None, None, "logvar", [], 0.5, False),
+        lambda: ops.reparameterize_kl(FLAT, FLAT, None, None, *form, False, 0, None, 0, None, None),
+        lambda: ops.reparameterize_kl(FLAT, FLAT, None, None, *form, False, None, SEED[:1], 0, None, None),
+        lambda: ops.reparameterize_kl(FLAT, FLAT, None, None, *form, False, None, None, 0, FLAT[:2], None),
     ):
         with pytest.raises(ValueError, match="fastvae"):
             wrong()

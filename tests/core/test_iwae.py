@@ -261,7 +261,7 @@ WRONG = {
         "the posterior or its draws",
     ),
     "half": (
-        lambda: fastvae.IWAE("bernoulli", 5)(nn.Identity(), X, MU_2),
+        lambda: fastvae.IWAE("bernoulli", 5)(nn.Identity(), X, logvar=MU_2),
         TypeError,
         "the posterior or its draws",
     ),

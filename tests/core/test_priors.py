@@ -154,6 +154,30 @@ def test_elbo_with_a_prior_equals_the_formula(backend: str, name: str, samples: 
     assert mu.grad is not None
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", ["log_std", "softplus"])
+def test_posterior_of_another_form_and_a_packed_head_give_the_kl_of_the_log_variance(
+    backend: str, name: str, form: str
+) -> None:
+    prior = priors()[name]
+    head, eps = torch.randn(6, 2 * D), torch.randn(6, D)
+    mu, v = head.chunk(2, 1)
+    std = torch.exp(v) if form == "log_std" else torch.nn.functional.softplus(v) + 1e-4
+    z, kl = prior.reparameterize_kl(head, form=form, eps=eps)
+    other_z, other_kl = prior.reparameterize_kl(mu, 2 * torch.log(std), eps=eps)
+    torch.testing.assert_close(z, other_z, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kl, other_kl, rtol=1e-4, atol=1e-4)
+
+
+def test_elbo_that_averages_over_draws_with_a_prior_equals_the_formula(backend: str) -> None:
+    elbo = fastvae.ELBO("bernoulli", prior=mixture(), samples=3)
+    mu, logvar = torch.randn(2, 6, D)
+    z, kl = elbo.reparameterize(mu, logvar)
+    assert (z.shape, kl.shape) == ((3, 6, D), (6,))
+    out = elbo(torch.zeros(18, X), torch.rand(6, X), kl=kl)
+    torch.testing.assert_close(out.loss, (X * math.log(2) + kl).mean())
+
+
 def test_default_elbo_has_no_prior_and_the_same_kl_as_the_standard_normal() -> None:
     mu, logvar = torch.randn(2, 4, D)
     seed = torch.tensor([1, 0])
@@ -310,7 +334,7 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "two priors": (
         lambda: fastvae.ELBO("bernoulli", prior=mixture()).reparameterize(Z, Z, Z, Z),
         ValueError,
-        "ELBO: `prior_mu` and the ELBO's `prior` exclude each other, got both",
+        "ELBO: `prior_mu`, `prior_logvar` and `balance` exclude the ELBO's `prior`, got both",
     ),
 }
 

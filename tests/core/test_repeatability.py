@@ -62,6 +62,21 @@ def test_z_has_the_same_bits_at_any_thread_count(
     on_threads(run)
 
 
+@pytest.mark.parametrize("shape", SIZES, ids=cases.ids)
+def test_log_probs_have_the_same_bits_at_any_thread_count(
+    native: None, threads: None, shape: tuple[int, ...]
+) -> None:
+    leaves = [torch.randn(shape).requires_grad_() for _ in range(2)]
+
+    def run() -> list[Tensor]:
+        outputs = functional.sample_log_probs(
+            *leaves, samples=3, form="softplus", stl=True, seed=torch.tensor([1, 2])
+        )
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [t.detach() for t in outputs])]
+
+    on_threads(run)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_loss_has_the_same_bits_at_any_thread_count(native: None, threads: None, reduction: str) -> None:
     elbo = fastvae.ELBO("bernoulli", reduction=reduction)

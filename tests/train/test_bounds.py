@@ -76,13 +76,17 @@ def test_bound_with_more_samples_approaches_likelihood_from_below(native):
     assert kl > 0.3
 
 
-def test_bound_agrees_with_log_mean_exp_in_float64(native):
+@pytest.mark.parametrize("draws", [1, 3, 7, 10])
+def test_bound_agrees_with_log_mean_exp_in_float64(native, draws):
     """The expected value is log-mean-exp over all draws at once, with torch.distributions in float64."""
     torch.manual_seed(0)
     encoder, decoder = nn.Linear(10, 8), nn.Linear(4, 10)
     model = VAE(encoder, decoder, fastvae.ELBO("bernoulli"), latents=4, dimensions=10)
     x = torch.rand(6, 10).round()
-    found, mu = bounds.estimate_bounds(model, x, 7, seed=5, first_row=3)
+    advanced = []
+    found, mu = bounds.estimate_bounds(model, x, 7, seed=5, first_row=3, draws=draws, advance=advanced.append)
+    assert sum(advanced) == 7
+    assert max(advanced) == min(draws, 7)
     normal = torch.distributions.Normal
     with torch.no_grad():
         mean, logvar = encoder(x).double().chunk(2, dim=1)
@@ -102,12 +106,31 @@ def test_bound_agrees_with_log_mean_exp_in_float64(native):
 
 def test_bound_is_independent_of_batch_size(native):
     model, x, _ = linear_gaussian(orthogonal=False)
-    whole, _ = bounds.estimate_bounds(model, x, 5)
+    whole, _ = bounds.estimate_bounds(model, x, 5, draws=2)
     parts = [
         bounds.estimate_bounds(model, part, 5, first_row=90 * i)[0] for i, part in enumerate(x.split(90))
     ]
     for value, pieces in zip(whole, zip(*parts, strict=True), strict=True):
         torch.testing.assert_close(value, torch.cat(pieces), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("draws", [4, 30])
+def test_bound_equals_a_loop_over_single_draws(native, draws):
+    """The noise of draw k is that of a single draw with the offset 4 k."""
+    model, x, _ = linear_gaussian(orthogonal=False)
+    found, _ = bounds.estimate_bounds(model, x, 30, seed=2, draws=draws)
+    with torch.no_grad():
+        mu, logvar = model.encode(x)
+        log_weights, nlls = [], []
+        for k in range(30):
+            z, _ = fastvae.functional.reparameterize_kl(mu, logvar, seed=torch.tensor([2, 4 * k]))
+            nlls.append(model.nll(z, x).double())
+            mean, variance = mu.double(), logvar.double().exp()
+            log_ratio = ((z.double() - mean) ** 2 / variance + variance.log() - z.double() ** 2).sum(1) / 2
+            log_weights.append(log_ratio - nlls[-1])
+    expected = math.log(30) - torch.stack(log_weights).logsumexp(0)
+    torch.testing.assert_close(found.nll, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.reconstruction, torch.stack(nlls).mean(0), rtol=1e-6, atol=0)
 
 
 def test_bound_with_extreme_weights_is_finite(native):

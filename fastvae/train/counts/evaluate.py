@@ -18,7 +18,7 @@ from .run import CellRun
 
 __all__ = ["CellEvaluation", "evaluate"]
 
-_BATCH = 500
+_ROWS = 500  # the largest number of cells to decode at a time
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,8 @@ def evaluate(
         return Batch(*(part.to(run.device) for part in make_batch(run.cells, indices)))
 
     parts, means = [], []
-    batches = val.split(_BATCH)
     for _, _, part, mu in estimate_in_batches(
-        run.model, batches, prepare, _BATCH, samples, seed, console, "evaluating"
+        run.model, val.split, prepare, _ROWS, samples, seed, console, "evaluating"
     ):
         parts.append(torch.stack(part).cpu())
         means.append(mu.double().cpu())

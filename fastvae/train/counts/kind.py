@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import fastvae
 from fastvae.train import files, messages
 from fastvae.train.errors import InputError
 from fastvae.train.kind import Kind
@@ -85,7 +84,7 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
 
         encoder, decoder = settings.networks(form.genes, len(form.batches))
         likelihood = settings.make_likelihood(form.genes)
-        elbo = fastvae.ELBO(likelihood, beta=settings.beta, free_bits=settings.free_bits)
+        elbo = settings.make_elbo(likelihood)
         return CellVAE(encoder, decoder, elbo, **settings.module_options())
 
     def init_from_data(self, model: "CellVAE", settings: Counts, data: Cells) -> None:

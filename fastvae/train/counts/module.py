@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastvae
 from fastvae.likelihoods import Poisson
 from fastvae.train.module import VAE
 
@@ -23,17 +22,16 @@ class CellVAE(VAE):
     unit = "cell"
     has_dropout = True
 
-    def decode(self, z: Tensor, x: Batch) -> Any:  # type: ignore[override]
+    def params(self, z: Tensor, x: Batch) -> Any:
         """Return the likelihood's parameters: (logits, library, ...), or the log-rates for the Poisson."""
-        logits, *other_params = self.decoder(z, x.batch)
+        draws = len(z) // len(x.batch)
+        batch, library = (
+            (x.batch, x.library) if draws == 1 else (x.batch.repeat(draws), x.library.repeat(draws, 1))
+        )
+        logits, *other_params = self.decoder(z, batch)
         if isinstance(self.elbo.likelihood, Poisson):
-            return torch.log_softmax(logits.float(), 1) + torch.log(x.library)
-        return (logits, x.library, *other_params)
+            return torch.log_softmax(logits.float(), 1) + torch.log(library)
+        return (logits, library, *other_params)
 
-    def nll(self, z: Tensor, x: Batch) -> Tensor:
-        return self.likelihood.nll(self.decode(z, x), x.counts)
-
-    def forward(self, x: Batch, seed: Tensor, row_offset: int) -> tuple[fastvae.ELBOOutput, Tensor, Tensor]:
-        mu, logvar = self.encode(x)
-        z, kl = self.elbo.reparameterize(mu, logvar, seed=seed, row_offset=row_offset)
-        return self.elbo(self.decode(z, x), x.counts, kl=kl), mu, logvar
+    def target(self, x: Batch) -> Tensor:
+        return x.counts

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastvae import likelihoods
 from fastvae.likelihoods import Likelihood
+from fastvae.train.networks import initialize, make_activation
 from fastvae.train.settings import option
 
 from .cells import Batch
@@ -41,6 +42,15 @@ class Counts(CountsSettings):
     latent: int = option(10, "Number of latent dimensions.", "Model", at_least=1)
     hidden: int = option(128, "Units per hidden layer.", "Model", at_least=1)
     layers: int = option(1, "Hidden layers in the encoder and in the decoder.", "Model", at_least=1)
+    activation: Literal["relu", "tanh", "elu", "silu", "gelu", "softplus"] = option(
+        "relu", "Activation of the hidden layers: relu, tanh, elu, silu, gelu or softplus.", "Model"
+    )
+    init: Literal["default", "xavier", "kaiming"] = option(
+        "default",
+        "Initial weights: default (torch's), xavier (Glorot and Bengio 2010, uniform) or kaiming (He et al. 2015, "
+        "normal). With the last two, biases start at 0.",
+        "Model",
+    )
     dropout: float = option(0.1, "Dropout rate of the encoder.", "Model", at_least=0, below=1)
 
     epochs: int = option(100, "Number of passes over the data.", "Training", at_least=1)
@@ -51,10 +61,13 @@ class Counts(CountsSettings):
     warmup_epochs: float = option(20.0, "Length of the warm-up in epochs.", "Objective", above=0)
 
     def networks(self, genes: int, batches: int) -> tuple["Encoder", "Decoder"]:
-        shared = (genes, batches, self.latent, [self.hidden] * self.layers)
+        shared = (genes, batches, self.latent, [self.hidden] * self.layers, self.activation)
         heads = 1 + (self.likelihood == "zinb")
         heads += self.likelihood != "poisson" and self.dispersion == "gene-cell"
-        return Encoder(*shared, self.dropout), Decoder(*shared, heads)
+        encoder, decoder = Encoder(*shared, self.dropout), Decoder(*shared, heads)
+        for network in (encoder, decoder):
+            initialize(network, self.init)
+        return encoder, decoder
 
     def make_likelihood(self, genes: int) -> Likelihood:
         if self.likelihood == "poisson":
@@ -70,10 +83,12 @@ class Counts(CountsSettings):
 class Encoder(nn.Module):
     """Maps a batch of cells to (B, 2 latent), the posterior's mu and logvar."""
 
-    def __init__(self, genes: int, batches: int, latent: int, hidden: list[int], dropout: float) -> None:
+    def __init__(
+        self, genes: int, batches: int, latent: int, hidden: list[int], activation: str, dropout: float
+    ) -> None:
         super().__init__()
         self.batches = batches
-        self.layers = _layers(genes + _width(batches), hidden, dropout)
+        self.layers = _layers(genes + _width(batches), hidden, activation, dropout)
         self.posterior = nn.Linear(hidden[-1], 2 * latent)
 
     def forward(self, cells: Batch) -> Tensor:
@@ -84,10 +99,12 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Maps z (B, latent) and the batches (B,) to (B, G) each: the genes' logits and other parameters."""
 
-    def __init__(self, genes: int, batches: int, latent: int, hidden: list[int], heads: int) -> None:
+    def __init__(
+        self, genes: int, batches: int, latent: int, hidden: list[int], activation: str, heads: int
+    ) -> None:
         super().__init__()
         self.batches = batches
-        self.layers = _layers(latent + _width(batches), hidden, 0.0)
+        self.layers = _layers(latent + _width(batches), hidden, activation, 0.0)
         self.heads = nn.ModuleList([nn.Linear(hidden[-1], genes) for _ in range(heads)])
 
     def forward(self, z: Tensor, batch: Tensor) -> tuple[Tensor, ...]:
@@ -95,11 +112,16 @@ class Decoder(nn.Module):
         return tuple(head(h) for head in self.heads)
 
 
-def _layers(inputs: int, hidden: list[int], dropout: float) -> nn.Sequential:
+def _layers(inputs: int, hidden: list[int], activation: str, dropout: float) -> nn.Sequential:
     # LayerNorm, unlike BatchNorm, does not mix cells, so several processes give the same result.
     layers: list[nn.Module] = []
     for before, after in zip([inputs, *hidden[:-1]], hidden, strict=True):
-        layers += [nn.Linear(before, after), nn.LayerNorm(after), nn.ReLU(), nn.Dropout(dropout)]
+        layers += [
+            nn.Linear(before, after),
+            nn.LayerNorm(after),
+            make_activation(activation),
+            nn.Dropout(dropout),
+        ]
     return nn.Sequential(*layers)
 
 

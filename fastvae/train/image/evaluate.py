@@ -135,13 +135,14 @@ def estimate_in_batches(
 
     `seed` seeds all draws. A progress bar on `console` has the description `what`.
     """
-    draws, size = seeded_generator(seed), val_batch_size(settings, images.shape[1:])
-    batches = images.split(size)
+    draws, rows = seeded_generator(seed), val_batch_size(settings, images.shape[1:])
 
     def prepare_batch(batch: Tensor) -> Tensor:
         return prepare(batch, settings, draws).to(run.device)
 
-    return bounds.estimate_in_batches(run.model, batches, prepare_batch, size, samples, seed, console, what)
+    return bounds.estimate_in_batches(
+        run.model, images.split, prepare_batch, rows, samples, seed, console, what
+    )
 
 
 def evaluate(

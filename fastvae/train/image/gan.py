@@ -103,12 +103,15 @@ class AdversarialVAE(ImageVAE):
         scales = [*self.elbo.parameters(), *self.pixels.parameters()]
         groups = (
             [self.param_group(self.encoder.parameters())],
-            [self.param_group(self.decoder.parameters()), self.param_group(scales, times=10)],
+            [
+                self.param_group(self.decoder.parameters()),
+                self.param_group(scales, times=10, weight_decay=0.0),
+            ],
             # The discriminator has to learn faster (Heusel et al. 2017).
             [self.param_group(self.discriminator.parameters(), times=2)],
         )
         # The discriminator changes the loss at every step, so a long memory is of little use.
-        return [torch.optim.Adam(group, lr=self.lr, betas=(0.5, 0.99), fused=True) for group in groups]
+        return [self.adam(group, betas=(0.5, 0.99), fused=True) for group in groups]
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
@@ -118,7 +121,7 @@ class AdversarialVAE(ImageVAE):
 
     def training_step(self, batch: tuple[Any, int], batch_idx: int) -> None:  # type: ignore[override]
         x, first_row = batch
-        self.set_kl_weight(batch_idx)
+        self.set_schedules(batch_idx)
         noise, self.noise = self.noise, self.noise + self.noise_step
         mu, logvar = self.encode(x)
         z, kl = self.elbo.reparameterize(mu, logvar, seed=noise, row_offset=first_row)

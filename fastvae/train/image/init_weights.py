@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastvae.train import processes, registry
 from fastvae.train.checkpoints import open_checkpoint
@@ -20,16 +20,32 @@ __all__ = ["init_from_data", "init_from_run", "last_layer"]
 
 @torch.no_grad()
 def init_from_data(model: ImageVAE, settings: ImageSettings, images: Images) -> None:
-    """Initialise a Gaussian likelihood with the mean and the variance of the images."""
+    """Initialise a Gaussian likelihood with the mean and the variance of the images.
+
+    For a Bernoulli, if the settings say so, initialise the output bias with the logits of the mean binary image.
+    """
+    _, last = last_layer(model)
+
+    def per_bias(mean: Tensor) -> Tensor:
+        # The mean image, or the mean colour if the last layer is a convolution.
+        return mean if isinstance(last, nn.Linear) else mean.mean((1, 2), keepdim=True)
+
+    def set_bias(start: Tensor) -> None:
+        if last.bias is not None and last.bias.numel() % start.numel() == 0:
+            last.bias.copy_(start.flatten().repeat_interleave(last.bias.numel() // start.numel()))
+
+    if settings.bias_at_mean:
+        is_drawn = settings.binarize == "dynamic"
+        train = images.train if is_drawn else images.train >= 128
+        mean = train.sum(0, dtype=torch.int64).permute(2, 0, 1) / (len(train) * (255 if is_drawn else 1))
+        # Some pixels are black in all images; their logit would be infinite.
+        set_bias(torch.logit(per_bias(mean).clamp(0.001, 0.999)))
     if settings.likelihood == "gaussian":
-        # The decoder starts with the mean image, or with the mean colour if its last layer is a convolution, and the
-        # scale with the remaining variance. If the scale started at 1, far above that of any image, the reconstruction
-        # would count so little that the posterior collapses before the scale has adapted.
+        # The decoder starts with the mean, and the scale with the remaining variance. If the scale started at 1, far
+        # above that of any image, the reconstruction would count so little that the posterior collapses before the
+        # scale has adapted.
         pixels = images.train[:1000].permute(0, 3, 1, 2).add(0.5).div(256)
-        mean = pixels.mean(0)
-        _, last = last_layer(model)
-        if not isinstance(last, nn.Linear):
-            mean = mean.mean((1, 2), keepdim=True)
+        mean = per_bias(pixels.mean(0))
         variance = (pixels - mean).square().mean() + 1 / (12 * 256**2)
         start = mean.flatten()
         if settings.variance != "fixed":
@@ -38,8 +54,7 @@ def init_from_data(model: ImageVAE, settings: ImageSettings, images: Images) -> 
                 start = torch.cat((start, logvar.expand_as(start)))
             else:
                 model.likelihood.logvar.fill_(logvar)
-        if last.bias is not None and last.bias.numel() % start.numel() == 0:
-            last.bias.copy_(start.repeat_interleave(last.bias.numel() // start.numel()))
+        set_bias(start)
         model.init_from_images(pixels)
 
 

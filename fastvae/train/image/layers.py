@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvae.train import networks
 from fastvae.train.errors import InputError
 
 __all__ = [
@@ -50,11 +51,11 @@ def upsampling_layer(before: int, after: int, side: Side) -> nn.Module:
     return nn.ConvTranspose2d(before, after, 4, 2, padding=(1 + odd[0], 1 + odd[1]), output_padding=odd)
 
 
-def dense(*sizes: int) -> list[nn.Module]:
-    """Return linear layers with a ReLU between them."""
+def dense(*sizes: int, activation: str = "relu") -> list[nn.Module]:
+    """Return linear layers with an activation between them."""
     layers: list[nn.Module] = []
     for before, after in pairwise(sizes):
-        layers += [nn.Linear(before, after), nn.ReLU()]
+        layers += [nn.Linear(before, after), networks.make_activation(activation)]
     return layers[:-1]
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-import fastvae
 from fastvae import likelihoods
 from fastvae.train.errors import InputError
 from fastvae.train.settings import Settings, option
@@ -84,6 +83,11 @@ class ImageSettings(Settings):
         "Run or checkpoint to initialise from. Weights are copied wherever their names and shapes agree.",
         "Training",
     )
+    bias_at_mean: bool = option(
+        False,
+        "Start the decoder's output bias at the mean of the binary images, as always for a Gaussian.",
+        "Training",
+    )
     binarize: Literal["threshold", "dynamic"] = option(
         "threshold",
         "Binarisation for the Bernoulli likelihood: threshold (at half of the range) or dynamic (drawn anew in every "
@@ -105,6 +109,7 @@ class ImageSettings(Settings):
         gaussian = self.likelihood == "gaussian"
         needs = {
             "binarize": ("--likelihood bernoulli", self.likelihood == "bernoulli"),
+            "bias_at_mean": ("--likelihood bernoulli", self.likelihood == "bernoulli"),
             "components": ("--likelihood dmol", self.likelihood == "dmol"),
             "variance": ("--likelihood gaussian", gaussian),
             "sigma": ("--variance fixed", self.variance == "fixed"),
@@ -128,8 +133,7 @@ class ImageSettings(Settings):
         from .module import ImageVAE
 
         encoder, decoder = self.build(shape)
-        elbo = fastvae.ELBO(self.make_likelihood(), beta=self.beta, free_bits=self.free_bits)
-        return ImageVAE(encoder, decoder, elbo, **options)
+        return ImageVAE(encoder, decoder, self.make_elbo(self.make_likelihood()), **options)
 
     @property
     def models_bytes(self) -> bool:

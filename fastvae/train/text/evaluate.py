@@ -98,16 +98,15 @@ def evaluate(
     vocabulary, model = run.vocabulary, run.model
     val = sentences.token_table(vocabulary.encode(run.corpus.val[:limit]))
     train = sentences.token_table(vocabulary.encode(run.corpus.train))
-    size = run.settings.batch_size
 
     def prepare(indices: Tensor) -> sentences.Batch:
         batch = sentences.make_batch(sentences.TokenTable(val.tokens[indices], val.lengths[indices]))
         return sentences.Batch(*(part.to(run.device) for part in batch))
 
     parts, posteriors = [], []
-    batches = val.lengths.argsort(stable=True).split(size)
+    order = val.lengths.argsort(stable=True)
     for _, x, part, _ in estimate_in_batches(
-        model, batches, prepare, size, samples, seed, console, "evaluating"
+        model, order.split, prepare, run.settings.batch_size, samples, seed, console, "evaluating"
     ):
         parts.append(torch.stack(part).cpu())
         posteriors.append(torch.stack(model.encode(x)).cpu())

@@ -66,7 +66,7 @@ class TextKind(Kind[Text, Vocabulary, Corpus, TextRun]):
 
         encoder, decoder = settings.networks(len(form))
         likelihood = fastvae.likelihoods.Categorical(ignore_index=sentences.PAD)
-        elbo = fastvae.ELBO(likelihood, beta=settings.beta, free_bits=settings.free_bits)
+        elbo = settings.make_elbo(likelihood)
         return TextVAE(encoder, decoder, elbo, **settings.module_options())
 
     def examples_callback(self, data: Corpus, form: Vocabulary, settings: Text, folder: Path) -> "Callback":

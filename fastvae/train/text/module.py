@@ -38,17 +38,13 @@ class TextVAE(VAE):
         super().__init__(*args, **kwargs)
         self.tokens = {"train": train_tokens, "val": val_tokens}
 
-    def decode(self, z: Tensor, before: Tensor) -> Tensor:  # type: ignore[override]
-        """Return the logits (B, T + 1, V) of the token after each of `before` (B, T + 1)."""
-        return self.decoder(z, before)
+    def params(self, z: Tensor, x: Batch) -> Tensor:
+        """Return the logits (K * B, T + 1, V) of the token after each of `x.before`."""
+        draws = len(z) // len(x.before)
+        return self.decoder(z, x.before if draws == 1 else x.before.repeat(draws, 1))
 
-    def nll(self, z: Tensor, x: Batch) -> Tensor:
-        return self.likelihood.nll(self.decode(z, x.before), x.after)
-
-    def forward(self, x: Batch, seed: Tensor, row_offset: int) -> tuple[fastvae.ELBOOutput, Tensor, Tensor]:
-        mu, logvar = self.encode(x)
-        z, kl = self.elbo.reparameterize(mu, logvar, seed=seed, row_offset=row_offset)
-        return self.elbo(self.decode(z, x.before), x.after, kl=kl), mu, logvar
+    def target(self, x: Batch) -> Tensor:
+        return x.after
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()

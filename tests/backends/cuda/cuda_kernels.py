@@ -93,6 +93,18 @@ class Operand(Structure):
     )
 
 
+class Weights(Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("type", c_int8),
+        ("row_stride", c_int64),
+        ("levels", c_int),
+        ("sizes", c_int64 * 4),
+        ("strides", c_int64 * 4),
+        ("inverses", c_uint64 * 4),
+    )
+
+
 class Numbers(Structure):
     _fields_ = (("data", c_void_p), ("type", c_int8), ("stride", c_int64))
 
@@ -126,6 +138,7 @@ class NllArgs(Structure):
         ("params", Operand * 3),
         ("target", Operand),
         ("target_rows", c_int64),
+        ("weights", Weights),
         ("constants", c_double * 5),
         ("normaliser", c_double),
         ("scalar", Numbers),
@@ -188,7 +201,35 @@ class NoiseSource(Structure):
     )
 
 
+class ScaleForm(Structure):
+    _fields_ = (("kind", c_int8), ("constants", c_double * 3), ("soft", c_double))
+
+    KINDS = ("logvar", "clamped", "bounded", "log_std", "shifted_log_std", "softplus", "shifted_variance")
+
+
+def scale_form(name: str, constants: Sequence[float]) -> ScaleForm:
+    """As csrc/ops/latents.cpp makes it."""
+    first, second = (*constants, 0.0, 0.0)[:2]
+    kind, numbers, soft = name, (first, second, 0.0), 0.0
+    if name == "logvar_clamp":
+        kind = "clamped"
+    elif name == "logvar_bounds":
+        half = (second - first) / 2
+        kind, numbers = "bounded", (first + half, half, 1 / half)
+    elif name == "log_std":
+        soft = first
+        kind, numbers = (
+            ("shifted_log_std", (math.log(second), 0.0, 0.0)) if second else (name, (0.0, 0.0, 0.0))
+        )
+    elif name == "variance":
+        kind, numbers = (
+            ("shifted_variance", (math.log(first), 0.0, 0.0)) if first else ("logvar", (0.0, 0.0, 0.0))
+        )
+    return ScaleForm(kind=ScaleForm.KINDS.index(kind), constants=(c_double * 3)(*numbers), soft=soft)
+
+
 _LATENTS = (
+    ("form", ScaleForm),
     ("rows", c_int64),
     ("size", c_int64),
     ("draws", c_int64),
@@ -221,6 +262,8 @@ class SampleGradArgs(Structure):
         ("grad_z_draw_stride", c_int64),
         ("grad_kl", Numbers),
         ("element_grad_kl", Operand),
+        ("posterior_weight", c_double),
+        ("prior_weight", c_double),
         ("grad_mu", Operand),
         ("grad_logvar", Operand),
         ("grad_prior_mu", Operand),
@@ -250,6 +293,19 @@ def operand(tensor: Tensor | None, counts: Mapping[torch.dtype, int] = MappingPr
         return Operand()
     kind = counts[tensor.dtype] if tensor.dtype in counts else DTYPES.index(tensor.dtype)
     return Operand(pointer(tensor), kind, tensor.stride(0), event_size(tensor), 0)
+
+
+def weights_of(weight: Tensor | None, sizes: Sequence[int]) -> Weights:
+    """A level for each dimension, although csrc/ops joins those that it can. The elements are in contiguous order."""
+    if weight is None:
+        return Weights()
+    kind = DTYPES.index(weight.dtype) if weight.dtype != torch.uint8 else COUNTS[torch.uint8]
+    strides = [weight.stride(i) if weight.shape[i] > 1 else 0 for i in range(weight.dim())]
+    view = Weights(pointer(weight), kind, strides[0], max(1, weight.dim() - 1))
+    view.sizes[: len(sizes) - 1] = list(reversed(sizes[1:]))
+    view.inverses[: len(sizes) - 1] = [(2**63 - 1) // max(1, size) + 1 for size in reversed(sizes[1:])]
+    view.strides[: len(sizes) - 1] = list(reversed(strides[1:]))
+    return view
 
 
 def numbers(tensor: Tensor | None) -> Numbers:
@@ -413,8 +469,10 @@ class Kernels:
         beta: Tensor | None = None,
         reduction: int = 2,
         needs: int = 0,
+        weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
         args, gradients = self._nll_args(likelihood, params, target, constants, needs)
+        args.weights = weights_of(weight, target.shape)
         rows, dtype = params[0].shape[0], row_dtype(params[0])
         nll = poisoned((rows,), dtype)
         loss_dtype = torch.float64 if kl is not None and kl.dtype == torch.float64 else dtype
@@ -578,8 +636,9 @@ class Kernels:
         noise: NoiseSource | None = None,
         eps: Tensor | None = None,
         samples: int | None = None,
+        form: tuple[str, Sequence[float]] = ("logvar", ()),
     ) -> tuple[Tensor, Tensor, Tensor]:
-        args = SampleArgs()
+        args = SampleArgs(form=scale_form(*form))
         self._latents(args, mu, logvar, prior, noise, eps, samples)
         z = poisoned(mu.shape if samples is None else (samples, *mu.shape), mu.dtype)
         kl, used = poisoned((mu.shape[0],), row_dtype(mu)), torch.full((2,), -1)
@@ -589,9 +648,15 @@ class Kernels:
         return z, kl, used
 
     def kl(
-        self, mu: Tensor, logvar: Tensor, prior: Sequence[Tensor] | None = None, *, per_element: bool = False
+        self,
+        mu: Tensor,
+        logvar: Tensor,
+        prior: Sequence[Tensor] | None = None,
+        *,
+        per_element: bool = False,
+        form: tuple[str, Sequence[float]] = ("logvar", ()),
     ) -> Tensor:
-        args = SampleArgs()
+        args = SampleArgs(form=scale_form(*form))
         self._latents(args, mu, logvar, prior, None, None, 0)
         kl = poisoned(mu.shape if per_element else (mu.shape[0],), row_dtype(mu))
         if per_element:
@@ -613,9 +678,11 @@ class Kernels:
         eps: Tensor | None = None,
         samples: int | None = None,
         per_element: bool = False,
+        form: tuple[str, Sequence[float]] = ("logvar", ()),
+        weights: tuple[float, float] = (1.0, 1.0),
     ) -> list[Tensor]:
         """The gradients of mu, logvar, the prior and eps, as far as they exist."""
-        args = SampleGradArgs()
+        args = SampleGradArgs(form=scale_form(*form), posterior_weight=weights[0], prior_weight=weights[1])
         self._latents(args, mu, logvar, prior, noise, eps, samples)
         args.grad_z, args.grad_z_draw_stride = self._draws(grad_z, samples)
         if per_element:

@@ -71,7 +71,7 @@ def check_fakes() -> int:
                 expect(kl, (6,), rows)
                 seed = torch.empty(2, dtype=torch.int64, device="cuda")
                 for gradient in ops.reparameterize_kl_backward(
-                    z, kl, mu, logvar, None, None, samples, seed, 0, None, 3
+                    z, kl, mu, logvar, None, None, "logvar", [], None, samples, seed, 0, None, 3
                 ):
                     expect(gradient, (6, 20), dtype)
             expect(fastvae.functional.gaussian_kl(mu, logvar), (6,), rows)

@@ -34,9 +34,12 @@ from test_triton import (
     test_discretized_nll_equals_the_formula,
     test_elbo_objectives_equal_the_formula,
     test_errors_have_the_same_messages_as_native,
+    test_forms_of_the_scale_at_their_ends_equal_the_formula,
+    test_forms_of_the_scale_equal_the_formula,
     test_gaussian_kl_near_collapse_is_accurate,
     test_graph_replays_draw_fresh_noise,
     test_kl_on_the_grid_of_extremes_equals_the_limits,
+    test_log_probs_equal_the_formula,
     test_manual_seed_and_generator_determine_the_noise,
     test_mixture_nll_of_large_logits_is_accurate,
     test_nan_affects_only_its_row,
@@ -57,6 +60,8 @@ from test_triton import (
     test_training_step_does_not_synchronise,
     test_training_step_peak_memory_is_one_gradient,
     test_values_and_gradients_equal_the_formula,
+    test_weighted_elements_equal_the_formula,
+    test_weighted_families_equal_the_formula,
 )
 from torch import Tensor
 
@@ -88,12 +93,15 @@ SHARED = (
     test_nll_of_extremes_is_finite,
     test_nll_on_the_grid_of_extremes_equals_the_limits,
     test_kl_on_the_grid_of_extremes_equals_the_limits,
+    test_log_probs_equal_the_formula,
     test_graph_replays_draw_fresh_noise,
     test_mixture_nll_of_large_logits_is_accurate,
     test_nll_of_long_and_many_rows_equals_the_formula,
     test_reparameterize_kl_of_long_and_many_rows_equals_the_formula,
     test_nll_of_more_than_2_31_elements_is_correct,
     test_nan_affects_only_its_row,
+    test_forms_of_the_scale_at_their_ends_equal_the_formula,
+    test_forms_of_the_scale_equal_the_formula,
     test_gaussian_kl_near_collapse_is_accurate,
     test_training_step_does_not_synchronise,
     test_noise_equals_box_muller_by_hand,
@@ -111,6 +119,8 @@ SHARED = (
     test_noise_equals_that_of_the_cpu,
     test_backward_returns_the_saved_gradient,
     test_values_and_gradients_equal_the_formula,
+    test_weighted_elements_equal_the_formula,
+    test_weighted_families_equal_the_formula,
 )
 
 
@@ -176,7 +186,9 @@ def test_op_with_a_tensor_on_another_device_raises(device: torch.device) -> None
         with pytest.raises(ValueError, match=f"fastvae: `{name}` must be on cuda:0, got cpu"):
             torch.ops.fastvae.nll("bernoulli", [recon], x, [], kl, beta, 2)
     with pytest.raises(ValueError, match="`seed` must be on cuda:0, got cpu"):
-        torch.ops.fastvae.reparameterize_kl(recon, x, None, None, None, torch.tensor([1, 2]), 0, None, None)
+        torch.ops.fastvae.reparameterize_kl(
+            recon, x, None, None, "logvar", [], None, False, None, torch.tensor([1, 2]), 0, None, None
+        )
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -245,11 +257,13 @@ def test_elbo_not_moved_to_the_gpu_moves_beta_once(device: torch.device, likelih
 def test_plain_tensors_use_the_fast_path(device: torch.device) -> None:
     """Calls that do not fit go to the checks, which have messages for them."""
     _, (recon, mu, logvar), x = step_inputs()
-    assert choose.fast_path.reparameterize_kl(mu, logvar) is not None
-    assert choose.fast_path.nll("bernoulli", [recon], x, [], None, None, 0) is not None
-    assert choose.fast_path.nll("bernoulli", [recon], x.cpu(), [], None, None, 0) is None
+    assert choose.fast_path.reparameterize_kl(mu, logvar, "logvar", [], False) is not None
+    assert choose.fast_path.nll("bernoulli", [recon], x, [], None, None, 0, None) is not None
+    assert choose.fast_path.nll("bernoulli", [recon], x.cpu(), [], None, None, 0, None) is None
     assert (
-        choose.fast_path.nll("bernoulli", [recon], x, [], torch.ones(128, device=device), torch.ones(()), 2)
+        choose.fast_path.nll(
+            "bernoulli", [recon], x, [], torch.ones(128, device=device), torch.ones(()), 2, None
+        )
         is None
     )
     with pytest.raises(ValueError, match="`target` must be on the device of `logits`, cuda:0, got cpu"):

@@ -78,7 +78,7 @@ class Kernel(NamedTuple):
     @property
     def is_wide(self) -> bool:
         """Whether this is the variant that reads and writes 128 bits at a time."""
-        return not re.search(r"Any|, 1>$|, 4, false|mixture", self.name)
+        return not re.search(r"Any|, [01]>$|, 4, false|mixture|log_probs", self.name)
 
 
 def cuobjdump() -> str | None:
@@ -177,6 +177,10 @@ REGISTERS = (
     (r"sample_kernel", 64),
     (r"sample_grad_kernel<double", 255),
     (r"sample_grad_kernel", 128),
+    (r"log_probs_kernel<double", 255),
+    (r"log_probs_kernel", 80),
+    (r"log_probs_grad_kernel<double", 255),
+    (r"log_probs_grad_kernel", 128),
 )
 
 

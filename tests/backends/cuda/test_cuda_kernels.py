@@ -8,12 +8,15 @@ import math
 from collections.abc import Iterator
 
 import cuda_kernels
+import posterior_forms
 import pytest
 import test_categorical
 import test_discretized
 import test_extremes
+import test_posteriors
 import torch
 from cuda_kernels import DTYPES, THREADS, Kernels, NoiseSource, pointer, row_dtype
+from posterior_forms import FORMS
 from torch import Tensor
 
 from fastvae import reference
@@ -95,10 +98,11 @@ def expected(
     kl: Tensor | None = None,
     beta: Tensor | None = None,
     reduction: int = 2,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if target.is_floating_point():
         target = target.double()
-    return reference.nll(likelihood, params, target, constants, kl, beta, reduction)
+    return reference.nll(likelihood, params, target, constants, kl, beta, reduction, weight)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -125,6 +129,42 @@ def test_nll_equals_the_reference(kernels: Kernels, likelihood: str, size: int, 
     if scalar_rows is not None:
         assert leaves[1].grad is not None
         close(scalar_rows.double().mean(), leaves[1].grad, 10 * VALUE[dtype])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("likelihood", cuda_kernels.ELEMENTS)
+@pytest.mark.parametrize(("rows", "size", "processors"), [(3, 17, 1), (40, 5, 1), (2, 4099, 4)])
+def test_weighted_nll_equals_the_reference(
+    kernels: Kernels, likelihood: str, rows: int, size: int, processors: int, dtype: torch.dtype
+) -> None:
+    """Rows that share a block, and rows that several blocks share. Elements of weight 0 are NaN."""
+    kernels.processors = processors
+    params, constants = case(likelihood, rows, size, dtype)
+    target = data(rows, size, dtype)
+    if likelihood.startswith("poisson"):
+        target = (5 * target).round()
+    weight = torch.rand(rows, size) * (torch.rand(rows, size) > 0.3)
+    leaves = differentiable(*params)
+    _, want = expected(likelihood, leaves, target, constants, weight=weight)
+    want.sum().backward()
+    removed = weight == 0
+    given = [
+        p.masked_fill(removed if p.shape == weight.shape else torch.cat((removed, removed), 1), math.nan)
+        if p.dim() > 0
+        else p
+        for p in params
+    ]
+    loss, nll, gradients, scalar_rows = kernels.nll_forward(
+        likelihood, given, target.masked_fill(removed, math.nan), constants, None, None, 1, 3, weight
+    )
+    close(nll, want.detach(), 3 * VALUE[dtype], 1.0)
+    close(loss, want.detach().sum(), 3 * VALUE[dtype], 1.0)
+    for gradient, leaf in zip(gradients, leaves, strict=False):
+        assert leaf.grad is not None
+        close(gradient, leaf.grad, GRADIENT[dtype])
+    if scalar_rows is not None:
+        assert leaves[1].grad is not None
+        close(scalar_rows.double().sum(), leaves[1].grad, 10 * VALUE[dtype], 1.0)
 
 
 PAIRS = [(d, t) for d in FLOATS for t in DTYPES if t in (d, torch.float32, torch.uint8, torch.bool)]
@@ -817,6 +857,47 @@ def test_gaussian_kl_equals_the_reference(
     for gradient, leaf in zip(gradients, leaves, strict=True):
         assert leaf.grad is not None
         close(gradient, leaf.grad, GRADIENT[dtype], least=1.0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("size", [7, 64])
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_of_the_scale_equal_the_formula(
+    kernels: Kernels, name: str, prior: bool, size: int, dtype: torch.dtype
+) -> None:
+    shape, form = (3, size), FORMS[name]
+    q, p = posterior(shape, dtype, prior)
+    eps = torch.randn(shape).to(dtype)
+    z, kl, _ = kernels.sample(*q, p or None, eps=eps, form=form.kernel)
+    leaves = differentiable(*q, *p, eps)
+    balance, weights = (0.8, (0.2, 0.8)) if prior else (None, (1.0, 1.0))
+    full_z, full_kl = posterior_forms.formula(form, leaves[0], leaves[1], leaves[2:-1], leaves[-1], balance)
+    close(kl, full_kl.detach().sum(1), VALUE[dtype])
+    near = {torch.float32: 5e-6, torch.float64: 1e-13}.get(dtype, GRADIENT[dtype])
+    close(z, full_z.detach(), near, least=1.0)
+    close(kernels.kl(*q, p or None, per_element=True, form=form.kernel), full_kl.detach(), 1e-5, least=1.0)
+
+    grad_z, grad_kl = torch.randn(shape).to(dtype), torch.randn(3, dtype=row_dtype(z))
+    torch.autograd.backward((full_z, full_kl.sum(1)), (grad_z.double(), grad_kl.double()))
+    gradients = kernels.sample_grad(
+        grad_z, grad_kl, *q, p or None, eps=eps, form=form.kernel, weights=weights
+    )
+    for gradient, leaf in zip(gradients, leaves, strict=True):
+        assert leaf.grad is not None
+        close(gradient, leaf.grad, 2 * GRADIENT[dtype], least=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_of_the_scale_at_their_ends_equal_the_formula(
+    kernels: Kernels, name: str, dtype: torch.dtype
+) -> None:
+    def kl_and_gradient(mu: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        kl = kernels.kl(mu, v, form=FORMS[name].kernel)
+        return kl, kernels.sample_grad(None, torch.ones_like(kl), mu, v, form=FORMS[name].kernel)[1]
+
+    test_posteriors.check_ends(name, dtype, "cpu", kl_and_gradient)
 
 
 def test_gaussian_kl_near_collapse_is_accurate(kernels: Kernels) -> None:

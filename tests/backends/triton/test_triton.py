@@ -14,12 +14,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cases
+import posterior_forms
 import pytest
 import test_count_elements
 import test_counts
 import test_discretized
 import test_extremes as ends
+import test_log_probs
 import test_mixture
+import test_posteriors
+import test_weight
 import torch
 from cases import CASES, DTYPES, GRADIENT_TOLERANCE, VALUE_TOLERANCE, Case, Inputs, Result
 from conftest import INTERPRETED
@@ -34,6 +38,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastvae
 from fastvae import functional, reference
 from fastvae._spec import Variant
+from fastvae.backends import choose
 
 GPU = torch.cuda.is_available() and not INTERPRETED
 HERE = GPU or INTERPRETED
@@ -250,6 +255,40 @@ def test_nll_elements_of_counts_equal_the_formula(
     for name, gradient in zip(leaves, found, strict=True):
         assert gradient.dtype == dtype
         test_counts.close(gradient, slopes[name], rough)
+
+
+WEIGHTED = ("bernoulli", "gaussian_learned", "gaussian_head", "student_t_learned", "poisson_rate_per_element")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("weight", [torch.bool, torch.uint8, torch.float32, torch.float16], ids=cases.ids)
+@pytest.mark.parametrize("place", test_weight.PLACES)
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_weighted_elements_equal_the_formula(
+    device: torch.device, name: str, place: str, weight: torch.dtype, dtype: torch.dtype
+) -> None:
+    """NaN and inf where the weight is 0."""
+    case = cases.by_id[name]
+    inputs = move(cases.cast(case.inputs(test_weight.SHAPE), dtype), device)
+    values = test_weight.make_weight(test_weight.PLACES[place], weight).to(device)
+    test_weight.check_elements(case, inputs, values, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("weight", [torch.bool, torch.float32], ids=cases.ids)
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("name", test_weight.FAMILIES)
+def test_weighted_families_equal_the_formula(
+    device: torch.device, name: str, place: int, weight: torch.dtype, dtype: torch.dtype
+) -> None:
+    if name in test_weight.COUNTS and choose.setting == "native":
+        pytest.skip("there is no CUDA kernel of counts")
+    family = test_weight.FAMILIES[name]
+    inputs = move(
+        {key: x.to(dtype) if x.is_floating_point() else x for key, x in family.inputs().items()}, device
+    )
+    values = test_weight.make_weight(family.weights[place], weight).to(device)
+    test_weight.check_family(family, inputs, values, dtype)
 
 
 # Rows that many programs share, rows long enough to flush the product of 1 + e, and more rows than programs.
@@ -552,6 +591,49 @@ def test_reparameterize_kl_equals_the_formula(
     want = torch.autograd.grad((want_z, want_kl), exact, [w.double() for w in weights])
     for name, g, w in zip(names, got, want, strict=True):
         check_gradient(name, g, w, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("packed", [False, True], ids=["apart", "packed"])
+@pytest.mark.parametrize("prior", [False, True], ids=["standard", "prior"])
+@pytest.mark.parametrize("shape", [(3, 9), (2, 3, 5)], ids=cases.ids)
+@pytest.mark.parametrize("name", posterior_forms.FORMS)
+def test_forms_of_the_scale_equal_the_formula(
+    device: torch.device, name: str, shape: tuple[int, ...], prior: bool, packed: bool, dtype: torch.dtype
+) -> None:
+    tensors = test_posteriors.posterior(shape, dtype, prior, device)
+    balance = 0.8 if prior else None
+    test_posteriors.check_against_the_formula(name, tensors, packed=packed, balance=balance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=cases.ids)
+@pytest.mark.parametrize("name", posterior_forms.FORMS)
+def test_forms_of_the_scale_at_their_ends_equal_the_formula(
+    device: torch.device, name: str, dtype: torch.dtype
+) -> None:
+    test_posteriors.check_ends(name, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("given", [False, True], ids=["seed", "eps"])
+@pytest.mark.parametrize("packed", [False, True], ids=["apart", "packed"])
+@pytest.mark.parametrize("prior", [False, True], ids=["standard", "prior"])
+@pytest.mark.parametrize("stl", [False, True], ids=["full", "stl"])
+@pytest.mark.parametrize("shape", [(3, 9), (2, 3, 5), (2, 4100)], ids=cases.ids)
+@pytest.mark.parametrize("name", ["logvar", "softplus", "nvae"])
+def test_log_probs_equal_the_formula(
+    device: torch.device,
+    name: str,
+    shape: tuple[int, ...],
+    stl: bool,
+    prior: bool,
+    packed: bool,
+    given: bool,
+    dtype: torch.dtype,
+) -> None:
+    # In half precision, the gradients of a prior with a small scale would overflow.
+    tensors = [t * 0.4 for t in test_posteriors.posterior(shape, dtype, prior, device)]
+    test_log_probs.check_log_probs(name, tensors, packed=packed, stl=stl, given=given)
 
 
 @pytest.mark.parametrize("dtype", NOISE_TOLERANCE, ids=["float32", "float64"])

@@ -33,12 +33,13 @@ from fastvae._triton import (  # noqa: E402
     elements,
     elementwise,
     latents,
+    log_probs,
     mixture,
     tuning,
 )
 from fastvae._triton import loss as losses  # noqa: E402
 
-WITH_KERNELS = (elementwise, categorical, counts, discretized, elements, latents, losses, mixture)
+WITH_KERNELS = (elementwise, categorical, counts, discretized, elements, latents, log_probs, losses, mixture)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -160,38 +161,67 @@ def data(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(shape or (B, D), dtype=dtype)
 
 
-def loss(likelihood: str, params: list[torch.Tensor], target: torch.Tensor, needs: int = 1) -> object:
+def loss(
+    likelihood: str,
+    params: list[torch.Tensor],
+    target: torch.Tensor,
+    needs: int = 1,
+    weight: torch.Tensor | None = None,
+) -> object:
     constants = [x for constant in _spec.VARIANTS[likelihood].constants for x in CONSTANTS[constant.name]]
-    return losses.nll_forward(likelihood, params, target, constants, ROWS[: target.shape[0]], ONE, 2, needs)
+    kl = ROWS[: target.shape[0]]
+    return losses.nll_forward(likelihood, params, target, constants, kl, ONE, 2, needs, weight)
 
 
 def bernoulli(params: torch.dtype, target: torch.dtype, needs: int = 1) -> object:
     return loss("bernoulli", [data(params)], data(target), needs)
 
 
-def sample(dtype: torch.dtype, size: int = 128, prior: bool = False, **noise: Any) -> object:
-    mu, logvar = data(dtype, 65536, 2 * size).chunk(2, 1)
+# The form of the scale, its constants and the balance.
+LOGVAR = "logvar", [], NONE
+NVAE = "log_std", [5.0, 1e-2], 0.8
+
+
+def sample(
+    dtype: torch.dtype, size: int = 128, prior: bool = False, form: tuple[Any, ...] = LOGVAR, **noise: Any
+) -> object:
+    head = data(dtype, 65536, 2 * size)
     priors = (data(dtype, 65536, size),) * 2 if prior else (NONE, NONE)
     seed = NONE if "eps" in noise else SEED
     return latents.reparameterize_kl_forward(
-        mu, logvar, *priors, noise.get("samples"), seed, 0, noise.get("eps"), NONE
+        head, NONE, *priors, *form, False, noise.get("samples"), seed, 0, noise.get("eps"), NONE
     )
 
 
-def sample_gradient(dtype: torch.dtype, size: int = 128, prior: bool = False) -> object:
-    mu, logvar = data(dtype, 65536, 2 * size).chunk(2, 1)
+def sample_gradient(
+    dtype: torch.dtype, size: int = 128, prior: bool = False, form: tuple[Any, ...] = LOGVAR
+) -> object:
     priors = (data(dtype, 65536, size),) * 2 if prior else (NONE, NONE)
     return latents.reparameterize_kl_backward(
         data(dtype, 65536, size),
         data(FLOAT, 65536),
-        mu,
-        logvar,
+        data(dtype, 65536, 2 * size),
+        NONE,
         *priors,
+        *form,
         NONE,
         SEED,
         0,
         NONE,
-        0b1111 if prior else 0b11,
+        0b1101 if prior else 0b1,
+    )
+
+
+def draws(dtype: torch.dtype, size: int = 128, prior: bool = False, form: tuple[Any, ...] = LOGVAR) -> object:
+    """Three draws with their densities, and the gradients."""
+    head = data(dtype, 8192, 2 * size)
+    priors = (data(dtype, 8192, size),) * 2 if prior else (NONE, NONE)
+    posterior = head, NONE, *priors, *form[:2]
+    log_probs.sample_log_probs_forward(*posterior, False, 3, SEED, 0, NONE, NONE)
+    densities = (data(FLOAT, 3, 8192),) * 2
+    needs = 0b1101 if prior else 0b1
+    return log_probs.sample_log_probs_backward(
+        data(dtype, 3, 8192, size), *densities, *posterior, prior, 3, SEED, 0, NONE, needs
     )
 
 
@@ -201,11 +231,17 @@ def scale(dtype: torch.dtype, by_row: bool) -> object:
     )
 
 
-def genes(likelihood: str, dtype: torch.dtype, target: torch.dtype = FLOAT, shared: bool = True) -> object:
+def genes(
+    likelihood: str,
+    dtype: torch.dtype,
+    target: torch.dtype = FLOAT,
+    shared: bool = True,
+    weight: torch.Tensor | None = None,
+) -> object:
     form = counts.FORMS[likelihood]
     params = [data(dtype), data(dtype, D) if shared else data(dtype)]
     params += [data(dtype)] * (form.zero_logits is not None) + [ROWS.to(dtype)] * (form.library is not None)
-    return loss(likelihood, params, data(target), (1 << len(params)) - 1)
+    return loss(likelihood, params, data(target), (1 << len(params)) - 1, weight)
 
 
 def each(likelihood: str, dtype: torch.dtype, shared: bool = True) -> object:
@@ -271,6 +307,8 @@ ALIGNED: dict[str, Callable[[], object]] = {
     "categorical": lambda: loss("categorical", [data(FLOAT, 8, 4, 20_000)], data(torch.int64, 8, 4)),
     "discretised, uint8": lambda: loss("discretized_logistic", [PLANES[:, :6]], LEVELS),
     "mixture, uint8": lambda: loss("discretized_logistic_mixture", [PLANES], LEVELS),
+    "weighted": lambda: loss("gaussian_per_element", [data(FLOAT)] * 2, data(FLOAT), 3, data(FLOAT)),
+    "weighted, bf16, half": lambda: loss("bernoulli", [data(HALF)], data(HALF), 1, data(HALF)),
     "rows of MNIST": lambda: loss("bernoulli", [data(FLOAT, 128, 784)], data(FLOAT, 128, 784)),
     "scale": lambda: scale(FLOAT, False),
     "scale elements": lambda: scale_each(FLOAT, False, 1),
@@ -280,10 +318,12 @@ ALIGNED: dict[str, Callable[[], object]] = {
     "sample, bf16": lambda: sample(HALF),
     "sample, prior": lambda: sample(FLOAT, prior=True),
     "sample, given noise": lambda: sample(FLOAT, samples=3, eps=data(FLOAT, 3, 65536, 128)),
+    "sample, softplus": lambda: sample(FLOAT, form=("softplus", [1e-4], NONE)),
+    "sample gradient, softplus": lambda: sample_gradient(FLOAT, form=("softplus", [1e-4], NONE)),
     "sample gradient": lambda: sample_gradient(FLOAT),
     "sample gradient, bf16": lambda: sample_gradient(HALF),
     "sample gradient, prior": lambda: sample_gradient(FLOAT, prior=True),
-    "kl per element": lambda: latents.gaussian_kl_forward(data(FLOAT), data(FLOAT), NONE, NONE, True),
+    "kl per element": lambda: latents.gaussian_kl_forward(data(FLOAT), data(FLOAT), NONE, NONE, *LOGVAR, True),
 }  # fmt: skip
 
 # Other calls: they must compile and spill nothing.
@@ -304,6 +344,16 @@ OTHERS: dict[str, Callable[[], object]] = {
     "elements of zero-inflated": lambda: each("zero_inflated_negative_binomial", FLOAT),
     "elements of zero-inflated, bf16": lambda: each("zero_inflated_negative_binomial", HALF, False),
     "elements of poisson, double": lambda: each("poisson_rate", DOUBLE),
+    "weighted, double": lambda: loss("student_t_learned", [data(DOUBLE), ONE.double()], data(DOUBLE), 3, data(HALF)),
+    "weighted rows": lambda: loss("laplace", [data(FLOAT)], data(FLOAT), 1, data(torch.bool, B, 1)),
+    "weighted pixels": lambda: loss("gaussian_head", [IMAGE], HALF_IMAGE, 1, data(BYTE, 64, 1, 16, 16)),
+    "weighted lines": lambda: loss("poisson", [IMAGE], IMAGE, 1, data(BYTE, 64, 32, 1, 16)),
+    "weighted positions": lambda: loss(
+        "categorical", [data(FLOAT, 8, 4, 1000)], data(torch.int64, 8, 4), 1, data(torch.bool, 8, 4)),
+    "weighted genes": lambda: genes("zero_inflated_negative_binomial_logits", FLOAT, weight=data(FLOAT, 1, D)),
+    "weighted counts, double": lambda: genes("negative_binomial", DOUBLE, DOUBLE, False, data(DOUBLE)),
+    "weighted mixture": lambda: loss("discretized_logistic_mixture", [PLANES], LEVELS, 1, data(BYTE, 16, 1, 32, 32)),
+    "weighted logistic": lambda: loss("discretized_logistic", [PLANES[:, :6]], LEVELS, 1, data(FLOAT, 16, 3, 32, 32)),
     "odd rows, bool": lambda: loss("bernoulli", [data(FLOAT, 9, 33)], data(torch.bool, 9, 33)),
     "many rows": lambda: losses.nll_forward("bernoulli", [MANY], MANY, [], NONE, NONE, 2, 1),
     "fp16 gradient": lambda: losses.nll_gradient("bernoulli", [data(torch.float16)], data(FLOAT), [], ONE, ROWS, 2, 1),
@@ -315,15 +365,21 @@ OTHERS: dict[str, Callable[[], object]] = {
     "mixture, no gradient": lambda: loss("discretized_logistic_mixture", [PLANES], LEVELS, 0),
     "mixture, double": lambda: loss("discretized_logistic_mixture", [PLANES.double()], LEVELS),
     "mixture of many rows": lambda: loss("discretized_logistic_mixture", [MIXED], LEVELS[0, :, 0, 0].expand(512, 3)),
+    "sample gradient, nvae, bf16": lambda: sample_gradient(HALF, prior=True, form=NVAE),
+    "sample, nvae, bf16": lambda: sample(HALF, prior=True, form=NVAE),
+    "draws": lambda: draws(FLOAT),
+    "draws, prior, bf16": lambda: draws(HALF, prior=True),
+    "draws, softplus": lambda: draws(FLOAT, form=("softplus", [1e-4])),
+    "draws, small latents, double": lambda: draws(DOUBLE, 20),
     "small latents": lambda: sample(FLOAT, 20),
     "sample, double": lambda: sample(DOUBLE, 20),
-    "long latents": lambda: latents.gaussian_kl_forward(LONG, LONG, NONE, NONE, False),
+    "long latents": lambda: latents.gaussian_kl_forward(LONG, LONG, NONE, NONE, *LOGVAR, False),
     "bernoulli, 64-bit columns": lambda: with_64_bit_columns(lambda: bernoulli(FLOAT, FLOAT)),
     "scale, 64-bit columns": lambda: with_64_bit_columns(lambda: scale(FLOAT, False)),
     "scale, by row, 64-bit columns": lambda: with_64_bit_columns(lambda: scale(FLOAT, True)),
     "sample, 64-bit columns": lambda: with_64_bit_columns(lambda: sample(FLOAT)),
     "sample gradient, 64-bit columns": lambda: with_64_bit_columns(lambda: sample_gradient(FLOAT)),
-    "kl gradient": lambda: latents.gaussian_kl_backward(data(FLOAT), data(FLOAT), data(FLOAT), NONE, NONE, 3),
+    "kl gradient": lambda: latents.gaussian_kl_backward(data(FLOAT), data(FLOAT), data(FLOAT), NONE, NONE, *LOGVAR, 3),
     "gaussian mixture": lambda: gaussians(FLOAT, True, True, (B, 1000)),
     "gaussian mixture, joint, shared weights": lambda: gaussians(FLOAT, True, False, (1000,)),
     "gaussian mixture, per dimension, double": lambda: gaussians(DOUBLE, False, True, (1000,)),
@@ -423,11 +479,11 @@ def step(rows: int, size: int, latents_: int, likelihood: str, dtype: torch.dtyp
     params, target = data(dtype, rows, size), data(FLOAT, rows, size)
     more = [ONE.to(dtype)] if likelihood == "gaussian_learned" else []
     kl, posterior = data(FLOAT, rows), data(dtype, rows, 2 * latents_).chunk(2, 1)
-    latents.reparameterize_kl_forward(*posterior, NONE, NONE, NONE, SEED, 0, NONE, NONE)
+    latents.reparameterize_kl_forward(*posterior, NONE, NONE, *LOGVAR, False, NONE, SEED, 0, NONE, NONE)
     losses.nll_forward(likelihood, [params, *more], target, [], kl, ONE, 2, 0b11 if more else 1)
     losses.nll_backward_(ONE, NONE, [params], kl if more else NONE, kl, ONE, rows, 2, True, False)
     latents.reparameterize_kl_backward(
-        data(dtype, rows, latents_), kl, *posterior, NONE, NONE, NONE, SEED, 0, NONE, 0b11
+        data(dtype, rows, latents_), kl, *posterior, NONE, NONE, *LOGVAR, NONE, SEED, 0, NONE, 0b11
     )
 
 

@@ -323,3 +323,19 @@ def test_epoch_of_non_finite_steps_fails(colours, tmp_path, monkeypatch, capsys)
         "every step of epoch 1 was skipped because the gradient of step 1 is not finite; try a smaller --lr"
         in (error_line(capsys))
     )
+
+
+def test_learning_rate_of_all_three_networks_follows_the_schedule(colours, tmp_path, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+
+    def record(self, *args, **kwargs):
+        rates.append([group["lr"] for group in self.param_groups])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", record)
+    options = ("--lr", "1e-4", "--lr-schedule", "cosine", "--epochs", "2", "--batch-size", "40")
+    assert train_images("vae-gan", tmp_path / "run", colours, *options) == 0
+    step_rates = [[2e-4], [1e-4], [1e-4, 1e-3]]
+    expected = [[factor * rate for rate in group] for factor in (1, 0.5) for group in step_rates]
+    assert [len(group) for group in rates] == [len(group) for group in expected]
+    np.testing.assert_allclose(np.concatenate(rates), np.concatenate(expected), rtol=1e-12)

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fastvae
 from fastvae.likelihoods import Gaussian, Product
 from fastvae.train.errors import InputError
 from fastvae.train.image.layers import Side, channel_counts, halving_sides
@@ -34,7 +33,6 @@ class VAEGAN(Photos):
 
     recipe = "vae-gan"
     automatic_optimization = False
-    monitor = None  # the negative ELBO of the pixels would prefer the blurred images of the first epochs
 
     adversarial: float = option(
         0.5, "Length of the discriminator's gradient in the decoder, relative to that of the reconstruction.",
@@ -61,6 +59,12 @@ class VAEGAN(Photos):
         for name in ("sigma", "components", "binarize"):
             if getattr(self, name) != getattr(type(self), name):
                 raise InputError(f"--{name} does not apply to vae-gan, which has no such likelihood")
+        for name in ("objective", "samples", "capacity"):
+            given, expected = getattr(self, name), getattr(type(self), name)
+            if given != expected:
+                raise InputError(
+                    f"--{name} must be {expected} for vae-gan, whose loss is that of a discriminator, got {given}"
+                )
         if (self.likelihood, self.variance) != ("gaussian", "learned"):
             given = self.likelihood if self.likelihood != "gaussian" else self.variance
             raise InputError(
@@ -72,6 +76,11 @@ class VAEGAN(Photos):
                 "vae-gan trains three networks in turn, which needs one device and --precision 32-true or bf16-mixed, "
                 f"got --devices {self.devices} --strategy {self.strategy} --precision {self.precision}"
             )
+
+    @property
+    def monitor(self) -> None:
+        # The negative ELBO of the pixels would prefer the blurred images of the first epochs.
+        return None
 
     @property
     def likelihood_description(self) -> str:
@@ -91,7 +100,7 @@ class VAEGAN(Photos):
         return AdversarialVAE(
             encoder,
             decoder,
-            fastvae.ELBO(features, beta=self.beta, free_bits=self.free_bits),
+            self.make_elbo(features),
             discriminator=discriminator,
             likelihood=Gaussian("learned", logvar_bounds=bounds),
             penalty=self.penalty,

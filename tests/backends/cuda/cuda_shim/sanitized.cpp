@@ -13,6 +13,7 @@
 #include "kernels.h"
 
 using namespace fastvae::cuda;
+using fastvae::ScaleForm;
 
 namespace {
 
@@ -238,6 +239,52 @@ void posterior(std::mt19937& random, DType type, int64_t rows, int64_t size, int
   check(sample_grad(grad, nullptr) == cudaSuccess, "sample_grad", rows, size);
 }
 
+// Every form of the scale, and draws with their densities. The values are tested elsewhere.
+void forms(std::mt19937& random, DType type, int64_t rows, int64_t size, int64_t draws, int64_t shift) {
+  Scratch scratch;
+  Buffer mu(type, rows * size, shift), v(type, rows * size), z(type, draws * rows * size), kl(DType::f32, rows);
+  Buffer grads[] = {{type, rows * size}, {type, rows * size, shift}, {type, rows * size}, {type, rows * size}};
+  Buffer log_q(DType::f32, draws * rows), log_p(DType::f32, draws * rows);
+  mu.fill(random), v.fill(random);
+  for (int kind = ScaleForm::logvar; kind <= ScaleForm::shifted_variance; ++kind) {
+    ScaleForm form;
+    form.kind = ScaleForm::Kind(kind);
+    form.constants[0] = kind == ScaleForm::softplus ? 1e-4 : -1, form.constants[1] = 2, form.constants[2] = 0.5;
+    form.soft = kind == ScaleForm::shifted_log_std ? 5 : 0;
+    SampleArgs args;
+    args.form = form;
+    args.rows = rows, args.size = size, args.draws = draws;
+    args.mu = args.prior_mu = mu.view<Operand>(size), args.logvar = args.prior_logvar = v.view<Operand>(size);
+    args.noise.seed = 3;
+    args.z = z.view<Result>(size), args.z_draw_stride = rows * size;
+    args.row_kl = kl.output();
+    args.workspace = scratch.of(sample_scratch(args));
+    check(sample(args, nullptr) == cudaSuccess, "a form", rows, size);
+
+    SampleGradArgs grad;
+    static_cast<Latents&>(grad) = args;
+    grad.grad_z = z.view<Operand>(size), grad.grad_z_draw_stride = rows * size;
+    grad.grad_kl = kl.numbers();
+    grad.grad_mu = grads[0].view<Result>(size), grad.grad_logvar = grads[1].view<Result>(size);
+    grad.grad_prior_mu = grads[2].view<Result>(size), grad.grad_prior_logvar = grads[3].view<Result>(size);
+    check(sample_grad(grad, nullptr) == cudaSuccess, "the gradient of a form", rows, size);
+
+    LogProbArgs densities;
+    static_cast<Latents&>(densities) = args;
+    densities.z = args.z, densities.z_draw_stride = rows * size;
+    densities.log_q = log_q.output(), densities.log_p = log_p.output();
+    check(log_probs(densities, nullptr) == cudaSuccess, "log_probs", rows, size);
+    LogProbGradArgs back;
+    static_cast<Latents&>(back) = args;
+    back.stl = kind % 2;
+    back.grad_z = grad.grad_z, back.grad_z_draw_stride = rows * size;
+    back.grad_log_q = log_q.numbers(), back.grad_log_p = log_p.numbers();
+    back.grad_mu = grad.grad_mu, back.grad_logvar = grad.grad_logvar;
+    back.grad_prior_mu = grad.grad_prior_mu, back.grad_prior_logvar = grad.grad_prior_logvar;
+    check(log_probs_grad(back, nullptr) == cudaSuccess, "log_probs_grad", rows, size);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -263,6 +310,9 @@ int main() {
         levels(random, DType::f32, 0, 1, 2, 2064, shift, in_turns);
       }
       posterior(random, DType::f32, 5, 20, 1, shift);
+      forms(random, DType::f32, 3, 20, 2, shift);
+      forms(random, DType::bf16, 70, 5, 1, shift);
+      forms(random, DType::f32, 1, 1030, 2, shift);
       posterior(random, DType::f32, 3, 7, 3, shift);
       posterior(random, DType::bf16, 2, 1032, 1, shift);
     }
