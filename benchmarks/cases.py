@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastvae
+from fastvae import functional
 
 Inputs = dict[str, Tensor]
 Outputs = tuple[Tensor, ...]
@@ -546,6 +547,49 @@ def _baseline_zinb_raw(
     return (_baseline_zinb(mean, torch.exp(log_theta), zi_logits, x)[0] + kl.mean(),)
 
 
+def _mixture_of(points: int, components: int, size: int) -> Callable[[torch.device], Inputs]:
+    def setup(device: torch.device) -> Inputs:
+        latents = _latents(components, size, device)
+        return {
+            "z": torch.randn(points, size, device=device).requires_grad_(),
+            "mu": latents["mu"],
+            "logvar": latents["logvar"],
+        }
+
+    return setup
+
+
+_DATA = 50_000  # the size of the data set
+
+
+def _fused_tc(device: torch.device) -> Callable[..., Outputs]:
+    return lambda z, mu, logvar: (fastvae.regularizers.total_correlation(z, mu, logvar, _DATA),)
+
+
+def _log_densities(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    return -0.5 * ((z.unsqueeze(1) - mu) ** 2 * torch.exp(-logvar) + logvar + LOG_2PI)
+
+
+def _baseline_tc(z: Tensor, mu: Tensor, logvar: Tensor) -> Outputs:
+    """As in public beta-TC-VAEs, with the weights that fastvae uses."""
+    rows = z.shape[0]
+    others = (_DATA - 1) / (_DATA * (rows - 1))
+    weights = torch.full((rows, rows), math.log(others), device=z.device).fill_diagonal_(-math.log(_DATA))
+    densities = _log_densities(z, mu, logvar)
+    joint = torch.logsumexp(densities.sum(2) + weights, 1)
+    marginals = torch.logsumexp(densities + weights.unsqueeze(2), 1).sum(1)
+    return ((joint - marginals).mean(),)
+
+
+def _fused_vamp(device: torch.device) -> Callable[..., Outputs]:
+    return lambda z, mu, logvar: (functional.gaussian_mixture_log_prob(z, mu, logvar).mean(),)
+
+
+def _baseline_vamp(z: Tensor, mu: Tensor, logvar: Tensor) -> Outputs:
+    densities = _log_densities(z, mu, logvar).sum(2) - math.log(mu.shape[0])
+    return (torch.logsumexp(densities, 1).mean(),)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 # ---------------------------------------------------------------------------------------------------------------------
@@ -595,6 +639,12 @@ CASES = (
          _baseline_continuous_bernoulli, 4 * _LOSS * 512 * 3072, (6.0, 3.0), tolerance=1e-2),
     Case("Laplace 512 x 3072", _bernoulli(512, 3072), _fused_laplace, _baseline_laplace,
          4 * _LOSS * 512 * 3072, (3.0, 1.5)),
+    # These are limited by arithmetic, not by memory.
+    Case("beta-TC 512 x 512 x 32", _mixture_of(512, 512, 32), _fused_tc, _baseline_tc, 4 * 6 * 512 * 32, (7.5, 1.0)),
+    Case("beta-TC 1024 x 1024 x 64", _mixture_of(1024, 1024, 64), _fused_tc, _baseline_tc, 4 * 6 * 1024 * 64,
+         (10.0, 1.0)),
+    Case("VampPrior 1024 x 1000 x 64", _mixture_of(1024, 1000, 64), _fused_vamp, _baseline_vamp, 4 * 6 * 1024 * 64,
+         (15.0, 2.5)),
     # Additional cases without floors.
     Case("Laplace 512 x 3072, against F.l1_loss", _bernoulli(512, 3072), _fused_laplace, _baseline_l1,
          4 * _LOSS * 512 * 3072, same_loss=False),

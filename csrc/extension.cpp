@@ -13,6 +13,8 @@
 #include "ops/latents.cpp"
 #include "ops/latents_cpu.cpp"
 #include "ops/library.cpp"
+#include "ops/mixture.cpp"
+#include "ops/mixture_cpu.cpp"
 #include "ops/nll.cpp"
 #include "ops/nll_cpu.cpp"
 #include "ops/nll_elements.cpp"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import functional, likelihoods, posteriors, reference
+    from . import functional, likelihoods, posteriors, priors, reference, regularizers
     from .backends import empty_cache, set_backend, show_config, use_backend
     from .bounds import IWAE, IWAEOutput
     from .elbo import ELBO, ELBOOutput
@@ -29,7 +29,9 @@ __all__ = [
     "graph_step",
     "likelihoods",
     "posteriors",
+    "priors",
     "reference",
+    "regularizers",
     "set_backend",
     "set_range_warnings",
     "show_config",
@@ -38,7 +40,18 @@ __all__ = [
 
 # These names are imported on first access because they need torch: `fastvae --help` then does not wait for it, and
 # `fastvae doctor` can report that it is missing.
-_MODULES = ("backends", "bounds", "elbo", "functional", "graphs", "likelihoods", "posteriors", "reference")
+_MODULES = (
+    "backends",
+    "bounds",
+    "elbo",
+    "functional",
+    "graphs",
+    "likelihoods",
+    "posteriors",
+    "priors",
+    "reference",
+    "regularizers",
+)
 _MODULE_OF_NAME = {
     "ELBO": "elbo",
     "ELBOOutput": "elbo",

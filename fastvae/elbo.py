@@ -14,6 +14,7 @@ from .functional.loss import nll as loss_and_nll
 from .functional.ranges import has_values, warn_of_impossible_values
 from .likelihoods import Bernoulli, Likelihood
 from .likelihoods.base import nll_of_draws, nll_of_module
+from .priors import Prior
 from .reference import REDUCTIONS, free_bits
 from .reference.conventions import sum_event
 from .reference.loss import reduce_rows
@@ -73,6 +74,9 @@ class ELBO(nn.Module):
             counts as having this much, so nothing pushes it to collapse (Kingma et al. 2016, appendix C.8). 0 disables
             them. With free bits, `reparameterize` returns the KL of every dimension, in the shape of `mu`, and `kl=`
             expects the same; `out.kl` is still the true KL of every row.
+        prior: a module of `fastvae.priors`; None is the standard normal. Where its KL has no closed form,
+            `reparameterize` returns the KL of its sample, log q(z | x) - log p(z). The parameters of a learned prior
+            are among `elbo.parameters()`.
         free_bits_mean: if True, as in the paper, the threshold applies to the mean KL of a dimension over the batch (of
             this process); if False, it applies to each datum separately.
         free_bits_per: what has `free_bits` nats at no cost: each `"dimension"`; each `"channel"` of a latent image,
@@ -108,6 +112,7 @@ class ELBO(nn.Module):
         capacity: float | Tensor | None = None,
         posterior: str | ScaleForm = "logvar",
         samples: int | None = None,
+        prior: Prior | None = None,
     ) -> None:
         super().__init__()
         self.posterior = checked_form("ELBO", "posterior", posterior)
@@ -120,6 +125,8 @@ class ELBO(nn.Module):
         self.samples = None if samples is None else checked_int("ELBO", "samples", samples, 1, None)
         check_choice("ELBO", "free_bits_per", free_bits_per, tuple(_KL_OF))
         self.free_bits_per = free_bits_per
+        _check_prior(prior, self._free_bits)
+        self.prior = prior
         # A plain number has no device, so beta is created on torch's default device, like every other parameter.
         device = beta.device if isinstance(beta, Tensor) else None
         self._settings: dict[str, float] = {}  # the last numbers of the buffers
@@ -214,7 +221,27 @@ class ELBO(nn.Module):
         With `samples=K`, z is (K, B, ...). The default is the `samples` of this ELBO, whose loss averages over them. An
         ELBO without `samples` takes every draw as a row of its own: `elbo(decoder(z.flatten(0, 1)), x.repeat(K, *[1] *
         (x.dim() - 1)), kl=kl.repeat(K))`. With free bits, repeat the KL in the same way as x.
+
+        With `prior=`, the KL is that from the prior, averaged over the draws where it is estimated from them.
         """
+        prior: Any = self._modules.get("prior")
+        if prior is not None:
+            if prior_mu is not None or prior_logvar is not None or balance is not None:
+                raise ValueError(
+                    "fastvae.ELBO: `prior_mu`, `prior_logvar` and `balance` exclude the ELBO's `prior`, got both"
+                )
+            drawn: tuple[Tensor, Tensor] = prior.reparameterize_kl(
+                mu,
+                logvar,
+                form=self.posterior,
+                reduction=self._kl_reduction(),
+                samples=self.samples if samples is None else samples,
+                generator=generator,
+                seed=seed,
+                row_offset=row_offset,
+                eps=eps,
+            )
+            return drawn
         return functional.reparameterize_kl(
             mu,
             logvar,
@@ -274,7 +301,7 @@ class ELBO(nn.Module):
                 raise ValueError(
                     f"fastvae.ELBO: `mu` must have as many rows as `x` {tuple(x.shape)}, got {tuple(mu.shape)}"
                 )
-            kl = functional.gaussian_kl(mu, logvar, form=self.posterior, reduction=self._kl_reduction())
+            kl = _analytic_kl(self._modules.get("prior"), mu, logvar, self.posterior, self._kl_reduction())
         elif mu is not None or logvar is not None:
             raise TypeError(_kl_or_posterior_message("both"))
         true_kl = kl
@@ -327,6 +354,33 @@ class ELBO(nn.Module):
             free_bits += ", capacity=?" if self.capacity.is_meta else f", capacity={self.capacity.item():g}"
         posterior = "" if self.posterior == LogVar() else f", posterior={self.posterior}"
         return f"beta={beta}, reduction={self.reduction!r}{free_bits}{samples}{posterior}"
+
+
+def _check_prior(prior: Any, free_bits: float | None) -> None:
+    if prior is None:
+        return
+    if not isinstance(prior, Prior):
+        raise TypeError(
+            f"fastvae.ELBO: `prior` must be a module of fastvae.priors or None, got {type(prior).__name__}; subclass "
+            "fastvae.priors.Prior for one of your own"
+        )
+    if free_bits is not None and not prior.has_analytic_kl:
+        raise ValueError(
+            f"fastvae.ELBO: `free_bits` need the KL of every dimension, which has no closed form with the prior "
+            f"{type(prior).__name__}; use free_bits=0"
+        )
+
+
+def _analytic_kl(prior: Any, mu: Tensor, logvar: Tensor | None, form: ScaleForm, reduction: str) -> Tensor:
+    if prior is None:
+        return functional.gaussian_kl(mu, logvar, form=form, reduction=reduction)
+    kl: Tensor | None = prior.analytic_kl(mu, logvar, form=form, reduction=reduction)
+    if kl is None:
+        raise TypeError(
+            f"fastvae.ELBO: with the prior {type(prior).__name__}, the KL depends on z: pass `kl`, as in "
+            "z, kl = elbo.reparameterize(mu, logvar) and elbo(decoder(z), x, kl=kl)"
+        )
+    return kl
 
 
 def _move_setting(setting: Tensor, kl: Tensor) -> None:

@@ -209,6 +209,27 @@ struct LogProbGradArgs : Latents {
   Result grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar;  // null data if not requested
 };
 
+// Points (points, dims) and the components (components, dims) of a mixture, all dense and of the type of the computation. The log-weights
+// of a point start log_weight_stride after those of the point before, or are shared by all (0).
+struct MixtureArgs {
+  bool in_double;
+  int64_t points, components, dims;
+  const void *z, *mu, *logvar, *log_weight;
+  int64_t log_weight_stride;
+};
+
+struct MixtureValueArgs : MixtureArgs {
+  void* joint;          // (points,)
+  void* per_dimension;  // (points, dims); one of the two may be null
+};
+
+struct MixtureGradArgs : MixtureArgs {
+  const void *joint, *per_dimension;            // the values
+  const void *grad_joint, *grad_per_dimension;  // one of the two may be null
+  void *grad_z, *grad_mu, *grad_logvar;
+  void* grad_log_weight;  // the size of log_weight; may be null
+};
+
 // out = in * factor[row * factor_stride]; `out` may be the same memory as `in`.
 struct ScaleArgs {
   int64_t rows, size;
@@ -242,6 +263,8 @@ struct ScaleElementsArgs {
   void sample_grad(const SampleGradArgs&);        \
   void log_probs(const LogProbArgs&);             \
   void log_probs_grad(const LogProbGradArgs&);    \
+  void mixture(const MixtureValueArgs&);          \
+  void mixture_grad(const MixtureGradArgs&);      \
   void scale_rows(const ScaleArgs&);              \
   void scale_elements(const ScaleElementsArgs&);  \
   }

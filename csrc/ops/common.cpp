@@ -116,6 +116,17 @@ Tensors once_differentiable(Tensors gradients) {
   return gradients;
 }
 
+Tensors placed(Tensors gradients, int64_t needs, size_t arguments, std::initializer_list<size_t> places) {
+  Tensors results(arguments);
+  size_t next = 0;
+  int64_t bit = 1;
+  for (const size_t place : places) {
+    if (needs & bit) results[place] = gradients[next++];
+    bit <<= 1;
+  }
+  return once_differentiable(std::move(results));
+}
+
 void refuse_tangent(const OptionalTensor& t) {
   TORCH_CHECK(!t || !t->defined() || !t->_fw_grad(0).defined(),
               "fastvae: forward-mode AD cannot cross the fused kernels; differentiate the reference: "

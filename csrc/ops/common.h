@@ -53,6 +53,10 @@ Tensor from_doubles(const std::vector<double>& values, at::IntArrayRef sizes, at
 // If the graph may be differentiated again, makes the results raise an error then: the kernels have no second derivative.
 Tensors once_differentiable(Tensors gradients);
 
+// Arranges the computed gradients as Function::backward returns them, among `arguments` of the op. `places` has a position for each bit
+// of `needs`.
+Tensors placed(Tensors gradients, int64_t needs, size_t arguments, std::initializer_list<size_t> places);
+
 inline bool needs_grad(const OptionalTensor& t) { return t && t->defined() && t->requires_grad(); }
 
 // Raises if `t` carries a tangent of forward-mode AD, which would be lost silently.

@@ -14,6 +14,8 @@ struct Kernels {
   void (*sample_grad)(const SampleGradArgs&);
   void (*log_probs)(const LogProbArgs&);
   void (*log_probs_grad)(const LogProbGradArgs&);
+  void (*mixture)(const MixtureValueArgs&);
+  void (*mixture_grad)(const MixtureGradArgs&);
   void (*scale_rows)(const ScaleArgs&);
   void (*scale_elements)(const ScaleElementsArgs&);
 };

@@ -18,18 +18,6 @@ int64_t needs_of(const Tensor& mu, const OptionalTensor& logvar, const OptionalT
          kPriorLogvar * needs_grad(prior_logvar) | kEps * needs_grad(eps);
 }
 
-// Arranges the computed gradients as Function::backward expects them; `places` has a position for each bit of `needs`.
-variable_list placed(Tensors gradients, int64_t needs, size_t arguments, std::initializer_list<size_t> places) {
-  variable_list results(arguments);
-  size_t next = 0;
-  int64_t bit = 1;
-  for (const size_t place : places) {
-    if (needs & bit) results[place] = gradients[next++];
-    bit <<= 1;
-  }
-  return once_differentiable(std::move(results));
-}
-
 // The form of the scale and the balance, for the backward. What is as usual is not saved, because every entry of saved_data costs time.
 struct SavedForm {
   std::string form = "logvar";

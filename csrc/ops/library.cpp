@@ -1,5 +1,5 @@
-// The schemas of fastvae::*. Users call the op without a suffix, which records the graph (nll.cpp, nll_elements.cpp, latents.cpp). Its
-// _forward and _backward do the work on each device (nll_cpu.cpp, nll_elements_cpu.cpp, latents_cpu.cpp).
+// The schemas of fastvae::*. Users call the op without a suffix, which records the graph (latents.cpp, mixture.cpp, nll.cpp,
+// nll_elements.cpp). Its _forward and _backward do the work on each device (latents_cpu.cpp, and so on).
 #include <torch/library.h>
 
 TORCH_LIBRARY(fastvae, m) {
@@ -43,6 +43,18 @@ TORCH_LIBRARY(fastvae, m) {
   m.def(
       "nll_backward_(Tensor? grad_loss, Tensor? grad_nll, Tensor(a!)[] gradients, Tensor? scalar_rows, Tensor? kl, "
       "Tensor? beta, SymInt rows, int reduction, bool need_kl, bool need_beta) -> Tensor[]",
+      tags);
+  m.def(
+      "gaussian_mixture_log_prob(Tensor z, Tensor mu, Tensor logvar, Tensor? log_weight, bool joint, bool per_dimension) "
+      "-> (Tensor joint, Tensor per_dimension)",
+      tags);
+  m.def(
+      "gaussian_mixture_log_prob_forward(Tensor z, Tensor mu, Tensor logvar, Tensor? log_weight, bool joint, bool per_dimension) "
+      "-> (Tensor joint, Tensor per_dimension)",
+      tags);
+  m.def(
+      "gaussian_mixture_log_prob_backward(Tensor? grad_joint, Tensor? grad_per_dimension, Tensor z, Tensor mu, Tensor logvar, "
+      "Tensor? log_weight, Tensor joint, Tensor per_dimension, int needs) -> Tensor[]",
       tags);
   m.def("nll_elements(str likelihood, Tensor[] params, Tensor target, float[] constants, float factor, Tensor? weight=None) -> Tensor",
         tags);

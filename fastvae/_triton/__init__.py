@@ -7,6 +7,7 @@ from here into the reason that users see.
     continuous.py, counts.py, categorical.py, discretized.py, latents.py
                               the elements or the kernels of each family
     log_probs.py              samples with their log-densities
+    mixture.py                mixtures of Gaussians
     elementwise.py            the kernel that all elements share
     loss.py                   the reduction of a likelihood's rows, and the ops of the loss
     elements.py               the ops for the value of each element

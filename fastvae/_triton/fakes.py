@@ -237,3 +237,28 @@ def sample_log_probs_backward(
     *rest: Any,
 ) -> list[Tensor]:
     return _posterior_gradients(mu, prior_mu, rest[-1])
+
+
+def gaussian_mixture_log_prob_forward(
+    z: Tensor, mu: Tensor, logvar: Tensor, log_weight: Tensor | None, joint: bool, per_dimension: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = row_dtype(z)
+    return (
+        z.new_empty(z.shape[:1] if joint else 0, dtype=dtype),
+        z.new_empty(z.shape if per_dimension else 0, dtype=dtype),
+    )
+
+
+def gaussian_mixture_log_prob_backward(
+    grad_joint: Tensor | None,
+    grad_per_dimension: Tensor | None,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    log_weight: Tensor | None,
+    joint: Tensor,
+    per_dimension: Tensor,
+    needs: int,
+) -> list[Tensor]:
+    inputs = (z, mu, logvar, log_weight)
+    return [t.new_empty(t.shape) for i, t in enumerate(inputs) if t is not None and needs >> i & 1]

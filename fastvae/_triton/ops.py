@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .._spec import VARIANTS
-from . import elements, fakes, latents, log_probs, loss
+from . import elements, fakes, latents, log_probs, loss, mixture
 from .counts import shared_bit
 from .launch import memory_order, row_dtype
 from .loss import MEAN, NONE
@@ -32,6 +32,8 @@ _POSTERIOR = (
 )
 _NOISE = "int? samples, Tensor? seed, int row_offset, Tensor? eps, Generator? generator"
 _DATA = "str likelihood, Tensor[] params, Tensor target, float[] constants"
+_MIXTURE = "Tensor z, Tensor mu, Tensor logvar, Tensor? log_weight"
+_FORMS = "bool joint, bool per_dimension) -> (Tensor joint, Tensor per_dimension)"
 _EXTRAS = (
     "Tensor? scalar_rows, Tensor? kl, Tensor? beta, SymInt rows, int reduction, bool need_kl, bool need_beta"
 )
@@ -71,6 +73,10 @@ for _schema in (
     "-> (Tensor values, Tensor[] derivatives)",
     "nll_elements_backward(Tensor grad, Tensor[] derivatives, int shared, ScalarType dtype) -> Tensor[]",
     "nll_elements_backward_(Tensor grad, Tensor(a!)[] derivatives, int shared) -> Tensor[]",
+    f"gaussian_mixture_log_prob({_MIXTURE}, {_FORMS}",
+    f"gaussian_mixture_log_prob_forward({_MIXTURE}, {_FORMS}",
+    f"gaussian_mixture_log_prob_backward(Tensor? grad_joint, Tensor? grad_per_dimension, {_MIXTURE}, Tensor joint, "
+    "Tensor per_dimension, int needs) -> Tensor[]",
 ):
     _random = _schema.partition("(")[0] in _RANDOM
     _library.define(
@@ -516,6 +522,45 @@ class _LogProbs(torch.autograd.Function):
         return (*_placed(gradients, ctx.needs, posterior), *(None,) * 5)
 
 
+class _Mixture(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        log_weight: Tensor | None,
+        joint: bool,
+        per_dimension: bool,
+    ) -> tuple[Tensor, Tensor]:
+        with _below_autograd():
+            values = _ops.gaussian_mixture_log_prob_forward.default(
+                z, mu, logvar, log_weight, joint, per_dimension
+            )
+        ctx.set_materialize_grads(False)
+        ctx.needs, ctx.forms = _bits(z, mu, logvar, log_weight), (joint, per_dimension)
+        ctx.save_for_backward(z, mu, logvar, log_weight, *values)
+        return values
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_joint: Tensor | None, grad_per_dimension: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        # The output that was not requested is empty, and so is its gradient.
+        grads = [
+            grad if wanted else None
+            for grad, wanted in zip((grad_joint, grad_per_dimension), ctx.forms, strict=True)
+        ]
+        if all(grad is None for grad in grads):
+            return (None,) * 6
+        *inputs, joint, per_dimension = ctx.saved_tensors
+        with _below_autograd():
+            gradients = _ops.gaussian_mixture_log_prob_backward.default(
+                *grads, *inputs, joint, per_dimension, ctx.needs
+            )
+        return (*_placed(gradients, ctx.needs, inputs), None, None)
+
+
 def _placed(
     gradients: Sequence[Tensor], needs: int, inputs: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
@@ -601,6 +646,19 @@ def _kl_without_graph(*args: Any) -> Tensor:
     return _ops.gaussian_kl_forward.default(*args)
 
 
+def _mixture(
+    z: Tensor, mu: Tensor, logvar: Tensor, log_weight: Tensor | None, joint: bool, per_dimension: bool
+) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and _requires_grad(z, mu, logvar, log_weight):
+        return _Mixture.apply(z, mu, logvar, log_weight, joint, per_dimension)
+    with _below_autograd():
+        return _mixture_without_graph(z, mu, logvar, log_weight, joint, per_dimension)
+
+
+def _mixture_without_graph(*args: Any) -> tuple[Tensor, Tensor]:
+    return _ops.gaussian_mixture_log_prob_forward.default(*args)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Registration
 # ---------------------------------------------------------------------------------------------------------------------
@@ -611,6 +669,7 @@ for _name, _autograd, _composite in (
     ("reparameterize_kl", _reparameterize_kl, _sample_without_graph),
     ("gaussian_kl", _gaussian_kl, _kl_without_graph),
     ("sample_log_probs", _sample_log_probs, _log_probs_without_graph),
+    ("gaussian_mixture_log_prob", _mixture, _mixture_without_graph),
 ):
     _library.impl(_name, _autograd, "Autograd")
     _library.impl(_name, _composite, "CompositeExplicitAutograd")
@@ -629,6 +688,8 @@ for _function in (
     latents.gaussian_kl_backward,
     log_probs.sample_log_probs_forward,
     log_probs.sample_log_probs_backward,
+    mixture.gaussian_mixture_log_prob_forward,
+    mixture.gaussian_mixture_log_prob_backward,
 ):
     # Tensors of ROCm have the dispatch key CUDA too.
     for _key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):

@@ -18,7 +18,7 @@ class Choice(NamedTuple):
     programs: int  # the number of programs that fill the chip; rows are split until there are about this many
 
 
-KERNELS = ("nll", "logistic", "scale", "sample", "sample_gradient")
+KERNELS = ("nll", "logistic", "scale", "sample", "sample_gradient", "mixture")
 
 # Shapes with at most this many elements (rows * size) are in the class "small", all others in "large".
 SMALL = 1 << 20
@@ -35,6 +35,9 @@ _DEFAULT = {
     ("sample", "large"): Choice(1024, 4, 2048),
     ("sample_gradient", "small"): Choice(512, 2, 1024),
     ("sample_gradient", "large"): Choice(1024, 4, 2048),
+    # These tiles are pairs of a point and a component.
+    ("mixture", "small"): Choice(1024, 4, 256),
+    ("mixture", "large"): Choice(1024, 4, 1024),
 }
 
 # Maps architecture -> (kernel, class) -> choice. If there is no entry, that of "default" is used. In a full tile, a

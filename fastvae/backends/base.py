@@ -6,10 +6,19 @@ from typing import Any, NamedTuple
 import torch
 
 NAMES = ("auto", "reference", "native", "triton")
-OPS = ("reparameterize_kl", "gaussian_kl", "sample_log_probs", "nll", "nll_elements")
+OPS = (
+    "reparameterize_kl",
+    "gaussian_kl",
+    "sample_log_probs",
+    "nll",
+    "nll_elements",
+    "gaussian_mixture_log_prob",
+)
 
 # op -> the (backend, device type) pairs that have no kernel for it. "auto" then uses the next backend that has one.
-OPS_LACKING: dict[str, tuple[tuple[str, str], ...]] = {}
+OPS_LACKING: dict[str, tuple[tuple[str, str], ...]] = {
+    "gaussian_mixture_log_prob": (("native", "cuda"),),
+}
 
 # Tensors on any other device type are served by the reference, under every setting.
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
@@ -25,6 +34,8 @@ class Backend(NamedTuple):
                      samples, seed, row_offset, eps, generator) -> (z, log_q, log_p)
     nll(likelihood, params, target, constants, kl, beta, reduction) -> (loss, nll)
     nll_elements(likelihood, params, target, constants, weight) -> values
+    gaussian_mixture_log_prob(z, mu, logvar, log_weight, joint, per_dimension) -> (joint, per_dimension), each of which
+        is empty if it is not requested
     """
 
     name: str
@@ -33,6 +44,7 @@ class Backend(NamedTuple):
     sample_log_probs: Callable[..., Any]
     nll: Callable[..., Any]
     nll_elements: Callable[..., Any]
+    gaussian_mixture_log_prob: Callable[..., Any]
 
 
 class Missing(Exception):

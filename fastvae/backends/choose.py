@@ -196,6 +196,8 @@ def _substitute(name: str, device_type: str, likelihood: str, op: str) -> Backen
     subject = f"the likelihood {likelihood!r}"
     if op == "nll_elements":
         subject = f"the elements of {subject}"
+    elif op == "gaussian_mixture_log_prob":
+        subject = "mixtures of Gaussians"
     if setting != "auto":
         raise RuntimeError(
             f"fastvae: backend {name!r} has no kernel for {subject} on {device_type} tensors; "

@@ -60,11 +60,11 @@ def show_config() -> str:
     lines += [
         "",
         f"backend {choose.setting!r} serves",
-        f"  {'':20}" + "".join(f"{d:14}" for d in (*DEVICES, "other")),
+        f"  {'':28}" + "".join(f"{d:14}" for d in (*DEVICES, "other")),
     ]
     for op in OPS:
         served = [*(_serving_backend(op, device_type) for device_type in DEVICES), "reference"]
-        lines.append(f"  {op:20}" + "".join(f"{name:14}" for name in served))
+        lines.append(f"  {op:28}" + "".join(f"{name:14}" for name in served))
 
     missing = []
     for name in ("native", "triton"):

@@ -93,6 +93,17 @@ def _sample_log_probs(
     )
 
 
+def _gaussian_mixture_log_prob(
+    z: Tensor, mu: Tensor, logvar: Tensor, log_weight: Tensor | None, joint: bool, per_dimension: bool
+) -> tuple[Tensor, Tensor]:
+    form = "both" if joint and per_dimension else per_dimension
+    result = reference.gaussian_mixture_log_prob(z, mu, logvar, log_weight, per_dimension=form)
+    if isinstance(result, tuple):
+        return result
+    empty = result.new_empty(0)
+    return (result, empty) if joint else (empty, result)
+
+
 REFERENCE = Backend(
     "reference",
     _reparameterize_kl,
@@ -100,4 +111,5 @@ REFERENCE = Backend(
     _sample_log_probs,
     reference.nll,
     reference.nll_elements,
+    _gaussian_mixture_log_prob,
 )

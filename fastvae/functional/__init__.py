@@ -9,25 +9,26 @@ The accepted dtypes are the same on every backend:
 
 | argument                                 | dtypes                                                                    |
 |------------------------------------------|---------------------------------------------------------------------------|
-| logits, mean, params, mu                 | float16, bfloat16, float32, float64                                       |
+| logits, mean, params, mu, z              | float16, bfloat16, float32, float64                                       |
 | logvar, prior_mu, prior_logvar, eps      | the dtype of the line above; a 0-dim logvar may be float32 beside half    |
 | target                                   | the parameters' dtype, float32, or uint8, which is read as x / 255        |
 | target of a Bernoulli                    | also bool                                                                 |
 | target of a categorical                  | only int64                                                                |
 | target of counts                         | the parameters' dtype, float32, uint8 (not scaled), uint16, int32, int64  |
-| (G,) dispersion, library                 | the parameters' dtype; beside half precision also float32                 |
+| (G,) dispersion, library, log_weight     | the parameters' dtype; beside half precision also float32                 |
 | target of a discretised logistic         | only uint8, which is the level itself                                     |
 | seed                                     | int64                                                                     |
 
 A wrong value, shape or device raises ValueError; a wrong type or dtype raises TypeError.
 """
 
-from . import categorical, continuous, counts, discretized, latents
+from . import categorical, continuous, counts, discretized, latents, mixture
 from .categorical import *
 from .continuous import *
 from .counts import *
 from .discretized import *
 from .latents import *
+from .mixture import *
 
 __all__: list[str] = []
 __all__ += categorical.__all__
@@ -35,3 +36,4 @@ __all__ += continuous.__all__
 __all__ += counts.__all__
 __all__ += discretized.__all__
 __all__ += latents.__all__
+__all__ += mixture.__all__

@@ -36,13 +36,14 @@ Sources:
   [AS]  Abramowitz and Stegun, "Handbook of Mathematical Functions", 1964: 6.1.41, Stirling's series.
 """
 
-from . import categorical, continuous, counts, discretized, latents, loss, noise
+from . import categorical, continuous, counts, discretized, latents, loss, mixture, noise
 from .categorical import *
 from .continuous import *
 from .counts import *
 from .discretized import *
 from .latents import *
 from .loss import *
+from .mixture import *
 from .noise import *
 
 __all__: list[str] = []
@@ -52,4 +53,5 @@ __all__ += counts.__all__
 __all__ += discretized.__all__
 __all__ += latents.__all__
 __all__ += loss.__all__
+__all__ += mixture.__all__
 __all__ += noise.__all__

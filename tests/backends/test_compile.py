@@ -377,6 +377,24 @@ OPS = {
         (plain(*X), [plain(*X), plain(*X)], 1, torch.float32),
         (plain(X[0], 1).expand(*X), [plain(*X)], -1, torch.bfloat16),
     ],
+    "gaussian_mixture_log_prob": [
+        (leaf(*M), leaf(4, L), leaf(4, L), NONE, True, False),
+        (leaf(*M), leaf(4, L), plain(4, L), leaf(4), True, True),
+        (plain(*M), leaf(4, L), leaf(4, L), leaf(3, 4), False, True),
+        (
+            leaf(*M).detach().half().requires_grad_(),
+            plain(4, L).half(),
+            plain(4, L).half(),
+            plain(4),
+            True,
+            True,
+        ),
+    ],
+    "gaussian_mixture_log_prob_forward": [(plain(*M), plain(4, L), plain(4, L), plain(3, 4), True, True)],
+    "gaussian_mixture_log_prob_backward": [
+        (ROWS, plain(*M), plain(*M), plain(4, L), plain(4, L), plain(4), ROWS, plain(*M), 0b1111),
+        (NONE, plain(*M), plain(*M), plain(4, L), plain(4, L), NONE, plain(0), plain(*M), 0b110),
+    ],
     "nll_elements_backward_": [(plain(*X), [plain(*X), plain(*X), plain(*X)], 1)],
 }
 

@@ -35,6 +35,7 @@ HELPERS = (
     "test_counts",
     "test_discretized",
     "test_extremes",
+    "test_mixture",
     "test_noise",
     "test_values",
     "test_weight",

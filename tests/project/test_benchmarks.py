@@ -3,6 +3,7 @@
 The tables are written to their place in the docs.
 """
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +33,12 @@ def check(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, case in NAMED.items() if case.moves < 1 << 25 and "20000" not in name]
+    "name",
+    [
+        name
+        for name, case in NAMED.items()
+        if case.moves < 1 << 25 and not re.search("20000|1024 x 1024", name)
+    ],
 )
 def test_sides_of_a_case_give_the_same_results(name: str) -> None:
     check(NAMED[name])

@@ -2,7 +2,7 @@
 
 The interpreter must be enabled before the first import of Triton: TRITON_INTERPRET=1 pytest tests/backends/triton.
 Without this variable and without a GPU, this file starts itself with it, in two processes, together with the tests of
-test_autograd.py and test_autograd_features.py that take a backend. test_triton_aot.py tests the compiled kernels
+core files below that take a backend. test_triton_aot.py tests the compiled kernels
 without a GPU.
 """
 
@@ -21,6 +21,7 @@ import test_counts
 import test_discretized
 import test_extremes as ends
 import test_log_probs
+import test_mixture
 import test_posteriors
 import test_weight
 import torch
@@ -48,7 +49,7 @@ on_gpu = pytest.mark.skipif(not GPU, reason="only a GPU can show this")
 @pytest.mark.parametrize("shard", ["0/2", "1/2"])
 def test_device_tests_pass_in_the_interpreter(shard: str, which_tests: list[str]) -> None:
     tests = Path(__file__).parents[2]
-    core = ("test_autograd", "test_autograd_features", "test_draws")
+    core = ("test_autograd", "test_autograd_features", "test_draws", "test_mixture")
     files = [
         str(tests / "backends/triton/test_triton.py"),
         *(str(tests / f"core/{name}.py") for name in core),
@@ -107,6 +108,21 @@ def test_against_the_reference(device: torch.device, case: Case) -> None:
     scale = cases.exact(case, inputs).scale
     exact = Result(want.value.double(), scale, {n: g.double() for n, g in want.gradients.items()})
     check(got, exact, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("form", test_mixture.FORMS)
+@pytest.mark.parametrize("weights", test_mixture.WEIGHTS)
+def test_gaussian_mixture_equals_the_formula(
+    device: torch.device, weights: str, form: bool | str, dtype: torch.dtype
+) -> None:
+    size = (500, 300, 20) if GPU else (20, 70, 3)
+    inputs = [x.to(device) for x in test_mixture.make(size, weights, dtype)]
+    got = test_mixture.results(functional.gaussian_mixture_log_prob, inputs, form)
+    want = test_mixture.results(test_mixture.formula, [x.double() for x in inputs], form)
+    for ours, exact in zip(got, want, strict=True):
+        assert ours.shape == exact.shape
+        assert test_mixture.relative_error(ours, exact) < test_mixture.TOLERANCE[dtype]
 
 
 # components (0: no mixture), channels, pixels

@@ -34,11 +34,12 @@ from fastvae._triton import (  # noqa: E402
     elementwise,
     latents,
     log_probs,
+    mixture,
     tuning,
 )
 from fastvae._triton import loss as losses  # noqa: E402
 
-WITH_KERNELS = (elementwise, categorical, counts, discretized, elements, latents, log_probs, losses)
+WITH_KERNELS = (elementwise, categorical, counts, discretized, elements, latents, log_probs, losses, mixture)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -257,6 +258,15 @@ def scale_each(dtype: torch.dtype, by_row: bool, shared: int) -> object:
     return elements.nll_elements_backward(grad, [data(FLOAT)] * 3, shared, dtype)
 
 
+def gaussians(dtype: torch.dtype, joint: bool, each: bool, weights: tuple[int, ...] = ()) -> None:
+    """All launches of a mixture: values, and the gradients of all arguments."""
+    z, components = data(dtype, B, 32), data(dtype, 1000, 32)
+    inputs = (z, components, components, data(dtype, *weights) if weights else NONE)
+    values = mixture.gaussian_mixture_log_prob_forward(*inputs, joint, each)
+    grads = (value if wanted else NONE for value, wanted in zip(values, (joint, each), strict=True))
+    mixture.gaussian_mixture_log_prob_backward(*grads, *inputs, *values, 0b1111)
+
+
 def with_64_bit_columns(run: Callable[[], object]) -> None:
     """Run an op as for rows of more than 2^31 elements."""
     with pytest.MonkeyPatch.context() as patch:
@@ -370,6 +380,10 @@ OTHERS: dict[str, Callable[[], object]] = {
     "sample, 64-bit columns": lambda: with_64_bit_columns(lambda: sample(FLOAT)),
     "sample gradient, 64-bit columns": lambda: with_64_bit_columns(lambda: sample_gradient(FLOAT)),
     "kl gradient": lambda: latents.gaussian_kl_backward(data(FLOAT), data(FLOAT), data(FLOAT), NONE, NONE, *LOGVAR, 3),
+    "gaussian mixture": lambda: gaussians(FLOAT, True, True, (B, 1000)),
+    "gaussian mixture, joint, shared weights": lambda: gaussians(FLOAT, True, False, (1000,)),
+    "gaussian mixture, per dimension, double": lambda: gaussians(DOUBLE, False, True, (1000,)),
+    "gaussian mixture, double": lambda: gaussians(DOUBLE, True, True),
 }  # fmt: skip
 
 

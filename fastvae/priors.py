@@ -1,0 +1,321 @@
+"""Priors for an `ELBO`: `StandardNormal`, `GaussianMixture` and `VampPrior`.
+
+A prior has `log_prob(z)` and `sample(n)`. Its KL from a posterior is exact where a closed form exists, and otherwise
+estimated from the sample z: log q(z | x) - log p(z). Subclass `Prior` for one of your own.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .functional.checks import check_choice, check_floating, checked_int
+from .functional.forms import ScaleForm, kernel_form
+from .reference.latents import mean_and_logvar
+from .regularizers import log_normal
+
+__all__ = ["GaussianMixture", "Prior", "StandardNormal", "VampPrior"]
+
+
+class Prior(nn.Module):
+    """The base class of priors. A subclass defines `log_prob` and `sample`, and `analytic_kl` where there is one.
+
+    Args:
+        dim: the number of latent dimensions.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = checked_int(f"priors.{type(self).__name__}", "dim", dim, 1, None)
+
+    @property
+    def has_analytic_kl(self) -> bool:
+        """Whether `analytic_kl` returns a tensor, so that no sample is needed for the KL."""
+        return False
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p(z) of every row, in nats: (B, dim), or (B, ...) with `dim` elements per row, to (B,)."""
+        raise NotImplementedError
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw n points, (n, dim). They carry no gradient."""
+        raise NotImplementedError
+
+    def analytic_kl(
+        self,
+        mu: Tensor,
+        logvar: Tensor | None = None,
+        *,
+        form: str | ScaleForm = "logvar",
+        reduction: str = "event",
+    ) -> Tensor | None:
+        """The KL of a posterior from this prior, (B,), or in the shape of another `reduction`; None if it has no closed
+        form. The arguments are those of `fastvae.functional.gaussian_kl`."""
+        return None
+
+    def reparameterize_kl(
+        self,
+        mu: Tensor,
+        logvar: Tensor | None = None,
+        *,
+        form: str | ScaleForm = "logvar",
+        reduction: str = "event",
+        samples: int | None = None,
+        eps: Tensor | None = None,
+        **noise: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw z from the posterior and return it with its KL from this prior, (B,), in nats.
+
+        The KL is analytic where that exists, and otherwise log q(z | x) - log p(z), averaged over the samples. The
+        arguments, and the shape and dtype of z, are those of `fastvae.functional.reparameterize_kl`; only an analytic
+        KL has another `reduction` than "event".
+        """
+        if self.has_analytic_kl:
+            z, _ = functional.reparameterize_kl(mu, logvar, form=form, samples=samples, eps=eps, **noise)
+            kl = self.analytic_kl(mu, logvar, form=form, reduction=reduction)
+            assert kl is not None
+            return z, kl
+        check_choice("reparameterize_kl", "reduction", reduction, ("event",))
+        check_floating("reparameterize_kl", "mu", mu)
+        # The distance of z from mu must not be lost in the rounding of half precision.
+        dtype = mu.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            mu = mu.float()
+            logvar, eps = (t.float() if isinstance(t, Tensor) else t for t in (logvar, eps))
+        if samples is None and isinstance(eps, Tensor):
+            eps = eps.unsqueeze(0)
+        draws = 1 if samples is None else samples
+        z, log_q, _ = functional.sample_log_probs(mu, logvar, samples=draws, form=form, eps=eps, **noise)
+        kl = (log_q - self.log_prob(z.flatten(0, 1)).unflatten(0, (draws, -1))).mean(0)
+        return (z[0] if samples is None else z).to(dtype), kl
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+    def _points(self, z: Tensor, like: Tensor | None = None) -> Tensor:
+        """`z` as (B, dim), checked."""
+        where = f"priors.{type(self).__name__}"
+        check_floating(where, "z", z)
+        points = z.flatten(1) if z.dim() > 2 else z
+        if points.dim() != 2 or points.shape[1] != self.dim:
+            raise ValueError(
+                f"fastvae.{where}: `z` must have {self.dim} elements per row, shape (B, {self.dim}), got "
+                f"{tuple(z.shape)}"
+            )
+        if like is not None and like.device != z.device:
+            raise ValueError(
+                f"fastvae.{where}: the prior must be on the device of `z`, {z.device}, got {like.device}; "
+                "did you mean prior.to(z.device)?"
+            )
+        return points
+
+
+class StandardNormal(Prior):
+    """N(0, 1) in every dimension, with the analytic KL. `ELBO(prior=None)` computes the same without a module.
+
+    Args:
+        dim: the number of latent dimensions.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        # It carries the device and dtype of samples.
+        self.register_buffer("_like", torch.empty(0), persistent=False)
+
+    @property
+    def has_analytic_kl(self) -> bool:
+        return True
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return log_normal(self._points(z))
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        like: Any = self._like
+        return torch.randn(n, self.dim, generator=generator, device=like.device, dtype=like.dtype)
+
+    def analytic_kl(
+        self,
+        mu: Tensor,
+        logvar: Tensor | None = None,
+        *,
+        form: str | ScaleForm = "logvar",
+        reduction: str = "event",
+    ) -> Tensor:
+        return functional.gaussian_kl(mu, logvar, form=form, reduction=reduction)
+
+    def reparameterize_kl(self, *posterior: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        return functional.reparameterize_kl(*posterior, **options)  # one pass for both
+
+
+class _Mixture(Prior):
+    """A mixture of diagonal Gaussians; a subclass provides the components."""
+
+    def components(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(mu, logvar, log_weight): (M, dim), (M, dim), and (M,) or None for equal weights."""
+        raise NotImplementedError
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        mu, logvar, log_weight = self.components()
+        points = self._points(z, mu)
+        # Under autocast, z, an encoder's output and a parameter may differ in dtype.
+        dtype = torch.promote_types(points.dtype, torch.promote_types(mu.dtype, logvar.dtype))
+        if log_weight is not None:
+            log_weight = log_weight.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        return functional.gaussian_mixture_log_prob(
+            points.to(dtype), mu.to(dtype), logvar.to(dtype), log_weight
+        )
+
+    @torch.no_grad()
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        mu, logvar, log_weight = self.components()
+        if log_weight is None:
+            chosen = torch.randint(mu.shape[0], (n,), generator=generator, device=mu.device)
+        else:
+            chosen = torch.multinomial(log_weight.float().exp(), n, replacement=True, generator=generator)
+        noise = torch.randn(n, self.dim, generator=generator, device=mu.device, dtype=mu.dtype)
+        return mu[chosen] + torch.exp(logvar[chosen] / 2) * noise
+
+
+class GaussianMixture(_Mixture):
+    """A mixture of diagonal Gaussians with learned means, log-variances and weights.
+
+    Pass `elbo.parameters()` to the optimiser. With one component its KL is analytic.
+
+    Args:
+        components: M, the number of Gaussians.
+        dim: the number of latent dimensions.
+        spread: the standard deviation of the initial means around 0. Equal components would never part.
+
+    Parameters: `mu` and `logvar`, (M, dim), and `logits`, (M,), whose softmax are the weights (None for one component).
+    """
+
+    def __init__(self, components: int, dim: int, *, spread: float = 1.0) -> None:
+        super().__init__(dim)
+        checked_int("priors.GaussianMixture", "components", components, 1, None)
+        self.spread = float(spread)
+        self.mu = nn.Parameter(torch.empty(components, dim))
+        self.logvar = nn.Parameter(torch.empty(components, dim))
+        # A parameter that never gets a gradient would stop DistributedDataParallel.
+        self.logits = nn.Parameter(torch.empty(components)) if components > 1 else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.mu, std=self.spread)
+        nn.init.zeros_(self.logvar)
+        if self.logits is not None:
+            nn.init.zeros_(self.logits)
+
+    @property
+    def has_analytic_kl(self) -> bool:
+        return self.mu.shape[0] == 1
+
+    def components(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.mu, self.logvar, None if self.logits is None else self.logits.log_softmax(0)
+
+    def analytic_kl(
+        self,
+        mu: Tensor,
+        logvar: Tensor | None = None,
+        *,
+        form: str | ScaleForm = "logvar",
+        reduction: str = "event",
+    ) -> Tensor | None:
+        if not self.has_analytic_kl:
+            return None
+        check_floating("gaussian_kl", "mu", mu)
+        name, constants = kernel_form("gaussian_kl", form)
+        if logvar is None or name != "logvar":
+            # The prior has another form than the posterior, and the kernel takes one for both.
+            dtype = torch.float64 if mu.dtype == torch.float64 else torch.float32
+            mu, logvar = mean_and_logvar(mu, logvar, name, constants, dtype)
+        self._points(mu, self.mu)
+        prior_mu, prior_logvar = (t.to(mu.dtype).reshape(1, *mu.shape[1:]) for t in (self.mu, self.logvar))
+        return functional.gaussian_kl(
+            mu, logvar, prior_mu.expand_as(mu), prior_logvar.expand_as(mu), reduction=reduction
+        )
+
+    def extra_repr(self) -> str:
+        return f"components={self.mu.shape[0]}, dim={self.dim}"
+
+
+class VampPrior(_Mixture):
+    """The mean of the posteriors of learned pseudo-inputs, 1/M sum_m q(z | u_m) (Tomczak and Welling 2018, equation 9).
+
+    Every `log_prob` sends the pseudo-inputs through the encoder, in its current mode, with gradients for both. The
+    encoder stays the model's own: its parameters are not the prior's, and are not in its state dict.
+
+    Args:
+        components: M, the number of pseudo-inputs.
+        encoder: the model's encoder, a callable that maps (M, *input_shape) to (mu, logvar), each (M, dim).
+        dim: the number of latent dimensions.
+        input_shape: the shape of one datum.
+        init: the initial pseudo-inputs, (M, *input_shape), such as data; by default uniform within the bounds, or
+            N(0, 1) without bounds.
+        bounds: the range of data, to which pseudo-inputs are clamped before they are encoded, or None.
+
+    Parameter: `pseudo_inputs`, (M, *input_shape).
+    """
+
+    def __init__(
+        self,
+        components: int,
+        encoder: Callable[[Tensor], Any],
+        dim: int,
+        input_shape: int | Sequence[int],
+        *,
+        init: Tensor | None = None,
+        bounds: tuple[float, float] | None = (0.0, 1.0),
+    ) -> None:
+        super().__init__(dim)
+        where = "priors.VampPrior"
+        checked_int(where, "components", components, 1, None)
+        if not callable(encoder):
+            raise TypeError(
+                f"fastvae.{where}: `encoder` must be a callable that returns (mu, logvar), got {type(encoder).__name__}"
+            )
+        shape = (components, *((input_shape,) if isinstance(input_shape, int) else input_shape))
+        if bounds is not None and not bounds[0] < bounds[1]:
+            raise ValueError(f"fastvae.{where}: `bounds` must be (low, high) with low < high, got {bounds}")
+        # In a tuple, the encoder is not registered as a module of the prior.
+        self._encoder = (encoder,)
+        self.bounds = bounds
+        self.pseudo_inputs = nn.Parameter(torch.empty(shape))
+        self.reset_parameters()
+        if init is not None:
+            if not isinstance(init, Tensor):
+                raise TypeError(f"fastvae.{where}: `init` must be a Tensor, got {type(init).__name__}")
+            if init.shape != shape:
+                raise ValueError(f"fastvae.{where}: `init` must have shape {shape}, got {tuple(init.shape)}")
+            with torch.no_grad():
+                self.pseudo_inputs.copy_(init)
+
+    def reset_parameters(self) -> None:
+        if self.bounds is None:
+            nn.init.normal_(self.pseudo_inputs)
+        else:
+            nn.init.uniform_(self.pseudo_inputs, *self.bounds)
+
+    def components(self) -> tuple[Tensor, Tensor, None]:
+        inputs: Tensor = self.pseudo_inputs
+        if self.bounds is not None:
+            inputs = inputs.clamp(*self.bounds)
+        posterior = self._encoder[0](inputs)
+        pair = isinstance(posterior, (tuple, list)) and len(posterior) == 2
+        if not pair or not all(isinstance(t, Tensor) for t in posterior):
+            raise TypeError(
+                f"fastvae.priors.VampPrior: `encoder` must return the pair (mu, logvar), got {type(posterior).__name__}"
+            )
+        expected = (inputs.shape[0], self.dim)
+        mu, logvar = (t.flatten(1) if t.dim() > 2 else t for t in posterior)
+        for name, t in (("mu", mu), ("logvar", logvar)):
+            if t.shape != expected:
+                raise ValueError(
+                    f"fastvae.priors.VampPrior: `{name}` of the encoder must have shape {expected} for "
+                    f"{inputs.shape[0]} pseudo-inputs, got {tuple(t.shape)}"
+                )
+        return mu, logvar, None
+
+    def extra_repr(self) -> str:
+        return f"components={self.pseudo_inputs.shape[0]}, dim={self.dim}"

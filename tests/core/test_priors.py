@@ -1,0 +1,353 @@
+"""Priors: their densities, samples and KLs, alone and in an ELBO."""
+
+import copy
+import math
+import pickle
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+
+import fastvae
+from fastvae import functional
+from fastvae.priors import GaussianMixture, Prior, StandardNormal, VampPrior
+
+D, X = 3, 5
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(X, 2 * D)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = self.linear(x).chunk(2, 1)
+        return mu, logvar
+
+
+def mixture(components: int = 4) -> GaussianMixture:
+    prior = GaussianMixture(components, D)
+    with torch.no_grad():
+        prior.logvar.normal_()
+        if prior.logits is not None:
+            prior.logits.normal_()
+    return prior
+
+
+def as_distribution(mu: Tensor, logvar: Tensor, logits: Tensor) -> MixtureSameFamily:
+    return MixtureSameFamily(Categorical(logits=logits), Independent(Normal(mu, torch.exp(logvar / 2)), 1))
+
+
+def priors() -> dict[str, Prior]:
+    return {
+        "standard": StandardNormal(D),
+        "mixture": mixture(),
+        "one gaussian": mixture(1),
+        "vamp": VampPrior(4, Encoder(), D, X),
+    }
+
+
+NAMES = tuple(priors())
+
+
+def test_mixture_log_prob_equals_torch_distributions(backend: str) -> None:
+    prior, z = mixture().double(), torch.randn(6, D, dtype=torch.float64)
+    want = as_distribution(prior.mu, prior.logvar, prior.logits).log_prob(z)
+    torch.testing.assert_close(prior.log_prob(z), want)
+
+
+def test_vamp_log_prob_is_the_mean_of_the_posteriors_of_the_pseudo_inputs(backend: str) -> None:
+    encoder, z = Encoder().double(), torch.randn(6, D, dtype=torch.float64)
+    prior = VampPrior(4, encoder, D, X, init=torch.randn(4, X), bounds=(-0.5, 0.5)).double()
+    mu, logvar = encoder(prior.pseudo_inputs.clamp(-0.5, 0.5))
+    want = as_distribution(mu, logvar, torch.zeros(4, dtype=torch.float64)).log_prob(z)
+    got = prior.log_prob(z)
+    torch.testing.assert_close(got, want)
+    parameters = [prior.pseudo_inputs, *encoder.parameters()]
+    for a, b in zip(
+        torch.autograd.grad(got.sum(), parameters), torch.autograd.grad(want.sum(), parameters), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_standard_normal_log_prob_equals_torch_distributions() -> None:
+    z = torch.randn(6, D)
+    torch.testing.assert_close(StandardNormal(D).log_prob(z), Normal(0.0, 1.0).log_prob(z).sum(1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_have_the_density(name: str) -> None:
+    """The mean of -log p over samples is the entropy, which an integral over a grid gives for one dimension at a time;
+    here, moments are compared with those of the components."""
+    prior = priors()[name]
+    z = prior.sample(40_000, generator=torch.Generator().manual_seed(0))
+    assert z.shape == (40_000, D)
+    assert not z.requires_grad
+    if isinstance(prior, (GaussianMixture, VampPrior)):
+        mu, logvar, log_weight = prior.components()
+        weight = torch.full((len(mu),), 1 / len(mu)) if log_weight is None else log_weight.exp()
+        mean = (weight[:, None] * mu).sum(0)
+        variance = (weight[:, None] * (logvar.exp() + mu**2)).sum(0) - mean**2
+    else:
+        mean, variance = torch.zeros(D), torch.ones(D)
+    error = (z.var(0) / len(z)).sqrt()
+    assert ((z.mean(0) - mean).abs() < 5 * error).all()
+    torch.testing.assert_close(z.var(0), variance.detach(), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sampled_kl_is_log_q_minus_log_p(backend: str, name: str) -> None:
+    prior = priors()[name].double()
+    if isinstance(prior, VampPrior):
+        prior._encoder[0].double()
+    mu, logvar, eps = torch.randn(3, 6, D, dtype=torch.float64)
+    z, kl = Prior.reparameterize_kl(_Sampled(prior), mu, logvar, eps=eps)
+    torch.testing.assert_close(z, mu + torch.exp(logvar / 2) * eps)
+    want = Normal(mu, torch.exp(logvar / 2)).log_prob(z).sum(1) - prior.log_prob(z)
+    torch.testing.assert_close(kl, want)
+
+
+class _Sampled(Prior):
+    """A prior of the user's own, with no analytic KL."""
+
+    def __init__(self, prior: Prior) -> None:
+        super().__init__(prior.dim)
+        self.prior = prior
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return self.prior.log_prob(z)
+
+
+@pytest.mark.parametrize("name", ["standard", "one gaussian"])
+def test_analytic_kl_is_the_mean_of_the_sampled_one(name: str) -> None:
+    prior = priors()[name]
+    mu, logvar = torch.randn(2, 2, D)
+    z, kl = prior.reparameterize_kl(mu, logvar, samples=50_000)
+    log_q = Normal(mu, torch.exp(logvar / 2)).log_prob(z).sum(2)
+    sampled = log_q - prior.log_prob(z.flatten(0, 1)).unflatten(0, (50_000, 2))
+    assert ((sampled.mean(0) - kl).abs() < 5 * sampled.std(0) / math.sqrt(50_000)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("samples", [None, 3])
+def test_elbo_with_a_prior_equals_the_formula(backend: str, name: str, samples: int | None) -> None:
+    prior = priors()[name]
+    elbo = fastvae.ELBO("bernoulli", prior=prior, beta=0.5)
+    mu, logvar = (torch.randn(6, D, requires_grad=True) for _ in range(2))
+    z, kl = elbo.reparameterize(mu, logvar, samples=samples, seed=torch.tensor([1, 0]))
+    assert z.shape == ((6, D) if samples is None else (samples, 6, D))
+    assert kl.shape == (6,)
+    analytic = prior.analytic_kl(mu, logvar)
+    if analytic is None:
+        draws = z.reshape(-1, 6, D)
+        log_q = Normal(mu, torch.exp(logvar / 2)).log_prob(draws).sum(2)
+        analytic = (log_q - prior.log_prob(draws.flatten(0, 1)).unflatten(0, (-1, 6))).mean(0)
+    torch.testing.assert_close(kl, analytic, rtol=1e-5, atol=1e-5)
+    x = torch.rand(6, X)
+    out = elbo(torch.zeros(6, X), x, kl=kl)
+    torch.testing.assert_close(out.loss, (X * math.log(2) + 0.5 * kl).mean())
+    out.loss.backward()
+    assert all(p.grad is not None for p in elbo.parameters())
+    assert mu.grad is not None
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", ["log_std", "softplus"])
+def test_posterior_of_another_form_and_a_packed_head_give_the_kl_of_the_log_variance(
+    backend: str, name: str, form: str
+) -> None:
+    prior = priors()[name]
+    head, eps = torch.randn(6, 2 * D), torch.randn(6, D)
+    mu, v = head.chunk(2, 1)
+    std = torch.exp(v) if form == "log_std" else torch.nn.functional.softplus(v) + 1e-4
+    z, kl = prior.reparameterize_kl(head, form=form, eps=eps)
+    other_z, other_kl = prior.reparameterize_kl(mu, 2 * torch.log(std), eps=eps)
+    torch.testing.assert_close(z, other_z, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kl, other_kl, rtol=1e-4, atol=1e-4)
+
+
+def test_elbo_that_averages_over_draws_with_a_prior_equals_the_formula(backend: str) -> None:
+    elbo = fastvae.ELBO("bernoulli", prior=mixture(), samples=3)
+    mu, logvar = torch.randn(2, 6, D)
+    z, kl = elbo.reparameterize(mu, logvar)
+    assert (z.shape, kl.shape) == ((3, 6, D), (6,))
+    out = elbo(torch.zeros(18, X), torch.rand(6, X), kl=kl)
+    torch.testing.assert_close(out.loss, (X * math.log(2) + kl).mean())
+
+
+def test_default_elbo_has_no_prior_and_the_same_kl_as_the_standard_normal() -> None:
+    mu, logvar = torch.randn(2, 4, D)
+    seed = torch.tensor([1, 0])
+    for a, b in zip(
+        fastvae.ELBO("bernoulli").reparameterize(mu, logvar, seed=seed),
+        fastvae.ELBO("bernoulli", prior=StandardNormal(D)).reparameterize(mu, logvar, seed=seed),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    recon, x = torch.zeros(4, X), torch.rand(4, X)
+    one = fastvae.ELBO("bernoulli", prior=StandardNormal(D))(recon, x, mu, logvar)
+    assert torch.equal(one.loss, fastvae.ELBO("bernoulli")(recon, x, mu, logvar).loss)
+
+
+def test_free_bits_use_the_analytic_kl_of_every_dimension() -> None:
+    prior = mixture(1)
+    elbo = fastvae.ELBO("bernoulli", prior=prior, free_bits=0.5)
+    mu, logvar = torch.randn(2, 4, D)
+    _, kl = elbo.reparameterize(mu, logvar)
+    torch.testing.assert_close(kl, prior.analytic_kl(mu, logvar, reduction="none"))
+    assert kl.shape == (4, D)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_posteriors_with_float32_priors(backend: str, dtype: torch.dtype) -> None:
+    elbo = fastvae.ELBO("bernoulli", prior=mixture())
+    mu, logvar = (torch.randn(4, D).to(dtype).requires_grad_() for _ in range(2))
+    z, kl = elbo.reparameterize(mu, logvar)
+    assert (z.dtype, kl.dtype) == (dtype, torch.float32)
+    kl.sum().backward()
+    assert mu.grad is not None
+    assert mu.grad.dtype == dtype
+
+
+def test_image_shaped_latents_are_flattened(backend: str) -> None:
+    prior = GaussianMixture(4, 12)
+    elbo = fastvae.ELBO("bernoulli", prior=prior)
+    mu, logvar = torch.randn(2, 5, 3, 2, 2)
+    z, kl = elbo.reparameterize(mu, logvar)
+    assert z.shape == mu.shape
+    want = Normal(mu, torch.exp(logvar / 2)).log_prob(z).flatten(1).sum(1) - prior.log_prob(z.flatten(1))
+    torch.testing.assert_close(kl, want, rtol=1e-4, atol=1e-4)
+
+
+def test_learned_prior_fits_the_aggregate_posterior(native: None) -> None:
+    torch.manual_seed(0)
+    mu = torch.cat([torch.full((64, 1), -3.0), torch.full((64, 1), 3.0)])
+    elbo = fastvae.ELBO("bernoulli", prior=GaussianMixture(2, 1))
+    optimizer = torch.optim.Adam(elbo.parameters(), 0.05)
+    for _ in range(200):
+        _, kl = elbo.reparameterize(mu, torch.full_like(mu, -1.0))
+        optimizer.zero_grad()
+        kl.mean().backward()
+        optimizer.step()
+    assert abs(kl.mean() - math.log(2)) < 0.1  # which of the two it is; the standard normal's is above 4
+
+
+def test_encoder_is_neither_saved_nor_owned_by_the_vamp_prior() -> None:
+    encoder = Encoder()
+    prior = VampPrior(4, encoder, D, X)
+    assert list(prior.state_dict()) == ["pseudo_inputs"]
+    assert [name for name, _ in prior.named_parameters()] == ["pseudo_inputs"]
+    model = nn.ModuleDict({"encoder": encoder, "elbo": fastvae.ELBO("bernoulli", prior=prior)})
+    copied = copy.deepcopy(model)
+    assert copied["elbo"].prior._encoder[0] is copied["encoder"]
+    loaded = pickle.loads(pickle.dumps(model))
+    assert loaded["elbo"].prior._encoder[0] is loaded["encoder"]
+
+
+def test_vamp_prior_starts_at_given_inputs_or_within_the_bounds() -> None:
+    images = torch.rand(4, 1, 2, 2)
+    prior = VampPrior(4, lambda x: x.flatten(1)[:, :4].chunk(2, 1), 2, (1, 2, 2), init=images)
+    assert torch.equal(prior.pseudo_inputs, images)
+    torch.testing.assert_close(prior.components()[0], images.flatten(1)[:, :2])
+    inputs = VampPrior(100, Encoder(), D, X, bounds=(2.0, 3.0)).pseudo_inputs
+    assert inputs.min() >= 2
+    assert inputs.max() <= 3
+
+
+def test_compiled_elbo_with_priors_is_one_graph(native: None) -> None:
+    for name in ("mixture", "vamp"):
+        torch._dynamo.reset()
+        elbo = fastvae.ELBO("bernoulli", prior=priors()[name])
+        seed = torch.tensor([1, 0])
+
+        def kl(mu: Tensor, logvar: Tensor, elbo: fastvae.ELBO = elbo, seed: Tensor = seed) -> Tensor:
+            return elbo.reparameterize(mu, logvar, seed=seed)[1]
+
+        mu, logvar = torch.randn(2, 4, D)
+        compiled = torch.compile(kl, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(mu, logvar), kl(mu, logvar))
+
+
+Z = torch.zeros(4, D)
+WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "dimensions": (
+        lambda: mixture().log_prob(torch.zeros(4, 2)),
+        ValueError,
+        "priors.GaussianMixture: `z` must have 3 elements per row, shape (B, 3), got (4, 2)",
+    ),
+    "device": (
+        lambda: mixture().to("meta").log_prob(Z),
+        ValueError,
+        "priors.GaussianMixture: the prior must be on the device of `z`, cpu, got meta; did you mean "
+        "prior.to(z.device)?",
+    ),
+    "components": (
+        lambda: GaussianMixture(0, D),
+        ValueError,
+        "priors.GaussianMixture: `components` must be at least 1, got 0",
+    ),
+    "encoder": (
+        lambda: VampPrior(4, None, D, X),  # type: ignore[arg-type]
+        TypeError,
+        "priors.VampPrior: `encoder` must be a callable that returns (mu, logvar), got NoneType",
+    ),
+    "output of the encoder": (
+        lambda: VampPrior(4, nn.Linear(X, D), D, X).log_prob(Z),
+        TypeError,
+        "priors.VampPrior: `encoder` must return the pair (mu, logvar), got Tensor",
+    ),
+    "size of the encoder": (
+        lambda: VampPrior(4, Encoder(), D - 1, X).components(),
+        ValueError,
+        "priors.VampPrior: `mu` of the encoder must have shape (4, 2) for 4 pseudo-inputs, got (4, 3)",
+    ),
+    "init": (
+        lambda: VampPrior(4, Encoder(), D, X, init=torch.zeros(3, X)),
+        ValueError,
+        "priors.VampPrior: `init` must have shape (4, 5), got (3, 5)",
+    ),
+    "bounds": (
+        lambda: VampPrior(4, Encoder(), D, X, bounds=(1.0, 0.0)),
+        ValueError,
+        "priors.VampPrior: `bounds` must be (low, high) with low < high, got (1.0, 0.0)",
+    ),
+    "not a prior": (
+        lambda: fastvae.ELBO("bernoulli", prior="vamp"),  # type: ignore[arg-type]
+        TypeError,
+        "ELBO: `prior` must be a module of fastvae.priors or None, got str",
+    ),
+    "free bits": (
+        lambda: fastvae.ELBO("bernoulli", prior=mixture(), free_bits=0.1),
+        ValueError,
+        "ELBO: `free_bits` need the KL of every dimension, which has no closed form with the prior GaussianMixture; "
+        "use free_bits=0",
+    ),
+    "no z": (
+        lambda: fastvae.ELBO("bernoulli", prior=mixture())(torch.zeros(4, X), torch.zeros(4, X), Z, Z),
+        TypeError,
+        "ELBO: with the prior GaussianMixture, the KL depends on z: pass `kl`, as in z, kl = "
+        "elbo.reparameterize(mu, logvar) and elbo(decoder(z), x, kl=kl)",
+    ),
+    "two priors": (
+        lambda: fastvae.ELBO("bernoulli", prior=mixture()).reparameterize(Z, Z, Z, Z),
+        ValueError,
+        "ELBO: `prior_mu`, `prior_logvar` and `balance` exclude the ELBO's `prior`, got both",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_argument_raises(name: str) -> None:
+    call, kind, message = WRONG[name]
+    with pytest.raises(kind, match=re.escape(f"fastvae.{message}")):
+        call()
+
+
+def test_wrong_posterior_raises_the_usual_message() -> None:
+    elbo = fastvae.ELBO("bernoulli", prior=mixture())
+    with pytest.raises(ValueError, match="`logvar` must have the shape of `mu`"):
+        elbo.reparameterize(Z, Z[:2])
+    assert functional.gaussian_kl(Z, Z).sum() == 0
