@@ -125,8 +125,9 @@ void run(const CategoricalArgs& args) {
       const Operand logits = shifted(args.logits, row * args.row_stride + t * classes);
       const Result grads = shifted(args.grads, task * classes);
       const int64_t target = args.target[target_row(args, row) * args.target_row_stride + t];
-      C own(1);
-      if (args.weights.data) read(args.weights, target_row(args, row), t, 1, &own);
+      C weight_of_position[Vec<C>::size()] = {1};  // GCC does not see that no more than the first is written
+      if (args.weights.data) read(args.weights, target_row(args, row), t, 1, weight_of_position);
+      const C own = weight_of_position[0];
       if (target != args.ignored && own != C(0)) {
         const double weight = args.weight[row * args.weight_stride] * own;
         nll[task] = own * position<C>(logits, grads, classes, target, weight, in_buffer, out_buffer);

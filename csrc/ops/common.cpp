@@ -24,7 +24,7 @@ c10::SmallVector<int64_t, 5> strides_in(at::IntArrayRef sizes, at::MemoryFormat 
     const auto strides = c10::get_channels_last_strides_3d(sizes);
     return {strides.begin(), strides.end()};
   }
-  c10::SmallVector<int64_t, 5> strides(sizes.size());
+  c10::SmallVector<int64_t, 5> strides(sizes.begin(), sizes.end());
   int64_t stride = 1;
   for (int64_t i = int64_t(sizes.size()) - 1; i >= 0; --i) {
     strides[i] = stride;

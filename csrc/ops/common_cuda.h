@@ -12,7 +12,7 @@ namespace fastvae {
 // Makes the device of an op's tensors current, and returns the stream for its launches.
 class OnDevice {
  public:
-  explicit OnDevice(const Tensor& lead) : guard_(gpu_of(lead)), stream_(c10::cuda::getCurrentCUDAStream()) {}
+  explicit OnDevice(const Tensor& lead) : guard_(lead.device()), stream_(c10::cuda::getCurrentCUDAStream()) {}
   operator cudaStream_t() const { return stream_; }
 
   // Kernels read through pointers, so a tensor on another device would be an illegal access, reported by a later call.
@@ -25,12 +25,6 @@ class OnDevice {
   }
 
  private:
-  // An op is dispatched here if any of its tensors is on a GPU.
-  static at::Device gpu_of(const Tensor& lead) {
-    TORCH_CHECK_VALUE(lead.is_cuda(), "fastvae: the first tensor must be on the GPU like another one, got ", lead.device());
-    return lead.device();
-  }
-
   c10::cuda::CUDAGuard guard_;
   c10::cuda::CUDAStream stream_;
 };
