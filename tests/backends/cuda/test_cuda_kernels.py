@@ -779,7 +779,7 @@ def test_counts_over_a_wide_range_equal_50_digits(kernels: Kernels, inflated: bo
         point = (t[i].item(), mean[i].item(), theta[i].item())
         value, slopes = test_counts.exact(*point, *((-1.0,) if inflated else ()))
         assert abs(nll[i].item() - value) <= 5e-6 * abs(value), point
-        # With additional zeros, the derivatives of a zero are proportional to e^-z, which multiplies the relative error of z by z.
+        # With additional zeros, a zero's derivatives are proportional to e^-z: the relative error of z, times z.
         z = point[2] * math.log1p(point[1] / point[2]) if inflated and point[0] == 0 else 0.0
         for gradient, slope in zip(gradients, slopes, strict=True):
             found = gradient[i].item()
