@@ -29,7 +29,8 @@ std::tuple<Tensor, Tensors> elements_forward_cuda(std::string_view likelihood, a
   if (variant.elementwise()) {
     cuda::NllArgs args;
     // The kernel writes derivatives in the params' type, and half precision could not hold them.
-    const Tensor wide = lead.to(dtype), data = c10::isReducedFloatingType(target.scalar_type()) ? target.to(dtype) : target;
+    const Tensor wide = lead.to(dtype, /*non_blocking=*/false, /*copy=*/false, order);
+    const Tensor data = c10::isReducedFloatingType(target.scalar_type()) ? target.to(dtype) : target;
     fill_elements(args, variant, {wide}, data, 0, weight, kept);
     const auto norm = normaliser(variant, constants, 0);
     std::copy_n(norm.constants, cuda::kMaxConstants, args.constants);

@@ -668,16 +668,20 @@ def count_truth(
     return nll.detach(), list(torch.autograd.grad(nll, leaves, weights.double()))
 
 
+def check_gradient(found: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    """Compare with the largest element: gradients of the dispersion and the library are sums of terms that cancel."""
+    if want.numel():
+        floor = 2.0**-24 if found.dtype == torch.float16 else 2.0**-126
+        error, largest = (found.double() - want.double()).abs().max(), want.double().abs().max()
+        assert error <= 2 * GRADIENT[dtype] * largest + floor, (error / largest).item()
+
+
 def check_counts(
     found: Tensor, gradients: list[Tensor], want: tuple[Tensor, list[Tensor]], dtype: torch.dtype
 ) -> None:
     close(found, want[0], VALUE[dtype])
     for gradient, full in zip(gradients, want[1], strict=True):
-        if not full.numel():
-            continue
-        error = (gradient.double() - full).abs().max()
-        # Those of the dispersion and the library are sums, in which larger terms cancel.
-        assert error <= 2 * GRADIENT[dtype] * full.abs().max(), (error / full.abs().max()).item()
+        check_gradient(gradient, full, dtype)
 
 
 @pytest.mark.parametrize("form", COUNT_FORMS)
@@ -792,8 +796,7 @@ def test_count_elements_sum_to_the_rows(
     close(values.sum(1), nll.double(), 2 * VALUE[dtype])
     for derivative, gradient in zip(derivatives, gradients, strict=True):
         assert derivative.dtype == row_dtype(params[0])
-        summed = derivative.sum(0) if gradient.dim() == 1 else derivative
-        close(summed, gradient.double(), 2 * GRADIENT[dtype])
+        check_gradient(gradient, derivative.sum(0) if gradient.dim() == 1 else derivative, dtype)
 
 
 @pytest.mark.slow
@@ -816,9 +819,15 @@ def test_counts_over_a_wide_range_equal_50_digits(kernels: Kernels, inflated: bo
         point = (t[i].item(), mean[i].item(), theta[i].item())
         value, slopes = test_counts.exact(*point, *((-1.0,) if inflated else ()))
         assert abs(nll[i].item() - value) <= 5e-6 * abs(value), point
+        # With additional zeros, a zero's derivatives are proportional to e^-z: the relative error of z, times z.
+        z = point[2] * math.log1p(point[1] / point[2]) if inflated and point[0] == 0 else 0.0
         for gradient, slope in zip(gradients, slopes, strict=True):
             found = gradient[i].item()
-            assert abs(found - slope) <= 5e-6 * abs(slope) + 1e-30, (point, found, float(slope))
+            assert abs(found - slope) <= 5e-6 * (1 + 0.1 * z) * abs(slope) + 1e-30, (
+                point,
+                found,
+                float(slope),
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
