@@ -2,16 +2,18 @@
 
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import INTERPRETED
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
 from fastvae.regularizers import decompose_kl, mmd, total_correlation
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def data_set(size: int, dims: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,7 +36,8 @@ PARTS = {
         "core/test_discretized_modules.py": "native or eager or compiles",
     },
     "counts": {
-        "core/test_counts.py": "native and not malformed",
+        # A CUDA kernel reads no positions on the host; the sum over a thousand rows takes the shim a minute.
+        "core/test_counts.py": "native and not malformed and not sum_to_1",
         "core/test_count_elements.py": "native",
     },
 }
