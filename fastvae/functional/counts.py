@@ -395,6 +395,26 @@ def _check_counts(where: str, name: str, counts: Tensor) -> None:
             f"fastvae.{where}: `{name}` must hold {required}, got {stored[i].item()} at {position}"
         )
     _check_values(where, name, stored, valid, required)
+    # The CPU's kernel itself refuses columns out of range, and takes them in any order.
+    if counts.layout == torch.sparse_csr and counts.device.type != "cpu":
+        check_columns(where, name, counts.crow_indices(), counts.col_indices(), counts.shape[1])
+
+
+def check_columns(where: str, name: str, starts: Tensor, columns: Tensor, features: int) -> None:
+    """Check that the columns of every row of a CSR target exist and ascend."""
+    first_of_row = torch.zeros(len(columns) + 1, dtype=torch.bool, device=columns.device)
+    first_of_row[starts] = True
+    ascend = torch.ones_like(columns, dtype=torch.bool)
+    ascend[1:] = columns[1:] > columns[:-1]
+    valid = (columns >= 0) & (columns < features) & (ascend | first_of_row[:-1])
+    if not valid.all():
+        i = int((~valid).nonzero()[0])
+        row = int((starts > i).nonzero()[0]) - 1
+        raise ValueError(
+            f"fastvae.{where}: `{name}` must have ascending col_indices below {features} in every row, got "
+            f"{int(columns[i])} at position {i - int(starts[row])} of row {row}; did you mean "
+            f"{name}.to_dense().to_sparse_csr()?"
+        )
 
 
 def _check_values(where: str, name: str, values: Tensor, valid: Tensor, required: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fastvae
 from fastvae import functional, likelihoods
+from fastvae.functional.counts import check_columns
 
 mpmath.mp.dps = 50
 
@@ -456,6 +457,19 @@ def test_wrong_inputs_raise(
     inputs |= change(inputs)
     with pytest.raises(kind, match=rf"fastvae\.{form}_nll: .*{message}"):
         call(form, **inputs)
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [([1, 4, 0, 5], "5 at position 1 of row 2"), ([4, 1, 0, 2], "1 at position 1 of row 0")],
+)
+def test_validate_on_a_gpu_names_the_first_wrong_column(columns: list[int], found: str) -> None:
+    starts = torch.tensor([0, 2, 2, 4])
+    with pytest.raises(
+        ValueError, match=f"`target` must have ascending col_indices below 5 in every row, got {found}"
+    ):
+        check_columns("negative_binomial_nll", "target", starts, torch.tensor(columns), 5)
+    check_columns("negative_binomial_nll", "target", starts, torch.tensor([3, 4, 0, 1]), 5)
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
