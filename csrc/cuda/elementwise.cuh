@@ -23,8 +23,9 @@ constexpr int resident(int64_t item_size, int unit) {
   // These are long only where a thread takes one element at a time.
   const bool is_long_alone = std::is_same_v<L, math::DiscretizedLogistic> || std::is_same_v<L, math::PoissonRate> ||
                              (std::is_same_v<L, math::Gaussian> && item_size == 2);
-  const bool is_long_of_halves = std::is_same_v<L, math::PoissonRate> && item_size == 2;  // a thread takes eight of them at a time
-  const int most = item_size == 8 ? 2 : L::params > 1 || is_long || is_long_of_halves || unit == 1 ? 3 : 4;
+  // A thread takes four or eight of them at a time, and may write their values.
+  const bool is_long_side_by_side = std::is_same_v<L, math::PoissonRate> && item_size <= 4;
+  const int most = item_size == 8 ? 2 : L::params > 1 || is_long || is_long_side_by_side || unit == 1 ? 3 : 4;
   return (is_long && (item_size == 2 || unit == 1)) || (is_long_alone && unit == 1) ? 2 : most;
 }
 

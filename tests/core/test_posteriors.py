@@ -70,7 +70,11 @@ def check_against_the_formula(
         got = tuple(half for gradient in got for half in gradient.chunk(2, 1))
     tolerance = 4 * TOLERANCE[dtype]
     for g, w in zip(got, want, strict=True):
-        assert ((g.double() - w).abs() <= tolerance * (w.abs() + 1 + w.abs().max() * 1e-3)).all(), name
+        fits = w.abs() <= torch.finfo(g.dtype).max  # float16 cannot hold every gradient
+        assert g[~fits].isinf().all(), name
+        g, w = g[fits].double(), w[fits]
+        most = w.abs().max() if w.numel() else 0.0
+        assert ((g - w).abs() <= tolerance * (w.abs() + 1 + most * 1e-3)).all(), name
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
