@@ -87,7 +87,7 @@ def test_binding_passes_the_tests_of_the_native_backend(
         env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     print(done.stdout[-8000:])
     assert done.returncode == 0, done.stderr

@@ -60,7 +60,7 @@ def test_device_tests_pass_in_the_interpreter(shard: str, which_tests: list[str]
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     print(done.stdout[-10000:])
     assert done.returncode == 0, done.stderr
