@@ -352,8 +352,8 @@ def _fused_zinb_raw(device: torch.device) -> Callable[..., Outputs]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# As users write it
 # Baselines, as users write them
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _baseline_bernoulli(recon: Tensor, x: Tensor, kld: Tensor) -> Outputs:

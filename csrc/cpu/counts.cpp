@@ -256,7 +256,7 @@ struct Kernel {
         others &= others - 1;
       }
     };
-    constexpr std::integral_constant<int64_t, W> whole;
+    constexpr auto whole = whole_vector<V>;
     int64_t i = 0;
     for (; i + W <= b.n; i += W) step(i, whole, i / W % 4);
     if (i < b.n) step(i, b.n - i, 0);

@@ -92,7 +92,7 @@ struct Single {
         }
         return mass;
       };
-      constexpr std::integral_constant<int64_t, V::size()> whole;
+      constexpr auto whole = whole_vector<V>;
       const auto value = [&](const math::LogMass<Two>& mass, int k) FASTVAE_INLINE {
         return mass.linear.lane[k] + P::log(mass.over.lane[k]) + P::log1p(mass.e.lane[k]);
       };
@@ -164,7 +164,7 @@ struct Mixture {
 
   template <bool kGrads>
   double nll(Tile<C>& tile) {
-    constexpr std::integral_constant<int64_t, V::size()> whole;
+    constexpr auto whole = whole_vector<V>;
     Sum<C> sum;
     int64_t i = 0;
     // Two vectors are processed at a time, so that work on the second can fill the wait for the last component of the first.

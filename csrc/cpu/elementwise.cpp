@@ -84,7 +84,7 @@ BlockSums block_as(const C* const (&param)[kMaxParams], const C* target, C* cons
     return value;
   };
 
-  constexpr std::integral_constant<int64_t, W> whole;
+  constexpr auto whole = whole_vector<V>;
   constexpr int64_t kAhead = 2048 / sizeof(C);
   int64_t i = 0;
   for (; !kWhole<L> && i + 4 * W <= n; i += 4 * W) {

@@ -82,7 +82,7 @@ template <class C, class F>
 inline void for_lanes(int64_t n, const F& f) {
   constexpr int64_t W = Vec<C>::size();
   int64_t i = 0;
-  for (; i + W <= n; i += W) f(i, std::integral_constant<int64_t, W>());
+  for (; i + W <= n; i += W) f(i, whole_vector<Vec<C>>);
   if (i < n) f(i, n - i);
 }
 

@@ -205,6 +205,16 @@ inline void store(const Result& view, int64_t row, int64_t begin, int64_t n, int
   });
 }
 
+// The number of lanes of a whole vector. As a compile-time constant it gets code of its own, beside that of the incomplete last vector.
+// Where kernels are compiled for size, they have only the latter.
+#ifdef FASTVAE_SMALL
+template <class V>
+constexpr int64_t whole_vector = V::size();
+#else
+template <class V>
+constexpr std::integral_constant<int64_t, V::size()> whole_vector;
+#endif
+
 // Loads `n` lanes from p and sets the others to zero.
 template <class C>
 inline Vec<C> load_lanes(const C* p, int64_t n) {
