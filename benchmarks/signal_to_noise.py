@@ -60,7 +60,7 @@ def main() -> None:
     left.axhline(evidence, color="k", lw=1, label="log p(x)")
     left.set_ylabel("nats")
     right.set_yscale("log")
-    right.set_ylabel("signal-to-noise ratio of the encoder's gradient")
+    right.set_ylabel("signal-to-noise ratio\nof the encoder's gradient")
     for axis in (left, right):
         axis.set_xscale("log", base=2)
         axis.set_xticks(DRAWS, [str(draws) for draws in DRAWS])

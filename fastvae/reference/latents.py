@@ -204,8 +204,11 @@ def free_bits(kl: Tensor, nats: float, *, batch_mean: bool = True) -> Tensor:
     with `nats`: the mean of the rows is sum_j max(nats, mean_b kl_bj), and the gradients agree too. Without it, every
     row is compared by itself: max(nats, kl_bj).
     """
-    judged = kl.mean(0, keepdim=True) if batch_mean else kl
-    return sum_event(torch.where(judged > nats, kl, nats))
+    if not batch_mean:
+        return sum_event(torch.where(kl > nats, kl, nats))
+    # A product with zeros and ones, which is several times faster than torch.where with a mask that rows share.
+    paid = kl.detach().mean(0) > nats
+    return sum_event(kl * paid) + nats * (~paid).sum(dtype=kl.dtype)
 
 
 def expm1_minus(v: Tensor) -> Tensor:
