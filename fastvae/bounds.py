@@ -17,6 +17,7 @@ from .functional import sample_log_probs
 from .functional.checks import check_choice, checked_int
 from .functional.forms import ScaleForm
 from .likelihoods.base import nll_of_draws
+from .priors import Prior
 from .reference.loss import reduce_rows
 
 __all__ = ["IWAE", "IWAEOutput", "PosteriorDraws"]
@@ -32,7 +33,7 @@ class PosteriorDraws(NamedTuple):
     log_q: Tensor
     """log q(z | x), (K, B), in nats. With the estimators "stl" and "dreg" it has no gradient but the one through z."""
     log_p: Tensor
-    """log p(z) under N(0, I), (K, B), in nats."""
+    """log p(z) under the prior, (K, B), in nats."""
 
 
 class IWAEOutput(NamedTuple):
@@ -81,6 +82,8 @@ class IWAE(ELBO):
         chunk: the number of draws to evaluate at a time, to save memory. The decoder then runs once more in the
             backward pass, so it must be passed as a function.
         posterior: the form of the scale, as for `fastvae.ELBO`.
+        prior: a module of `fastvae.priors`; None is the standard normal. The bound takes its density, so it need not
+            have an analytic KL. Its parameters are trained like the decoder's, with every estimator.
     """
 
     def __init__(
@@ -93,8 +96,9 @@ class IWAE(ELBO):
         reduction: str = "mean",
         chunk: int | None = None,
         posterior: str | ScaleForm = "logvar",
+        prior: Prior | None = None,
     ) -> None:
-        super().__init__(likelihood, beta=beta, reduction=reduction, posterior=posterior)
+        super().__init__(likelihood, beta=beta, reduction=reduction, posterior=posterior, prior=prior)
         self.samples: int = checked_int("IWAE", "samples", samples, 1, None)
         check_choice("IWAE", "estimator", estimator, ESTIMATORS)
         self.estimator = estimator
@@ -116,7 +120,12 @@ class IWAE(ELBO):
             mu, logvar: the posterior, (B, ...), floating, of one dtype and shape; or a packed head (B, 2 L, ...) alone.
             generator, seed, row_offset: as for `fastvae.functional.reparameterize_kl`, which generates the noise.
         """
-        return PosteriorDraws(
+        dtype = mu.dtype if isinstance(mu, Tensor) else None
+        is_half = self.prior is not None and dtype in (torch.float16, torch.bfloat16)
+        if is_half:
+            # The distance of z from mu must not be lost in the rounding of half precision.
+            mu, logvar = mu.float(), logvar.float() if isinstance(logvar, Tensor) else logvar
+        draws = PosteriorDraws(
             *sample_log_probs(
                 mu,
                 logvar,
@@ -128,6 +137,15 @@ class IWAE(ELBO):
                 row_offset=row_offset,
             )
         )
+        if self.prior is None:
+            return draws
+        z = points = draws.z
+        if is_half:
+            # The density is that of the exact z, but its gradient must pass the z of the result, which has a hook.
+            z = z.to(dtype)
+            points = z.float() + (points - z.float()).detach()
+        log_p = self.prior.log_prob(points.flatten(0, 1)).unflatten(0, (self.samples, -1))
+        return PosteriorDraws(z, draws.log_q, log_p)
 
     def forward(
         self,
@@ -204,8 +222,10 @@ class IWAE(ELBO):
         if self.estimator == "dreg" and z.requires_grad:
             of_z = weights.reshape(*weights.shape, *[1] * (z.dim() - 2)).to(z.dtype)
             # The path through z needs the square of the weight, and everything else the weight itself. The densities
-            # have no gradient but the one through z.
-            for tensor, factor in ((z, of_z), (log_q, weights), (log_p, weights)):
+            # have no gradient but the one through z, which does not pass the tensor z: one kernel makes all three. A
+            # prior computes its density from z, and its own parameters need the weight itself, like the decoder's.
+            of_draws = ((log_q, weights),) if self.prior is not None else ((log_q, weights), (log_p, weights))
+            for tensor, factor in ((z, of_z), *of_draws):
                 # A hook gets None where nothing depends on the tensor.
                 tensor.register_hook(lambda grad, factor=factor: None if grad is None else grad * factor)
         rows = _with_gradient(-bound, -(weights * log_weights).sum(0))

@@ -39,9 +39,15 @@ class Prior(nn.Module):
         """log p(z) of every row, in nats: (B, dim), or (B, ...) with `dim` elements per row, to (B,)."""
         raise NotImplementedError
 
-    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """Draw n points, (n, dim). They carry no gradient."""
+    def sample(self, n: int, *, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
+        """Draw n points, (n, dim). They carry no gradient. `temperature` multiplies the standard deviation of the
+        normal distribution, or that of each component."""
         raise NotImplementedError
+
+    def frozen(self) -> "Prior":
+        """Return a prior with the present density, for many calls without gradients: a `VampPrior` then encodes its
+        pseudo-inputs once and not in every call."""
+        return self
 
     def analytic_kl(
         self,
@@ -131,9 +137,10 @@ class StandardNormal(Prior):
     def log_prob(self, z: Tensor) -> Tensor:
         return log_normal(self._points(z))
 
-    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, n: int, *, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
         like: Any = self._like
-        return torch.randn(n, self.dim, generator=generator, device=like.device, dtype=like.dtype)
+        draws = torch.randn(n, self.dim, generator=generator, device=like.device, dtype=like.dtype)
+        return temperature * draws
 
     def analytic_kl(
         self,
@@ -168,14 +175,33 @@ class _Mixture(Prior):
         )
 
     @torch.no_grad()
-    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+    def frozen(self) -> Prior:
+        return _Frozen(self)
+
+    @torch.no_grad()
+    def sample(self, n: int, *, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
         mu, logvar, log_weight = self.components()
         if log_weight is None:
             chosen = torch.randint(mu.shape[0], (n,), generator=generator, device=mu.device)
         else:
             chosen = torch.multinomial(log_weight.float().exp(), n, replacement=True, generator=generator)
         noise = torch.randn(n, self.dim, generator=generator, device=mu.device, dtype=mu.dtype)
-        return mu[chosen] + torch.exp(logvar[chosen] / 2) * noise
+        return mu[chosen] + temperature * torch.exp(logvar[chosen] / 2) * noise
+
+
+class _Frozen(_Mixture):
+    """The components of another mixture, as they were."""
+
+    def __init__(self, prior: _Mixture) -> None:
+        super().__init__(prior.dim)
+        for name, tensor in zip(("_mu", "_logvar", "_log_weight"), prior.components(), strict=True):
+            self.register_buffer(name, None if tensor is None else tensor.detach().clone())
+
+    def components(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        mu: Any = self._mu
+        logvar: Any = self._logvar
+        log_weight: Any = self._log_weight
+        return mu, logvar, log_weight
 
 
 class GaussianMixture(_Mixture):

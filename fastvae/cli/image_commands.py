@@ -17,10 +17,10 @@ def sample(
 ) -> None:
     out = out or run / "samples.png"
     n = 64 if n is None else n
-    generate.sample(image.load(run, checkpoint=checkpoint), out, n=n, temperature=temperature, seed=seed)
-    messages.print_line(
-        f"{out}: {messages.pluralize(n, 'new image')}, decoded from {messages.describe_prior(temperature)}"
-    )
+    opened = image.load(run, checkpoint=checkpoint)
+    generate.sample(opened, out, n=n, temperature=temperature, seed=seed)
+    source = messages.describe_prior(opened.settings, temperature)
+    messages.print_line(f"{out}: {messages.pluralize(n, 'new image')}, decoded from {source}")
 
 
 def best(
@@ -38,9 +38,8 @@ def best(
     opened = image.load(run, checkpoint=checkpoint)
     found = generate.sample_best(opened, out, n=n, of=of, temperature=temperature, seed=seed)
     selection = f"the best {n} of {messages.pluralize(of, 'new image')}"
-    messages.print_line(
-        f"{out}: {selection}, decoded from {messages.describe_prior(temperature)}, best first"
-    )
+    source = messages.describe_prior(opened.settings, temperature)
+    messages.print_line(f"{out}: {selection}, decoded from {source}, best first")
     first, last, worst = (f"{found.values[i]:.{found.decimals}f}" for i in (0, n - 1, -1))
     messages.print_line(
         f"ranked by {found.measure}: from {first} to {last}{found.unit}; the worst is {worst}"

@@ -255,17 +255,40 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    test: Annotated[
+        bool,
+        typer.Option("--test", help="Use the test images of a run of images that was trained with --val."),
+    ] = False,
+    factors: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Known factors of the images or cells, for the mutual information gap (MIG): a .csv file with names "
+            "in its first line, or an .npy or .npz file, with one row for each.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Seed = 0,
     data: Data = None,
     checkpoint: Checkpoint = "best",
 ) -> None:
     """Evaluate a run on validation data and write RUN/evaluation.json.
 
-    It measures the ELBO, the likelihood and the active units; for images PSNR and SSIM, for text the perplexity.
+    It measures the ELBO, the likelihood, the parts of the KL and the active units; for images PSNR and SSIM, for text
+    the perplexity.
     """
     from fastvae.train.evaluate import evaluate
 
-    evaluate(run, data=data, checkpoint=checkpoint, samples=samples, limit=limit, seed=seed)
+    evaluate(
+        run,
+        data=data,
+        checkpoint=checkpoint,
+        samples=samples,
+        limit=limit,
+        seed=seed,
+        test=test,
+        factors=factors,
+    )
 
 
 def _kind(run: Path) -> str:

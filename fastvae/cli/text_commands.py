@@ -30,9 +30,8 @@ def sample(
     lines = generate.sample(opened, decoding, n=n, temperature=temperature, seed=seed)
     _print_lines(lines, out)
     generate.save_lines(path, lines)
-    messages.print_line(
-        f"{path}: {messages.pluralize(n, 'new sentence')}, written from {messages.describe_prior(temperature)}"
-    )
+    source = messages.describe_prior(opened.settings, temperature)
+    messages.print_line(f"{path}: {messages.pluralize(n, 'new sentence')}, written from {source}")
 
 
 def reconstruct(

@@ -31,6 +31,7 @@ class Bounds(NamedTuple):
     reconstruction: Tensor
     """-log p(x | z), averaged over the draws."""
     kl: Tensor
+    """The KL from the prior; averaged over the draws if it has no closed form."""
 
 
 @torch.no_grad()
@@ -60,6 +61,9 @@ def estimate_bounds(
     target = model.target(x)
     total = torch.full((len(mu),), -math.inf, dtype=torch.float64, device=mu.device)
     reconstruction = torch.zeros_like(total)
+    learned = model.prior
+    prior = None if learned is None else learned.frozen()
+    sampled_kl = torch.zeros_like(total)
     for first in range(0, samples, draws):
         count = min(draws, samples - first)
         noise = torch.tensor([seed, 4 * first], device=mu.device)
@@ -69,10 +73,19 @@ def estimate_bounds(
         ).double()
         # log p(z) - log q(z | x) at the z that was decoded, which differs from mu + sigma eps by float32 rounding.
         z_double = z.double().flatten(2)
-        ratio = (((z_double - mean).square() * precision - z_double.square()).sum(2) + constant) / 2
+        if prior is None:
+            ratio = (((z_double - mean).square() * precision - z_double.square()).sum(2) + constant) / 2
+        else:
+            log_p = prior.log_prob(z.flatten(0, 1)).double().unflatten(0, (count, -1))
+            squares = ((z_double - mean).square() * precision).sum(2)
+            ratio = log_p + (squares + constant + mean.shape[1] * math.log(2 * math.pi)) / 2
+            sampled_kl -= ratio.sum(0)
         total = torch.logaddexp(total, torch.logsumexp(ratio - nll, 0))
         reconstruction += nll.sum(0)
         advance(count)
+    if learned is not None:
+        analytic = learned.analytic_kl(mu, logvar)
+        kl = sampled_kl / samples if analytic is None else analytic
     return Bounds(math.log(samples) - total, reconstruction / samples, kl.double()), mu
 
 

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from .settings import Settings
 
@@ -15,10 +16,11 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningDataModule
     from rich.console import Console
 
+    from .factors import Factors
     from .module import VAE
     from .report import Report
 
-__all__ = ["Data", "Kind", "Run"]
+__all__ = ["Data", "EvaluatedRows", "Kind", "Run"]
 
 
 class Data(Protocol):
@@ -32,6 +34,15 @@ class Data(Protocol):
 
     @property
     def val(self) -> Sized: ...
+
+
+class EvaluatedRows(NamedTuple):
+    """The rows of a file with one row per datum that belong to the evaluated data, in their order."""
+
+    total: int
+    """The number of rows that the file must have."""
+    chosen: Tensor | None = None
+    """The indices of those that are evaluated, int64; None for all."""
 
 
 S = TypeVar("S", bound=Settings)
@@ -94,6 +105,10 @@ class Kind(ABC, Generic[S, F, D, R]):
 
     default_samples: ClassVar[int]
     """Default number of importance samples of `evaluate`."""
+    has_test: ClassVar[bool] = False
+    """Whether runs may have data for a test besides those for validation."""
+    has_factors: ClassVar[bool] = False
+    """Whether `evaluate` supports known factors of the data."""
     can_sample: ClassVar[bool] = True
     """Whether `fastvae sample` supports this kind."""
     wrong_kind_message: ClassVar[str]
@@ -177,9 +192,23 @@ class Kind(ABC, Generic[S, F, D, R]):
 
     @abstractmethod
     def evaluate(
-        self, run: R, console: "Console", *, checkpoint: str, samples: int, limit: int | None, seed: int
+        self,
+        run: R,
+        console: "Console",
+        *,
+        checkpoint: str,
+        samples: int,
+        limit: int | None,
+        seed: int,
+        test: bool,
+        factors: "Factors | None",
     ) -> "Report":
-        """Evaluate a run on its validation data, or the first `limit` examples, with a progress bar on `console`."""
+        """Evaluate a run on its validation data, or those of a `test`, or the first `limit` examples, with a progress
+        bar on `console`. `factors` are those of all these data."""
+
+    def evaluated_rows(self, run: R, test: bool) -> EvaluatedRows:
+        """Return which rows of a file of factors belong to the data that are evaluated. Raises InputError."""
+        raise NotImplementedError
 
     def after_evaluation(self, run: R, seed: int) -> Iterator[str]:
         """Draw the pictures that belong to an evaluation, and yield a line about each."""

@@ -30,14 +30,24 @@ def shell_command(*words: object) -> str:
     return shlex.join(["fastvae", *map(str, words)])
 
 
-def describe_prior(temperature: float) -> str:
+def describe_prior(settings: Settings, temperature: float = 1.0) -> str:
     """Return the distribution that new samples are decoded from."""
-    return f"z ~ N(0, {temperature:g}² I)" if temperature != 1 else "z ~ N(0, I)"
+    if not settings.has_mixture_prior:
+        return f"z ~ N(0, {temperature:g}² I)" if temperature != 1 else "z ~ N(0, I)"
+    scaled = f", with {temperature:g} times their standard deviations" if temperature != 1 else ""
+    return f"z of the prior, {_describe_mixture(settings)}{scaled}"
+
+
+def _describe_mixture(settings: Settings) -> str:
+    if settings.prior == "mog":
+        return f"a mixture of {pluralize(settings.components, 'Gaussian')}"
+    return f"the mean posterior of {pluralize(settings.components, 'pseudo-input')}"
 
 
 def describe_model(model: nn.Module, settings: Settings, detail: str = "") -> str:
     parameters = sum(p.numel() for p in model.parameters())
-    return f"model: {settings.recipe}{detail}, {settings.latent} latent dimensions, {parameters:,} parameters"
+    prior = f", prior: {_describe_mixture(settings)}" if settings.has_mixture_prior else ""
+    return f"model: {settings.recipe}{detail}, {settings.latent} latent dimensions, {parameters:,} parameters{prior}"
 
 
 def describe_backend(device: torch.device | str = "cpu") -> list[str]:

@@ -1,7 +1,7 @@
 """The LightningModule that is trained: an encoder, a decoder and a `fastvae.ELBO`."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 import fastvae
-from fastvae import functional
+from fastvae import functional, regularizers
+from fastvae.priors import Prior, VampPrior
 
 from . import schedules, seeding
 
@@ -18,6 +19,10 @@ __all__ = ["ACTIVE", "VAE"]
 ACTIVE = (
     0.01  # Burda et al. 2016, section 5.2: a unit is active if its posterior mean varies by more than this
 )
+
+
+# The metric of each term that compares the aggregate posterior of a batch.
+_AGGREGATE_METRICS = {"beta-tc": "train_total_correlation", "info": "train_mmd"}
 
 
 class VAE(LightningModule):
@@ -38,11 +43,18 @@ class VAE(LightningModule):
         seed: the seed of the noise. The noise of a step depends only on the seed and the number of the step, and not
             on interruptions of the run or on the number of processes.
         schedule, schedule_epochs, cycles: the warm-up of beta; see `fastvae.train.schedules`.
+        aggregate: a term of the training loss that compares the posteriors of a batch with each other. `"beta-tc"` adds
+            (aggregate_weight - 1) times the total correlation, which is also a part of the KL (Chen et al. 2018); a
+            warm-up applies to both. `"info"` adds aggregate_weight times the squared MMD of z from N(0, I) (Zhao et al.
+            2019). Each process estimates the term from its own rows. `dataset_size` must be set to the number of
+            training data.
+        aggregate_weight: the weight of that term.
 
     The following metrics are logged after each epoch, in nats per example. For the training data: train_loss (with
-    beta), train_nll and train_kl. For the validation data, without beta: val_neg_elbo, val_nll and val_kl. Also beta,
-    active_units and skipped_steps, and capacity if there is one. With an IWAE, the KL is estimated from its draws, and
-    val_neg_bound is the negative bound. `kl_per_dimension` (L,) holds the validation KL of each latent dimension.
+    beta), train_nll and train_kl, and train_total_correlation or train_mmd with `aggregate`. For the validation data,
+    without beta: val_neg_elbo, val_nll and val_kl. Also beta, active_units and skipped_steps, and capacity if there is
+    one. With an IWAE, the KL is estimated from its draws, and val_neg_bound is the negative bound. `kl_per_dimension`
+    (L,) holds the validation KL of each latent dimension from N(0, 1), whatever the prior.
 
     Class attributes of a subclass describe its data and its further metrics: `unit` is the name of one example,
     `split_metrics` are the metrics that `terms` adds for both splits, `extra_metrics` are those that are logged once,
@@ -75,6 +87,8 @@ class VAE(LightningModule):
         schedule: str = "none",
         schedule_epochs: float = 1.0,
         cycles: int = 1,
+        aggregate: str | None = None,
+        aggregate_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -89,12 +103,20 @@ class VAE(LightningModule):
         self.capacity = None if elbo.capacity is None else float(elbo.capacity)
         self.kl_per_dimension = torch.zeros(latents)
         self.first_skipped: str | None = None
+        self.aggregate, self.aggregate_weight = aggregate, aggregate_weight
+        self.dataset_size = 0
+        self.steps = StepLog()
+        if aggregate is not None:
+            self.extra_metrics = (*self.extra_metrics, _AGGREGATE_METRICS[aggregate])
         if isinstance(elbo, fastvae.IWAE):
             self.table_columns = (("-bound", "val_neg_bound", 2), *self.table_columns)
 
     def encode(self, x: Any) -> tuple[Tensor, Tensor]:
         """Return mu and logvar of the posterior, (B, L) each."""
-        head = self.encoder(x)
+        return self.posterior_of(self.encoder(x))
+
+    def posterior_of(self, head: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mu and logvar for the output of the encoder."""
         if self.posterior != "logvar":
             posterior = fastvae.posteriors.DiagonalGaussian(head, self.posterior)
             return posterior.mean, posterior.logvar
@@ -104,6 +126,36 @@ class VAE(LightningModule):
     def decode(self, z: Tensor) -> Tensor:
         """Return the parameters of the likelihood."""
         return self.decoder(z)
+
+    @property
+    def prior(self) -> Prior | None:
+        """The prior of z, or None for N(0, I)."""
+        return self.elbo.prior
+
+    def set_vamp_prior(
+        self,
+        components: int,
+        input_shape: int | Sequence[int],
+        encode: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+        *,
+        bounds: tuple[float, float] | None,
+    ) -> None:
+        """Replace the prior by a VampPrior. `encode` maps its pseudo-inputs to mu and logvar; by default that is the
+        method of this model."""
+        self.elbo.prior = VampPrior(
+            components, self.encode if encode is None else encode, self.latents, input_shape, bounds=bounds
+        )
+
+    def sample_prior(self, n: int, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
+        """Draw z from the prior, (n, L), on the CPU, with a generator of the CPU. `temperature` multiplies the standard
+        deviation."""
+        if self.prior is None:
+            return temperature * torch.randn(n, self.latents, generator=generator)
+        return (
+            self.prior.frozen()
+            .to("cpu", torch.float32)
+            .sample(n, generator=generator, temperature=temperature)
+        )
 
     @property
     def steps_done(self) -> int:
@@ -144,15 +196,42 @@ class VAE(LightningModule):
         if isinstance(elbo, fastvae.IWAE):
             draws = elbo.sample(mu, logvar, seed=seed, row_offset=row_offset)
             return elbo(lambda z: self.params(z, x), self.target(x), draws=draws), mu, logvar
+        if self.aggregate is not None and self.training:
+            return self._compare_aggregate(x, mu, logvar, seed, row_offset), mu, logvar
         z, kl = elbo.reparameterize(mu, logvar, seed=seed, row_offset=row_offset)
         params = self.params(z if elbo.samples is None else z.flatten(0, 1), x)
         return elbo(params, self.target(x), kl=kl), mu, logvar
 
+    def _compare_aggregate(
+        self, x: Any, mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int
+    ) -> fastvae.ELBOOutput:
+        """Return the loss of a training batch with the term `aggregate`."""
+        dtype = mu.dtype
+        if (
+            dtype != torch.float64
+        ):  # the distance of z from mu must not be lost in the rounding of half precision
+            mu, logvar = mu.float(), logvar.float()
+        z, kl = self.elbo.reparameterize(mu, logvar, seed=seed, row_offset=row_offset)
+        out: fastvae.ELBOOutput = self.elbo(self.params(z.to(dtype), x), self.target(x), kl=kl)
+        if len(mu) < 2:  # the last batch of an epoch, which has no pairs
+            return out
+        if self.aggregate == "beta-tc":
+            term = regularizers.total_correlation(z, mu, logvar, self.dataset_size)
+            weighted = self.elbo.beta * (self.aggregate_weight - 1) * term
+        else:
+            term = regularizers.mmd(z)
+            weighted = self.aggregate_weight * term
+        self.steps.aggregate.append(term.detach())
+        return out._replace(loss=out.loss + weighted)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        scale = list(self.elbo.parameters())
+        prior = [] if self.prior is None else list(self.prior.parameters())
+        scale = [p for name, p in self.elbo.named_parameters() if not name.startswith("prior.")]
         rest = [*self.encoder.parameters(), *self.decoder.parameters()]
         # Adam moves each parameter by about the learning rate per step, and a log-variance has a long way to go.
         groups = [self.param_group(rest)]
+        if prior:
+            groups.append(self.param_group(prior, weight_decay=0.0))
         if scale:
             groups.append(self.param_group(scale, times=10, weight_decay=0.0))
         # The fused optimiser is needed to skip steps. A gradient scaler skips steps itself, and Lightning cannot clip
@@ -282,7 +361,17 @@ class VAE(LightningModule):
         count, *sums = self._sum_over_processes(total).tolist()
         loss, nll, kl = (s / count if count else math.nan for s in sums)
         metrics = {"train_loss": loss, **self.terms("train", nll, kl)}
-        metrics |= {"beta": float(self.elbo.beta), "skipped_steps": float(skipped.sum())}
+        beta = float(self.elbo.beta)
+        if self.aggregate == "beta-tc":
+            beta *= self.aggregate_weight
+        metrics |= {"beta": beta, "skipped_steps": float(skipped.sum())}
+        if self.aggregate is not None:
+            of_steps = torch.stack(steps.aggregate).cpu().double() if steps.aggregate else torch.empty(0)
+            of_steps = of_steps[of_steps.isfinite()]
+            number, value = self._sum_over_processes(
+                torch.tensor([len(of_steps), of_steps.sum()], dtype=torch.float64)
+            ).tolist()
+            metrics[_AGGREGATE_METRICS[self.aggregate]] = value / number if number else math.nan
         if self.elbo.capacity is not None:
             metrics["capacity"] = float(self.elbo.capacity)
         self.log_dict(metrics)
@@ -367,6 +456,7 @@ class StepLog:
         self.nll: list[Tensor] = []  # (B,)
         self.kl: list[Tensor] = []  # (B,)
         self.skipped: list[Tensor] = []  # () each: 1 or 0
+        self.aggregate: list[Tensor] = []  # () each: the total correlation or the MMD
 
     def add(self, out: fastvae.ELBOOutput | fastvae.IWAEOutput) -> None:
         nll, kl = out.nll.detach(), out.kl.detach()

@@ -1,8 +1,9 @@
-"""Activations and initial weights of the networks, by the names that settings give them."""
+"""Layers, activations and initial weights of the networks, by the names that settings give them."""
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-__all__ = ["initialize", "make_activation"]
+__all__ = ["Gated", "hidden_layer", "initialize", "make_activation"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU, "tanh": nn.Tanh, "elu": nn.ELU, "silu": nn.SiLU, "gelu": nn.GELU, "softplus": nn.Softplus,
@@ -12,6 +13,26 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 def make_activation(name: str) -> nn.Module:
     """Return a new activation."""
     return _ACTIVATIONS[name]()
+
+
+class Gated(nn.Linear):
+    """Gated linear units: a linear function of x times the sigmoid of another (Dauphin et al. 2017, equation 1).
+
+    One layer computes both; the second half of its outputs are the gates.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, 2 * outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.glu(super().forward(x), -1)
+
+
+def hidden_layer(inputs: int, outputs: int, activation: str) -> list[nn.Module]:
+    """Return a linear layer with its activation, or a gated one."""
+    if activation == "gated":
+        return [Gated(inputs, outputs)]
+    return [nn.Linear(inputs, outputs), make_activation(activation)]
 
 
 def initialize(network: nn.Module, init: str) -> None:
@@ -25,8 +46,10 @@ def initialize(network: nn.Module, init: str) -> None:
         return
     for layer in network.modules():
         if isinstance(layer, nn.Linear):
-            if init == "xavier":
-                nn.init.xavier_uniform_(layer.weight)
-            else:
-                nn.init.kaiming_normal_(layer.weight)
+            # The two functions of a gated layer are two layers.
+            for weight in layer.weight.chunk(2) if isinstance(layer, Gated) else (layer.weight,):
+                if init == "xavier":
+                    nn.init.xavier_uniform_(weight)
+                else:
+                    nn.init.kaiming_normal_(weight)
             nn.init.zeros_(layer.bias)

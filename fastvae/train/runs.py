@@ -63,7 +63,7 @@ def train(settings: Settings, out: Path, *, overwrite: bool = False) -> None:
     kind = registry.kind_of(settings)
     kind.check(settings)
     data = kind.load(settings)
-    settings = kind.resolve_settings(settings, data)
+    settings = kind.resolve_settings(settings, data).resolve_components(len(data.train))
     if settings.devices > min(settings.batch_size, len(data.train)):
         raise InputError(
             f"--devices {settings.devices}: every device needs at least {kind.datum_with_article} in every batch"
@@ -141,6 +141,7 @@ def _fit(
 ) -> None:
     """Train from epoch `done` on; the weights of that epoch are in last.ckpt."""
     batches = kind.batches(model, data, form, settings)
+    model.dataset_size = len(data.train)
     introduction = [
         *messages.describe_backend(lightning_trainer.strategy.root_device),
         *kind.describe_run(model, data, form, settings, batches),

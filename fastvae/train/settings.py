@@ -13,7 +13,13 @@ import fastvae
 
 from .errors import InputError
 
-__all__ = ["Settings", "option"]
+__all__ = ["COMPONENTS", "Settings", "option"]
+
+COMPONENTS = 500
+"""The default number of components of a prior, as in Tomczak and Welling 2018."""
+
+# The objectives of `fastvae.IWAE`, whose module must not be imported before torch is needed.
+_BOUNDS = ("iwae", "stl", "dreg")
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -50,6 +56,9 @@ class Settings:
     kind: ClassVar[str]
     """The name of the `Kind` of data that the recipe models."""
 
+    components_apply_to: ClassVar[str] = "--prior mog or vamp"
+    """What `components` belongs to, for a message."""
+
     automatic_optimization: ClassVar[bool] = True
     """Whether Lightning runs the optimisation steps; otherwise the module does."""
 
@@ -60,6 +69,19 @@ class Settings:
         "How the encoder gives the posterior's scale: its log-variance, the logarithm of its standard deviation, or "
         "softplus(v) + 1e-4 (standard deviation) or exp(v) + 1e-4 (variance) of its output v.",
         "Model",
+    )
+    prior: Literal["standard", "mog", "vamp"] = option(
+        "standard",
+        "Prior of z: standard (N(0, I)), mog (a learned mixture of --components Gaussians), or vamp (the mean of the "
+        "posteriors of --components learned pseudo-inputs; Tomczak and Welling 2018).",
+        "Model",
+    )
+    components: int = option(
+        0,
+        f"Number of components of --prior mog or vamp; 0 stands for {COMPONENTS}, or as many as there are training "
+        "examples.",
+        "Model",
+        at_least=0,
     )
 
     epochs: int = option(20, "Number of passes over the data.", "Training", at_least=1)
@@ -91,10 +113,11 @@ class Settings:
         at_most=2**32 - 1,
     )
 
-    objective: Literal["elbo", "iwae", "stl", "dreg"] = option(
+    objective: Literal["elbo", "iwae", "stl", "dreg", "beta-tc", "info"] = option(
         "elbo",
-        "elbo, or the importance-weighted bound of several draws of z, with an estimator of its gradient: iwae, stl or "
-        "dreg.",
+        "elbo; the importance-weighted bound of several draws of z, with an estimator of its gradient: iwae, stl or "
+        "dreg; beta-tc (--beta weighs only the total correlation, a part of the KL; Chen et al. 2018); or info (the "
+        "ELBO with --mmd-weight times the MMD of z from its prior; InfoVAE, Zhao et al. 2019).",
         "Objective",
     )
     samples: int = option(
@@ -103,7 +126,12 @@ class Settings:
         "Objective",
         at_least=1,
     )
-    beta: float = option(1.0, "Weight of the KL.", "Objective", at_least=0)
+    beta: float = option(
+        1.0, "Weight of the KL; for beta-tc that of the total correlation.", "Objective", at_least=0
+    )
+    mmd_weight: float = option(
+        1000.0, "Weight of the squared MMD for --objective info.", "Objective", at_least=0
+    )
     capacity: float = option(
         0.0,
         "Capacity C in nats: the loss has beta |KL - C| in place of beta KL, and a warm-up raises C instead of beta. 0 "
@@ -150,6 +178,8 @@ class Settings:
             raise InputError("--cycles only applies to --warmup cyclical")
         if "warmup_epochs" in changed and self.warmup == "none":
             raise InputError("--warmup-epochs only applies to --warmup linear, cyclical or sigmoid")
+        self._check_prior()
+        self._check_aggregate()
         if self.objective != "elbo":
             for name in ("free_bits", "capacity"):
                 if value := getattr(self, name):
@@ -162,22 +192,88 @@ class Settings:
                 f"--capacity {self.capacity:g} and --free-bits {self.free_bits:g} exclude each other; add --free-bits 0"
             )
 
+    def _check_prior(self) -> None:
+        if self.components and not self.uses_components:
+            raise InputError(
+                f"--components only applies to {self.components_apply_to}, got {self.components}"
+            )
+        one_gaussian = self.prior == "mog" and self.components == 1
+        if self.free_bits and self.has_mixture_prior and not one_gaussian:
+            raise InputError(
+                f"--free-bits {self.free_bits:g} needs the KL of each latent dimension, which has no closed form with "
+                f"--prior {self.prior}; add --free-bits 0"
+            )
+
+    def _check_aggregate(self) -> None:
+        """Check the options of objectives that estimate the aggregate posterior from a batch."""
+        if self.objective != "info" and self.mmd_weight != type(self).mmd_weight:
+            raise InputError(
+                f"--mmd-weight {self.mmd_weight:g} only applies to --objective info, got {self.objective}"
+            )
+        if not self.compares_aggregate:
+            return
+        where = f"--objective {self.objective}"
+        if self.has_mixture_prior:
+            raise InputError(f"{where} only applies to --prior standard, got {self.prior}")
+        if self.samples != 1:
+            raise InputError(f"--samples must be 1 for {where}, got {self.samples}")
+        if self.batch_size < 2 * self.devices:
+            raise InputError(
+                f"{where} needs at least 2 examples per batch on each device, got --batch-size {self.batch_size} and "
+                f"--devices {self.devices}"
+            )
+
+    @property
+    def has_mixture_prior(self) -> bool:
+        """Whether the prior has `components`."""
+        return self.prior != "standard"
+
+    @property
+    def uses_components(self) -> bool:
+        """Whether `components` has a meaning."""
+        return self.has_mixture_prior
+
+    @property
+    def compares_aggregate(self) -> bool:
+        """Whether the objective compares the aggregate posterior of a batch with its marginals or with the prior."""
+        return self.objective in ("beta-tc", "info")
+
+    def resolve_components(self, examples: int) -> "Self":
+        """Return the settings with the number of components of the prior, for so many training examples.
+
+        Raises InputError if a VampPrior has more pseudo-inputs than there are examples to start from.
+        """
+        if not self.has_mixture_prior:
+            return self
+        if self.prior == "vamp" and self.components > examples:
+            raise InputError(
+                f"--components must be at most {examples} for --prior vamp, whose pseudo-inputs start at training "
+                f"examples, got {self.components}"
+            )
+        return dataclasses.replace(self, components=self.components or min(COMPONENTS, examples))
+
     @property
     def monitor(self) -> str | None:
         """The metric whose smallest value marks the best epoch. With None, the last epoch counts as the best."""
-        return "val_neg_elbo" if self.objective == "elbo" else "val_neg_bound"
+        return "val_neg_bound" if self.objective in _BOUNDS else "val_neg_elbo"
 
     def make_elbo(self, likelihood: Any) -> "fastvae.ELBO":
-        """Return the training objective for a likelihood."""
-        if self.objective == "elbo":
-            return fastvae.ELBO(
-                likelihood,
-                beta=self.beta,
-                free_bits=self.free_bits,
-                capacity=self.capacity or None,
-                samples=None if self.samples == 1 else self.samples,
-            )
-        return fastvae.IWAE(likelihood, self.samples, self.objective, beta=self.beta)
+        """Return the training objective for a likelihood. A VampPrior is set when there is a model to encode its
+        pseudo-inputs."""
+        prior = None
+        if self.prior == "mog":
+            prior = fastvae.priors.GaussianMixture(self.components or COMPONENTS, self.latent)
+        if self.objective in _BOUNDS:
+            return fastvae.IWAE(likelihood, self.samples, self.objective, beta=self.beta, prior=prior)
+        return fastvae.ELBO(
+            likelihood,
+            # The whole KL has weight 1 in the beta-TC-VAE; the module adds the rest of the total correlation's.
+            beta=1.0 if self.objective == "beta-tc" else self.beta,
+            free_bits=self.free_bits,
+            capacity=self.capacity or None,
+            samples=None if self.samples == 1 else self.samples,
+            prior=prior,
+        )
 
     def module_options(self) -> dict[str, Any]:
         """Return the arguments that every `VAE` takes: for its optimiser, its noise and its warm-up."""
@@ -192,6 +288,8 @@ class Settings:
             "schedule": self.warmup,
             "schedule_epochs": self.warmup_epochs,
             "cycles": self.cycles,
+            "aggregate": self.objective if self.compares_aggregate else None,
+            "aggregate_weight": self.beta if self.objective == "beta-tc" else self.mmd_weight,
         }
 
     @classmethod

@@ -302,3 +302,81 @@ def test_wrong_calls_are_refused(name: str) -> None:
     call, error, message = WRONG[name]
     with pytest.raises(error, match=message):
         call()
+
+
+class WithPrior(Model):
+    """A model whose prior is a mixture of three Gaussians, in float64."""
+
+    def __init__(self, estimator: str) -> None:
+        super().__init__(estimator)
+        torch.manual_seed(4)
+        prior = fastvae.priors.GaussianMixture(3, 2)
+        nn.init.normal_(prior.logvar)
+        nn.init.normal_(prior.logits)  # type: ignore[arg-type]
+        self.iwae = fastvae.IWAE("bernoulli", 6, estimator, prior=prior)
+        self.double()
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        d = torch.distributions
+        prior = self.iwae.prior
+        parts = d.Independent(d.Normal(prior.mu, torch.exp(prior.logvar / 2)), 1)
+        return d.MixtureSameFamily(d.Categorical(logits=prior.logits), parts).log_prob(z)
+
+    def log_weights(self, z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+        d = torch.distributions
+        nll = d.Bernoulli(logits=self.decoder(z)).log_prob(X.double()).sum(-1)
+        return nll + self.log_prior(z) - d.Normal(mu, torch.exp(logvar / 2)).log_prob(z).sum(-1)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_prior_takes_the_place_of_the_standard_normal(backend: str, estimator: str) -> None:
+    """The value is the bound under the prior. The gradients are those of the definitions: the whole gradient of the
+    bound; without the score of q (Roeder et al. 2017); and, for what reaches z, weighted by w and not by 1 (Tucker et
+    al. 2019, equation 8). The prior, like the decoder, gets the gradient of the bound."""
+    model = WithPrior(estimator)
+    out = model(X.double())
+    torch.manual_seed(5)
+    z, _ = functional.reparameterize_kl(model.mu, model.logvar, samples=6)
+    fixed = (model.mu, model.logvar) if estimator == "iwae" else (model.mu.detach(), model.logvar.detach())
+    log_w = model.log_weights(z, *fixed)
+    want = torch.logsumexp(log_w, 0) - math.log(6)
+    torch.testing.assert_close(out.bound, want)
+    posterior = [model.mu, model.logvar]
+    rest = [*model.decoder.parameters(), *model.iwae.prior.parameters()]
+    weights = torch.softmax(log_w.detach(), 0)
+    surrogate = (weights * log_w).sum(0).mean()
+    if estimator == "dreg":
+        surrogate = (weights.square() * log_w).sum(0).mean()
+    expected = [
+        *torch.autograd.grad(-surrogate, posterior, retain_graph=True),
+        *torch.autograd.grad(-want.mean(), rest),
+    ]
+    for a, b in zip(torch.autograd.grad(out.loss, [*posterior, *rest]), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_bound_with_a_vamp_prior_trains_its_pseudo_inputs_and_its_encoder() -> None:
+    encoder = nn.Linear(5, 4)
+    prior = fastvae.priors.VampPrior(3, lambda u: encoder(u).chunk(2, 1), 2, 5)
+    iwae = fastvae.IWAE("bernoulli", 4, "dreg", prior=prior)
+    mu, logvar = (t.detach().requires_grad_() for t in encoder(X).chunk(2, 1))
+    iwae(nn.Linear(2, 5), X, mu, logvar).loss.backward()
+    for tensor in (prior.pseudo_inputs, encoder.weight, mu, logvar):
+        assert tensor.grad is not None
+        assert tensor.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_prior_of_a_half_precision_posterior_has_the_density_of_the_exact_z(
+    backend: str, dtype: torch.dtype
+) -> None:
+    prior = fastvae.priors.GaussianMixture(3, 2)
+    iwae, seed = fastvae.IWAE("bernoulli", 4, "dreg", prior=prior), torch.tensor([1, 0])
+    mu, logvar = (torch.randn(4, 2).to(dtype).requires_grad_() for _ in range(2))
+    draws = iwae.sample(mu, logvar, seed=seed)
+    assert (draws.z.dtype, draws.log_p.dtype) == (dtype, torch.float32)
+    exact = iwae.sample(mu.float(), logvar.float(), seed=seed)
+    torch.testing.assert_close(draws.log_p, exact.log_p)
+    (at_z,) = torch.autograd.grad(draws.log_p.sum(), draws.z, retain_graph=True)
+    (expected,) = torch.autograd.grad(exact.log_p.sum(), exact.z)
+    torch.testing.assert_close(at_z.float(), expected, rtol=1e-2, atol=1e-2)

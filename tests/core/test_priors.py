@@ -222,6 +222,49 @@ def test_image_shaped_latents_are_flattened(backend: str) -> None:
     torch.testing.assert_close(kl, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_prior_keeps_the_density_when_the_parameters_change(name: str) -> None:
+    prior, z = priors()[name], torch.randn(6, D)
+    frozen, before = prior.frozen(), prior.log_prob(z).detach()
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.add_(1.0)
+    torch.testing.assert_close(frozen.log_prob(z), before)
+    assert list(frozen.parameters()) == []
+    if name != "standard":
+        assert not torch.allclose(prior.log_prob(z), before)
+
+
+def test_frozen_vamp_prior_encodes_its_pseudo_inputs_once() -> None:
+    calls = []
+
+    def encode(u: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(len(u))
+        return u[:, :D], u[:, :D]
+
+    frozen = VampPrior(4, encode, D, X).frozen()
+    for _ in range(3):
+        frozen.log_prob(torch.zeros(2, D))
+        frozen.sample(5)
+    assert calls == [4]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_temperature_scales_the_standard_deviations_of_samples(name: str) -> None:
+    """With the temperature 0, samples are the means of components, and otherwise as far away as it says."""
+    prior = priors()[name]
+    at = [
+        prior.sample(50, generator=torch.Generator().manual_seed(0), temperature=t) for t in (0.0, 0.5, 1.0)
+    ]
+    torch.testing.assert_close(at[1] - at[0], (at[2] - at[0]) / 2)
+    assert (at[2] - at[0]).abs().min() > 0
+    if isinstance(prior, (GaussianMixture, VampPrior)):
+        distance = (at[0].unsqueeze(1) - prior.components()[0]).abs().amax(2)
+        assert not distance.amin(1).any()
+    else:
+        assert not at[0].any()
+
+
 def test_learned_prior_fits_the_aggregate_posterior(native: None) -> None:
     torch.manual_seed(0)
     mu = torch.cat([torch.full((64, 1), -3.0), torch.full((64, 1), 3.0)])

@@ -36,6 +36,26 @@ def test_activation_is_used_between_the_layers(name, function):
     assert type(counts.layers[2]) is type(encoder[2])
 
 
+def test_gated_layers_are_linear_functions_times_sigmoids_of_others():
+    encoder, decoder = MLP(likelihood="bernoulli", hidden=7, layers=2, activation="gated").build((2, 3, 1))
+    for network, x in ((encoder[1:], torch.randn(5, 6)), (decoder[:-1], torch.randn(5, 20))):
+        *gated, last = network
+        assert [layer.out_features for layer in gated] == [14, 14]
+        h = x
+        for layer in gated:
+            weight, bias = layer.weight, layer.bias
+            h = (h @ weight[:7].T + bias[:7]) * torch.sigmoid(h @ weight[7:].T + bias[7:])
+        torch.testing.assert_close(network(x), last(h))
+
+
+def test_xavier_gives_each_half_of_a_gated_layer_the_variance_of_a_layer():
+    torch.manual_seed(0)
+    layer = networks.Gated(300, 200)
+    networks.initialize(layer, "xavier")
+    for half in layer.weight.chunk(2):
+        assert half.var().item() == pytest.approx(2 / (300 + 200), rel=0.02)
+
+
 def test_xavier_and_kaiming_have_the_published_variance():
     torch.manual_seed(0)
     for init, variance in (("xavier", 2 / (300 + 200)), ("kaiming", 2 / 300)):
@@ -130,6 +150,7 @@ def test_run_without_the_newer_settings_is_read_with_their_defaults(tmp_path):
     newer = {
         "posterior": "logvar", "lr_schedule": "constant", "adam_eps": 1e-8, "weight_decay": 0.0, "objective": "elbo",
         "samples": 1, "capacity": 0.0, "bias_at_mean": False, "activation": "relu", "init": "default",
+        "prior": "standard", "components": 0, "mmd_weight": 1000.0, "val": 0,
     }  # fmt: skip
     lines = config.read_text().splitlines(keepends=True)
     kept = [line for line in lines if line.partition(" ")[0] not in newer]
@@ -145,7 +166,7 @@ def test_run_without_the_newer_settings_is_read_with_their_defaults(tmp_path):
     [
         (
             ("--activation", "sine"),
-            "--activation must be one of relu, tanh, elu, silu, gelu, softplus, got 'sine'",
+            "--activation must be one of relu, tanh, elu, silu, gelu, softplus, gated, got 'sine'",
         ),
         (("--init", "zeros"), "--init must be one of default, xavier, kaiming, got 'zeros'"),
         (("--weight-decay", "-1"), "--weight-decay must be at least 0, got -1"),

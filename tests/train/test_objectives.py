@@ -194,7 +194,11 @@ def test_text_trains_with_dreg(tmp_path, capsys):
             ("--capacity", "5", "--free-bits", "0.5"),
             "--capacity 5 and --free-bits 0.5 exclude each other; add --free-bits 0",
         ),
-        ("mlp", ("--objective", "vae"), "--objective must be one of elbo, iwae, stl, dreg, got 'vae'"),
+        (
+            "mlp",
+            ("--objective", "vae"),
+            "--objective must be one of elbo, iwae, stl, dreg, beta-tc, info, got 'vae'",
+        ),
         ("mlp", ("--samples", "0"), "--samples must be at least 1, got 0"),
         ("vae-gan", ("--objective", "iwae"), "--objective must be elbo for vae-gan, "),
         ("vae-gan", ("--samples", "2"), "--samples must be 1 for vae-gan, "),

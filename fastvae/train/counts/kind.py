@@ -13,7 +13,9 @@ import torch
 
 from fastvae.train import files, messages
 from fastvae.train.errors import InputError
-from fastvae.train.kind import Kind
+from fastvae.train.factors import Factors
+from fastvae.train.kind import EvaluatedRows, Kind
+from fastvae.train.seeding import seeded_generator
 
 from . import cells
 from .cells import Cells
@@ -41,6 +43,7 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
     form_files = (GENES,)
     training_files = ("latents.png", "loss.png", "evaluation.json")
     default_samples = 100
+    has_factors = True
     can_sample = False
     wrong_kind_message = "this is a run of counts, which supports only evaluate and resume"
 
@@ -85,13 +88,24 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
         encoder, decoder = settings.networks(form.genes, len(form.batches))
         likelihood = settings.make_likelihood(form.genes)
         elbo = settings.make_elbo(likelihood)
-        return CellVAE(encoder, decoder, elbo, **settings.module_options())
+        model = CellVAE(encoder, decoder, elbo, **settings.module_options())
+        if settings.prior == "vamp":
+            model.make_vamp_prior(settings.components, form.genes)
+        return model
 
     def init_from_data(self, model: "CellVAE", settings: Counts, data: Cells) -> None:
-        """Initialise the decoder with the share of each gene in all counts."""
+        """Initialise the decoder with the share of each gene in all counts, and the pseudo-inputs of a VampPrior with
+        cells."""
         totals = torch.from_numpy(data.counts[data.train.numpy()].sum(0)).double()
         share = (totals + 0.5) / (totals + 0.5).sum()
         model.decoder.heads[0].bias.copy_(share.log())  # type: ignore[index, union-attr]
+        if settings.prior == "vamp":
+            prior: Any = model.prior
+            draws = seeded_generator(settings.seed, 5)
+            chosen = torch.randperm(len(data.train), generator=draws)[: settings.components]
+            batch = cells.make_batch(data, data.train[chosen])
+            prior.pseudo_inputs.copy_(torch.log1p(batch.counts))
+            model.pseudo_batches.copy_(batch.batch)  # type: ignore[operator]
 
     def examples_callback(self, data: Cells, form: Sizes, settings: Counts, folder: Path) -> "Callback":
         from .callbacks import SaveLatentPlot
@@ -134,7 +148,14 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
         samples: int,
         limit: int | None,
         seed: int,
+        test: bool,
+        factors: Factors | None,
     ) -> "CellEvaluation":
         from .evaluate import evaluate
 
-        return evaluate(run, console, checkpoint=checkpoint, samples=samples, limit=limit, seed=seed)
+        return evaluate(
+            run, console, checkpoint=checkpoint, samples=samples, limit=limit, seed=seed, factors=factors
+        )
+
+    def evaluated_rows(self, run: CellRun, test: bool) -> EvaluatedRows:
+        return EvaluatedRows(run.cells.counts.shape[0], run.cells.val)

@@ -22,6 +22,16 @@ class CellVAE(VAE):
     unit = "cell"
     has_dropout = True
 
+    def make_vamp_prior(self, components: int, genes: int) -> None:
+        """Set a VampPrior whose pseudo-inputs are log(1 + counts), each with a batch that stays the same."""
+        self.register_buffer("pseudo_batches", torch.zeros(components, dtype=torch.int64))
+        self.set_vamp_prior(components, genes, self.encode_logs, bounds=None)
+
+    def encode_logs(self, logs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mu and logvar of the pseudo-inputs, (M, L) each."""
+        encoder: Any = self.encoder
+        return self.posterior_of(encoder.read_logs(logs, self.pseudo_batches))
+
     def params(self, z: Tensor, x: Batch) -> Any:
         """Return the likelihood's parameters: (logits, library, ...), or the log-rates for the Poisson."""
         draws = len(z) // len(x.batch)

@@ -92,8 +92,11 @@ class Encoder(nn.Module):
         self.posterior = nn.Linear(hidden[-1], 2 * latent)
 
     def forward(self, cells: Batch) -> Tensor:
-        x = torch.log1p(cells.counts)
-        return self.posterior(self.layers(_append_batch(x, cells.batch, self.batches)))
+        return self.read_logs(torch.log1p(cells.counts), cells.batch)
+
+    def read_logs(self, logs: Tensor, batch: Tensor) -> Tensor:
+        """Map log(1 + counts), (B, G), and the batches (B,) to (B, 2 latent)."""
+        return self.posterior(self.layers(_append_batch(logs, batch, self.batches)))
 
 
 class Decoder(nn.Module):

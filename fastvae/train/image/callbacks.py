@@ -42,7 +42,7 @@ class SaveImages(SaveExamples):
                 mean = model.likelihood.mean(model.decode(precision.convert_input(z)))
             return mean.float().cpu().permute(0, 2, 3, 1)
 
-        z = torch.randn(64, model.latents, generator=seeded_generator(settings.seed, 2)).to(device)
+        z = model.sample_prior(64, seeded_generator(settings.seed, 2)).to(device)
         pictures.save_samples(decode_means(z), self.folder / "samples.png")
 
         val, labels = self.images.val[:_DRAWN], self.images.val_labels

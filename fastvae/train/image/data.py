@@ -49,6 +49,10 @@ class Images(NamedTuple):
     """Messages for the user about what was skipped."""
     label_names: tuple[str, ...] = ()
     """The names of the labels 0, 1, ..., if they have names."""
+    val_rows: Tensor | None = None
+    """If the validation images were drawn from all images, where they are among them, (N,) int64."""
+    test: Tensor | None = None
+    """Images that are neither for training nor for validation."""
 
 
 def shape_of(images: Images) -> Shape:
@@ -62,16 +66,42 @@ def format_size(shape: tuple[int, ...]) -> str:
 
 
 def load(
-    spec: str, *, seed: int = 0, size: int = 0, shape: Shape | None = None, validation_only: bool = False
+    spec: str,
+    *,
+    seed: int = 0,
+    size: int = 0,
+    shape: Shape | None = None,
+    validation_only: bool = False,
+    val: int = 0,
 ) -> Images:
     """Load the images of `--data`: "digits", an .npz file, a folder, or the name of a Hugging Face dataset.
 
     `size` applies to folders and datasets: it is the side length that images are cropped and resized to. 0 keeps images
     that all have the same size of at most 64 pixels, and resizes others to 64 x 64. `shape` (H, W, C) overrides it.
-    With `validation_only`, all images of a folder are validation images.
+    With `validation_only`, all images of a folder are validation images. With `val`, the last so many training images
+    are validation images, and what was for validation is for a test.
 
-    Raises InputError for data that cannot be read or contain no images.
+    Raises InputError for data that cannot be read or contain no images, and if `val` leaves none to train on.
     """
+    images = _load(spec, seed, size, shape, validation_only)
+    if not val:
+        return images
+    if val >= len(images.train):
+        raise InputError(
+            f"--val must be less than the {len(images.train)} training images of {spec}, got {val}"
+        )
+    labels = images.train_labels
+    return images._replace(
+        train=images.train[:-val],
+        val=images.train[-val:],
+        train_labels=None if labels is None else labels[:-val],
+        val_labels=None if labels is None else labels[-val:],
+        val_rows=None,
+        test=images.val,
+    )
+
+
+def _load(spec: str, seed: int, size: int, shape: Shape | None, validation_only: bool) -> Images:
     if spec == "digits":
         return load_digits(seed)
     path = Path(spec).expanduser()
@@ -415,5 +445,5 @@ def _split(
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     val, train = order.tensor_split([max(1, len(images) // 6)])
     if labels is None:
-        return Images(name, images[train], images[val], notes=notes)
-    return Images(name, images[train], images[val], labels[train], labels[val], notes)
+        return Images(name, images[train], images[val], notes=notes, val_rows=val)
+    return Images(name, images[train], images[val], labels[train], labels[val], notes, val_rows=val)

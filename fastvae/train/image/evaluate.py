@@ -1,4 +1,5 @@
-"""Evaluation of image models on validation images: the ELBO, the importance-weighted likelihood, PSNR and SSIM."""
+"""Evaluation of image models on validation or test images: the ELBO and the parts of its KL, the importance-weighted
+likelihood, PSNR and SSIM."""
 
 import math
 from collections.abc import Iterator
@@ -13,8 +14,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from fastvae.train import bounds
 from fastvae.train.bounds import Bounds
-from fastvae.train.module import ACTIVE
-from fastvae.train.report import Report, check_options
+from fastvae.train.factors import Factors
+from fastvae.train.report import Report, check_options, shared_results
 from fastvae.train.seeding import seeded_generator
 
 from .loader import prepare, val_batch_size
@@ -69,27 +70,13 @@ def ssim(reconstruction: Tensor, original: Tensor) -> Tensor:
 class Evaluation(Report):
     """Means over the images, in nats per image unless noted otherwise."""
 
-    run: str
-    checkpoint: str
-    epoch: int
-    data: str
     images: int
     dimensions: int
-    samples: int
-    seed: int
-    neg_elbo: float
-    reconstruction: float
-    kl: float
-    iw_nll: float
-    """The importance-weighted bound: its expectation lies between the true NLL and the negative ELBO."""
     iw_nll_standard_error: float | None
     """The standard error over images; None for a single image."""
     bits_per_dim: float
     """Computed from `iw_nll`."""
     neg_elbo_bits_per_dim: float
-    active_units: int
-    """Units whose posterior mean varies over the images by more than 0.01 (Burda et al. 2016, section 5.2)."""
-    latents: int
     psnr: float
     """PSNR of reconstructions from the posterior mean, in dB; see `psnr`."""
     ssim: float | None
@@ -111,11 +98,13 @@ class Evaluation(Report):
             ("  KL", self.kl, None),
             (f"NLL, {self.samples} importance samples", self.iw_nll, self.bits_per_dim),
             ("  standard error over images", error, None),
+            *((name, value, None) for name, value in self.information_rows()),
         ):
             nats = "" if value is None else f"{value:.3f}"
             table.add_row(name, nats, "" if bits is None else f"{bits:.4f}")
         table.add_section()
-        table.add_row("active units", f"{self.active_units} of {self.latents}", "")
+        for row in self.latent_rows():
+            table.add_row(*row, "")
         table.add_row("reconstructions: PSNR", f"{self.psnr:.2f} dB", "")
         needs = f" (from {WINDOW} x {WINDOW} pixels)" if self.ssim is None else ""
         table.add_row(f"  SSIM{needs}", "-" if self.ssim is None else f"{self.ssim:.3f}", "")
@@ -153,50 +142,56 @@ def evaluate(
     samples: int = 500,
     limit: int | None = None,
     seed: int = 0,
+    test: bool = False,
+    factors: Factors | None = None,
 ) -> Evaluation:
-    """Evaluate a run on its validation images, or the first `limit`, with a progress bar on `console`.
+    """Evaluate a run on its validation or test images, or the first `limit`, with a progress bar on `console`.
+
+    `factors` are those of all these images.
 
     `seed` seeds the draws of z and those in `prepare`, so that runs are compared on the same x.
 
     Raises InputError if a number is out of range.
     """
     check_options(samples, limit, seed)
-    val = run.images.val[:limit]
-    parts, means, ratios, similarities = [], [], [], []
+    val = run.evaluated_images(test)[:limit]
+    parts, posteriors, ratios, similarities = [], [], [], []
     for images, x, part, mu in estimate_in_batches(
         run, val, run.settings, samples, seed, console, "evaluating"
     ):
         parts.append(torch.stack(part).cpu())
-        means.append(mu.double().cpu())
+        posteriors.append(_posterior(run, x))
         reconstruction, original = _reconstruction(run, mu), _original(run, images, x)
         ratios.append(psnr(reconstruction, original))
         if min(original.shape[2:]) >= WINDOW:
             similarities.append(ssim(reconstruction, original))
-    nll, reconstruction, kl = torch.cat(parts, 1)
+    bounds_of_all = torch.cat(parts, 1)
     count, dimensions = len(val), val[0].numel()
     bits = run.model.bits_per_dim
-    neg_elbo, iw_nll = (reconstruction + kl).mean().item(), nll.mean().item()
+    shared = shared_results(run.model, bounds_of_all, torch.cat(posteriors, 1), factors, seed=seed)
     return Evaluation(
         run=str(run.path),
         checkpoint=checkpoint,
         epoch=run.epoch,
         data=run.images.name,
+        split="test" if test else "val",
         images=count,
         dimensions=dimensions,
         samples=samples,
         seed=seed,
-        neg_elbo=neg_elbo,
-        reconstruction=reconstruction.mean().item(),
-        kl=kl.mean().item(),
-        iw_nll=iw_nll,
-        iw_nll_standard_error=nll.std().item() / math.sqrt(count) if count > 1 else None,
-        bits_per_dim=bits(iw_nll),
-        neg_elbo_bits_per_dim=bits(neg_elbo),
-        active_units=int((torch.cat(means).flatten(1).var(0, correction=0) > ACTIVE).sum()),
-        latents=run.model.latents,
+        iw_nll_standard_error=bounds_of_all[0].std().item() / math.sqrt(count) if count > 1 else None,
+        bits_per_dim=bits(shared["iw_nll"]),
+        neg_elbo_bits_per_dim=bits(shared["neg_elbo"]),
+        **shared,
         psnr=torch.cat(ratios).mean().item(),
         ssim=torch.cat(similarities).mean().item() if similarities else None,
     )
+
+
+@torch.no_grad()
+def _posterior(run: ImageRun, x: Tensor) -> Tensor:
+    """Return mu and logvar of prepared images, (2, B, L) on the CPU."""
+    return torch.stack(run.model.encode(x)).cpu()
 
 
 @torch.no_grad()

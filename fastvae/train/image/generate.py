@@ -34,12 +34,12 @@ _DRAWS = 20  # draws of z to estimate the likelihood of an image
 
 
 def sample(run: ImageRun, path: Path, *, n: int = 64, seed: int = 0, temperature: float = 1.0) -> None:
-    """Draw n new images, decoded from z ~ N(0, temperature^2 I)."""
+    """Draw n new images, decoded from z of the prior, whose standard deviation is multiplied by the temperature."""
     _check("-n", n, 1, 10_000)
     _check_seed(seed)
     _check("--temperature", temperature, 0)
     _prepare_output(path)
-    z = temperature * _prior_samples(run, n, seed)
+    z = _prior_samples(run, n, seed, temperature)
     pictures.save_samples(_decode_means(run, z), path)
 
 
@@ -70,7 +70,7 @@ def sample_best(
     _check_seed(seed)
     _check("--temperature", temperature, 0)
     _prepare_output(path)
-    z = temperature * _prior_samples(run, of, seed)
+    z = _prior_samples(run, of, seed, temperature)
     images = _decode_means(run, z).clamp(0, 1)
     realism = getattr(run.model, "realism", None)
     if realism is not None:
@@ -284,9 +284,9 @@ def _batches(run: ImageRun, tensor: Tensor) -> tuple[Tensor, ...]:
     return tensor.split(val_batch_size(run.settings, run.shape))
 
 
-def _prior_samples(run: ImageRun, n: int, seed: int) -> Tensor:
-    """Draw z ~ N(0, I), (n, L), on the CPU."""
-    return torch.randn(n, run.model.latents, generator=torch.Generator().manual_seed(seed))
+def _prior_samples(run: ImageRun, n: int, seed: int, temperature: float = 1.0) -> Tensor:
+    """Draw z from the prior, (n, L), on the CPU."""
+    return run.model.sample_prior(n, torch.Generator().manual_seed(seed), temperature)
 
 
 def _to_unit_range(images: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ from fastvae.train import processes, registry
 from fastvae.train.checkpoints import open_checkpoint
 from fastvae.train.errors import InputError
 from fastvae.train.run_folder import CHECKPOINTS, CONFIG
+from fastvae.train.seeding import seeded_generator
 
 from .data import Images
+from .loader import prepare
 from .module import ImageVAE, unbounded_logvar
 from .settings import ImageSettings
 
@@ -20,10 +22,14 @@ __all__ = ["init_from_data", "init_from_run", "last_layer"]
 
 @torch.no_grad()
 def init_from_data(model: ImageVAE, settings: ImageSettings, images: Images) -> None:
-    """Initialise a Gaussian likelihood with the mean and the variance of the images.
+    """Initialise a Gaussian likelihood with the mean and the variance of the images, and the pseudo-inputs of a
+    VampPrior with images.
 
     For a Bernoulli, if the settings say so, initialise the output bias with the logits of the mean binary image.
     """
+    if settings.prior == "vamp":
+        prior: Any = model.prior
+        prior.pseudo_inputs.copy_(_random_inputs(images, settings))
     _, last = last_layer(model)
 
     def per_bias(mean: Tensor) -> Tensor:
@@ -56,6 +62,17 @@ def init_from_data(model: ImageVAE, settings: ImageSettings, images: Images) -> 
                 model.likelihood.logvar.fill_(logvar)
         set_bias(start)
         model.init_from_images(pixels)
+
+
+def _random_inputs(images: Images, settings: ImageSettings) -> Tensor:
+    """Return random training images as the encoder gets them, (M, C, H, W), a little inside of the range [0, 1].
+
+    At the ends of the range, the first step could take a pixel out of it, where it has no gradient.
+    """
+    draws = seeded_generator(settings.seed, 5)
+    chosen = torch.randperm(len(images.train), generator=draws)[: settings.components]
+    x = prepare(images.train[chosen], settings, draws)
+    return 0.05 + 0.9 * (x.float() / 255 if x.dtype == torch.uint8 else x)
 
 
 def last_layer(model: ImageVAE) -> tuple[str, Any]:
@@ -95,7 +112,7 @@ def init_from_run(model: ImageVAE, settings: ImageSettings, out: Path, *, resume
     names = [name for name in parameters if name in weights and weights[name].shape == parameters[name].shape]
     if (file.parent.parent / CONFIG).exists():
         _, source_settings, _ = registry.read_run(file.parent.parent)
-        options = ("likelihood", "variance", "components", "logvar_min", "logvar_max")
+        options = ("likelihood", "variance", "pixel_components", "logvar_min", "logvar_max")
         if any(getattr(source_settings, name, None) != getattr(settings, name) for name in options):
             last, _ = last_layer(model)
             names = [name for name in names if not name.startswith(("elbo.", f"{last}."))]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastvae.train import messages, run_folder
 from fastvae.train.errors import InputError
-from fastvae.train.kind import Kind
+from fastvae.train.factors import Factors
+from fastvae.train.kind import EvaluatedRows, Kind
 
 from . import data as image_data
 from .data import Images, Shape, format_size, shape_of
@@ -41,12 +42,19 @@ class ImageKind(Kind[ImageSettings, Shape, Images, ImageRun]):
         "evaluation.json", "interpolations.png", "traversals.png", "inpainting.png", "generated.png", "neighbours.png",
     )  # fmt: skip
     default_samples = 500
+    has_test = True
+    has_factors = True
     wrong_kind_message = "this is a run of images"
 
     def load(self, settings: ImageSettings, form: Shape | None = None, *, other_data: bool = False) -> Images:
         # The files of an existing run are always resized to its shape.
         return image_data.load(
-            settings.data, seed=settings.seed, size=settings.size, shape=form, validation_only=other_data
+            settings.data,
+            seed=settings.seed,
+            size=settings.size,
+            shape=form,
+            validation_only=other_data,
+            val=0 if other_data else settings.val,
         )
 
     def resolve_settings(self, settings: ImageSettings, data: Images) -> ImageSettings:
@@ -87,13 +95,17 @@ class ImageKind(Kind[ImageSettings, Shape, Images, ImageRun]):
         return data
 
     def build(self, settings: ImageSettings, form: Shape) -> "ImageVAE":
+        height, width, channels = form
         try:
-            return settings.make_module(
+            model = settings.make_module(
                 form,
                 dimensions=math.prod(form),
                 bits_offset=8 if settings.likelihood == "gaussian" else 0,
                 **settings.module_options(),
             )
+            if settings.prior == "vamp":
+                model.set_vamp_prior(settings.components, (channels, height, width), bounds=(0.0, 1.0))
+            return model
         except RuntimeError as error:  # torch raises it for sizes that do not fit into memory
             raise InputError(f"cannot build this model: {str(error).strip().splitlines()[0]}") from error
 
@@ -124,7 +136,10 @@ class ImageKind(Kind[ImageSettings, Shape, Images, ImageRun]):
         self, model: "ImageVAE", data: Images, form: Shape, settings: ImageSettings, batches: "ImageData"
     ) -> Iterator[str]:
         size = format_size(form)
-        yield f"data: {data.name}, {size}, {len(data.train)} training images, {len(data.val)} validation images"
+        test = "" if data.test is None else f", {len(data.test)} test images"
+        yield (
+            f"data: {data.name}, {size}, {len(data.train)} training images, {len(data.val)} validation images{test}"
+        )
         for note in data.notes:
             yield f"warning: {note}"
         yield messages.describe_model(model, settings)
@@ -139,10 +154,27 @@ class ImageKind(Kind[ImageSettings, Shape, Images, ImageRun]):
         samples: int,
         limit: int | None,
         seed: int,
+        test: bool,
+        factors: Factors | None,
     ) -> "Evaluation":
         from .evaluate import evaluate
 
-        return evaluate(run, console, checkpoint=checkpoint, samples=samples, limit=limit, seed=seed)
+        return evaluate(
+            run,
+            console,
+            checkpoint=checkpoint,
+            samples=samples,
+            limit=limit,
+            seed=seed,
+            test=test,
+            factors=factors,
+        )
+
+    def evaluated_rows(self, run: ImageRun, test: bool) -> EvaluatedRows:
+        images = run.images
+        if images.val_rows is None or test:
+            return EvaluatedRows(len(run.evaluated_images(test)))
+        return EvaluatedRows(len(images.train) + len(images.val), images.val_rows)
 
     def after_evaluation(self, run: ImageRun, seed: int) -> Iterator[str]:
         from . import generate

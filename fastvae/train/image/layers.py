@@ -53,10 +53,11 @@ def upsampling_layer(before: int, after: int, side: Side) -> nn.Module:
 
 def dense(*sizes: int, activation: str = "relu") -> list[nn.Module]:
     """Return linear layers with an activation between them."""
+    *inner, inputs, outputs = sizes
     layers: list[nn.Module] = []
-    for before, after in pairwise(sizes):
-        layers += [nn.Linear(before, after), networks.make_activation(activation)]
-    return layers[:-1]
+    for before, after in pairwise((*inner, inputs)):
+        layers += networks.hidden_layer(before, after, activation)
+    return [*layers, nn.Linear(inputs, outputs)]
 
 
 class Residual(nn.Module):

@@ -10,9 +10,11 @@ from torch import nn
 
 from fastvae import likelihoods
 from fastvae.train.errors import InputError
-from fastvae.train.settings import Settings, option
+from fastvae.train.settings import COMPONENTS, Settings, option
 
 __all__ = ["ImageSettings"]
+
+PIXEL_COMPONENTS = 10  # the default number of discretized logistics of a pixel, as in PixelCNN++
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -25,6 +27,7 @@ class ImageSettings(Settings):
     """The settings of a run of images. A recipe adds its own fields and `build`."""
 
     kind = "image"
+    components_apply_to = "--likelihood dmol, and to --prior mog or vamp"
 
     data: str = option(
         "digits",
@@ -38,6 +41,13 @@ class ImageSettings(Settings):
         "Data",
         at_least=0,
     )
+    val: int = option(
+        0,
+        "Number of training images, the last ones, to validate with. The images that would otherwise be for validation "
+        "(x_test) are then left to `fastvae evaluate --test`. 0 validates with those.",
+        "Data",
+        at_least=0,
+    )
     batch_size: int = option(128, "Images per batch, over all devices together.", "Training", at_least=1)
     likelihood: Literal["auto", "bernoulli", "gaussian", "discretized-logistic", "dmol"] = option(
         "auto",
@@ -45,7 +55,13 @@ class ImageSettings(Settings):
         "each pixel), or auto: bernoulli for grey images and gaussian for colour images.",
         "Model",
     )
-    components: int = option(10, "Number of mixture components per pixel for dmol.", "Model", at_least=1)
+    components: int = option(
+        0,
+        f"Number of components of --prior mog or vamp (0 stands for {COMPONENTS}, or as many as there are training "
+        f"images); with --prior standard, of the mixture of each pixel for dmol (0 stands for {PIXEL_COMPONENTS}).",
+        "Model",
+        at_least=0,
+    )
     variance: Literal["learned", "fixed", "per-element"] = option(
         "learned",
         "Variance of the Gaussian: learned (one for all pixels), fixed (see --sigma), or per-element (from the "
@@ -110,7 +126,6 @@ class ImageSettings(Settings):
         needs = {
             "binarize": ("--likelihood bernoulli", self.likelihood == "bernoulli"),
             "bias_at_mean": ("--likelihood bernoulli", self.likelihood == "bernoulli"),
-            "components": ("--likelihood dmol", self.likelihood == "dmol"),
             "variance": ("--likelihood gaussian", gaussian),
             "sigma": ("--variance fixed", self.variance == "fixed"),
         }
@@ -120,6 +135,15 @@ class ImageSettings(Settings):
         for name, (needed, holds) in needs.items():
             if getattr(self, name) != getattr(type(self), name) and not holds:
                 raise InputError(f"--{name.replace('_', '-')} only applies to {needed}")
+
+    @property
+    def uses_components(self) -> bool:
+        return self.has_mixture_prior or self.likelihood == "dmol"
+
+    @property
+    def pixel_components(self) -> int:
+        """The number of discretized logistics of each pixel for dmol."""
+        return (0 if self.has_mixture_prior else self.components) or PIXEL_COMPONENTS
 
     def build(self, shape: tuple[int, int, int]) -> tuple[nn.Module, nn.Module]:
         """Build the encoder, x (B, C, H, W) -> (B, 2 latent), and the decoder, z (B, latent) -> (B, P, H, W).
@@ -150,7 +174,7 @@ class ImageSettings(Settings):
         if self.likelihood == "discretized-logistic":
             return likelihoods.DiscretizedLogistic()
         if self.likelihood == "dmol":
-            return likelihoods.DiscretizedLogisticMixture(self.components)
+            return likelihoods.DiscretizedLogisticMixture(self.pixel_components)
         return likelihoods.Bernoulli()
 
     @property
@@ -165,7 +189,7 @@ class ImageSettings(Settings):
         if self.likelihood == "discretized-logistic":
             return "discretized logistic likelihood for each byte"
         if self.likelihood == "dmol":
-            return f"likelihood of bytes: a mixture of {self.components} discretized logistics for each pixel"
+            return f"likelihood of bytes: a mixture of {self.pixel_components} discretized logistics for each pixel"
         how = "at half of the range" if self.binarize == "threshold" else "anew in each epoch"
         return f"Bernoulli likelihood, images binarised {how}"
 

@@ -28,7 +28,7 @@ class SaveSentences(SaveExamples):
     def save_examples(self, model: TextVAE) -> None:
         settings, vocabulary = self.settings, self.vocabulary
         longest = 2 * settings.max_words
-        z = torch.randn(_SAMPLES, model.latents, generator=seeded_generator(settings.seed, 2))
+        z = model.sample_prior(_SAMPLES, seeded_generator(settings.seed, 2))
         samples = decode(model, z, Decoding(longest=longest), seeded_generator(settings.seed, 3))
         write_lines(self.folder / "samples.txt", [vocabulary.decode(line) for line in samples])
 

@@ -22,12 +22,13 @@ __all__ = ["interpolate", "reconstruct", "sample", "save_lines", "warnings_about
 def sample(
     run: TextRun, decoding: Decoding, *, n: int = 20, seed: int = 0, temperature: float = 1.0
 ) -> list[str]:
-    """Return n new sentences, decoded from z ~ N(0, temperature^2 I)."""
+    """Return n new sentences, decoded from z of the prior, whose standard deviation is multiplied by the
+    temperature."""
     _check("-n", n, 1, 100_000)
     _check("--seed", seed, 0, 2**32 - 1)
     _check("--temperature", temperature, 0)
     draws = torch.Generator().manual_seed(seed)
-    z = temperature * torch.randn(n, run.model.latents, generator=draws)
+    z = run.model.sample_prior(n, draws, temperature)
     return _decode_texts(run, z, decoding, draws)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import fastvae
 from fastvae.train import messages
 from fastvae.train.errors import InputError
+from fastvae.train.factors import Factors
 from fastvae.train.kind import Kind
 
 from . import sentences
@@ -46,6 +47,11 @@ class TextKind(Kind[Text, Vocabulary, Corpus, TextRun]):
         if settings.min_words > settings.max_words:
             raise InputError(
                 f"--min-words must be at most --max-words {settings.max_words}, got {settings.min_words}"
+            )
+        if settings.prior == "vamp":
+            raise InputError(
+                "--prior must be standard or mog for text, got vamp: its pseudo-inputs are learned by gradients, which "
+                "words do not have"
             )
 
     def load(self, settings: Text, form: Vocabulary | None = None, *, other_data: bool = False) -> Corpus:
@@ -105,6 +111,8 @@ class TextKind(Kind[Text, Vocabulary, Corpus, TextRun]):
         samples: int,
         limit: int | None,
         seed: int,
+        test: bool,
+        factors: Factors | None,
     ) -> "TextEvaluation":
         from .evaluate import evaluate
 

@@ -27,8 +27,11 @@ class MLP(ImageSettings):
 
     hidden: int = option(400, "Units per hidden layer.", "Model", at_least=1)
     layers: int = option(1, "Hidden layers in the encoder and in the decoder.", "Model", at_least=1)
-    activation: Literal["relu", "tanh", "elu", "silu", "gelu", "softplus"] = option(
-        "relu", "Activation of the hidden layers: relu, tanh, elu, silu, gelu or softplus.", "Model"
+    activation: Literal["relu", "tanh", "elu", "silu", "gelu", "softplus", "gated"] = option(
+        "relu",
+        "Activation of the hidden layers: relu, tanh, elu, silu, gelu, softplus, or gated (a linear function times the "
+        "sigmoid of another; Dauphin et al. 2017).",
+        "Model",
     )
     init: Literal["default", "xavier", "kaiming"] = option(
         "default",

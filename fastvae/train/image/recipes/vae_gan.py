@@ -59,7 +59,7 @@ class VAEGAN(Photos):
         for name in ("sigma", "components", "binarize"):
             if getattr(self, name) != getattr(type(self), name):
                 raise InputError(f"--{name} does not apply to vae-gan, which has no such likelihood")
-        for name in ("objective", "samples", "capacity"):
+        for name in ("objective", "samples", "capacity", "prior"):
             given, expected = getattr(self, name), getattr(type(self), name)
             if given != expected:
                 raise InputError(
