@@ -6,12 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from run_files import command_error, run_command, train, train_text
+from run_files import command_error, run_command, train
 from scipy import integrate, stats
 from torch import Tensor
 
-from fastvae.train import factors, image, information
+from fastvae.train import factors, image, information, run_folder
 from fastvae.train.errors import InputError
+from fastvae.train.text.recipe import Text
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
@@ -95,13 +96,13 @@ def shapes() -> tuple[np.ndarray, dict[str, np.ndarray]]:
     grids = np.meshgrid(range(3), range(4), range(4), range(4), indexing="ij")
     scale, angle, x, y = (grid.ravel() for grid in grids)
     rows, columns = np.mgrid[:12, :12]
-    across, along = columns - (4 + x)[:, None, None], rows - (4 + y)[:, None, None]
+    across, along = columns - (2 + 2.5 * x)[:, None, None], rows - (2 + 2.5 * y)[:, None, None]
     theta = (angle * np.pi / 4)[:, None, None]
     length, width = (
         across * np.cos(theta) + along * np.sin(theta),
         along * np.cos(theta) - across * np.sin(theta),
     )
-    inside = (abs(length) <= (1.5 + scale)[:, None, None]) & (abs(width) <= 0.8)
+    inside = (abs(length) <= (2 + scale)[:, None, None]) & (abs(width) <= 1.6)
     return (255 * inside).astype(np.uint8), {"scale": scale, "angle": angle, "x": x, "y": y}
 
 
@@ -117,10 +118,10 @@ def shapes_run(tmp_path_factory, one_thread):
     np.save(folder / "factors.npy", np.stack(list(known.values()), 1))
     lines = [",".join(known), *(",".join(map(str, row)) for row in zip(*known.values(), strict=True))]
     (folder / "factors.csv").write_text("\n".join(lines) + "\n")
-    options = ("--data", str(folder / "shapes.npz"), "--objective", "beta-tc", "--beta", "3", "--lr", "0.003")
+    options = ("--data", str(folder / "shapes.npz"), "--lr", "0.01", "--batch-size", "32")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastvae.train.callbacks.should_save_examples", lambda trainer: False)
-        assert train(folder / "run", *options, "--epochs", "12", "--batch-size", "32") == 0
+        assert train(folder / "run", *options, "--epochs", "15") == 0
     return folder / "run"
 
 
@@ -244,10 +245,9 @@ def test_bad_file_of_factors_is_refused_in_one_line(tmp_path, name, content, wor
 
 
 def test_factors_and_test_are_refused_where_they_do_not_apply(tmp_path, shapes_run, capsys):
-    file = tmp_path / "x.txt"
-    file.write_text("".join(f"{a} {b} .\n" for a in "abcdefg" for b in "uvwxyz"))
     run = tmp_path / "run"
-    assert train_text(run, file, "--epochs", "1") == 0
+    run.mkdir()
+    run_folder.write_config(run, Text(data="x.txt"))
     known = write(tmp_path / "f.npy", np.arange(7) % 2)
     for option in (("--factors", known), ("--test",)):
         error = command_error(capsys, "evaluate", run, *option)

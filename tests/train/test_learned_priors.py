@@ -23,11 +23,22 @@ PRIORS = {"mog": ("--prior", "mog", "--components", "5"), "vamp": ("--prior", "v
 MIXTURE = fastvae.priors.GaussianMixture
 
 
-@pytest.mark.parametrize("objective", [(), ("--objective", "dreg", "--samples", "2")], ids=["elbo", "dreg"])
-@pytest.mark.parametrize("options", PRIORS.values(), ids=PRIORS)
+DREG = ("--objective", "dreg", "--samples", "2")
+
+
+@pytest.mark.parametrize(
+    ("options", "objective"),
+    [
+        (PRIORS["mog"], ()),
+        (PRIORS["vamp"], DREG),
+        pytest.param(PRIORS["mog"], DREG, marks=pytest.mark.slow),
+        pytest.param(PRIORS["vamp"], (), marks=pytest.mark.slow),
+    ],
+    ids=["mog-elbo", "vamp-dreg", "mog-dreg", "vamp-elbo"],
+)
 def test_resumed_run_equals_uninterrupted_run(tmp_path, options, objective):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options += (*objective, "--batch-size", "300", "--ema", "0.9")
+    options += (*objective, "--batch-size", "500", "--ema", "0.9")
     assert train(whole, *options, "--epochs", "2") == 0
     assert train(parts, *options, "--epochs", "1") == 0
     assert cli.main(["resume", str(parts), "--epochs", "2"]) == 0
@@ -196,13 +207,12 @@ def test_evaluation_agrees_with_validation(vamp_run, capsys):
     assert results["iw_nll"] == pytest.approx(found.nll.mean().item())
 
 
-def test_number_of_components_defaults_to_500_or_all_training_data(tmp_path, capsys):
-    np.savez(tmp_path / "x.npz", x_train=np.zeros((9, 8, 8), np.uint8), x_test=np.zeros((2, 8, 8), np.uint8))
-    for name, source, expected in (("many", "digits", 500), ("few", tmp_path / "x.npz", 9)):
-        out = tmp_path / name
-        assert train(out, "--prior", "vamp", "--data", str(source), "--epochs", "1") == 0
-        assert f"prior: the mean posterior of {expected} pseudo-inputs" in capsys.readouterr().out
-        assert image.load(out).settings.components == expected
+def test_number_of_components_defaults_to_500_or_all_training_data():
+    for prior in ("mog", "vamp"):
+        settings = MLP(prior=prior)
+        assert [settings.resolve_components(n).components for n in (9, 60_000)] == [9, 500]
+        assert MLP(prior=prior, components=4).resolve_components(9).components == 4
+    assert MLP().resolve_components(9).components == 0
 
 
 def test_dmol_has_its_own_components_beside_a_prior():
@@ -212,7 +222,9 @@ def test_dmol_has_its_own_components_beside_a_prior():
     assert ResNet(likelihood="dmol").make_likelihood().components == 10
 
 
-@pytest.mark.parametrize("options", PRIORS.values(), ids=PRIORS)
+@pytest.mark.parametrize(
+    "options", [pytest.param(PRIORS["mog"], marks=pytest.mark.slow), PRIORS["vamp"]], ids=PRIORS
+)
 def test_counts_train_resume_and_evaluate_with_a_prior(tmp_path, capsys, options):
     rng = np.random.default_rng(0)
     file = tmp_path / "cells.npz"
