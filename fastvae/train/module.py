@@ -1,5 +1,6 @@
 """The LightningModule that is trained: an encoder, a decoder and a `fastvae.ELBO`."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -151,11 +152,9 @@ class VAE(LightningModule):
         deviation."""
         if self.prior is None:
             return temperature * torch.randn(n, self.latents, generator=generator)
-        return (
-            self.prior.frozen()
-            .to("cpu", torch.float32)
-            .sample(n, generator=generator, temperature=temperature)
-        )
+        # A copy, because a prior of the user's own may be its own frozen prior.
+        prior = copy.deepcopy(self.prior.frozen()).to("cpu", torch.float32)
+        return prior.sample(n, generator=generator, temperature=temperature)
 
     @property
     def steps_done(self) -> int:
@@ -206,11 +205,9 @@ class VAE(LightningModule):
         self, x: Any, mu: Tensor, logvar: Tensor, seed: Tensor, row_offset: int
     ) -> fastvae.ELBOOutput:
         """Return the loss of a training batch with the term `aggregate`."""
-        dtype = mu.dtype
-        if (
-            dtype != torch.float64
-        ):  # the distance of z from mu must not be lost in the rounding of half precision
-            mu, logvar = mu.float(), logvar.float()
+        # The distance of z from mu must not be lost in the rounding of half precision.
+        dtype, exact = mu.dtype, torch.promote_types(mu.dtype, torch.float32)
+        mu, logvar = mu.to(exact), logvar.to(exact)
         z, kl = self.elbo.reparameterize(mu, logvar, seed=seed, row_offset=row_offset)
         out: fastvae.ELBOOutput = self.elbo(self.params(z.to(dtype), x), self.target(x), kl=kl)
         if len(mu) < 2:  # the last batch of an epoch, which has no pairs
