@@ -33,7 +33,9 @@ def estimates(estimator: str, draws: int) -> tuple[float, float]:
     gradients: list[Tensor] = []
     for _ in range(ROUNDS):
         mu = torch.full((ESTIMATES, 1), MU, dtype=torch.float64, requires_grad=True)
-        out = iwae(lambda z: SLOPE * z, torch.ones_like(mu.detach()), mu, torch.full_like(mu.detach(), LOGVAR))
+        out = iwae(
+            lambda z: SLOPE * z, torch.ones_like(mu.detach()), mu, torch.full_like(mu.detach(), LOGVAR)
+        )
         gradients.append(torch.autograd.grad(out.loss, mu)[0])
         bounds.append(out.bound.detach())
     gradient = torch.cat(gradients)
