@@ -62,6 +62,8 @@ PyObject* call(const Op& op) {
     return py::none().release().ptr();
   } catch (const c10::TypeError&) {
     return py::none().release().ptr();
+  } catch (const c10::NotImplementedError&) {  // Python chooses another backend
+    return py::none().release().ptr();
   }
   END_HANDLE_TH_ERRORS
 }

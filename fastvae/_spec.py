@@ -183,6 +183,14 @@ SPECS = (
         reads_no_weights=(("native", "cuda"),),
     ),
     Spec(
+        "multinomial",
+        "counts",
+        tensors=("logits",),
+        integers=COUNTS,
+        elementwise=False,
+        lacks=(("native", "cuda"),),
+    ),
+    Spec(
         "categorical",
         "categorical",
         tensors=("logits",),

@@ -2,74 +2,12 @@
 #include <ATen/Parallel.h>
 
 #include <cmath>
-#include <limits>
 #include <vector>
 
-#include "staging.h"
+#include "softmax.h"
 
 namespace fastvae::cpu::FASTVAE_ISA {
 namespace {
-
-template <class C>
-constexpr C kNothing = -std::numeric_limits<C>::infinity();
-
-// The sum of exp(x) over some logits, stored as exp(max) * sum: it cannot overflow, and the logits are read only once.
-struct Scaled {
-  double max = kNothing<double>, sum = 0;
-
-  void add(double other_max, double other_sum) {
-    if (other_max > max) {
-      sum = sum * std::exp(max - other_max) + other_sum;
-      max = other_max;
-    } else {
-      sum += other_sum * std::exp(other_max - max);
-    }
-  }
-};
-
-template <class C>
-C max_of(const C* x, int64_t n) {
-  using V = Vec<C>;
-  constexpr int64_t W = V::size();
-  V best[4] = {V(kNothing<C>), V(kNothing<C>), V(kNothing<C>), V(kNothing<C>)};
-  int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W)
-    for (int k = 0; k < 4; ++k) best[k] = at::vec::clamp_min(best[k], V::loadu(x + i + k * W));
-  for (; i + W <= n; i += W) best[0] = at::vec::clamp_min(best[0], V::loadu(x + i));
-  C lanes[W], result = kNothing<C>;
-  at::vec::clamp_min(at::vec::clamp_min(best[0], best[1]), at::vec::clamp_min(best[2], best[3])).store(lanes);
-  for (C lane : lanes) result = lane > result ? lane : result;
-  for (; i < n; ++i) result = x[i] > result ? x[i] : result;
-  return result;
-}
-
-// The sum of exp(x - max), where no x is above max.
-template <class C>
-double sum_of_exp(const C* x, C max, int64_t n) {
-  using V = Vec<C>;
-  using P = math::Primitives<V>;
-  constexpr int64_t W = V::size();
-  const V shift(max);
-  Sum<C> sum;
-  int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W)
-    for (int k = 0; k < 4; ++k) sum.add(k, P::exp_bounded(V::loadu(x + i + k * W) - shift));
-  for (; i + W <= n; i += W) sum.add(0, P::exp_bounded(V::loadu(x + i) - shift));
-  if (i < n) sum.add_lanes(P::exp_bounded(load_lanes(x + i, n - i) - shift), n - i);
-  return sum.total();
-}
-
-// grad[i] = factor * exp(x[i] - max).
-template <class C>
-void softmax(const C* x, C max, C factor, C* grad, int64_t n) {
-  using V = Vec<C>;
-  using P = math::Primitives<V>;
-  constexpr int64_t W = V::size();
-  const V shift(max), f(factor);
-  int64_t i = 0;
-  for (; i + W <= n; i += W) (P::exp_bounded(V::loadu(x + i) - shift) * f).store(grad + i);
-  if (i < n) store_lanes(P::exp_bounded(load_lanes(x + i, n - i) - shift) * f, grad + i, n - i);
-}
 
 // The nll of one position: log(exp(a_t) + sum of exp(a_i) over the other classes i) - a_t. The other classes are summed separately,
 // so that a confident, correct prediction does not lose the digits of its nll and of its gradient, p - 1.
@@ -78,7 +16,6 @@ double position(const Operand& logits, const Result& grads, int64_t classes, int
                 Buffer<C>& in_buffer, Buffer<C>& out_buffer) {
   Scaled others;
   C own = 0;
-  bool broken = false;
   for (int64_t begin = 0; begin < classes; begin += kBlock) {
     const int64_t n = std::min(kBlock, classes - begin);
     const C* x = load(logits, 0, begin, n, classes, in_buffer);
@@ -88,17 +25,12 @@ double position(const Operand& logits, const Result& grads, int64_t classes, int
       in_buffer.data[target - begin] = kNothing<C>;
       x = in_buffer.data;
     }
-    const C max = max_of(x, n);
-    if (max == kNothing<C>) {  // the block adds nothing to the sum, but it may contain a NaN
-      for (int64_t i = 0; i < n; ++i) broken |= std::isnan(x[i]);
-      continue;
-    }
-    others.add(max, sum_of_exp(x, max, n));
+    others.add_logits(x, n);
   }
   const double a = static_cast<double>(own), top = std::max(others.max, a);
   const double own_part = std::exp(a - top), rest = others.sum == 0 ? 0 : others.sum * std::exp(others.max - top);
   const double total = own_part + rest;
-  if (std::isnan(own) || broken || !std::isfinite(top)) others.sum = NAN;
+  if (std::isnan(own) || !std::isfinite(top)) others.sum = NAN;
   const double nll = std::isnan(others.sum) ? NAN : a >= others.max ? std::log1p(rest) : (top - a) + std::log(total);
   if (!grads.data) return nll;
 

@@ -99,7 +99,7 @@ struct NllArgs {
   Result values;
 };
 
-// Negative binomial counts of shape (rows, genes); see math/counts.h.
+// Counts of shape (rows, genes); see math/counts.h. The multinomial reads the logits from `mean`, and has none of the other params.
 struct CountArgs {
   bool in_double;
   bool raw;       // mean holds logits, dispersion holds logarithms, and the mean is library[row] * softmax(logits) over the row
@@ -257,6 +257,7 @@ struct ScaleElementsArgs {
   namespace isa {                                 \
   void nll(const NllArgs&);                       \
   void count_nll(const CountArgs&);               \
+  void multinomial(const CountArgs&);             \
   void categorical(const CategoricalArgs&);       \
   void discretized_logistic(const LogisticArgs&); \
   void sample(const SampleArgs&);                 \

@@ -5,7 +5,7 @@
 
 namespace fastvae {
 
-// The positions of the params of each variant; the dispersion is always the second.
+// The positions of the params of each variant. The dispersion is always the second; the multinomial has logits only.
 struct CountForm {
   std::string_view name;
   bool raw;  // the params are logits and the logarithm of the dispersion

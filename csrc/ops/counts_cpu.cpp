@@ -1,4 +1,4 @@
-// The CPU side of the negative binomials.
+// The CPU side of the negative binomials and the multinomial.
 #include "counts.h"
 
 #include "buffer_pool.h"
@@ -33,9 +33,11 @@ void fill_inputs(cpu::CountArgs& args, const LikelihoodVariant& variant, at::Ten
   args.rows = rows;
   args.genes = genes;
   args.mean = operand(keep(dense_rows(lead, order)));
-  args.shared_dispersion = params[1].dim() == 1;
-  const Tensor& dispersion = keep(args.shared_dispersion ? params[1].contiguous() : dense_rows(params[1], order));
-  args.dispersion = {dispersion.const_data_ptr(), dtype_of(dispersion), args.shared_dispersion ? 0 : dispersion.stride(0), genes, 0};
+  if (variant.tensors > 1) {
+    args.shared_dispersion = params[1].dim() == 1;
+    const Tensor& dispersion = keep(args.shared_dispersion ? params[1].contiguous() : dense_rows(params[1], order));
+    args.dispersion = {dispersion.const_data_ptr(), dtype_of(dispersion), args.shared_dispersion ? 0 : dispersion.stride(0), genes, 0};
+  }
   if (args.inflated) args.zero_logits = operand(keep(dense_rows(params[form.zero_logits], order)));
   args.eps = constants.empty() ? 0 : constants[0];
   args.weights = weights_view(weight, weighted_sizes(variant, params, target), order, kept);
@@ -89,7 +91,7 @@ void evaluate_counts(const LikelihoodVariant& variant, at::TensorList params, co
   args.weight = weights;
   args.weight_stride = weight_stride;
   args.row_nll = nll.data();
-  cpu::kernels().count_nll(args);
+  (variant.tensors > 1 ? cpu::kernels().count_nll : cpu::kernels().multinomial)(args);
 
   auto gradient = gradients.begin();
   for (int i = 0; i < variant.tensors; ++i) {

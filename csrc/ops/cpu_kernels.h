@@ -8,6 +8,7 @@ struct Kernels {
   const char* capability;
   void (*nll)(const NllArgs&);
   void (*count_nll)(const CountArgs&);
+  void (*multinomial)(const CountArgs&);
   void (*categorical)(const CategoricalArgs&);
   void (*discretized_logistic)(const LogisticArgs&);
   void (*sample)(const SampleArgs&);

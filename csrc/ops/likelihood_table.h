@@ -66,7 +66,7 @@ inline const LikelihoodVariant& likelihood_variant(std::string_view name) {
 // The bit of a param that all rows share. Its gradient is a sum over rows, so factors per row require computing it again.
 template <class Params>
 int64_t shared_bit(const LikelihoodVariant& variant, const Params& params) {
-  return variant.family == Family::counts && !variant.elementwise() && params[1].dim() == 1 ? 2 : 0;
+  return variant.family == Family::counts && !variant.elementwise() && variant.tensors > 1 && params[1].dim() == 1 ? 2 : 0;
 }
 
 inline c10::ArrayRef<at::ScalarType> types_of(Integers integers) {

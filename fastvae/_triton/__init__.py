@@ -6,6 +6,7 @@ from here into the reason that users see.
 
     continuous.py, counts.py, categorical.py, discretized.py, latents.py
                               the elements or the kernels of each family
+    multinomial.py            the kernel of the multinomial, of the family of counts
     log_probs.py              samples with their log-densities
     mixture.py                mixtures of Gaussians
     elementwise.py            the kernel that all elements share

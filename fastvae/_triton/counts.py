@@ -269,6 +269,26 @@ def positive_term(t, mu, log_mu, theta):
 
 
 @triton.jit
+def poisson_term(t, mu, log_mu):
+    """-log Poisson(t; mu) of a count above zero, in float64. `mu` may have underflowed, so its logarithm is given too.
+
+    The formula for large t is that of `poisson_rate`.
+    """
+    large = t >= _STIRLING_FROM
+    some = tl.where(large, t, _STIRLING_FROM)
+    log_some = tl.log(some)
+    d = mu - some
+    e = d / some
+    s = e / (2.0 + e)
+    series = polynomial(s * s, _LOG1P_64)
+    cancelled = tl.where(tl.abs(e) < 0.5, some * (s * (e - s * s * series)), d - some * (log_mu - log_some))
+    of_large = cancelled + 0.5 * log_some + (_HALF_LOG_2PI + log_gamma_rest(1.0 / some))
+    few = tl.where(large, 0.0, t)
+    log_factorial, _ = gamma_parts(few + 1.0)
+    return tl.where(large, of_large, mu - few * log_mu + log_factorial)
+
+
+@triton.jit
 def grad_of_empty(
     mean,
     target,
@@ -628,7 +648,7 @@ def _form(tensors: Sequence[str]) -> Form:
 FORMS = {
     variant.name: _form(variant.tensors)
     for variant in VARIANTS.values()
-    if variant.family == "counts" and not variant.element
+    if variant.density.endswith("negative_binomial")
 }
 
 
@@ -637,7 +657,7 @@ def shared_bit(likelihood: str, params: Sequence[Tensor]) -> int:
     return 2 if likelihood in FORMS and params[1].dim() == 1 else 0
 
 
-def _dense(values: Tensor, starts: Tensor, columns: Tensor, shape: torch.Size) -> Tensor:
+def dense_counts(values: Tensor, starts: Tensor, columns: Tensor, shape: torch.Size) -> Tensor:
     """A sparse target as a dense matrix, which the kernel reads."""
     values = values if values.is_floating_point() or values.dtype == torch.int64 else values.to(torch.int32)
     index = torch.searchsorted(starts, torch.arange(values.numel(), device=values.device), right=True) - 1
@@ -664,7 +684,7 @@ def evaluate(
     dtype = row_dtype(lead)
     if len(params) > form.tensors:
         starts, columns = params[-2:]
-        target = _dense(target, starts, columns, torch.Size((starts.numel() - 1, genes)))
+        target = dense_counts(target, starts, columns, torch.Size((starts.numel() - 1, genes)))
     mean, data = dense_rows(lead), dense_rows(target)
     shared = params[1].dim() == 1
     dispersion = params[1].contiguous() if shared else dense_rows(params[1])

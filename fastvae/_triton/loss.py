@@ -1,8 +1,9 @@
 """The reconstruction loss: what all likelihoods share, and the functions behind the ops fastvae_triton::nll_*.
 
-A loss takes three launches. The kernel of the likelihood (elementwise.py, counts.py, categorical.py, discretized.py)
-writes the gradient and partial sums of rows. `finish_kernel` adds these up to the nll of each row and to the loss. In
-the backward, `scale_kernel` reads the incoming factor on the device, and returns immediately if it is 1.
+A loss takes three launches. The kernel of the likelihood (elementwise.py, counts.py, multinomial.py, categorical.py,
+discretized.py) writes the gradient and partial sums of rows. `finish_kernel` adds these up to the nll of each row and
+to the loss. In the backward, `scale_kernel` reads the incoming factor on the device, and returns immediately if it is
+1.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._spec import VARIANTS
-from . import categorical, counts, discretized, elementwise
+from . import categorical, counts, discretized, elementwise, multinomial
 from .launch import (
     COMPUTE,
     divisor,
@@ -40,7 +41,7 @@ FAMILIES: dict[str, Evaluate] = {
 EVALUATE: dict[str, Evaluate] = {
     variant.name: elementwise.evaluate if variant.element else FAMILIES[variant.family]
     for variant in VARIANTS.values()
-}
+} | {"multinomial": multinomial.evaluate}
 
 
 @kernel

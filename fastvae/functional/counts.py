@@ -1,4 +1,4 @@
-"""Counts in general, and counts of genes in cells."""
+"""Counts in general, counts of genes in cells, and counts of items or words whose sum is given."""
 
 import math
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ from .checks import (
 )
 
 __all__ = [
+    "multinomial_nll",
     "negative_binomial_logits_nll",
     "negative_binomial_nll",
     "poisson_nll",
@@ -262,6 +263,50 @@ def zero_inflated_negative_binomial_logits_nll(
     return _logits_nll("zero_inflated_negative_binomial_logits", params, target, validate, draws, weight)
 
 
+def multinomial_nll(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    validate: bool = False,
+    draws: int | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Compute -log Multinomial(target | n, softmax(logits)) of every row, in nats, where n is the sum of its counts.
+
+    Per row, sum_i log t_i! - log n! - sum_i t_i log p_i with p = softmax(logits) over the features (Liang et al. 2018;
+    Bishop 2006, equation 2.34). This is the normalised density: it includes the multinomial coefficient, which Mult-VAE
+    leaves out because no parameter changes it, so the gradients are the same: n p - t. A row without counts has the
+    value and the gradient 0. Neither log_softmax nor, of a sparse target, a dense copy is stored.
+
+    For large counts the terms cancel, so they are not computed separately: the result is as accurate for counts of 1e12
+    as for 1. A logit of -inf excludes its feature, and a count there has an infinite nll. The nll is NaN if a logit is
+    NaN, or if in a row with counts a logit is inf or all are -inf.
+
+    Args:
+        logits: (B, V).
+        target: counts (B, V): floating, uint8, uint16, int32 or int64, not scaled, dense or torch.sparse_csr, which is
+            not made dense on the CPU. It must not require a gradient.
+        validate: check every value first, and report the first count that is negative, fractional or not finite, and
+            the first logit that is NaN or inf. Without it, fractional counts are evaluated as they are, with
+            t! = Gamma(t + 1).
+        draws: K if the logits hold K draws, (K, B, V), for one target, (B, V), which is read without being repeated.
+            The result is then (K, B).
+        weight: bool, uint8 or floating, at least 0: (B, V), (B, 1), (1, V) or (V,); also beside a sparse target. It
+            multiplies the term of each count, log t_i! - t_i log p_i - t_i/n log n!; the terms of a row sum to its nll.
+            Features of weight 0 are left out of the softmax and of n as well, as if they did not exist: even NaN or inf
+            there, in the logits or in `target`, reach neither value nor gradient. It must not require a gradient. With
+            `draws`, it belongs to the target and is shared by all draws.
+
+    Returns:
+        (B,), float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape or device is wrong, the target requires a gradient, or `validate` finds an invalid value.
+    """
+    return _logits_nll("multinomial", (logits,), target, validate, draws, weight)
+
+
 def _mean_nll(
     likelihood: str,
     params: Sequence[Tensor],
@@ -321,6 +366,8 @@ def _check_all_values(
             valid, required = valid & (value >= 0), "finite numbers that are at least 0"
         elif name in ("mean", "inverse_dispersion", "library"):
             valid, required = valid & (value > 0), "positive, finite numbers"
+        elif variant.density == "multinomial":
+            valid, required = value < math.inf, "finite numbers or -inf"
         _check_values(variant.function, name, value, valid, required)
     check_weight_values(variant.function, weight)
 

@@ -1,4 +1,4 @@
-"""Counts in general, and counts of genes in cells."""
+"""Counts in general, counts of genes in cells, and counts of items or words whose sum is given."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..functional.checks import check_choice
 from .base import KernelCall, Likelihood
 
-__all__ = ["NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
+__all__ = ["Multinomial", "NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
 
 
 class Poisson(Likelihood):
@@ -51,6 +51,13 @@ def _poisson(name: str, rate: Tensor, generator: torch.Generator | None) -> Tens
     return torch.where(large, rate + rate.sqrt() * noise, counts)
 
 
+def _check_features(where: str, features: int) -> None:
+    if not isinstance(features, int) or isinstance(features, bool):
+        raise TypeError(f"fastvae.{where}: `features` must be an int, got {type(features).__name__}")
+    if features < 1:
+        raise ValueError(f"fastvae.{where}: `features` must be at least 1, got {features}")
+
+
 class NegativeBinomial(Likelihood):
     """Counts of genes in cells, with variance mean + mean^2 / theta (Lopez et al. 2018, scvi-tools).
 
@@ -68,10 +75,7 @@ class NegativeBinomial(Likelihood):
     def __init__(self, features: int, dispersion: str = "gene") -> None:
         super().__init__()
         where = f"likelihoods.{type(self).__name__}"
-        if not isinstance(features, int) or isinstance(features, bool):
-            raise TypeError(f"fastvae.{where}: `features` must be an int, got {type(features).__name__}")
-        if features < 1:
-            raise ValueError(f"fastvae.{where}: `features` must be at least 1, got {features}")
+        _check_features(where, features)
         check_choice(where, "dispersion", dispersion, ("gene", "gene-cell"))
         self.features, self.dispersion = features, dispersion
         if dispersion == "gene":
@@ -142,3 +146,67 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
     """
 
     _zero_inflated = True
+
+
+class Multinomial(Likelihood):
+    """Counts of which only the sum of each row is given, such as the items of a user or the words of a document.
+
+    `params` are logits (B, features): the decoder must not end with a softmax. The data are counts (B, features),
+    integer or floating, dense or torch.sparse_csr; of each row, its sum n is given, and every one of the n draws falls
+    on a feature with the probability softmax(logits). This is the likelihood of Mult-VAE (Liang et al. 2018) and of
+    topic models, including the multinomial coefficient; see `functional.multinomial_nll`.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        _check_features("likelihoods.Multinomial", features)
+        self.features = features
+
+    def kernel_call(self, params: Tensor) -> KernelCall:
+        return "multinomial", [params], []
+
+    def mean(self, params: Tensor) -> Tensor:
+        """The probabilities of the features, (B, features): the expected counts of a row whose sum is 1."""
+        return torch.softmax(params, 1)
+
+    @torch.no_grad()
+    def sample(
+        self, params: Tensor, generator: torch.Generator | None = None, *, total: int | Tensor = 1
+    ) -> Tensor:
+        """Draw counts (B, features) in the dtype of `params` (float32 for half types). Each row sums to its `total`.
+
+        `total` is an int, or an integer tensor (B,). Raises TypeError or ValueError if it is neither, or below 0.
+        """
+        totals = self._totals(params, total)
+        dtype = torch.float64 if params.dtype == torch.float64 else torch.float32
+        probs = torch.softmax(params, 1, dtype=dtype)
+        counts, most = torch.zeros_like(probs), int(totals.max()) if len(totals) else 0
+        for start in range(0, most, _DRAWS_AT_A_TIME):
+            size = min(_DRAWS_AT_A_TIME, most - start)
+            drawn = torch.multinomial(probs, size, replacement=True, generator=generator)
+            wanted = torch.arange(start, start + size, device=totals.device) < totals.unsqueeze(1)
+            counts.scatter_add_(1, drawn, wanted.to(dtype))
+        return counts
+
+    def _totals(self, params: Tensor, total: int | Tensor) -> Tensor:
+        where, rows = "likelihoods.Multinomial.sample", len(params)
+        if isinstance(total, int) and not isinstance(total, bool):
+            total = torch.full((rows,), total, device=params.device)
+        if not isinstance(total, Tensor) or total.is_floating_point():
+            found = f"a tensor of {total.dtype}" if isinstance(total, Tensor) else type(total).__name__
+            raise TypeError(f"fastvae.{where}: `total` must be an int or a tensor of integers, got {found}")
+        if total.shape != (rows,):
+            raise ValueError(
+                f"fastvae.{where}: `total` must be an int or have the shape ({rows},), one for every row of `params`, "
+                f"got {tuple(total.shape)}"
+            )
+        if (total < 0).any():
+            raise ValueError(f"fastvae.{where}: `total` must be at least 0, got {total.min().item()}")
+        return total.to(params.device)
+
+    def extra_repr(self) -> str:
+        return str(self.features)
+
+
+# The draws of a row that `Multinomial.sample` holds in memory at a time.
+_DRAWS_AT_A_TIME = 1024

@@ -1,4 +1,4 @@
-"""The likelihoods of counts: the Poisson, the negative binomial, and the latter with additional zeros."""
+"""The likelihoods of counts: the Poisson, the negative binomial, also with additional zeros, and the multinomial."""
 
 import math
 
@@ -10,6 +10,7 @@ from .conventions import compute_dtype, read_counts, sum_event, weighted, with_w
 from .latents import expm1_minus
 
 __all__ = [
+    "multinomial_nll",
     "negative_binomial_logits_nll",
     "negative_binomial_nll",
     "poisson_nll",
@@ -137,6 +138,37 @@ def zero_inflated_negative_binomial_logits_nll(
     return sum_event(_with_zeros(nll, pi, t), weight).to(compute_dtype(logits))
 
 
+def multinomial_nll(logits: Tensor, target: Tensor, *, weight: Tensor | None = None) -> Tensor:
+    """-log Multinomial(target | n, softmax(logits)) of each row, (B,), with the sum n of its counts ([LK], [B] 2.34).
+
+    It is log prod_i t_i! - log n! - sum_i t_i log p_i with p = softmax(logits), and is computed as that of Poisson
+    counts with the means mu = n p, given their sum: sum_i -log Poisson(t_i | mu_i) + log Poisson(n | n). The large
+    terms are then those of `_poisson`, which cancel within it. A row without counts has the value 0.
+
+    With weights, count i has the term w_i (log t_i! - t_i log p_i - t_i/n log n!). Features of weight 0 are left out of
+    the softmax, too, as if they did not exist.
+    """
+    dtype = _count_dtype(logits)
+    a, t = logits.to(dtype), _dense_counts(target, dtype)
+    w = torch.ones_like(t)
+    if weight is not None:
+        w = weight.to(dtype).expand_as(t)
+        a, t = a.masked_fill(w == 0, -math.inf), t.masked_fill(w == 0, 0)
+    total = t.sum(1, keepdim=True)
+    # Without counts, the logits change nothing, but a NaN must not go unseen.
+    empty = total == 0
+    a, n = a.masked_fill(empty & ~a.isnan(), 0.0), total.masked_fill(empty, 1.0)
+    log_share = F.log_softmax(a, dim=1)
+    log_mu = torch.where(t == 0, 0.0, torch.log(n) + log_share)
+    mu = total * torch.exp(log_share)
+    of_total = _poisson(n, torch.log(n), n).masked_fill(empty, 0.0)
+    # The terms of a row in which every count has the mean weight, and what the counts' own weights change.
+    mean_weight = (w * t).sum(1, keepdim=True) / n
+    own = w * _poisson(mu, log_mu, t) + (w - mean_weight) * (t - mu)
+    nll = torch.where(t == 0, mean_weight * mu, own)
+    return (sum_event(nll) - (mean_weight * of_total).squeeze(1)).to(compute_dtype(logits))
+
+
 def _without_removed_counts(weight: Tensor | None, t: Tensor) -> Tensor:
     """Counts with 0 where the weight is 0: unlike 1, this needs no logarithm of a library that may be 0."""
     return t if weight is None else t.masked_fill(weight == 0, 0)
@@ -235,18 +267,25 @@ def _negative_binomial(mu: Tensor, log_mu: Tensor, theta: Tensor, t: Tensor) -> 
     at_zero = torch.where(x < 0.5, mu + theta * _log1p_minus(x, log1p_x), theta * log1p_x)
     dispersed = at_zero + t * log1p_ratio + torch.lgamma(theta) - ratio
 
-    stirling = 0.5 * torch.log(2 * math.pi * some) + _stirling(some)
-    poisson = torch.where(
-        large,
-        stirling - some * _log1p_minus(d / some, log_mu - torch.log(some)),
-        mu - t * log_mu + torch.lgamma(t + 1),
-    )
+    poisson = _poisson(mu, log_mu, t)
     theta_some = torch.where(theta >= _STIRLING_FROM, theta, _STIRLING_FROM)
     correction = n * _log1p_minus(d / n, torch.log((theta + mu) / n)) + 0.5 * torch.log1p(t / theta)
     correction = correction + _stirling(theta_some) - _stirling(n_some)
 
     nearly_poisson = (theta >= _STIRLING_FROM) & (1000 * theta >= t)
     return torch.where(t == 0, at_zero, torch.where(nearly_poisson, poisson + correction, dispersed))
+
+
+def _poisson(mu: Tensor, log_mu: Tensor, t: Tensor) -> Tensor:
+    """-log Poisson(t; mu) of each element: mu - t log mu + log t!, whose terms cancel within Stirling's formula."""
+    large = t >= _STIRLING_FROM
+    some = torch.where(large, t, _STIRLING_FROM)
+    stirling = 0.5 * torch.log(2 * math.pi * some) + _stirling(some)
+    return torch.where(
+        large,
+        stirling - some * _log1p_minus((mu - t) / some, log_mu - torch.log(some)),
+        mu - t * log_mu + torch.lgamma(t + 1),
+    )
 
 
 def _with_zeros(nll: Tensor, zi_logits: Tensor, t: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ HELPERS = (
     "test_discretized",
     "test_extremes",
     "test_mixture",
+    "test_multinomial",
     "test_noise",
     "test_values",
     "test_weight",

@@ -65,6 +65,8 @@ CASES = {
         "CSR",
         {},
     ),
+    "multinomial": (fv.multinomial_nll, {"logits": normal(9)}, {}, COUNTS, {}),
+    "multinomial, CSR": (fv.multinomial_nll, {"logits": normal(9)}, {}, "CSR", {}),
     "categorical": (fv.categorical_nll, {"logits": normal(5, 6)}, {}, CLASSES, {}),
     "logistic": (fv.discretized_logistic_nll, {"params": normal(6, 5)}, {}, LEVELS, {}),
     "mixture": (

@@ -308,8 +308,8 @@ TRUTHS: dict[str, Callable[..., Truth]] = {
     "discretized_logistic": discretized_logistic,
     "discretized_logistic_mixture": mixture,
 }
-# Classes share a normaliser, so test_categorical.py tests their extremes.
-GRIDDED = [variant for variant in VARIANTS.values() if variant.family != "categorical"]
+# Classes and the features of a multinomial share a normaliser, so their own files test their extremes.
+GRIDDED = [variant for variant in VARIANTS.values() if variant.density not in ("categorical", "multinomial")]
 
 
 def truth_of(variant: Variant, constants: tuple[float, ...]) -> Callable[..., Truth]:

@@ -187,6 +187,7 @@ def test_likelihoods_of_every_kind_are_served() -> None:
         (likelihoods.Bernoulli(from_probs=True), nn.Sequential(nn.Linear(2, 5), nn.Sigmoid()), X),
         (likelihoods.NegativeBinomial(5), lambda z: (head(z)[:, :5], 50 * torch.ones(len(z))), counts),
         (likelihoods.NegativeBinomial(5), lambda z: (head(z)[:, :5], 50 * torch.ones(len(z), 1)), counts),
+        (likelihoods.Multinomial(5), lambda z: head(z)[:, :5], counts),
         (
             likelihoods.Product({"a": "bernoulli", "b": "poisson"}),
             lambda z: {"a": head(z)[:, :5], "b": head(z)[:, 5:]},

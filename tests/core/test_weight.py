@@ -777,6 +777,7 @@ def test_validate_finds_wrong_values_of_a_weight(native: None, value: float) -> 
         lambda: fv.poisson_rate_nll(ones, ones, validate=True, weight=weight),
         lambda: fv.negative_binomial_nll(ones, ones, ones, validate=True, weight=weight),
         lambda: fv.negative_binomial_logits_nll(ones, ones, ones, ones[:, 0], validate=True, weight=weight),
+        lambda: fv.multinomial_nll(ones, ones, validate=True, weight=weight),
         lambda: fv.discretized_logistic_nll(torch.ones(4, 12), levels, validate=True, weight=weight),
     )
     for call in calls:

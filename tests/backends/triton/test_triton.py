@@ -22,6 +22,7 @@ import test_discretized
 import test_extremes as ends
 import test_log_probs
 import test_mixture
+import test_multinomial
 import test_posteriors
 import test_weight
 import torch
@@ -230,6 +231,21 @@ def test_counts_nll_equals_the_formula(
     rough = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     for name, gradient in zip(leaves, torch.autograd.grad(objective, list(leaves.values())), strict=True):
         test_counts.close(gradient, slopes[name], rough)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("layout", ["dense", "csr"])
+def test_multinomial_nll_equals_the_formula(
+    device: torch.device, layout: str, weighted: bool, dtype: torch.dtype
+) -> None:
+    logits, target = (x.to(device) for x in test_multinomial.make(3, 1300, dtype))
+    weight = 0.5 + torch.rand(1, 1300, device=device) if weighted else None
+    factors = torch.arange(1.0, 4.0, device=device)
+    data = target.to_sparse_csr() if layout == "csr" else target
+    value, gradient = test_multinomial.value_and_gradient(logits, data, factors, weight=weight)
+    want = test_multinomial.formula(logits, target, weight)
+    test_multinomial.check(value, gradient, want, factors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=cases.ids)

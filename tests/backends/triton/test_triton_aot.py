@@ -35,11 +35,23 @@ from fastvae._triton import (  # noqa: E402
     latents,
     log_probs,
     mixture,
+    multinomial,
     tuning,
 )
 from fastvae._triton import loss as losses  # noqa: E402
 
-WITH_KERNELS = (elementwise, categorical, counts, discretized, elements, latents, log_probs, losses, mixture)
+WITH_KERNELS = (
+    elementwise,
+    categorical,
+    counts,
+    discretized,
+    elements,
+    latents,
+    log_probs,
+    losses,
+    mixture,
+    multinomial,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -341,6 +353,10 @@ OTHERS: dict[str, Callable[[], object]] = {
     "zero-inflated, bf16": lambda: genes("zero_inflated_negative_binomial_logits", HALF),
     "negative binomial, double": lambda: genes("negative_binomial_logits", DOUBLE, torch.int64),
     "zero-inflated, double": lambda: genes("zero_inflated_negative_binomial", DOUBLE, DOUBLE, False),
+    "multinomial": lambda: loss("multinomial", [data(FLOAT)], data(FLOAT)),
+    "multinomial, bf16, uint16": lambda: loss("multinomial", [data(HALF)], data(torch.uint16)),
+    "multinomial, double": lambda: loss("multinomial", [data(DOUBLE)], data(torch.int64)),
+    "weighted multinomial": lambda: loss("multinomial", [data(FLOAT)], data(FLOAT), 1, data(torch.bool, 1, D)),
     "elements of zero-inflated": lambda: each("zero_inflated_negative_binomial", FLOAT),
     "elements of zero-inflated, bf16": lambda: each("zero_inflated_negative_binomial", HALF, False),
     "elements of poisson, double": lambda: each("poisson_rate", DOUBLE),
