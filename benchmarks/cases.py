@@ -159,15 +159,21 @@ def _step(device: torch.device) -> Inputs:
     return _latents(128, 20, device) | _reconstruction((128, 784), device)
 
 
-def _counts(zero_inflated: bool, raw: bool) -> Callable[[torch.device], Inputs]:
-    """128 cells of 20,000 genes with 95 % zeros. The decoder's outputs are raw, or mean and inverse dispersion."""
+def _counts(
+    zero_inflated: bool, raw: bool, cells: int = 128, sparse: bool = False
+) -> Callable[[torch.device], Inputs]:
+    """Cells of 20,000 genes with 95 % zeros. The decoder's outputs are raw, or mean and inverse dispersion. `sparse`
+    adds the counts in CSR, for the fused side."""
 
     def setup(device: torch.device) -> Inputs:
-        shape = 128, 20_000
+        shape = cells, 20_000
         present = torch.rand(shape, device=device) < 0.05
         x = (1 + torch.poisson(torch.exp(torch.randn(shape, device=device)))) * present
         logits, log_theta = torch.randn(shape, device=device), torch.randn(20_000, device=device)
-        inputs = {"x": x, "kl": torch.rand(128, device=device)}
+        inputs = {"x": x, "kl": torch.rand(cells, device=device)}
+        if sparse:
+            csr = x.to_sparse_csr()
+            inputs |= {"starts": csr.crow_indices(), "columns": csr.col_indices(), "stored": csr.values()}
         if raw:
             inputs |= {
                 "logits": logits.requires_grad_(),
@@ -371,6 +377,46 @@ def _fused_items(device: torch.device) -> Callable[..., Outputs]:
 def _fused_dense_items(device: torch.device) -> Callable[..., Outputs]:
     def fused(logits: Tensor, x: Tensor) -> Outputs:
         return (functional.multinomial_nll(logits, x).mean(),)
+
+    return fused
+
+
+def _csr(starts: Tensor, columns: Tensor, stored: Tensor) -> Tensor:
+    size = (starts.shape[0] - 1, 20_000)
+    return torch.sparse_csr_tensor(starts, columns, stored, size, check_invariants=False)
+
+
+def _fused_nb_csr(device: torch.device) -> Callable[..., Outputs]:
+    dense = _fused_nb_raw(device)
+
+    def fused(
+        logits: Tensor,
+        log_theta: Tensor,
+        library: Tensor,
+        starts: Tensor,
+        columns: Tensor,
+        stored: Tensor,
+        kl: Tensor,
+    ) -> Outputs:
+        return dense(logits, log_theta, library, _csr(starts, columns, stored), kl)
+
+    return fused
+
+
+def _fused_zinb_csr(device: torch.device) -> Callable[..., Outputs]:
+    dense = _fused_zinb_raw(device)
+
+    def fused(
+        logits: Tensor,
+        log_theta: Tensor,
+        zi_logits: Tensor,
+        library: Tensor,
+        starts: Tensor,
+        columns: Tensor,
+        stored: Tensor,
+        kl: Tensor,
+    ) -> Outputs:
+        return dense(logits, log_theta, zi_logits, library, _csr(starts, columns, stored), kl)
 
     return fused
 
@@ -717,6 +763,29 @@ _GPU_FLOORS, _GPU_SAMPLING = (1.5, 1.5), (1.2, 1.2)
 _named = {case.name: replace(case, floors=None) for case in CASES}
 
 # The most important cases come first, in case the run is cut short; cases that resemble earlier ones come last.
+
+
+def _gpu_counts(zero_inflated: bool, cells: int, sparse: bool) -> Case:
+    """Counts as in "ZINB 128 x 20000". The baseline reads them dense, because users have no formula for CSR."""
+    name = "ZINB" if zero_inflated else "NB"
+    fused = {
+        (True, False): _fused_zinb_raw,
+        (True, True): _fused_zinb_csr,
+        (False, False): _fused_nb_raw,
+        (False, True): _fused_nb_csr,
+    }[zero_inflated, sparse]
+    # The inputs and their gradients, and the counts: dense, or the 5 % stored with their columns.
+    per_count = 4 * (4 if zero_inflated else 2) + (0.05 * (4 + 8) if sparse else 4)
+    return Case(
+        f"{name} {cells} x 20000" + (", CSR" if sparse else ""),
+        _counts(zero_inflated, True, cells, sparse),
+        fused,
+        _baseline_zinb_raw if zero_inflated else _baseline_nb_raw,
+        int(per_count * cells * 20_000),
+        tolerance=1e-4 if zero_inflated else 1e-3,
+    )
+
+
 GPU_CASES = (
     _named["ELBO step: latent 128 x 20, Bernoulli 128 x 784"],
     Case("Bernoulli 8192 x 12288", _bernoulli(*_IMAGES), _fused_bernoulli, _baseline_bernoulli,
@@ -737,6 +806,13 @@ GPU_CASES = (
          _baseline_mixture, (4 * 2 * 100 + 3) * 512 * 32 * 32, _GPU_FLOORS, tolerance=1e-2),
     _named["categorical 32 x 80 x 20000"],
     _named["NB 128 x 20000"],
+    *(
+        _gpu_counts(zero_inflated, cells, sparse)
+        for zero_inflated in (True, False)
+        for cells, sparse in ((128, True), (512, False), (512, True))
+    ),
+    _named["beta-TC 1024 x 1024 x 64"],
+    _named["VampPrior 1024 x 1000 x 64"],
     _named["Bernoulli 1024 x 12288"],
     Case("Bernoulli 131072 x 784", _bernoulli(131072, 784), _fused_bernoulli, _baseline_bernoulli,
          4 * _LOSS * 131072 * 784, _GPU_FLOORS),

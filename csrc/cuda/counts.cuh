@@ -13,20 +13,15 @@
 // type. It lists the others, which then occupy its lanes one after the other: small whole counts are computed in the compute type, and
 // the rest, whose terms cancel, in fp64.
 #pragma once
-#include <cmath>
-
+#include "counts_elements.cuh"
 #include "rows.cuh"
 #include "softmax.cuh"
-//
-#include "../math/counts.h"
 
 namespace fastvae::cuda {
 
 constexpr int kSegment = 256;  // the number of features that a warp computes at a time
-constexpr int kQuad = 4;       // adjacent elements of a lane
 constexpr int kQuads = kSegment / (kWarp * kQuad);
 constexpr int kLong = 4;  // segments of an item of phase 3
-constexpr int kWarps = kThreads / kWarp;
 
 template <class T>
 constexpr int count_resident() {
@@ -49,264 +44,6 @@ struct CountPlan {
   int blocks;
   bool wide;
 };
-
-// Returns x. The compiler does not know that, so it cannot compute what depends on x before the loop over items, where it would take up
-// registers for the whole kernel.
-FASTVAE_DEVICE uint32_t computed_here(uint32_t x) {
-#ifdef __CUDA_ARCH__
-  asm volatile("mov.u32 %0, %0;" : "+r"(x));
-#endif
-  return x;
-}
-template <class P>
-FASTVAE_DEVICE P* computed_here(P* x) {
-#ifdef __CUDA_ARCH__
-  asm volatile("mov.u64 %0, %0;" : "+l"(x));
-#endif
-  return x;
-}
-
-template <class C>
-struct alignas(16) Quad {
-  C value[kQuad];
-};
-// Adjacent quads as an array.
-template <class C>
-FASTVAE_DEVICE C* flat(Quad<C>* quads) {
-  return reinterpret_cast<C*>(quads);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------------------
-// Four adjacent elements
-// ---------------------------------------------------------------------------------------------------------------------------------
-
-// Of four elements, the first n exist: all or none if they are read at once (`wide`).
-struct Some {
-  bool wide;
-  int n;
-};
-
-template <class T>
-FASTVAE_DEVICE auto load_one(const T* p) {
-  Pack<T, 1> one;
-  one.load(p);
-  return widened(one.value[0]);
-}
-
-template <class T, class C>
-FASTVAE_DEVICE void load_quad(const T* p, const Some& some, C otherwise, C (&x)[kQuad]) {
-#pragma unroll
-  for (int j = 0; j < kQuad; ++j) x[j] = otherwise;
-  if (some.wide) {
-    if (!some.n) return;
-    Pack<T, kQuad> pack;
-    pack.load(p);
-#pragma unroll
-    for (int j = 0; j < kQuad; ++j) x[j] = static_cast<C>(widened(pack.value[j]));
-  } else {
-#pragma unroll
-    for (int j = 0; j < kQuad; ++j)
-      if (j < some.n) x[j] = static_cast<C>(load_one(p + j));
-  }
-}
-
-// A dispersion that all rows share, which may be in fp32 beside params in half precision.
-template <class T>
-FASTVAE_DEVICE Compute<T> load_shared(const Operand& dispersion, int64_t i) {
-  if constexpr (sizeof(T) == 2) {
-    if (dispersion.type == DType::f32) return load_one(static_cast<const float*>(dispersion.data) + i);
-  }
-  return load_one(static_cast<const T*>(dispersion.data) + i);
-}
-
-// Calls f with a null pointer to the type of a count.
-template <class F>
-FASTVAE_DEVICE auto with_count_type(DType type, const F& f) {
-  switch (type) {
-    case DType::f32: return f(static_cast<const float*>(nullptr));
-    case DType::f64: return f(static_cast<const double*>(nullptr));
-    case DType::f16: return f(static_cast<const Half*>(nullptr));
-    case DType::bf16: return f(static_cast<const BFloat16*>(nullptr));
-    case DType::u16: return f(static_cast<const uint16_t*>(nullptr));
-    case DType::i32: return f(static_cast<const int32_t*>(nullptr));
-    case DType::i64: return f(static_cast<const int64_t*>(nullptr));
-    default: return f(static_cast<const uint8_t*>(nullptr));
-  }
-}
-
-template <class C>
-FASTVAE_DEVICE C load_count(const char* data, DType type, int64_t i) {
-  return with_count_type(type, [&](auto* as) { return static_cast<C>(load_one(reinterpret_cast<decltype(as)>(data) + i)); });
-}
-
-// A result of type T or, unless `kFixed`, of the compute type.
-template <class T, bool kFixed = false>
-struct To {};
-template <class T, bool kFixed, class F>
-FASTVAE_DEVICE void with_result_type(To<T, kFixed>, const Result& out, const F& f) {
-  if constexpr (sizeof(T) == 2 && !kFixed) {
-    if (out.type == DType::f32) return f(static_cast<float*>(out.data));
-  }
-  f(static_cast<T*>(out.data));
-}
-
-template <class Type, class C>
-FASTVAE_DEVICE void store_quad(const Result& out, int64_t i, const Some& some, const C (&x)[kQuad]) {
-  with_result_type(Type(), out, [&](auto* p) {
-    using S = std::remove_pointer_t<decltype(p)>;
-    if (some.wide) {
-      if (!some.n) return;
-      Pack<S, kQuad> pack;
-      pack.fill(x);
-      pack.store(p + i);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kQuad; ++j)
-        if (j < some.n) p[i + j] = narrowed<S>(x[j]);
-    }
-  });
-}
-
-template <class Type, class C>
-FASTVAE_DEVICE void store_one(const Result& out, int64_t i, C x) {
-  with_result_type(Type(), out, [&](auto* p) { p[i] = narrowed<std::remove_pointer_t<decltype(p)>>(x); });
-}
-
-// ---------------------------------------------------------------------------------------------------------------------------------
-// Elements
-// ---------------------------------------------------------------------------------------------------------------------------------
-
-// The dispersion for counts of zero, and its inverse.
-template <bool kRaw, class C>
-FASTVAE_DEVICE void dispersion_of_zeros(C given, C& theta, C& inverse) {
-  using P = math::Primitives<C>;
-  using B = math::Bounds<C>;
-  if constexpr (kRaw) {
-    const C bounded = P::clamp(given, B::lowest_log, B::highest_log);
-    theta = P::exp_bounded(bounded);
-    inverse = P::exp_bounded(-bounded);
-  } else {
-    theta = P::clamp(given, B::lowest, B::highest);
-    inverse = P::divide(C(1), theta);
-  }
-}
-
-// A count of zero with additional zeros, whose value is log(1 + r): the caller takes a single logarithm for several elements. In the
-// few cases where r might overflow a product of these, `far` holds the value, and r is 0.
-struct InflatedZeros {
-  float r, far, d_z, d_pi;
-};
-
-// 1 - exp(-z) with its relative accuracy, given exp(-z), for z >= 0. The fit has a relative error of 2e-8.
-FASTVAE_DEVICE float lost_by_decay(float z, float decay) {
-  constexpr float fit[] = {0.00721385516f, -0.0413337015f, 0.166625708f, -0.499998242f, 1.0f};
-  return z < 0.35f ? z * math::polynomial(z, fit) : 1.0f - decay;
-}
-
-// See math::with_additional_zeros. z are the values without additional zeros.
-FASTVAE_DEVICE void with_additional_zeros(const float (&z)[kQuad], const float (&pi)[kQuad], InflatedZeros (&out)[kQuad]) {
-  using P = math::Primitives<float>;
-  constexpr float kFar = 0x1p-15f;  // the product of eight 1 + r, with r of at most 1 / kFar, is finite
-  float denominators[kQuad], least = INFINITY;
-#pragma unroll
-  for (int j = 0; j < kQuad; ++j) {
-    const float odds = P::exp_bounded(P::at_most(pi[j], 80.0f)), decay = P::exp_bounded(-z[j]);
-    const float denominator = odds + decay, q = math::reciprocal_approximately(denominator);
-    const float r = lost_by_decay(z[j], decay) * q;
-    out[j] = {r, 0.0f, decay * q, -r * (odds * math::reciprocal_approximately(1.0f + odds))};
-    denominators[j] = denominator;
-    least = fminf(least, denominator);
-  }
-  if (least < kFar) {
-#pragma unroll
-    for (int j = 0; j < kQuad; ++j) {
-      if (!(denominators[j] < kFar)) continue;
-      const auto term = math::with_additional_zeros(math::CountTerm<float>{z[j], 1.0f, 1.0f, 0.0f}, pi[j]);
-      out[j] = {0.0f, term.value, term.d_mu, term.d_pi};
-    }
-  }
-}
-
-// A count above zero, as it is read. `lead` is the mean or the logit; what is to be added to it is called `offset` (see RowSoftmax).
-template <class C>
-struct Positive {
-  C t, lead, dispersion, pi;
-};
-
-// Computes a whole count below 8 in fp32, unless its dispersion or mean is extreme; returns whether it has. d_mu is the derivative by mu
-// or, if raw, by log mu, and d_theta that by theta or, if raw, log theta. With the products written as one,
-//   value = theta log(1 + mu / theta) + log[(1 + mu / theta) prod (i + 1) (theta + mu) / (theta + i)] - t log mu,  i = 1, ..., t - 1
-// The value is at least 1, and of the three terms no two are so much larger that their difference would lose digits of it.
-template <bool kRaw>
-FASTVAE_DEVICE bool small_count(const Positive<float>& in, double offset, math::CountTerm<float>& term) {
-  constexpr float kLowest = kRaw ? -11.5f : 1e-5f, kHighest = kRaw ? 69.0f : 1e30f, kMost = kRaw ? 9.2f : 1e4f;
-  bool fits = in.t < 8.0f && in.t >= 1.0f && truncf(in.t) == in.t && in.dispersion > kLowest && in.dispersion < kHighest;
-  float mu = 0, log_mu = 0, theta = in.dispersion;
-  if constexpr (kRaw) {
-    log_mu = static_cast<float>(static_cast<double>(in.lead) + offset);  // fp64, because the error would be the same in the whole row
-    fits = fits && log_mu < kMost;
-  } else {
-    mu = in.lead + static_cast<float>(offset);
-    fits = fits && mu > 1e-37f && mu < kMost;
-  }
-  if (!fits) return false;
-  if constexpr (kRaw) {
-    mu = expf(log_mu);
-    theta = expf(theta);
-  } else {
-    log_mu = logf(mu);
-  }
-  using P = math::Primitives<float>;
-  const float x = mu / theta, inverse = 1.0f / (1.0f + x);
-  const auto parts = math::log1p_parts_by_series(x, P::log1p(x), inverse);
-  float product = 1.0f + x, shares = 0;  // shares is 1 / (theta + 1) + 2 / (theta + 2) + ...
-#pragma unroll 1
-  for (float i = 1; i < in.t; ++i) {
-    product *= P::divide((i + 1.0f) * (theta + mu), theta + i);
-    shares += P::divide(i, theta + i);
-  }
-  const float kept = fmaf(-in.t, x * inverse, shares);
-  term = {fmaf(theta, parts.value, fmaf(-in.t, log_mu, logf(product))), (mu - in.t) * inverse,
-          kRaw ? fmaf(parts.excess, theta, kept) : parts.excess + kept / theta, 0.0f};
-  if constexpr (!kRaw) term.d_mu /= mu;
-  return true;
-}
-
-// Any count above zero, in fp64.
-template <bool kRaw>
-FASTVAE_DEVICE math::CountTerm<double> any_count(const Positive<double>& in, double offset) {
-  using P = math::Primitives<double>;
-  using B = math::Bounds<double>;
-  double mu = in.lead + offset, log_mu = mu, extra = math::below(in.dispersion, kRaw), theta = in.dispersion;
-  if constexpr (kRaw) {
-    const double unbounded = mu;
-    log_mu = P::clamp(unbounded, -670, 670);
-    extra += in.t * P::relu(log_mu - unbounded);  // below the clamp, the nll is -t log mu plus a constant
-    mu = ::exp(log_mu);
-    theta = ::exp(P::clamp(theta, B::lowest_log, B::highest_log));
-  } else {
-    log_mu = ::log(mu);
-    theta = P::clamp(theta, B::lowest, B::highest);
-  }
-  const bool large = in.t >= math::kStirlingFrom, near_poisson = theta >= math::kStirlingFrom;
-  const double log_factorial = large ? 0 : math::gamma_parts(in.t + 1).log_gamma;
-  math::CountTerm<double> term;
-  if (!large && in.t >= 1 && trunc(in.t) == in.t && theta >= math::kFewFrom) {
-    term = math::negative_binomial_few<false>(in.t, mu, log_mu, theta, log_factorial);
-  } else {
-    const auto of_theta = math::dispersion_parts(theta);
-    if (large)
-      term = near_poisson ? math::negative_binomial_positive<true, true>(in.t, mu, log_mu, theta, of_theta, log_factorial)
-                          : math::negative_binomial_positive<true, false>(in.t, mu, log_mu, theta, of_theta, log_factorial);
-    else
-      term = near_poisson ? math::negative_binomial_positive<false, true>(in.t, mu, log_mu, theta, of_theta, log_factorial)
-                          : math::negative_binomial_positive<false, false>(in.t, mu, log_mu, theta, of_theta, log_factorial);
-  }
-  term.value += extra;
-  if constexpr (kRaw) term.d_theta *= theta;
-  else term.d_mu /= mu;
-  return term;
-}
 
 // ---------------------------------------------------------------------------------------------------------------------------------
 // Positions
@@ -382,7 +119,9 @@ FASTVAE_DEVICE C warp_sum(C value) {
 // What the blocks leave each other.
 template <class C>
 struct CountScratch {
-  double* totals;  // of each row and segment: the nll, then of all again the derivatives by log means, then those at an empty library
+  // Of each row and segment: the nll; if raw, then of all again the derivatives by log means; those at an empty library; and with weights,
+  // whether there is one that is not 0.
+  double* totals;
   double* losses;  // of each item that finishes rows
   RowSoftmax<C>* softmax;
   C* features;  // of each group and feature: the derivative by the shared dispersion
@@ -441,13 +180,13 @@ struct CountShared {
 };
 
 // Computes a segment of a row, as the threads of one warp.
-template <class T, bool kRaw, bool kInflated>
+template <class T, bool kRaw, bool kInflated, bool kWeighted>
 FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan, const CountScratch<Compute<T>>& scratch,
                                    const CountShared<Compute<T>>& shared, int64_t row, int64_t segment) {
   using C = Compute<T>;
   using P = math::Primitives<C>;
   using Grad = To<T, kRaw>;  // only the mean form has values and derivatives per element, in the compute type
-  constexpr bool kLogs = kInflated && sizeof(C) == 4;  // whether elements share logarithms
+  constexpr bool kLogs = kInflated && sizeof(C) == 4;  // whether elements share logarithms, unless they have weights
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t begin = segment * kSegment, source = cpu::target_row(args, row);
   const int count = static_cast<int>(begin + kSegment < args.size ? kSegment : args.size - begin);
@@ -483,6 +222,11 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
     offset = load_written(&of_row->log_offset);
   }
 
+  // An element of weight 0 is left out, whatever it contains.
+  const auto weight_at = [&](int g) { return kWeighted ? weight_of<C>(args.weights, source, begin + g) : C(1); };
+  const auto weighted = [](C x, C own) { return !kWeighted ? x : own == C(0) ? C(0) : x * own; };
+  bool any_weight = false;
+
   C sum(0), grad(0), logs(0);
   uint32_t others = 0;  // bit 4 u + j is set if element j of this lane's quad u has a count that is not zero
 #pragma unroll 1
@@ -501,6 +245,15 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
       load_quad(dispersion + g, some, C(1), theta.value);
     }
     uint32_t zeros = (1u << some.n) - 1;  // bit j is set if element j has a count of zero
+    C own[kQuad];
+    if constexpr (kWeighted) {
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) {
+        own[j] = j < some.n ? weight_at(g + j) : C(0);
+        if (own[j] == C(0)) zeros &= ~(1u << j);
+      }
+      any_weight |= zeros != 0;
+    }
     if (sparse) {
       zeros &= ~(bits[g / 32] >> g % 32);
     } else {
@@ -510,6 +263,7 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
       uint32_t is_other = 0;
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) is_other |= t[j] == C(0) ? 0 : 1u << j;
+      if constexpr (kWeighted) is_other &= zeros;
       zeros &= ~is_other;
       others |= is_other << kQuad * u;
     }
@@ -541,11 +295,25 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
         d_mean[j] *= with[j].d_z;
         d_theta[j] *= with[j].d_z;
         d_pi[j] = with[j].d_pi;
-        sum += with[j].far;
-        logs = P::fma(logs, C(1) + with[j].r, with[j].r);
-        if (!kRaw && args.values.data) value[j] = with[j].far + P::log1p(with[j].r);
+        if constexpr (kWeighted) {
+          value[j] = with[j].far + P::log1p(with[j].r);
+        } else {
+          sum += with[j].far;
+          logs = P::fma(logs, C(1) + with[j].r, with[j].r);
+          if (!kRaw && args.values.data) value[j] = with[j].far + P::log1p(with[j].r);
+        }
       }
-    } else {
+    }
+    if constexpr (kWeighted) {
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) {
+        value[j] = weighted(value[j], own[j]);
+        d_mean[j] = weighted(d_mean[j], own[j]);
+        d_theta[j] = weighted(d_theta[j], own[j]);
+        d_pi[j] = weighted(d_pi[j], own[j]);
+      }
+    }
+    if constexpr (!kLogs || kWeighted) {
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) sum += value[j];
     }
@@ -583,7 +351,7 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
       }
     }
   }
-  if constexpr (kLogs) sum += P::log1p(logs);
+  if constexpr (kLogs && !kWeighted) sum += P::log1p(logs);
 
   // List the others.
   int listed = static_cast<int>(stored_values.last - stored_values.first);
@@ -617,6 +385,10 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
     return in;
   };
   const auto write = [&](int g, C value, C d_mean, C d_theta, C d_pi) {
+    if constexpr (kWeighted) {
+      const C own = weight_at(g);
+      value = weighted(value, own), d_mean = weighted(d_mean, own), d_theta = weighted(d_theta, own), d_pi = weighted(d_pi, own);
+    }
     sum += value;
     if constexpr (kRaw) {
       grad += d_mean;
@@ -652,7 +424,7 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
         C t;
         const int g = feature(i, t);
         entry = sparse ? i : g;
-        if (t != C(0)) {
+        if (t != C(0) && weight_at(g) != C(0)) {
           const auto in = read(g, t);
           math::CountTerm<float> term;
           left = !small_count<kRaw>(in, offset, term);
@@ -675,7 +447,7 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
     int g;
     if (sparse) g = feature(sizeof(C) == 4 ? list[i] : i, t);
     else g = feature(i, t);
-    if (t == C(0)) continue;
+    if (t == C(0) || weight_at(g) == C(0)) continue;
     const auto in = read(g, t);
     auto term = any_count<kRaw>(Positive<double>{in.t, in.lead, in.dispersion, in.pi}, offset);
     if constexpr (kInflated) math::without_additional_zero(term, static_cast<double>(in.pi));
@@ -697,10 +469,14 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
       for (int g = lane; g < count; g += kWarp) {
         C share = P::exp_bounded(static_cast<C>(load_one(mean + g)) - top);
         if constexpr (kInflated) share /= C(1) + P::exp(static_cast<C>(load_one(zero_logits + g)));
-        shares += share;
+        shares += weighted(share, weight_at(g));
       }
       shares = warp_sum(shares);
       if (lane == 0) scratch.totals[2 * cells + at] = static_cast<double>(shares);
+    }
+    if constexpr (kWeighted) {
+      any_weight = __ballot_sync(0xffffffff, any_weight);
+      if (lane == 0) scratch.totals[3 * cells + at] = any_weight;
     }
   }
 }
@@ -713,15 +489,24 @@ FASTVAE_DEVICE double total_of_row(const double* totals, int64_t row, int64_t se
   return warp_sum(sum);
 }
 
+// Whether an element of a row has a weight that is not 0. Otherwise the row has no nll and no gradient, whatever its logits and its library
+// are. All threads of a warp call it.
+template <class C, bool kWeighted>
+FASTVAE_DEVICE bool has_weight(const CountArgs& args, const CountPlan& plan, const CountScratch<C>& scratch, int64_t row) {
+  if (!kWeighted || !args.raw) return true;
+  return total_of_row(scratch.totals + 3 * args.rows * plan.segments, row, plan.segments) != 0;
+}
+
 // Phase 3, for kWarps rows. Returns their part of the loss to the first thread.
-template <class C>
+template <class C, bool kWeighted>
 FASTVAE_DEVICE double finish_rows(const CountArgs& args, const CountPlan& plan, const CountScratch<C>& scratch, int64_t item, double* of_warps) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t row = item * kWarps + warp, cells = args.rows * plan.segments;
   double loss = 0;
   if (row < args.rows) {
     double nll = total_of_row(scratch.totals, row, plan.segments);
-    const double library = args.raw ? number_of_any(args.library, row) : 1;
+    const bool counts = has_weight<C, kWeighted>(args, plan, scratch, row);
+    const double library = args.raw && counts ? number_of_any(args.library, row) : 1;
     const auto is_infinite = [](double x) { return fabs(x) > math::largest<double>(); };
     if (is_infinite(library)) nll += fabs(library);
     if (args.loss.data && lane == 0) loss = put_row(args, row, nll, beta_of(args) * kl_of(args, row));
@@ -730,7 +515,7 @@ FASTVAE_DEVICE double finish_rows(const CountArgs& args, const CountPlan& plan, 
       const bool empty = library == 0 && !is_infinite(nll);
       double sum = total_of_row(scratch.totals + (empty ? 2 : 1) * cells, row, plan.segments);
       sum /= empty ? static_cast<double>(load_written(&scratch.softmax[row].sum)) : library;
-      if (lane == 0) put_any(args.library_gradient, row, static_cast<double>(weight_of_row<C>(args, row)) * sum);
+      if (lane == 0) put_any(args.library_gradient, row, counts ? static_cast<double>(weight_of_row<C>(args, row)) * sum : 0);
     }
   }
   if (lane == 0) of_warps[warp] = loss;
@@ -752,7 +537,7 @@ FASTVAE_DEVICE void finish_features(const CountArgs& args, const CountPlan& plan
 
 // Phase 3, for kLong segments of kWarps rows: the derivative by a logit is the derivative by the logarithm of its mean, less its share
 // of the sum of these over all features.
-template <class T, class C>
+template <class T, bool kWeighted, class C>
 FASTVAE_DEVICE void through_softmax(const CountArgs& args, const CountPlan& plan, const CountScratch<C>& scratch, int64_t item) {
   using P = math::Primitives<C>;
   const int lane = threadIdx.x % kWarp;
@@ -763,6 +548,7 @@ FASTVAE_DEVICE void through_softmax(const CountArgs& args, const CountPlan& plan
   const C top = load_written(&of_row->top), weight = weight_of_row<C>(args, row);
   const double total = total_of_row(scratch.totals + args.rows * plan.segments, row, plan.segments);
   const C factor = static_cast<C>(total / static_cast<double>(load_written(&of_row->sum)));
+  const bool counts = has_weight<C, kWeighted>(args, plan, scratch, row);
   const T* logits = computed_here(static_cast<const T*>(args.params[0].data)) + row * args.params[0].row_stride;
   const C* in = static_cast<const C*>(args.log_mean_grads.data) + row * args.size;
 #pragma unroll 1
@@ -790,13 +576,13 @@ FASTVAE_DEVICE void through_softmax(const CountArgs& args, const CountPlan& plan
 #pragma unroll
     for (int u = 0; u < kQuads; ++u) {
 #pragma unroll
-      for (int j = 0; j < kQuad; ++j) d[u][j] = P::fma(-P::exp_bounded(x[u][j] - top), factor, d[u][j]) * weight;
+      for (int j = 0; j < kQuad; ++j) d[u][j] = counts ? P::fma(-P::exp_bounded(x[u][j] - top), factor, d[u][j]) * weight : C(0);
       store_quad<To<T, true>>(args.grads[0], row * args.size + base + kQuad * (u * kWarp + lane), some[u], d[u]);
     }
   }
 }
 
-template <class T, bool kRaw, bool kInflated>
+template <class T, bool kRaw, bool kInflated, bool kWeighted>
 __global__ void __launch_bounds__(kThreads, count_resident<T>())
     count_kernel(const __grid_constant__ CountArgs args, const __grid_constant__ CountPlan plan) {
   using C = Compute<T>;
@@ -836,7 +622,7 @@ __global__ void __launch_bounds__(kThreads, count_resident<T>())
       const int64_t first = group * plan.rows_each, last = first + plan.rows_each < args.rows ? first + plan.rows_each : args.rows;
 #pragma unroll 1
       for (int64_t row = first + threadIdx.x / kWarp; row < last; row += kWarps) {
-        segment_of_row<T, kRaw, kInflated>(args, plan, scratch, shared, row, segment);
+        segment_of_row<T, kRaw, kInflated, kWeighted>(args, plan, scratch, shared, row, segment);
         __syncwarp();
       }
       if (args.shared_gradient.data) {
@@ -852,12 +638,12 @@ __global__ void __launch_bounds__(kThreads, count_resident<T>())
       const uint32_t own = item - plan.second;
       wait_for(done, plan.second);
       if (own < plan.rows) {
-        const double loss = finish_rows(args, plan, scratch, own, of_warps);
+        const double loss = finish_rows<C, kWeighted>(args, plan, scratch, own, of_warps);
         if (threadIdx.x == 0) scratch.losses[own] = loss;
       } else if (own < plan.rows + plan.features) {
         finish_features(args, plan, scratch, own - plan.rows);
       } else if constexpr (kRaw) {
-        through_softmax<T>(args, plan, scratch, own - plan.rows - plan.features);
+        through_softmax<T, kWeighted>(args, plan, scratch, own - plan.rows - plan.features);
       }
     }
     __syncthreads();
@@ -901,7 +687,7 @@ inline CountPlan count_plan(const CountArgs& args) {
     plan.bytes += up(bytes, 16) * 16;
     return at;
   };
-  room((args.library_gradient.data ? 3 : args.raw ? 2 : 1) * rows * plan.segments * int64_t(sizeof(double)));
+  room((args.raw && args.weights.data ? 4 : args.library_gradient.data ? 3 : args.raw ? 2 : 1) * rows * plan.segments * int64_t(sizeof(double)));
   plan.of_rows = room(finished * int64_t(sizeof(double)));
   plan.of_softmax = room(first * int64_t(in_compute == 8 ? sizeof(RowSoftmax<double>) : sizeof(RowSoftmax<float>)));
   plan.of_features = room(features ? plan.groups * size * in_compute : 0);
@@ -909,19 +695,23 @@ inline CountPlan count_plan(const CountArgs& args) {
   return plan;
 }
 
-template <class T>
+template <class T, bool kWeighted>
 cudaError_t launch_counts(const CountArgs& args, cudaStream_t stream) {
   const CountPlan plan = count_plan(args);
   const bool inflated = args.params[2].data;
-  if (args.raw && inflated) return FASTVAE_LAUNCH((count_kernel<T, true, true>), plan.blocks, stream, args, plan);
-  if (args.raw) return FASTVAE_LAUNCH((count_kernel<T, true, false>), plan.blocks, stream, args, plan);
-  if (inflated) return FASTVAE_LAUNCH((count_kernel<T, false, true>), plan.blocks, stream, args, plan);
-  return FASTVAE_LAUNCH((count_kernel<T, false, false>), plan.blocks, stream, args, plan);
+  if (args.raw && inflated) return FASTVAE_LAUNCH((count_kernel<T, true, true, kWeighted>), plan.blocks, stream, args, plan);
+  if (args.raw) return FASTVAE_LAUNCH((count_kernel<T, true, false, kWeighted>), plan.blocks, stream, args, plan);
+  if (inflated) return FASTVAE_LAUNCH((count_kernel<T, false, true, kWeighted>), plan.blocks, stream, args, plan);
+  return FASTVAE_LAUNCH((count_kernel<T, false, false, kWeighted>), plan.blocks, stream, args, plan);
 }
 
-extern template cudaError_t launch_counts<float>(const CountArgs&, cudaStream_t);
-extern template cudaError_t launch_counts<double>(const CountArgs&, cudaStream_t);
-extern template cudaError_t launch_counts<Half>(const CountArgs&, cudaStream_t);
-extern template cudaError_t launch_counts<BFloat16>(const CountArgs&, cudaStream_t);
+extern template cudaError_t launch_counts<float, false>(const CountArgs&, cudaStream_t);
+extern template cudaError_t launch_counts<float, true>(const CountArgs&, cudaStream_t);
+extern template cudaError_t launch_counts<double, false>(const CountArgs&, cudaStream_t);
+extern template cudaError_t launch_counts<double, true>(const CountArgs&, cudaStream_t);
+extern template cudaError_t launch_counts<Half, false>(const CountArgs&, cudaStream_t);
+extern template cudaError_t launch_counts<Half, true>(const CountArgs&, cudaStream_t);
+extern template cudaError_t launch_counts<BFloat16, false>(const CountArgs&, cudaStream_t);
+extern template cudaError_t launch_counts<BFloat16, true>(const CountArgs&, cudaStream_t);
 
 }  // namespace fastvae::cuda

@@ -1,3 +1,3 @@
 #include "counts.cuh"
 
-template cudaError_t fastvae::cuda::launch_counts<fastvae::cuda::BFloat16>(const CountArgs&, cudaStream_t);
+template cudaError_t fastvae::cuda::launch_counts<fastvae::cuda::BFloat16, false>(const CountArgs&, cudaStream_t);

@@ -1,3 +1,3 @@
 #include "counts.cuh"
 
-template cudaError_t fastvae::cuda::launch_counts<fastvae::cuda::Half>(const CountArgs&, cudaStream_t);
+template cudaError_t fastvae::cuda::launch_counts<fastvae::cuda::Half, false>(const CountArgs&, cudaStream_t);

@@ -1,3 +1,3 @@
 #include "counts.cuh"
 
-template cudaError_t fastvae::cuda::launch_counts<float>(const CountArgs&, cudaStream_t);
+template cudaError_t fastvae::cuda::launch_counts<float, false>(const CountArgs&, cudaStream_t);

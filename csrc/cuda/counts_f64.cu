@@ -1,3 +1,3 @@
 #include "counts.cuh"
 
-template cudaError_t fastvae::cuda::launch_counts<double>(const CountArgs&, cudaStream_t);
+template cudaError_t fastvae::cuda::launch_counts<double, false>(const CountArgs&, cudaStream_t);

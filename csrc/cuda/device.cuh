@@ -166,6 +166,34 @@ struct Pack {
   }
 };
 
+// Returns x. The compiler does not know that, so it cannot compute what depends on x before the loop over items, where it would take up
+// registers for the whole kernel.
+FASTVAE_DEVICE uint32_t computed_here(uint32_t x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("mov.u32 %0, %0;" : "+r"(x));
+#endif
+  return x;
+}
+template <class P>
+FASTVAE_DEVICE P* computed_here(P* x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("mov.u64 %0, %0;" : "+l"(x));
+#endif
+  return x;
+}
+
+// Adjacent values of a thread in shared memory.
+constexpr int kQuad = 4;
+template <class C>
+struct alignas(16) Quad {
+  C value[kQuad];
+};
+// Adjacent quads as an array.
+template <class C>
+FASTVAE_DEVICE C* flat(Quad<C>* quads) {
+  return reinterpret_cast<C*>(quads);
+}
+
 // Maps the index of an element in its row to its offset in memory.
 struct Runs {
   int64_t gap;       // the distance from the end of a run to the next run; 0 if the row is dense

@@ -189,12 +189,37 @@ struct LogProbGradArgs : Latents {
   Result grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar;  // null data if not requested
 };
 
+// Mixtures of diagonal Gaussians (math/mixture.h): z is (points, dims), mu and logvar are (components, dims), all three of one type. The
+// log-weights are one row that all points share (row_stride 0), or a row for each point, of any floating-point type; null data stands
+// for equal weights. Results and their gradients are dense and fp64 if z is, and fp32 otherwise.
+struct GaussianMixtureArgs {
+  int64_t points = 0, components = 0, dims = 0;
+  Operand z, mu, logvar, log_weight;
+  Workspace workspace;
+};
+
+struct GaussianMixtureValueArgs : GaussianMixtureArgs {
+  Output joint, per_dimension;  // (points,) and (points, dims); null data if not requested
+};
+
+// If `of_rows`, the gradient of the log-weights is (points, components), and otherwise (components,). Null data stands for a gradient of
+// zero, or for one that is not requested. The values are read only where their gradient is given.
+struct GaussianMixtureGradArgs : GaussianMixtureArgs {
+  const void *joint = nullptr, *per_dimension = nullptr;  // the values
+  Numbers grad_joint;
+  const void* grad_per_dimension = nullptr;
+  bool of_rows = false;
+  Output grad_z, grad_mu, grad_logvar, grad_log_weight;  // of any floating-point type
+};
+
 int64_t nll_scratch(const NllArgs&);
 int64_t mixture_scratch(const MixtureArgs&);
 int64_t categorical_scratch(const CategoricalArgs&);
 int64_t count_scratch(const CountArgs&);
 int64_t nll_backward_scratch(const NllBackwardArgs&);
 int64_t sample_scratch(const SampleArgs&);
+int64_t gaussian_mixture_scratch(const GaussianMixtureValueArgs&);
+int64_t gaussian_mixture_grad_scratch(const GaussianMixtureGradArgs&);
 
 cudaError_t nll(const NllArgs&, cudaStream_t stream);
 cudaError_t mixture(const MixtureArgs&, cudaStream_t stream);
@@ -205,5 +230,7 @@ cudaError_t sample(const SampleArgs&, cudaStream_t stream);
 cudaError_t sample_grad(const SampleGradArgs&, cudaStream_t stream);
 cudaError_t log_probs(const LogProbArgs&, cudaStream_t stream);
 cudaError_t log_probs_grad(const LogProbGradArgs&, cudaStream_t stream);
+cudaError_t gaussian_mixture(const GaussianMixtureValueArgs&, cudaStream_t stream);
+cudaError_t gaussian_mixture_grad(const GaussianMixtureGradArgs&, cudaStream_t stream);
 
 }  // namespace fastvae::cuda

@@ -11,6 +11,7 @@ namespace fastvae::cuda {
 #endif
 constexpr int kThreads = FASTVAE_THREADS;  // threads per block
 constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
 constexpr int64_t kLongest = int64_t(1) << 30;  // the maximum length of a split, so that 32 bits can count its elements
 
 // A block processes one item at a time: kThreads / lanes rows with `lanes` threads each or, if rows are long, one split of a row. Block b

@@ -1,12 +1,12 @@
 // The CUDA side of the negative binomials: the arguments of their kernel.
 #include "counts_cuda.h"
 
-#include "buffer_pool.h"
+#include "nll_views.h"
 
 namespace fastvae {
 
 void fill_count_inputs(cuda::CountArgs& counts, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target,
-                       at::ArrayRef<double> constants, Tensors& kept) {
+                       at::ArrayRef<double> constants, const OptionalTensor& weight, Tensors& kept) {
   constexpr auto order = at::MemoryFormat::Contiguous;
   const auto& form = count_form(variant);
   const auto keep = [&](const Tensor& t) -> const Tensor& { return kept.emplace_back(t); };
@@ -24,6 +24,7 @@ void fill_count_inputs(cuda::CountArgs& counts, const LikelihoodVariant& variant
     counts.library = {library.const_data_ptr(), dtype_of(library), library.stride(0)};
   }
   if (!constants.empty()) counts.constants[0] = constants[0];
+  counts.weights = weights_view(weight, weighted_sizes(variant, params, target), order, kept);
   if (!has_positions(variant, params)) {
     counts.target = count_operand(keep(dense_rows(target, order)));
     counts.target_rows = repeated_rows(target.size(0), counts.rows);
@@ -39,8 +40,8 @@ void fill_count_inputs(cuda::CountArgs& counts, const LikelihoodVariant& variant
 }
 
 Tensors fill_counts(cuda::CountArgs& counts, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target,
-                    at::ArrayRef<double> constants, int64_t needs, Tensors& kept) {
-  fill_count_inputs(counts, variant, params, target, constants, kept);
+                    at::ArrayRef<double> constants, int64_t needs, const OptionalTensor& weight, Tensors& kept) {
+  fill_count_inputs(counts, variant, params, target, constants, weight, kept);
   const auto& form = count_form(variant);
   const Tensor& lead = params[0];
   Tensors gradients;

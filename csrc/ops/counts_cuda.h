@@ -6,16 +6,12 @@
 
 namespace fastvae {
 
-inline void refuse_weight(const OptionalTensor& weight) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!weight, "fastvae: the CUDA kernels of counts read no `weight` yet; fastvae.set_backend(\"auto\") takes what does");
-}
-
 // Fills in everything except the results.
 void fill_count_inputs(cuda::CountArgs& counts, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target,
-                       at::ArrayRef<double> constants, Tensors& kept);
+                       at::ArrayRef<double> constants, const OptionalTensor& weight, Tensors& kept);
 
 // The same, and the gradients selected by `needs`, which it returns.
 Tensors fill_counts(cuda::CountArgs& counts, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target,
-                    at::ArrayRef<double> constants, int64_t needs, Tensors& kept);
+                    at::ArrayRef<double> constants, int64_t needs, const OptionalTensor& weight, Tensors& kept);
 
 }  // namespace fastvae

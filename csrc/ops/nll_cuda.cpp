@@ -80,8 +80,7 @@ Tensors fill(Args& args, const OnDevice& device, const LikelihoodVariant& varian
       case Family::counts:
         TORCH_CHECK_NOT_IMPLEMENTED(variant.tensors > 1, "fastvae: there is no CUDA kernel of ", std::string(variant.name),
                                     " yet; fastvae.set_backend(\"auto\") takes what there is");
-        refuse_weight(weight);
-        gradients = fill_counts(args.emplace<cuda::CountArgs>(), variant, params, target, constants, needs, kept);
+        gradients = fill_counts(args.emplace<cuda::CountArgs>(), variant, params, target, constants, needs, weight, kept);
         break;
       case Family::continuous: break;  // all of this family are elementwise
     }

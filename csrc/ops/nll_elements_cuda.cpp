@@ -39,9 +39,8 @@ std::tuple<Tensor, Tensors> elements_forward_cuda(std::string_view likelihood, a
     args.weight = factor;
     launch(args, cuda::nll_scratch, cuda::nll, device);
   } else {
-    refuse_weight(weight);
     cuda::CountArgs args;
-    fill_count_inputs(args, variant, params, target, constants, kept);
+    fill_count_inputs(args, variant, params, target, constants, weight, kept);
     for (int i = 0; i < variant.tensors; ++i)
       if (needs >> i & 1) args.grads[i] = result(*derivative++);
     args.values = result(values);

@@ -293,6 +293,37 @@ class SampleGradArgs(Structure):
     )
 
 
+_GAUSSIAN_MIXTURE = (
+    ("points", c_int64),
+    ("components", c_int64),
+    ("dims", c_int64),
+    ("z", Operand),
+    ("mu", Operand),
+    ("logvar", Operand),
+    ("log_weight", Operand),
+    ("workspace", Workspace),
+)
+
+
+class GaussianMixtureValueArgs(Structure):
+    _fields_ = (*_GAUSSIAN_MIXTURE, ("joint", Output), ("per_dimension", Output))
+
+
+class GaussianMixtureGradArgs(Structure):
+    _fields_ = (
+        *_GAUSSIAN_MIXTURE,
+        ("joint", c_void_p),
+        ("per_dimension", c_void_p),
+        ("grad_joint", Numbers),
+        ("grad_per_dimension", c_void_p),
+        ("of_rows", c_bool),
+        ("grad_z", Output),
+        ("grad_mu", Output),
+        ("grad_logvar", Output),
+        ("grad_log_weight", Output),
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Views
 # ---------------------------------------------------------------------------------------------------------------------
@@ -416,6 +447,8 @@ class Kernels:
             "run_categorical_scratch",
             "run_count_nll_scratch",
             "run_sample_scratch",
+            "run_gaussian_mixture_scratch",
+            "run_gaussian_mixture_grad_scratch",
         ):
             getattr(self.library, name).restype = c_int64
         structs = (
@@ -427,6 +460,8 @@ class Kernels:
             SampleGradArgs,
             Plan,
             CountArgs,
+            GaussianMixtureValueArgs,
+            GaussianMixtureGradArgs,
         )
         for i, struct in enumerate(structs):
             assert self.library.size_of(i) == ctypes.sizeof(struct), struct.__name__
@@ -700,6 +735,56 @@ class Kernels:
         args.scalar_gradient, args.kl_gradient, args.beta_gradient = map(output, (scalar, by_kl, by_beta))
         self._run("run_nll_backward", args)
         return results, scalar, by_kl, by_beta
+
+    @staticmethod
+    def _gaussian_mixture(
+        args: Any, z: Tensor, mu: Tensor, logvar: Tensor, log_weight: Tensor | None
+    ) -> None:
+        args.points, args.dims = z.shape
+        args.components = mu.shape[0]
+        args.z, args.mu, args.logvar = map(operand, (z, mu, logvar))
+        if log_weight is not None:
+            args.log_weight = operand(log_weight)
+            args.log_weight.row_stride = log_weight.stride(0) if log_weight.dim() == 2 else 0
+
+    def gaussian_mixture(
+        self, inputs: Sequence[Tensor], *, joint: bool, per_dimension: bool
+    ) -> tuple[Tensor, ...]:
+        """The densities that are requested, of (z, mu, logvar) and perhaps log-weights."""
+        z, mu, logvar, log_weight = (*inputs, None)[:4]
+        assert z is not None
+        args = GaussianMixtureValueArgs()
+        self._gaussian_mixture(args, z, mu, logvar, log_weight)
+        values = [poisoned(z.shape[:1], row_dtype(z)), poisoned(z.shape, row_dtype(z))]
+        if joint:
+            args.joint = output(values[0])
+        if per_dimension:
+            args.per_dimension = output(values[1])
+        self._run("run_gaussian_mixture", args)
+        return tuple(value for value, wanted in zip(values, (joint, per_dimension), strict=True) if wanted)
+
+    def gaussian_mixture_grad(
+        self,
+        inputs: Sequence[Tensor],
+        joint: tuple[Tensor, Tensor] | None,
+        per_dimension: tuple[Tensor, Tensor] | None,
+    ) -> list[Tensor]:
+        """The gradients of all inputs. `joint` and `per_dimension` are values and their gradients."""
+        z, mu, logvar, log_weight = (*inputs, None)[:4]
+        assert z is not None
+        args = GaussianMixtureGradArgs()
+        self._gaussian_mixture(args, z, mu, logvar, log_weight)
+        if joint is not None:
+            args.joint, args.grad_joint = pointer(joint[0]), numbers(joint[1])
+        if per_dimension is not None:
+            args.per_dimension, args.grad_per_dimension = map(pointer, per_dimension)
+        args.of_rows = log_weight is not None and log_weight.dim() == 2
+        gradients = [poisoned(x.shape, x.dtype) for x in inputs]
+        names = ("grad_z", "grad_mu", "grad_logvar", "grad_log_weight")
+        for name, gradient in zip(names, gradients, strict=False):
+            setattr(args, name, output(gradient))
+        self._run("run_gaussian_mixture_grad", args)
+        return gradients
 
     def _latents(
         self,

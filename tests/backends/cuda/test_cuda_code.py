@@ -158,6 +158,8 @@ def compiled() -> list[Kernel]:
 REGISTERS = (
     (r"count_kernel<double", 255),
     (r"count_kernel", 128),
+    (r"gaussian_mixture_\w+<double", 255),
+    (r"gaussian_mixture_", 128),
     (r"categorical_kernel<double", 128),
     (r"categorical_kernel", 64),
     (r"mixture_kernel<3, double", 255),
@@ -193,9 +195,11 @@ def test_kernels_spill_no_registers(compiled: list[Kernel]) -> None:
         assert (kernel.stack, kernel.spilled) == (0, 0), kernel[:6]
         bound = next(bound for pattern, bound in REGISTERS if re.match(pattern, kernel.name))
         assert kernel.registers <= bound, kernel[:6]
-        # A multiprocessor has at least 100 KiB, for three blocks of a mixture or four of a categorical.
+        # A multiprocessor has at least 100 KiB, for two blocks of Gaussians, three of logistics or four of a categorical.
         is_large = "mixture" in kernel.name or kernel.name.startswith("count_kernel")
         shared = 24 << 10 if is_large else 3 << 10 if "categorical" in kernel.name else 1024
+        if kernel.name.startswith("gaussian_mixture"):
+            shared = 46 << 10
         assert kernel.shared <= shared, kernel[:6]
 
 
@@ -216,6 +220,18 @@ def test_kernels_access_memory_with_128_bits(compiled: list[Kernel]) -> None:
         assert any(width in load for load in loads), (kernel.name, loads)
         assert any(width in store for store in stores), (kernel.name, stores)
     assert seen >= len(ARCHITECTURES) * 40
+
+
+@pytest.mark.slow
+def test_gaussian_mixtures_read_memory_with_128_bits(compiled: list[Kernel]) -> None:
+    """Tiles are read with 128 bits, from memory and then from shared memory."""
+    if cuobjdump() is None:
+        pytest.skip("no cuobjdump: neither the CUDA toolkit's nor Triton's")
+    kernels = [kernel for kernel in compiled if kernel.name.startswith("gaussian_mixture")]
+    assert len(kernels) == 8 * len(ARCHITECTURES)
+    for kernel in kernels:
+        assert any(".128" in load for load in kernel.accesses("LDG")), kernel.name
+        assert len(re.findall(r"\bLDS\.128", kernel.code)) >= 8, kernel.name
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import test_categorical
 import test_counts
 import test_discretized
 import test_extremes
+import test_mixture
 import test_posteriors
 import torch
 from cuda_kernels import DTYPES, THREADS, Kernels, NoiseSource, pointer, row_dtype
@@ -830,6 +831,44 @@ def test_counts_over_a_wide_range_equal_50_digits(kernels: Kernels, inflated: bo
                 found,
                 float(slope),
             )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixtures of Gaussians
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Part of a tile, one tile of 16 points and 32 or 64 components, several, and dimensions in one tile or in three.
+MIXTURES = ((1, 1, 1), (5, 3, 2), (16, 64, 16), (40, 70, 10), (20, 33, 37), (3, 70, 70))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("form", test_mixture.FORMS)
+@pytest.mark.parametrize("weights", test_mixture.WEIGHTS)
+@pytest.mark.parametrize("size", MIXTURES, ids=str)
+@pytest.mark.parametrize("processors", [1, 3])
+def test_gaussian_mixture_equals_the_formula(
+    kernels: Kernels,
+    size: tuple[int, int, int],
+    weights: str,
+    form: bool | str,
+    dtype: torch.dtype,
+    processors: int,
+) -> None:
+    """Also bit for bit the same in a second call, for which the shim runs the threads in the opposite order."""
+    kernels.processors = processors
+    inputs = test_mixture.make(size, weights, dtype)
+    want = test_mixture.results(test_mixture.formula, [x.double() for x in inputs], form)
+    runs = []
+    for _ in range(2):
+        values = kernels.gaussian_mixture(inputs, joint=form is not True, per_dimension=form is not False)
+        generator = torch.Generator().manual_seed(1)  # as for `want`
+        pairs = [(value, torch.randn(value.shape, generator=generator).to(value.dtype)) for value in values]
+        joint = pairs[0] if form is not True else None
+        gradients = kernels.gaussian_mixture_grad(inputs, joint, pairs[-1] if form is not False else None)
+        runs.append((*values, *gradients))
+    for ours, again, exact in zip(*runs, want, strict=True):
+        assert torch.equal(ours, again)
+        assert test_mixture.relative_error(ours, exact) < test_mixture.TOLERANCE[dtype]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@
 #include "../../../../csrc/ops/discretized.cpp"
 #include "../../../../csrc/ops/latents.cpp"
 #include "../../../../csrc/ops/library.cpp"
+#include "../../../../csrc/ops/mixture.cpp"
 #include "../../../../csrc/ops/nll.cpp"
 #include "../../../../csrc/ops/nll_elements.cpp"
 
@@ -21,6 +22,7 @@
 #include "../../../../csrc/ops/common_cuda.cpp"
 #include "../../../../csrc/ops/counts_cuda.cpp"
 #include "../../../../csrc/ops/latents_cuda.cpp"
+#include "../../../../csrc/ops/mixture_cuda.cpp"
 #include "../../../../csrc/ops/nll_cuda.cpp"
 #include "../../../../csrc/ops/nll_elements_cuda.cpp"
 #undef CUDA

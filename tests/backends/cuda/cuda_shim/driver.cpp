@@ -8,7 +8,8 @@ void set_processors(int count) { shim::processors = count; }
 int launches() { return shim::launches; }
 int64_t size_of(int what) {
   const int64_t sizes[] = {sizeof(NllArgs),    sizeof(MixtureArgs),    sizeof(CategoricalArgs), sizeof(NllBackwardArgs),
-                           sizeof(SampleArgs), sizeof(SampleGradArgs), sizeof(Plan),            sizeof(CountArgs)};
+                           sizeof(SampleArgs), sizeof(SampleGradArgs), sizeof(Plan),            sizeof(CountArgs),
+                           sizeof(GaussianMixtureValueArgs), sizeof(GaussianMixtureGradArgs)};
   return sizes[what];
 }
 void plan(int64_t rows, int64_t size, int unit, int unroll, int64_t slots, Plan* plan) {
@@ -26,6 +27,10 @@ int64_t run_categorical_scratch(const CategoricalArgs* args) { return categorica
 int64_t run_count_nll_scratch(const CountArgs* args) { return count_scratch(*args); }
 int64_t run_nll_backward_scratch(const NllBackwardArgs* args) { return nll_backward_scratch(*args); }
 int64_t run_sample_scratch(const SampleArgs* args) { return sample_scratch(*args); }
+int64_t run_gaussian_mixture_scratch(const GaussianMixtureValueArgs* args) { return gaussian_mixture_scratch(*args); }
+int64_t run_gaussian_mixture_grad_scratch(const GaussianMixtureGradArgs* args) { return gaussian_mixture_grad_scratch(*args); }
+int run_gaussian_mixture(const GaussianMixtureValueArgs* args) { return gaussian_mixture(*args, nullptr); }
+int run_gaussian_mixture_grad(const GaussianMixtureGradArgs* args) { return gaussian_mixture_grad(*args, nullptr); }
 int run_nll(const NllArgs* args) { return nll(*args, nullptr); }
 int run_mixture(const MixtureArgs* args) { return mixture(*args, nullptr); }
 int run_categorical(const CategoricalArgs* args) { return categorical(*args, nullptr); }

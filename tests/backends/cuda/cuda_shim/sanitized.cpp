@@ -288,6 +288,55 @@ void counts(std::mt19937& random, DType type, int64_t rows, int64_t features, in
   args.grad_nll = factors.numbers();
   args.workspace = scratch.of(count_scratch(args));
   check(count_nll(args, nullptr) == cudaSuccess, "count_nll", rows, features);
+  Buffer weight(DType::f32, cells);
+  args.weights = weights_of(weight, features);
+  args.workspace = scratch.of(count_scratch(args));
+  check(count_nll(args, nullptr) == cudaSuccess, "count_nll with weights", rows, features);
+}
+
+// Mixtures of Gaussians, jointly and in each dimension, with weights of components or of points and components, and every gradient.
+void gaussians(std::mt19937& random, DType type, int64_t points, int64_t components, int64_t dims, int64_t shift, bool of_rows) {
+  Scratch scratch;
+  const int64_t weights = of_rows ? points * components : components;
+  Buffer z(type, points * dims, shift), mu(type, components * dims, shift), logvar(type, components * dims, shift);
+  Buffer log_weight(type, weights, shift), joint(DType::f32, points), each(DType::f32, points * dims);
+  z.fill(random), mu.fill(random), logvar.fill(random), log_weight.fill(random);
+  GaussianMixtureValueArgs args;
+  args.points = points, args.components = components, args.dims = dims;
+  args.z = z.view<Operand>(dims), args.mu = mu.view<Operand>(dims), args.logvar = logvar.view<Operand>(dims);
+  args.log_weight = log_weight.view<Operand>(components);
+  if (!of_rows) args.log_weight.row_stride = 0;
+  args.joint = joint.output(), args.per_dimension = each.output();
+  args.workspace = scratch.of(gaussian_mixture_scratch(args));
+  check(gaussian_mixture(args, nullptr) == cudaSuccess, "a mixture", points, components);
+  for (int64_t b = 0; b < points; ++b) {
+    double sum = 0;
+    std::vector<double> sums(dims);
+    for (int64_t m = 0; m < components; ++m) {
+      double all = log_weight.get(of_rows ? b * components + m : m);
+      for (int64_t d = 0; d < dims; ++d) {
+        const double v = logvar.get(m * dims + d), distance = z.get(b * dims + d) - mu.get(m * dims + d);
+        const double one = -0.5 * (distance * distance * std::exp(-v) + v + std::log(2 * M_PI));
+        all += one;
+        sums[d] += std::exp(one + log_weight.get(of_rows ? b * components + m : m));
+      }
+      sum += std::exp(all);
+    }
+    check(near(joint.get(b), std::log(sum), 1e-4), "a point", b, components);
+    for (int64_t d = 0; d < dims; ++d) check(near(each.get(b * dims + d), std::log(sums[d]), 1e-4), "a dimension", b, d);
+  }
+
+  Buffer d_z(type, points * dims), d_mu(type, components * dims), d_logvar(type, components * dims), d_weight(type, weights);
+  GaussianMixtureGradArgs grad;
+  static_cast<GaussianMixtureArgs&>(grad) = args;
+  grad.of_rows = of_rows;
+  grad.grad_z = d_z.output(), grad.grad_mu = d_mu.output(), grad.grad_logvar = d_logvar.output(), grad.grad_log_weight = d_weight.output();
+  for (const bool with_each : {false, true}) {
+    grad.joint = joint.data(), grad.grad_joint = joint.numbers();
+    if (with_each) grad.per_dimension = grad.grad_per_dimension = each.data();
+    grad.workspace = scratch.of(gaussian_mixture_grad_scratch(grad));
+    check(gaussian_mixture_grad(grad, nullptr) == cudaSuccess, "the gradients of a mixture", points, components);
+  }
 }
 
 void posterior(std::mt19937& random, DType type, int64_t rows, int64_t size, int64_t draws, int64_t shift) {
@@ -394,6 +443,11 @@ int main() {
           }
         levels(random, DType::f32, 3, 3, 2, 100, shift, in_turns);
         levels(random, DType::f32, 0, 1, 2, 2064, shift, in_turns);
+      }
+      for (const bool of_rows : {false, true}) {
+        gaussians(random, DType::f32, 5, 40, 3, shift, of_rows);
+        gaussians(random, DType::f32, 70, 130, 37, shift, of_rows);
+        gaussians(random, DType::bf16, 17, 3, 16, shift, of_rows);
       }
       posterior(random, DType::f32, 5, 20, 1, shift);
       forms(random, DType::f32, 3, 20, 2, shift);
