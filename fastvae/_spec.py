@@ -89,8 +89,6 @@ class Spec(NamedTuple):
     by_name: bool = False  # fastvae.ELBO accepts the name, because the module needs no arguments
     # The (backend, device type) pairs without a kernel for it. "auto" then uses the next backend that has one.
     lacks: tuple[tuple[str, str], ...] = ()
-    # The pairs whose kernel reads no weights of elements. "auto" then uses the next backend for calls with weights.
-    reads_no_weights: tuple[tuple[str, str], ...] = ()
 
     @property
     def module(self) -> str:
@@ -170,7 +168,6 @@ SPECS = (
         raw=("logits", "log_dispersion", "library"),
         forms=(MEAN, RAW),
         elementwise=False,
-        reads_no_weights=(("native", "cuda"),),
     ),
     Spec(
         "zero_inflated_negative_binomial",
@@ -180,7 +177,6 @@ SPECS = (
         raw=("logits", "log_dispersion", "zi_logits", "library"),
         forms=(MEAN, RAW),
         elementwise=False,
-        reads_no_weights=(("native", "cuda"),),
     ),
     Spec(
         "multinomial",
@@ -238,7 +234,6 @@ class Variant(NamedTuple):
     elements: bool  # whether the op nll_elements serves it
     counts: bool  # the target holds counts, so uint8 is not read as x / 255
     lacks: tuple[tuple[str, str], ...]
-    reads_no_weights: tuple[tuple[str, str], ...]
 
     @property
     def numbers(self) -> int:
@@ -270,7 +265,6 @@ def _variant(spec: Spec, form: Form) -> Variant:
         elements=form.elements,
         counts=spec.integers is COUNTS,
         lacks=spec.lacks,
-        reads_no_weights=spec.reads_no_weights,
     )
 
 

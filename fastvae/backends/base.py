@@ -16,9 +16,7 @@ OPS = (
 )
 
 # op -> the (backend, device type) pairs that have no kernel for it. "auto" then uses the next backend that has one.
-OPS_LACKING: dict[str, tuple[tuple[str, str], ...]] = {
-    "gaussian_mixture_log_prob": (("native", "cuda"),),
-}
+OPS_LACKING: dict[str, tuple[tuple[str, str], ...]] = {}
 
 # Tensors on any other device type are served by the reference, under every setting.
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}

@@ -141,16 +141,14 @@ def with_kernel(op: str, device_type: str) -> Backend | None:
     return serve("triton", device_type) if setting == "auto" and device_type == "cuda" else None
 
 
-def for_tensor(tensor: Tensor, likelihood: str = "", op: str = "nll", *, weighted: bool = False) -> Backend:
-    """The backend that serves tensors on this tensor's device and has a kernel for the likelihood and the op, which
-    reads weights if the call has them."""
+def for_tensor(tensor: Tensor, likelihood: str = "", op: str = "nll") -> Backend:
+    """The backend that serves tensors on this tensor's device and has a kernel for the likelihood and the op."""
     device_type = tensor.device.type
     backend = serving.get(device_type)
     if backend is None:
         return _without_backend(device_type)
     place = (backend.name, device_type)
-    lacking = likelihood in LIKELIHOODS_LACKING.get(place, ()) or place in OPS_LACKING.get(op, ())
-    if lacking or (weighted and place in VARIANTS[likelihood].reads_no_weights):
+    if likelihood in LIKELIHOODS_LACKING.get(place, ()) or place in OPS_LACKING.get(op, ()):
         backend = _substitute(*place, likelihood, op)
     # Compiled ops do not support these. torch's own message for a transform does not name a solution, and forward-mode
     # AD would silently lose the tangent.

@@ -97,8 +97,7 @@ def _call_backend(
     likelihood: str, params: Sequence[Tensor], target: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     """Call the backend that serves the checked arguments; `rest` are its arguments from `constants` on."""
-    weighted = rest[-1] is not None
-    chosen = choose.for_tensor(params[0], likelihood, weighted=weighted)
+    chosen = choose.for_tensor(params[0], likelihood)
     if target.layout == torch.sparse_csr and chosen.name != "reference":
         # Ops take no sparse tensors, so the positions are passed after the parameters.
         positions = (target.crow_indices().long(), target.col_indices().long())
@@ -180,5 +179,5 @@ def nll_elements(
     check = check_elements if variant.element else CHECKS[variant.family]
     params = check(variant.function, variant.tensors, variant, params, target, "target", constants)
     weight = _checked_weight(variant.function, variant, weight, "target", target)
-    chosen = choose.for_tensor(params[0], likelihood, "nll_elements", weighted=weight is not None)
+    chosen = choose.for_tensor(params[0], likelihood, "nll_elements")
     return chosen.nll_elements(likelihood, params, target, constants, factor, weight)

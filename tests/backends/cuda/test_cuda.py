@@ -13,6 +13,7 @@ from typing import Any
 
 import cases
 import pytest
+import test_mixture
 import torch
 from cases import CASES, Case
 from conftest import INTERPRETED
@@ -37,6 +38,7 @@ from test_triton import (
     test_forms_of_the_scale_at_their_ends_equal_the_formula,
     test_forms_of_the_scale_equal_the_formula,
     test_gaussian_kl_near_collapse_is_accurate,
+    test_gaussian_mixture_equals_the_formula,
     test_graph_replays_draw_fresh_noise,
     test_kl_on_the_grid_of_extremes_equals_the_limits,
     test_log_probs_equal_the_formula,
@@ -103,6 +105,7 @@ SHARED = (
     test_forms_of_the_scale_at_their_ends_equal_the_formula,
     test_forms_of_the_scale_equal_the_formula,
     test_gaussian_kl_near_collapse_is_accurate,
+    test_gaussian_mixture_equals_the_formula,
     test_training_step_does_not_synchronise,
     test_noise_equals_box_muller_by_hand,
     test_elbo_objectives_equal_the_formula,
@@ -125,10 +128,7 @@ SHARED = (
 
 
 @pytest.fixture
-def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    if getattr(parameters.get("case"), "id", "") == "poisson_rate_per_element":
-        pytest.skip("nll_elements has no CUDA kernel: Triton's serves it")
+def device() -> Iterator[torch.device]:
     with fastvae.use_backend("native"):
         yield torch.device("cuda")
 
@@ -144,12 +144,7 @@ def test_auto_selects_the_cuda_kernels() -> None:
 
 @pytest.mark.parametrize(
     ("name", "row"),
-    [
-        (name, i)
-        for name, rows in OPS.items()
-        for i in range(len(rows))
-        if not name.startswith(("nll_elements", "gaussian_mixture"))  # Triton's on a GPU
-    ],
+    [(name, i) for name, rows in OPS.items() for i in range(len(rows))],
 )
 def test_opcheck(device: torch.device, name: str, row: int) -> None:
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
@@ -311,6 +306,16 @@ def test_concurrent_launches_on_many_streams_give_the_same_results(device: torch
                 losses.append(elbo(recon, x, kl=kl).loss)
     torch.cuda.synchronize()
     assert all(torch.equal(loss, want) for loss in losses)
+
+
+@pytest.mark.parametrize("weights", test_mixture.WEIGHTS)
+def test_gaussian_mixture_gives_the_same_bits_every_time(device: torch.device, weights: str) -> None:
+    """With more items than the device runs at a time."""
+    inputs = [x.to(device) for x in test_mixture.make((1024, 1000, 64), weights, torch.float32)]
+    first, *others = (
+        test_mixture.results(functional.gaussian_mixture_log_prob, inputs, "both") for _ in range(5)
+    )
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 def kernels_of(call: Callable[[], Any]) -> list[str]:

@@ -24,18 +24,18 @@ PARTS = {
         "core/test_autograd.py": "native and not large_buffers",
         "core/test_autograd_features.py": "native and not ddp",
         "core/test_layouts.py": "native",
-        "core/test_weight.py": "native and not counts and not cell and not per_element and not compiled",
+        "core/test_weight.py": "native and not per_element and not compiled",
         "core/test_noise.py": "native",
     },
     "families": {
-        "backends/test_compile.py": "(opcheck or one_graph and native) and not gaussian_mixture "
-        "and not negative_binomial1",
+        "backends/test_compile.py": "(opcheck or one_graph and native) and not negative_binomial1",
         "core/test_posteriors.py": "native and not node and not compiled",
         "core/test_log_probs.py": "native and not compiled",
         "core/test_categorical.py": "not thread and not instruction and not reference and not invalid_class",
         "core/test_discretized.py": "native or eager",
         "core/test_discretized_modules.py": "native or eager or compiles",
     },
+    "mixtures": {"core/test_mixture.py": "native and not thread"},
     "counts": {
         # A CUDA kernel reads no positions on the host; the sum over a thousand rows takes the shim a minute.
         "core/test_counts.py": "native and not malformed and not sum_to_1",
