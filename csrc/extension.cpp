@@ -19,3 +19,5 @@
 #include "ops/nll_cpu.cpp"
 #include "ops/nll_elements.cpp"
 #include "ops/nll_elements_cpu.cpp"
+#include "ops/sparse.cpp"
+#include "ops/sparse_cpu.cpp"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import functional, likelihoods, posteriors, priors, reference, regularizers
+    from . import functional, likelihoods, nn, posteriors, priors, reference, regularizers
     from .backends import empty_cache, set_backend, show_config, use_backend
     from .bounds import IWAE, IWAEOutput
     from .elbo import ELBO, ELBOOutput
@@ -28,6 +28,7 @@ __all__ = [
     "functional",
     "graph_step",
     "likelihoods",
+    "nn",
     "posteriors",
     "priors",
     "reference",
@@ -47,6 +48,7 @@ _MODULES = (
     "functional",
     "graphs",
     "likelihoods",
+    "nn",
     "posteriors",
     "priors",
     "reference",

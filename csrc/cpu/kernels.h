@@ -230,6 +230,25 @@ struct MixtureGradArgs : MixtureArgs {
   void* grad_log_weight;  // the size of log_weight; may be null
 };
 
+// A sparse matrix (rows, width) in CSR form, whose columns ascend in every row, and a dense one (width, outputs). All numbers have the type
+// of the computation.
+struct SparseArgs {
+  bool in_double;
+  int64_t rows, width, outputs;
+  const int64_t *starts, *columns;
+  const void* values;
+};
+
+struct SparseProductArgs : SparseArgs {
+  const void *weight, *bias;  // (width, outputs), and (outputs,) or null
+  void* out;                  // (rows, outputs)
+};
+
+struct SparseProductGradArgs : SparseArgs {
+  const void* grad;   // (rows, outputs)
+  void* grad_weight;  // (width, outputs)
+};
+
 // out = in * factor[row * factor_stride]; `out` may be the same memory as `in`.
 struct ScaleArgs {
   int64_t rows, size;
@@ -266,6 +285,8 @@ struct ScaleElementsArgs {
   void log_probs_grad(const LogProbGradArgs&);    \
   void mixture(const MixtureValueArgs&);          \
   void mixture_grad(const MixtureGradArgs&);      \
+  void sparse_product(const SparseProductArgs&);  \
+  void sparse_product_grad(const SparseProductGradArgs&); \
   void scale_rows(const ScaleArgs&);              \
   void scale_elements(const ScaleElementsArgs&);  \
   }

@@ -5,9 +5,9 @@
 namespace fastvae::cpu {
 
 #define FASTVAE_KERNELS(name, isa) \
-  Kernels{name,        isa::nll,         isa::count_nll, isa::multinomial,    isa::categorical, isa::discretized_logistic, \
-          isa::sample, isa::sample_grad, isa::log_probs, isa::log_probs_grad, isa::mixture,     isa::mixture_grad,         \
-          isa::scale_rows, isa::scale_elements}
+  Kernels{name,        isa::nll,         isa::count_nll, isa::multinomial,    isa::categorical, isa::discretized_logistic,  \
+          isa::sample, isa::sample_grad, isa::log_probs, isa::log_probs_grad, isa::mixture,     isa::mixture_grad,          \
+          isa::sparse_product, isa::sparse_product_grad, isa::scale_rows,     isa::scale_elements}
 
 static Kernels choose() {
   [[maybe_unused]] const std::string capability = at::get_cpu_capability();

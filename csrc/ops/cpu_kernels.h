@@ -17,6 +17,8 @@ struct Kernels {
   void (*log_probs_grad)(const LogProbGradArgs&);
   void (*mixture)(const MixtureValueArgs&);
   void (*mixture_grad)(const MixtureGradArgs&);
+  void (*sparse_product)(const SparseProductArgs&);
+  void (*sparse_product_grad)(const SparseProductGradArgs&);
   void (*scale_rows)(const ScaleArgs&);
   void (*scale_elements)(const ScaleElementsArgs&);
 };

@@ -56,6 +56,9 @@ TORCH_LIBRARY(fastvae, m) {
       "gaussian_mixture_log_prob_backward(Tensor? grad_joint, Tensor? grad_per_dimension, Tensor z, Tensor mu, Tensor logvar, "
       "Tensor? log_weight, Tensor joint, Tensor per_dimension, int needs) -> Tensor[]",
       tags);
+  m.def("sparse_linear(Tensor values, Tensor starts, Tensor columns, Tensor weight, Tensor? bias) -> Tensor", tags);
+  m.def("sparse_linear_forward(Tensor values, Tensor starts, Tensor columns, Tensor weight, Tensor? bias) -> Tensor", tags);
+  m.def("sparse_linear_backward(Tensor grad, Tensor values, Tensor starts, Tensor columns, Tensor weight, int needs) -> Tensor[]", tags);
   m.def("nll_elements(str likelihood, Tensor[] params, Tensor target, float[] constants, float factor, Tensor? weight=None) -> Tensor",
         tags);
   m.def(

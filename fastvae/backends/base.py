@@ -18,6 +18,9 @@ OPS = (
 # op -> the (backend, device type) pairs that have no kernel for it. "auto" then uses the next backend that has one.
 OPS_LACKING: dict[str, tuple[tuple[str, str], ...]] = {}
 
+CPU_OPS = ("sparse_linear",)
+"""Ops of the backend "native" for the CPU. Other devices and backends use torch's own code."""
+
 # Tensors on any other device type are served by the reference, under every setting.
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
-from .base import Backend, Missing, from_ops
+from .base import CPU_OPS, Backend, Missing, from_ops
 
 BUILD = "pip install --no-build-isolation -e . (in a clone of fastvae)"
 
@@ -75,7 +75,10 @@ def load() -> Backend:
         first_line = str(error).partition("\n")[0]
         raise Missing(f"importing the extension failed ({first_line}); {advice}") from error
     try:
-        return from_ops("native", "fastvae")
+        backend = from_ops("native", "fastvae")
+        for op in CPU_OPS:
+            getattr(torch.ops.fastvae, op)
+        return backend
     except AttributeError as error:  # the extension does not have all ops
         raise Missing(f"the extension was built from another version of fastvae; {advice}") from error
 

@@ -22,13 +22,14 @@ The accepted dtypes are the same on every backend:
 A wrong value, shape or device raises ValueError; a wrong type or dtype raises TypeError.
 """
 
-from . import categorical, continuous, counts, discretized, latents, mixture
+from . import categorical, continuous, counts, discretized, latents, mixture, sparse
 from .categorical import *
 from .continuous import *
 from .counts import *
 from .discretized import *
 from .latents import *
 from .mixture import *
+from .sparse import *
 
 __all__: list[str] = []
 __all__ += categorical.__all__
@@ -37,3 +38,4 @@ __all__ += counts.__all__
 __all__ += discretized.__all__
 __all__ += latents.__all__
 __all__ += mixture.__all__
+__all__ += sparse.__all__

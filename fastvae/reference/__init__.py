@@ -37,7 +37,7 @@ Sources:
   [AS]  Abramowitz and Stegun, "Handbook of Mathematical Functions", 1964: 6.1.41, Stirling's series.
 """
 
-from . import categorical, continuous, counts, discretized, latents, loss, mixture, noise
+from . import categorical, continuous, counts, discretized, latents, loss, mixture, noise, sparse
 from .categorical import *
 from .continuous import *
 from .counts import *
@@ -46,6 +46,7 @@ from .latents import *
 from .loss import *
 from .mixture import *
 from .noise import *
+from .sparse import *
 
 __all__: list[str] = []
 __all__ += categorical.__all__
@@ -56,3 +57,4 @@ __all__ += latents.__all__
 __all__ += loss.__all__
 __all__ += mixture.__all__
 __all__ += noise.__all__
+__all__ += sparse.__all__

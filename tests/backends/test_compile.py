@@ -196,6 +196,7 @@ PLAIN_FORM = "logvar", [], NONE
 NVAE_FORM = "log_std", [5.0, 1e-2], 0.8
 ROW_2, EPS_2 = plain(2, 3), plain(2, *M)
 LOG_PROBS = "logvar", [], True, 2  # form, constants, stl, samples
+CSR = torch.tensor([2.0, 1.0, 3.0]), torch.tensor([0, 1, 3]), torch.tensor([1, 0, 2])  # a matrix (2, 3)
 
 # The ops themselves, then the forward and backward ops that they call.
 OPS = {
@@ -394,6 +395,12 @@ OPS = {
     "gaussian_mixture_log_prob_backward": [
         (ROWS, plain(*M), plain(*M), plain(4, L), plain(4, L), plain(4), ROWS, plain(*M), 0b1111),
         (NONE, plain(*M), plain(*M), plain(4, L), plain(4, L), NONE, plain(0), plain(*M), 0b110),
+    ],
+    "sparse_linear": [(*CSR, leaf(3, 5).t(), leaf(5)), (*CSR, leaf(5, 3), NONE)],
+    "sparse_linear_forward": [(*CSR, plain(5, 3), plain(5)), (*CSR, plain(3, 5).t(), NONE)],
+    "sparse_linear_backward": [
+        (plain(2, 5), *CSR, plain(5, 3), 0b11),
+        (plain(2, 5), *CSR, plain(5, 3), 0b01),
     ],
     "nll_elements_backward_": [(plain(*X), [plain(*X), plain(*X), plain(*X)], 1)],
 }
