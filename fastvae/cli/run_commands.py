@@ -1,7 +1,7 @@
-"""The commands that use a run: sample, reconstruct, interpolate, traverse, inpaint, evaluate.
+"""The commands that use a run: sample, reconstruct, encode, interpolate, traverse, inpaint, evaluate.
 
-This module defines their options and checks that they fit the kind of run; `image_commands` and `text_commands` do
-the work.
+This module defines their options and checks that they fit the kind of run; `image_commands`, `text_commands` and
+`counts_commands` do the work.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ __all__ = ["add"]
 
 
 def add(app: typer.Typer) -> None:
-    for command in (sample, reconstruct, interpolate, traverse, inpaint, evaluate):
+    for command in (sample, reconstruct, encode, interpolate, traverse, inpaint, evaluate):
         app.command(rich_help_panel="Commands that use a run")(catch_interrupt(command))
 
 
@@ -56,6 +56,8 @@ def _out(name: str) -> Any:
     text = f"File to write the picture to; by default RUN/{name}."
     if name in ("samples.png", "reconstructions.png", "interpolations.png"):
         text += " For text, a .txt file; by default the sentences are also printed."
+    if name == "reconstructions.png":
+        text += " For counts, an .npz file."
     return typer.Option(metavar="FILE", help=text, show_default=False)
 
 
@@ -119,7 +121,12 @@ def sample(
 
 def reconstruct(
     run: RunArgument,
-    n: Annotated[int, typer.Option("-n", help="Maximum number of images or sentences.")] = 30,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            "-n", help="Maximum number of images, sentences or cells.", show_default="30; all cells"
+        ),
+    ] = None,
     data: Data = None,
     seed: Seed = 0,
     decoding: Method = None,
@@ -128,9 +135,16 @@ def reconstruct(
     checkpoint: Checkpoint = "best",
     out: Annotated[Path | None, _out("reconstructions.png")] = None,
 ) -> None:
-    """Encode and decode validation images or sentences, or the sentences of a text file."""
-    text = _kind(run) == "text"
+    """Encode and decode validation images or sentences, the sentences of a text file, or all cells."""
+    kind = _kind(run)
+    text = kind == "text"
     options = _decoding(text, "greedy", decoding, top_p, beams)
+    if kind == "counts":
+        from . import counts_commands
+
+        counts_commands.reconstruct(run, n=n, data=data, checkpoint=checkpoint, out=out)
+        return
+    n = 30 if n is None else n
     if text:
         from . import text_commands
 
@@ -139,6 +153,26 @@ def reconstruct(
     from . import image_commands
 
     image_commands.reconstruct(run, n=n, data=data, checkpoint=checkpoint, out=out)
+
+
+def encode(
+    run: RunArgument,
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="An .npz file to write, or an .h5ad file with the same cells, to whose obsm the latent means are "
+            "added (a copy of the data, if it does not exist).",
+            show_default=False,
+        ),
+    ],
+    data: Data = None,
+    checkpoint: Checkpoint = "best",
+) -> None:
+    """Write the latent means of all cells of a run of counts."""
+    from . import counts_commands
+
+    counts_commands.encode(run, out, data=data, checkpoint=checkpoint)
 
 
 def interpolate(

@@ -1,12 +1,13 @@
 """Atomic file writing: a file is either complete or unchanged."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import InputError
 
-__all__ = ["error_reason", "prepare_folder", "remove_partial", "temporary_path", "write"]
+__all__ = ["error_reason", "prepare_folder", "remove_partial", "replacing", "temporary_path", "write"]
 
 _PARTIAL = ".part"
 
@@ -18,10 +19,20 @@ def temporary_path(path: Path) -> Path:
 
 def write(path: Path, content: bytes) -> None:
     """Write a temporary file and rename it. Raises InputError if that fails."""
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file to write, which then becomes `path`.
+
+    If the block raises, the temporary file is removed. An OSError becomes an InputError.
+    """
     part = temporary_path(path)
     try:
         try:
-            part.write_bytes(content)
+            yield part
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)

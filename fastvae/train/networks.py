@@ -1,5 +1,6 @@
 """Layers, activations and initial weights of the networks, by the names that settings give them."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,10 +47,14 @@ def initialize(network: nn.Module, init: str) -> None:
         return
     for layer in network.modules():
         if isinstance(layer, nn.Linear):
+            # Random numbers fill memory in its order, which may be any.
+            drawn = torch.empty_like(layer.weight, memory_format=torch.contiguous_format)
             # The two functions of a gated layer are two layers.
-            for weight in layer.weight.chunk(2) if isinstance(layer, Gated) else (layer.weight,):
+            for weight in drawn.chunk(2) if isinstance(layer, Gated) else (drawn,):
                 if init == "xavier":
                     nn.init.xavier_uniform_(weight)
                 else:
                     nn.init.kaiming_normal_(weight)
+            with torch.no_grad():
+                layer.weight.copy_(drawn)
             nn.init.zeros_(layer.bias)

@@ -1,8 +1,10 @@
 """Reading .npz files one array at a time, with errors that explain what is wrong."""
 
+import shutil
 import zipfile
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -62,6 +64,53 @@ class NpzFile:
         if not isinstance(array, np.ndarray):
             raise InputError(f"{self.path}: `{name}` is not an array")
         return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of an array without reading it; None if its header cannot be read."""
+        place = self.locate(name)
+        return None if place is None else place[2]
+
+    def locate(self, name: str) -> tuple[int, Any, tuple[int, ...], bool] | None:
+        """Return where the numbers of an array lie, for reading a part of them: (offset, dtype, shape, compressed).
+
+        The offset counts bytes of the file or, if the array is compressed, of the array as `unpack` writes it. None for
+        an array in Fortran's order, or one that cannot be read like this.
+        """
+        read_header = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+        try:
+            member = self._file.zip.getinfo(f"{name}.npy")
+            with self._file.zip.open(member) as stream:
+                version = np.lib.format.read_magic(stream)
+                shape, fortran, dtype = read_header[version[0] - 1](stream)
+                start = stream.tell()
+            if fortran or dtype.hasobject:
+                return None
+            if member.compress_type != zipfile.ZIP_STORED:
+                return start, dtype, shape, True
+            with self.path.open("rb") as file:
+                # The local header of the member is 30 bytes, its name and further fields, whose sizes are in it.
+                file.seek(member.header_offset)
+                header = file.read(30)
+            sizes = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+            return member.header_offset + 30 + sizes + start, dtype, shape, False
+        except (KeyError, IndexError, ValueError, OSError, zipfile.BadZipFile):
+            return None  # `read` says what is wrong
+
+    def open(self) -> BinaryIO:
+        """Open the file itself, for reading what `locate` has found."""
+        return self.path.open("rb")
+
+    def unpack(self, name: str, to: BinaryIO) -> None:
+        """Write an array as a file would hold it, a little at a time.
+
+        Raises InputError if the array is damaged, and OSError if it cannot be written.
+        """
+        with self._file.zip.open(f"{name}.npy") as stream:
+            try:
+                shutil.copyfileobj(stream, to, 1 << 20)
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise InputError(f"{self.path}: `{name}` cannot be read: {_first_line(error)}") from error
+        to.flush()
 
     def contents(self) -> str:
         """Return the names of the arrays, for a message."""

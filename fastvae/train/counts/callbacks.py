@@ -8,7 +8,7 @@ from torch import Tensor
 from fastvae.train import figures
 from fastvae.train.callbacks import SaveExamples
 
-from .cells import Batch, Cells, make_batch
+from .cells import Cells, make_batch, to_device
 from .module import CellVAE
 
 __all__ = ["SaveLatentPlot", "posterior_means"]
@@ -26,7 +26,8 @@ class SaveLatentPlot(SaveExamples):
     def save_examples(self, model: CellVAE) -> None:
         cells = self.cells
         # Training cells are added if there are few validation cells; training does not use the labels.
-        indices = torch.cat((cells.val, cells.train))[:_DRAWN]
+        order = torch.randperm(len(cells.val), generator=torch.Generator().manual_seed(0))
+        indices = torch.cat((cells.val[order], cells.train))[:_DRAWN]
         mu = posterior_means(model, cells, indices)
         labels = None if cells.labels is None else cells.labels[indices]
         figures.save_latents(mu, labels, self.folder / "latents.png", names=cells.label_names, what="cells")
@@ -35,7 +36,13 @@ class SaveLatentPlot(SaveExamples):
 @torch.no_grad()
 def posterior_means(model: CellVAE, cells: Cells, indices: Tensor) -> Tensor:
     """Return posterior means (n, L) of these cells, on the CPU."""
-    parts = (make_batch(cells, chunk) for chunk in indices.split(500))
-    return torch.cat(
-        [model.encode(Batch(*(x.to(model.device) for x in part)))[0].float().cpu() for part in parts]
-    )
+    # Read in the order of the file.
+    ordered, place = indices.sort()
+    parts = ordered.split(500)
+    means = torch.empty(len(indices), model.latents)
+    for part, at, rows in zip(
+        parts, place.split(500), cells.counts.batches([part.numpy() for part in parts]), strict=True
+    ):
+        batch = to_device(make_batch(cells, part, rows), model.device)
+        means[at] = model.encode(batch)[0].float().cpu()
+    return means

@@ -1,7 +1,8 @@
-"""Loading counts of cells and genes as a sparse matrix from an .npz or .h5ad file."""
+"""Cells and their counts of genes: loading a file or several as one data set, and making batches."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import functools
+import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,14 +12,14 @@ import torch
 from torch import Tensor
 
 from fastvae.train.errors import InputError
-from fastvae.train.npz import NpzFile
 
+from .formats import SUFFIXES, CountsFile, open_counts
+from .matrix import Counts, DiskCounts, MemoryCounts, canonical, check_values
 from .settings import CountsSettings
 
-__all__ = ["Batch", "Cells", "load", "make_batch"]
+__all__ = ["Batch", "Cells", "list_files", "load", "make_batch", "to_device"]
 
-# Default keys of an .npz file and columns of an .h5ad file.
-_MATRIX = ("x", "X", "counts")
+# Default keys of an .npz file and columns of obs.
 _LABELS = ("label", "labels", "cell_type", "celltype", "bulk_labels")
 _BATCHES = ("batch",)
 
@@ -27,7 +28,7 @@ class Batch(NamedTuple):
     """The input of the model for some cells."""
 
     counts: Tensor
-    """(B, G), float32."""
+    """(B, G), float32, torch.sparse_csr, or dense on devices without sparse matrices."""
     library: Tensor
     """The total count of each cell, (B, 1), float32."""
     batch: Tensor
@@ -36,11 +37,17 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Cells:
-    """All cells of a file; `train` and `val` are indices of cells in `counts`."""
+    """All cells of a data set; `train` and `val` are indices of cells.
+
+    They are in random order. If the counts stay on disk, `val` is in the order of the file, in which it is read.
+    """
 
     name: str
-    counts: Any
-    """A scipy.sparse.csr_array (N, G) of float32."""
+    counts: Counts
+    library: Tensor
+    """The total count of each cell, (N, 1), float32."""
+    totals: Tensor
+    """The total count of each gene in the training cells, float64 (G,)."""
     train: Tensor
     val: Tensor
     batches: Tensor
@@ -49,211 +56,204 @@ class Cells:
     labels: Tensor | None
     """The index of each cell's label in `label_names`, int64 (N,)."""
     label_names: tuple[str, ...]
+    genes: int
     notes: tuple[str, ...]
 
-    @property
-    def genes(self) -> int:
-        return int(self.counts.shape[1])
+
+def make_batch(cells: Cells, indices: Tensor, counts: Any = None) -> Batch:
+    """Return these cells as a batch. Their rows of counts, a scipy.sparse array, may be given."""
+    rows = cells.counts.rows(indices.numpy()) if counts is None else counts
+    return Batch(_to_torch(rows), cells.library[indices], cells.batches[indices])
 
 
-def make_batch(cells: Cells, indices: Tensor) -> Batch:
-    counts = torch.from_numpy(cells.counts[indices.numpy()].toarray())
-    return Batch(counts, counts.sum(1, keepdim=True), cells.batches[indices])
+def _to_torch(rows: Any) -> Tensor:
+    """Return a scipy.sparse.csr_array as a torch.sparse_csr tensor, with the indices that the kernels take."""
+    _expect_warning()
+    parts = (rows.indptr.astype(np.int64), rows.indices.astype(np.int64), rows.data)
+    return torch.sparse_csr_tensor(*map(torch.from_numpy, parts), rows.shape, check_invariants=False)
+
+
+@functools.cache
+def _expect_warning() -> None:
+    """Let torch say once per process, to nobody, that its sparse matrices are new."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(
+            torch.zeros(2, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0)
+        )
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    if device.type == "mps":  # it has no sparse matrices
+        batch = batch._replace(counts=batch.counts.to_dense())
+    return Batch(*(part.to(device, non_blocking=True) for part in batch))
+
+
+def list_files(data: str) -> list[Path]:
+    """Return the files of `--data`: one, several with commas between them, or all in a folder.
+
+    Raises InputError if there are none, or one is missing.
+    """
+    path = Path(data).expanduser()
+    if path.is_dir() and path.suffix.lower() != ".zarr":
+        found = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in SUFFIXES)
+        if not found:
+            raise InputError(
+                f"{data}: there is no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} in this folder"
+            )
+        return found
+    names = [name.strip() for name in data.split(",")] if "," in data and not path.exists() else [data]
+    paths = [Path(name).expanduser() for name in names if name]
+    for each in paths:
+        is_zarr = each.suffix.lower() == ".zarr"
+        if not each.exists() or (each.is_dir() and not is_zarr):
+            raise InputError(f"{each}: {'this is a folder' if each.is_dir() else 'no such file'}")
+        if each.suffix.lower() not in SUFFIXES:
+            raise InputError(f"{each}: the file must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    return paths
 
 
 def load(settings: CountsSettings) -> Cells:
     """Load the cells of `--data`. A sixth of them is for validation.
 
-    Raises InputError if the file is missing or cannot be read, if it does not hold a matrix of counts, or if there is
-    not exactly one label or batch for each cell.
+    All values are checked, and library sizes are summed. If the counts take more than `--memory`, they stay on disk.
+
+    Raises InputError if a file is missing or cannot be read, if it does not hold a matrix of counts, if files do not
+    have the same genes, or if there is not exactly one label or batch for each cell.
     """
     if not settings.data:
         raise InputError(
-            "--data is missing: give a matrix of counts, cells by genes, as an .npz or .h5ad file (see --help)"
+            "--data is missing: give a matrix of counts, cells by genes, as an .npz, .h5ad or .zarr file (see --help)"
         )
-    path = Path(settings.data).expanduser()
-    if not path.is_file():
-        raise InputError(f"{settings.data}: {'this is a folder' if path.is_dir() else 'no such file'}")
-    suffix = path.suffix.lower()
-    if suffix not in (".npz", ".h5ad"):
-        raise InputError(f"{path}: the file must end in .npz or .h5ad")
-    with _open_npz(path) if suffix == ".npz" else _open_h5ad(path) as file:
-        counts = _check_counts(path, file.matrix)
-        labels, label_names = _read_column(path, file, settings.label, "--label", _LABELS, counts.shape[0])
-        batches, batch_names = _read_column(path, file, settings.batch, "--batch", _BATCHES, counts.shape[0])
-
-    library = np.asarray(counts.sum(1)).ravel()
-    nonempty = np.flatnonzero(library > 0)
-    notes = []
-    if len(nonempty) < len(library):
-        notes.append(f"skipped {len(library) - len(nonempty)} cells without any counts")
-    if len(nonempty) < 2:
+    paths = list_files(settings.data)
+    opened = [open_counts(path, settings.layer) for path in paths]
+    _check_genes(opened)
+    sizes = [file.source.shape[0] for file in opened]
+    cells, genes = sum(sizes), opened[0].source.shape[1]
+    if cells < 2:
         raise InputError(
-            f"{path}: expected at least 2 cells with counts, for training and validation, got {len(nonempty)}"
+            f"{settings.data}: expected at least 2 cells, for training and validation, got {cells}"
         )
+    labels, label_names = _read_column(opened, settings.label, "--label", _LABELS)
+    batches, batch_names = _read_column(opened, settings.batch, "--batch", _BATCHES)
+
     # Files are often sorted by batch or cell type, so shuffle first.
     draws = torch.Generator().manual_seed(settings.seed)
-    order = torch.from_numpy(nonempty)[torch.randperm(len(nonempty), generator=draws)]
-    val, train = order.tensor_split([max(1, len(nonempty) // 6)])
+    val, train = torch.randperm(cells, generator=draws).tensor_split([max(1, cells // 6)])
+    limit = int(settings.memory * 1e6)
+    in_memory = sum(file.source.nbytes for file in opened) <= limit
+    counts: Counts = (
+        MemoryCounts(_read_all(opened)) if in_memory else DiskCounts([file.source for file in opened], limit)
+    )
+    if not in_memory:
+        val = val.sort().values
+    library, totals, stored = _sum(counts, train, cells, genes)
+    counts.stored = stored
+    notes = []
+    if empty := int((library == 0).sum()):
+        notes.append(f"{empty} of the {cells} cells have no counts; they are trained on as they are")
     return Cells(
-        path.name,
+        paths[0].name if len(paths) == 1 else f"{len(paths)} files of {_folder(paths)}",
         counts,
+        library,
+        totals,
         train,
         val,
-        torch.zeros(len(library), dtype=torch.int64) if batches is None else batches,
+        torch.zeros(cells, dtype=torch.int64) if batches is None else batches,
         batch_names or ("",),
         labels,
         label_names,
+        genes,
         tuple(notes),
     )
 
 
-@dataclass
-class _File:
-    """A matrix of counts and the other columns of its file."""
-
-    matrix: Any
-    columns: tuple[str, ...]
-    read: Callable[[str], Any]
-    """Reads a column by name as an array."""
+def _folder(paths: list[Path]) -> str:
+    return Path(os.path.commonpath([path.parent.resolve() for path in paths])).name
 
 
-# The arrays that scipy.sparse.save_npz writes besides `format`, for each format.
-_SPARSE = {
-    "csr": ("data", "indices", "indptr", "shape"),
-    "csc": ("data", "indices", "indptr", "shape"),
-    "bsr": ("data", "indices", "indptr", "shape"),
-    "coo": ("data", "row", "col", "shape"),
-    "dia": ("data", "offsets", "shape"),
-}
-
-
-@contextmanager
-def _open_npz(path: Path) -> Iterator[_File]:
-    with NpzFile(path) as arrays:
-        kind = "csr"
-        if "format" in arrays:
-            stored = arrays.read("format").item()
-            kind = stored.decode("ascii", "replace") if isinstance(stored, bytes) else str(stored)
-        used = _SPARSE.get(kind, ())
-        if used and all(name in arrays for name in used):
-            matrix = _make_sparse(path, kind, {name: arrays.read(name) for name in used})
-            used = (*used, "format", "_is_array")
-        elif used := tuple(name for name in _MATRIX if name in arrays)[:1]:
-            matrix = arrays.read(used[0])
-        else:
+def _check_genes(files: list[CountsFile]) -> None:
+    """Raises InputError unless every file has a matrix of numbers, and all have the same genes."""
+    first = files[0]
+    for file in files:
+        source = file.source
+        if source.dtype.kind not in "iufb":
+            raise InputError(f"{file.path}: the counts must be numbers, got {source.dtype}")
+        if 0 in source.shape:
+            what = "genes" if source.shape[1] == 0 else "cells"
+            raise InputError(f"{file.path}: there are no {what}: the counts have shape {source.shape}")
+        if source.shape[1] != first.source.shape[1]:
             raise InputError(
-                f"{path}: no matrix of counts found: neither an array {' or '.join(_MATRIX)} nor a matrix from "
-                f"scipy.sparse.save_npz; the file contains {arrays.contents()}; save the counts, cells by genes, with "
-                "scipy.sparse.save_npz(path, scipy.sparse.csr_array(counts))"
+                f"{file.path}: all files must have the same genes: expected {first.source.shape[1]}, as in "
+                f"{first.path}, got {source.shape[1]}"
             )
-        yield _File(matrix, tuple(name for name in arrays.names if name not in used), arrays.read)
+        if file.genes is None or first.genes is None:
+            continue
+        different = np.flatnonzero(file.genes != first.genes)
+        if len(different):
+            gene = int(different[0])
+            raise InputError(
+                f"{file.path}: all files must have the same genes in the same order: gene {gene} is "
+                f"{str(file.genes[gene])!r}, but {str(first.genes[gene])!r} in {first.path}"
+            )
 
 
-def _make_sparse(path: Path, kind: str, parts: dict[str, Any]) -> Any:
-    """Rebuild the matrix from the arrays of scipy.sparse.save_npz."""
+def _read_all(files: list[CountsFile]) -> Any:
+    """Read all files into one CSR array of float32, and check the values."""
     from scipy import sparse
 
-    data, shape = _without_half(parts["data"]), tuple(parts["shape"].tolist())
-    try:
-        if kind == "coo":
-            return sparse.coo_array((data, (parts["row"], parts["col"])), shape=shape)
-        if kind == "dia":
-            return sparse.dia_array((data, parts["offsets"]), shape=shape)
-        make = {"csr": sparse.csr_array, "csc": sparse.csc_array, "bsr": sparse.bsr_array}[kind]
-        return make((data, parts["indices"], parts["indptr"]), shape=shape)
-    except (ValueError, TypeError, IndexError) as error:
-        raise InputError(f"{path}: not a valid sparse matrix: {error}") from error
+    parts = []
+    for file in files:
+        matrix = sparse.csr_array(file.source.read_all())
+        matrix.sum_duplicates()
+        check_values(file.path, matrix)
+        parts.append(canonical(matrix, np.float32))
+    return parts[0] if len(parts) == 1 else sparse.vstack(parts, format="csr")
 
 
-def _without_half(values: Any) -> Any:
-    """Convert half precision to float32, because scipy has no sparse matrices of half precision."""
-    return values.astype(np.float32) if values.dtype == np.float16 else values
+def _sum(counts: Counts, train: Tensor, cells: int, genes: int) -> tuple[Tensor, Tensor, int]:
+    """Return the total of each cell, the total of each gene in the training cells, and the number of stored values."""
+    is_train = np.zeros(cells, np.float64)
+    is_train[train.numpy()] = 1
+    if isinstance(counts, MemoryCounts):
+        library = np.asarray(counts.matrix.sum(1, dtype=np.float64)).ravel()
+        return _library(library), torch.from_numpy(counts.matrix.T @ is_train), counts.stored
+    assert isinstance(counts, DiskCounts)
+    library, totals, stored = np.empty(cells), np.zeros(genes), 0
+    for block in range(len(counts.starts) - 1):
+        start, stop = int(counts.starts[block]), int(counts.starts[block + 1])
+        matrix = counts.read_checked(block)
+        library[start:stop] = np.asarray(matrix.sum(1, dtype=np.float64)).ravel()
+        totals += matrix.T @ is_train[start:stop]
+        stored += int(matrix.nnz)
+    return _library(library), torch.from_numpy(totals), stored
 
 
-@contextmanager
-def _open_h5ad(path: Path) -> Iterator[_File]:
-    """Read the raw counts (`layers["counts"]` if there is one, otherwise X) and the columns of obs."""
-    try:
-        import anndata
-    except ModuleNotFoundError as error:
-        if error.name != "anndata":
-            raise
-        raise InputError(f"{path}: .h5ad files need the package anndata: pip install anndata") from None
-    try:
-        data = anndata.read_h5ad(path)
-    except Exception as error:  # h5py and anndata raise many types
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"{path}: cannot be read as an .h5ad file: {reason}") from error
-    matrix = data.layers.get("counts", data.X)
-    if matrix is None:
-        raise InputError(f"{path}: no matrix found: neither layers['counts'] nor X")
-
-    def read(name: str) -> Any:
-        column = data.obs[name]
-        missing = np.flatnonzero(column.isna())
-        if len(missing):
-            raise InputError(
-                f"{path}: `{name}` has no value for {len(missing)} of the {len(column)} cells, the first of which is "
-                f"cell {missing[0]}; fill them in, for example with obs[name].astype(str), or use another column"
-            )
-        return np.asarray(column.astype(str), dtype=str)
-
-    yield _File(matrix, tuple(map(str, data.obs.columns)), read)
-
-
-def _check_counts(path: Path, matrix: Any) -> Any:
-    """Return the counts as a CSR array of float32. Raises InputError unless all are non-negative whole numbers."""
-    from scipy import sparse
-
-    if matrix.ndim != 2:
-        raise InputError(
-            f"{path}: the counts must be a matrix, cells by genes, got shape {tuple(matrix.shape)}"
-        )
-    if matrix.dtype.kind not in "iufb":
-        raise InputError(f"{path}: the counts must be numbers, got {matrix.dtype}")
-    cells, genes = matrix.shape
-    if genes == 0 or cells == 0:
-        what = "genes" if genes == 0 else "cells"
-        raise InputError(f"{path}: there are no {what}: the counts have shape ({cells}, {genes})")
-    if not sparse.issparse(matrix):
-        matrix = _without_half(np.asarray(matrix))
-    counts = sparse.csr_array(matrix)
-    # The file may have been written with another byte order.
-    counts.data = _without_half(counts.data).astype(counts.dtype.newbyteorder("="), copy=False)
-    counts.sum_duplicates()
-    values = counts.data
-    for bad, what in (
-        (~np.isfinite(values), "not finite"),
-        (values < 0, "negative"),
-        (
-            values != np.floor(values),
-            "fractional, but raw counts are needed (normalised or log-transformed?)",
-        ),
-    ):
-        if bad.any():
-            position = int(bad.argmax())
-            cell = int(np.searchsorted(counts.indptr, position, side="right")) - 1
-            column = int(counts.indices[position])
-            raise InputError(f"{path}: a count is {what}: {values[position]:g} in cell {cell}, gene {column}")
-    return counts.astype(np.float32)
+def _library(totals: Any) -> Tensor:
+    return torch.from_numpy(totals.astype(np.float32))[:, None]
 
 
 def _read_column(
-    path: Path, file: _File, key: str, option: str, usual: tuple[str, ...], cells: int
+    files: list[CountsFile], key: str, option: str, usual: tuple[str, ...]
 ) -> tuple[Tensor | None, tuple[str, ...]]:
     """Return the values of a column as integers, and their names. Without `key`, use a column with a usual name."""
-    if key and key not in file.columns:
-        raise InputError(
-            f"{option} {key}: {path} has no such column, only {', '.join(file.columns) or 'the counts'}"
-        )
-    name = key or next((name for name in usual if name in file.columns), "")
+    for file in files:
+        if key and key not in file.columns:
+            raise InputError(
+                f"{option} {key}: {file.path} has no such column, only {', '.join(file.columns) or 'the counts'}"
+            )
+    name = key or next((name for name in usual if all(name in file.columns for file in files)), "")
     if not name:
         return None, ()
-    values = file.read(name)
-    if values.shape != (cells,):
-        raise InputError(
-            f"{path}: `{name}` must have one value for each of the {cells} cells, got shape {values.shape}"
-        )
-    names, numbers = np.unique(values, return_inverse=True)
+    parts = []
+    for file in files:
+        values, cells = np.asarray(file.read(name)), file.source.shape[0]
+        if values.shape != (cells,):
+            raise InputError(
+                f"{file.path}: `{name}` must have one value for each of the {cells} cells, got shape {values.shape}"
+            )
+        parts.append(values)
+    if len({part.dtype.kind for part in parts}) > 1:
+        parts = [part.astype(str) for part in parts]
+    names, numbers = np.unique(np.concatenate(parts), return_inverse=True)
     return torch.from_numpy(numbers.astype(np.int64)), tuple(str(value) for value in names.tolist())

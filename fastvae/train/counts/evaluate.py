@@ -13,7 +13,7 @@ from fastvae.train.bounds import estimate_in_batches
 from fastvae.train.factors import Factors
 from fastvae.train.report import Report, check_options, shared_results
 
-from .cells import Batch, make_batch
+from .cells import Batch, make_batch, to_device
 from .run import CellRun
 
 __all__ = ["CellEvaluation", "evaluate"]
@@ -74,7 +74,7 @@ def evaluate(
     val = run.cells.val[:limit]
 
     def prepare(indices: Tensor) -> Batch:
-        return Batch(*(part.to(run.device) for part in make_batch(run.cells, indices)))
+        return to_device(make_batch(run.cells, indices), run.device)
 
     parts, posteriors = [], []
     for _, x, part, _ in estimate_in_batches(

@@ -1,6 +1,6 @@
 """The kind of runs that are trained on counts.
 
-Files: cells.json  latents.png  loss.png
+Files: cells.json  latents.png  loss.png  reconstructions.npz
 """
 
 import dataclasses
@@ -19,8 +19,10 @@ from fastvae.train.seeding import seeded_generator
 
 from . import cells
 from .cells import Cells
+from .matrix import DiskCounts
 from .recipe import Counts
 from .run import CellRun, Sizes
+from .sources import BLOCK
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -42,10 +44,13 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
     run = CellRun
     form_files = (GENES,)
     training_files = ("latents.png", "loss.png", "evaluation.json")
+    command_files = ("reconstructions.npz",)
     default_samples = 100
     has_factors = True
     can_sample = False
-    wrong_kind_message = "this is a run of counts, which supports only evaluate and resume"
+    wrong_kind_message = (
+        "this is a run of counts, which supports only evaluate, encode, reconstruct and resume"
+    )
 
     def check(self, settings: Counts) -> None:
         if settings.likelihood == "poisson" and settings.dispersion != "gene":
@@ -96,15 +101,14 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
     def init_from_data(self, model: "CellVAE", settings: Counts, data: Cells) -> None:
         """Initialise the decoder with the share of each gene in all counts, and the pseudo-inputs of a VampPrior with
         cells."""
-        totals = torch.from_numpy(data.counts[data.train.numpy()].sum(0)).double()
-        share = (totals + 0.5) / (totals + 0.5).sum()
+        share = (data.totals + 0.5) / (data.totals + 0.5).sum()
         model.decoder.heads[0].bias.copy_(share.log())  # type: ignore[index, union-attr]
         if settings.prior == "vamp":
             prior: Any = model.prior
             draws = seeded_generator(settings.seed, 5)
             chosen = torch.randperm(len(data.train), generator=draws)[: settings.components]
             batch = cells.make_batch(data, data.train[chosen])
-            prior.pseudo_inputs.copy_(torch.log1p(batch.counts))
+            prior.pseudo_inputs.copy_(torch.log1p(batch.counts.to_dense()))
             model.pseudo_batches.copy_(batch.batch)  # type: ignore[operator]
 
     def examples_callback(self, data: Cells, form: Sizes, settings: Counts, folder: Path) -> "Callback":
@@ -120,12 +124,17 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
     def describe_run(
         self, model: "CellVAE", data: Cells, form: Sizes, settings: Counts, batches: "CellData"
     ) -> Iterator[str]:
-        zeros = 1 - data.counts.nnz / (data.counts.shape[0] * data.genes)
+        zeros = 1 - data.counts.stored / (data.counts.shape[0] * data.genes)
         yield (
             f"data: {data.name}, {messages.pluralize(len(data.train), 'training cell')}, "
             f"{messages.pluralize(len(data.val), 'validation cell')}, {messages.pluralize(data.genes, 'gene')}, "
             f"{zeros:.1%} of the counts are zero"
         )
+        if isinstance(data.counts, DiskCounts):
+            yield (
+                f"      read from disk in shuffled blocks of {BLOCK} cells, with at most {settings.memory:g} MB of "
+                "counts in memory"
+            )
         if len(data.batch_names) > 1:
             yield f"      {len(data.batch_names)} batches"
         if data.labels is not None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import torch
 from lightning.pytorch import LightningDataModule
 
 from fastvae.train.batches import Batches
@@ -41,10 +40,12 @@ class CellBatches(Batches):
         super().__init__(data, len(self.indices), size, val)
 
     def __iter__(self) -> Iterator[tuple[Batch, int]]:
-        indices = self.indices
+        counts, indices = self.cells.counts, self.indices
         if not self.is_val:
-            draws = seeded_generator(self.seed, 0, self.epoch)
-            indices = indices[torch.randperm(len(indices), generator=draws)]
-        for full_batch in indices.split(self.size)[: len(self)]:
-            rows = self.process_slice(len(full_batch))
-            yield make_batch(self.cells, full_batch[rows]), rows.start
+            indices = counts.order(indices, self.size, seeded_generator(self.seed, 0, self.epoch))
+        full_batches = indices.split(self.size)[: len(self)]
+        slices = [self.process_slice(len(full_batch)) for full_batch in full_batches]
+        parts = [full_batch[rows] for full_batch, rows in zip(full_batches, slices, strict=True)]
+        read = counts.batches([part.numpy() for part in parts])
+        for part, rows, found in zip(parts, slices, read, strict=True):
+            yield make_batch(self.cells, part, found), rows.start

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastvae.likelihoods import Poisson
 from fastvae.train.module import VAE
 
-from .cells import Batch
+from .cells import Batch, to_device
 
 __all__ = ["CellVAE"]
 
@@ -43,5 +43,29 @@ class CellVAE(VAE):
             return torch.log_softmax(logits.float(), 1) + torch.log(library)
         return (logits, library, *other_params)
 
+    def denoised(self, z: Tensor, x: Batch) -> Tensor:
+        """Return the expected counts (B, G) given z, without the additional zeros of a zero-inflated likelihood."""
+        params = self.params(z, x)
+        if isinstance(self.elbo.likelihood, Poisson):
+            return torch.exp(params)
+        logits, library = params[:2]
+        return library * torch.softmax(logits.float(), 1)
+
     def target(self, x: Batch) -> Tensor:
-        return x.counts
+        # The Poisson reads dense counts only.
+        return x.counts.to_dense() if isinstance(self.elbo.likelihood, Poisson) else x.counts
+
+    def transfer_batch_to_device(
+        self, batch: tuple[Batch, int], device: torch.device, dataloader_idx: int
+    ) -> tuple[Batch, int]:
+        return to_device(batch[0], device), batch[1]
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        # A run of an older version stored the first layer by rows. The fused optimiser goes over memory as it lies, so
+        # the state must lie as the weights do.
+        for optimizer in self.trainer.optimizers:
+            for parameter, state in optimizer.state.items():
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        state[name] = torch.empty_like(parameter).copy_(value)

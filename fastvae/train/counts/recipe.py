@@ -1,7 +1,8 @@
 """The recipe `counts`: a VAE of cells and their genes after scVI (Lopez et al. 2018).
 
-The encoder gets log(1 + counts). The decoder outputs logits for the share of each gene in a cell, which the likelihood
-turns into rates: library size x softmax. Both get the batch of the cell, so that z need not contain it.
+The encoder gets log(1 + counts), and its first layer reads a sparse matrix. The decoder outputs logits for the share of
+each gene in a cell, which the likelihood turns into rates: library size x softmax. Both get the batch of the cell, so
+that z need not contain it.
 `fastvae.train.counts.module` joins them with a `fastvae.ELBO`.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from fastvae import likelihoods
 from fastvae.likelihoods import Likelihood
+from fastvae.nn import SparseLinear
 from fastvae.train.networks import initialize, make_activation
 from fastvae.train.settings import option
 
@@ -88,14 +90,15 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.batches = batches
-        self.layers = _layers(genes + _width(batches), hidden, activation, dropout)
+        first = SparseLinear(genes + _width(batches), hidden[0])
+        self.layers = _layers(first, hidden, activation, dropout)
         self.posterior = nn.Linear(hidden[-1], 2 * latent)
 
     def forward(self, cells: Batch) -> Tensor:
-        return self.read_logs(torch.log1p(cells.counts), cells.batch)
+        return self.read_logs(_log1p(cells.counts), cells.batch)
 
     def read_logs(self, logs: Tensor, batch: Tensor) -> Tensor:
-        """Map log(1 + counts), (B, G), and the batches (B,) to (B, 2 latent)."""
+        """Map log(1 + counts), (B, G), dense or sparse, and the batches (B,) to (B, 2 latent)."""
         return self.posterior(self.layers(_append_batch(logs, batch, self.batches)))
 
 
@@ -107,7 +110,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.batches = batches
-        self.layers = _layers(latent + _width(batches), hidden, activation, 0.0)
+        self.layers = _layers(nn.Linear(latent + _width(batches), hidden[0]), hidden, activation, 0.0)
         self.heads = nn.ModuleList([nn.Linear(hidden[-1], genes) for _ in range(heads)])
 
     def forward(self, z: Tensor, batch: Tensor) -> tuple[Tensor, ...]:
@@ -115,13 +118,13 @@ class Decoder(nn.Module):
         return tuple(head(h) for head in self.heads)
 
 
-def _layers(inputs: int, hidden: list[int], activation: str, dropout: float) -> nn.Sequential:
+def _layers(first: nn.Linear, hidden: list[int], activation: str, dropout: float) -> nn.Sequential:
     # LayerNorm, unlike BatchNorm, does not mix cells, so several processes give the same result.
     layers: list[nn.Module] = []
-    for before, after in zip([inputs, *hidden[:-1]], hidden, strict=True):
+    for i, width in enumerate(hidden):
         layers += [
-            nn.Linear(before, after),
-            nn.LayerNorm(after),
+            nn.Linear(hidden[i - 1], width) if i else first,
+            nn.LayerNorm(width),
             make_activation(activation),
             nn.Dropout(dropout),
         ]
@@ -132,7 +135,29 @@ def _width(batches: int) -> int:
     return batches if batches > 1 else 0  # a single batch carries no information
 
 
+def _log1p(x: Tensor) -> Tensor:
+    """Return log(1 + x), of the stored values of a sparse matrix."""
+    if x.layout != torch.sparse_csr:
+        return torch.log1p(x)
+    parts = (x.crow_indices(), x.col_indices(), torch.log1p(x.values()))
+    return torch.sparse_csr_tensor(*parts, x.shape, check_invariants=False)
+
+
 def _append_batch(x: Tensor, batch: Tensor, batches: int) -> Tensor:
+    """Append a column for each batch, which is 1 in its cells and otherwise 0."""
     if batches < 2:
         return x
-    return torch.cat((x, F.one_hot(batch, batches).to(x.dtype)), 1)
+    if x.layout != torch.sparse_csr:
+        return torch.cat((x, F.one_hot(batch, batches).to(x.dtype)), 1)
+    starts, columns, values = x.crow_indices(), x.col_indices(), x.values()
+    cells, genes = x.shape
+    row = torch.arange(cells + 1, device=x.device)
+    # Each row moves up by one place for every row before it, and its new value comes last.
+    place = torch.arange(len(values), device=x.device)
+    place += torch.repeat_interleave(row[:-1], starts.diff(), output_size=len(values))
+    last = starts[1:] + row[:-1]
+    new_columns, new_values = columns.new_empty(len(values) + cells), values.new_empty(len(values) + cells)
+    new_columns[place], new_columns[last] = columns, (genes + batch).to(columns.dtype)
+    new_values[place], new_values[last] = values, 1.0
+    size = (cells, genes + batches)
+    return torch.sparse_csr_tensor(starts + row, new_columns, new_values, size, check_invariants=False)
