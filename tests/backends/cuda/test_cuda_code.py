@@ -195,7 +195,8 @@ def test_kernels_spill_no_registers(compiled: list[Kernel]) -> None:
         assert (kernel.stack, kernel.spilled) == (0, 0), kernel[:6]
         bound = next(bound for pattern, bound in REGISTERS if re.match(pattern, kernel.name))
         assert kernel.registers <= bound, kernel[:6]
-        # A multiprocessor has at least 100 KiB, for two blocks of Gaussians, three of logistics or four of a categorical.
+        # A multiprocessor has at least 100 KiB, for two blocks of Gaussians, three of logistics, or four of a
+        # categorical.
         is_large = "mixture" in kernel.name or kernel.name.startswith("count_kernel")
         shared = 24 << 10 if is_large else 3 << 10 if "categorical" in kernel.name else 1024
         if kernel.name.startswith("gaussian_mixture"):
