@@ -264,7 +264,7 @@ def test_large_integers_are_not_rounded(backend: str, layout: str) -> None:
     data = target.to_sparse_csr() if layout == "csr" else target
     value, gradient = value_and_gradient(logits, data)
     assert abs(value.item() - want) < 5e-6 * want
-    torch.testing.assert_close(gradient, torch.tensor([[-1.0, -3.0, 4.0]]))
+    torch.testing.assert_close(gradient, torch.tensor([[-1.0, -3.0, 4.0]]), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

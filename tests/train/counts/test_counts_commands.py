@@ -13,7 +13,7 @@ from run_files import read_metrics, run_python, weights
 
 from fastvae.cli import main
 from fastvae.train import counts
-from fastvae.train.counts import cells, generate, matrix, sources
+from fastvae.train.counts import cells, generate, kind, matrix, sources
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
@@ -180,6 +180,7 @@ def from_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(sources.DenseSource, "nbytes")
     monkeypatch.setattr(sources, "BLOCK", 8)
     monkeypatch.setattr(matrix, "BLOCK", 8)
+    monkeypatch.setattr(kind, "BLOCK", 8)
 
 
 def without_times(run: Path) -> list[dict[str, str]]:
