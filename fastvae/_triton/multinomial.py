@@ -294,10 +294,11 @@ def evaluate(
     logits, data = dense_rows(lead), dense_rows(target)
     grads = torch.empty_like(lead, memory_format=torch.contiguous_format) if needs & 1 else None
     row_sums = lead.new_empty((rows, 1), dtype=dtype)
-    widest = 1024 if dtype == torch.float32 else 512
+    weights = weight_view(element_weight, data.shape)
+    # With weights, a wider tile would not fit in the registers.
+    widest = 1024 if dtype == torch.float32 and element_weight is None else 512
     tile = min(widest, max(16, triton.next_power_of_2(features)))
     unit = divisor(features, logits.stride(0), data.stride(0))
-    weights = weight_view(element_weight, data.shape)
     launch(
         multinomial_kernel,
         rows,

@@ -240,10 +240,11 @@ def test_counts_nll_equals_the_formula(
 def test_multinomial_nll_equals_the_formula(
     device: torch.device, layout: str, weighted: bool, dtype: torch.dtype
 ) -> None:
-    logits, target = (x.to(device) for x in test_multinomial.make(3, 1300, dtype))
+    logits, target = test_multinomial.make(3, 1300, dtype)
+    data = (target.to_sparse_csr() if layout == "csr" else target).to(device)
+    logits, target = logits.to(device), target.to(device)
     weight = 0.5 + torch.rand(1, 1300, device=device) if weighted else None
     factors = torch.arange(1.0, 4.0, device=device)
-    data = target.to_sparse_csr() if layout == "csr" else target
     value, gradient = test_multinomial.value_and_gradient(logits, data, factors, weight=weight)
     want = test_multinomial.formula(logits, target, weight)
     test_multinomial.check(value, gradient, want, factors)
