@@ -295,8 +295,10 @@ def evaluate(
     grads = torch.empty_like(lead, memory_format=torch.contiguous_format) if needs & 1 else None
     row_sums = lead.new_empty((rows, 1), dtype=dtype)
     weights = weight_view(element_weight, data.shape)
-    # With weights, a wider tile would not fit in the registers.
-    widest = 1024 if dtype == torch.float32 and element_weight is None else 512
+    # With weights, as many elements per thread as without them would not fit in the registers.
+    widest, warps = (1024 if dtype == torch.float32 else 512), 4
+    if element_weight is not None:
+        widest, warps = 512, 8
     tile = min(widest, max(16, triton.next_power_of_2(features)))
     unit = divisor(features, logits.stride(0), data.stride(0))
     launch(
@@ -324,6 +326,6 @@ def evaluate(
         COLUMNS=tile,
         PLACES=min(128, tile),
         C=COMPUTE[dtype],
-        num_warps=max(1, 4 * tile // widest),
+        num_warps=max(1, warps * tile // widest),
     )
     return ([grads] if grads is not None else []), row_sums, None
