@@ -69,8 +69,9 @@ def make_batch(cells: Cells, indices: Tensor, counts: Any = None) -> Batch:
 def _to_torch(rows: Any) -> Tensor:
     """Return a scipy.sparse.csr_array as a torch.sparse_csr tensor, with the indices that the kernels take."""
     _expect_warning()
-    parts = (rows.indptr.astype(np.int64), rows.indices.astype(np.int64), rows.data)
-    return torch.sparse_csr_tensor(*map(torch.from_numpy, parts), rows.shape, check_invariants=False)
+    starts, columns = (torch.from_numpy(part.astype(np.int64)) for part in (rows.indptr, rows.indices))
+    values = torch.from_numpy(rows.data)
+    return torch.sparse_csr_tensor(starts, columns, values, rows.shape, check_invariants=False)
 
 
 @functools.cache

@@ -69,7 +69,8 @@ class _MemorySource(Source):
     """A matrix in memory, of a format that cannot be read in blocks."""
 
     def __init__(self, path: Path, matrix: Any) -> None:
-        super().__init__(path, tuple(map(int, matrix.shape)), int(matrix.nnz), matrix.dtype)
+        rows, columns = matrix.shape
+        super().__init__(path, (int(rows), int(columns)), int(matrix.nnz), matrix.dtype)
         self.matrix = matrix
 
     @property
@@ -119,7 +120,7 @@ def _sparse_source(path: Path, kind: str, arrays: NpzFile) -> Source:
     if kind in ("csr", "csc") and len(shape) == 2:
         make = CsrSource if kind == "csr" else CscSource
         try:
-            return make(path, shape, *(_array(arrays, name) for name in ("data", "indices", "indptr")))  # type: ignore[arg-type]
+            return make(path, shape, *(_array(arrays, name) for name in ("data", "indices", "indptr")))
         except InputError as error:
             raise InputError(
                 f"{path}: not a valid sparse matrix: {str(error).removeprefix(f'{path}: ')}"
@@ -245,7 +246,13 @@ def _matrix(path: Path, node: Any, name: str) -> Source:
     attributes = dict(node.attrs)
     kind = _text(attributes.get("encoding-type", attributes.get("h5sparse_format", "")))
     shape = attributes.get("shape", attributes.get("h5sparse_shape"))
-    make = {"csr_matrix": CsrSource, "csr": CsrSource, "csc_matrix": CscSource, "csc": CscSource}.get(kind)
+    makers: dict[str, type[CsrSource] | type[CscSource]] = {
+        "csr_matrix": CsrSource,
+        "csr": CsrSource,
+        "csc_matrix": CscSource,
+        "csc": CscSource,
+    }
+    make = makers.get(kind)
     if make is None or shape is None or any(part not in node for part in ("data", "indices", "indptr")):
         raise InputError(f"{path}: {name} is neither a dense matrix nor one by rows or columns, but {kind!r}")
     for part in ("data", "indices"):

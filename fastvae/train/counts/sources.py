@@ -89,7 +89,7 @@ def _read_at(file: BinaryIO, size: int, position: int) -> bytes:
 def scratch_file(path: Path) -> BinaryIO:
     """Open a temporary file without a name, for counts whose own file cannot be read in blocks."""
     try:
-        return tempfile.TemporaryFile(prefix="fastvae-")  # type: ignore[return-value]
+        return tempfile.TemporaryFile(prefix="fastvae-")
     except OSError as error:
         raise no_room(path, error) from error
 
