@@ -16,6 +16,7 @@ from .elbo import ELBO
 from .functional import sample_log_probs
 from .functional.checks import check_choice, checked_int
 from .functional.forms import ScaleForm
+from .functional.ranges import warn_of_non_finite_weights
 from .likelihoods.base import nll_of_draws
 from .priors import Prior
 from .reference.loss import reduce_rows
@@ -172,7 +173,7 @@ class IWAE(ELBO):
         Raises:
             TypeError: If neither or both of the posterior and the draws are passed, the decoder's output is passed
                 without draws, or `chunk` is set and the decoder is not a function.
-            ValueError: If a shape or device is wrong.
+            ValueError: If a shape or device is wrong, or if with the estimator "dreg" the draws are not reparameterised.
         """
         if (mu is None and logvar is not None) or (mu is None) == (draws is None):
             raise TypeError(
@@ -198,6 +199,11 @@ class IWAE(ELBO):
                 f"fastvae.IWAE: `draws.z` must have shape (K, B, ...) with K = `samples` = {self.samples}, got "
                 f"{tuple(z.shape)}"
             )
+        if self.estimator == "dreg" and log_q.requires_grad and not z.requires_grad:
+            raise ValueError(
+                "fastvae.IWAE: the estimator 'dreg' needs draws that are reparameterised, so that `draws.z` has a "
+                "gradient, but it has none; take the draws from iwae.sample(mu, logvar), or use estimator='iwae'"
+            )
 
         def nll_of(part: Tensor) -> Tensor:
             return nll_of_draws("IWAE", self.likelihood, decoder(part.flatten(0, 1)), x, len(part), weight)
@@ -216,6 +222,8 @@ class IWAE(ELBO):
         weights = torch.softmax(log_weights.detach(), 0)
         ess = weights.square().sum(0).reciprocal()
         bound = torch.logsumexp(log_weights.detach(), 0) - math.log(self.samples)
+        if not torch.compiler.is_compiling():
+            warn_of_non_finite_weights(log_weights.detach(), bound)
         # An impossible draw has weight 0, and its part of the sum below is 0, the limit, and not 0 times infinity.
         impossible = log_weights.detach() == -math.inf
         weights, log_weights = weights.masked_fill(impossible, 0), log_weights.masked_fill(impossible, 0)

@@ -115,6 +115,25 @@ def warn_of_impossible_values(
     return True
 
 
+def warn_of_non_finite_weights(log_weights: Tensor, bound: Tensor) -> None:
+    """Warn of an importance weight that is NaN or infinite, by its draw and row.
+
+    `log_weights` are (K, B), and `bound` is that of each row, (B,). Only the CPU's are read, where nothing has to wait.
+    """
+    if not _enabled or bound.device.type != "cpu" or not has_values(bound) or bool(bound.isfinite().all()):
+        return
+    wrong = (log_weights.isnan() | (log_weights == math.inf)).t().nonzero()  # a weight of 0 is possible
+    if len(wrong):
+        row, draw = wrong[0].tolist()
+        _warn(
+            "iwae",
+            "weight",
+            f"fastvae.IWAE: the log-weight of draw {draw} of row {row} is {log_weights[draw, row].item()}, so this row "
+            f"has no bound; look for NaN and infinite values in row {row} of the data, of the posterior and of the "
+            "decoder's output",
+        )
+
+
 def _warn_of_wrong_weight(where: str, density: str, weight: Tensor) -> None:
     low, high = _bounds(weight)
     if not low >= 0 or not high < math.inf:  # a NaN fails both

@@ -205,6 +205,23 @@ def test_likelihoods_of_every_kind_are_served() -> None:
         torch.testing.assert_close(out.nll, want)
 
 
+def test_dreg_refuses_draws_that_are_not_reparameterised() -> None:
+    model = Model("dreg")
+    draws = model.iwae.sample(model.mu, model.logvar)
+    with pytest.raises(
+        ValueError, match="needs draws that are reparameterised"
+    ):
+        model.iwae(model.decoder, X, draws=draws._replace(z=draws.z.detach()))
+
+
+def test_non_finite_weight_is_named_with_its_row(range_warnings: None) -> None:
+    model, x = Model("iwae"), X.clone()
+    x[2, 1] = math.nan
+    with pytest.warns(UserWarning, match=r"the log-weight of draw 0 of row 2 is nan.* in row 2 of the data"):
+        out = model(x)
+    assert out.bound.isnan().tolist() == [False, False, True, False]
+
+
 def test_beta_and_reductions() -> None:
     model = Model("iwae", reduction="none")
     model.iwae.beta = 0.5
