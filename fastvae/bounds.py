@@ -173,7 +173,7 @@ class IWAE(ELBO):
         Raises:
             TypeError: If neither or both of the posterior and the draws are passed, the decoder's output is passed
                 without draws, or `chunk` is set and the decoder is not a function.
-            ValueError: If a shape or device is wrong, or if with the estimator "dreg" the draws are not reparameterised.
+            ValueError: If a shape or device is wrong, or with the estimator "dreg" the draws are not reparameterised.
         """
         if (mu is None and logvar is not None) or (mu is None) == (draws is None):
             raise TypeError(

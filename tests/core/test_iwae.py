@@ -208,9 +208,7 @@ def test_likelihoods_of_every_kind_are_served() -> None:
 def test_dreg_refuses_draws_that_are_not_reparameterised() -> None:
     model = Model("dreg")
     draws = model.iwae.sample(model.mu, model.logvar)
-    with pytest.raises(
-        ValueError, match="needs draws that are reparameterised"
-    ):
+    with pytest.raises(ValueError, match="needs draws that are reparameterised"):
         model.iwae(model.decoder, X, draws=draws._replace(z=draws.z.detach()))
 
 
