@@ -24,6 +24,7 @@ __all__ = ["fit", "make_trainer"]
 
 # The beginnings of warnings that can be ignored here.
 _EXPECTED_WARNINGS = (
+    ".*You have overridden `transfer_batch_to_device`",  # batches of counts are sparse and named tuples
     "Checkpoint directory .* exists and is not empty",
     "The number of training batches .* is smaller than the logging interval",  # nothing is logged between epochs
     r"It is recommended to use `self\.log\(.*sync_dist",  # the module sums over processes itself
