@@ -341,4 +341,4 @@ def _strings(values: Any) -> Any:
     values = np.asarray(values[:])
     if values.dtype.kind in "SO":
         return np.asarray([_text(value) for value in values.tolist()], dtype=str)
-    return values.astype(str)
+    return np.array(values.tolist(), dtype=str)  # StringDType cannot be cast to str of fixed length
