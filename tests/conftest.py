@@ -116,8 +116,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def which_tests(pytestconfig: pytest.Config) -> list[str]:
-    """The option with which a test that starts pytest runs as many tests as this run."""
-    return ["--tests", _which_tests(pytestconfig)]
+    """The option for a test that starts pytest where kernels are slow: fewer points of each grid than in this run.
+
+    `make test` then runs "few" of them, and `make test-rest` "most".
+    """
+    which = _which_tests(pytestconfig)
+    return ["--tests", {"most": "few", "rest": "most"}.get(which, which)]
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ def sanitized(directory: Path, sanitizer: str) -> Path:
 
 def run(program: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(program)], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+        [str(program)], env={**os.environ, **environment}, capture_output=True, text=True, timeout=900
     )
 
 

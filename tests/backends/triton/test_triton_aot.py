@@ -9,7 +9,8 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,11 +96,25 @@ def record(run: Callable[[], object]) -> list[Launch]:
     return launches
 
 
-class Code(NamedTuple):
-    text: str  # SASS or AMD's assembly
+@dataclass(frozen=True)
+class Code:
     spills: int  # in bytes, or registers
-    loads: list[str]
-    stores: list[str]
+    disassemble: Callable[[], str]
+    load: str  # the patterns of accesses to global memory
+    store: str
+
+    @cached_property
+    def text(self) -> str:
+        """SASS or AMD's assembly. Disassembling takes a hundred times as long as reading the use of registers."""
+        return self.disassemble()
+
+    @property
+    def loads(self) -> list[str]:
+        return re.findall(self.load, self.text)
+
+    @property
+    def stores(self) -> list[str]:
+        return re.findall(self.store, self.text)
 
 
 def compile_launch(launch: Launch, architecture: str) -> Code:
@@ -118,27 +133,27 @@ def compile_launch(launch: Launch, architecture: str) -> Code:
 
 @cache
 def _nvidia(cubin: bytes) -> Code:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-
-        def dump(what: str) -> str:
+    def dump(what: str) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
             command = [str(CUOBJDUMP), what, file.name]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            return done.stdout + done.stderr
+        return done.stdout + done.stderr
 
-        text, usage = dump("-sass"), dump("-res-usage")
-    spills = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+    usage = dump("-res-usage")
     assert "REG:" in usage
-    return Code(text, spills, re.findall(r"\bLDG\.\S+", text), re.findall(r"\bSTG\.\S+", text))
+    spills = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+    return Code(spills, lambda: dump("-sass"), r"\bLDG\.\S+", r"\bSTG\.\S+")
 
 
 def _amd(text: str) -> Code:
     # Scalar registers are spilled into lanes of vector registers, not into memory.
     spills = [int(n) for n in re.findall(r"(?:vgpr_spill_count|private_segment_fixed_size): *(\d+)", text)]
     assert len(spills) == 2
-    loads, stores = (re.findall(rf"\b(?:global|buffer)_{what}_\w+", text) for what in ("load", "store"))
-    return Code(text, sum(spills), loads, stores)
+    return Code(
+        sum(spills), lambda: text, *(rf"\b(?:global|buffer)_{what}_\w+" for what in ("load", "store"))
+    )
 
 
 def widest(accesses: list[str]) -> int:
