@@ -17,7 +17,7 @@ from .formats import SUFFIXES, CountsFile, open_counts
 from .matrix import Counts, DiskCounts, MemoryCounts, canonical, check_values
 from .settings import CountsSettings
 
-__all__ = ["Batch", "Cells", "list_files", "load", "make_batch", "to_device"]
+__all__ = ["Batch", "Cells", "list_files", "load", "make_batch", "to_device", "to_torch"]
 
 # Default keys of an .npz file and columns of obs.
 _LABELS = ("label", "labels", "cell_type", "celltype", "bulk_labels")
@@ -57,16 +57,18 @@ class Cells:
     """The index of each cell's label in `label_names`, int64 (N,)."""
     label_names: tuple[str, ...]
     genes: int
+    gene_names: Any
+    """The names of the genes as an array of strings, or None."""
     notes: tuple[str, ...]
 
 
 def make_batch(cells: Cells, indices: Tensor, counts: Any = None) -> Batch:
     """Return these cells as a batch. Their rows of counts, a scipy.sparse array, may be given."""
     rows = cells.counts.rows(indices.numpy()) if counts is None else counts
-    return Batch(_to_torch(rows), cells.library[indices], cells.batches[indices])
+    return Batch(to_torch(rows), cells.library[indices], cells.batches[indices])
 
 
-def _to_torch(rows: Any) -> Tensor:
+def to_torch(rows: Any) -> Tensor:
     """Return a scipy.sparse.csr_array as a torch.sparse_csr tensor, with the indices that the kernels take."""
     _expect_warning()
     starts, columns = (torch.from_numpy(part.astype(np.int64)) for part in (rows.indptr, rows.indices))
@@ -165,6 +167,7 @@ def load(settings: CountsSettings) -> Cells:
         labels,
         label_names,
         genes,
+        next((file.genes for file in opened if file.genes is not None), None),
         tuple(notes),
     )
 

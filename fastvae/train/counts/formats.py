@@ -22,7 +22,7 @@ __all__ = ["SUFFIXES", "CountsFile", "open_counts"]
 SUFFIXES = (".npz", ".h5ad", ".zarr")
 
 _MATRIX = ("x", "X", "counts")  # default keys of an .npz file
-_GENES = ("genes", "gene", "var_names", "gene_names")
+_GENES = ("genes", "gene", "var_names", "gene_names", "vocab", "vocabulary", "words", "items")
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The kind of runs that are trained on counts.
 
-Files: cells.json  latents.png  loss.png  reconstructions.npz
+Files: cells.json  latents.png  loss.png  reconstructions.npz  topics.txt
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from fastvae.train.factors import Factors
 from fastvae.train.kind import EvaluatedRows, Kind
 from fastvae.train.seeding import seeded_generator
 
-from . import cells
+from . import cells, topics
 from .cells import Cells
 from .matrix import DiskCounts
 from .recipe import Counts
@@ -43,7 +43,7 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
     recipes = (Counts,)
     run = CellRun
     form_files = (GENES,)
-    training_files = ("latents.png", "loss.png", "evaluation.json")
+    training_files = ("latents.png", "loss.png", "evaluation.json", topics.FILE)
     command_files = ("reconstructions.npz",)
     default_samples = 100
     has_factors = True
@@ -53,8 +53,10 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
     )
 
     def check(self, settings: Counts) -> None:
-        if settings.likelihood == "poisson" and settings.dispersion != "gene":
-            raise InputError("--dispersion only applies to --likelihood zinb or nb, got poisson")
+        if settings.dispersion != "gene" and not settings.has_dispersion:
+            raise InputError(
+                f"--dispersion only applies to --likelihood zinb or nb, got {settings.likelihood}"
+            )
 
     def load(self, settings: Counts, form: Sizes | None = None, *, other_data: bool = False) -> Cells:
         return cells.load(settings)
@@ -108,7 +110,7 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
             draws = seeded_generator(settings.seed, 5)
             chosen = torch.randperm(len(data.train), generator=draws)[: settings.components]
             batch = cells.make_batch(data, data.train[chosen])
-            prior.pseudo_inputs.copy_(torch.log1p(batch.counts.to_dense()))
+            prior.pseudo_inputs.copy_(model.encoder.transform(batch.counts).to_dense())  # type: ignore[operator]
             model.pseudo_batches.copy_(batch.batch)  # type: ignore[operator]
 
     def examples_callback(self, data: Cells, form: Sizes, settings: Counts, folder: Path) -> "Callback":
@@ -142,10 +144,15 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
         for note in data.notes:
             yield f"warning: {note}"
         yield messages.describe_model(model, settings)
-        name = {"zinb": "zero-inflated negative binomial", "nb": "negative binomial", "poisson": "Poisson"}
+        name = {
+            "zinb": "zero-inflated negative binomial",
+            "nb": "negative binomial",
+            "poisson": "Poisson",
+            "multinomial": "multinomial",
+        }
         per = {"gene": "each gene", "gene-cell": "each gene in each cell"}[settings.dispersion]
         yield f"       {name[settings.likelihood]} likelihood" + (
-            "" if settings.likelihood == "poisson" else f", one dispersion for {per}"
+            f", one dispersion for {per}" if settings.has_dispersion else ""
         )
 
     def evaluate(
@@ -165,6 +172,11 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
         return evaluate(
             run, console, checkpoint=checkpoint, samples=samples, limit=limit, seed=seed, factors=factors
         )
+
+    def after_evaluation(self, run: CellRun, seed: int) -> Iterator[str]:
+        """Write the words or genes of each latent dimension of a linear decoder."""
+        if run.settings.decoder != "mlp":
+            yield from topics.write(run)
 
     def evaluated_rows(self, run: CellRun, test: bool) -> EvaluatedRows:
         return EvaluatedRows(run.cells.counts.shape[0], run.cells.val)

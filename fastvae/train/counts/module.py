@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae.likelihoods import Poisson
+from fastvae.likelihoods import Multinomial, Poisson
 from fastvae.train.module import VAE
 
 from .cells import Batch, to_device
@@ -23,22 +23,25 @@ class CellVAE(VAE):
     has_dropout = True
 
     def make_vamp_prior(self, components: int, genes: int) -> None:
-        """Set a VampPrior whose pseudo-inputs are log(1 + counts), each with a batch that stays the same."""
+        """Set a VampPrior whose pseudo-inputs are transformed counts, each with a batch that stays the same."""
         self.register_buffer("pseudo_batches", torch.zeros(components, dtype=torch.int64))
-        self.set_vamp_prior(components, genes, self.encode_logs, bounds=None)
+        self.set_vamp_prior(components, genes, self.encode_transformed, bounds=None)
 
-    def encode_logs(self, logs: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_transformed(self, pseudo_inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return mu and logvar of the pseudo-inputs, (M, L) each."""
         encoder: Any = self.encoder
-        return self.posterior_of(encoder.read_logs(logs, self.pseudo_batches))
+        return self.posterior_of(encoder.read_transformed(pseudo_inputs, self.pseudo_batches))
 
     def params(self, z: Tensor, x: Batch) -> Any:
-        """Return the likelihood's parameters: (logits, library, ...), or the log-rates for the Poisson."""
+        """Return the likelihood's parameters: (logits, library, ...), the log-rates for the Poisson, or the logits for
+        the multinomial."""
         draws = len(z) // len(x.batch)
         batch, library = (
             (x.batch, x.library) if draws == 1 else (x.batch.repeat(draws), x.library.repeat(draws, 1))
         )
         logits, *other_params = self.decoder(z, batch)
+        if isinstance(self.elbo.likelihood, Multinomial):
+            return logits
         if isinstance(self.elbo.likelihood, Poisson):
             return torch.log_softmax(logits.float(), 1) + torch.log(library)
         return (logits, library, *other_params)
@@ -48,8 +51,8 @@ class CellVAE(VAE):
         params = self.params(z, x)
         if isinstance(self.elbo.likelihood, Poisson):
             return torch.exp(params)
-        logits, library = params[:2]
-        return library * torch.softmax(logits.float(), 1)
+        logits = params if isinstance(params, Tensor) else params[0]
+        return x.library * torch.softmax(logits.float(), 1)
 
     def target(self, x: Batch) -> Tensor:
         # The Poisson reads dense counts only.
