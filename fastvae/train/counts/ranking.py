@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cells import Batch, to_device, to_torch
+from .cells import make_batch, to_device
 from .run import CellRun
 
 __all__ = ["FEWEST", "hold_out", "measure", "ndcg", "recall"]
@@ -100,8 +100,7 @@ def measure(run: CellRun, indices: Tensor, seed: int) -> dict[str, Any]:
 
 def _rank(run: CellRun, indices: Tensor, given: Any, held: Any) -> Tensor:
     """Return which of the first items of each row's ranking are held out, (B, K), on the CPU."""
-    totals = torch.from_numpy(np.asarray(given.sum(1), np.float32)).reshape(-1, 1)
-    batch = to_device(Batch(to_torch(given), totals, run.cells.batches[indices]), run.device)
+    batch = to_device(make_batch(run.cells, indices, given), run.device)
     mu, _ = run.model.encode(batch)
     scores = run.model.params(mu, batch).float().cpu()
     row = np.repeat(np.arange(len(indices)), np.diff(given.indptr))

@@ -2,7 +2,8 @@
 
 The encoder gets log(1 + counts), or for the multinomial counts of unit length as in Mult-VAE (Liang et al. 2018), and
 its first layer reads a sparse matrix. The decoder outputs logits for the share of each gene in a cell, which the
-likelihood turns into rates: library size x softmax. Both get the batch of the cell, so that z need not contain it. A
+likelihood turns into rates: library size x softmax. Both get the batch and covariates of the cell, so that z need not
+contain them. A
 linear decoder has no hidden layers, so that its weights can be read: those of a latent dimension are a program of genes
 (Svensson et al. 2020), or a topic if z is a mixture of topics (Srivastava and Sutton 2017).
 `fastvae.train.counts.module` joins them with a `fastvae.ELBO`.
@@ -23,6 +24,7 @@ from fastvae.train.networks import initialize, make_activation
 from fastvae.train.settings import option
 
 from .cells import Batch
+from .conditions import Conditions
 from .settings import CountsSettings
 
 __all__ = ["Counts", "Decoder", "Encoder"]
@@ -40,9 +42,10 @@ class Counts(CountsSettings):
         "words of documents; Mult-VAE).",
         "Model",
     )
-    dispersion: Literal["gene", "gene-cell"] = option(
+    dispersion: Literal["gene", "gene-batch", "gene-label", "gene-cell"] = option(
         "gene",
-        "Dispersion of zinb and nb: gene (one per gene) or gene-cell (from the decoder).",
+        "Dispersion of zinb and nb: gene (one per gene), gene-batch or gene-label (one per gene in each batch or "
+        "label), or gene-cell (from the decoder).",
         "Model",
     )
     decoder: Literal["mlp", "linear", "topics"] = option(
@@ -75,8 +78,12 @@ class Counts(CountsSettings):
     )
     warmup_epochs: float = option(20.0, "Length of the warm-up in epochs.", "Objective", above=0)
 
-    def networks(self, genes: int, batches: int) -> tuple["Encoder", "Decoder"]:
-        shared, hidden = (genes, batches, self.latent), [self.hidden] * self.layers
+    def networks(
+        self, genes: int, batches: int, categories: tuple[int, ...] = ()
+    ) -> tuple["Encoder", "Decoder"]:
+        """Return encoder and decoder. `categories` are the number of categories of each covariate; see `Conditions`."""
+        conditions = Conditions(batches, categories)
+        shared, hidden = (genes, conditions, self.latent), [self.hidden] * self.layers
         heads = 1 + (self.likelihood == "zinb")
         heads += self.has_dispersion and self.dispersion == "gene-cell"
         encoder = Encoder(
@@ -112,7 +119,7 @@ class Counts(CountsSettings):
             if self.likelihood == "nb"
             else likelihoods.ZeroInflatedNegativeBinomial
         )
-        return kind(genes, self.dispersion)
+        return kind(genes, "gene" if self.dispersion == "gene" else "gene-cell")
 
 
 class Encoder(nn.Module):
@@ -124,7 +131,7 @@ class Encoder(nn.Module):
     def __init__(
         self,
         genes: int,
-        batches: int,
+        conditions: Conditions,
         latent: int,
         hidden: list[int],
         activation: str,
@@ -134,8 +141,8 @@ class Encoder(nn.Module):
         unit_length: bool,
     ) -> None:
         super().__init__()
-        self.batches, self.input_dropout, self.unit_length = batches, input_dropout, unit_length
-        first = SparseLinear(genes + _width(batches), hidden[0])
+        self.conditions, self.input_dropout, self.unit_length = conditions, input_dropout, unit_length
+        first = SparseLinear(genes + conditions.width, hidden[0])
         self.layers = _layers(first, hidden, activation, dropout)
         self.posterior = nn.Linear(hidden[-1], 2 * latent)
 
@@ -144,19 +151,20 @@ class Encoder(nn.Module):
         if self.input_dropout and self.training:
             # Zeros stay zeros, so this is the dropout of the whole row.
             x = _map_values(x, lambda values: F.dropout(values, self.input_dropout))
-        return self.read_transformed(x, cells.batch)
+        return self.read_transformed(x, cells.batch, cells.covariates)
 
     def transform(self, counts: Tensor) -> Tensor:
         """Return the input for counts (B, G), in the same layout."""
         return _unit_length(counts) if self.unit_length else _map_values(counts, torch.log1p)
 
-    def read_transformed(self, x: Tensor, batch: Tensor) -> Tensor:
-        """Map transformed counts (B, G), dense or sparse, and the batches (B,) to (B, 2 latent)."""
-        return self.posterior(self.layers(_append_batch(x, batch, self.batches)))
+    def read_transformed(self, x: Tensor, batch: Tensor, covariates: Tensor | None = None) -> Tensor:
+        """Map transformed counts (B, G), dense or sparse, the batches (B,) and covariates (B, K) to (B, 2 latent)."""
+        return self.posterior(self.layers(self.conditions.append(x, batch, covariates)))
 
 
 class Decoder(nn.Module):
-    """Maps z (B, latent) and the batches (B,) to (B, G) each: the genes' logits and other parameters.
+    """Maps z (B, latent), the batches (B,) and covariates (B, K) to (B, G) each: the genes' logits and further
+    parameters.
 
     Without hidden layers it is linear: in z or, with `shares`, in softmax(z).
     """
@@ -164,7 +172,7 @@ class Decoder(nn.Module):
     def __init__(
         self,
         genes: int,
-        batches: int,
+        conditions: Conditions,
         latent: int,
         hidden: list[int],
         activation: str,
@@ -173,31 +181,37 @@ class Decoder(nn.Module):
         shares: bool,
     ) -> None:
         super().__init__()
-        self.batches, self.latent, self.shares = batches, latent, shares
-        sizes = [latent + _width(batches), *hidden]
+        self.conditions, self.latent, self.shares = conditions, latent, shares
+        sizes = [latent + conditions.width, *hidden]
         self.layers = (
             _layers(nn.Linear(sizes[0], sizes[1]), hidden, activation, 0.0) if hidden else nn.Sequential()
         )
         self.heads = nn.ModuleList([nn.Linear(sizes[-1], genes) for _ in range(heads)])
 
-    def forward(self, z: Tensor, batch: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, z: Tensor, batch: Tensor, covariates: Tensor | None = None) -> tuple[Tensor, ...]:
         if self.shares:
             z = torch.softmax(z, 1)
-        h = self.layers(_append_batch(z, batch, self.batches))
+        h = self.layers(self.conditions.append(z, batch, covariates))
         return tuple(head(h) for head in self.heads)
 
     def directions(self) -> tuple[Tensor, Tensor]:
-        """Return, of a linear decoder, the logits of the first batch at the middle of z, (G,), and how they change
-        along each latent dimension, (latent, G): by one unit, or to a single topic."""
+        """Return, of a linear decoder, the logits at the middle of z, (G,), and how they change along each latent
+        dimension, (latent, G): by one unit, or to a single topic.
+
+        The logits are those of the first batch and categories, and of the mean of continuous covariates.
+        """
         head: Any = self.heads[0]
-        weight, bias = head.weight.detach().float(), head.bias.detach().float()
-        if self.batches > 1:
-            bias = bias + weight[:, self.latent]
-        weight = weight[:, : self.latent].T
+        weight = head.weight.detach().float()[:, : self.latent].T
+        zeros = weight.new_zeros(1, self.latent + len(self.conditions.categories))
+        z, covariates = zeros.split([self.latent, len(self.conditions.categories)], 1)
+        with torch.no_grad():
+            base = head(self.conditions.append(z, weight.new_zeros(1, dtype=torch.int64), covariates))[
+                0
+            ].float()
         if not self.shares:
-            return bias, weight
+            return base, weight
         mean = weight.mean(0)
-        return bias + mean, weight - mean
+        return base + mean, weight - mean
 
 
 def _layers(first: nn.Linear, hidden: list[int], activation: str, dropout: float) -> nn.Sequential:
@@ -211,10 +225,6 @@ def _layers(first: nn.Linear, hidden: list[int], activation: str, dropout: float
             nn.Dropout(dropout),
         ]
     return nn.Sequential(*layers)
-
-
-def _width(batches: int) -> int:
-    return batches if batches > 1 else 0  # a single batch carries no information
 
 
 def _map_values(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -233,23 +243,3 @@ def _unit_length(x: Tensor) -> Tensor:
     row = torch.repeat_interleave(lengths, output_size=len(values))
     square = values.new_zeros(len(lengths)).index_add_(0, row, values.square())
     return _map_values(x, lambda values: values / square.sqrt().clamp(min=1e-12)[row])
-
-
-def _append_batch(x: Tensor, batch: Tensor, batches: int) -> Tensor:
-    """Append a column for each batch, which is 1 in its cells and otherwise 0."""
-    if batches < 2:
-        return x
-    if x.layout != torch.sparse_csr:
-        return torch.cat((x, F.one_hot(batch, batches).to(x.dtype)), 1)
-    starts, columns, values = x.crow_indices(), x.col_indices(), x.values()
-    cells, genes = x.shape
-    row = torch.arange(cells + 1, device=x.device)
-    # Each row moves up by one place for every row before it, and its new value comes last.
-    place = torch.arange(len(values), device=x.device)
-    place += torch.repeat_interleave(row[:-1], starts.diff(), output_size=len(values))
-    last = starts[1:] + row[:-1]
-    new_columns, new_values = columns.new_empty(len(values) + cells), values.new_empty(len(values) + cells)
-    new_columns[place], new_columns[last] = columns, (genes + batch).to(columns.dtype)
-    new_values[place], new_values[last] = values, 1.0
-    size = (cells, genes + batches)
-    return torch.sparse_csr_tensor(starts + row, new_columns, new_values, size, check_invariants=False)

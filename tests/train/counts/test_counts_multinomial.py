@@ -19,6 +19,7 @@ from fastvae.train.counts.topics import top_genes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state"),
     pytest.mark.usefixtures("one_thread", "no_pictures"),
 ]
 
@@ -159,7 +160,8 @@ def test_dropout_of_the_input_applies_in_training_only() -> None:
 
 
 def test_pseudo_inputs_start_at_rows_of_unit_length(file: Path, tmp_path: Path) -> None:
-    assert train(tmp_path / "run", file, "--prior", "vamp", "--components", "9", "--lr", "1e-6") == 0
+    options = ("--prior", "vamp", "--components", "9", "--lr", "1e-6", "--precision", "bf16-mixed")
+    assert train(tmp_path / "run", file, *options) == 0
     model = counts.load(tmp_path / "run").model
     assert torch.allclose(model.prior.pseudo_inputs.norm(dim=1), torch.ones(9), atol=1e-3)
 
