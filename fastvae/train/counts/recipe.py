@@ -3,9 +3,9 @@
 The encoder gets log(1 + counts), or for the multinomial counts of unit length as in Mult-VAE (Liang et al. 2018), and
 its first layer reads a sparse matrix. The decoder outputs logits for the share of each gene in a cell, which the
 likelihood turns into rates: library size x softmax. Both get the batch and covariates of the cell, so that z need not
-contain them. A
-linear decoder has no hidden layers, so that its weights can be read: those of a latent dimension are a program of genes
-(Svensson et al. 2020), or a topic if z is a mixture of topics (Srivastava and Sutton 2017).
+contain them. A linear decoder has no hidden layers, so that its weights can be read: those of a latent dimension are a
+program of genes (Svensson et al. 2020), or a topic if softmax(z) gives the shares of topics (Srivastava and Sutton
+2017).
 `fastvae.train.counts.module` joins them with a `fastvae.ELBO`.
 """
 
@@ -204,10 +204,9 @@ class Decoder(nn.Module):
         weight = head.weight.detach().float()[:, : self.latent].T
         zeros = weight.new_zeros(1, self.latent + len(self.conditions.categories))
         z, covariates = zeros.split([self.latent, len(self.conditions.categories)], 1)
+        batch = weight.new_zeros(1, dtype=torch.int64)
         with torch.no_grad():
-            base = head(self.conditions.append(z, weight.new_zeros(1, dtype=torch.int64), covariates))[
-                0
-            ].float()
+            base = head(self.conditions.append(z, batch, covariates))[0].float()
         if not self.shares:
             return base, weight
         mean = weight.mean(0)
@@ -239,7 +238,10 @@ def _unit_length(x: Tensor) -> Tensor:
     """Return each row divided by its L2 norm. A row of zeros stays as it is."""
     if x.layout != torch.sparse_csr:
         return F.normalize(x, dim=1)
-    values, lengths = x.values(), x.crow_indices().diff()
-    row = torch.repeat_interleave(lengths, output_size=len(values))
-    square = values.new_zeros(len(lengths)).index_add_(0, row, values.square())
-    return _map_values(x, lambda values: values / square.sqrt().clamp(min=1e-12)[row])
+    lengths, exact = x.crow_indices().diff(), torch.promote_types(x.dtype, torch.float32)
+    # index_add_ has no fixed order on a GPU. Squares of counts leave the range of half precision.
+    norms = (
+        torch.segment_reduce(x.values().to(exact).square(), "sum", lengths=lengths).sqrt().clamp(min=1e-12)
+    )
+    row = torch.repeat_interleave(lengths, output_size=len(x.values()))
+    return _map_values(x, lambda values: (values / norms[row]).to(values.dtype))
