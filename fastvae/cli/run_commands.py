@@ -309,7 +309,7 @@ def evaluate(
     """Evaluate a run on validation data and write RUN/evaluation.json.
 
     It measures the ELBO, the likelihood, the parts of the KL and the active units; for images PSNR and SSIM, for text
-    the perplexity.
+    the perplexity, and for counts with a multinomial likelihood the ranking of held-out items.
     """
     from fastvae.train.evaluate import evaluate
 

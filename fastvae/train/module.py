@@ -223,7 +223,7 @@ class VAE(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         prior = [] if self.prior is None else list(self.prior.parameters())
-        scale = [p for name, p in self.elbo.named_parameters() if not name.startswith("prior.")]
+        scale = self.scale_parameters()
         rest = [*self.encoder.parameters(), *self.decoder.parameters()]
         # Adam moves each parameter by about the learning rate per step, and a log-variance has a long way to go.
         groups = [self.param_group(rest)]
@@ -235,6 +235,10 @@ class VAE(LightningModule):
         # with a fused optimiser then, because it would have to unscale the gradients first.
         fused = self._scaler is None or not self.trainer.gradient_clip_val
         return self.adam(groups, fused=fused)
+
+    def scale_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the likelihood, which get ten times the learning rate."""
+        return [p for name, p in self.elbo.named_parameters() if not name.startswith("prior.")]
 
     def param_group(
         self, parameters: Iterable[nn.Parameter], times: float = 1, **options: float

@@ -3,6 +3,7 @@
 import functools
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fastvae.train.errors import InputError
 
+from .columns import Covariate, read_categories, read_covariates
 from .formats import SUFFIXES, CountsFile, open_counts
 from .matrix import Counts, DiskCounts, MemoryCounts, canonical, check_values
 from .settings import CountsSettings
@@ -33,6 +35,10 @@ class Batch(NamedTuple):
     """The total count of each cell, (B, 1), float32."""
     batch: Tensor
     """The index of each cell's batch, int64 (B,)."""
+    covariates: Tensor | None = None
+    """Each cell's covariates, float32 (B, K): the index of the category, or the standardised value. None if K is 0."""
+    labels: Tensor | None = None
+    """The index of each cell's label, int64 (B,)."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +62,32 @@ class Cells:
     labels: Tensor | None
     """The index of each cell's label in `label_names`, int64 (N,)."""
     label_names: tuple[str, ...]
+    covariates: tuple[Covariate, ...]
+    covariate_values: Tensor
+    """The values of each cell's covariates, float64 (N, K): the index of the category, or the number in the file."""
     genes: int
+    gene_names: Any
+    """The names of the genes as an array of strings, or None."""
     notes: tuple[str, ...]
 
 
 def make_batch(cells: Cells, indices: Tensor, counts: Any = None) -> Batch:
     """Return these cells as a batch. Their rows of counts, a scipy.sparse array, may be given."""
     rows = cells.counts.rows(indices.numpy()) if counts is None else counts
-    return Batch(_to_torch(rows), cells.library[indices], cells.batches[indices])
+    labels = None if cells.labels is None else cells.labels[indices]
+    return Batch(
+        _to_torch(rows), cells.library[indices], cells.batches[indices], _standardize(cells, indices), labels
+    )
+
+
+def _standardize(cells: Cells, indices: Tensor) -> Tensor | None:
+    if not cells.covariates:
+        return None
+    mean, scale = (
+        torch.tensor([getattr(covariate, name) for covariate in cells.covariates], dtype=torch.float64)
+        for name in ("mean", "scale")
+    )
+    return ((cells.covariate_values[indices] - mean) / scale).float()
 
 
 def _to_torch(rows: Any) -> Tensor:
@@ -87,7 +111,8 @@ def _expect_warning() -> None:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     if device.type == "mps":  # it has no sparse matrices
         batch = batch._replace(counts=batch.counts.to_dense())
-    return Batch(*(part.to(device, non_blocking=True) for part in batch))
+    parts: Any = (None if part is None else part.to(device, non_blocking=True) for part in batch)
+    return Batch(*parts)
 
 
 def list_files(data: str) -> list[Path]:
@@ -114,13 +139,13 @@ def list_files(data: str) -> list[Path]:
     return paths
 
 
-def load(settings: CountsSettings) -> Cells:
-    """Load the cells of `--data`. A sixth of them is for validation.
+def load(settings: CountsSettings, covariates: Sequence[Covariate] | None = None) -> Cells:
+    """Load the cells of `--data`. A sixth of them is for validation. `covariates` are those of an existing run.
 
     All values are checked, and library sizes are summed. If the counts take more than `--memory`, they stay on disk.
 
     Raises InputError if a file is missing or cannot be read, if it does not hold a matrix of counts, if files do not
-    have the same genes, or if there is not exactly one label or batch for each cell.
+    have the same genes, or if there is not exactly one label, batch or covariate for each cell.
     """
     if not settings.data:
         raise InputError(
@@ -135,12 +160,13 @@ def load(settings: CountsSettings) -> Cells:
         raise InputError(
             f"{settings.data}: expected at least 2 cells, for training and validation, got {cells}"
         )
-    labels, label_names = _read_column(opened, settings.label, "--label", _LABELS)
-    batches, batch_names = _read_column(opened, settings.batch, "--batch", _BATCHES)
+    labels, label_names = read_categories(opened, settings.label, "--label", _LABELS)
+    batches, batch_names = read_categories(opened, settings.batch, "--batch", _BATCHES)
 
     # Files are often sorted by batch or cell type, so shuffle first.
     draws = torch.Generator().manual_seed(settings.seed)
     val, train = torch.randperm(cells, generator=draws).tensor_split([max(1, cells // 6)])
+    covariate_values, found_covariates = read_covariates(opened, settings.covariates, train, covariates)
     limit = int(settings.memory * 1e6)
     in_memory = sum(file.source.nbytes for file in opened) <= limit
     counts: Counts = (
@@ -164,7 +190,10 @@ def load(settings: CountsSettings) -> Cells:
         batch_names or ("",),
         labels,
         label_names,
+        found_covariates,
+        covariate_values,
         genes,
+        next((file.genes for file in opened if file.genes is not None), None),
         tuple(notes),
     )
 
@@ -232,29 +261,3 @@ def _sum(counts: Counts, train: Tensor, cells: int, genes: int) -> tuple[Tensor,
 
 def _library(totals: Any) -> Tensor:
     return torch.from_numpy(totals.astype(np.float32))[:, None]
-
-
-def _read_column(
-    files: list[CountsFile], key: str, option: str, usual: tuple[str, ...]
-) -> tuple[Tensor | None, tuple[str, ...]]:
-    """Return the values of a column as integers, and their names. Without `key`, use a column with a usual name."""
-    for file in files:
-        if key and key not in file.columns:
-            raise InputError(
-                f"{option} {key}: {file.path} has no such column, only {', '.join(file.columns) or 'the counts'}"
-            )
-    name = key or next((name for name in usual if all(name in file.columns for file in files)), "")
-    if not name:
-        return None, ()
-    parts = []
-    for file in files:
-        values, cells = np.asarray(file.read(name)), file.source.shape[0]
-        if values.shape != (cells,):
-            raise InputError(
-                f"{file.path}: `{name}` must have one value for each of the {cells} cells, got shape {values.shape}"
-            )
-        parts.append(values)
-    if len({part.dtype.kind for part in parts}) > 1:
-        parts = [part.astype(str) for part in parts]
-    names, numbers = np.unique(np.concatenate(parts), return_inverse=True)
-    return torch.from_numpy(numbers.astype(np.int64)), tuple(str(value) for value in names.tolist())

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -9,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from fastvae.train import messages
 from fastvae.train.bounds import estimate_in_batches
 from fastvae.train.factors import Factors
 from fastvae.train.report import Report, check_options, shared_results
 
+from . import ranking
 from .cells import Batch, make_batch, to_device
 from .run import CellRun
 
@@ -29,6 +32,9 @@ class CellEvaluation(Report):
     genes: int
     iw_nll_standard_error: float | None
     """The standard error over cells; None for a single cell."""
+    ranking: dict[str, Any] | None
+    """How well held-out items are ranked, for a multinomial likelihood: `recall@20`, `recall@50` and `ndcg@100`, each
+    with `mean` and `standard_error`, and the number of `rows` and of those `left_out`; see `ranking.measure`."""
 
     @property
     def num_examples(self) -> int:
@@ -48,9 +54,23 @@ class CellEvaluation(Report):
         ):
             table.add_row(name, "" if value is None else f"{value:.3f}")
         table.add_section()
-        for row in self.latent_rows():
+        for row in (*self.latent_rows(), *self._ranking_rows()):
             table.add_row(*row)
         return table
+
+    def _ranking_rows(self) -> list[tuple[str, str]]:
+        if self.ranking is None:
+            return []
+        left_out = self.ranking["left_out"]
+        of = f"ranking of held-out items, {messages.pluralize(self.ranking['rows'], 'row')}"
+        rows = [(of + (f" ({left_out} have too few items)" if left_out else ""), "")]
+        for name, value in self.ranking.items():
+            if isinstance(value, dict) and value["mean"] is not None:
+                error = value["standard_error"]
+                rows.append(
+                    (f"  {name}", f"{value['mean']:.3f}" + ("" if error is None else f" ± {error:.3f}"))
+                )
+        return rows
 
 
 @torch.no_grad()
@@ -96,5 +116,6 @@ def evaluate(
         samples=samples,
         seed=seed,
         iw_nll_standard_error=bounds_of_all[0].std().item() / math.sqrt(count) if count > 1 else None,
+        ranking=ranking.measure(run, val, seed) if run.settings.likelihood == "multinomial" else None,
         **shared_results(run.model, bounds_of_all, torch.cat(posteriors, 1), factors, seed=seed),
     )

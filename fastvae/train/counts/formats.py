@@ -22,7 +22,7 @@ __all__ = ["SUFFIXES", "CountsFile", "open_counts"]
 SUFFIXES = (".npz", ".h5ad", ".zarr")
 
 _MATRIX = ("x", "X", "counts")  # default keys of an .npz file
-_GENES = ("genes", "gene", "var_names", "gene_names")
+_GENES = ("genes", "gene", "var_names", "gene_names", "vocab", "vocabulary", "words", "items")
 
 
 @dataclass
@@ -33,7 +33,9 @@ class CountsFile:
     source: Source
     columns: tuple[str, ...]
     read: Callable[[str], Any]
-    """Reads a column by name as an array."""
+    """Reads a column by name as an array; of an AnnData object as strings."""
+    read_stored: Callable[[str], Any]
+    """Reads a column as it is stored, so that numbers stay numbers."""
     genes: Any
     """The names of the genes as an array of strings, or None."""
 
@@ -112,7 +114,7 @@ def _open_npz(path: Path, layer: str) -> CountsFile:
     columns = tuple(
         name for name in arrays.names if name not in (*used, *([names] if genes is not None else []))
     )
-    return CountsFile(path, source, columns, arrays.read, genes)
+    return CountsFile(path, source, columns, arrays.read, arrays.read, genes)
 
 
 def _sparse_source(path: Path, kind: str, arrays: NpzFile) -> Source:
@@ -237,7 +239,7 @@ def _open_anndata(path: Path, root: Any, layer: str) -> CountsFile:
     source = _matrix(path, root[matrices[name]], name)
     obs = _Table(path, root, "obs")
     of_genes = _Table(path, root, matrices[name].replace("X", "var") if name == "raw" else "var")
-    return CountsFile(path, source, obs.columns, obs.read, of_genes.index())
+    return CountsFile(path, source, obs.columns, obs.read, obs.read_stored, of_genes.index())
 
 
 def _matrix(path: Path, node: Any, name: str) -> Source:
@@ -306,6 +308,14 @@ class _Table:
 
     def read(self, name: str) -> Any:
         """Read a column as strings. Raises InputError if it has no value for a cell."""
+        return _strings(self._complete(name))
+
+    def read_stored(self, name: str) -> Any:
+        """Read a column of numbers as they are, and others as strings. Raises InputError as `read` does."""
+        values = self._complete(name)
+        return values if values.dtype.kind in "iufb" else _strings(values)
+
+    def _complete(self, name: str) -> Any:
         values, missing = self._values(name)
         if missing.any():
             raise InputError(
@@ -313,7 +323,7 @@ class _Table:
                 f"which is cell {missing.argmax()}; fill them in, for example with obs[name].astype(str), or use "
                 "another column"
             )
-        return _strings(values)
+        return values
 
     def _values(self, name: str) -> tuple[Any, Any]:
         """Return the values of a column, and where there is none."""

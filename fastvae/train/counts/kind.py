@@ -1,15 +1,16 @@
 """The kind of runs that are trained on counts.
 
-Files: cells.json  latents.png  loss.png  reconstructions.npz
+Files: cells.json  latents.png  loss.png  reconstructions.npz  topics.txt
 """
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fastvae.train import files, messages
 from fastvae.train.errors import InputError
@@ -17,8 +18,9 @@ from fastvae.train.factors import Factors
 from fastvae.train.kind import EvaluatedRows, Kind
 from fastvae.train.seeding import seeded_generator
 
-from . import cells
+from . import cells, topics
 from .cells import Cells
+from .columns import Covariate
 from .matrix import DiskCounts
 from .recipe import Counts
 from .run import CellRun, Sizes
@@ -36,6 +38,8 @@ __all__ = ["CountsKind"]
 
 GENES = "cells.json"
 
+_BF16 = 256  # the largest whole number up to which bfloat16 has all
+
 
 class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
     name = "counts"
@@ -43,7 +47,7 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
     recipes = (Counts,)
     run = CellRun
     form_files = (GENES,)
-    training_files = ("latents.png", "loss.png", "evaluation.json")
+    training_files = ("latents.png", "loss.png", "evaluation.json", topics.FILE)
     command_files = ("reconstructions.npz",)
     default_samples = 100
     has_factors = True
@@ -53,20 +57,52 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
     )
 
     def check(self, settings: Counts) -> None:
-        if settings.likelihood == "poisson" and settings.dispersion != "gene":
-            raise InputError("--dispersion only applies to --likelihood zinb or nb, got poisson")
+        if settings.dispersion != "gene" and not settings.has_dispersion:
+            raise InputError(
+                f"--dispersion only applies to --likelihood zinb or nb, got {settings.likelihood}"
+            )
 
     def load(self, settings: Counts, form: Sizes | None = None, *, other_data: bool = False) -> Cells:
-        return cells.load(settings)
+        return cells.load(settings, None if form is None else form.covariates)
+
+    def resolve_settings(self, settings: Counts, data: Cells) -> Counts:
+        if settings.dispersion == "gene-batch" and data.batch_names == ("",):
+            raise InputError(
+                "--dispersion gene-batch needs the batches of the cells; give their key with --batch"
+            )
+        if settings.dispersion == "gene-label" and data.labels is None:
+            raise InputError(
+                "--dispersion gene-label needs the labels of the cells; give their key with --label"
+            )
+        for covariate in data.covariates:
+            if settings.precision == "bf16-true" and len(covariate.categories) > _BF16:
+                raise InputError(
+                    f"--precision bf16-true: bfloat16 tells only {_BF16} categories apart, but the covariate "
+                    f"{covariate.name} has {len(covariate.categories)}; use bf16-mixed"
+                )
+        return super().resolve_settings(settings, data)
 
     def make_form(self, settings: Counts, data: Cells) -> Sizes:
-        return Sizes(data.genes, data.batch_names)
+        labels = data.label_names if settings.dispersion == "gene-label" else ()
+        return Sizes(data.genes, data.batch_names, labels, data.covariates)
 
     def read_form(self, path: Path, form_values: dict[str, Any]) -> Sizes:
         file = path / GENES
         try:
             table = json.loads(file.read_bytes())
-            return Sizes(int(table["genes"]), tuple(map(str, table["batches"])))
+            covariates = [
+                Covariate(
+                    str(each["name"]),
+                    tuple(map(str, each["categories"])),
+                    float(each["mean"]),
+                    float(each["scale"]),
+                )
+                for each in table.get("covariates", ())
+            ]
+            batches, labels = (
+                tuple(map(str, names)) for names in (table["batches"], table.get("labels", ()))
+            )
+            return Sizes(int(table["genes"]), batches, labels, tuple(covariates))
         except OSError as error:
             raise InputError(f"{file}: cannot be read: {files.error_reason(error)}") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -78,24 +114,49 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
     def adapt_data(self, data: Cells, form: Sizes, settings: Counts, path: Path) -> Cells:
         if data.genes != form.genes:
             raise InputError(f"{settings.data}: expected {form.genes} genes as in {path}, got {data.genes}")
-        unknown = [name for name in data.batch_names if name not in form.batches]
-        if unknown:
-            raise InputError(
-                f"{settings.data}: the batch {unknown[0]!r} is not one of those that {path} was trained on: "
-                f"{', '.join(map(repr, form.batches))}"
-            )
-        numbers = torch.tensor([form.batches.index(name) for name in data.batch_names])
-        return dataclasses.replace(data, batches=numbers[data.batches], batch_names=form.batches)
+
+        def renumber(values: Tensor, what: str, names: Sequence[str], known: Sequence[str]) -> Tensor:
+            unknown = [name for name in names if name not in known]
+            if unknown:
+                raise InputError(
+                    f"{settings.data}: the {what} {unknown[0]!r} is not one of those that {path} was trained on: "
+                    f"{', '.join(map(repr, known))}"
+                )
+            return torch.tensor([known.index(name) for name in names])[values.long()]
+
+        changes: dict[str, Any] = {
+            "batches": renumber(data.batches, "batch", data.batch_names, form.batches),
+            "batch_names": form.batches,
+        }
+        if form.labels:
+            if data.labels is None:
+                raise InputError(
+                    f"{settings.data}: labels are missing, which --dispersion gene-label of {path} needs"
+                )
+            changes["labels"] = renumber(data.labels, "label", data.label_names, form.labels)
+            changes["label_names"] = form.labels
+        values = data.covariate_values.clone()
+        for i, (found, known) in enumerate(zip(data.covariates, form.covariates, strict=True)):
+            if known.categories:
+                what = f"covariate {known.name}"
+                values[:, i] = renumber(values[:, i], what, found.categories, known.categories).double()
+        changes |= {"covariates": form.covariates, "covariate_values": values}
+        return dataclasses.replace(data, **changes)
 
     def build(self, settings: Counts, form: Sizes) -> "CellVAE":
         from .module import CellVAE
 
-        encoder, decoder = settings.networks(form.genes, len(form.batches))
+        categories = tuple(len(covariate.categories) for covariate in form.covariates)
+        encoder, decoder = settings.networks(form.genes, len(form.batches), categories)
         likelihood = settings.make_likelihood(form.genes)
         elbo = settings.make_elbo(likelihood)
         model = CellVAE(encoder, decoder, elbo, **settings.module_options())
+        groups = {"gene-batch": ("batch", form.batches), "gene-label": ("labels", form.labels)}
+        if settings.dispersion in groups:
+            of, names = groups[settings.dispersion]
+            model.make_dispersions(of, len(names), form.genes)
         if settings.prior == "vamp":
-            model.make_vamp_prior(settings.components, form.genes)
+            model.make_vamp_prior(settings.components, form.genes, len(form.covariates))
         return model
 
     def init_from_data(self, model: "CellVAE", settings: Counts, data: Cells) -> None:
@@ -108,8 +169,10 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
             draws = seeded_generator(settings.seed, 5)
             chosen = torch.randperm(len(data.train), generator=draws)[: settings.components]
             batch = cells.make_batch(data, data.train[chosen])
-            prior.pseudo_inputs.copy_(torch.log1p(batch.counts.to_dense()))
+            prior.pseudo_inputs.copy_(model.encoder.transform(batch.counts).to_dense())  # type: ignore[operator]
             model.pseudo_batches.copy_(batch.batch)  # type: ignore[operator]
+            if batch.covariates is not None:
+                model.pseudo_covariates.copy_(batch.covariates)  # type: ignore[union-attr]
 
     def examples_callback(self, data: Cells, form: Sizes, settings: Counts, folder: Path) -> "Callback":
         from .callbacks import SaveLatentPlot
@@ -138,14 +201,26 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
         if len(data.batch_names) > 1:
             yield f"      {len(data.batch_names)} batches"
         if data.labels is not None:
-            yield f"      {messages.pluralize(len(data.label_names), 'label')}, used only in latents.png"
+            use = "" if settings.dispersion == "gene-label" else ", used only in latents.png"
+            yield f"      {messages.pluralize(len(data.label_names), 'label')}{use}"
+        for covariate in data.covariates:
+            count = len(covariate.categories)
+            what = f"{count} categories" if count else "continuous"
+            yield f"      covariate {covariate.name}: {what}"
         for note in data.notes:
             yield f"warning: {note}"
         yield messages.describe_model(model, settings)
-        name = {"zinb": "zero-inflated negative binomial", "nb": "negative binomial", "poisson": "Poisson"}
-        per = {"gene": "each gene", "gene-cell": "each gene in each cell"}[settings.dispersion]
+        name = {
+            "zinb": "zero-inflated negative binomial",
+            "nb": "negative binomial",
+            "poisson": "Poisson",
+            "multinomial": "multinomial",
+        }
+        per = "each gene" + {"gene": "", "gene-batch": " in each batch", "gene-label": " in each label"}.get(
+            settings.dispersion, " in each cell"
+        )
         yield f"       {name[settings.likelihood]} likelihood" + (
-            "" if settings.likelihood == "poisson" else f", one dispersion for {per}"
+            f", one dispersion for {per}" if settings.has_dispersion else ""
         )
 
     def evaluate(
@@ -165,6 +240,11 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
         return evaluate(
             run, console, checkpoint=checkpoint, samples=samples, limit=limit, seed=seed, factors=factors
         )
+
+    def after_evaluation(self, run: CellRun, seed: int) -> Iterator[str]:
+        """Write the words or genes of each latent dimension of a linear decoder."""
+        if run.settings.decoder != "mlp":
+            yield from topics.write(run)
 
     def evaluated_rows(self, run: CellRun, test: bool) -> EvaluatedRows:
         return EvaluatedRows(run.cells.counts.shape[0], run.cells.val)

@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from fastvae.likelihoods import Poisson
+from fastvae.likelihoods import Multinomial, Poisson
 from fastvae.train.module import VAE
 
 from .cells import Batch, to_device
@@ -21,26 +22,48 @@ class CellVAE(VAE):
 
     unit = "cell"
     has_dropout = True
+    dispersion_of: str | None = None
+    """Which cells share a dispersion of each gene: those of a `batch`, or with the same of the `labels`."""
+    pseudo_covariates: Tensor | None
 
-    def make_vamp_prior(self, components: int, genes: int) -> None:
-        """Set a VampPrior whose pseudo-inputs are log(1 + counts), each with a batch that stays the same."""
+    def make_dispersions(self, of: str, groups: int, genes: int) -> None:
+        """Give each gene a trained dispersion in each batch or label."""
+        self.dispersion_of = of
+        self.log_dispersions = nn.Parameter(torch.zeros(groups, genes))
+
+    def scale_parameters(self) -> list[nn.Parameter]:
+        own = [] if self.dispersion_of is None else [self.log_dispersions]
+        return [*super().scale_parameters(), *own]
+
+    def make_vamp_prior(self, components: int, genes: int, covariates: int) -> None:
+        """Set a VampPrior whose pseudo-inputs are transformed counts, each with a batch and covariates that stay the
+        same."""
         self.register_buffer("pseudo_batches", torch.zeros(components, dtype=torch.int64))
-        self.set_vamp_prior(components, genes, self.encode_logs, bounds=None)
+        self.register_buffer("pseudo_covariates", torch.zeros(components, covariates) if covariates else None)
+        self.set_vamp_prior(components, genes, self.encode_transformed, bounds=None)
 
-    def encode_logs(self, logs: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_transformed(self, pseudo_inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return mu and logvar of the pseudo-inputs, (M, L) each."""
         encoder: Any = self.encoder
-        return self.posterior_of(encoder.read_logs(logs, self.pseudo_batches))
+        head = encoder.read_transformed(pseudo_inputs, self.pseudo_batches, self.pseudo_covariates)
+        return self.posterior_of(head)
 
     def params(self, z: Tensor, x: Batch) -> Any:
-        """Return the likelihood's parameters: (logits, library, ...), or the log-rates for the Poisson."""
+        """Return the likelihood's parameters: (logits, library, ...), the log-rates for the Poisson, or the logits for
+        the multinomial."""
         draws = len(z) // len(x.batch)
-        batch, library = (
-            (x.batch, x.library) if draws == 1 else (x.batch.repeat(draws), x.library.repeat(draws, 1))
-        )
-        logits, *other_params = self.decoder(z, batch)
+        batch, library, covariates = x.batch, x.library, x.covariates
+        if draws > 1:
+            batch, library = batch.repeat(draws), library.repeat(draws, 1)
+            covariates = None if covariates is None else covariates.repeat(draws, 1)
+        logits, *other_params = self.decoder(z, batch, covariates)
+        if isinstance(self.elbo.likelihood, Multinomial):
+            return logits
         if isinstance(self.elbo.likelihood, Poisson):
             return torch.log_softmax(logits.float(), 1) + torch.log(library)
+        if self.dispersion_of is not None:
+            group = getattr(x, self.dispersion_of).repeat(draws)
+            other_params.insert(0, F.embedding(group, self.log_dispersions).to(logits.dtype))
         return (logits, library, *other_params)
 
     def denoised(self, z: Tensor, x: Batch) -> Tensor:
@@ -48,8 +71,8 @@ class CellVAE(VAE):
         params = self.params(z, x)
         if isinstance(self.elbo.likelihood, Poisson):
             return torch.exp(params)
-        logits, library = params[:2]
-        return library * torch.softmax(logits.float(), 1)
+        logits = params if isinstance(params, Tensor) else params[0]
+        return x.library * torch.softmax(logits.float(), 1)
 
     def target(self, x: Batch) -> Tensor:
         # The Poisson reads dense counts only.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from fastvae.train.kind import Run
 
 from .cells import Cells
+from .columns import Covariate
 from .recipe import Counts
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ class Sizes:
 
     genes: int
     batches: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    """Those that have a dispersion of their own."""
+    covariates: tuple[Covariate, ...] = ()
 
 
 @dataclass

@@ -40,10 +40,17 @@ class CountsSettings(Settings):
     )
     label: str = option(
         "",
-        "Key of the labels that colour latents.png. Defaults to label, labels, cell_type or similar.",
+        "Key of the labels that colour latents.png, also those of --dispersion gene-label. Defaults to label, labels, "
+        "cell_type or similar.",
         "Data",
     )
     batch: str = option("", "Key of the batches. Defaults to `batch`.", "Data")
+    covariates: str = option(
+        "",
+        "Keys of further covariates, with commas in between: fractional numbers are continuous, everything else is "
+        "categorical.",
+        "Data",
+    )
 
     def with_absolute_paths(self) -> "Self":
         """Return the settings with absolute paths to the data."""

@@ -131,7 +131,7 @@ def test_a_full_disk_leaves_nothing_half_written(
 # --- reconstruct ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("likelihood", ["zinb", "poisson"])
+@pytest.mark.parametrize("likelihood", ["zinb", "poisson", "multinomial"])
 def test_reconstruct_writes_denoised_counts(
     run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, likelihood: str
 ) -> None:

@@ -204,7 +204,7 @@ def test_load_reads_labels(file: Path) -> None:
     assert load(file, label="kind").label_names == ("0", "1")
 
 
-@pytest.mark.parametrize("likelihood", ["zinb", "nb", "poisson"])
+@pytest.mark.parametrize("likelihood", ["zinb", "nb", "poisson", "multinomial"])
 def test_empty_cells_train(file: Path, tmp_path: Path, capsys: Any, likelihood: str) -> None:
     """They are counted before training, and add nothing to the loss but their KL."""
     arrays = example_arrays()
@@ -292,7 +292,19 @@ BAD_OPTIONS = {
     "no data": (["train", "counts"], "--data is missing"),
     "another file": (["train", "counts", "--data", __file__], "the file must end in .npz, .h5ad or .zarr"),
     "no such label": (["--label", "kind"], "has no such column, only label"),
-    "no such likelihood": (["--likelihood", "normal"], "--likelihood must be one of zinb, nb, poisson"),
+    "no such likelihood": (
+        ["--likelihood", "normal"],
+        "--likelihood must be one of zinb, nb, poisson, multinomial",
+    ),
+    "no such decoder": (["--decoder", "conv"], "--decoder must be one of mlp, linear, topics, got 'conv'"),
+    "dispersion of a multinomial": (
+        ["--likelihood", "multinomial", "--dispersion", "gene-cell"],
+        "--dispersion only applies to --likelihood zinb or nb, got multinomial",
+    ),
+    "all of the input dropped": (
+        ["--input-dropout", "1"],
+        "--input-dropout must be at least 0 and below 1, got 1",
+    ),
     "dispersion of none": (
         ["--likelihood", "poisson", "--dispersion", "gene-cell"],
         "--dispersion only applies to --likelihood zinb or nb, got poisson",
