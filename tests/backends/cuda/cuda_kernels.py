@@ -25,6 +25,7 @@ from fastvae._spec import VARIANTS
 ROOT = Path(__file__).parents[3]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 SHIM = Path(__file__).parent / "cuda_shim"
+SHIM_FILES = sorted(file for file in SHIM.iterdir() if file.name != "sanitized.cpp")
 THREADS = 64  # in a block
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.bool)
@@ -74,8 +75,7 @@ def library() -> Path:
     """The kernels and driver.cpp as a library, which is kept between runs."""
     flags = ("-O1", "-fPIC", "-shared")
     csrc = ROOT / "csrc"
-    shim = [file for file in SHIM.iterdir() if file.name != "sanitized.cpp"]
-    sources = (csrc / "cuda", csrc / "math", csrc / "cpu" / "kernels.h", LIST, *sorted(shim), Path(__file__))
+    sources = (csrc / "cuda", csrc / "math", csrc / "cpu" / "kernels.h", LIST, *SHIM_FILES, Path(__file__))
     return compiled.kept("cuda_kernels", sources, flags, lambda folder: build(folder, *flags)) / "kernels.so"
 
 

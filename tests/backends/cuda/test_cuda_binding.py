@@ -61,7 +61,7 @@ def libraries() -> tuple[Path, Path]:
         command = ["g++", *flags, str(HERE / "binding.cpp"), "-o", str(folder / "binding.so"), *link]
         subprocess.run(command, check=True)
 
-    sources = (HERE, ROOT / "csrc", cuda_kernels.SHIM)
+    sources = (HERE, ROOT / "csrc", *cuda_kernels.SHIM_FILES)
     return compiled.kept("cuda_binding", sources, [*flags, *link], make) / "binding.so", kernels
 
 
