@@ -201,7 +201,7 @@ def table(results: dict[float, tuple[dict[str, float], float]]) -> list[str]:
         times, stored = results[floor.density]
         if floor.side not in times:
             lines.append(
-                f"| {floor.title} | {stored:.1%} | | | | {floor.ratio:g}: not timed, no bf16 instructions |"
+                f"| {floor.title} | {stored:.1%} | - | - | - | {floor.ratio:g}, no bf16 instructions |"
             )
             continue
         ratio = times["scvi"] / times[floor.side]
