@@ -76,6 +76,7 @@ enum Case { kDispersed, kNearPoisson, kLargeDispersed, kLargeNearPoisson, kOne, 
 // The elements of a block that belong to one case, as dense arrays.
 struct Gathered {
   int64_t count;
+  bool at_ends;  // whether a mean is 0 or a dispersion is below its bound
   int32_t place[kRoom];
   double t[kRoom], mean[kRoom], mean2[kRoom], theta[kRoom], pi[kRoom], log_gamma[kRoom], digamma[kRoom];
 };
@@ -108,6 +109,11 @@ int64_t zeros(const Block<C>& b, Results<C>& out, int32_t* listed) {
   int64_t count = 0;
   const V eps(static_cast<C>(b.eps));
   const auto step = [&](int64_t i, auto lanes) FASTVAE_INLINE {
+    const unsigned all = (1u << lanes) - 1, is_zero = load_lanes(b.target + i, lanes).zero_mask() & all;
+    if (!is_zero) {
+      for (int64_t k = 0; k < lanes; ++k) listed[count++] = static_cast<int32_t>(i + k);
+      return;
+    }
     const V theta = b.theta ? load_lanes(b.theta + i, lanes) : within_bounds(load_lanes(b.given + i, lanes)), inverse = V(1) / theta;
     const V pi = load_lanes(b.pi + i, lanes);
     const auto first = math::negative_binomial_zero(load_lanes(b.mean + i, lanes) + eps, theta, inverse);
@@ -118,8 +124,8 @@ int64_t zeros(const Block<C>& b, Results<C>& out, int32_t* listed) {
     (both.share1 * first.d_mu).store(out.d_mean + i);
     (both.share2 * second.d_mu).store(out.d_mean2 + i);
     P::fma(both.share1, first.d_theta, both.share2 * second.d_theta).store(out.d_theta + i);
-    const unsigned is_zero = load_lanes(b.target + i, lanes).zero_mask(), far = math::is_near(first.value, second.value, pi).zero_mask();
-    unsigned others = (~is_zero | far) & ((1u << lanes) - 1);
+    const unsigned far = math::is_near(first.value, second.value, pi).zero_mask();
+    unsigned others = (~is_zero | far) & all;
     while (others) {
       listed[count++] = static_cast<int32_t>(i + __builtin_ctz(others));
       others &= others - 1;
@@ -190,7 +196,7 @@ void evaluate(Gathered& g, Results<double>& out, bool shared) {
 template <class C>
 void listed(const Block<C>& b, Scratch<C>& scratch, int64_t count) {
   const bool shared = b.theta;
-  for (auto& g : scratch.gathered) g.count = 0;
+  for (auto& g : scratch.gathered) g.count = 0, g.at_ends = false;
   for (int64_t k = 0; k < count; ++k) {
     const int32_t i = scratch.listed[k];
     const double t = b.target[i], given = b.given[i];
@@ -206,6 +212,7 @@ void listed(const Block<C>& b, Scratch<C>& scratch, int64_t count) {
     g.mean2[j] = b.mean2[i] + b.eps;
     g.theta[j] = theta;
     g.pi[j] = b.pi[i];
+    g.at_ends |= t != 0 && (g.mean[j] == 0 || g.mean2[j] == 0 || given < Bounds<double>::lowest);
     if (shared && !simple) {
       g.log_gamma[j] = b.log_gamma[i];
       g.digamma[j] = b.digamma[i];
@@ -215,21 +222,23 @@ void listed(const Block<C>& b, Scratch<C>& scratch, int64_t count) {
       evaluate<kDispersed>, evaluate<kNearPoisson>, evaluate<kLargeDispersed>, evaluate<kLargeNearPoisson>,
       evaluate<kOne>,       evaluate<kFew>,         evaluate<kZero>,
   };
-  const Results<double>& from = scratch.of_case;
+  Results<double>& from = scratch.of_case;
   Results<C>& out = scratch.results;
   for (int c = 0; c < kCases; ++c) {
     Gathered& g = scratch.gathered[c];
     if (!g.count) continue;
-    evaluators[c](g, scratch.of_case, shared);
+    evaluators[c](g, from, shared);
+    if (g.at_ends)
+      for (int64_t j = 0; j < g.count; ++j) {
+        if (g.mean[j] == 0) from.d_mean[j] = math::slope_at_mean_0(from.value[j], 1 / (1 + std::exp(-g.pi[j])), g.t[j]);
+        if (g.mean2[j] == 0) from.d_mean2[j] = math::slope_at_mean_0(from.value[j], 1 / (1 + std::exp(g.pi[j])), g.t[j]);
+        from.value[j] += below(b.given[g.place[j]], false);
+      }
     for (int64_t j = 0; j < g.count; ++j) {
       const int32_t i = g.place[j];
-      const bool positive = c != kZero;
-      double d_mean = from.d_mean[j], d_mean2 = from.d_mean2[j];
-      if (positive && g.mean[j] == 0) d_mean = math::slope_at_mean_0(from.value[j], 1 / (1 + std::exp(-g.pi[j])), g.t[j]);
-      if (positive && g.mean2[j] == 0) d_mean2 = math::slope_at_mean_0(from.value[j], 1 / (1 + std::exp(g.pi[j])), g.t[j]);
-      out.value[i] = static_cast<C>(positive ? from.value[j] + below(b.given[i], false) : from.value[j]);
-      out.d_mean[i] = static_cast<C>(d_mean);
-      out.d_mean2[i] = static_cast<C>(d_mean2);
+      out.value[i] = static_cast<C>(from.value[j]);
+      out.d_mean[i] = static_cast<C>(from.d_mean[j]);
+      out.d_mean2[i] = static_cast<C>(from.d_mean2[j]);
       out.d_theta[i] = static_cast<C>(from.d_theta[j]);
       out.d_pi[i] = static_cast<C>(from.d_pi[j]);
     }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastvae
 from fastvae import functional, likelihoods
+from fastvae.backends import choose
 from fastvae.functional import negative_binomial_mixture_nll, negative_binomial_nll
 
 INF, NAN = math.inf, math.nan
@@ -229,10 +230,10 @@ def test_nll_equals_scvi(backend: str) -> None:
 
 
 def test_gradcheck(backend: str) -> None:
-    inputs, target = make(2, 6, torch.float64)
-    target[0, :4] = torch.tensor([0.0, 3.0, 9.0, 30.0])  # on both sides of the start of Stirling's formula
-    inputs["inverse_dispersion"][:4] = torch.tensor([0.5, 20.0, 2.0, 50.0])
-    weight = 0.5 + torch.rand(2, 6)
+    inputs, target = make(1, 5, torch.float64)
+    target[0] = torch.tensor([0.0, 3.0, 1.0, 9.0, 30.0])  # on both sides of the start of Stirling's formula
+    inputs["inverse_dispersion"] = torch.tensor([0.5, 20.0, 2.0, 2.0, 50.0], dtype=torch.float64)
+    weight = 0.5 + torch.rand(1, 5)
     leaves = tuple(leaves_of(inputs).values())
 
     def rows(*params: Tensor, **options: Any) -> Tensor:
@@ -522,10 +523,14 @@ def test_validate_accepts_valid_inputs(backend: str) -> None:
     assert torch.equal(negative_binomial_mixture_nll(**inputs, target=target, validate=True), want)
 
 
-def test_triton_says_that_it_has_no_kernel() -> None:
-    """The setting "auto" then takes the reference, with a warning."""
-    assert MIXTURE in fastvae.backends.choose.LIKELIHOODS_LACKING["triton", "cuda"]
-    assert MIXTURE in fastvae.backends.choose.LIKELIHOODS_LACKING["native", "cuda"]
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_gpu_uses_the_reference_with_a_warning(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither backend has a kernel for CUDA tensors, so the CUDA kernels' substitute is not Triton."""
+    monkeypatch.setattr(choose, "_fallbacks_warned", set())
+    monkeypatch.setattr(choose, "serve", lambda *_: pytest.fail("Triton was chosen"))
+    assert MIXTURE in choose.LIKELIHOODS_LACKING[name, "cuda"]
+    with pytest.warns(RuntimeWarning, match="reference for the likelihood 'negative_binomial_mixture'"):
+        assert choose._substitute(name, "cuda", MIXTURE, "nll").name == "reference"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
