@@ -179,6 +179,16 @@ SPECS = (
         elementwise=False,
     ),
     Spec(
+        "negative_binomial_mixture",
+        "counts",
+        # The first two are those of the other negative binomials, whose dispersion is the second.
+        tensors=("mean1", "inverse_dispersion", "mean2", "mixture_logits"),
+        integers=COUNTS,
+        forms=(MEAN,),
+        elementwise=False,
+        lacks=(("native", "cuda"), ("triton", "cpu"), ("triton", "cuda")),
+    ),
+    Spec(
         "multinomial",
         "counts",
         tensors=("logits",),

@@ -493,7 +493,7 @@ WITH_TARGET = tuple(case for case in CASES if "target" in case.inputs((1, 1)))
 # Variants whose elements are not independent, and the files that test them.
 ELSEWHERE = {
     variant.name: f"test_{variant.family}.py" for variant in VARIANTS.values() if not variant.element
-} | {"multinomial": "test_multinomial.py"}
+} | {"multinomial": "test_multinomial.py", "negative_binomial_mixture": "test_nb_mixture.py"}
 
 by_id = {case.id: case for case in CASES}
 

@@ -9,6 +9,7 @@ constexpr CountForm kForms[] = {
     {"zero_inflated_negative_binomial", false, 2, -1},
     {"negative_binomial_logits", true, -1, 2},
     {"zero_inflated_negative_binomial_logits", true, 2, 3},
+    {"negative_binomial_mixture", false, -1, -1, 2, 3},
     {"multinomial", true, -1, -1},
 };
 

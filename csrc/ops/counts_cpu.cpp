@@ -1,4 +1,4 @@
-// The CPU side of the negative binomials and the multinomial.
+// The CPU side of the negative binomials, their mixture and the multinomial.
 #include "counts.h"
 
 #include "buffer_pool.h"
@@ -18,7 +18,7 @@ void check_positions(const int64_t* starts, const int64_t* columns, int64_t rows
 }
 
 // The arguments of the kernel. `kept` holds the tensors to which its views point.
-void fill_inputs(cpu::CountArgs& args, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target,
+void fill_inputs(cpu::CountMixtureArgs& args, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target,
                  at::ArrayRef<double> constants, const OptionalTensor& weight, Tensors& kept) {
   constexpr auto order = at::MemoryFormat::Contiguous;
   const auto& form = count_form(variant);
@@ -39,6 +39,10 @@ void fill_inputs(cpu::CountArgs& args, const LikelihoodVariant& variant, at::Ten
     args.dispersion = {dispersion.const_data_ptr(), dtype_of(dispersion), args.shared_dispersion ? 0 : dispersion.stride(0), genes, 0};
   }
   if (args.inflated) args.zero_logits = operand(keep(dense_rows(params[form.zero_logits], order)));
+  if (form.mean2 >= 0) {
+    args.mean2 = operand(keep(dense_rows(params[form.mean2], order)));
+    args.mixture_logits = operand(keep(dense_rows(params[form.mixture_logits], order)));
+  }
   args.eps = constants.empty() ? 0 : constants[0];
   args.weights = weights_view(weight, weighted_sizes(variant, params, target), order, kept);
 
@@ -57,6 +61,20 @@ void fill_inputs(cpu::CountArgs& args, const LikelihoodVariant& variant, at::Ten
   }
 }
 
+// Where the kernel writes the derivatives by params[i], one for each element.
+cpu::Result& derivative_of(cpu::CountMixtureArgs& args, const CountForm& form, int i) {
+  if (i == form.mean2) return args.d_mean2;
+  if (i == form.mixture_logits) return args.d_mixture_logits;
+  return i == 0 ? args.d_mean : i == 1 ? args.d_dispersion : args.d_zero_logits;
+}
+
+void run_kernel(const cpu::CountMixtureArgs& args, const CountForm& form, int tensors) {
+  const auto& kernels = cpu::kernels();
+  if (form.mean2 >= 0) kernels.count_mixture(args);
+  else if (tensors > 1) kernels.count_nll(args);
+  else kernels.multinomial(args);
+}
+
 }  // namespace
 
 void evaluate_counts(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants, int64_t needs, const OptionalTensor& weight,
@@ -65,7 +83,7 @@ void evaluate_counts(const LikelihoodVariant& variant, at::TensorList params, co
   const Tensor& lead = params[0];
   const int64_t rows = lead.size(0), genes = lead.size(1);
   Tensors kept;
-  cpu::CountArgs args{};
+  cpu::CountMixtureArgs args{};
   fill_inputs(args, variant, params, target, constants, weight, kept);
   nll.resize(rows);
   std::vector<double> library;
@@ -85,13 +103,13 @@ void evaluate_counts(const LikelihoodVariant& variant, at::TensorList params, co
       gradients.emplace_back();
     } else {
       gradients.push_back(pooled_empty(lead.sizes(), lead));
-      (i == 0 ? args.d_mean : i == 1 ? args.d_dispersion : args.d_zero_logits) = result(gradients.back());
+      derivative_of(args, form, i) = result(gradients.back());
     }
   }
   args.weight = weights;
   args.weight_stride = weight_stride;
   args.row_nll = nll.data();
-  (variant.tensors > 1 ? cpu::kernels().count_nll : cpu::kernels().multinomial)(args);
+  run_kernel(args, form, variant.tensors);
 
   auto gradient = gradients.begin();
   for (int i = 0; i < variant.tensors; ++i) {
@@ -105,17 +123,17 @@ void evaluate_counts(const LikelihoodVariant& variant, at::TensorList params, co
 void evaluate_count_elements(const LikelihoodVariant& variant, at::TensorList params, const Tensor& target, at::ArrayRef<double> constants,
                              double factor, int64_t needs, const OptionalTensor& weight, const Tensor& values, const Tensors& derivatives) {
   Tensors kept;
-  cpu::CountArgs args{};
+  cpu::CountMixtureArgs args{};
   fill_inputs(args, variant, params, target, constants, weight, kept);
-  cpu::Result* const by_param[] = {&args.d_mean, &args.d_dispersion, &args.d_zero_logits};
+  const auto& form = count_form(variant);
   auto derivative = derivatives.begin();
   for (int i = 0; i < variant.tensors; ++i)
-    if (needs >> i & 1) *by_param[i] = result(*derivative++);
+    if (needs >> i & 1) derivative_of(args, form, i) = result(*derivative++);
   args.values = result(values);
   args.weight = &factor;
   std::vector<double> nll(args.rows);
   args.row_nll = nll.data();
-  cpu::kernels().count_nll(args);
+  run_kernel(args, form, variant.tensors);
 }
 
 }  // namespace fastvae

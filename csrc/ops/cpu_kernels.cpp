@@ -5,7 +5,7 @@
 namespace fastvae::cpu {
 
 #define FASTVAE_KERNELS(name, isa) \
-  Kernels{name,        isa::nll,         isa::count_nll, isa::multinomial,    isa::categorical, isa::discretized_logistic,  \
+  Kernels{name,        isa::nll,         isa::count_nll, isa::count_mixture,  isa::multinomial, isa::categorical, isa::discretized_logistic,  \
           isa::sample, isa::sample_grad, isa::log_probs, isa::log_probs_grad, isa::mixture,     isa::mixture_grad,          \
           isa::sparse_product, isa::sparse_product_grad, isa::scale_rows,     isa::scale_elements}
 

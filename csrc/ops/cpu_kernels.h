@@ -1,6 +1,6 @@
 // The kernels of csrc/cpu for this machine's instruction set.
 #pragma once
-#include "../cpu/kernels.h"
+#include "../cpu/count_mixture.h"
 
 namespace fastvae::cpu {
 
@@ -8,6 +8,7 @@ struct Kernels {
   const char* capability;
   void (*nll)(const NllArgs&);
   void (*count_nll)(const CountArgs&);
+  void (*count_mixture)(const CountMixtureArgs&);
   void (*multinomial)(const CountArgs&);
   void (*categorical)(const CategoricalArgs&);
   void (*discretized_logistic)(const LogisticArgs&);

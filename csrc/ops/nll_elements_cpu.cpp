@@ -69,17 +69,21 @@ Tensors scale_derivatives(const Tensor& grad, at::TensorList derivatives, at::Te
   args.factor = factor.const_data_ptr();
   args.factor_stride = factor.stride(0);
   args.factor_per_row = per_row;
-  args.count = static_cast<int>(derivatives.size());
   std::vector<double> total(shared >= 0 ? args.size : 0);
-  for (int i = 0; i < args.count; ++i) {
-    TORCH_CHECK_VALUE(derivatives[i].is_contiguous(order) && derivatives[i].sizes() == lead.sizes() &&
-                          derivatives[i].scalar_type() == lead.scalar_type(),
-                      "fastvae::nll_elements_backward: `derivatives` must be dense, of one shape, order and type");
-    args.in[i] = derivatives[i].const_data_ptr();
-    if (i == shared) args.sums[i] = total.data();
-    else args.out[i] = result(out[i]);
+  const int count = static_cast<int>(derivatives.size());
+  for (int first = 0; first < count; first += cpu::kMaxParams) {  // a kernel takes so many at a time
+    args.count = std::min(cpu::kMaxParams, count - first);
+    for (int i = 0; i < args.count; ++i) {
+      const Tensor& derivative = derivatives[first + i];
+      TORCH_CHECK_VALUE(derivative.is_contiguous(order) && derivative.sizes() == lead.sizes() && derivative.scalar_type() == lead.scalar_type(),
+                        "fastvae::nll_elements_backward: `derivatives` must be dense, of one shape, order and type");
+      const bool summed = first + i == shared;
+      args.in[i] = derivative.const_data_ptr();
+      args.sums[i] = summed ? total.data() : nullptr;
+      args.out[i] = summed ? cpu::Result{} : result(out[first + i]);
+    }
+    cpu::kernels().scale_elements(args);
   }
-  cpu::kernels().scale_elements(args);
   if (shared >= 0) sums.push_back(from_doubles(total, lead.sizes().slice(1), lead.scalar_type()));
   return sums;
 }

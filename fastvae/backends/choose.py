@@ -201,7 +201,9 @@ def _substitute(name: str, device_type: str, likelihood: str, op: str) -> Backen
             f"fastvae: backend {name!r} has no kernel for {subject} on {device_type} tensors; "
             f"fastvae.set_backend('auto') uses what is available"
         )
-    if name == "native" and device_type == "cuda":
+    # An op that the CUDA kernels lack has a kernel in Triton, but a likelihood may have neither.
+    lacks = LIKELIHOODS_LACKING.get(("triton", "cuda"), ())
+    if (name, device_type) == ("native", "cuda") and likelihood not in lacks:
         triton = serve("triton", "cuda")
         if triton is not None:
             return triton

@@ -25,6 +25,7 @@ from .checks import (
 __all__ = [
     "multinomial_nll",
     "negative_binomial_logits_nll",
+    "negative_binomial_mixture_nll",
     "negative_binomial_nll",
     "poisson_nll",
     "poisson_rate_nll",
@@ -263,6 +264,41 @@ def zero_inflated_negative_binomial_logits_nll(
     return _logits_nll("zero_inflated_negative_binomial_logits", params, target, validate, draws, weight)
 
 
+def negative_binomial_mixture_nll(
+    mean1: Tensor,
+    target: Tensor,
+    inverse_dispersion: Tensor,
+    mean2: Tensor,
+    mixture_logits: Tensor,
+    *,
+    eps: float = 0.0,
+    reduction: str = "event",
+    validate: bool = False,
+    draws: int | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Compute -log of a mixture of two negative binomials in nats, totalVI's likelihood of proteins.
+
+    Per element, -log( p NB(t | mean1 + eps, r) + (1 - p) NB(t | mean2 + eps, r) ) with p = sigmoid(mixture_logits) and
+    the inverse dispersion r of both (Gayoso et al. 2021; scvi-tools' NegativeBinomialMixture). NB is the density of
+    `negative_binomial_nll`, and as accurate. In totalVI, the first component is the background and the second the
+    foreground.
+
+    At logits of inf and -inf, the result is that of the first and of the second component. A component whose mean is 0
+    gives a count of 0 the probability 1 and any other count 0.
+
+    Args:
+        mean1: (B, G), the mean of the component of probability p; mean1 + eps must be above 0.
+        target, inverse_dispersion, eps, reduction, validate, draws, weight: as for `negative_binomial_nll`.
+        mean2: (B, G), the mean of the other component.
+        mixture_logits: (B, G), the logits of p.
+
+    Returns and Raises are those of `negative_binomial_nll`.
+    """
+    params = (mean1, inverse_dispersion, mean2, mixture_logits)
+    return _mean_nll("negative_binomial_mixture", params, target, eps, reduction, validate, draws, weight)
+
+
 def multinomial_nll(
     logits: Tensor,
     target: Tensor,
@@ -349,6 +385,9 @@ def _logits_nll(
     return loss.nll(likelihood, params, target, draws=draws, weight=weight)[0]
 
 
+_MEANS = ("mean", "mean1", "mean2")
+
+
 def _check_all_values(
     variant: Variant,
     params: Sequence[Tensor],
@@ -362,9 +401,9 @@ def _check_all_values(
     _check_counts(variant.function, "target", target)
     for name, value in zip(variant.tensors, params, strict=True):
         valid, required = value.isfinite(), "finite numbers"
-        if name == "mean" and eps > 0:
+        if name in _MEANS and eps > 0:
             valid, required = valid & (value >= 0), "finite numbers that are at least 0"
-        elif name in ("mean", "inverse_dispersion", "library"):
+        elif name in (*_MEANS, "inverse_dispersion", "library"):
             valid, required = valid & (value > 0), "positive, finite numbers"
         elif variant.density == "multinomial":
             valid, required = value < math.inf, "finite numbers or -inf"

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 from ..functional.checks import check_choice
 from .base import KernelCall, Likelihood
 
-__all__ = ["Multinomial", "NegativeBinomial", "Poisson", "ZeroInflatedNegativeBinomial"]
+__all__ = [
+    "Multinomial",
+    "NegativeBinomial",
+    "NegativeBinomialMixture",
+    "Poisson",
+    "ZeroInflatedNegativeBinomial",
+]
 
 
 class Poisson(Likelihood):
@@ -49,6 +55,13 @@ def _poisson(name: str, rate: Tensor, generator: torch.Generator | None) -> Tens
         )
     noise = torch.randn(rate.shape, dtype=rate.dtype, device=rate.device, generator=generator)
     return torch.where(large, rate + rate.sqrt() * noise, counts)
+
+
+def _gamma_rate(mean: Tensor, log_dispersion: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw the rates of Poisson counts that are negative binomial with this mean."""
+    # Beyond these limits the counts are Poisson, or 0 but for one cell in e^60, and theta would over- or underflow.
+    theta = torch.exp(log_dispersion.clamp(-60.0, 60.0)).expand_as(mean)
+    return torch._standard_gamma(theta.contiguous(), generator=generator) * (mean / theta)
 
 
 def _check_features(where: str, features: int) -> None:
@@ -105,10 +118,7 @@ class NegativeBinomial(Likelihood):
             p if p is None or p.dtype == torch.float64 else p.float() for p in self._split(params)
         )
         rate = library.reshape(-1, 1) * torch.softmax(logits, dim=1)
-        # Beyond these limits the counts are Poisson, or 0 but for one cell in e^60, and theta would over- or underflow.
-        theta = torch.exp(log_dispersion.clamp(-60.0, 60.0)).expand_as(rate)
-        rate = torch._standard_gamma(theta.contiguous(), generator=generator) * (rate / theta)
-        counts = _poisson(type(self).__name__, rate, generator)
+        counts = _poisson(type(self).__name__, _gamma_rate(rate, log_dispersion, generator), generator)
         if zi_logits is not None:
             counts = counts * torch.bernoulli(torch.sigmoid(-zi_logits), generator=generator)
         return counts
@@ -146,6 +156,70 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
     """
 
     _zero_inflated = True
+
+
+class NegativeBinomialMixture(Likelihood):
+    """Counts of proteins in cells, some of which are background: a mixture of two negative binomials.
+
+    This is the likelihood of proteins in totalVI (Gayoso et al. 2021; scvi-tools' NegativeBinomialMixture). `params` is
+    a tuple of the decoder's outputs, `(mean1, mean2, mixture_logits)`, each (B, features). With the probability
+    sigmoid(mixture_logits) a count belongs to the first component, in totalVI the background, of mean `mean1`, and
+    otherwise to the second, of mean `mean2`. Means are above 0. Every feature has one trained theta for both
+    components, with the variances mean + mean^2 / theta: its logarithm is the parameter `log_dispersion` (features,),
+    which starts at 0. Pass it to the optimiser with `elbo.parameters()`. A theta for each cell, (B, features), may be
+    passed to `functional.negative_binomial_mixture_nll`.
+
+    The data are counts, integer or floating, dense or torch.sparse_csr.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        _check_features("likelihoods.NegativeBinomialMixture", features)
+        self.features = features
+        self.log_dispersion = nn.Parameter(torch.empty(features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Reset the log-dispersion of every feature to its initial value, 0, for instance after `to_empty`."""
+        nn.init.zeros_(self.log_dispersion)
+
+    def kernel_call(self, params: Any) -> KernelCall:
+        mean1, mean2, mixture_logits = self._split(params)
+        # From e^60 on the counts are Poisson to all digits, and an infinite theta would have no gradient but NaN.
+        theta = torch.exp(self.log_dispersion.clamp(max=60.0))
+        return "negative_binomial_mixture", [mean1, theta, mean2, mixture_logits], [0.0]
+
+    def mean(self, params: Any) -> Tensor:
+        mean1, mean2, mixture_logits = self._split(params)
+        return torch.sigmoid(mixture_logits) * mean1 + torch.sigmoid(-mixture_logits) * mean2
+
+    @torch.no_grad()
+    def sample(self, params: Any, generator: torch.Generator | None = None) -> Tensor:
+        """Draw counts in the dtype of the means (float32 for half types), from a Poisson with a Gamma rate."""
+        mean1, mean2, mixture_logits = (
+            p if p.dtype == torch.float64 else p.float() for p in self._split(params)
+        )
+        is_first = torch.bernoulli(torch.sigmoid(mixture_logits), generator=generator) == 1
+        mean = torch.where(is_first, mean1, mean2)
+        rate = _gamma_rate(mean, self.log_dispersion.to(mean.dtype), generator)
+        return _poisson("NegativeBinomialMixture", rate, generator)
+
+    def _split(self, params: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if not isinstance(params, (tuple, list)) or len(params) != 3:
+            found = f"{len(params)} values" if isinstance(params, (tuple, list)) else type(params).__name__
+            raise TypeError(
+                "fastvae.likelihoods.NegativeBinomialMixture: `params` must be the tuple (mean1, mean2, "
+                f"mixture_logits), got {found}"
+            )
+        mean1, mean2, mixture_logits = params
+        return mean1, mean2, mixture_logits
+
+    def channels(self, c: int) -> int:
+        """The number of decoder outputs for `c` features."""
+        return 3 * c
+
+    def extra_repr(self) -> str:
+        return str(self.features)
 
 
 class Multinomial(Likelihood):

@@ -29,6 +29,8 @@ Sources:
         Methods 15 (2018); the parametrisation is that of scvi-tools' log_nb_positive and log_zinb_positive.
   [ZI]  Risso, Perraudeau, Gribkova, Dudoit and Vert, "A general and flexible method for signal extraction from
         single-cell RNA-seq data", Nature Communications 9 (2018).
+  [G]   Gayoso et al., "Joint probabilistic modeling of single-cell multi-omic data with totalVI", Nature Methods 18
+        (2021); the parametrisation is that of scvi-tools' log_mixture_nb.
   [LK]  Liang, Krishnan, Hoffman and Jebara, "Variational Autoencoders for Collaborative Filtering", WWW 2018.
   [H]   Hafner, Lillicrap, Norouzi and Ba, "Mastering Atari with Discrete World Models", ICLR 2021 (DreamerV2).
   [V]   Vahdat and Kautz, "NVAE: A Deep Hierarchical Variational Autoencoder", NeurIPS 2020; and its code,

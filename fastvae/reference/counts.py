@@ -1,4 +1,5 @@
-"""The likelihoods of counts: the Poisson, the negative binomial, also with additional zeros, and the multinomial."""
+"""The likelihoods of counts: the Poisson, the negative binomial, also with additional zeros or as a mixture, and the
+multinomial."""
 
 import math
 
@@ -12,6 +13,7 @@ from .latents import expm1_minus
 __all__ = [
     "multinomial_nll",
     "negative_binomial_logits_nll",
+    "negative_binomial_mixture_nll",
     "negative_binomial_nll",
     "poisson_nll",
     "poisson_rate_nll",
@@ -138,6 +140,78 @@ def zero_inflated_negative_binomial_logits_nll(
     return sum_event(_with_zeros(nll, pi, t), weight).to(compute_dtype(logits))
 
 
+def negative_binomial_mixture_nll(
+    mean1: Tensor,
+    target: Tensor,
+    inverse_dispersion: Tensor,
+    mean2: Tensor,
+    mixture_logits: Tensor,
+    *,
+    eps: float = 0.0,
+    reduction: str = "event",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """-log(p NB(target | mean1 + eps) + (1 - p) NB(target | mean2 + eps)) with p = sigmoid(mixture_logits), (B,) ([G]).
+
+    Both components have the inverse dispersion of `negative_binomial_nll`. `reduction` is as there.
+    """
+    dtype = _count_dtype(mean1)
+    mu1, t, mu2, pi = without_removed(
+        weight,
+        mean1.to(dtype) + eps,
+        _dense_counts(target, dtype),
+        mean2.to(dtype) + eps,
+        mixture_logits.to(dtype),
+    )
+    theta, lost = _within_bounds(inverse_dispersion.to(dtype).expand_as(mu1), t, weight)
+    # A mean of 0 makes a count above 0 impossible. Its formula, whose slope is infinite there, is evaluated at 1.
+    none1, none2 = ((mu == 0) & (t > 0) for mu in (mu1, mu2))
+    nll1, nll2 = (_of_mean(mu.masked_fill(none, 1), theta, t) for mu, none in ((mu1, none1), (mu2, none2)))
+    # `odds` is the logit of the first component, given the count. Neither has a part if it is impossible.
+    out1, out2 = none1 | (pi == -math.inf), none2 | (pi == math.inf)
+    odds = torch.where(out1, -math.inf, torch.where(out2, math.inf, pi + nll2 - nll1))
+    values = torch.where(
+        odds >= 0,
+        nll1 - F.logsigmoid(pi) + F.logsigmoid(odds),
+        nll2 - F.logsigmoid(-pi) + F.logsigmoid(-odds),
+    )
+    # Where the count is likely, log(1 + (P - 1)) keeps the digits of a small value; P is the sum in the logarithm.
+    p1, p2 = torch.sigmoid(pi), torch.sigmoid(-pi)
+    shortfall = p1 * _minus_1(nll1, none1) + p2 * _minus_1(nll2, none2)
+    near = shortfall > -0.5
+    values = torch.where(near, -torch.log1p(torch.where(near, shortfall, 0.0)), values)
+    return _reduced(_at_means_of_0(values, mu1, mu2, t, p1, p2, out1, out2) + lost, reduction, mean1, weight)
+
+
+def _minus_1(nll: Tensor, impossible: Tensor) -> Tensor:
+    """The probability minus 1."""
+    return torch.where(impossible, -1.0, torch.expm1(-nll))
+
+
+def _at_means_of_0(
+    values: Tensor,
+    mu1: Tensor,
+    mu2: Tensor,
+    t: Tensor,
+    p1: Tensor,
+    p2: Tensor,
+    out1: Tensor,
+    out2: Tensor,
+) -> Tensor:
+    """The values of a mixture with the limits at means of 0, for counts t above 0.
+
+    As a mean mu goes to 0, the probability of 1 is mu to first order, and that of more is of higher order. So a mean of
+    0 has a slope beside a count of 1. If both components are impossible, the value is infinite.
+    """
+    both = out1 & out2
+    for p, mu, out in ((p1, mu1, out1 & ~out2), (p2, mu2, out2 & ~out1)):
+        at_0 = out & (mu == 0) & (t == 1)
+        slope = p.detach() * torch.exp(values.detach().clamp(max=700.0))
+        values = values - torch.where(at_0, slope, 0.0) * torch.where(at_0, mu, 0.0)
+    of_each = [p.detach() * torch.where(both & (p > 0), mu, 0.0) for p, mu in ((p1, mu1), (p2, mu2))]
+    return torch.where(both, -torch.log(torch.where(both, of_each[0] + of_each[1], 1.0)), values)
+
+
 def multinomial_nll(logits: Tensor, target: Tensor, *, weight: Tensor | None = None) -> Tensor:
     """-log Multinomial(target | n, softmax(logits)) of each row, (B,), with the sum n of its counts ([LK], [B] 2.34).
 
@@ -182,12 +256,21 @@ def _reduced(values: Tensor, reduction: str, lead: Tensor, weight: Tensor | None
 
 def _by_mean(mu: Tensor, theta: Tensor, t: Tensor, weight: Tensor | None) -> Tensor:
     """`_negative_binomial` for any mean and any inverse dispersion, including 0."""
+    theta, lost = _within_bounds(theta.expand_as(mu), t, weight)
+    return _of_mean(mu, theta, t) + lost
+
+
+def _of_mean(mu: Tensor, theta: Tensor, t: Tensor) -> Tensor:
     # For a count of 0, the formula has no logarithm of the mean, so the logarithm must not pass a gradient.
-    log_mu = torch.log(torch.where(t == 0, 1.0, mu))
+    return _negative_binomial(mu, torch.log(torch.where(t == 0, 1.0, mu)), theta, t)
+
+
+def _within_bounds(theta: Tensor, t: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The inverse dispersion of each element, clamped, and what the clamp takes from the nll; see `_log_bounds`."""
     low, high = _log_bounds(theta.dtype)
-    (theta,), least = without_removed(weight, theta.expand_as(mu)), math.exp(low)
+    (theta,), least = without_removed(weight, theta), math.exp(low)
     lost = low - torch.log(torch.where((theta < least) & (t > 0), theta, least))
-    return _negative_binomial(mu, log_mu, theta.clamp(least, math.exp(high)), t) + lost
+    return theta.clamp(least, math.exp(high)), lost
 
 
 def _by_logits(
