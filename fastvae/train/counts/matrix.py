@@ -1,7 +1,7 @@
 """The counts of a data set: all files one after another, in memory or read in blocks of cells from disk.
 
 On disk, an epoch goes over the cells in an order that keeps reading cheap: `shuffle_in_blocks`. Rounds of batches are
-read at a time, the next one while the current one is in use, so that memory is bounded by the size of two rounds.
+read at a time, the next one while the current one is in use, so that memory is bounded by the size of a few rounds.
 """
 
 import math
@@ -73,8 +73,9 @@ class DiskCounts(Counts):
             first + BLOCK * np.arange(s.blocks) for first, s in zip(self._first_cell, sources, strict=False)
         ]
         self.starts = np.concatenate([*starts, [self.shape[0]]])
-        # Two rounds are in memory, and a third is copied together while it is read.
-        self.round_bytes = memory // 4
+        # Two rounds are in memory, and while the second is read, its blocks and their copy are as well. The rest is for
+        # the batches, and for what the allocator keeps.
+        self.round_bytes = memory // 7
 
     def read(self, block: int) -> Any:
         """Read a block of all files."""
