@@ -255,7 +255,7 @@ def disk(file: Path, threads: int) -> list[str]:
     for side in ("scvi", "fastvae"):
         command = [sys.executable, "-m", "benchmarks.cells", "--disk", str(file), "--side", side]
         done = subprocess.run(
-            [*command, "--threads", str(threads)], cwd=ROOT, capture_output=True, text=True, check=True
+            [*command, "--threads", str(threads)], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
         )
         found[side] = json.loads(done.stdout.splitlines()[-1])
     theirs, ours = found["scvi"], found["fastvae"]
@@ -357,8 +357,9 @@ def main() -> None:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         if options.side:
-            print(json.dumps(first_epoch(options.side, options.disk, folder)))
-            return
+            print(json.dumps(first_epoch(options.side, options.disk, folder)), flush=True)
+            stack.close()
+            os._exit(0)  # scvi-tools' process has crashed in its destructors
         if options.disk:
             lines, what = disk(options.disk, options.threads), f"{options.disk.name}, batches of {BATCH}"
         elif options.accuracy:
