@@ -1,5 +1,6 @@
 """Training in several processes."""
 
+import math
 import types
 
 import pytest
@@ -70,6 +71,33 @@ def test_two_processes_train_like_one(tmp_path):
     )  # rounding differs, so there really were two processes
     for name in a:
         assert torch.allclose(a[name], b[name], atol=1e-4), name
+
+
+def train(out, devices, *options):
+    options = (*QUICK, "--epochs", "2", "--batch-size", "96", *options)
+    result = run_python(
+        "-m", "fastvae.cli", "train", "mlp", "--out", str(out), *options, "--devices", devices,
+        "--strategy", "auto" if devices == "1" else "ddp",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return read_metrics(out)
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_vamp_prior_like_one(tmp_path):
+    one, two = (train(tmp_path / n, n, "--prior", "vamp", "--components", "7") for n in ("1", "2"))
+    for a, b in zip(one, two, strict=True):
+        for name in a.keys() - {"seconds"}:
+            assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["beta-tc", "info"])
+def test_objectives_of_a_batch_train_in_two_processes(tmp_path, objective):
+    """The estimate is that of each process, of its half of the batch, so the losses differ from one process's."""
+    metrics = train(tmp_path / "run", "2", "--objective", objective)
+    assert all(math.isfinite(float(row["val_neg_elbo"])) for row in metrics)
+    assert float(metrics[-1]["val_neg_elbo"]) < float(metrics[0]["val_neg_elbo"])
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
