@@ -42,9 +42,7 @@ def read_categories(
     if not name:
         return None, ()
     parts = _read_parts(files, name, lambda file: file.read(name))
-    if len({part.dtype.kind for part in parts}) > 1:
-        parts = [part.astype(str) for part in parts]
-    return _number(np.concatenate(parts))
+    return _number(parts)
 
 
 def read_covariates(
@@ -80,10 +78,7 @@ def read_covariates(
             scale = of_train.std(correction=0).item()
             covariates.append(Covariate(name, (), of_train.mean().item(), scale if scale > 0 else 1.0))
         else:
-            joined = np.concatenate(
-                parts if len({p.dtype.kind for p in parts}) == 1 else [p.astype(str) for p in parts]
-            )
-            numbers, categories = _number(joined)
+            numbers, categories = _number(parts)
             if known is None and is_number and len(categories) > _MOST:
                 raise InputError(
                     f"--covariates {name}: {len(categories)} different whole numbers would be as many categories; "
@@ -117,9 +112,11 @@ def _read_parts(files: Sequence[CountsFile], name: str, read: Callable[[CountsFi
     return parts
 
 
-def _number(values: Any) -> tuple[Tensor, tuple[str, ...]]:
-    """Return the place of each value among the different values, and the names of these."""
-    names, numbers = np.unique(values, return_inverse=True)
+def _number(parts: list[Any]) -> tuple[Tensor, tuple[str, ...]]:
+    """Return the place of each value of all files among the different values, and the names of these."""
+    if len({part.dtype.kind for part in parts}) > 1:
+        parts = [part.astype(str) for part in parts]
+    names, numbers = np.unique(np.concatenate(parts), return_inverse=True)
     return torch.from_numpy(numbers.astype(np.int64)), tuple(str(value) for value in names.tolist())
 
 
