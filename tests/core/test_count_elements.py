@@ -482,26 +482,23 @@ def test_forward_mode_ad_raises(native: None) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_compiled_call_is_one_graph(form: str, native: None) -> None:
-    graphs = 0
+    from torch._dynamo.testing import CompileCounter
 
-    def count(module: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        nonlocal graphs
-        graphs += 1
-        return module.forward
+    counter = CompileCounter()
 
     def step(*params: Tensor, target: Tensor) -> Tensor:
         named = dict(zip(NAMES[form], params, strict=True))
         return call(form, target=target, **named).sum(-1).mean()
 
     torch._dynamo.reset()
-    compiled = torch.compile(step, backend=count, fullgraph=True, dynamic=True)
+    compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
     for rows in (3, 5, 8):
         inputs = make(form, rows, 11)
         leaves = [inputs[name] for name in NAMES[form]]
         expected = torch.autograd.grad(step(*leaves, target=inputs["target"]), leaves)
         found = torch.autograd.grad(compiled(*leaves, target=inputs["target"]), leaves)
         torch.testing.assert_close(found, expected)
-    assert graphs == 1
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["gene", "gene-cell"])

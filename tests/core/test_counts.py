@@ -597,12 +597,9 @@ def test_opcheck(form: str, dtype: torch.dtype, shared: bool, sparse: bool, nati
 
 
 def test_compiled_call_is_one_graph(native: None) -> None:
-    graphs = 0
+    from torch._dynamo.testing import CompileCounter
 
-    def count(module: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        nonlocal graphs
-        graphs += 1
-        return module.forward
+    counter = CompileCounter()
 
     elbo = fastvae.ELBO(likelihoods.ZeroInflatedNegativeBinomial(11))
 
@@ -610,7 +607,7 @@ def test_compiled_call_is_one_graph(native: None) -> None:
         return elbo((logits, library, zi_logits), x, kl=kl).loss
 
     torch._dynamo.reset()
-    compiled = torch.compile(step, backend=count, fullgraph=True, dynamic=True)
+    compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
     for rows in (3, 5, 8):
         p = make(ZINB_RAW, rows, 11)
         args = p["logits"], p["library"].detach(), p["zi_logits"], p["target"], torch.rand(rows)
@@ -618,7 +615,7 @@ def test_compiled_call_is_one_graph(native: None) -> None:
         expected = torch.autograd.grad(step(*args), leaves)
         for a, b in zip(torch.autograd.grad(compiled(*args), leaves), expected, strict=True):
             torch.testing.assert_close(a, b)
-    assert graphs == 1
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -483,12 +483,9 @@ def test_opcheck(dtype: torch.dtype, layout: str, native: None) -> None:
 
 
 def test_compiled_call_is_one_graph(backend: str) -> None:
-    graphs = 0
+    from torch._dynamo.testing import CompileCounter
 
-    def count(module: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        nonlocal graphs
-        graphs += 1
-        return module.forward
+    counter = CompileCounter()
 
     elbo = fastvae.ELBO(likelihoods.Multinomial(11))
 
@@ -496,13 +493,13 @@ def test_compiled_call_is_one_graph(backend: str) -> None:
         return elbo(logits, x, kl=kl).loss
 
     torch._dynamo.reset()
-    compiled = torch.compile(step, backend=count, fullgraph=True, dynamic=True)
+    compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
     for rows in (3, 5, 8):
         logits, target = make(rows, 11)
         leaf, kl = logits.requires_grad_(), torch.rand(rows)
         got, want = (torch.autograd.grad(f(leaf, target, kl), leaf)[0] for f in (compiled, step))
         torch.testing.assert_close(got, want)
-    assert graphs == 1
+    assert counter.frame_count == 1
 
 
 def test_same_bits_at_any_thread_count(threads: None, native: None) -> None:

@@ -1,7 +1,7 @@
 """The mixture of two negative binomials: accuracy, extremes, targets, weights, autograd, and the module."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from itertools import product
 from typing import Any
@@ -598,12 +598,9 @@ def test_opcheck(dtype: torch.dtype, op: str, native: None) -> None:
 
 
 def test_compiled_call_is_one_graph(backend: str) -> None:
-    graphs = 0
+    from torch._dynamo.testing import CompileCounter
 
-    def count(module: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        nonlocal graphs
-        graphs += 1
-        return module.forward
+    counter = CompileCounter()
 
     elbo = fastvae.ELBO(likelihoods.NegativeBinomialMixture(11))
 
@@ -611,14 +608,14 @@ def test_compiled_call_is_one_graph(backend: str) -> None:
         return elbo((mean1, mean2, logits), x, kl=kl).loss
 
     torch._dynamo.reset()
-    compiled = torch.compile(step, backend=count, fullgraph=True, dynamic=True)
+    compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
     for rows in (3, 5, 8):
         inputs, target = make(rows, 11)
         params = [inputs[name].requires_grad_() for name in ("mean1", "mean2", "mixture_logits")]
         leaves, kl = [*params, *elbo.parameters()], torch.rand(rows)
         got, want = (torch.autograd.grad(f(*params, target, kl), leaves) for f in (compiled, step))
         torch.testing.assert_close(got, want)
-    assert graphs == 1
+    assert counter.frame_count == 1
 
 
 def test_same_bits_at_any_thread_count(threads: None, native: None) -> None:
