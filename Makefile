@@ -39,8 +39,9 @@ help:
 demo: $(VENV)/.deps-train $(VENV)/.built
 	@$(VENV)/bin/fastvae demo $(ARGS)
 
-# test-rest runs what `make test` leaves out, and test-all runs both. There is one process for each core, at most eight, with
-# one thread each; or a single process without pytest-xdist, which may be missing if there is no network.
+# test-rest runs most of what `make test` leaves out, and test-all runs everything, with whole grids. There is one process for
+# each core, at most eight, with one thread each; or a single process without pytest-xdist, which may be missing if there is no
+# network.
 test: WHICH :=
 test-rest: WHICH := --tests rest
 test-all: WHICH := --tests all

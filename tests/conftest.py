@@ -11,7 +11,7 @@ import compiled
 import numpy as np
 import pytest
 import torch
-from thinning import pairwise
+from thinning import covering
 
 import fastvae
 
@@ -43,9 +43,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--tests",
         choices=("few", "most", "rest", "all"),
-        help="most: all but the tests marked `slow` and the points of grids that thinning.py drops; rest: only those; "
-        "all: both; few: of each grid so many points that every value occurs. Default: all where tests are chosen by "
-        "name (FILE::TEST, -k, --lf), else most",
+        help="few, most: no test marked `slow`, and of each grid so many points that every value, or every pair "
+        "of values, occurs; rest: the slow tests, and further points, so that any three values occur together; all: "
+        "everything, with whole grids. Default: all where tests are chosen by name (FILE::TEST, -k, --lf), else most",
     )
 
 
@@ -70,19 +70,36 @@ def _key(value: object) -> Hashable:
     return value
 
 
-def _left_to_test_all(items: list[pytest.Item], *, pairs: bool) -> set[pytest.Item]:
-    """Deselect what `make test` leaves out: tests marked `slow`, and points of grids that thinning.py does not need."""
+# The number of values of a grid that occur together.
+TOGETHER = {"few": 1, "most": 2, "rest": 3}
+
+
+def _thinned(items: list[pytest.Item], together: int) -> set[pytest.Item]:
+    """The tests without the mark `slow`, of each grid as many as `covering` needs."""
+    chosen = set()
     grids: dict[Hashable, list[pytest.Function]] = defaultdict(list)
-    left = {item for item in items if item.get_closest_marker("slow")}
     for item in items:
-        if item not in left and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+        if item.get_closest_marker("slow"):
+            continue
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
             grids[item.path, item.cls, item.originalname, item.callspec.params.get("backend")].append(item)
+        else:
+            chosen.add(item)
     for grid in grids.values():
         points = [{name: _key(value) for name, value in item.callspec.params.items()} for item in grid]
-        # A tensor on the wrong device shows for any values, so every value needs to occur only once.
-        kept = set(pairwise(points, pairs=pairs and grid[0].get_closest_marker("on_meta") is None))
-        left.update(item for place, item in enumerate(grid) if place not in kept)
-    return left
+        # A tensor on the wrong device mostly shows for any values.
+        on_meta = grid[0].get_closest_marker("on_meta") is not None
+        chosen.update(grid[place] for place in covering(points, max(1, together - on_meta)))
+    return chosen
+
+
+def _chosen(items: list[pytest.Item], which: str) -> set[pytest.Item]:
+    if which == "all":
+        return set(items)
+    if which != "rest":
+        return _thinned(items, TOGETHER[which])
+    slow = {item for item in items if item.get_closest_marker("slow")}
+    return (slow | _thinned(items, TOGETHER["rest"])) - _thinned(items, TOGETHER["most"])
 
 
 def _which_tests(config: pytest.Config) -> str:
@@ -95,22 +112,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     i, n = map(int, config.getoption("--shard").split("/"))
     # Tests with the fixture `device` are run by test_triton.py in the interpreter, and by test_on_meta.py.
     elsewhere = "own" in _how_triton_runs()
-    which = _which_tests(config)
-    left = _left_to_test_all(items, pairs=which != "few")
-    parts = {"few": (False,), "most": (False,), "rest": (True,), "all": (False, True)}[which]
+    chosen = _chosen(items, _which_tests(config))
     kept = [
         item
         for item in items
         # Tests that start pytest themselves pass this option on.
-        if ((item in left) in parts or "which_tests" in getattr(item, "fixturenames", ()))
+        if (item in chosen or "which_tests" in getattr(item, "fixturenames", ()))
         and not (
             elsewhere
             and "device" in getattr(item, "fixturenames", ())
             and item.get_closest_marker("on_meta") is None
         )
     ][i::n]
-    chosen = set(kept)
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    left = set(items).difference(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item in left])
     items[:] = kept
 
 

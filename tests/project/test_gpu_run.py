@@ -236,11 +236,11 @@ def test_rehearsal_completes_all_stages(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cut", NAMES)
-def test_rehearsal_with_a_timeout_keeps_other_stages(cut: str, tmp_path: Path) -> None:
+def test_rehearsal_with_a_timeout_keeps_other_stages(tmp_path: Path) -> None:
+    """With a real stage; test_stage_that_times_out_keeps_its_results has substitutes of all stages."""
+    cut = "steps"
     results, printed = rehearse(tmp_path, "--seconds", "2000", "--limit", f"{cut}=0.5")
     assert [text for text in results["failures"] if not text.startswith(f"{cut}: ")] == [], printed[-8000:]
     assert f"{cut}: out of time after 0 s" in results["failures"]
     assert list(results["seconds"]) == NAMES
-    for name, key in (("passes", "passes"), ("versus", "cases"), ("steps", "steps"), ("tuning", "tuned")):
-        assert name == cut or key in results
+    assert {"passes", "cases", "tuned"} <= results.keys()

@@ -1,8 +1,9 @@
-"""`make test` omits nothing that shows only with a pair of values."""
+"""`make test` omits nothing that shows with a pair of values, and `make test-rest` nothing that shows with three."""
 
 from itertools import combinations, product
 
-from thinning import pairwise
+import pytest
+from thinning import covering
 
 GRID = [
     dict(zip(("case", "shape", "dtype", "prior"), values, strict=True))
@@ -10,33 +11,26 @@ GRID = [
 ]
 
 
-def pairs(points: list[dict[str, object]]) -> set[tuple[object, object]]:
-    return {pair for point in points for pair in combinations(sorted(point.items()), 2)}
+def combined(points: list[dict[str, object]], together: int) -> set[tuple[object, ...]]:
+    return {values for point in points for values in combinations(sorted(point.items()), together)}
 
 
-def test_thinning_keeps_every_pair_of_values() -> None:
-    kept = [GRID[place] for place in pairwise(GRID)]
-    assert pairs(kept) == pairs(GRID)
-    # No selection is smaller than the product of the two longest parameters.
-    assert 20 * 15 <= len(kept) <= 1.1 * 20 * 15
+# No selection is smaller than the product of the longest parameters.
+@pytest.mark.parametrize(("together", "least"), [(1, 20), (2, 20 * 15), (3, 20 * 15 * 4)])
+def test_thinning_keeps_every_combination_of_values(together: int, least: int) -> None:
+    kept = [GRID[place] for place in covering(GRID, together)]
+    assert combined(kept, together) == combined(GRID, together)
+    assert least <= len(kept) <= 1.1 * least
 
 
 def test_thinning_keeps_grids_of_two_parameters_and_lists() -> None:
     flat = [{"case": a, "dtype": b} for a, b in product(range(7), "abc")]
-    assert pairwise(flat) == list(range(21))
-    assert pairwise([{"case": a} for a in range(9)]) == list(range(9))
-    assert pairwise([{}]) == [0]
-    assert pairwise([]) == []
+    assert covering(flat, 2) == list(range(21))
+    assert covering([{"case": a} for a in range(9)], 2) == list(range(9))
+    assert covering([{}], 2) == [0]
+    assert covering([], 2) == []
 
 
 def test_thinning_considers_only_existing_pairs() -> None:
     ragged = [point for point in GRID if not (point["dtype"] == "d" and point["prior"])]
-    assert pairs([ragged[place] for place in pairwise(ragged)]) == pairs(ragged)
-
-
-def test_thinning_without_pairs_keeps_every_value() -> None:
-    kept = [GRID[place] for place in pairwise(GRID, pairs=False)]
-    assert {item for point in kept for item in point.items()} == {
-        item for point in GRID for item in point.items()
-    }
-    assert len(kept) <= 1.1 * 20
+    assert combined([ragged[place] for place in covering(ragged, 2)], 2) == combined(ragged, 2)
