@@ -1,8 +1,8 @@
 """Train on sparse counts with `fastvae train counts` and with scvi-tools: the same file and the same network.
 
-    python -m benchmarks.cells [--cells 6400] [--densities 0.09,0.03] [--epochs 1] [--turns 5] [--threads 2]
-    python -m benchmarks.cells --disk FILE
-    python -m benchmarks.cells --accuracy FILE[,FILE] [--epochs 40] [--seeds 3] [--cells 16384]
+    python -m benchmarks.cells [--cells 6400] [--densities 0.09,0.03] [--epochs 1] [--turns 5] [--threads 2] [--docs]
+    python -m benchmarks.cells --disk FILE [--docs]
+    python -m benchmarks.cells --accuracy FILE[,FILE] [--epochs 40] [--seeds 3] [--cells 16384] [--docs]
 
 The first form times training steps. The cells are simulated: eight kinds of cells, gamma-Poisson counts of 20,000
 genes, of which 9 % or 3 % are not 0, as CSR in an .npz file. Both sides train a ZINB with hidden layers of 128 units,
@@ -15,7 +15,7 @@ kernel was asked to drop its pages, and scvi-tools has the matrix in memory. The
 
 `--accuracy` compares the ELBO of held-out cells after equal epochs with the same split and the same warm-up of the KL,
 and the accuracy of 15 nearest neighbours in the latent space if the cells have labels. The tables have the floors that
-were aimed at, and whether they are met.
+were aimed at, and whether they are met. `--docs` saves the results and writes the table into docs/counts.md.
 """
 
 import argparse
@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 from . import machine, scvi
-from .report import ROOT, align
+from .report import RESULTS, ROOT, align, put_between, slug
 
 GENES, BATCH = 20_000, 128
 
@@ -58,7 +58,8 @@ FLOORS = (
     Floor("training step, ZINB, 3 % stored, bf16 products", 0.03, "bf16", 4.5),
 )
 DISK_SPEED, DISK_SHARE, DISK_BYTES = 3.0, 0.5, 1.5e9
-ELBO_SHARE = 0.003
+ELBO_SHARE, BF16_SHARE = 0.003, 0.001
+DOCS = ROOT / "docs" / "counts.md"
 WARMUP = 20
 """Epochs of the KL's warm-up on both sides, where accuracy is compared."""
 
@@ -170,6 +171,11 @@ class ScviSide:
         )
 
 
+def has_bf16() -> bool:
+    """Whether the CPU has instructions for products in bfloat16."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def measure(
     cells: int, density: float, epochs: int, turns: int, folder: Path
 ) -> tuple[dict[str, float], float]:
@@ -183,7 +189,7 @@ def measure(
         "scvi": ScviSide(matrix.astype(np.float32)),
         "fp32": OurSide(file, folder / "fp32", precision="32-true"),
     }
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+    if has_bf16():
         sides["bf16"] = OurSide(file, folder / "bf16", precision="bf16-mixed")
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     names = list(sides)
@@ -250,7 +256,7 @@ def drop_pages(file: Path) -> None:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def disk(file: Path, threads: int) -> list[str]:
+def disk(file: Path, threads: int) -> tuple[list[str], dict[str, Any]]:
     found = {}
     for side in ("scvi", "fastvae"):
         command = [sys.executable, "-m", "benchmarks.cells", "--disk", str(file), "--side", side]
@@ -268,7 +274,7 @@ def disk(file: Path, threads: int) -> list[str]:
         f"{DISK_SPEED:g} {'✓' if ratio >= DISK_SPEED else '✗'} |",
         f"| peak memory of the process, GB | {theirs['bytes'] / 1e9:.2f} | {ours['bytes'] / 1e9:.2f} | {share:.2f} | "
         f"{DISK_SHARE:g}, {DISK_BYTES / 1e9:g} GB {'✓' if few else '✗'} |",
-    ]
+    ], found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,55 +282,66 @@ def disk(file: Path, threads: int) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def accuracy(file: Path, epochs: int, seeds: int, limit: int, folder: Path) -> list[str]:
-    """Lines of a table: the ELBO of held-out cells, and the accuracy of nearest neighbours, as mean ± deviation."""
+def accuracy(
+    file: Path, epochs: int, seeds: int, limit: int, folder: Path
+) -> tuple[list[str], dict[str, Any]]:
+    """The ELBO of held-out cells and the accuracy of nearest neighbours: lines of a table, and all values by side."""
     import scipy.sparse
 
-    matrix = _load_matrix(file)
+    matrix, name = _load_matrix(file), file.stem
     if matrix.shape[0] > limit:
         matrix, file = matrix[:limit], folder / "few.npz"
         scipy.sparse.save_npz(file, matrix, compressed=False)
-    elbos: dict[str, list[float]] = {"scvi": [], "fastvae": []}
-    scores: dict[str, list[float]] = {"scvi": [], "fastvae": []}
+    precisions = {"fp32": "32-true"} | ({"bf16": "bf16-mixed"} if has_bf16() else {})
+    elbos: dict[str, list[float]] = {side: [] for side in ("scvi", *precisions)}
+    scores: dict[str, list[float]] = {side: [] for side in elbos}
     for seed in range(seeds):
-        ours = OurSide(file, folder / "run", seed=seed, epochs=epochs)
-        ours.train(epochs)
+        latents = {}
+        for side, precision in precisions.items():
+            ours = OurSide(file, folder / side, seed=seed, epochs=epochs, precision=precision)
+            ours.train(epochs)
+            elbos[side].append(ours.elbo())
+            latents[side] = ours.latents()
         data = ours.data
         train, val = data.train.numpy(), data.val.numpy()
         theirs = ScviSide(matrix, seed)
         theirs.train_on(train, val, epochs)
-        elbos["fastvae"].append(ours.elbo())
         elbos["scvi"].append(float(theirs.model.get_elbo(indices=val)))
         if data.labels is None:
             continue
-        for side, z in (("fastvae", ours.latents()), ("scvi", theirs.model.get_latent_representation())):
+        latents["scvi"] = theirs.model.get_latent_representation()
+        for side, z in latents.items():
             scores[side].append(neighbours(z, data.labels.numpy(), train, val))
-    theirs_mean, ours_mean = (np.mean(elbos[side]) for side in ("scvi", "fastvae"))
-    allowed = max(ELBO_SHARE * abs(theirs_mean), float(np.std(elbos["scvi"], ddof=1)) if seeds > 1 else 0.0)
-    name = f"{file.stem}, {len(ours.data.library):,} cells, {epochs} epochs"
-    lines = [
-        f"| ELBO, {name} | {_spread(elbos['scvi'])} | {_spread(elbos['fastvae'])} | "
-        f"within {allowed:.2f} {'✓' if ours_mean >= theirs_mean - allowed else '✗'} |"
-    ]
+    name = f"{name}, {matrix.shape[0]:,} cells, {epochs} epochs"
+    means = {side: float(np.mean(values)) for side, values in elbos.items()}
+    allowed = max(ELBO_SHARE * abs(means["scvi"]), _deviation(elbos["scvi"]))
+    floors = [f"within {allowed:.2f} {'✓' if means['fp32'] >= means['scvi'] - allowed else '✗'}"]
+    if "bf16" in means:
+        lost = 1 - means["bf16"] / means["fp32"]
+        floors.append(f"bf16 within {BF16_SHARE:.1%} of fp32 {'✓' if abs(lost) <= BF16_SHARE else '✗'}")
+    lines = [_row(f"ELBO, {name}", elbos, 2, "; ".join(floors))]
     if scores["scvi"]:
-        allowed = float(np.std(scores["scvi"], ddof=1)) if seeds > 1 else 0.0
-        good = np.mean(scores["fastvae"]) >= np.mean(scores["scvi"]) - allowed
-        lines.append(
-            f"| accuracy of neighbours, {name} | {_spread(scores['scvi'], 3)} | {_spread(scores['fastvae'], 3)} | "
-            f"as good {'✓' if good else '✗'} |"
-        )
-    return lines
+        good = np.mean(scores["fp32"]) >= np.mean(scores["scvi"]) - _deviation(scores["scvi"])
+        lines.append(_row(f"accuracy of neighbours, {name}", scores, 3, f"as good {'✓' if good else '✗'}"))
+    return lines, {"elbo": elbos, "neighbours": scores}
+
+
+def _row(title: str, values: dict[str, list[float]], digits: int, floor: str) -> str:
+    cells = []
+    for side in ("scvi", "fp32", "bf16"):
+        found = values.get(side)
+        cells.append(f"{np.mean(found):.{digits}f} ± {_deviation(found):.{digits}f}" if found else "-")
+    return "| " + " | ".join((title, *cells, floor)) + " |"
+
+
+def _deviation(values: list[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def neighbours(z: Any, labels: Any, train: Any, val: Any) -> float:
     from sklearn.neighbors import KNeighborsClassifier
 
     return float(KNeighborsClassifier(15).fit(z[train], labels[train]).score(z[val], labels[val]))
-
-
-def _spread(values: list[float], digits: int = 2) -> str:
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,6 +358,7 @@ def main() -> None:
     parser.add_argument("--side", choices=("scvi", "fastvae"), help=argparse.SUPPRESS)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--docs", action="store_true", help=f"write the table into {DOCS.relative_to(ROOT)}")
     parser.add_argument("--folder", type=Path, help="where to put the files; by default a temporary folder")
     options = parser.parse_args()
 
@@ -358,29 +376,40 @@ def main() -> None:
             stack.close()
             os._exit(0)  # scvi-tools' process has crashed in its destructors
         if options.disk:
-            lines, what = disk(options.disk, options.threads), f"{options.disk.name}, batches of {BATCH}"
+            mode, what = "disk", f"{options.disk.name}, batches of {BATCH}"
+            lines, results = disk(options.disk, options.threads)
         elif options.accuracy:
-            epochs, limit = options.epochs or 40, options.cells or 16384
-            lines = ["| what | scvi-tools | fastvae | floor |", "|---|--:|--:|--:|"]
+            mode, epochs, limit = "accuracy", options.epochs or 40, options.cells or 16384
+            lines = ["| what | scvi-tools | fastvae | fastvae, bf16 | floor |", "|---|--:|--:|--:|--:|"]
+            results = {}
             for file in options.accuracy.split(","):
-                lines += accuracy(Path(file), epochs, options.seeds, limit, folder)
+                more, results[Path(file).stem] = accuracy(Path(file), epochs, options.seeds, limit, folder)
+                lines += more
             what = f"mean ± standard deviation over {options.seeds} seeds, nats per cell"
         else:
-            cells, epochs = options.cells or 6400, options.epochs or 1
+            mode, cells, epochs = "steps", options.cells or 6400, options.epochs or 1
             densities = map(float, options.densities.split(","))
-            lines = table({d: measure(cells, d, epochs, options.turns, folder) for d in densities})
+            results = {d: measure(cells, d, epochs, options.turns, folder) for d in densities}
+            lines = table(results)
             what = (
                 f"{cells:,} cells x {GENES:,} genes, batches of {BATCH}, fastest of {epochs * options.turns} epochs a "
                 "side"
             )
     others = load_monitor.cores_used_by_others() or 0.0
     run = machine.describe(device)
-    print("\n".join(align(lines)))
-    print(
-        f"\n{run['machine']}; {run['threads']} threads; scvi-tools {scvi_tools.__version__}, torch "
+    caption = (
+        f"{run['machine']}; {run['threads']} threads; scvi-tools {scvi_tools.__version__}, torch "
         f"{run['versions']['torch']}, fastvae {run['versions']['fastvae']}; {run['date']}; {what}"
-        + (f". Other processes kept {others:.1f} cores busy." if others > 0.1 and not options.disk else ".")
+        + (f". Other processes kept {others:.1f} cores busy." if others > 0.1 and mode == "steps" else ".")
     )
+    print("\n".join((*align(lines), "", caption)))
+    if options.docs:
+        path = RESULTS / f"{slug(run['machine'])}-cells.json"
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        saved[mode] = run | {"scvi": scvi_tools.__version__, "what": what, "results": results}
+        path.write_text(json.dumps(saved, indent=1) + "\n")
+        print(f"wrote {path.relative_to(ROOT)}")
+        put_between(DOCS, f"cells-{mode}", "\n".join((*lines, "", caption)))
 
 
 if __name__ == "__main__":
