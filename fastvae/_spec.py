@@ -194,7 +194,6 @@ SPECS = (
         tensors=("logits",),
         integers=COUNTS,
         elementwise=False,
-        lacks=(("native", "cuda"),),
     ),
     Spec(
         "categorical",

@@ -1,4 +1,4 @@
-// The CUDA side of the negative binomials: the arguments of their kernel.
+// The CUDA side of the negative binomials and the multinomial: the arguments of their kernels, and the launch.
 #include "counts_cuda.h"
 
 #include "nll_views.h"
@@ -14,10 +14,12 @@ void fill_count_inputs(cuda::CountArgs& counts, const LikelihoodVariant& variant
   counts.rows = params[0].size(0);
   counts.size = params[0].size(1);
   counts.raw = form.raw;
-  counts.shared_dispersion = params[1].dim() == 1;
   counts.params[0] = operand(keep(dense_rows(params[0], order)));
-  const Tensor& dispersion = keep(counts.shared_dispersion ? params[1].contiguous() : dense_rows(params[1], order));
-  counts.params[1] = {dispersion.const_data_ptr(), dtype_of(dispersion), counts.shared_dispersion ? 0 : dispersion.stride(0), counts.size, 0};
+  if (variant.tensors > 1) {
+    counts.shared_dispersion = params[1].dim() == 1;
+    const Tensor& dispersion = keep(counts.shared_dispersion ? params[1].contiguous() : dense_rows(params[1], order));
+    counts.params[1] = {dispersion.const_data_ptr(), dtype_of(dispersion), counts.shared_dispersion ? 0 : dispersion.stride(0), counts.size, 0};
+  }
   if (form.zero_logits >= 0) counts.params[2] = operand(keep(dense_rows(params[form.zero_logits], order)));
   if (form.library >= 0) {
     const Tensor& library = params[form.library];
@@ -55,12 +57,17 @@ Tensors fill_counts(cuda::CountArgs& counts, const LikelihoodVariant& variant, a
       counts.grads[i == form.zero_logits ? 2 : i] = result(gradients.back());
     }
   }
-  if (form.raw && needs & 1) {
+  if (form.library >= 0 && needs & 1) {
     const auto type = row_dtype(lead.scalar_type());
     counts.log_mean_grads =
         lead.scalar_type() == type ? counts.grads[0] : result(kept.emplace_back(uninitialized(lead.sizes(), lead.options().dtype(type))));
   }
   return gradients;
+}
+
+void launch_counts(cuda::CountArgs& counts, const LikelihoodVariant& variant, const OnDevice& device) {
+  if (variant.tensors > 1) launch(counts, cuda::count_scratch, cuda::count_nll, device);
+  else launch(counts, cuda::multinomial_scratch, cuda::multinomial, device);
 }
 
 }  // namespace fastvae

@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensors> elements_forward_cuda(std::string_view likelihood, a
       if (needs >> i & 1) args.grads[i] = result(*derivative++);
     args.values = result(values);
     args.weight = factor;
-    launch(args, cuda::count_scratch, cuda::count_nll, device);
+    launch_counts(args, variant, device);
   }
   return {std::move(values), std::move(derivatives)};
 }
