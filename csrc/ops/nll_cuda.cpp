@@ -78,8 +78,6 @@ Tensors fill(Args& args, const OnDevice& device, const LikelihoodVariant& varian
       case Family::discretized: gradients = fill_discretized(args, variant, params, target, constants, needs, weight, kept); break;
       case Family::categorical: gradients = fill_categorical(args, params[0], target, constants, needs, weight, kept); break;
       case Family::counts:
-        TORCH_CHECK_NOT_IMPLEMENTED(count_form(variant).has_cuda_kernel(), "fastvae: there is no CUDA kernel of ", std::string(variant.name),
-                                    " yet; fastvae.set_backend(\"auto\") takes what there is");
         gradients = fill_counts(args.emplace<cuda::CountArgs>(), variant, params, target, constants, needs, weight, kept);
         break;
       case Family::continuous: break;  // all of this family are elementwise

@@ -447,6 +447,7 @@ class Kernels:
             "run_mixture_scratch",
             "run_categorical_scratch",
             "run_count_nll_scratch",
+            "run_count_mixture_scratch",
             "run_multinomial_scratch",
             "run_sample_scratch",
             "run_gaussian_mixture_scratch",
@@ -654,6 +655,8 @@ class Kernels:
         )
         if likelihood == "multinomial":
             names = ("logits",)
+        elif likelihood == "negative_binomial_mixture":
+            names = ("mean", "dispersion", "mean2", "mixture_logits")
         elif not likelihood.startswith("zero_inflated"):
             names = tuple(name for name in names if name != "zi_logits")
         for name, param in zip(names, params, strict=True):
@@ -666,7 +669,7 @@ class Kernels:
                 args.library = numbers(param)
                 args.library_gradient = output(gradient if with_gradient else None)
                 continue
-            i = {"dispersion": 1, "zi_logits": 2}.get(name, 0)
+            i = {"dispersion": 1, "zi_logits": 2, "mixture_logits": 2, "mean2": 3}.get(name, 0)
             args.params[i] = operand(param)
             if is_shared:
                 args.shared_dispersion = True
@@ -693,7 +696,8 @@ class Kernels:
         if grad_nll is None:
             args.nll, args.loss = output(nll), output(loss)
         args.grad_nll = numbers(grad_nll)
-        self._run("run_multinomial" if likelihood == "multinomial" else "run_count_nll", args)
+        kernels = {"multinomial": "run_multinomial", "negative_binomial_mixture": "run_count_mixture"}
+        self._run(kernels.get(likelihood, "run_count_nll"), args)
         return loss, nll, gradients, values
 
     def nll_gradient(

@@ -158,6 +158,8 @@ def compiled() -> list[Kernel]:
 REGISTERS = (
     (r"count_kernel<double", 255),
     (r"count_kernel", 128),
+    (r"count_mixture_kernel<double", 255),
+    (r"count_mixture_kernel", 128),
     (r"multinomial_kernel<double", 255),
     (r"multinomial_kernel", 128),
     (r"gaussian_mixture_\w+<double", 255),

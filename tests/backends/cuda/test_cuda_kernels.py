@@ -16,6 +16,7 @@ import test_discretized
 import test_extremes
 import test_mixture
 import test_multinomial
+import test_nb_mixture
 import test_posteriors
 import torch
 from cuda_kernels import DTYPES, THREADS, Kernels, NoiseSource, pointer, row_dtype
@@ -664,6 +665,10 @@ def counted(
         logits, target = test_multinomial.make(rows, features, torch.float64)
         target[:, ::7] *= 30
         return [logits.to(dtype)], target
+    if form == "negative_binomial_mixture":
+        values, target = test_nb_mixture.make(rows, features, torch.float64, shared)
+        target = torch.where(torch.rand(target.shape) > 0.5, target, 0.0)
+        return [x.to(dtype) for x in values.values()], target
     inputs = test_counts.make(form, rows, features, torch.float64, shared, zeros=0.8)
     target = inputs.pop("target")
     target[:, ::7] *= 30
@@ -747,7 +752,13 @@ def test_count_targets_of_any_dtype_and_layout_equal_float32(
 
 
 @pytest.mark.parametrize(
-    "form", ["negative_binomial", "zero_inflated_negative_binomial_logits", "multinomial"]
+    "form",
+    [
+        "negative_binomial",
+        "zero_inflated_negative_binomial_logits",
+        "negative_binomial_mixture",
+        "multinomial",
+    ],
 )
 def test_sparse_counts_at_invalid_positions_give_nan_in_their_row(kernels: Kernels, form: str) -> None:
     """Columns out of range, out of order or given twice, and rows that end before they begin or after the values."""
@@ -795,7 +806,9 @@ def test_counts_serve_the_same_row_of_every_draw(kernels: Kernels, form: str, sp
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("form", ["negative_binomial", "zero_inflated_negative_binomial"])
+@pytest.mark.parametrize(
+    "form", ["negative_binomial", "zero_inflated_negative_binomial", "negative_binomial_mixture"]
+)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shared", [True, False], ids=["feature", "element"])
 def test_count_elements_sum_to_the_rows(

@@ -51,6 +51,13 @@ struct Buffer {
     }
     return *this;
   }
+  void make_positive() {
+    for (int64_t i = 0; i < count; ++i) {
+      const float x = std::exp(static_cast<float>(get(i)));
+      if (type == DType::f32) static_cast<float*>(data())[i] = x;
+      else static_cast<__nv_bfloat16*>(data())[i] = __float2bfloat16_rn(x);
+    }
+  }
   template <class View>
   View view(int64_t size) {
     return {data(), type, size, size, 0};
@@ -343,6 +350,53 @@ void items(std::mt19937& random, DType type, int64_t rows, int64_t features, int
   check(multinomial(args, nullptr) == cudaSuccess, "multinomial with weights", rows, features);
 }
 
+// A mixture of negative binomials with every gradient, and a target that is dense or sparse.
+void proteins(std::mt19937& random, DType type, int64_t rows, int64_t features, int64_t shift, bool shared, bool sparse) {
+  Scratch scratch;
+  const int64_t cells = rows * features, dispersions = shared ? features : cells;
+  Buffer mean(type, cells, shift), mean2(type, cells, shift), dispersion(type, dispersions, shift), mixing(type, cells, shift);
+  Buffer d_mean(type, cells, shift), d_mean2(type, cells, shift), d_dispersion(type, dispersions), d_mixing(type, cells);
+  Buffer nll(DType::f32, rows), loss(DType::f32, 1), factors(DType::f32, rows);
+  for (auto* positive : {&mean, &mean2, &dispersion}) positive->fill(random).make_positive();
+  mixing.fill(random), factors.fill(random);
+  Counts target(random, rows, features);
+  CountArgs args;
+  args.rows = rows, args.size = features, args.shared_dispersion = shared;
+  args.params[0] = mean.view<Operand>(features), args.params[1] = dispersion.view<Operand>(features);
+  args.params[kSecondMean] = mean2.view<Operand>(features), args.params[kMixtureLogits] = mixing.view<Operand>(features);
+  args.grads[0] = d_mean.view<Result>(features), args.grads[kSecondMean] = d_mean2.view<Result>(features);
+  args.grads[kMixtureLogits] = d_mixing.view<Result>(features);
+  if (shared) args.params[1].row_stride = 0, args.shared_gradient = d_dispersion.output();
+  else args.grads[1] = d_dispersion.view<Result>(features);
+  target.pass_to(args, sparse);
+  args.nll = nll.output(), args.loss = loss.output(), args.reduced = true;
+  args.workspace = scratch.of(count_mixture_scratch(args));
+  check(count_mixture(args, nullptr) == cudaSuccess, "count_mixture", rows, features);
+  double all = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    double sum = 0;
+    for (int64_t g = 0; g < features; ++g) {
+      const int64_t i = r * features + g;
+      const double t = target.dense[i], theta = dispersion.get(shared ? g : i), p = 1 / (1 + std::exp(-mixing.get(i)));
+      const auto mass = [&](double mu) {
+        return std::exp(std::lgamma(t + theta) - std::lgamma(theta) - std::lgamma(t + 1) - theta * std::log1p(mu / theta) +
+                        t * std::log(mu / (theta + mu)));
+      };
+      sum -= std::log(p * mass(mean.get(i)) + (1 - p) * mass(mean2.get(i)));
+    }
+    check(near(nll.get(r), sum, 1e-4), "a row of proteins", rows, features);
+    all += sum;
+  }
+  check(near(loss.get(0), all, 1e-4), "the loss of proteins", rows, features);
+  args.loss = args.nll = {};
+  args.grad_nll = factors.numbers();
+  args.workspace = scratch.of(count_mixture_scratch(args));
+  check(count_mixture(args, nullptr) == cudaSuccess, "count_mixture", rows, features);
+  Buffer weight(DType::f32, cells);
+  args.weights = weights_of(weight, features);
+  check(count_mixture(args, nullptr) == cudaSuccess, "count_mixture with weights", rows, features);
+}
+
 // Mixtures of Gaussians, jointly and in each dimension, with weights of components or of points and components, and every gradient.
 void gaussians(std::mt19937& random, DType type, int64_t points, int64_t components, int64_t dims, int64_t shift, bool of_rows) {
   Scratch scratch;
@@ -483,6 +537,9 @@ int main() {
       counts(random, DType::f32, 3, 17, shift, true, sparse);
       counts(random, DType::f32, 5, 520, shift, false, sparse);
       counts(random, DType::bf16, 6, 260, shift, true, sparse);
+      proteins(random, DType::f32, 3, 17, shift, true, sparse);
+      proteins(random, DType::f32, 5, 520, shift, false, sparse);
+      proteins(random, DType::bf16, 6, 260, shift, true, sparse);
       items(random, DType::f32, 9, 20, shift, sparse);
       items(random, DType::f32, 1, 1300, shift, sparse);
       items(random, DType::bf16, 3, 2308, shift, sparse);
