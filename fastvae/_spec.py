@@ -186,7 +186,7 @@ SPECS = (
         integers=COUNTS,
         forms=(MEAN,),
         elementwise=False,
-        lacks=(("native", "cuda"), ("triton", "cpu"), ("triton", "cuda")),
+        lacks=(("triton", "cpu"), ("triton", "cuda")),
     ),
     Spec(
         "multinomial",
@@ -194,7 +194,6 @@ SPECS = (
         tensors=("logits",),
         integers=COUNTS,
         elementwise=False,
-        lacks=(("native", "cuda"),),
     ),
     Spec(
         "categorical",

@@ -13,14 +13,12 @@
 // type. It lists the others, which then occupy its lanes one after the other: small whole counts are computed in the compute type, and
 // the rest, whose terms cancel, in fp64.
 #pragma once
-#include "counts_elements.cuh"
+#include "count_segments.cuh"
 #include "rows.cuh"
 #include "softmax.cuh"
 
 namespace fastvae::cuda {
 
-constexpr int kSegment = 256;  // the number of features that a warp computes at a time
-constexpr int kQuads = kSegment / (kWarp * kQuad);
 constexpr int kLong = 4;  // segments of an item of phase 3
 
 template <class T>
@@ -46,75 +44,8 @@ struct CountPlan {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------------------
-// Positions
-// ---------------------------------------------------------------------------------------------------------------------------------
-
-// The first of the positions from `first` to `last` whose column is at least `column`, found by a warp. If columns are out of order, it
-// is some position, and the same one in every call.
-FASTVAE_DEVICE int64_t lower_bound(const int64_t* columns, int64_t first, int64_t last, int64_t column) {
-  const int lane = threadIdx.x % kWarp;
-  while (first < last) {
-    const int64_t step = (last - first + kWarp - 1) / kWarp, probe = first + lane * step;
-    const bool below = probe < last && __ldg(reinterpret_cast<const long long*>(columns) + probe) < column;
-    const int n = __popc(__ballot_sync(0xffffffff, below));
-    if (n == 0) return first;
-    const int64_t end = first + n * step;
-    first += (n - 1) * step + 1;
-    last = end < last ? end : last;
-  }
-  return first;
-}
-
-// The stored values of a row in the columns from `begin` to `begin + count`.
-struct Stored {
-  int64_t first = 0, last = 0;
-  bool valid = true;  // false if the row's positions are out of range or out of order here
-
-  FASTVAE_DEVICE Stored() {}
-  // Sets the bit of each column whose value is not zero in `bits`, of which a warp has kSegment.
-  FASTVAE_DEVICE Stored(const CountArgs& args, int64_t row, int64_t begin, uint32_t count, uint32_t* bits) {
-    const int lane = threadIdx.x % kWarp;
-    const int64_t start = __ldg(reinterpret_cast<const long long*>(args.starts) + row),
-                  end = __ldg(reinterpret_cast<const long long*>(args.starts) + row + 1);
-    valid = start >= 0 && start <= end && end <= args.stored;
-    if (valid) {
-      // Each position of the row lies in the range of one segment, whatever its column is.
-      first = begin == 0 ? start : lower_bound(args.columns, start, end, begin);
-      last = begin + count == args.size ? end : lower_bound(args.columns, start, end, begin + count);
-      valid = first <= last && last - first <= count;
-    }
-    if (lane < kSegment / 32) bits[lane] = 0;
-    __syncwarp();
-    bool good = true;
-    for (int64_t i = first + lane; valid && i < last; i += kWarp) {
-      const int64_t column = args.columns[i];
-      const bool inside = column >= begin && column < begin + count && (i == first || args.columns[i - 1] < column);
-      good &= inside;
-      if (inside && load_count<float>(static_cast<const char*>(args.target.data), args.target.type, i) != 0) {
-        const int g = static_cast<int>(column - begin);
-        atomicOr(&bits[g / 32], 1u << g % 32);
-      }
-    }
-    __syncwarp();
-    if (__ballot_sync(0xffffffff, !good)) valid = false;
-    if (!valid) first = last = 0;
-  }
-};
-
-// ---------------------------------------------------------------------------------------------------------------------------------
 // The phases
 // ---------------------------------------------------------------------------------------------------------------------------------
-
-template <class C>
-FASTVAE_DEVICE C weight_of_row(const CountArgs& args, int64_t row) {
-  if (!args.grad_loss.data && !args.grad_nll.data) return static_cast<C>(args.weight);
-  return static_cast<C>(row_factor(args.grad_loss, args.grad_nll, args.weight, row));
-}
-
-template <class C>
-FASTVAE_DEVICE C warp_sum(C value) {
-  return group_sum(value, kWarp, static_cast<C*>(nullptr));
-}
 
 // What the blocks leave each other.
 template <class C>

@@ -174,6 +174,18 @@ FASTVAE_DEVICE uint32_t computed_here(uint32_t x) {
 #endif
   return x;
 }
+FASTVAE_DEVICE double computed_here(double x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("mov.f64 %0, %0;" : "+d"(x));
+#endif
+  return x;
+}
+FASTVAE_DEVICE int64_t computed_here(int64_t x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("mov.u64 %0, %0;" : "+l"(x));
+#endif
+  return x;
+}
 template <class P>
 FASTVAE_DEVICE P* computed_here(P* x) {
 #ifdef __CUDA_ARCH__

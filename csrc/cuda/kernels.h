@@ -14,7 +14,8 @@ using cpu::Operand;
 using cpu::Result;
 using cpu::Weights;
 using cpu::kMaxConstants;
-using cpu::kMaxParams;
+
+constexpr int kMaxParams = 4;  // of one likelihood, a mixture of negative binomials
 
 // One fp32 or fp64 number per row, `stride` elements apart (0 if all rows share one), or a single number of any floating-point type. Null
 // data means that none is given.
@@ -89,8 +90,13 @@ struct CategoricalArgs : NllArgs {
 // the likelihood is zero-inflated, the logits of zero inflation; null data if it is not. If `raw`, they are logits, from which the mean is
 // library[row] * softmax(logits), and the logarithm of the dispersion. size = the number of features.
 //
+// The multinomial has logits only, in params[0], and is neither. A mixture of negative binomials has in params the mean, the dispersion, the
+// logits of the mixture (params[kMixtureLogits]) and the mean of the second component (params[kSecondMean]).
+//
 // A dispersion with the row_stride 0 and `shared_dispersion` is shared by all rows, and has a type of its own. Its gradient is a sum over
 // rows, `shared_gradient` of shape (size,), and grads[1] has null data. grads are dense; they have the type of params[0], or that of the rows.
+constexpr int kMixtureLogits = 2, kSecondMean = 3;
+
 struct CountArgs : NllArgs {
   bool raw = false, shared_dispersion = false;
   Numbers library;  // of any floating-point type
@@ -216,6 +222,8 @@ int64_t nll_scratch(const NllArgs&);
 int64_t mixture_scratch(const MixtureArgs&);
 int64_t categorical_scratch(const CategoricalArgs&);
 int64_t count_scratch(const CountArgs&);
+int64_t count_mixture_scratch(const CountArgs&);
+int64_t multinomial_scratch(const CountArgs&);
 int64_t nll_backward_scratch(const NllBackwardArgs&);
 int64_t sample_scratch(const SampleArgs&);
 int64_t gaussian_mixture_scratch(const GaussianMixtureValueArgs&);
@@ -225,6 +233,8 @@ cudaError_t nll(const NllArgs&, cudaStream_t stream);
 cudaError_t mixture(const MixtureArgs&, cudaStream_t stream);
 cudaError_t categorical(const CategoricalArgs&, cudaStream_t stream);
 cudaError_t count_nll(const CountArgs&, cudaStream_t stream);
+cudaError_t count_mixture(const CountArgs&, cudaStream_t stream);
+cudaError_t multinomial(const CountArgs&, cudaStream_t stream);
 cudaError_t nll_backward(const NllBackwardArgs&, cudaStream_t stream);
 cudaError_t sample(const SampleArgs&, cudaStream_t stream);
 cudaError_t sample_grad(const SampleGradArgs&, cudaStream_t stream);

@@ -27,11 +27,11 @@ FASTVAE_HD V is_near(V n1, V n2, V pi) {
 template <class V>
 FASTVAE_HD MixedTerm<V> mixed_near(V n1, V n2, V pi) {
   using P = Primitives<V>;
-  const V e = P::exp_bounded(P::neg_abs(pi)), inverse = V(1) / (V(1) + e), rest = e * inverse;
+  const V e = P::exp_bounded(P::neg_abs(pi)), inverse = P::divide(V(1), V(1) + e), rest = e * inverse;
   const auto negative = P::less(pi, V(0));
   const V p1 = P::select(negative, rest, inverse), p2 = P::select(negative, inverse, rest);
   const auto first = P::exp_pair(P::neg(n1)), second = P::exp_pair(P::neg(n2));
-  const V part1 = p1 * first.exp, part2 = p2 * second.exp, per = V(1) / (part1 + part2);
+  const V part1 = p1 * first.exp, part2 = p2 * second.exp, per = P::divide(V(1), part1 + part2);
   const V missing = P::neg(P::fma(p1, first.minus_1, p2 * second.minus_1));
   // exp(-n2) - exp(-n1): where both are small, they have more digits than their differences to 1.
   const V difference = P::select(P::less(V(0.5f), P::minimum(n1, n2)), second.exp - first.exp, second.minus_1 - first.minus_1);

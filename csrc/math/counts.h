@@ -278,16 +278,23 @@ FASTVAE_HD CountTerm<V> negative_binomial_positive(V t, V mu, V log_mu, V theta,
   return term;
 }
 
-// -log Poisson(t; mu) of any count t > 0. The logarithm of mu is given as well, because mu may have underflowed. The formula for large t
-// is that of PoissonRate.
+// -log Poisson(t; mu) for t >= kStirlingFrom. The logarithm of mu is given as well, because mu may have underflowed. The formula is that of
+// PoissonRate.
+template <class V>
+FASTVAE_HD V poisson_large(V t, V mu, V log_mu) {
+  using P = Primitives<V>;
+  const V log_t = P::log(t), d = mu - t, e = d / t, s = e / (V(2) + e), square = s * s;
+  const V near = t * (s * P::fnma(square, log1p_series(square), e)), far = P::fnma(t, log_mu - log_t, d);
+  const V rest = P::fma(V(0.5), log_t, V(kHalfLogTwoPi) + log_gamma_rest(V(1) / t));
+  return P::select(P::less(P::abs(e), V(0.5)), near, far) + rest;
+}
+
+// The same for any count t > 0.
 template <class V>
 FASTVAE_HD V poisson_positive(V t, V mu, V log_mu) {
   using P = Primitives<V>;
   const auto small = P::less(t, V(kStirlingFrom));
-  const V n = P::select(small, V(kStirlingFrom), t), log_n = P::log(n), d = mu - n, e = d / n, s = e / (V(2) + e), square = s * s;
-  const V near = n * (s * P::fnma(square, log1p_series(square), e)), far = P::fnma(n, log_mu - log_n, d);
-  const V rest = P::fma(V(0.5), log_n, V(kHalfLogTwoPi) + log_gamma_rest(V(1) / n));
-  const V of_large = P::select(P::less(P::abs(e), V(0.5)), near, far) + rest;
+  const V of_large = poisson_large(P::select(small, V(kStirlingFrom), t), mu, log_mu);
   if (!P::any(small)) return of_large;
   return P::select(small, P::fnma(t, log_mu, mu) + log_small_factorial(P::select(small, t, V(0))), of_large);
 }

@@ -11,8 +11,6 @@ struct CountForm {
   bool raw;  // the params are logits and the logarithm of the dispersion
   int zero_logits, library;
   int mean2 = -1, mixture_logits = -1;  // of a mixture of negative binomials
-
-  bool has_cuda_kernel() const { return mean2 < 0 && name != "multinomial"; }
 };
 
 const CountForm& count_form(const LikelihoodVariant& variant);

@@ -1,9 +1,19 @@
-// The CUDA side of the negative binomials: the arguments of their kernel.
+// The CUDA side of the negative binomials, their mixture and the multinomial: the arguments of their kernels, and the launch.
 #include "counts_cuda.h"
 
 #include "nll_views.h"
 
 namespace fastvae {
+namespace {
+
+// The place among the kernel's params and grads of params[i], which has a value for each element.
+int place_of(const CountForm& form, int i) {
+  if (i == form.mean2) return cuda::kSecondMean;
+  if (i == form.mixture_logits) return cuda::kMixtureLogits;
+  return i == form.zero_logits ? 2 : i;
+}
+
+}  // namespace
 
 void fill_count_inputs(cuda::CountArgs& counts, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target,
                        at::ArrayRef<double> constants, const OptionalTensor& weight, Tensors& kept) {
@@ -14,11 +24,15 @@ void fill_count_inputs(cuda::CountArgs& counts, const LikelihoodVariant& variant
   counts.rows = params[0].size(0);
   counts.size = params[0].size(1);
   counts.raw = form.raw;
-  counts.shared_dispersion = params[1].dim() == 1;
   counts.params[0] = operand(keep(dense_rows(params[0], order)));
-  const Tensor& dispersion = keep(counts.shared_dispersion ? params[1].contiguous() : dense_rows(params[1], order));
-  counts.params[1] = {dispersion.const_data_ptr(), dtype_of(dispersion), counts.shared_dispersion ? 0 : dispersion.stride(0), counts.size, 0};
-  if (form.zero_logits >= 0) counts.params[2] = operand(keep(dense_rows(params[form.zero_logits], order)));
+  if (variant.tensors > 1) {
+    counts.shared_dispersion = params[1].dim() == 1;
+    const Tensor& dispersion = keep(counts.shared_dispersion ? params[1].contiguous() : dense_rows(params[1], order));
+    const int64_t stride = counts.shared_dispersion ? 0 : dispersion.stride(0);
+    counts.params[1] = {dispersion.const_data_ptr(), dtype_of(dispersion), stride, counts.size, 0};
+  }
+  for (int i = 2; i < variant.tensors; ++i)
+    if (i != form.library) counts.params[place_of(form, i)] = operand(keep(dense_rows(params[i], order)));
   if (form.library >= 0) {
     const Tensor& library = params[form.library];
     counts.library = {library.const_data_ptr(), dtype_of(library), library.stride(0)};
@@ -39,6 +53,10 @@ void fill_count_inputs(cuda::CountArgs& counts, const LikelihoodVariant& variant
   counts.target_rows = repeated_rows(starts.size(0) - 1, counts.rows);
 }
 
+cuda::Result& grad_of(cuda::CountArgs& counts, const LikelihoodVariant& variant, int i) {
+  return counts.grads[place_of(count_form(variant), i)];
+}
+
 Tensors fill_counts(cuda::CountArgs& counts, const LikelihoodVariant& variant, at::TensorList params, const Tensor& target,
                     at::ArrayRef<double> constants, int64_t needs, const OptionalTensor& weight, Tensors& kept) {
   fill_count_inputs(counts, variant, params, target, constants, weight, kept);
@@ -52,15 +70,21 @@ Tensors fill_counts(cuda::CountArgs& counts, const LikelihoodVariant& variant, a
       (i == 1 ? counts.shared_gradient : counts.library_gradient) = output(gradients.back());
     } else {
       gradients.push_back(pooled_empty(lead.sizes(), lead));
-      counts.grads[i == form.zero_logits ? 2 : i] = result(gradients.back());
+      grad_of(counts, variant, i) = result(gradients.back());
     }
   }
-  if (form.raw && needs & 1) {
+  if (form.library >= 0 && needs & 1) {
     const auto type = row_dtype(lead.scalar_type());
     counts.log_mean_grads =
         lead.scalar_type() == type ? counts.grads[0] : result(kept.emplace_back(uninitialized(lead.sizes(), lead.options().dtype(type))));
   }
   return gradients;
+}
+
+void launch_counts(cuda::CountArgs& counts, const LikelihoodVariant& variant, const OnDevice& device) {
+  if (count_form(variant).mean2 >= 0) launch(counts, cuda::count_mixture_scratch, cuda::count_mixture, device);
+  else if (variant.tensors > 1) launch(counts, cuda::count_scratch, cuda::count_nll, device);
+  else launch(counts, cuda::multinomial_scratch, cuda::multinomial, device);
 }
 
 }  // namespace fastvae

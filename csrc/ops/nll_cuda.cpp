@@ -78,8 +78,6 @@ Tensors fill(Args& args, const OnDevice& device, const LikelihoodVariant& varian
       case Family::discretized: gradients = fill_discretized(args, variant, params, target, constants, needs, weight, kept); break;
       case Family::categorical: gradients = fill_categorical(args, params[0], target, constants, needs, weight, kept); break;
       case Family::counts:
-        TORCH_CHECK_NOT_IMPLEMENTED(count_form(variant).has_cuda_kernel(), "fastvae: there is no CUDA kernel of ", std::string(variant.name),
-                                    " yet; fastvae.set_backend(\"auto\") takes what there is");
         gradients = fill_counts(args.emplace<cuda::CountArgs>(), variant, params, target, constants, needs, weight, kept);
         break;
       case Family::continuous: break;  // all of this family are elementwise
@@ -89,11 +87,11 @@ Tensors fill(Args& args, const OnDevice& device, const LikelihoodVariant& varian
   return gradients;
 }
 
-void launch(Args& args, const OnDevice& device) {
+void launch(Args& args, const LikelihoodVariant& variant, const OnDevice& device) {
   if (auto* mixture = std::get_if<cuda::MixtureArgs>(&args)) launch(*mixture, cuda::mixture_scratch, cuda::mixture, device);
   else if (auto* positions = std::get_if<cuda::CategoricalArgs>(&args))
     launch(*positions, cuda::categorical_scratch, cuda::categorical, device);
-  else if (auto* counts = std::get_if<cuda::CountArgs>(&args)) launch(*counts, cuda::count_scratch, cuda::count_nll, device);
+  else if (auto* counts = std::get_if<cuda::CountArgs>(&args)) launch_counts(*counts, variant, device);
   else launch(common(args), cuda::nll_scratch, cuda::nll, device);
 }
 
@@ -123,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensor> nll_forward_cuda(std::string_view li
   args.reduced = reduction != kNone;
   args.kl = numbers(kl, "kl");
   if (kl && beta) args.beta = number(*beta, "beta");
-  launch(of_family, device);
+  launch(of_family, variant, device);
   return {loss, nll, std::move(gradients), scalar_rows};
 }
 
@@ -140,7 +138,7 @@ Tensors nll_gradient_cuda(std::string_view likelihood, at::TensorList params, co
   Tensors gradients = fill(of_family, device, variant, params, target, constants, reduction, needs, weight, kept);
   common(of_family).grad_loss = numbers(grad_loss, "grad_loss");
   common(of_family).grad_nll = numbers(grad_nll, "grad_nll");
-  launch(of_family, device);
+  launch(of_family, variant, device);
   return gradients;
 }
 

@@ -39,15 +39,13 @@ std::tuple<Tensor, Tensors> elements_forward_cuda(std::string_view likelihood, a
     args.weight = factor;
     launch(args, cuda::nll_scratch, cuda::nll, device);
   } else {
-    TORCH_CHECK_NOT_IMPLEMENTED(count_form(variant).has_cuda_kernel(), "fastvae: there is no CUDA kernel of ", std::string(variant.name),
-                                " yet; fastvae.set_backend(\"auto\") takes what there is");
     cuda::CountArgs args;
     fill_count_inputs(args, variant, params, target, constants, weight, kept);
     for (int i = 0; i < variant.tensors; ++i)
-      if (needs >> i & 1) args.grads[i] = result(*derivative++);
+      if (needs >> i & 1) grad_of(args, variant, i) = result(*derivative++);
     args.values = result(values);
     args.weight = factor;
-    launch(args, cuda::count_scratch, cuda::count_nll, device);
+    launch_counts(args, variant, device);
   }
   return {std::move(values), std::move(derivatives)};
 }

@@ -37,6 +37,7 @@ HELPERS = (
     "test_extremes",
     "test_mixture",
     "test_multinomial",
+    "test_nb_mixture",
     "test_noise",
     "test_values",
     "test_weight",

@@ -170,18 +170,22 @@ def test_nll_equals_50_digits(backend: str, dtype: torch.dtype) -> None:
     """Dispersions from 1e-4 to 1e8, counts to 1e6, logits to 100, and means that nearly agree.
 
     Both sides start from the same numbers. An error of a value is allowed to be that of its terms, and one of a
-    gradient that of the logarithm of the share by which it is multiplied, because both components may be far off.
+    gradient that of the logarithm of the share by which it is multiplied, because both components may be far off. For
+    small counts, float32 kernels compute it in float32: its error is that of a component's nll.
     """
     inputs, target, exact, slopes = truths(dtype)
     leaves = leaves_of(inputs)
     value = negative_binomial_mixture_nll(**leaves, target=target, reduction="none")
     _, found = with_gradients(value, leaves)
     rough, last = (1e-11, 1e-15) if dtype == torch.float64 else (5e-6, 3e-7)
-    assert ((value.double() - exact).abs() <= 0.1 * rough * exact.abs()).all()
+    assert ((value.double() - exact).abs() <= 0.15 * rough * exact.abs()).all()
     apart = 1 + (target.double() + leaves["mean1"] + leaves["mean2"]).detach().double()
+    terms = 1e-14 * apart
+    if dtype == torch.float32:
+        terms = torch.where(target < 8, 1e-7 * apart.clamp(max=64), terms)
     for name in NAMES:
         error = (found[name].double() - slopes[name]).abs()
-        allowed = slopes[name].abs() * (rough + 1e-14 * apart)
+        allowed = slopes[name].abs() * (rough + terms)
         if name == "inverse_dispersion":  # a sum of terms of both signs
             allowed = allowed + 1e-15 * (target > 0) / inputs[name].double()
         if name == "mixture_logits":  # the difference of two probabilities, which have the errors of values
@@ -523,14 +527,11 @@ def test_validate_accepts_valid_inputs(backend: str) -> None:
     assert torch.equal(negative_binomial_mixture_nll(**inputs, target=target, validate=True), want)
 
 
-@pytest.mark.parametrize("name", ["native", "triton"])
-def test_gpu_uses_the_reference_with_a_warning(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither backend has a kernel for CUDA tensors, so the CUDA kernels' substitute is not Triton."""
+def test_triton_leaves_it_to_the_reference_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "_fallbacks_warned", set())
-    monkeypatch.setattr(choose, "serve", lambda *_: pytest.fail("Triton was chosen"))
-    assert MIXTURE in choose.LIKELIHOODS_LACKING[name, "cuda"]
+    assert MIXTURE in choose.LIKELIHOODS_LACKING["triton", "cuda"]
     with pytest.warns(RuntimeWarning, match="reference for the likelihood 'negative_binomial_mixture'"):
-        assert choose._substitute(name, "cuda", MIXTURE, "nll").name == "reference"
+        assert choose._substitute("triton", "cuda", MIXTURE, "nll").name == "reference"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

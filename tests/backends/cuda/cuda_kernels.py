@@ -136,14 +136,14 @@ class NllArgs(Structure):
         ("element", c_int8),
         ("rows", c_int64),
         ("size", c_int64),
-        ("params", Operand * 3),
+        ("params", Operand * 4),
         ("target", Operand),
         ("target_rows", c_int64),
         ("weights", Weights),
         ("constants", c_double * 5),
         ("normaliser", c_double),
         ("scalar", Numbers),
-        ("grads", Operand * 3),
+        ("grads", Operand * 4),
         ("weight", c_double),
         ("grad_loss", Numbers),
         ("grad_nll", Numbers),
@@ -193,8 +193,8 @@ class NllBackwardArgs(Structure):
     _fields_ = (
         ("rows", c_int64),
         ("size", c_int64),
-        ("gradients", Operand * 3),
-        ("results", Operand * 3),
+        ("gradients", Operand * 4),
+        ("results", Operand * 4),
         ("weight", c_double),
         ("grad_loss", Numbers),
         ("grad_nll", Numbers),
@@ -447,6 +447,8 @@ class Kernels:
             "run_mixture_scratch",
             "run_categorical_scratch",
             "run_count_nll_scratch",
+            "run_count_mixture_scratch",
+            "run_multinomial_scratch",
             "run_sample_scratch",
             "run_gaussian_mixture_scratch",
             "run_gaussian_mixture_grad_scratch",
@@ -634,6 +636,7 @@ class Kernels:
         grad_nll: Tensor | None = None,
         with_gradient: bool = True,
         elements: bool = False,
+        weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
         """Return (loss, nll, gradients, values of the elements); with `grad_nll`, only gradients are computed.
 
@@ -650,7 +653,11 @@ class Kernels:
         names = (
             ("logits", "dispersion", "zi_logits", "library") if raw else ("mean", "dispersion", "zi_logits")
         )
-        if not likelihood.startswith("zero_inflated"):
+        if likelihood == "multinomial":
+            names = ("logits",)
+        elif likelihood == "negative_binomial_mixture":
+            names = ("mean", "dispersion", "mean2", "mixture_logits")
+        elif not likelihood.startswith("zero_inflated"):
             names = tuple(name for name in names if name != "zi_logits")
         for name, param in zip(names, params, strict=True):
             is_shared = name == "dispersion" and param.dim() == 1
@@ -662,7 +669,7 @@ class Kernels:
                 args.library = numbers(param)
                 args.library_gradient = output(gradient if with_gradient else None)
                 continue
-            i = {"dispersion": 1, "zi_logits": 2}.get(name, 0)
+            i = {"dispersion": 1, "zi_logits": 2, "mixture_logits": 2, "mean2": 3}.get(name, 0)
             args.params[i] = operand(param)
             if is_shared:
                 args.shared_dispersion = True
@@ -681,6 +688,7 @@ class Kernels:
             args.starts, args.columns, args.stored = pointer(starts), pointer(columns), target.numel()
             repeated = starts.numel() - 1
             args.target_rows = 0 if repeated == rows else repeated
+        args.weights = weights_of(weight, (args.target_rows or rows, features))
         values = poisoned((rows, features), dtype) if elements else None
         if elements:
             args.values = operand(values)
@@ -688,7 +696,8 @@ class Kernels:
         if grad_nll is None:
             args.nll, args.loss = output(nll), output(loss)
         args.grad_nll = numbers(grad_nll)
-        self._run("run_count_nll", args)
+        kernels = {"multinomial": "run_multinomial", "negative_binomial_mixture": "run_count_mixture"}
+        self._run(kernels.get(likelihood, "run_count_nll"), args)
         return loss, nll, gradients, values
 
     def nll_gradient(

@@ -14,6 +14,8 @@ from typing import Any
 import cases
 import pytest
 import test_mixture
+import test_multinomial
+import test_nb_mixture
 import torch
 from cases import CASES, Case
 from conftest import INTERPRETED
@@ -44,6 +46,7 @@ from test_triton import (
     test_log_probs_equal_the_formula,
     test_manual_seed_and_generator_determine_the_noise,
     test_mixture_nll_of_large_logits_is_accurate,
+    test_multinomial_nll_equals_the_formula,
     test_nan_affects_only_its_row,
     test_nll_of_extremes_is_finite,
     test_nll_of_long_and_many_rows_equals_the_formula,
@@ -98,6 +101,7 @@ SHARED = (
     test_log_probs_equal_the_formula,
     test_graph_replays_draw_fresh_noise,
     test_mixture_nll_of_large_logits_is_accurate,
+    test_multinomial_nll_equals_the_formula,
     test_nll_of_long_and_many_rows_equals_the_formula,
     test_reparameterize_kl_of_long_and_many_rows_equals_the_formula,
     test_nll_of_more_than_2_31_elements_is_correct,
@@ -320,6 +324,45 @@ def test_gaussian_mixture_gives_the_same_bits_every_time(device: torch.device, w
     first, *others = (
         test_mixture.results(functional.gaussian_mixture_log_prob, inputs, "both") for _ in range(5)
     )
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.ids)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("layout", ["dense", "csr"])
+def test_nb_mixture_nll_equals_the_formula(
+    device: torch.device, layout: str, weighted: bool, shared: bool, dtype: torch.dtype
+) -> None:
+    inputs, target = test_nb_mixture.make(3, 1300, dtype, shared)
+    data = (target.to_sparse_csr() if layout == "csr" else target).to(device)
+    inputs, target = {name: x.to(device) for name, x in inputs.items()}, target.to(device)
+    weight = 0.5 + torch.rand(1, 1300, device=device) if weighted else None
+    factors = torch.arange(1.0, 4.0, device=device)
+    found = test_nb_mixture.evaluate(inputs, data, factors, weight=weight)
+    test_nb_mixture.check(found, test_nb_mixture.wanted(inputs, target, factors, weight), dtype)
+    if layout == "dense":
+        elements = functional.negative_binomial_mixture_nll(
+            **inputs, target=target, reduction="none", weight=weight
+        )
+        torch.testing.assert_close(elements.sum(1), found[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["multinomial", "negative_binomial_mixture"])
+@pytest.mark.parametrize("shape", [(3, 200_000), (700, 3000), (20_000, 300)], ids=str)
+def test_counts_give_the_same_bits_every_time(
+    device: torch.device, form: str, shape: tuple[int, int]
+) -> None:
+    """With rows in parts, one for each block, and one for each warp."""
+    if form == "multinomial":
+        logits, target = (x.to(device) for x in test_multinomial.make(*shape))
+        first, *others = (test_multinomial.value_and_gradient(logits, target) for _ in range(4))
+    else:
+        inputs, target = test_nb_mixture.make(*shape)
+        inputs = {name: x.to(device) for name, x in inputs.items()}
+        target = target.to(device)
+        runs = (test_nb_mixture.evaluate(inputs, target) for _ in range(4))
+        first, *others = ((value, *gradients.values()) for value, gradients in runs)
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 

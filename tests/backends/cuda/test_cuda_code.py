@@ -158,6 +158,10 @@ def compiled() -> list[Kernel]:
 REGISTERS = (
     (r"count_kernel<double", 255),
     (r"count_kernel", 128),
+    (r"count_mixture_kernel<double", 255),
+    (r"count_mixture_kernel", 128),
+    (r"multinomial_kernel<double", 255),
+    (r"multinomial_kernel", 128),
     (r"gaussian_mixture_\w+<double", 255),
     (r"gaussian_mixture_", 128),
     (r"categorical_kernel<double", 128),
@@ -197,7 +201,7 @@ def test_kernels_spill_no_registers(compiled: list[Kernel]) -> None:
         assert kernel.registers <= bound, kernel[:6]
         # A multiprocessor has at least 100 KiB, for two blocks of Gaussians, three of logistics, or four of a
         # categorical.
-        is_large = "mixture" in kernel.name or kernel.name.startswith("count_kernel")
+        is_large = "mixture" in kernel.name or kernel.name.startswith(("count_kernel", "multinomial"))
         shared = 24 << 10 if is_large else 3 << 10 if "categorical" in kernel.name else 1024
         if kernel.name.startswith("gaussian_mixture"):
             shared = 46 << 10
@@ -216,8 +220,12 @@ def test_kernels_access_memory_with_128_bits(compiled: list[Kernel]) -> None:
             continue
         seen += 1
         loads, stores = kernel.accesses("LDG"), kernel.accesses("STG")
-        # Four of these use all registers.
-        width = ".64" if re.search(r"Logistic, (half|bf16)", kernel.name) else ".128"
+        # Four of these use all registers, or are a quad.
+        width = (
+            ".64"
+            if re.search(r"Logistic, (half|bf16)|multinomial_kernel<(half|bf16)", kernel.name)
+            else ".128"
+        )
         assert any(width in load for load in loads), (kernel.name, loads)
         assert any(width in store for store in stores), (kernel.name, stores)
     assert seen >= len(ARCHITECTURES) * 40

@@ -15,6 +15,8 @@ import test_counts
 import test_discretized
 import test_extremes
 import test_mixture
+import test_multinomial
+import test_nb_mixture
 import test_posteriors
 import torch
 from cuda_kernels import DTYPES, THREADS, Kernels, NoiseSource, pointer, row_dtype
@@ -640,13 +642,17 @@ def test_categorical_nll_of_an_invalid_class_is_nan(kernels: Kernels) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The negative binomials
+# Counts
 # ---------------------------------------------------------------------------------------------------------------------
 
 COUNT_FORMS = [
     name
     for name, variant in VARIANTS.items()
     if variant.family == "counts" and not variant.element and ("native", "cuda") not in variant.lacks
+]
+# Each form with a dispersion of its own for each element, too, if it has one.
+COUNT_CASES = [
+    (form, shared) for form in COUNT_FORMS for shared in (True, False) if shared or form != "multinomial"
 ]
 COUNT_SHAPES = ((1, 1), (3, 5), (5, 260), (70, 3), (2, 3000), (20, 515))
 
@@ -655,6 +661,14 @@ def counted(
     form: str, rows: int, features: int, dtype: torch.dtype, *, shared: bool
 ) -> tuple[list[Tensor], Tensor]:
     """Return (params, counts), most of which are 0 and a few large."""
+    if form == "multinomial":
+        logits, target = test_multinomial.make(rows, features, torch.float64)
+        target[:, ::7] *= 30
+        return [logits.to(dtype)], target
+    if form == "negative_binomial_mixture":
+        values, target = test_nb_mixture.make(rows, features, torch.float64, shared)
+        target = torch.where(torch.rand(target.shape) > 0.5, target, 0.0)
+        return [x.to(dtype) for x in values.values()], target
     inputs = test_counts.make(form, rows, features, torch.float64, shared, zeros=0.8)
     target = inputs.pop("target")
     target[:, ::7] *= 30
@@ -666,7 +680,7 @@ def count_truth(
 ) -> tuple[Tensor, list[Tensor]]:
     """The nll of each row and the gradients of its sum with `weights`, in float64."""
     leaves = differentiable(*params)
-    constants = [] if form.endswith("_logits") else [eps]
+    constants = [eps] * len(VARIANTS[form].constants)
     _, nll = reference.nll(form, leaves, target.double(), constants, None, None, 1)
     return nll.detach(), list(torch.autograd.grad(nll, leaves, weights.double()))
 
@@ -687,18 +701,17 @@ def check_counts(
         check_gradient(gradient, full, dtype)
 
 
-@pytest.mark.parametrize("form", COUNT_FORMS)
+@pytest.mark.parametrize(("form", "shared"), COUNT_CASES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", COUNT_SHAPES, ids=str)
-@pytest.mark.parametrize("shared", [True, False], ids=["feature", "element"])
 @pytest.mark.parametrize("processors", [1, 3])
 def test_count_nll_equals_the_reference(
-    kernels: Kernels, form: str, dtype: torch.dtype, shape: tuple[int, int], shared: bool, processors: int
+    kernels: Kernels, form: str, shared: bool, dtype: torch.dtype, shape: tuple[int, int], processors: int
 ) -> None:
     """With one block or several, and with several rows for each warp."""
     kernels.processors = processors
     params, target = counted(form, *shape, dtype, shared=shared)
-    eps = 0.0 if form.endswith("_logits") else 1e-3
+    eps = 1e-3 if VARIANTS[form].constants else 0.0
     runs = [kernels.counts(form, params, target.float(), eps=eps, reduction=1) for _ in range(2)]
     loss, nll, gradients, _ = runs[0]
     want = count_truth(form, params, target, torch.ones(shape[0]), eps)
@@ -738,7 +751,15 @@ def test_count_targets_of_any_dtype_and_layout_equal_float32(
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("form", ["negative_binomial", "zero_inflated_negative_binomial_logits"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "negative_binomial",
+        "zero_inflated_negative_binomial_logits",
+        "negative_binomial_mixture",
+        "multinomial",
+    ],
+)
 def test_sparse_counts_at_invalid_positions_give_nan_in_their_row(kernels: Kernels, form: str) -> None:
     """Columns out of range, out of order or given twice, and rows that end before they begin or after the values."""
     params, target = counted(form, 3, 600, torch.float32, shared=True)
@@ -785,7 +806,9 @@ def test_counts_serve_the_same_row_of_every_draw(kernels: Kernels, form: str, sp
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("form", ["negative_binomial", "zero_inflated_negative_binomial"])
+@pytest.mark.parametrize(
+    "form", ["negative_binomial", "zero_inflated_negative_binomial", "negative_binomial_mixture"]
+)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shared", [True, False], ids=["feature", "element"])
 def test_count_elements_sum_to_the_rows(
@@ -800,6 +823,44 @@ def test_count_elements_sum_to_the_rows(
     for derivative, gradient in zip(derivatives, gradients, strict=True):
         assert derivative.dtype == row_dtype(params[0])
         check_gradient(gradient, derivative.sum(0) if gradient.dim() == 1 else derivative, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (70, 3), (3, 600), (2, 3000)], ids=str)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
+@pytest.mark.parametrize("processors", [1, 3])
+def test_weighted_multinomial_nll_equals_the_formula(
+    kernels: Kernels, dtype: torch.dtype, shape: tuple[int, int], sparse: bool, processors: int
+) -> None:
+    """Features of weight 0 are left out, whatever there is in their place; a row has none, and another no counts."""
+    kernels.processors = processors
+    logits, target = test_multinomial.make(*shape, dtype)
+    weight = (torch.rand(shape) > 0.3) * (0.5 + torch.rand(shape))
+    weight[:1] += 0.25
+    if shape[0] > 2:
+        target[1], weight[2] = 0, 0
+    removed = weight == 0
+    poison = (
+        torch.tensor([math.nan, math.inf, -math.inf]).repeat(logits.numel())[: logits.numel()].view(shape)
+    )
+    given = torch.where(removed, poison.to(dtype), logits)
+    data, positions = (torch.where(removed, poison.to(dtype), target) if not sparse else target), None
+    if sparse:
+        csr = target.to_sparse_csr()
+        positions, data = (csr.crow_indices(), csr.col_indices()), csr.values()
+    loss, nll, (gradient,), _ = kernels.counts(
+        "multinomial", [given], data, positions=positions, weight=weight
+    )
+    close(loss, nll.double().sum(), 1e-6)
+    assert gradient[removed].count_nonzero() == 0
+    for row in range(shape[0]):
+        kept = ~removed[row]
+        parts = (x[row : row + 1, kept] for x in (logits, target, weight))
+        want = test_multinomial.formula(*parts)
+        test_multinomial.check(nll[row : row + 1], gradient[row : row + 1, kept], want, torch.ones(1))
+    if shape[0] > 2:
+        assert nll[1:3].tolist() == [0, 0]
+        assert gradient[1:3].count_nonzero() == 0
 
 
 @pytest.mark.slow

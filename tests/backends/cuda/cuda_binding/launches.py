@@ -122,7 +122,10 @@ def test_a_step_copies_and_fills_nothing(likelihood: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [2, 600])
-@pytest.mark.parametrize("likelihood", ["mixture", "logistic", "categorical", "counts", "sparse counts"])
+@pytest.mark.parametrize(
+    "likelihood",
+    ["mixture", "logistic", "categorical", "counts", "sparse counts", "multinomial", "count mixture"],
+)
 def test_what_shares_more_than_an_element_takes_no_more_launches(likelihood: str, rows: int) -> None:
     levels = torch.randint(0, 256, (rows, 3, 5, 7), dtype=torch.uint8)
     modules = fastvae.likelihoods
@@ -132,6 +135,12 @@ def test_what_shares_more_than_an_element_takes_no_more_launches(likelihood: str
     module, recon, target = {
         "counts": (zinb, decoded, counts),
         "sparse counts": (zinb, decoded, counts.to_sparse_csr()),
+        "count mixture": (
+            modules.NegativeBinomialMixture(300),
+            (leaf(rows, 300).exp(), leaf(rows, 300).exp(), leaf(rows, 300)),
+            counts,
+        ),
+        "multinomial": (modules.Multinomial(300), decoded[0], counts),
         "mixture": (modules.DiscretizedLogisticMixture(10), leaf(rows, 100, 5, 7), levels),
         "logistic": (modules.DiscretizedLogistic(), leaf(rows, 6, 5, 7), levels),
         "categorical": (modules.Categorical(), leaf(rows, 5, 300), torch.randint(0, 300, (rows, 5))),

@@ -25,6 +25,8 @@ int64_t run_nll_scratch(const NllArgs* args) { return nll_scratch(*args); }
 int64_t run_mixture_scratch(const MixtureArgs* args) { return mixture_scratch(*args); }
 int64_t run_categorical_scratch(const CategoricalArgs* args) { return categorical_scratch(*args); }
 int64_t run_count_nll_scratch(const CountArgs* args) { return count_scratch(*args); }
+int64_t run_count_mixture_scratch(const CountArgs* args) { return count_mixture_scratch(*args); }
+int64_t run_multinomial_scratch(const CountArgs* args) { return multinomial_scratch(*args); }
 int64_t run_nll_backward_scratch(const NllBackwardArgs* args) { return nll_backward_scratch(*args); }
 int64_t run_sample_scratch(const SampleArgs* args) { return sample_scratch(*args); }
 int64_t run_gaussian_mixture_scratch(const GaussianMixtureValueArgs* args) { return gaussian_mixture_scratch(*args); }
@@ -35,6 +37,8 @@ int run_nll(const NllArgs* args) { return nll(*args, nullptr); }
 int run_mixture(const MixtureArgs* args) { return mixture(*args, nullptr); }
 int run_categorical(const CategoricalArgs* args) { return categorical(*args, nullptr); }
 int run_count_nll(const CountArgs* args) { return count_nll(*args, nullptr); }
+int run_count_mixture(const CountArgs* args) { return count_mixture(*args, nullptr); }
+int run_multinomial(const CountArgs* args) { return multinomial(*args, nullptr); }
 int run_nll_backward(const NllBackwardArgs* args) { return nll_backward(*args, nullptr); }
 int run_sample(const SampleArgs* args) { return sample(*args, nullptr); }
 int run_sample_grad(const SampleGradArgs* args) { return sample_grad(*args, nullptr); }

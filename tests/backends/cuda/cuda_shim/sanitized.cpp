@@ -51,6 +51,13 @@ struct Buffer {
     }
     return *this;
   }
+  void make_positive() {
+    for (int64_t i = 0; i < count; ++i) {
+      const float x = std::exp(static_cast<float>(get(i)));
+      if (type == DType::f32) static_cast<float*>(data())[i] = x;
+      else static_cast<__nv_bfloat16*>(data())[i] = __float2bfloat16_rn(x);
+    }
+  }
   template <class View>
   View view(int64_t size) {
     return {data(), type, size, size, 0};
@@ -235,6 +242,28 @@ void words(std::mt19937& random, DType type, int64_t rows, int64_t positions, in
   check(categorical(args, nullptr) == cudaSuccess, "categorical with weights", rows, size);
 }
 
+// Counts of which most are 0, as float32 whose memory ends at the last of them.
+struct Counts {
+  int64_t features;
+  std::vector<float> dense, values;
+  std::vector<int64_t> starts{0}, columns;
+
+  Counts(std::mt19937& random, int64_t rows, int64_t features) : features(features), dense(rows * features) {
+    for (int64_t i = 0; i < rows * features; ++i) {
+      if (random() % 4 == 0) dense[i] = static_cast<float>(random() % 12);
+      if (dense[i] != 0) values.push_back(dense[i]), columns.push_back(i % features);
+      if (i % features == features - 1) starts.push_back(static_cast<int64_t>(values.size()));
+    }
+    values.shrink_to_fit(), starts.shrink_to_fit(), columns.shrink_to_fit();
+  }
+  void pass_to(CountArgs& args, bool sparse) {
+    args.target = {dense.data(), DType::f32, features, features, 0};
+    if (!sparse) return;
+    args.target = {values.data(), DType::f32, 1, 1, 0};
+    args.starts = starts.data(), args.columns = columns.data(), args.stored = static_cast<int64_t>(values.size());
+  }
+};
+
 // Zero-inflated counts by their logits, with every gradient, and a target that is dense or sparse.
 void counts(std::mt19937& random, DType type, int64_t rows, int64_t features, int64_t shift, bool shared, bool sparse) {
   Scratch scratch;
@@ -244,13 +273,7 @@ void counts(std::mt19937& random, DType type, int64_t rows, int64_t features, in
   Buffer nll(DType::f32, rows), loss(DType::f32, 1), log_grads(DType::f32, cells), factors(DType::f32, rows);
   logits.fill(random), dispersion.fill(random), zeros.fill(random), factors.fill(random);
   for (int64_t r = 0; r < rows; ++r) static_cast<float*>(library.data())[r] = static_cast<float>(features);
-  std::vector<float> target(cells), values;
-  std::vector<int64_t> starts{0}, columns;
-  for (int64_t i = 0; i < cells; ++i) {
-    if (random() % 4 == 0) target[i] = static_cast<float>(random() % 12);
-    if (target[i] != 0) values.push_back(target[i]), columns.push_back(i % features);
-    if (i % features == features - 1) starts.push_back(static_cast<int64_t>(values.size()));
-  }
+  Counts target(random, rows, features);
   CountArgs args;
   args.rows = rows, args.size = features, args.raw = true, args.shared_dispersion = shared;
   args.params[0] = logits.view<Operand>(features), args.params[1] = dispersion.view<Operand>(features);
@@ -260,12 +283,7 @@ void counts(std::mt19937& random, DType type, int64_t rows, int64_t features, in
   else args.grads[1] = d_dispersion.view<Result>(features);
   args.library_gradient = d_library.output();
   args.log_mean_grads = type == DType::f32 ? args.grads[0] : log_grads.view<Result>(features);
-  args.target = {target.data(), DType::f32, features, features, 0};
-  if (sparse) {
-    const auto stored = static_cast<int64_t>(values.size());
-    args.target = {values.data(), DType::f32, 1, 1, 0};
-    args.starts = starts.data(), args.columns = columns.data(), args.stored = stored;
-  }
+  target.pass_to(args, sparse);
   args.nll = nll.output(), args.loss = loss.output(), args.reduced = true;
   args.workspace = scratch.of(count_scratch(args));
   check(count_nll(args, nullptr) == cudaSuccess, "count_nll", rows, features);
@@ -275,7 +293,7 @@ void counts(std::mt19937& random, DType type, int64_t rows, int64_t features, in
     for (int64_t g = 0; g < features; ++g) normaliser += std::exp(logits.get(r * features + g));
     for (int64_t g = 0; g < features; ++g) {
       const int64_t i = r * features + g;
-      const double mu = static_cast<double>(features) * std::exp(logits.get(i)) / normaliser, t = target[i];
+      const double mu = static_cast<double>(features) * std::exp(logits.get(i)) / normaliser, t = target.dense[i];
       const double theta = std::exp(dispersion.get(shared ? g : i)), p = 1 / (1 + std::exp(-zeros.get(i)));
       const double log_p = std::lgamma(t + theta) - std::lgamma(theta) - std::lgamma(t + 1) - theta * std::log1p(mu / theta) +
                            t * std::log(mu / (theta + mu));
@@ -293,6 +311,90 @@ void counts(std::mt19937& random, DType type, int64_t rows, int64_t features, in
   args.weights = weights_of(weight, features);
   args.workspace = scratch.of(count_scratch(args));
   check(count_nll(args, nullptr) == cudaSuccess, "count_nll with weights", rows, features);
+}
+
+// A multinomial, with a target that is dense or sparse.
+void items(std::mt19937& random, DType type, int64_t rows, int64_t features, int64_t shift, bool sparse) {
+  Scratch scratch;
+  const int64_t cells = rows * features;
+  Buffer logits(type, cells, shift), grads(type, cells, shift), nll(DType::f32, rows), loss(DType::f32, 1), factors(DType::f32, rows);
+  logits.fill(random), factors.fill(random);
+  Counts target(random, rows, features);
+  CountArgs args;
+  args.rows = rows, args.size = features, args.raw = true;
+  args.params[0] = logits.view<Operand>(features), args.grads[0] = grads.view<Result>(features);
+  target.pass_to(args, sparse);
+  args.nll = nll.output(), args.loss = loss.output(), args.reduced = true;
+  args.workspace = scratch.of(multinomial_scratch(args));
+  check(multinomial(args, nullptr) == cudaSuccess, "multinomial", rows, features);
+  double all = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    double sum = 0, normaliser = 0, n = 0;
+    for (int64_t g = 0; g < features; ++g) normaliser += std::exp(logits.get(r * features + g));
+    for (int64_t g = 0; g < features; ++g) {
+      const double t = target.dense[r * features + g];
+      sum += std::lgamma(t + 1) - t * (logits.get(r * features + g) - std::log(normaliser));
+      n += t;
+    }
+    sum -= std::lgamma(n + 1);
+    check(near(nll.get(r), sum, 1e-4), "a row of items", rows, features);
+    all += sum;
+  }
+  check(near(loss.get(0), all, 1e-4), "the loss of items", rows, features);
+  args.loss = args.nll = {};
+  args.grad_nll = factors.numbers();
+  args.workspace = scratch.of(multinomial_scratch(args));
+  check(multinomial(args, nullptr) == cudaSuccess, "multinomial", rows, features);
+  Buffer weight(DType::f32, cells);
+  args.weights = weights_of(weight, features);
+  check(multinomial(args, nullptr) == cudaSuccess, "multinomial with weights", rows, features);
+}
+
+// A mixture of negative binomials with every gradient, and a target that is dense or sparse.
+void proteins(std::mt19937& random, DType type, int64_t rows, int64_t features, int64_t shift, bool shared, bool sparse) {
+  Scratch scratch;
+  const int64_t cells = rows * features, dispersions = shared ? features : cells;
+  Buffer mean(type, cells, shift), mean2(type, cells, shift), dispersion(type, dispersions, shift), mixing(type, cells, shift);
+  Buffer d_mean(type, cells, shift), d_mean2(type, cells, shift), d_dispersion(type, dispersions), d_mixing(type, cells);
+  Buffer nll(DType::f32, rows), loss(DType::f32, 1), factors(DType::f32, rows);
+  for (auto* positive : {&mean, &mean2, &dispersion}) positive->fill(random).make_positive();
+  mixing.fill(random), factors.fill(random);
+  Counts target(random, rows, features);
+  CountArgs args;
+  args.rows = rows, args.size = features, args.shared_dispersion = shared;
+  args.params[0] = mean.view<Operand>(features), args.params[1] = dispersion.view<Operand>(features);
+  args.params[kSecondMean] = mean2.view<Operand>(features), args.params[kMixtureLogits] = mixing.view<Operand>(features);
+  args.grads[0] = d_mean.view<Result>(features), args.grads[kSecondMean] = d_mean2.view<Result>(features);
+  args.grads[kMixtureLogits] = d_mixing.view<Result>(features);
+  if (shared) args.params[1].row_stride = 0, args.shared_gradient = d_dispersion.output();
+  else args.grads[1] = d_dispersion.view<Result>(features);
+  target.pass_to(args, sparse);
+  args.nll = nll.output(), args.loss = loss.output(), args.reduced = true;
+  args.workspace = scratch.of(count_mixture_scratch(args));
+  check(count_mixture(args, nullptr) == cudaSuccess, "count_mixture", rows, features);
+  double all = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    double sum = 0;
+    for (int64_t g = 0; g < features; ++g) {
+      const int64_t i = r * features + g;
+      const double t = target.dense[i], theta = dispersion.get(shared ? g : i), p = 1 / (1 + std::exp(-mixing.get(i)));
+      const auto mass = [&](double mu) {
+        return std::exp(std::lgamma(t + theta) - std::lgamma(theta) - std::lgamma(t + 1) - theta * std::log1p(mu / theta) +
+                        t * std::log(mu / (theta + mu)));
+      };
+      sum -= std::log(p * mass(mean.get(i)) + (1 - p) * mass(mean2.get(i)));
+    }
+    check(near(nll.get(r), sum, 1e-4), "a row of proteins", rows, features);
+    all += sum;
+  }
+  check(near(loss.get(0), all, 1e-4), "the loss of proteins", rows, features);
+  args.loss = args.nll = {};
+  args.grad_nll = factors.numbers();
+  args.workspace = scratch.of(count_mixture_scratch(args));
+  check(count_mixture(args, nullptr) == cudaSuccess, "count_mixture", rows, features);
+  Buffer weight(DType::f32, cells);
+  args.weights = weights_of(weight, features);
+  check(count_mixture(args, nullptr) == cudaSuccess, "count_mixture with weights", rows, features);
 }
 
 // Mixtures of Gaussians, jointly and in each dimension, with weights of components or of points and components, and every gradient.
@@ -435,6 +537,12 @@ int main() {
       counts(random, DType::f32, 3, 17, shift, true, sparse);
       counts(random, DType::f32, 5, 520, shift, false, sparse);
       counts(random, DType::bf16, 6, 260, shift, true, sparse);
+      proteins(random, DType::f32, 3, 17, shift, true, sparse);
+      proteins(random, DType::f32, 5, 520, shift, false, sparse);
+      proteins(random, DType::bf16, 6, 260, shift, true, sparse);
+      items(random, DType::f32, 9, 20, shift, sparse);
+      items(random, DType::f32, 1, 1300, shift, sparse);
+      items(random, DType::bf16, 3, 2308, shift, sparse);
     }
     for (const bool in_turns : {false, true}) {
       for (const int64_t components : {0, 1, 3, 10})
