@@ -324,7 +324,7 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
         else ratio[j] = math::exp2_approximately(fmaf(kWhole ? in.x[j] : in.x[j] - shift, 1.44269504f, scale + inverse.value[j]));
         // With a mean of 0, the other elements add nothing to any sum.
         ratio[j] = zeros >> j & 1 ? ratio[j] : C(0);
-        if (bounded) ratio[j] = P::clamp(ratio[j], C(0), kMostRatio<C>);
+        if (bounded) ratio[j] = kRaw ? P::at_most(ratio[j], kMostRatio<C>) : P::clamp(ratio[j], C(0), kMostRatio<C>);
       }
     };
     if (args.shared_dispersion) {

@@ -116,12 +116,18 @@ FASTVAE_DEVICE void dispersion_of_zeros(C given, C& theta, C& inverse) {
   using B = math::Bounds<C>;
   if constexpr (kRaw) {
     const C bounded = P::clamp(given, B::lowest_log, B::highest_log);
-    theta = P::exp_bounded(bounded);
-    if constexpr (sizeof(C) == 4) inverse = -1.44269504f * bounded;
-    else inverse = P::exp_bounded(-bounded);
+    if constexpr (sizeof(C) == 4) {
+      const float binary = 1.44269504f * bounded;
+      theta = math::exp2_approximately(binary);
+      inverse = -binary;
+    } else {
+      theta = P::exp_bounded(bounded);
+      inverse = P::exp_bounded(-bounded);
+    }
   } else {
     theta = P::clamp(given, B::lowest, B::highest);
-    inverse = P::divide(C(1), theta);
+    if constexpr (sizeof(C) == 4) inverse = math::reciprocal_approximately(theta);
+    else inverse = 1 / theta;
   }
 }
 

@@ -252,14 +252,16 @@ def test_kernels_issue_loads_before_their_use(compiled: list[Kernel]) -> None:
 # By whether the params are raw outputs and whether there are additional zeros: what a count of zero costs if its
 # dispersion is that of its feature, and if it has its own.
 ZEROS = {
-    (False, False): (34, 38),
+    (False, False): (34, 39),
     (False, True): (58, 60),
     (True, False): (34, 39),
-    (True, True): (58, 60),
+    (True, True): (58, 62),
 }
 
 
-def instructions_of_zeros(kernel: Kernel, raw: bool, inflated: bool, per_element: bool) -> tuple[float, float]:
+def instructions_of_zeros(
+    kernel: Kernel, raw: bool, inflated: bool, per_element: bool
+) -> tuple[float, float]:
     """The instructions, and those of them that are special functions, for a count of zero in a training step: from the
     first load to the last store of a thread's eight elements of a segment."""
     arrays = 2 + inflated + per_element  # that are read

@@ -28,7 +28,14 @@ def capturing() -> Iterator[Callable[[bool], None]]:
 
 
 # What neither reads nor writes a tensor's values.
-VIEWS = {"aten::detach", "aten::crow_indices", "aten::col_indices", "aten::values", "aten::unsqueeze", "aten::view"}
+VIEWS = {
+    "aten::detach",
+    "aten::crow_indices",
+    "aten::col_indices",
+    "aten::values",
+    "aten::unsqueeze",
+    "aten::view",
+}
 
 
 def launches(call: Callable[[], Any]) -> int:
@@ -41,7 +48,9 @@ def leaf(*shape: int) -> Tensor:
     return torch.randn(shape, requires_grad=True)
 
 
-def zinb(rows: int, features: int, sparse: bool) -> tuple[fastvae.ELBO, list[Tensor], tuple[Tensor, ...], Tensor]:
+def zinb(
+    rows: int, features: int, sparse: bool
+) -> tuple[fastvae.ELBO, list[Tensor], tuple[Tensor, ...], Tensor]:
     """An ELBO of counts with the leaves, the raw outputs of the decoder that it takes, and the counts."""
     elbo = fastvae.ELBO(fastvae.likelihoods.ZeroInflatedNegativeBinomial(features))
     counts = torch.poisson(torch.rand(rows, features))
@@ -64,7 +73,9 @@ def test_the_first_call_may_be_a_captured_one(capturing: Callable[[bool], None])
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
-def test_the_loss_of_captured_counts_is_that_of_others(capturing: Callable[[bool], None], sparse: bool) -> None:
+def test_the_loss_of_captured_counts_is_that_of_others(
+    capturing: Callable[[bool], None], sparse: bool
+) -> None:
     elbo, leaves, decoded, counts = zinb(9, 600, sparse)
     found = []
     for on in (False, True, True):
