@@ -190,13 +190,17 @@ def _counts(
     return setup
 
 
-def _items(device: torch.device) -> Inputs:
-    """256 users and 50,000 items, of which a user has 0.2 %, as a dense matrix and as the parts of a sparse one."""
-    logits = torch.randn(256, 50_000, device=device)
-    x = (torch.rand(logits.shape, device=device) < 0.002).float()
-    csr = x.to_sparse_csr()
-    positions = {"starts": csr.crow_indices(), "columns": csr.col_indices(), "stored": csr.values()}
-    return {"logits": logits.requires_grad_(), "x": x} | positions
+def _items(users: int, items: int, density: float) -> Callable[[torch.device], Inputs]:
+    """Users and the items that each of them has, as a dense matrix and as the parts of a sparse one."""
+
+    def setup(device: torch.device) -> Inputs:
+        logits = torch.randn(users, items, device=device)
+        x = (torch.rand(logits.shape, device=device) < density).float()
+        csr = x.to_sparse_csr()
+        positions = {"starts": csr.crow_indices(), "columns": csr.col_indices(), "stored": csr.values()}
+        return {"logits": logits.requires_grad_(), "x": x} | positions
+
+    return setup
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -701,8 +705,8 @@ CASES = (
     Case("NB 128 x 20000", _counts(False, True), _fused_nb_raw, _baseline_nb_raw, 4 * 3 * 128 * 20_000, (6.0, 2.5),
          tolerance=1e-3),
     # The baseline needs the counts as a dense matrix.
-    Case("multinomial 256 x 50000, 0.2 % stored, CSR", _items, _fused_items, _baseline_items, 4 * 2 * 256 * 50_000,
-         (5.0, 3.0), same_loss=False),
+    Case("multinomial 256 x 50000, 0.2 % stored, CSR", _items(256, 50_000, 0.002), _fused_items, _baseline_items,
+         4 * 2 * 256 * 50_000, (5.0, 3.0), same_loss=False),
     # The baseline loses digits: a difference of sigmoids is off by 1 part in 100 where it is 1e-5.
     Case("discretised logistics, 10 mixed, 16 x 3 x 32 x 32", _levels(100, 16, 3, 32, 32), _fused_mixture,
          _baseline_mixture, (4 * 2 * 100 + 3) * 16 * 32 * 32, (10.0, 3.0), tolerance=1e-2),
@@ -730,8 +734,8 @@ CASES = (
          4 * 5 * 128 * 20_000, tolerance=1e-4),
     Case("NB 128 x 20000, mean and inverse dispersion", _counts(False, False), _fused_nb, _baseline_nb,
          4 * 3 * 128 * 20_000, tolerance=1e-4),
-    Case("multinomial 256 x 50000, 0.2 % of the counts, dense", _items, _fused_dense_items, _baseline_items,
-         4 * 3 * 256 * 50_000, same_loss=False),
+    Case("multinomial 256 x 50000, 0.2 % of the counts, dense", _items(256, 50_000, 0.002), _fused_dense_items,
+         _baseline_items, 4 * 3 * 256 * 50_000, same_loss=False),
     Case("Gaussian, packed head, 512 x 6 x 32 x 32", _head, _fused_head, _baseline_head, 4 * 5 * 512 * 3072),
     Case("Gaussian, packed head, bounded logvar, 512 x 6 x 32 x 32", _head, _fused_bounded_head, _baseline_bounded_head,
          4 * 5 * 512 * 3072),
@@ -786,6 +790,18 @@ def _gpu_counts(zero_inflated: bool, cells: int, sparse: bool) -> Case:
     )
 
 
+def _gpu_items(users: int, sparse: bool) -> Case:
+    """The multinomial of counts as dense as those of a cell."""
+    return Case(
+        f"multinomial {users} x 20000" + (", CSR" if sparse else ""),
+        _items(users, 20_000, 0.05),
+        _fused_items if sparse else _fused_dense_items,
+        _baseline_items,
+        int((4 * 2 + (0.05 * (4 + 8) if sparse else 4)) * users * 20_000),
+        same_loss=False,
+    )
+
+
 GPU_CASES = (
     _named["ELBO step: latent 128 x 20, Bernoulli 128 x 784"],
     Case("Bernoulli 8192 x 12288", _bernoulli(*_IMAGES), _fused_bernoulli, _baseline_bernoulli,
@@ -811,6 +827,7 @@ GPU_CASES = (
         for zero_inflated in (True, False)
         for cells, sparse in ((128, True), (512, False), (512, True))
     ),
+    *(_gpu_items(users, sparse) for users in (128, 512) for sparse in (False, True)),
     _named["beta-TC 1024 x 1024 x 64"],
     _named["VampPrior 1024 x 1000 x 64"],
     _named["Bernoulli 1024 x 12288"],

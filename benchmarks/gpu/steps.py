@@ -123,8 +123,8 @@ def zinb(device: torch.device) -> tuple[Callable[[], nn.Module], dict[str, Loss]
 
 MODELS = {
     "MLP 784-400-20-400-784, Bernoulli, batch 128": (mlp, "reduce-overhead"),
-    "convolutions, 10 mixed logistics, 128 x 3 x 32 x 32": (dmol, "default"),
     "hand-written ZINB, 128 x 20000": (zinb, "default"),
+    "convolutions, 10 mixed logistics, 128 x 3 x 32 x 32": (dmol, "default"),
 }
 
 

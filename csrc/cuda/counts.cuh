@@ -34,18 +34,29 @@ struct alignas(16) RowSoftmax {
 };
 
 struct CountPlan {
-  int64_t rows_each, groups, segments;  // of phase 2
+  int64_t groups, segments;  // of phase 2
+  int rows_each;             // of a group
   int64_t parts;                        // of a row, for the logits in phase 3
   uint32_t first, second, items;        // items before the second and the third phase, and all
   uint32_t rows, features;              // items of phase 3 that finish rows and the shared dispersion's gradient; the others are for logits
   int64_t of_rows, of_softmax, of_features, bytes;  // offsets in the scratch
   int blocks;
   bool wide;
+  bool whole;    // whether `wide` and all gradients, but no values of elements, are wanted: the segments of a training step
+  bool uniform;  // whether all rows have the weight args.weight; then it multiplies the sums over rows, not every element
 };
 
 // ---------------------------------------------------------------------------------------------------------------------------------
 // The phases
 // ---------------------------------------------------------------------------------------------------------------------------------
+
+// The sum of `a` to the lanes of the first half of a warp, and that of `b` to those of the second.
+template <class C>
+FASTVAE_DEVICE C warp_sum_of_two(C a, C b) {
+  const bool second = threadIdx.x & kWarp / 2;
+  const C other = __shfl_xor_sync(0xffffffff, second ? a : b, kWarp / 2);
+  return group_sum((second ? b : a) + other, kWarp / 2, static_cast<C*>(nullptr));
+}
 
 // What the blocks leave each other.
 template <class C>
@@ -104,20 +115,39 @@ FASTVAE_DEVICE void softmax_of_row(const CountArgs& args, const CountPlan& plan,
 // The shared memory of phase 2.
 template <class C>
 struct CountShared {
-  Quad<C>*theta, *inverse;  // of each feature of the segment, if all rows share the dispersion
+  Quad<C>*theta, *inverse;  // see dispersion_of_zeros; of each feature of the segment, if all rows share the dispersion
   Quad<C>* sums;            // of each warp and feature: the derivative by the shared dispersion
   uint8_t* list;            // of each warp: the features of the segment whose count is not zero
   uint32_t* bits;           // the same as bits, for a sparse target
 };
 
-// Computes a segment of a row, as the threads of one warp.
+// Where a lane writes its quads of a whole segment. In a training step, all gradients have the type of the params.
+template <class T, class C, bool kRaw>
+struct WholeResults {
+  std::conditional_t<kRaw, C, T>* d_mean = nullptr;
+  T *d_theta = nullptr, *d_pi = nullptr;
+
+  FASTVAE_DEVICE WholeResults() {}
+  FASTVAE_DEVICE WholeResults(const CountArgs& args, int64_t at) {
+    d_mean = computed_here(static_cast<std::conditional_t<kRaw, C, T>*>((kRaw ? args.log_mean_grads : args.grads[0]).data) + at);
+    if (!args.shared_dispersion) d_theta = computed_here(static_cast<T*>(args.grads[1].data) + at);
+    if (args.params[2].data) d_pi = computed_here(static_cast<T*>(args.grads[2].data) + at);
+  }
+};
+template <class S, class C>
+FASTVAE_DEVICE void store_whole(S* p, const C (&x)[kQuad]) {
+  Pack<S, kQuad> pack;
+  pack.fill(x);
+  pack.store(p);
+}
+
+// Computes a segment of a row, as the threads of one warp. `some_small` says that a dispersion which all rows share is very small.
 template <class T, bool kRaw, bool kInflated, bool kWeighted>
 FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan, const CountScratch<Compute<T>>& scratch,
-                                   const CountShared<Compute<T>>& shared, int64_t row, int64_t segment) {
+                                   const CountShared<Compute<T>>& shared, int64_t row, int64_t segment, bool some_small) {
   using C = Compute<T>;
   using P = math::Primitives<C>;
   using Grad = To<T, kRaw>;  // only the mean form has values and derivatives per element, in the compute type
-  constexpr bool kLogs = kInflated && sizeof(C) == 4;  // whether elements share logarithms, unless they have weights
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t begin = segment * kSegment, source = cpu::target_row(args, row);
   const int count = static_cast<int>(begin + kSegment < args.size ? kSegment : args.size - begin);
@@ -139,9 +169,11 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
     return Some{plan.wide, left < 0 ? 0 : left < kQuad ? left : kQuad};
   };
   Stored stored_values;
+  C sums_weight = plan.uniform ? C(1) : weight, grad(0);
+  ZeroSums<C> of_zeros;
   if (sparse) {
     stored_values = Stored(args, source, begin, count, bits);
-    if (!stored_values.valid) weight = C(NAN);
+    if (!stored_values.valid) weight = sums_weight = grad = of_zeros.nll = C(NAN);
   }
 
   C top(0), scale(0);
@@ -158,25 +190,43 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
   const auto weighted = [](C x, C own) { return !kWeighted ? x : own == C(0) ? C(0) : x * own; };
   bool any_weight = false;
 
-  C sum(0), grad(0), logs(0);
   uint32_t others = 0;  // bit 4 u + j is set if element j of this lane's quad u has a count that is not zero
-#pragma unroll 1
-  for (int u = 0; u < kQuads; ++u) {
-    const int quad = u * kWarp + lane, g = kQuad * quad;
-    const Some some = quad_at(quad);
-    // All loads come before the first use.
-    C x[kQuad], pi[kQuad], t[kQuad];
-    Quad<C> theta, inverse;
-    load_quad(mean + g, some, C(0), x);
-    if constexpr (kInflated) load_quad(zero_logits + g, some, C(0), pi);
-    if (args.shared_dispersion) {
-      theta = shared.theta[quad];
-      inverse = shared.inverse[quad];
+
+  // The segments of a training step, without weights in fp32 or less, take a way that has no tests for single elements. There the largest
+  // logit is not subtracted from each logit: if it is small, this costs no digits.
+  bool whole = !kWeighted && sizeof(C) == 4 && plan.whole && plan.uniform && count == kSegment && stored_values.valid;
+  C shift(0);  // what is to be subtracted
+  if constexpr (!kRaw) {
+    scale = static_cast<C>(offset);
+  } else if constexpr (sizeof(C) == 4) {
+    if (fabsf(top) < 16.0f) {
+      // Then mu / theta is at most 2^60 / theta.
+      whole = whole && scale < 60.0f && !some_small;
+      scale = fmaf(top, -1.44269504f, scale);
     } else {
-      load_quad(dispersion + g, some, C(1), theta.value);
+      whole = false;
+      shift = top;
     }
-    uint32_t zeros = (1u << some.n) - 1;  // bit j is set if element j has a count of zero
-    C own[kQuad];
+  }
+  const RowWeight<C> of_row(weight);
+
+  struct Inputs {
+    C x[kQuad], pi[kQuad], t[kQuad];
+  };
+  constexpr int kStep = kQuad * kWarp;
+  const auto load = [&](const T* lead, const T* logits, const Some& some, Inputs& in) {
+    load_quad(lead, some, C(0), in.x);
+    if constexpr (kInflated) load_quad(logits, some, C(0), in.pi);
+  };
+  // Computes quad u as zeros. `lane` is a parameter so that the segments of a training step compute no address of the loop below; `results`
+  // are their own.
+  const auto compute = [&](auto is_whole, int lane, int u, const Inputs& in, const WholeResults<T, C, kRaw>& results) {
+    constexpr bool kWhole = decltype(is_whole)::value;
+    const int quad = u * kWarp + lane, g = kQuad * quad;
+    const int64_t at = cell + kQuad * lane + u * kStep;
+    const Some some = kWhole ? Some{true, kQuad} : quad_at(quad);
+    uint32_t zeros = kWhole ? 15 : (1u << some.n) - 1;  // bit j is set if element j has a count of zero
+    [[maybe_unused]] C own[kQuad];
     if constexpr (kWeighted) {
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) {
@@ -188,101 +238,121 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
     if (sparse) {
       zeros &= ~(bits[g / 32] >> g % 32);
     } else {
-      with_count_type(args.target.type, [&](auto* as) {
-        load_quad(reinterpret_cast<decltype(as)>(target) + g, some, C(0), t);
-      });
       uint32_t is_other = 0;
 #pragma unroll
-      for (int j = 0; j < kQuad; ++j) is_other |= t[j] == C(0) ? 0 : 1u << j;
+      for (int j = 0; j < kQuad; ++j) is_other |= in.t[j] == C(0) ? 0 : 1u << j;
       if constexpr (kWeighted) is_other &= zeros;
       zeros &= ~is_other;
       others |= is_other << kQuad * u;
     }
-    if (!args.shared_dispersion) {
-#pragma unroll
-      for (int j = 0; j < kQuad; ++j) dispersion_of_zeros<kRaw>(theta.value[j], theta.value[j], inverse.value[j]);
-    }
-    C value[kQuad], d_mean[kQuad], d_theta[kQuad], d_pi[kQuad];
-#pragma unroll
-    for (int j = 0; j < kQuad; ++j) {
-      C mu;
-      if constexpr (!kRaw) mu = x[j] + static_cast<C>(offset);
-      else if constexpr (sizeof(C) == 4) mu = math::exp2_approximately(fmaf(x[j] - top, 1.44269504f, scale));
-      else mu = P::exp(x[j] - top) * scale;
-      // With a mean of 0, the other elements add nothing to any sum.
-      mu = zeros >> j & 1 ? mu : C(0);
-      auto term = math::negative_binomial_zero(mu, theta.value[j], inverse.value[j]);
-      if constexpr (kInflated && !kLogs) term = math::with_additional_zeros(term, pi[j]);
-      value[j] = term.value;
-      d_mean[j] = kRaw ? term.d_mu * mu : term.d_mu;
-      d_theta[j] = kRaw ? term.d_theta * theta.value[j] : term.d_theta;
-      d_pi[j] = term.d_pi;
-    }
-    if constexpr (kLogs) {
-      InflatedZeros with[kQuad];
-      with_additional_zeros(value, pi, with);
+    Quad<C> theta, inverse;
+    C ratio[kQuad];  // mu / theta
+    const auto ratios = [&](bool bounded) {
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) {
-        d_mean[j] *= with[j].d_z;
-        d_theta[j] *= with[j].d_z;
-        d_pi[j] = with[j].d_pi;
-        if constexpr (kWeighted) {
-          value[j] = with[j].far + P::log1p(with[j].r);
-        } else {
-          sum += with[j].far;
-          logs = P::fma(logs, C(1) + with[j].r, with[j].r);
-          if (!kRaw && args.values.data) value[j] = with[j].far + P::log1p(with[j].r);
-        }
+        if constexpr (!kRaw) ratio[j] = (in.x[j] + scale) * inverse.value[j];
+        else if constexpr (sizeof(C) == 8) ratio[j] = P::exp(in.x[j] - top) * scale * inverse.value[j];
+        else ratio[j] = math::exp2_approximately(fmaf(kWhole ? in.x[j] : in.x[j] - shift, 1.44269504f, scale + inverse.value[j]));
+        // With a mean of 0, the other elements add nothing to any sum.
+        ratio[j] = zeros >> j & 1 ? ratio[j] : C(0);
+        if (bounded) ratio[j] = kRaw ? P::at_most(ratio[j], kMostRatio<C>) : P::clamp(ratio[j], C(0), kMostRatio<C>);
       }
+    };
+    if (args.shared_dispersion) {
+      theta = shared.theta[quad];
+      inverse = shared.inverse[quad];
+      ratios(!kWhole || !kRaw);
+    } else {
+      load_quad(dispersion + kQuad * lane + u * kStep, some, C(1), theta.value);
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) dispersion_of_zeros<kRaw>(theta.value[j], theta.value[j], inverse.value[j]);
+      ratios(true);
     }
+    // The value of each element is needed only if it has a weight or is a result.
+    const bool each = kWeighted || (!kWhole && !kRaw && args.values.data);
+    ZeroQuad<C> out;
+    zeros_of_quad<kRaw, kInflated>(ratio, theta.value, in.pi, of_row, each, of_zeros, out);
     if constexpr (kWeighted) {
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) {
-        value[j] = weighted(value[j], own[j]);
-        d_mean[j] = weighted(d_mean[j], own[j]);
-        d_theta[j] = weighted(d_theta[j], own[j]);
-        d_pi[j] = weighted(d_pi[j], own[j]);
+        out.value[j] = weighted(out.value[j], own[j]);
+        out.d_mean[j] = weighted(out.d_mean[j], own[j]);
+        out.d_theta[j] = weighted(out.d_theta[j], own[j]);
+        out.share[j] = own[j] == C(0) ? C(0) : out.share[j];
+        out.d_pi[j] = weighted(out.d_pi[j], own[j]);
       }
     }
-    if constexpr (!kLogs || kWeighted) {
+    if (each) {
 #pragma unroll
-      for (int j = 0; j < kQuad; ++j) sum += value[j];
+      for (int j = 0; j < kQuad; ++j) of_zeros.nll += out.value[j];
     }
     if constexpr (kRaw) {
 #pragma unroll
-      for (int j = 0; j < kQuad; ++j) grad += d_mean[j];
-      if (args.log_mean_grads.data) store_quad<To<C>>(args.log_mean_grads, cell + g, some, d_mean);
+      for (int j = 0; j < kQuad; ++j) grad += out.d_mean[j];
+      if (kWhole) store_whole(results.d_mean + u * kStep, out.d_mean);
+      else if (args.log_mean_grads.data) store_quad<To<C>>(args.log_mean_grads, at, some, out.d_mean);
     } else {
-      if (args.values.data) {
+      if (!kWhole && args.values.data) {
 #pragma unroll
-        for (int j = 0; j < kQuad; ++j) value[j] *= weight;
-        store_quad<To<C>>(args.values, cell + g, some, value);
+        for (int j = 0; j < kQuad; ++j) out.value[j] *= weight;
+        store_quad<To<C>>(args.values, at, some, out.value);
       }
-      if (args.grads[0].data) {
-#pragma unroll
-        for (int j = 0; j < kQuad; ++j) d_mean[j] *= weight;
-        store_quad<Grad>(args.grads[0], cell + g, some, d_mean);
-      }
+      if (kWhole) store_whole(results.d_mean + u * kStep, out.d_mean);
+      else if (args.grads[0].data) store_quad<Grad>(args.grads[0], at, some, out.d_mean);
     }
     if (wants_sums) {
       Quad<C> so_far = sums[quad];
 #pragma unroll
-      for (int j = 0; j < kQuad; ++j) so_far.value[j] = P::fma(d_theta[j], weight, so_far.value[j]);
+      for (int j = 0; j < kQuad; ++j) {
+        const C share = kWhole ? out.share[j] : out.share[j] * sums_weight;
+        so_far.value[j] = P::fma(out.d_theta[j], share, so_far.value[j]);
+      }
       sums[quad] = so_far;
-    } else if (args.grads[1].data) {
+    } else if (kWhole || args.grads[1].data) {
 #pragma unroll
-      for (int j = 0; j < kQuad; ++j) d_theta[j] *= weight;
-      store_quad<Grad>(args.grads[1], cell + g, some, d_theta);
+      for (int j = 0; j < kQuad; ++j) out.d_theta[j] *= out.share[j] * weight;
+      if (kWhole) store_whole(results.d_theta + u * kStep, out.d_theta);
+      else store_quad<Grad>(args.grads[1], at, some, out.d_theta);
     }
     if constexpr (kInflated) {
-      if (args.grads[2].data) {
+      if (kWhole) store_whole(results.d_pi + u * kStep, out.d_pi);
+      else if (args.grads[2].data) store_quad<Grad>(args.grads[2], at, some, out.d_pi);
+    }
+  };
+  if (whole) {
+    if constexpr (!kWeighted && sizeof(C) == 4) {
+      // All loads come before the first use.
+      const Some all{true, kQuad};
+      const T *lead = computed_here(mean + kQuad * lane), *logits = kInflated ? computed_here(zero_logits + kQuad * lane) : lead;
+      const WholeResults<T, C, kRaw> results(args, cell + kQuad * lane);
+      Inputs in[kQuads];
 #pragma unroll
-        for (int j = 0; j < kQuad; ++j) d_pi[j] *= weight;
-        store_quad<Grad>(args.grads[2], cell + g, some, d_pi);
+      for (int u = 0; u < kQuads; ++u) load(lead + u * kStep, logits + u * kStep, all, in[u]);
+      if (!sparse) {
+        with_count_type(args.target.type, [&](auto* as) {
+          const auto* counts = computed_here(reinterpret_cast<decltype(as)>(target) + kQuad * lane);
+#pragma unroll
+          for (int u = 0; u < kQuads; ++u) load_quad(counts + u * kStep, all, C(0), in[u].t);
+        });
       }
+#pragma unroll
+      for (int u = 0; u < kQuads; ++u) compute(std::true_type(), lane, u, in[u], results);
+    }
+  } else {
+    const int here = static_cast<int>(computed_here(uint32_t(lane)));
+#pragma unroll 1
+    for (int u = 0; u < kQuads; ++u) {
+      const int g = kQuad * (u * kWarp + here);
+      const Some some = quad_at(u * kWarp + here);
+      Inputs in;
+      load(mean + g, zero_logits + g, some, in);
+      if (!sparse)
+        with_count_type(args.target.type, [&](auto* as) { load_quad(reinterpret_cast<decltype(as)>(target) + g, some, C(0), in.t); });
+      compute(std::false_type(), here, u, in, {});
     }
   }
-  if constexpr (kLogs && !kWeighted) sum += P::log1p(logs);
+  C sum = of_zeros.nll;
+  if constexpr (kInflated && !kWeighted) sum += P::log1p_parts(of_zeros.odds).value;
 
   // List the others.
   int listed = static_cast<int>(stored_values.last - stored_values.first);
@@ -328,7 +398,7 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
       if (args.values.data) store_one<To<C>>(args.values, cell + g, value * weight);
       if (args.grads[0].data) store_one<Grad>(args.grads[0], cell + g, d_mean * weight);
     }
-    if (wants_sums) flat(sums)[g] += d_theta * weight;
+    if (wants_sums) flat(sums)[g] += d_theta * sums_weight;
     else if (args.grads[1].data) store_one<Grad>(args.grads[1], cell + g, d_theta * weight);
     if (kInflated && args.grads[2].data) store_one<Grad>(args.grads[2], cell + g, d_pi * weight);
   };
@@ -385,13 +455,10 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
     write(g, static_cast<C>(term.value), static_cast<C>(term.d_mu), static_cast<C>(term.d_theta), static_cast<C>(term.d_pi));
   }
 
-  if (!stored_values.valid) sum = C(NAN), grad = C(NAN);
   const int64_t at = row * plan.segments + segment, cells = args.rows * plan.segments;
-  sum = warp_sum(sum);
-  if (lane == 0) scratch.totals[at] = static_cast<double>(sum);
   if constexpr (kRaw) {
-    grad = warp_sum(grad);
-    if (lane == 0) scratch.totals[cells + at] = static_cast<double>(grad);
+    sum = warp_sum_of_two(sum, grad);
+    if (lane % (kWarp / 2) == 0) scratch.totals[lane ? cells + at : at] = static_cast<double>(sum);
     if (args.library_gradient.data && number_of_any(args.library, row) == 0) {
       // With a library of 0, all means are 0. As it grows, each mean grows by its feature's share of it, and the nll of a count of zero by
       // the same amount, unless it is an additional zero.
@@ -409,6 +476,9 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
       any_weight = __ballot_sync(0xffffffff, any_weight);
       if (lane == 0) scratch.totals[3 * cells + at] = any_weight;
     }
+  } else {
+    sum = warp_sum(sum);
+    if (lane == 0) scratch.totals[at] = static_cast<double>(sum);
   }
 }
 
@@ -525,11 +595,12 @@ __global__ void __launch_bounds__(kThreads, count_resident<T>())
   FASTVAE_SHARED(double, of_warps, kWarps);
   FASTVAE_SHARED(C, softmax_scratch, 2 * kWarps);
   FASTVAE_SHARED(uint32_t, number, 2);
+  FASTVAE_SHARED(uint32_t, some_small, 1);
   const CountShared<C> shared{theta, inverse, sums, list, bits};
   uint32_t *taken = args.workspace.counter, *done = args.workspace.counter + 1;
 
   while (true) {
-    if (threadIdx.x == 0) number[0] = take_number(taken, plan.items + gridDim.x - 1);
+    if (threadIdx.x == 0) number[0] = take_number(taken, plan.items + gridDim.x - 1), some_small[0] = 0;
     __syncthreads();
     const uint32_t item = number[0];
     if (item >= plan.items) break;
@@ -544,16 +615,17 @@ __global__ void __launch_bounds__(kThreads, count_resident<T>())
         for (int i = threadIdx.x; i < kSegment; i += kThreads) {
           const C given = begin + i < args.size ? load_shared<T>(args.params[1], begin + i) : C(1);
           dispersion_of_zeros<kRaw>(given, flat(theta)[i], flat(inverse)[i]);
+          if (kRaw && !(flat(theta)[i] > 0x1p-60)) atomicOr(some_small, 1u);
         }
 #pragma unroll 1
         for (int i = threadIdx.x; i < kWarps * kSegment / kQuad; i += kThreads) sums[i] = Quad<C>{};
       }
       if (kRaw) wait_for(done, plan.first);
       else __syncthreads();
-      const int64_t first = group * plan.rows_each, last = first + plan.rows_each < args.rows ? first + plan.rows_each : args.rows;
+      const int64_t first = group * plan.rows_each;
 #pragma unroll 1
-      for (int64_t row = first + threadIdx.x / kWarp; row < last; row += kWarps) {
-        segment_of_row<T, kRaw, kInflated, kWeighted>(args, plan, scratch, shared, row, segment);
+      for (int i = threadIdx.x / kWarp; i < plan.rows_each && first + i < args.rows; i += kWarps) {
+        segment_of_row<T, kRaw, kInflated, kWeighted>(args, plan, scratch, shared, first + i, segment, some_small[0]);
         __syncwarp();
       }
       if (args.shared_gradient.data) {
@@ -562,7 +634,7 @@ __global__ void __launch_bounds__(kThreads, count_resident<T>())
         for (int i = threadIdx.x; i < kSegment && begin + i < args.size; i += kThreads) {
           C sum(0);
           for (int w = 0; w < kWarps; ++w) sum += flat(sums)[w * kSegment + i];
-          scratch.features[group * args.size + begin + i] = sum;
+          scratch.features[group * args.size + begin + i] = plan.uniform ? sum * static_cast<C>(args.weight) : sum;
         }
       }
     } else {
@@ -597,7 +669,8 @@ inline CountPlan count_plan(const CountArgs& args) {
   plan.segments = up(size, kSegment);
   plan.parts = up(plan.segments, kLong);
   // A group has more than one row for each warp only if there are so many that the device stays busy.
-  plan.rows_each = kWarps * std::max<int64_t>(1, std::min<int64_t>(64, up(rows, kWarps) * plan.segments / (16 * slots)));
+  const int64_t each = std::min<int64_t>(64, up(rows, kWarps) * plan.segments / (16 * slots));
+  plan.rows_each = kWarps * static_cast<int>(std::max<int64_t>(1, each));
   plan.groups = up(rows, plan.rows_each);
   const int64_t first = args.raw && plan.segments ? rows : 0, second = first + plan.groups * plan.segments;
   const int64_t finished = args.loss.data || args.library_gradient.data ? std::max<int64_t>(1, up(rows, kWarps)) : 0;
@@ -613,6 +686,10 @@ inline CountPlan count_plan(const CountArgs& args) {
               allows(args.grads[1], size, kQuad) && allows(args.grads[2], size, kQuad) && allows(args.values, size, kQuad) &&
               allows(args.log_mean_grads, size, kQuad) && (args.shared_dispersion || allows(args.params[1], size, kQuad)) &&
               (args.starts || allows(args.target, size, kQuad));
+  plan.uniform = !args.grad_loss.data && !args.grad_nll.data;
+  plan.whole = plan.wide && (args.raw ? args.log_mean_grads : args.grads[0]).data && !args.values.data &&
+               (args.shared_dispersion ? args.shared_gradient.data : args.grads[1].data) && (!args.params[2].data || args.grads[2].data);
+  for (const Result& grad : args.grads) plan.whole = plan.whole && (!grad.data || grad.type == args.params[0].type);
   const auto room = [&](int64_t bytes) {
     const int64_t at = plan.bytes;
     plan.bytes += up(bytes, 16) * 16;

@@ -58,6 +58,7 @@ NEED_VALUES = {
     "test_training_step_launches_five_kernels": "a profile of the GPU",
     "test_training_step_launches_four_kernels": "a profile of the GPU",
     "test_graph_replays_draw_fresh_noise": "a CUDA graph",
+    "test_graph_replays_the_loss_of_counts": "a CUDA graph",
     "test_concurrent_launches_on_many_streams_give_the_same_results": "streams",
     "test_nll_of_more_than_2_31_elements_is_correct": "the GPU's memory",
     "test_training_step_does_not_synchronise": "a GPU that could be waited for",

@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # last, so that the installed fastvae is tested
 
-from benchmarks.gpu import build, plan, run, stage, table  # noqa: E402
+from benchmarks import cases  # noqa: E402
+from benchmarks.gpu import build, plan, run, stage, steps, table  # noqa: E402
 from benchmarks.gpu.plan import Stage  # noqa: E402
 
 NAMES = list(plan.SHARES)
@@ -64,6 +65,15 @@ def remaining_children(out: Path) -> list[int]:
             return []
         time.sleep(0.05)
     return [pid for pid in pids if is_running(pid)]
+
+
+def test_counts_are_timed_dense_and_sparse_and_in_a_whole_step() -> None:
+    timed = [case.name for case in cases.GPU_CASES]
+    for name in ("NB", "ZINB", "multinomial"):
+        for rows in (128, 512):
+            assert f"{name} {rows} x 20000" in timed
+            assert f"{name} {rows} x 20000, CSR" in timed
+    assert "hand-written ZINB, 128 x 20000" in steps.MODELS
 
 
 # The first stage, one with results and the last; the others are handled in the same way.

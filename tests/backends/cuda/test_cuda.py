@@ -438,6 +438,36 @@ def test_first_call_can_be_captured() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
+def test_graph_replays_the_loss_of_counts(device: torch.device, sparse: bool) -> None:
+    """With the current logits and counts."""
+    elbo = fastvae.ELBO(fastvae.likelihoods.ZeroInflatedNegativeBinomial(600)).to(device)
+    leaves = [torch.randn(64, 600, device=device, requires_grad=True) for _ in range(2)]
+    counts = torch.poisson(torch.rand(64, 600, device=device))
+    data, kl, library = (
+        counts.to_sparse_csr() if sparse else counts,
+        torch.rand(64, device=device),
+        counts.sum(1),
+    )
+
+    def step() -> list[Tensor]:
+        loss = elbo((leaves[0], library, leaves[1]), data, kl=kl).loss
+        return [loss.detach(), *torch.autograd.grad(loss, [*leaves, *elbo.parameters()])]
+
+    with fastvae.use_backend("native"):
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for _ in range(3):
+            with torch.no_grad():
+                leaves[0].add_(torch.randn_like(leaves[0]))
+                (data.values() if sparse else data).add_(1.0)
+            graph.replay()
+            for replayed, eager in zip(captured, step(), strict=True):
+                assert torch.equal(replayed, eager)
+
+
 class Vae(torch.nn.Module):
     def __init__(self, likelihood: str = "bernoulli") -> None:
         super().__init__()

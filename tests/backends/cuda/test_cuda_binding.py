@@ -44,6 +44,8 @@ PARTS = {
         "core/test_nb_mixture.py": "native and not thread and not triton",
         # Here columns must be in ascending order.
         "core/test_multinomial.py": "native and not thread and not any_order",
+        # accelerate() of scvi-tools.
+        "integrations/test_scvi.py": "native",
     },
 }
 

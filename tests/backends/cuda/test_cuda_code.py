@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import cuda_kernels
 import pytest
 from cuda_kernels import SOURCES, build
+from machine_code import shortest
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sanitizers
@@ -254,6 +255,51 @@ def test_kernels_issue_loads_before_their_use(compiled: list[Kernel]) -> None:
         operations = re.findall(r"\b(LDG\.E\.128|MUFU\.EX2|STG\.E\.128)", kernel.code)
         first = operations.index("MUFU.EX2")
         assert operations[:first].count("LDG.E.128") == 4, (kernel.architecture, operations)
+
+
+# By whether the params are raw outputs and whether there are additional zeros: what a count of zero costs if its
+# dispersion is that of its feature, and if it has its own.
+ZEROS = {
+    (False, False): (34, 39),
+    (False, True): (58, 60),
+    (True, False): (34, 39),
+    (True, True): (58, 62),
+}
+
+
+def instructions_of_zeros(
+    kernel: Kernel, raw: bool, inflated: bool, per_element: bool
+) -> tuple[float, float]:
+    """The instructions, and those of them that are special functions, for a count of zero in a training step: from the
+    first load to the last store of a thread's eight elements of a segment."""
+    arrays = 2 + inflated + per_element  # that are read
+    need = {
+        r"MUFU": 8 * (2 + raw + 4 * inflated + per_element),
+        r"STG\.E\.128": 2 * (1 + inflated + per_element),
+        r"STS\.128": 0 if per_element else 2,
+        r"LDG\.E\.128": 2 * arrays,
+    }
+    # Both quads of each array are read from one address, in a block of their own. Counts in float32 take a single load.
+    second = r"LDG\.E\.128\.CONSTANT \S+ desc\[\S+\]\[R\d+\.64\+0x200\]"
+    other_types = r"LDG\.E\.(64\.CONST|U8|U16|CONST)|LDG\.E\.128\S* \S+ desc\[\S+\]\[R\d+\.64\+0x10\]"
+    path = shortest(kernel.code, second, 1 + inflated, need, other_types)
+    wide = [i for i, text in enumerate(path) if re.search(r"(LDG|STG)\.E\.128", text)]
+    assert wide, kernel.name
+    between = path[wide[0] : wide[-1] + 1]
+    return len(between) / 8, sum("MUFU" in text for text in between) / 8
+
+
+@pytest.mark.slow
+def test_zeros_cost_few_instructions(tmp_path: Path) -> None:
+    if NVCC is None or cuobjdump() is None:
+        pytest.skip("nvcc or cuobjdump is not installed")
+    source = next(source for source in SOURCES if source.name == "counts_f32.cu")
+    kernels = {kernel.name: kernel for kernel in compile_kernels(source, "sm_90", tmp_path)}
+    for (raw, inflated), bounds in ZEROS.items():
+        kernel = kernels[f"count_kernel<float, {raw}, {inflated}, false>".lower()]
+        for per_element, bound in enumerate(bounds):
+            cost, _ = instructions_of_zeros(kernel, raw, inflated, bool(per_element))
+            assert cost <= bound, (kernel.name, per_element, cost)
 
 
 def table(kernels: list[Kernel]) -> str:

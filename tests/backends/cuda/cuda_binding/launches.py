@@ -27,6 +27,17 @@ def capturing() -> Iterator[Callable[[bool], None]]:
     extension.destroy_graph()
 
 
+# What neither reads nor writes a tensor's values.
+VIEWS = {
+    "aten::detach",
+    "aten::crow_indices",
+    "aten::col_indices",
+    "aten::values",
+    "aten::unsqueeze",
+    "aten::view",
+}
+
+
 def launches(call: Callable[[], Any]) -> int:
     before = extension.launches()
     call()
@@ -35,6 +46,17 @@ def launches(call: Callable[[], Any]) -> int:
 
 def leaf(*shape: int) -> Tensor:
     return torch.randn(shape, requires_grad=True)
+
+
+def zinb(
+    rows: int, features: int, sparse: bool
+) -> tuple[fastvae.ELBO, list[Tensor], tuple[Tensor, ...], Tensor]:
+    """An ELBO of counts with the leaves, the raw outputs of the decoder that it takes, and the counts."""
+    elbo = fastvae.ELBO(fastvae.likelihoods.ZeroInflatedNegativeBinomial(features))
+    counts = torch.poisson(torch.rand(rows, features))
+    logits, zero_logits, library = leaf(rows, features), leaf(rows, features), counts.sum(1)
+    leaves = [logits, zero_logits, *elbo.parameters()]
+    return elbo, leaves, (logits, library, zero_logits), counts.to_sparse_csr() if sparse else counts
 
 
 # This runs first, because the device's counters must not be created during a capture, in memory of the graph.
@@ -48,6 +70,41 @@ def test_the_first_call_may_be_a_captured_one(capturing: Callable[[bool], None])
     assert all(torch.equal(loss, losses[0]) for loss in losses)
     with fastvae.use_backend("reference"):
         torch.testing.assert_close(losses[0], elbo(recon, x, kl=kl).loss.detach())
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
+def test_the_loss_of_captured_counts_is_that_of_others(
+    capturing: Callable[[bool], None], sparse: bool
+) -> None:
+    elbo, leaves, decoded, counts = zinb(9, 600, sparse)
+    found = []
+    for on in (False, True, True):
+        capturing(on)
+        loss = elbo(decoded, counts, kl=torch.ones(9)).loss
+        found.append([loss, *torch.autograd.grad(loss, leaves)])
+    for captured in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(captured, found[0], strict=True))
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
+@pytest.mark.parametrize("rows", [4, 100])
+def test_the_loss_part_of_a_step_on_counts_is_four_launches(rows: int, sparse: bool) -> None:
+    """And nothing is copied, filled or read by the host."""
+    elbo, leaves, decoded, counts = zinb(rows, 600, sparse)
+    mu, logvar = leaf(rows, 10), leaf(rows, 10)
+    weights = torch.tensor(3.0), torch.ones(rows, 10)
+
+    def step() -> None:
+        z, kl = elbo.reparameterize(mu, logvar)
+        loss = elbo(decoded, counts, kl=kl).loss
+        torch.autograd.grad((loss, z), [*leaves, mu, logvar], weights)
+
+    assert launches(step) == 4
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    ops = {event.key for event in profile.key_averages()}
+    assert "fastvae::nll_forward" in ops
+    assert not {op for op in ops if op.startswith("aten::")} - VIEWS, ops
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", "learned", "per_element"])
