@@ -35,6 +35,10 @@ struct MultinomialPlan {
 // The logits of counts above 0 and of zeros are clamped to these, because inf - inf would be NaN. A lane that has none starts at `kNone`.
 constexpr double kNone = -3e38, kLowest = -2.99e38, kHighest = 2.99e38;
 
+// The larger of two numbers, of which the second may be NaN.
+FASTVAE_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+FASTVAE_DEVICE double larger(double a, double b) { return fmax(a, b); }
+
 // Sums over elements of a row.
 template <class C>
 struct alignas(16) RowSums {
@@ -249,7 +253,7 @@ struct MultinomialRow {
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) {
         x[u][j] = removed >> j & 1 ? C(-INFINITY) : x[u][j];
-        top = top < x[u][j] ? x[u][j] : top;
+        top = larger(top, x[u][j]);
       }
     }
     top = top < C(kHighest) ? top : C(kHighest);
@@ -298,21 +302,27 @@ struct MultinomialRow {
     const int lane = threadIdx.x % kWarp;
     const bool sparse = args.starts, wants_grad = args.grads[0].data;
     const int64_t cell = row * args.size + begin;
+    const bool empty = of_row.empty;
     if (wants_grad) {
+      const C nothing = of_row.nothing, top = of_row.top, factor = of_row.factor_of_zeros;
+      C x[kQuads][kQuad];
 #pragma unroll
       for (int u = 0; u < kQuads; ++u) {
         const int g = kQuad * (u * kWarp + lane);
-        C x[kQuad];
-        load_quad(logits + g, some(g), C(0), x);
+        load_quad(logits + g, some(g), C(0), x[u]);
+      }
+#pragma unroll
+      for (int u = 0; u < kQuads; ++u) {
+        const int g = kQuad * (u * kWarp + lane);
 #pragma unroll
         for (int j = 0; j < kQuad; ++j) {
-          x[j] = of_row.empty ? of_row.nothing : P::exp_bounded(x[j] - of_row.top) * of_row.factor_of_zeros;
-          if (kWeighted && g + j < count && weight(g + j) == C(0)) x[j] = C(0);
+          x[u][j] = empty ? nothing : P::exp_bounded(x[u][j] - top) * factor;
+          if (kWeighted && g + j < count && weight(g + j) == C(0)) x[u][j] = C(0);
         }
-        store_quad<To<T, true>>(args.grads[0], cell + g, some(g), x);
+        store_quad<To<T, true>>(args.grads[0], cell + g, some(g), x[u]);
       }
     }
-    if (of_row.empty) return 0;
+    if (empty) return 0;
 
     int64_t first = 0;
     int listed;

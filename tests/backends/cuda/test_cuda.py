@@ -349,7 +349,7 @@ def test_nb_mixture_nll_equals_the_formula(
 
 
 @pytest.mark.parametrize("form", ["multinomial", "negative_binomial_mixture"])
-@pytest.mark.parametrize("shape", [(3, 200_000), (700, 3000), (20_000, 300)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 50_000), (400, 2500), (3000, 300)], ids=str)
 def test_counts_give_the_same_bits_every_time(
     device: torch.device, form: str, shape: tuple[int, int]
 ) -> None:
