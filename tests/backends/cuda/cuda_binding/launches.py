@@ -27,14 +27,20 @@ def capturing() -> Iterator[Callable[[bool], None]]:
     extension.destroy_graph()
 
 
-# What neither reads nor writes a tensor's values.
+# What neither reads nor writes a tensor's values. (If `to` had to convert, `_to_copy` would follow.)
 VIEWS = {
-    "aten::detach",
-    "aten::crow_indices",
-    "aten::col_indices",
-    "aten::values",
-    "aten::unsqueeze",
-    "aten::view",
+    f"aten::{name}"
+    for name in (
+        "alias",
+        "detach",
+        "reshape",
+        "view",
+        "unsqueeze",
+        "to",
+        "crow_indices",
+        "col_indices",
+        "values",
+    )
 }
 
 
@@ -87,7 +93,7 @@ def test_the_loss_of_captured_counts_is_that_of_others(
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
-@pytest.mark.parametrize("rows", [4, 100])
+@pytest.mark.parametrize("rows", [4, 40])
 def test_the_loss_part_of_a_step_on_counts_is_four_launches(rows: int, sparse: bool) -> None:
     """And nothing is copied, filled or read by the host."""
     elbo, leaves, decoded, counts = zinb(rows, 600, sparse)
@@ -104,7 +110,7 @@ def test_the_loss_part_of_a_step_on_counts_is_four_launches(rows: int, sparse: b
         step()
     ops = {event.key for event in profile.key_averages()}
     assert "fastvae::nll_forward" in ops
-    assert not {op for op in ops if op.startswith("aten::")} - VIEWS, ops
+    assert not {op for op in ops if op.startswith("aten::")} - VIEWS
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", "learned", "per_element"])
