@@ -25,6 +25,7 @@ SHARES = {
 
 CUDA, GRAPHS = "tests/backends/cuda/test_cuda.py", "tests/core/test_graphs.py"
 TRITON = "tests/backends/triton/test_triton.py"
+TRITON_COUNTS = "tests/backends/triton/test_triton_counts.py"
 # The tests that are most likely to show faults of a first run, the most important ones first.
 SMOKE = (
     "test_auto_selects or test_against_the_reference or test_manual_seed_and_generator or launches_four_kernels "
@@ -71,7 +72,7 @@ def stage_of_tests(name: str, rehearse: bool) -> Stage | None:
             ],
             "cuda_tests": [["--tests", "all", CUDA, GRAPHS]],
             # All points of all grids would need 1,759 compilations.
-            "triton_tests": [["--tests", "few", TRITON]],
+            "triton_tests": [["--tests", "few", TRITON, TRITON_COUNTS]],
         }
     if name not in selections:
         return None

@@ -1,9 +1,10 @@
-"""The likelihoods of counts: the elements of the Poisson, and the kernel of the negative binomials.
+"""The negative binomials, with or without additional zeros: the kernels of a batch of counts, and their launches.
 
-The negative binomials, with or without additional zeros, describe the counts of genes in cells. csrc/math/counts.h has
-their formulas and explains them. Most counts are zeros, so the kernel first computes every element as if its count were
-0, in the type of computation C. Then it lists the places of the other counts, tile by tile, computes these in float64,
-and overwrites the first results.
+They describe the counts of genes in cells. Most counts are zeros, so `count_kernel` first computes every element as if
+its count were 0, in the type of computation C. It lists the places of the other counts, section by section, or finds
+them among the stored values of a sparse target. Of these it computes the small ones in C and the rest, whose terms
+cancel, in float64, and overwrites the first results. If the means are a softmax times a library, `softmax_kernel`
+reads the logits before it, and `logits_kernel` turns the derivatives by the means into those by the logits.
 """
 
 from collections.abc import Sequence
@@ -15,8 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .._spec import VARIANTS
-from .element import Element
-from .elementary import exp, exp_minus_1_minus, log1p, log_factorial, polynomial
+from .counts_elements import (
+    bounded,
+    dispersion_of_zeros,
+    other_count,
+    small_count,
+    with_additional_zeros,
+    zero_term,
+)
+from .counts_softmax import logits_kernel, softmax_kernel, softmax_of_row
+from .elementary import exp, log1p
 from .launch import (
     COMPUTE,
     dense_rows,
@@ -24,304 +33,192 @@ from .launch import (
     kernel,
     launch,
     number,
+    partition,
     row_dtype,
     row_stride,
     weight_view,
 )
-from .tiles import by_weight, load_weights
-
-# 2 (1/3 + s^2/5 + s^4/7 + ...), for log(1 + x) = 2 (s + s^3/3 + ...) with s = x / (2 + x), for |x| < 1/2.
-_LOG1P_32: tl.constexpr = tl.constexpr((2 / 13, 2 / 11, 2 / 9, 2 / 7, 2 / 5, 2 / 3))
-_LOG1P_64: tl.constexpr = tl.constexpr(tuple(2 / n for n in range(25, 1, -2)))
-# The series that Stirling's formulas for log Gamma and digamma leave out (Abramowitz and Stegun 6.1.41, 6.3.18). They
-# are accurate from 8 on.
-_STIRLING_FROM: tl.constexpr = tl.constexpr(8.0)
-_LOG_GAMMA: tl.constexpr = tl.constexpr(
-    (-3617 / 122400, 1 / 156, -691 / 360360, 1 / 1188, -1 / 1680, 1 / 1260, -1 / 360, 1 / 12)
-)
-_DIGAMMA: tl.constexpr = tl.constexpr(
-    (43867 / 14364, -3617 / 8160, 1 / 12, -691 / 32760, 1 / 132, -1 / 240, 1 / 252, -1 / 120, 1 / 12)
-)
-_HALF_LOG_2PI: tl.constexpr = tl.constexpr(0.9189385332046727)
+from .sparse import mark_stored, positions_until, row_positions
+from .tiles import append, by_weight, factor_of_row, load_weights, put, sum_fours
+from .tuning import choice
 
 
 @triton.jit
-def poisson(a, _, target, scalar, shape, offset):
-    """-log Poisson(t; e^a) = e^a - t a + log t!, whose terms cancel where t is large.
-
-    There, with u = a - log t, the value is computed as t (e^u - 1 - u) + log(2 pi t) / 2 + ... Where the rate is far
-    above the count, nothing cancels, and e^a is computed from a, because the rounding of u would cost it a digit.
-    """
-    large = target >= (16.0 if target.dtype == tl.float64 else 2.0)
-    log_n, rest, small = log_factorial(target, large)
-    u = a - tl.where(large, log_n, 0.0)
-    far = u > 4.0
-    e = exp(tl.where(far, a, u))
-    minus_1_u = exp_minus_1_minus(u, e)
-    # Above this bound the rate is infinite, and u is capped so that inf - inf does not occur. A count of 0 has no term
-    # in u.
-    BEYOND: tl.constexpr = 710.0 if target.dtype == tl.float64 else 89.0
-    taken = tl.where(u > BEYOND, BEYOND, u)
-    value = tl.where(
-        large, e - target * (1.0 + taken) + rest, e - target * tl.where(target > 0.0, taken, 0.0) + small
-    )
-    cancels = large & ~far
-    minus_1 = tl.where(u < -1.0, e - 1.0, minus_1_u + u)
-    grad = tl.where(cancels, target * minus_1, e - target)
-    return tl.where(cancels, target * minus_1_u + rest, value), 0.0, grad, 0.0, 0.0
-
-
-@triton.jit
-def poisson_rate(rate, _, target, eps, shape, offset):
-    """-log Poisson(t; m) = m - t log m + log t!, m = rate + eps.
-
-    Where t is large, it is computed with e = m / t - 1 as t (e - log(1 + e)) + log(2 pi t) / 2 + ...
-    """
-    m = rate + eps
-    d = m - target
-    large = target >= (16.0 if target.dtype == tl.float64 else 2.0)
-    log_n, rest, small = log_factorial(target, large)
-    ratio = m / tl.where(large, target, 1.0)
-    tiny = ratio < 1e-30
-    log_ratio = tl.log(tl.where(tiny, m, ratio)) - tl.where(tiny & large, log_n, 0.0)
-    # For a count of 0, no logarithm is needed, whatever the rate.
-    log_ratio = tl.where(target == 0.0, 0.0, log_ratio)
-    e = d / tl.where(large, target, 1.0)
-    near = tl.abs(e) < 0.5
-    s = e / (2.0 + e)
-    series = polynomial(s * s, _LOG1P_64 if m.dtype == tl.float64 else _LOG1P_32)
-    by_series = target * (s * (e - s * s * series))
-    value = tl.where(
-        large, tl.where(near, by_series, d - target * log_ratio) + rest, m - target * log_ratio + small
-    )
-    # At an infinite rate, the results are the limits.
-    certain = (target == 0.0) | (m == float("inf"))
-    return tl.where(m == float("inf"), m, value), 0.0, tl.where(certain, 1.0, d / m), 0.0, 0.0
-
-
-ELEMENTS = {
-    "poisson": Element(poisson, warps_64=4),
-    "poisson_rate": Element(poisson_rate, warps_64=4, scalar_of=lambda constants: constants[0]),
-}
-
-
-@triton.jit
-def log1p_excess(x, log_1_x, inverse):
-    """log(1 + x) - x / (1 + x) with full relative accuracy near 0, given log(1 + x) and 1 / (1 + x)."""
-    s = x / (2.0 + x)
-    square = s * s
-    series = polynomial(square, _LOG1P_64 if x.dtype == tl.float64 else _LOG1P_32)
-    return tl.where(tl.abs(x) < 0.5, square * (s * series + 2.0 / (1.0 + s)), log_1_x - x * inverse)
-
-
-@triton.jit
-def bounded(x, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """`x` clamped to [LOW, HIGH]. A NaN stays NaN."""
-    return tl.where(x < LOW, LOW, tl.where(x > HIGH, HIGH, x))
-
-
-# The bounds to which the logarithm of an inverse dispersion is clamped. The comment at Bounds in csrc/cpu/counts.cpp
-# gives the reasons.
-_LOWEST_LOG_64: tl.constexpr = tl.constexpr(-650.0)
-_HIGHEST_LOG_64: tl.constexpr = tl.constexpr(600.0)
-_LOWEST_LOG_32: tl.constexpr = tl.constexpr(-85.0)
-_HIGHEST_LOG_32: tl.constexpr = tl.constexpr(60.0)
-
-
-@triton.jit
-def dispersion_of_zeros(given, RAW: tl.constexpr):
-    """The inverse dispersion for counts of 0. With RAW, `given` is its logarithm."""
-    LOW: tl.constexpr = _LOWEST_LOG_64 if given.dtype == tl.float64 else _LOWEST_LOG_32
-    HIGH: tl.constexpr = _HIGHEST_LOG_64 if given.dtype == tl.float64 else _HIGHEST_LOG_32
-    if RAW:
-        theta = exp(bounded(given, LOW, HIGH))
-    else:
-        theta = bounded(
-            given,
-            5.08e-283 if given.dtype == tl.float64 else 1.22e-37,
-            3.77e260 if given.dtype == tl.float64 else 1.14e26,
-        )
-    return theta
-
-
-@triton.jit
-def dispersion_of_others(given, RAW: tl.constexpr):
-    """The inverse dispersion for the other counts, in float64, and the nll that clamping it takes away.
-
-    Below the lower bound the nll is -log theta plus a constant.
-    """
-    if RAW:
-        theta = tl.exp(bounded(given, _LOWEST_LOG_64, _HIGHEST_LOG_64))
-        logarithm = given
-    else:
-        theta = bounded(given, 5.08e-283, 3.77e260)
-        logarithm = tl.log(given)
-    return theta, tl.where(logarithm < _LOWEST_LOG_64, _LOWEST_LOG_64 - logarithm, 0.0)
-
-
-@triton.jit
-def zero_term(mu, theta):
-    """-log NB(0) and its derivatives by mu and theta."""
-    # Beyond this bound, the reciprocal of 1 + x would be lost.
-    x = bounded(mu / theta, 0.0, 1e307 if mu.dtype == tl.float64 else 8e37)
-    inverse = 1.0 / (1.0 + x)
-    log_1_x = log1p(x)
-    return theta * log_1_x, inverse, log1p_excess(x, log_1_x, inverse)
-
-
-@triton.jit
-def with_additional_zeros(z, pi):
-    """-log(p + (1 - p) e^-z), p = sigmoid(pi), and its derivatives by z and pi."""
-    BOUND: tl.constexpr = (
-        700.0 if z.dtype == tl.float64 else 80.0
-    )  # its exponential is neither 0 nor infinite
-    odds = tl.exp(bounded(pi, -BOUND, BOUND))
-    decayed = tl.exp(-z)
-    q = 1.0 / (odds + decayed)
-    # The first difference alone would not do: the compiler joins it to the product that z is, and then only one of the
-    # two z is rounded.
-    lost = tl.where(z < 1.0, z - exp_minus_1_minus(-z, decayed), 1.0 - decayed)  # 1 - e^-z
-    r = lost * q
-    # Where both terms are too small for their sum, the value is computed from the larger one.
-    far = (pi < -BOUND) & (z > BOUND / 2)
-    difference = z + pi
-    e = tl.exp(-tl.abs(difference))
-    share = tl.where(difference < 0.0, 1.0, e) / (1.0 + e)
-    value = tl.where(far, tl.minimum(-pi, z) - log1p(e), log1p(r))
-    d_z = tl.where(far, share, decayed * q)
-    d_pi = tl.where(far, share - 1.0, -r * (odds / (1.0 + odds)))
-    return value, d_z, d_pi
-
-
-@triton.jit
-def gamma_parts(z):
-    """log Gamma(z) and digamma(z), in float64 for z in (0, 16), computed from those of z + 8."""
-    product = z
-    derivative = tl.full(z.shape, 1.0, tl.float64)
-    for k in tl.static_range(1, 8):
-        derivative = derivative * (z + k) + product
-        product *= z + k
-    shifted = z + 8.0
-    log_shifted = tl.log(shifted)
-    inverse = 1.0 / shifted
-    log_gamma = (shifted - 0.5) * log_shifted + (_HALF_LOG_2PI - shifted) + log_gamma_rest(inverse)
-    digamma = log_shifted - 0.5 * inverse - digamma_rest(inverse)
-    return log_gamma - tl.log(product), digamma - derivative / product
-
-
-@triton.jit
-def log_gamma_rest(inverse):
-    return inverse * polynomial(inverse * inverse, _LOG_GAMMA)
-
-
-@triton.jit
-def digamma_rest(inverse):
-    square = inverse * inverse
-    return square * polynomial(square, _DIGAMMA)
-
-
-@triton.jit
-def positive_term(t, mu, log_mu, theta):
-    """-log NB(t) of a count above zero, and its derivatives by log mu and theta, in float64."""
-    n = t + theta
-    d = mu - t
-    share = theta / (theta + mu)
-    large = t >= _STIRLING_FROM
-    near_poisson = theta >= _STIRLING_FROM
-    both = large & near_poisson
-    inverse_n = 1.0 / tl.where(n >= _STIRLING_FROM, n, _STIRLING_FROM)
-    inverse_theta = 1.0 / tl.where(near_poisson, theta, _STIRLING_FROM)
-    t_theta = t / theta
-
-    # Each logarithm is computed once, with the argument that the element's case needs.
-    e = tl.where(near_poisson, d / n, mu / theta)
-    first = log1p(e)
-    excess = log1p_excess(e, first, tl.where(near_poisson, n / (theta + mu), share))
-    second = log1p(
-        tl.where(both, -theta * e / mu, tl.where(near_poisson, t_theta, theta / mu))
-    )  # in the first case, e is d / n
-    third = tl.log(tl.where(near_poisson, t * (1.0 + t_theta), n))
-    a = tl.where(large, t, 0.0) + 1.0
-    ratio = log1p((theta - 1.0) / a)
-
-    log_factorial, _ = gamma_parts(tl.where(large, 0.0, t) + 1.0)
-    log_gamma_theta, digamma_theta = gamma_parts(tl.where(near_poisson, 1.0, theta))
-    log_gamma_n, digamma_n = gamma_parts(tl.where(large | near_poisson, 1.0, n))
-    rest_n = log_gamma_rest(inverse_n)
-    digamma_rest_n = digamma_rest(inverse_n)
-    rest = log_gamma_rest(inverse_theta) - rest_n
-
-    rest_t = log_gamma_rest(1.0 / tl.where(large, t, _STIRLING_FROM))
-    near = tl.where(
-        large,
-        theta * first + t * second + (0.5 * third + (_HALF_LOG_2PI + rest_t + rest)),
-        (n * first + t) - t * log_mu + (0.5 * second + (log_factorial + rest)),
-    )
-    difference = (n - 0.5) * ratio + (theta - 1.0) * (third - ratio - 1.0)
-    difference += rest_n - log_gamma_rest(1.0 / tl.where(large, a, _STIRLING_FROM))
-    zeros = theta * first + t * second + log_gamma_theta
-    dispersed = tl.where(large, zeros - difference, zeros + (log_factorial - log_gamma_n))
-
-    d_near = excess - 0.5 * t_theta / n + (digamma_rest_n - digamma_rest(inverse_theta))
-    digamma_n = tl.where(large, third - 0.5 * inverse_n - digamma_rest_n, digamma_n)
-    d_dispersed = excess + t / (theta + mu) - (digamma_n - digamma_theta)
-    return tl.where(near_poisson, near, dispersed), d * share, tl.where(near_poisson, d_near, d_dispersed)
-
-
-@triton.jit
-def poisson_term(t, mu, log_mu):
-    """-log Poisson(t; mu) of a count above zero, in float64. `mu` may have underflowed, so its logarithm is given too.
-
-    The formula for large t is that of `poisson_rate`.
-    """
-    large = t >= _STIRLING_FROM
-    some = tl.where(large, t, _STIRLING_FROM)
-    log_some = tl.log(some)
-    d = mu - some
-    e = d / some
-    s = e / (2.0 + e)
-    series = polynomial(s * s, _LOG1P_64)
-    cancelled = tl.where(tl.abs(e) < 0.5, some * (s * (e - s * s * series)), d - some * (log_mu - log_some))
-    of_large = cancelled + 0.5 * log_some + (_HALF_LOG_2PI + log_gamma_rest(1.0 / some))
-    few = tl.where(large, 0.0, t)
-    log_factorial, _ = gamma_parts(few + 1.0)
-    return tl.where(large, of_large, mu - few * log_mu + log_factorial)
-
-
-@triton.jit
-def grad_of_empty(
-    mean,
-    target,
-    zero_logits,
-    genes,
-    top,
-    weights,
-    weights_size_0,
-    weights_size_1,
-    weights_size_2,
-    weights_stride_0,
-    weights_stride_1,
-    weights_stride_2,
-    weights_stride_3,
+def put_others(
+    value,
+    d_lead,
+    d_theta,
+    pi,
+    own,  # the weights of the elements
+    place,
+    there,
+    factor,
+    d_mean,  # these point to the row
+    d_dispersion,
+    d_zero_logits,
+    element_values,
+    log_grads,
+    INFLATED: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    RAW: tl.constexpr,
+):
+    """Writes the derivatives of counts above zero. Returns the nll and the derivative by the lead, 0 outside."""
+    if INFLATED:
+        e = exp(-tl.abs(pi))
+        value += tl.where(pi > 0.0, pi, 0.0) + log1p(e)
+        d_pi = tl.where(pi < 0.0, e, 1.0) / (1.0 + e)
+        if WEIGHTED > 0:
+            d_pi *= own
+        if d_zero_logits is not None:
+            put(d_zero_logits + place, d_pi * factor, there)
+    if WEIGHTED > 0:
+        value *= own
+        d_lead *= own
+        d_theta *= own
+    if element_values is not None:
+        tl.store(element_values + place, value * factor, there)
+    if RAW:
+        if log_grads is not None:
+            tl.store(log_grads + place, d_lead, there)
+    elif d_mean is not None:
+        put(d_mean + place, d_lead * factor, there)
+    if d_dispersion is not None:
+        put(d_dispersion + place, d_theta * factor, there)
+    return tl.where(there, value, 0.0), tl.where(there, d_lead, 0.0)
+
+
+@kernel
+def count_kernel(
+    mean,  # (rows, genes), with any stride of rows; with RAW, logits
+    dispersion,  # (rows, genes), or one row for all with stride 0; with RAW, logarithms
+    zero_logits,  # (rows, genes), or None
+    library,  # with RAW, (rows,)
+    tops,  # with RAW, what softmax_kernel writes, (rows, splits of it)
+    sums,
+    target,  # (target_rows, genes), with any stride of rows; or the stored values of a sparse one
+    starts,  # of a sparse target, its crow_indices, else None
+    stored_columns,  # the same: its col_indices
+    weights,  # the weights of elements (target_rows, genes), or None; this and the next eight are in a WeightView
+    weights_stride: "number",
+    weights_size_0: "number",
+    weights_size_1: "number",
+    weights_size_2: "number",
+    weights_stride_0: "number",
+    weights_stride_1: "number",
+    weights_stride_2: "number",
+    weights_stride_3: "number",
+    d_mean,  # out, or None: (rows, genes), dense, as are the next two; with RAW, logits_kernel writes it
+    d_dispersion,
+    d_zero_logits,
+    row_sums,  # out: (rows, sections) in C
+    row_grads,  # out with RAW: (rows, sections) in C, the sums of the derivatives by the logarithms of the means
+    row_weighs,  # out with RAW and weights: (rows, sections) int32, whether there is one that is not 0
+    element_values,  # out, or None: (rows, genes) in C, dense, times the factor of the derivatives; not with RAW
+    log_grads,  # out with RAW, or None: (rows, genes) in C, the derivatives by the logarithms of the means
+    places,  # room for (programs, SECTION) int16
+    marks,  # of a sparse target, room for (programs, SECTION) int8
+    grad_loss,  # see row_factor in tiles.py
+    grad_nll,
+    weight: tl.float64,
+    eps: tl.float64,  # added to the mean; not with RAW
+    genes: "number",  # this and the strides of rows in units of UNIT elements
+    mean_stride: "number",
+    dispersion_stride: "number",
+    zero_stride: "number",
+    library_stride: "number",
+    target_stride: "number",
+    target_rows: "number",  # see elementwise.py
+    stored: "number",  # the number of stored values
+    grad_loss_stride: "number",
+    grad_nll_stride: "number",
+    softmax_splits: "number",
+    splits: "number",  # programs of a row
+    each: "number",  # sections of a program
+    sections: "number",  # of a row
+    REPEATED: tl.constexpr,
+    WEIGHTED: tl.constexpr,  # KIND of the weights
+    RAW: tl.constexpr,
+    UNIT: tl.constexpr,
+    SECTION: tl.constexpr,  # a multiple of COLUMNS
     COLUMNS: tl.constexpr,
+    PLACES: tl.constexpr,
+    SPLITS: tl.constexpr,
     C: tl.constexpr,
 ):
-    """The derivative of a cell's nll by a library of 0, times the sum of e^(logit - top).
+    program = tl.program_id(0).to(tl.int64)
+    row = program // splits
+    genes = genes * UNIT
+    mean += row * mean_stride * UNIT
+    dispersion += row * dispersion_stride * UNIT
+    data_row = row
+    if REPEATED:
+        data_row = row % target_rows
+    if starts is None:
+        target += data_row * target_stride * UNIT
+    else:
+        row_first, row_last, row_valid = row_positions(starts, data_row, stored)
+        marks += program * SECTION
+    if WEIGHTED > 0:
+        weights += data_row * weights_stride
+    dense = row * genes
+    INFLATED: tl.constexpr = zero_logits is not None
+    if zero_logits is not None:
+        zero_logits += row * zero_stride * UNIT
+        if d_zero_logits is not None:
+            d_zero_logits += dense
+    if d_mean is not None:
+        d_mean += dense
+    if d_dispersion is not None:
+        d_dispersion += dense
+    if element_values is not None:
+        element_values += dense
+    if log_grads is not None:
+        log_grads += dense
+    places += program * SECTION
+    factor = factor_of_row(grad_loss, grad_nll, weight, row, grad_loss_stride, grad_nll_stride, C)
+    factor_of_all = factor
 
-    The formula is explained at at_ends in csrc/cpu/counts.cpp.
-    """
-    shares = tl.zeros((COLUMNS,), C)
-    for start in range(0, genes, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        inside = columns < genes
-        share = exp(tl.load(mean + columns, inside, -float("inf")).to(C) - top)
-        if zero_logits is not None:
-            share /= 1.0 + exp(tl.load(zero_logits + columns, inside, 0.0).to(C))
-        share = tl.where(tl.load(target + columns, inside, 0) == 0, share, -float("inf"))
+    if RAW:
+        top, total = softmax_of_row(tops, sums, row, softmax_splits, SPLITS)
+        size = tl.load(library + row * library_stride).to(C)
+        scale = bounded(size / total, 0.0, 1.79e308 if C == tl.float64 else 3.4e38)
+        offset = tl.log(size.to(tl.float64)) - top.to(tl.float64) - tl.log(total.to(tl.float64))
+    else:
+        offset = tl.full((), eps, tl.float64)
+
+    first_section = (program % splits * each).to(tl.int32)
+    for section in range(first_section, tl.minimum(first_section + each, sections)):
+        begin = section * SECTION
+        end = tl.minimum(begin + SECTION, genes)
+        values = tl.zeros((COLUMNS // 4,), C)
+        grads = tl.zeros((COLUMNS // 4,), C)
         if WEIGHTED > 0:
-            share = by_weight(
-                load_weights(
+            weighs = tl.zeros((COLUMNS,), tl.int32)
+        count = tl.full((), 0, tl.int32)
+        if starts is not None:
+            first = positions_until(stored_columns, row_first, row_last, begin, genes, PLACES)
+            last = positions_until(stored_columns, row_first, row_last, end, genes, PLACES)
+            good = row_valid & (first <= last)
+            good = good & mark_stored(
+                marks, target, stored_columns, first, last, begin, end, SECTION, PLACES, C
+            )
+            count = tl.where(good, last - first, 0).to(tl.int32)
+            broken = tl.where(good, 0.0, float("nan"))
+            factor = factor_of_all + broken
+
+        # All elements as if their counts were 0.
+        for start in range(begin, end, COLUMNS):
+            columns = start + tl.arange(0, COLUMNS)
+            inside = columns < genes
+            mu = tl.load(mean + columns, inside, 1.0).to(C)
+            theta = tl.load(dispersion + columns, inside, 1.0).to(C)
+            if starts is None:
+                is_other = tl.load(target + columns, inside, 0).to(C) != 0.0
+            else:
+                is_other = tl.load(marks + (columns - begin)) != 0
+            kept = inside
+            if WEIGHTED > 0:
+                own = load_weights(
                     weights,
                     columns,
                     inside,
@@ -334,200 +231,140 @@ def grad_of_empty(
                     weights_stride_3,
                     WEIGHTED,
                     C,
-                ),
-                share,
-            )
-        shares += share
-    return tl.sum(shares, 0)
-
-
-@kernel
-def count_kernel(
-    mean,  # (rows, genes), with any stride of rows; with RAW, logits
-    dispersion,  # (rows, genes), or one row for all with stride 0; with RAW, logarithms
-    zero_logits,  # (rows, genes), or None
-    library,  # with RAW, (rows,)
-    target,
-    weights,  # the weights of elements (target_rows, genes), or None; this and the next eight are in a WeightView
-    weights_stride: "number",
-    weights_size_0: "number",
-    weights_size_1: "number",
-    weights_size_2: "number",
-    weights_stride_0: "number",
-    weights_stride_1: "number",
-    weights_stride_2: "number",
-    weights_stride_3: "number",
-    d_mean,  # out, or None: (rows, genes), dense, as are the next two
-    d_dispersion,
-    d_zero_logits,
-    d_library,  # out, or None: (rows,)
-    row_sums,  # out: (rows,) in C
-    element_values,  # out, or None: (rows, genes) in C, dense, times the factor of the derivatives; not with RAW
-    log_grads,  # with RAW, room for (rows, genes) in C
-    places,  # room for (rows, COLUMNS) int16
-    grad_loss,  # see row_factor in tiles.py
-    grad_nll,
-    weight: tl.float64,
-    eps: tl.float64,  # added to the mean; not with RAW
-    genes: "number",  # this and the strides of rows in units of UNIT elements
-    mean_stride: "number",
-    dispersion_stride: "number",
-    zero_stride: "number",
-    library_stride: "number",
-    target_stride: "number",
-    target_rows: "number",  # see elementwise.py
-    grad_loss_stride: "number",
-    grad_nll_stride: "number",
-    REPEATED: tl.constexpr,
-    WEIGHTED: tl.constexpr,  # KIND of the weights
-    RAW: tl.constexpr,
-    UNIT: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PLACES: tl.constexpr,
-    C: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    genes = genes * UNIT
-    mean += row * mean_stride * UNIT
-    dispersion += row * dispersion_stride * UNIT
-    data_row = row
-    if REPEATED:
-        data_row = row % target_rows
-    target += data_row * target_stride * UNIT
-    if WEIGHTED > 0:
-        weights += data_row * weights_stride
-    if zero_logits is not None:
-        zero_logits += row * zero_stride * UNIT
-    dense = row * genes
-    if grad_loss is None and grad_nll is None:
-        factor = tl.full((), weight, C)
-    else:
-        factor = tl.full((), 0.0, C)
-        if grad_loss is not None:
-            factor += tl.load(grad_loss + row * grad_loss_stride).to(C) * tl.full((), weight, C)
-        if grad_nll is not None:
-            factor += tl.load(grad_nll + row * grad_nll_stride).to(C)
-
-    if RAW:
-        largest = tl.full((COLUMNS,), -float("inf"), C)
-        for start in range(0, genes, COLUMNS):
-            columns = start + tl.arange(0, COLUMNS)
-            largest = tl.maximum(largest, tl.load(mean + columns, columns < genes, -float("inf")).to(C))
-        top = tl.max(largest, 0)
-        exponentials = tl.zeros((COLUMNS,), C)
-        for start in range(0, genes, COLUMNS):
-            columns = start + tl.arange(0, COLUMNS)
-            logits = tl.load(mean + columns, columns < genes, -float("inf")).to(C)
-            exponentials += exp(logits - top)
-        total = tl.sum(exponentials, 0)
-        size = tl.load(library + row * library_stride).to(C)
-        scale = bounded(size / total, 0.0, 1.79e308 if C == tl.float64 else 3.4e38)
-        log_offset = tl.log(size.to(tl.float64)) - top.to(tl.float64) - tl.log(total.to(tl.float64))
-
-    values = tl.zeros((COLUMNS,), C)
-    grads = tl.zeros((COLUMNS,), C)
-    other_values = tl.zeros((PLACES,), tl.float64)
-    other_grads = tl.zeros((PLACES,), tl.float64)
-    if WEIGHTED > 0:
-        weighs = tl.zeros((COLUMNS,), tl.int32)
-    places += row * COLUMNS
-    for start in range(0, genes, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        inside = columns < genes
-        mu = tl.load(mean + columns, inside, 1.0).to(C)
-        theta = tl.load(dispersion + columns, inside, 1.0).to(C)
-        t = tl.load(target + columns, inside, 0).to(C)
-        kept = inside
-        if WEIGHTED > 0:
-            own = load_weights(
-                weights,
-                columns,
-                inside,
-                weights_size_0,
-                weights_size_1,
-                weights_size_2,
-                weights_stride_0,
-                weights_stride_1,
-                weights_stride_2,
-                weights_stride_3,
-                WEIGHTED,
-                C,
-            )
-            kept = inside & (own != 0.0)
-            weighs = tl.where(kept, 1, weighs)
-        if RAW:
-            mu = exp(mu - top) * scale
-        else:
-            mu += tl.full((), eps, C)
-        theta = dispersion_of_zeros(theta, RAW)
-        value, d_mu, d_theta = zero_term(mu, theta)
-        if zero_logits is not None:
-            pi = tl.load(zero_logits + columns, inside, 0.0).to(C)
-            value, d_z, d_pi = with_additional_zeros(value, pi)
-            d_mu *= d_z
-            d_theta *= d_z
-            if WEIGHTED > 0:
-                d_pi = by_weight(own, d_pi)
-            if d_zero_logits is not None:
-                tl.store(
-                    d_zero_logits + dense + columns,
-                    (d_pi * factor).to(d_zero_logits.dtype.element_ty),
-                    inside,
                 )
-        if RAW:
-            d_mu *= mu
-            d_theta *= theta
-        if WEIGHTED > 0:
-            value = by_weight(own, value)
-            d_mu = by_weight(own, d_mu)
-            d_theta = by_weight(own, d_theta)
-        if element_values is not None:
-            tl.store(element_values + dense + columns, value * factor, inside)
-        is_zero = kept & (t == 0.0)
-        values += tl.where(is_zero, value, 0.0)
-        if RAW:
-            grads += tl.where(is_zero, d_mu, 0.0)
-            if log_grads is not None:
-                tl.store(log_grads + dense + columns, d_mu, inside)
-        elif d_mean is not None:
-            tl.store(d_mean + dense + columns, (d_mu * factor).to(d_mean.dtype.element_ty), inside)
-        if d_dispersion is not None:
-            tl.store(
-                d_dispersion + dense + columns,
-                (d_theta * factor).to(d_dispersion.dtype.element_ty),
-                inside,
-            )
-
-        other = kept & (t != 0.0)
-        position = tl.cumsum(other.to(tl.int32), 0) - 1
-        count = tl.sum(other.to(tl.int32), 0)
-        tl.store(places + position, (columns - start).to(tl.int16), other)
+                kept = inside & (own != 0.0)
+                weighs = tl.where(kept, 1, weighs)
+            if RAW:
+                mu = exp(mu - top) * scale
+            else:
+                mu += offset.to(C)
+            theta, inverse_theta = dispersion_of_zeros(theta, RAW)
+            value, d_mu, d_theta = zero_term(mu, theta, inverse_theta)
+            if INFLATED:
+                pi = tl.load(zero_logits + columns, inside, 0.0).to(C)
+                value, d_z, d_pi = with_additional_zeros(value, pi)
+                d_mu *= d_z
+                d_theta *= d_z
+                if WEIGHTED > 0:
+                    d_pi = by_weight(own, d_pi)
+                if d_zero_logits is not None:
+                    put(d_zero_logits + columns, d_pi * factor, inside)
+            if RAW:
+                d_mu *= mu
+                d_theta *= theta
+            if WEIGHTED > 0:
+                value = by_weight(own, value)
+                d_mu = by_weight(own, d_mu)
+                d_theta = by_weight(own, d_theta)
+            if element_values is not None:
+                tl.store(element_values + columns, value * factor, inside)
+            is_zero = kept & ~is_other
+            values += sum_fours(tl.where(is_zero, value, 0.0), COLUMNS)
+            if RAW:
+                grads += sum_fours(tl.where(is_zero, d_mu, 0.0), COLUMNS)
+                if log_grads is not None:
+                    tl.store(log_grads + columns, d_mu, inside)
+            elif d_mean is not None:
+                put(d_mean + columns, d_mu * factor, inside)
+            if d_dispersion is not None:
+                put(d_dispersion + columns, d_theta * factor, inside)
+            if starts is None:
+                count = append(places, count, columns - begin, kept & is_other, COLUMNS)
         # All threads must have written the places and the derivatives of zeros before other threads read or overwrite
         # them.
         tl.debug_barrier()
-        for begin in range(0, count, PLACES):
-            j = begin + tl.arange(0, PLACES)
-            there = j < count
-            place = start + tl.load(places + j, there, 0).to(tl.int32)
-            other_t = tl.load(target + place, there, 1).to(C).to(tl.float64)
-            other_mu = tl.load(mean + place, there, 1.0).to(C).to(tl.float64)
-            other_theta = tl.load(dispersion + place, there, 1.0).to(C).to(tl.float64)
-            if RAW:
-                unbounded = other_mu + log_offset
-                log_mu = bounded(unbounded, -670.0, 670.0)
-                other_mu = tl.exp(log_mu)
+
+        # The others, in float32 if that is enough. The places of the rest move to the front of the list.
+        lanes = tl.arange(0, PLACES)
+        other_values = tl.zeros((PLACES,), C)
+        other_grads = tl.zeros((PLACES,), C)
+        rest = count
+        if C == tl.float32:
+            rest = tl.full((), 0, tl.int32)
+            for base in range(0, count, PLACES):
+                j = base + lanes
+                there = j < count
+                if starts is None:
+                    entry = tl.load(places + j, there, 0).to(tl.int32)
+                    place = begin + entry
+                    t = tl.load(target + place, there, 0).to(C)
+                else:
+                    entry = j
+                    place = tl.load(stored_columns + first + j, there, begin).to(tl.int32)
+                    t = tl.load(target + first + j, there, 0).to(C)
+                there = there & (t != 0.0)
+                own_weight = t
+                if WEIGHTED > 0:
+                    own_weight = load_weights(
+                        weights,
+                        place,
+                        there,
+                        weights_size_0,
+                        weights_size_1,
+                        weights_size_2,
+                        weights_stride_0,
+                        weights_stride_1,
+                        weights_stride_2,
+                        weights_stride_3,
+                        WEIGHTED,
+                        C,
+                    )
+                    there = there & (own_weight != 0.0)
+                pi = t
+                if INFLATED:
+                    pi = tl.load(zero_logits + place, there, 0.0).to(C)
+                fits, value, d_lead, d_theta = small_count(
+                    t,
+                    tl.load(mean + place, there, 0.0).to(C),
+                    tl.load(dispersion + place, there, 0.0).to(C),
+                    offset,
+                    RAW,
+                )
+                value, d_lead = put_others(
+                    value,
+                    d_lead,
+                    d_theta,
+                    pi,
+                    own_weight,
+                    place,
+                    there & fits,
+                    factor,
+                    d_mean,
+                    d_dispersion,
+                    d_zero_logits,
+                    element_values,
+                    log_grads,
+                    INFLATED,
+                    WEIGHTED,
+                    RAW,
+                )
+                other_values += value
+                other_grads += d_lead
+                left = (there & ~fits).to(tl.int32)
+                left_count = tl.sum(left, 0)
+                if left_count > 0:
+                    tl.debug_barrier()  # all threads must have read the list before others write to it
+                    tl.store(places + (rest + tl.cumsum(left, 0) - 1), entry.to(tl.int16), left > 0)
+                    rest += left_count
+            tl.debug_barrier()
+        for base in range(0, rest, PLACES):
+            j = base + lanes
+            there = j < rest
+            if starts is None or C == tl.float32:
+                entry = tl.load(places + j, there, 0).to(tl.int32)
             else:
-                other_mu += tl.full((), eps, tl.float64)
-                log_mu = tl.log(other_mu)
-            other_theta, lost = dispersion_of_others(other_theta, RAW)
-            other_value, d_log_mu, other_d_theta = positive_term(other_t, other_mu, log_mu, other_theta)
-            other_value += lost
-            if RAW:
-                # Below the lower bound, the nll is -t log mu plus a constant.
-                other_value += other_t * tl.where(unbounded < log_mu, log_mu - unbounded, 0.0)
-                other_d_theta *= other_theta
+                entry = j
+            # A lane without a count takes part with a large one, because these take the fewest branches.
+            if starts is None:
+                place = begin + entry
+                t = tl.load(target + place, there, 64).to(C)
+            else:
+                place = tl.load(stored_columns + first + entry, there, begin).to(tl.int32)
+                t = tl.load(target + first + entry, there, 64).to(C)
+                there = there & (t != 0.0)
+            own_weight = t
             if WEIGHTED > 0:
-                other_weight = load_weights(
+                own_weight = load_weights(
                     weights,
                     place,
                     there,
@@ -540,92 +377,54 @@ def count_kernel(
                     weights_stride_3,
                     WEIGHTED,
                     C,
-                ).to(tl.float64)
-                d_log_mu *= other_weight
-                other_d_theta *= other_weight
-            if zero_logits is not None:
-                other_pi = tl.load(zero_logits + place, there, 0.0).to(C).to(tl.float64)
-                other_e = tl.exp(-tl.abs(other_pi))
-                other_value += tl.where(other_pi > 0.0, other_pi, 0.0) + log1p(other_e)
-                if d_zero_logits is not None:
-                    other_d_pi = tl.where(other_pi < 0.0, other_e, 1.0) / (1.0 + other_e)
-                    if WEIGHTED > 0:
-                        other_d_pi *= other_weight
-                    tl.store(
-                        d_zero_logits + dense + place,
-                        (other_d_pi * factor).to(C).to(d_zero_logits.dtype.element_ty),
-                        there,
-                    )
-            if WEIGHTED > 0:
-                other_value *= other_weight
-            if element_values is not None:
-                tl.store(element_values + dense + place, (other_value * factor).to(C), there)
-            other_values += tl.where(there, other_value, 0.0)
-            if RAW:
-                other_grads += tl.where(there, d_log_mu, 0.0)
-                if log_grads is not None:
-                    tl.store(log_grads + dense + place, d_log_mu.to(C), there)
-            elif d_mean is not None:
-                tl.store(
-                    d_mean + dense + place,
-                    (d_log_mu / other_mu * factor).to(C).to(d_mean.dtype.element_ty),
-                    there,
                 )
-            if d_dispersion is not None:
-                tl.store(
-                    d_dispersion + dense + place,
-                    (other_d_theta * factor).to(C).to(d_dispersion.dtype.element_ty),
-                    there,
-                )
+                there = there & (own_weight != 0.0)
+            pi = t
+            if INFLATED:
+                pi = tl.load(zero_logits + place, there, 0.0).to(C)
+            wide_value, wide_d_lead, wide_d_theta = other_count(
+                t.to(tl.float64),
+                tl.load(mean + place, there, 1.0).to(C).to(tl.float64),
+                tl.load(dispersion + place, there, 1.0).to(C).to(tl.float64),
+                offset,
+                RAW,
+            )
+            value, d_lead = put_others(
+                wide_value.to(C),
+                wide_d_lead.to(C),
+                wide_d_theta.to(C),
+                pi,
+                own_weight,
+                place,
+                there,
+                factor,
+                d_mean,
+                d_dispersion,
+                d_zero_logits,
+                element_values,
+                log_grads,
+                INFLATED,
+                WEIGHTED,
+                RAW,
+            )
+            other_values += value
+            other_grads += d_lead
+        # All threads must have read the list before others write that of the next section.
         tl.debug_barrier()
 
-    row_sum = (tl.sum(values, 0).to(tl.float64) + tl.sum(other_values, 0)).to(C)
-    if WEIGHTED > 0:
-        any_weight = tl.max(weighs, 0) > 0
-    if RAW:
-        infinite = size == float("inf")
-        if WEIGHTED > 0:
-            infinite = infinite & any_weight
-        row_sum = tl.where(infinite, row_sum + size, row_sum)
-    tl.store(row_sums + row, row_sum)
-    if RAW:
-        grad = (tl.sum(grads, 0).to(tl.float64) + tl.sum(other_grads, 0)).to(C)
-        if d_library is not None:
-            by_library = grad / size
-            if size == 0.0:
-                by_library = grad_of_empty(
-                    mean,
-                    target,
-                    zero_logits,
-                    genes,
-                    top,
-                    weights,
-                    weights_size_0,
-                    weights_size_1,
-                    weights_size_2,
-                    weights_stride_0,
-                    weights_stride_1,
-                    weights_stride_2,
-                    weights_stride_3,
-                    WEIGHTED,
-                    COLUMNS,
-                    C,
-                )
-                by_library /= total
+        section_sum = tl.sum(values, 0) + tl.sum(other_values, 0)
+        if starts is not None:
+            section_sum += broken
+        at = row * sections + section
+        if RAW:
+            infinite = size == float("inf")
             if WEIGHTED > 0:
-                by_library = tl.where(any_weight, by_library, 0.0)
-            tl.store(d_library + row, (factor * by_library).to(d_library.dtype.element_ty))
-        if d_mean is not None:
-            # The derivative by logit g is the derivative by log mu_g minus gene g's share of the sum over all genes.
-            part = grad / total
-            for start in range(0, genes, COLUMNS):
-                columns = start + tl.arange(0, COLUMNS)
-                inside = columns < genes
-                d = tl.load(log_grads + dense + columns, inside, 0.0)
-                d -= exp(tl.load(mean + columns, inside, 0.0).to(C) - top) * part
-                if WEIGHTED > 0:  # without any weight there is no derivative, whatever the logits are
-                    d = tl.where(any_weight, d, 0.0)
-                tl.store(d_mean + dense + columns, (d * factor).to(d_mean.dtype.element_ty), inside)
+                weighs_here = tl.max(weighs, 0)
+                infinite = infinite & (weighs_here > 0)
+                tl.store(row_weighs + at, weighs_here)
+            section_sum = tl.where(infinite, section_sum + size, section_sum)
+            tl.store(row_grads + at, tl.sum(grads, 0) + tl.sum(other_grads, 0))
+        tl.store(row_sums + at, section_sum)
 
 
 class Form(NamedTuple):
@@ -657,11 +456,39 @@ def shared_bit(likelihood: str, params: Sequence[Tensor]) -> int:
     return 2 if likelihood in FORMS and params[1].dim() == 1 else 0
 
 
-def dense_counts(values: Tensor, starts: Tensor, columns: Tensor, shape: torch.Size) -> Tensor:
-    """A sparse target as a dense matrix, which the kernel reads."""
-    values = values if values.is_floating_point() or values.dtype == torch.int64 else values.to(torch.int32)
-    index = torch.searchsorted(starts, torch.arange(values.numel(), device=values.device), right=True) - 1
-    return values.new_zeros(shape).index_put_((index, columns), values, accumulate=True)
+class Cut(NamedTuple):
+    """How the kernels divide rows of genes."""
+
+    columns: int  # of a tile of count_kernel
+    section: int  # the columns whose counts above zero are listed together
+    sections: int
+    splits: int  # the programs of count_kernel for a row
+    each: int  # sections of a program
+    places: int  # how many of the listed counts are computed at a time
+    warps: int
+
+
+# A section has enough counts above zero to occupy all threads of a program, and few enough tiles that a batch of 128
+# cells occupies a GPU.
+TILES = 4
+
+
+def cut_of(rows: int, genes: int, dtype: torch.dtype, device: torch.device) -> Cut:
+    chosen = choice("counts", rows * genes, device)
+    # An element takes most of the registers that a thread has; in float64, half as many fit.
+    widest = chosen.tile if dtype == torch.float32 else chosen.tile // 2
+    columns = min(widest, max(16, triton.next_power_of_2(genes)))
+    section = min(columns * TILES, max(columns, triton.next_power_of_2(genes)))
+    sections = -(-genes // section)
+    splits = min(sections, max(1, chosen.programs // max(1, rows)))
+    each = -(-sections // splits) if splits else 0
+    splits = -(-sections // each) if each else 0
+    warps = max(1, chosen.warps * columns // widest)
+    return Cut(columns, section, sections, splits, each, min(columns, chosen.tile // 8), warps)
+
+
+# The number of partial results of a row that are combined at a time. A row's softmax has at most as many splits.
+_SPLITS = 32
 
 
 def evaluate(
@@ -678,14 +505,14 @@ def evaluate(
     element_values: Tensor | None = None,
     element_weight: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """Run count_kernel, as elementwise.evaluate runs the kernel of elements. It always computes the values."""
+    """Run the kernels, as elementwise.evaluate runs the kernel of elements. They always compute the values."""
     form, lead = FORMS[likelihood], params[0]
     rows, genes = lead.shape
-    dtype = row_dtype(lead)
-    if len(params) > form.tensors:
-        starts, columns = params[-2:]
-        target = dense_counts(target, starts, columns, torch.Size((starts.numel() - 1, genes)))
-    mean, data = dense_rows(lead), dense_rows(target)
+    dtype, device = row_dtype(lead), lead.device
+    starts, stored_columns = params[form.tensors :] if len(params) > form.tensors else (None, None)
+    sparse = starts is not None
+    target_rows = starts.numel() - 1 if starts is not None else target.shape[0]
+    mean, data = dense_rows(lead), target.contiguous() if sparse else dense_rows(target)
     shared = params[1].dim() == 1
     dispersion = params[1].contiguous() if shared else dense_rows(params[1])
     zero_logits = dense_rows(params[form.zero_logits]) if form.zero_logits is not None else None
@@ -707,34 +534,69 @@ def evaluate(
     log_grads = None
     if form.raw and d_mean is not None:
         log_grads = d_mean if d_mean.dtype == dtype else room(True, dtype)
-    row_sums = lead.new_empty((rows, 1), dtype=dtype)
-    # In a full tile, a thread has four elements, or two in float64, and half as many with weights. Their arithmetic
-    # takes most of its registers.
-    widest = 512 if dtype == torch.float32 else 256
-    columns = min(widest, max(16, triton.next_power_of_2(genes)))
+
+    cut = cut_of(rows, genes, dtype, device)
+    row_sums = lead.new_empty((rows, cut.sections), dtype=dtype)
     strides = [
         t.stride(0) if t is not None and t.dim() == 2 else 0 for t in (mean, dispersion, zero_logits, data)
     ]
     unit = divisor(genes, *strides)
-    weights = weight_view(element_weight, data.shape)
+    weights = weight_view(element_weight, (target_rows, genes))
+    repeated = target_rows != rows
+    compute = COMPUTE[dtype]
+
+    tops = sums = row_grads = row_weighs = None
+    # A row's softmax is split as if there were no other rows, so that its result does not depend on them.
+    of_any = choice("nll", 1 << 30, device)
+    softmax = partition(1, genes, of_any._replace(programs=_SPLITS), narrowest=64)
+    softmax_warps = max(1, of_any.warps * softmax.columns // of_any.tile)
+    if form.raw:
+        tops, sums = (lead.new_empty((rows, softmax.splits), dtype=dtype) for _ in range(2))
+        row_grads = torch.empty_like(row_sums)
+        row_weighs = torch.empty_like(row_sums, dtype=torch.int32) if element_weight is not None else None
+        launch(
+            softmax_kernel,
+            rows * softmax.splits,
+            device,
+            mean,
+            tops,
+            sums,
+            genes // unit,
+            strides[0] // unit,
+            softmax.splits,
+            softmax.tiles,
+            UNIT=unit,
+            COLUMNS=softmax.columns,
+            # In each part, a thread has as many logits as a 128-bit access reads.
+            PARTS=lead.element_size(),
+            C=compute,
+            num_warps=softmax_warps,
+        )
+    programs = rows * cut.splits
     launch(
         count_kernel,
-        rows,
-        lead.device,
+        programs,
+        device,
         mean,
         dispersion,
         zero_logits,
         library,
+        tops,
+        sums,
         data,
+        starts,
+        stored_columns,
         *weights.arguments,
-        d_mean,
+        None if form.raw else d_mean,
         d_dispersion,
         d_zero_logits,
-        d_library,
         row_sums,
+        row_grads,
+        row_weighs,
         element_values,
         log_grads,
-        torch.empty((rows, columns), dtype=torch.int16, device=lead.device),
+        torch.empty((programs, cut.section), dtype=torch.int16, device=device),
+        torch.empty((programs, cut.section), dtype=torch.int8, device=device) if sparse else None,
         grad_loss,
         grad_nll,
         weight,
@@ -745,18 +607,66 @@ def evaluate(
         strides[2] // unit,
         library.stride(0) if library is not None else 0,
         strides[3] // unit,
-        data.shape[0],
+        target_rows,
+        data.numel() if sparse else 0,
         row_stride(grad_loss),
         row_stride(grad_nll),
-        REPEATED=data.shape[0] != rows,
+        softmax.splits,
+        cut.splits,
+        cut.each,
+        cut.sections,
+        REPEATED=repeated,
         WEIGHTED=weights.kind,
         RAW=form.raw,
         UNIT=unit,
-        COLUMNS=columns,
-        PLACES=min(128, columns),
-        C=COMPUTE[dtype],
-        num_warps=max(1, (8 if weights.kind else 4) * columns // widest),
+        SECTION=cut.section,
+        COLUMNS=cut.columns,
+        PLACES=cut.places,
+        SPLITS=_SPLITS,
+        C=compute,
+        num_warps=cut.warps,
     )
+    if form.raw and (d_mean is not None or d_library is not None):
+        tiles = max(1, rows * genes // (softmax.columns * of_any.programs)) if d_mean is not None else genes
+        splits = max(1, -(-genes // (softmax.columns * tiles)))
+        launch(
+            logits_kernel,
+            rows * splits,
+            device,
+            mean,
+            zero_logits,
+            library,
+            tops,
+            sums,
+            *weights.arguments,
+            row_sums,
+            row_grads,
+            row_weighs,
+            log_grads,
+            d_mean,
+            d_library,
+            grad_loss,
+            grad_nll,
+            weight,
+            genes // unit,
+            strides[0] // unit,
+            strides[2] // unit,
+            library.stride(0) if library is not None else 0,
+            target_rows,
+            row_stride(grad_loss),
+            row_stride(grad_nll),
+            softmax.splits,
+            cut.sections,
+            splits,
+            tiles,
+            REPEATED=repeated,
+            WEIGHTED=weights.kind,
+            UNIT=unit,
+            COLUMNS=softmax.columns,
+            SPLITS=_SPLITS,
+            C=compute,
+            num_warps=softmax_warps,
+        )
     if shared and d_dispersion is not None and element_values is None:
         d_dispersion = d_dispersion.sum(0).to(params[1].dtype)
     by_param = {0: d_mean, 1: d_dispersion, form.zero_logits: d_zero_logits, form.library: d_library}

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._spec import VARIANTS
-from . import continuous, counts
+from . import continuous, counts_elements
 from .elementary import combine_excess, log1p
 from .launch import (
     COMPUTE,
@@ -44,7 +44,7 @@ from .tuning import choice
 
 # Maps each variant to its element.
 ELEMENTS = {
-    variant.name: {**continuous.ELEMENTS, **counts.ELEMENTS}[variant.element]
+    variant.name: {**continuous.ELEMENTS, **counts_elements.ELEMENTS}[variant.element]
     for variant in VARIANTS.values()
     if variant.element
 }

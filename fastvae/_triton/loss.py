@@ -1,9 +1,9 @@
 """The reconstruction loss: what all likelihoods share, and the functions behind the ops fastvae_triton::nll_*.
 
-A loss takes three launches. The kernel of the likelihood (elementwise.py, counts.py, multinomial.py, categorical.py,
-discretized.py) writes the gradient and partial sums of rows. `finish_kernel` adds these up to the nll of each row and
-to the loss. In the backward, `scale_kernel` reads the incoming factor on the device, and returns immediately if it is
-1.
+A loss takes three launches, or five for counts whose means are a softmax. The kernel of the likelihood (elementwise.py,
+counts.py, multinomial.py, categorical.py, discretized.py) writes the gradient and partial sums of rows. `finish_kernel`
+adds these up to the nll of each row and to the loss. In the backward, `scale_kernel` reads the incoming factor on the
+device, and returns immediately if it is 1.
 """
 
 from collections.abc import Callable, Sequence

@@ -53,6 +53,20 @@ def row_factor(grad_loss, grad_nll, weight, rows, inside, grad_loss_stride, grad
 
 
 @triton.jit
+def factor_of_row(grad_loss, grad_nll, weight, row, grad_loss_stride, grad_nll_stride, C: tl.constexpr):
+    """row_factor of one row; without gradients, the weight."""
+    if grad_loss is None and grad_nll is None:
+        factor = tl.full((), weight, C)
+    else:
+        factor = tl.full((), 0.0, C)
+        if grad_loss is not None:
+            factor += tl.load(grad_loss + row * grad_loss_stride).to(C) * tl.full((), weight, C)
+        if grad_nll is not None:
+            factor += tl.load(grad_nll + row * grad_nll_stride).to(C)
+    return factor
+
+
+@triton.jit
 def load_weights(
     weights,
     places,
@@ -118,3 +132,25 @@ def row_totals(partials, rows, inside, splits, ROWS: tl.constexpr, SPLITS: tl.co
         split = start + tl.arange(0, SPLITS)[None, :]
         total += tl.load(partials + rows[:, None] * splits + split, inside[:, None] & (split < splits), 0.0)
     return tl.sum(total, 1)
+
+
+@triton.jit
+def put(pointer, value, inside):
+    tl.store(pointer, value.to(pointer.dtype.element_ty), inside)
+
+
+@triton.jit
+def sum_fours(x, COLUMNS: tl.constexpr):
+    """The sums of four adjacent elements each, which are held by the same thread."""
+    return tl.sum(tl.reshape(x, (COLUMNS // 4, 4)), 1)
+
+
+@triton.jit
+def append(places, count, entries, wanted, COLUMNS: tl.constexpr):
+    """Appends those of `entries` that are `wanted` to a list of `count` numbers, in order. Returns the new number."""
+    # A thread holds four adjacent entries. Only their sums are summed across threads.
+    fours = tl.reshape(wanted.to(tl.int32), (COLUMNS // 4, 4))
+    number = tl.sum(fours, 1)
+    position = (tl.cumsum(number, 0) - number)[:, None] + (tl.cumsum(fours, 1) - 1)
+    tl.store(places + (count + tl.reshape(position, (COLUMNS,))), entries.to(tl.int16), wanted)
+    return count + tl.sum(number, 0)

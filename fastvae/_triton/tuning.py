@@ -18,7 +18,7 @@ class Choice(NamedTuple):
     programs: int  # the number of programs that fill the chip; rows are split until there are about this many
 
 
-KERNELS = ("nll", "logistic", "scale", "sample", "sample_gradient", "mixture")
+KERNELS = ("nll", "counts", "logistic", "scale", "sample", "sample_gradient", "mixture")
 
 # Shapes with at most this many elements (rows * size) are in the class "small", all others in "large".
 SMALL = 1 << 20
@@ -26,6 +26,9 @@ SMALL = 1 << 20
 _DEFAULT = {
     ("nll", "small"): Choice(1024, 4, 1024),
     ("nll", "large"): Choice(2048, 4, 2048),
+    # A warp takes a tile, because it need not wait for others where it lists its counts above zero.
+    ("counts", "small"): Choice(256, 1, 4096),
+    ("counts", "large"): Choice(256, 1, 4096),
     # These tiles are in pixels, each of which has many planes and much to compute.
     ("logistic", "small"): Choice(256, 2, 1024),
     ("logistic", "large"): Choice(512, 4, 2048),
@@ -46,7 +49,8 @@ _DEFAULT = {
 TABLE: dict[str, dict[tuple[str, str], Choice]] = {
     "default": _DEFAULT,
     # A warp has 64 threads on every gfx9.
-    "gfx9": {key: choice._replace(warps=max(1, choice.warps // 2)) for key, choice in _DEFAULT.items()},
+    "gfx9": {key: choice._replace(warps=max(1, choice.warps // 2)) for key, choice in _DEFAULT.items()}
+    | {("counts", size): Choice(512, 1, 4096) for size in ("small", "large")},
     # Triton's interpreter takes a millisecond or two per program, no matter how large the tile is.
     "interpreter": {(kernel, size): Choice(4096, 4, 4) for kernel in KERNELS for size in ("small", "large")},
 }

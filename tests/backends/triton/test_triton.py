@@ -53,7 +53,7 @@ def test_device_tests_pass_in_the_interpreter(shard: str, which_tests: list[str]
     tests = Path(__file__).parents[2]
     core = ("test_autograd", "test_autograd_features", "test_draws", "test_mixture")
     files = [
-        str(tests / "backends/triton/test_triton.py"),
+        *(str(tests / f"backends/triton/{name}.py") for name in ("test_triton", "test_triton_counts")),
         *(str(tests / f"core/{name}.py") for name in core),
     ]
     done = subprocess.run(

@@ -116,6 +116,22 @@ class Code:
     def stores(self) -> list[str]:
         return re.findall(self.store, self.text)
 
+    @property
+    def inner_loops(self) -> list[list[str]]:
+        """The instructions of each loop in SASS that contains no other loop, in the order of the code."""
+        code = [
+            (int(place, 16), instruction)
+            for place, instruction in re.findall(
+                r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", self.text, re.MULTILINE
+            )
+        ]
+        ends = {end: int(to[1], 16) for end, x in code if (to := re.search(r"\bBRA\b.* 0x([0-9a-f]+)$", x))}
+        loops = [(start, end) for end, start in ends.items() if start < end]
+        inner = [
+            (a, b) for a, b in loops if not any((a, b) != (x, y) and a <= x and y <= b for x, y in loops)
+        ]
+        return [[x for place, x in code if a <= place <= b] for a, b in sorted(inner)]
+
 
 def compile_launch(launch: Launch, architecture: str) -> Code:
     kernel, args, options = launch
@@ -168,6 +184,8 @@ def widest(accesses: list[str]) -> int:
 B, D = 512, 3072
 SEED = torch.tensor([1, 2])
 ROWS, ONE, NONE = torch.empty(B), torch.tensor(1.0), None
+STORED = 1000
+POSITIONS = torch.empty(B + 1, dtype=torch.int64), torch.empty(STORED, dtype=torch.int64)
 
 
 CONSTANTS: dict[str, list[float]] = {
@@ -196,7 +214,7 @@ def loss(
     weight: torch.Tensor | None = None,
 ) -> object:
     constants = [x for constant in _spec.VARIANTS[likelihood].constants for x in CONSTANTS[constant.name]]
-    kl = ROWS[: target.shape[0]]
+    kl = ROWS[: params[0].shape[0]]
     return losses.nll_forward(likelihood, params, target, constants, kl, ONE, 2, needs, weight)
 
 
@@ -264,11 +282,15 @@ def genes(
     target: torch.dtype = FLOAT,
     shared: bool = True,
     weight: torch.Tensor | None = None,
+    sparse: bool = False,
 ) -> object:
     form = counts.FORMS[likelihood]
     params = [data(dtype), data(dtype, D) if shared else data(dtype)]
     params += [data(dtype)] * (form.zero_logits is not None) + [ROWS.to(dtype)] * (form.library is not None)
-    return loss(likelihood, params, data(target), (1 << len(params)) - 1, weight)
+    needs = (1 << len(params)) - 1
+    if sparse:
+        return loss(likelihood, [*params, *POSITIONS], data(target, STORED), needs, weight)
+    return loss(likelihood, params, data(target), needs, weight)
 
 
 def each(likelihood: str, dtype: torch.dtype, shared: bool = True) -> object:
@@ -368,7 +390,13 @@ OTHERS: dict[str, Callable[[], object]] = {
     "zero-inflated, bf16": lambda: genes("zero_inflated_negative_binomial_logits", HALF),
     "negative binomial, double": lambda: genes("negative_binomial_logits", DOUBLE, torch.int64),
     "zero-inflated, double": lambda: genes("zero_inflated_negative_binomial", DOUBLE, DOUBLE, False),
+    "sparse negative binomial, uint16": lambda: genes("negative_binomial", FLOAT, torch.uint16, sparse=True),
+    "sparse zero-inflated, bf16": lambda: genes(
+        "zero_inflated_negative_binomial_logits", HALF, torch.int32, False, data(BYTE), True),
+    "sparse zero-inflated, double": lambda: genes(
+        "zero_inflated_negative_binomial_logits", DOUBLE, FLOAT, sparse=True),
     "multinomial": lambda: loss("multinomial", [data(FLOAT)], data(FLOAT)),
+    "sparse multinomial": lambda: loss("multinomial", [data(FLOAT), *POSITIONS], data(FLOAT, STORED)),
     "multinomial, bf16, uint16": lambda: loss("multinomial", [data(HALF)], data(torch.uint16)),
     "multinomial, double": lambda: loss("multinomial", [data(DOUBLE)], data(torch.int64)),
     "weighted multinomial": lambda: loss("multinomial", [data(FLOAT)], data(FLOAT), 1, data(torch.bool, 1, D)),
@@ -444,12 +472,62 @@ def test_other_calls_compile_without_spills(architecture: str, name: str) -> Non
         assert compile_launch(launch, architecture).spills == 0
 
 
+def of_counts(name: str) -> Launch:
+    return next(launch for launch in record(OTHERS[name]) if launch.kernel is counts.count_kernel)
+
+
 @pytest.mark.parametrize("name", ["negative binomial", "zero-inflated", "elements of zero-inflated"])
 def test_counts_are_read_with_128_bits(name: str) -> None:
     """The path of zeros: logits or mean, dispersion, additional zeros and counts. The few other counts are gathered."""
-    code = compile_launch(record(OTHERS[name])[0], "sm_90")
+    code = compile_launch(of_counts(name), "sm_90")
     assert widest(code.loads) >= 3, code.loads
     assert widest(code.stores) >= 2, code.stores
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("negative binomial", 105), ("zero-inflated", 200), ("sparse zero-inflated, bf16", 240)],
+)
+def test_only_counts_that_need_it_are_computed_in_float64(name: str, most: int) -> None:
+    """Zeros take at most so many instructions each, and only the last loop, over the fewest counts, uses float64."""
+    launch = of_counts(name)
+    # The shorter loops find and mark the values of a sparse target, and those after the third are jumps back from code
+    # that is seldom run.
+    loops = [loop for loop in compile_launch(launch, "sm_90").inner_loops if len(loop) > 150][:3]
+    zeros, small, _ = loops
+    in_float64 = [sum(bool(re.search(r"\bD(FMA|ADD|MUL|SETP)\b", x)) for x in loop) for loop in loops]
+    assert in_float64[0] == 0
+    assert in_float64[1] <= 4  # the logarithm of the mean, which is a sum
+    assert in_float64[2] > 100
+    per_thread = launch.options["COLUMNS"] // (32 * launch.options["num_warps"])
+    assert len(zeros) <= most * per_thread, len(zeros) / per_thread
+    assert len(small) < 500
+
+
+def test_several_programs_share_a_row() -> None:
+    for rows, at_least in ((1, 20), (128, 20), (1000, 4)):
+        cut = counts.cut_of(rows, 20_000, FLOAT, torch.device("cpu"))
+        assert cut.splits >= at_least
+        assert cut.splits * cut.each * cut.section >= 20_000
+
+
+@pytest.mark.parametrize("name", ["negative_binomial_logits", "negative_binomial", "multinomial"])
+def test_sparse_target_is_not_made_dense(name: str) -> None:
+    """A call takes the memory of its gradients, one for each tensor of genes, and little more."""
+    from benchmarks.timing import peak_bytes
+
+    rows, size = 2048, 20_000
+    positions = torch.empty(rows + 1, dtype=torch.int64), torch.empty(STORED, dtype=torch.int64)
+    params = [data(FLOAT, rows, size)] * (1 if name == "multinomial" else 2)
+    of_genes = len(params)
+    params += [data(FLOAT, rows)] * (name == "negative_binomial_logits")
+
+    def call() -> None:
+        needs = (1 << len(params)) - 1
+        evaluate = losses.EVALUATE[name]
+        record(lambda: evaluate(name, [*params, *positions], data(FLOAT, STORED), [1e-8], needs, 1.0))
+
+    assert peak_bytes(call, torch.device("cpu")) < (of_genes + 0.2) * 4 * rows * size
 
 
 def test_calls_cover_every_kernel() -> None:
