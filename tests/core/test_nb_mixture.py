@@ -1,6 +1,7 @@
 """The mixture of two negative binomials: accuracy, extremes, targets, weights, autograd, and the module."""
 
 import math
+import os
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
@@ -171,17 +172,19 @@ def test_nll_equals_50_digits(backend: str, dtype: torch.dtype) -> None:
 
     Both sides start from the same numbers. An error of a value is allowed to be that of its terms, and one of a
     gradient that of the logarithm of the share by which it is multiplied, because both components may be far off. For
-    small counts, float32 kernels compute it in float32: its error is that of a component's nll.
+    small counts, CUDA's kernel computes it in float32: its error is that of a component's nll.
     """
     inputs, target, exact, slopes = truths(dtype)
     leaves = leaves_of(inputs)
     value = negative_binomial_mixture_nll(**leaves, target=target, reduction="none")
     _, found = with_gradients(value, leaves)
     rough, last = (1e-11, 1e-15) if dtype == torch.float64 else (5e-6, 3e-7)
-    assert ((value.double() - exact).abs() <= 0.15 * rough * exact.abs()).all()
+    # CUDA's, which tests/backends/cuda/test_cuda_binding.py runs on the CPU.
+    on_cuda = "FASTVAE_CUDA_BINDING" in os.environ
+    assert ((value.double() - exact).abs() <= (0.15 if on_cuda else 0.1) * rough * exact.abs()).all()
     apart = 1 + (target.double() + leaves["mean1"] + leaves["mean2"]).detach().double()
     terms = 1e-14 * apart
-    if dtype == torch.float32:
+    if on_cuda and dtype == torch.float32:
         terms = torch.where(target < 8, 1e-7 * apart.clamp(max=64), terms)
     for name in NAMES:
         error = (found[name].double() - slopes[name]).abs()

@@ -90,7 +90,11 @@ def test_binding_passes_the_tests_of_the_native_backend(
             *files,
         ],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))},
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))),
+            "FASTVAE_CUDA_BINDING": "1",
+        },
         capture_output=True,
         text=True,
         timeout=1800,

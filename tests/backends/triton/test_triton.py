@@ -39,7 +39,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastvae
 from fastvae import functional, reference
 from fastvae._spec import Variant
-from fastvae.backends import choose
 from fastvae.backends.base import CPU_OPS
 
 GPU = torch.cuda.is_available() and not INTERPRETED
@@ -299,8 +298,6 @@ def test_weighted_elements_equal_the_formula(
 def test_weighted_families_equal_the_formula(
     device: torch.device, name: str, place: int, weight: torch.dtype, dtype: torch.dtype
 ) -> None:
-    if name in test_weight.COUNTS and choose.setting == "native":
-        pytest.skip("there is no CUDA kernel of counts")
     family = test_weight.FAMILIES[name]
     inputs = move(
         {key: x.to(dtype) if x.is_floating_point() else x for key, x in family.inputs().items()}, device
