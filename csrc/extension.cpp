@@ -1,6 +1,7 @@
 // The extension without its kernels, as one translation unit: compiling torch's headers takes far longer than compiling the code here,
 // and this way it happens only once. The files for CUDA are compiled separately if they are needed.
 #include "module.cpp"
+#include "ops/bounds_cpu.cpp"
 #include "ops/buffer_pool.cpp"
 #include "ops/categorical.cpp"
 #include "ops/categorical_cpu.cpp"

@@ -1,12 +1,14 @@
 // The Python module fastvae._C. Importing it registers the ops (csrc/ops/library.cpp), which torch.ops.fastvae calls.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "ops/bounds.h"
 #include "ops/buffer_pool.h"
 #include "ops/cpu_kernels.h"
 #include "ops/latents.h"
@@ -45,6 +47,11 @@ bool watched() {
 }
 
 py::object wrapped(const Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); }
+py::object wrapped(const Tensors& t) {
+  py::tuple all(t.size());
+  for (size_t i = 0; i < t.size(); ++i) all[i] = wrapped(t[i]);
+  return all;
+}
 py::object wrapped(const std::tuple<Tensor, Tensor>& t) { return py::make_tuple(wrapped(std::get<0>(t)), wrapped(std::get<1>(t))); }
 
 // The result of `op`, or None if it refuses its arguments. Torch translates other exceptions into Python's, because pybind11 could only
@@ -111,6 +118,25 @@ py::object nll(std::string_view likelihood, const py::sequence& params, py::hand
   return unless_refused([&] { return handle.call(likelihood, tensors, *data, constants, row_kl, row_beta, reduction, weights); });
 }
 
+// Unlike the others, this is not an op, and has no long way: fastvae/bounds.py computes the same with torch's ops for what is refused here.
+py::object iwae(std::string_view likelihood, const py::sequence& params, py::handle target, const std::vector<double>& constants,
+                py::handle log_q, py::handle log_p, py::handle beta, int64_t reduction, py::handle weight) {
+  if (watched() || c10::impl::dispatch_mode_enabled()) return py::none();
+  bool plain = true;
+  const auto on_cpu = [&](const Tensor* t) {
+    plain &= t && t->is_cpu();
+    return plain ? *t : Tensor();
+  };
+  Tensors tensors;
+  for (const py::handle param : params) tensors.push_back(on_cpu(plain_floats(param)));
+  const Tensor data = on_cpu(plain_tensor(target)), q = on_cpu(plain_floats(log_q)), p = on_cpu(plain_floats(log_p));
+  const Tensor factor = on_cpu(plain_floats(beta));
+  OptionalTensor weights;
+  if (!weight.is_none()) weights = on_cpu(plain_tensor(weight));
+  if (!plain || !serves_iwae_bound(likelihood_variant(likelihood), tensors, data, q, p, factor, weights)) return py::none();
+  return unless_refused([&] { return iwae_bound(likelihood, tensors, data, constants, q, p, factor, reduction, weights); });
+}
+
 // mu and logvar, or a packed head and None.
 struct PosteriorArgs {
   const Tensor* mu;
@@ -169,6 +195,7 @@ PYBIND11_MODULE(_C, m) {
   auto fast_path = m.def_submodule("fast_path", "The ops for plain tensors that fit together; they return None for any others.");
   fast_path.def("serve_cuda", [](bool on) { fastvae::serves_cuda = on; }, "Set whether CUDA tensors use the native kernels.");
   fast_path.def("nll", &fastvae::nll);
+  fast_path.def("iwae", &fastvae::iwae);
   fast_path.def("reparameterize_kl", &fastvae::reparameterize_kl);
   fast_path.def("gaussian_kl", &fastvae::gaussian_kl);
 }

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .backends import choose
 from .elbo import ELBO
 from .functional import sample_log_probs
 from .functional.checks import check_choice, checked_int
 from .functional.forms import ScaleForm
 from .functional.ranges import warn_of_non_finite_weights
-from .likelihoods.base import nll_of_draws
+from .likelihoods.base import has_kernel, nll_of_draws
 from .priors import Prior
 from .reference.loss import reduce_rows
 
@@ -38,12 +39,12 @@ class PosteriorDraws(NamedTuple):
 
 
 class IWAEOutput(NamedTuple):
-    """The result of an `IWAE` call."""
+    """The result of an `IWAE` call. Only the loss has a gradient."""
 
     loss: Tensor
     """The negative bound, reduced: a scalar, or (B,) with reduction "none". Its gradient is that of the estimator."""
     bound: Tensor
-    """The lower bound of log p(x) of every row, (B,), in nats, without a gradient."""
+    """The lower bound of log p(x) of every row, (B,), in nats."""
     nll: Tensor
     """-log p(x | z) of every draw, (K, B), in nats."""
     kl: Tensor
@@ -205,28 +206,24 @@ class IWAE(ELBO):
                 "gradient, but it has none; take the draws from iwae.sample(mu, logvar), or use estimator='iwae'"
             )
 
-        def nll_of(part: Tensor) -> Tensor:
-            return nll_of_draws("IWAE", self.likelihood, decoder(part.flatten(0, 1)), x, len(part), weight)
-
-        if not is_function:
-            nll = nll_of_draws("IWAE", self.likelihood, decoder, x, self.samples, weight)
-        elif self.chunk is None or self.chunk >= self.samples:
-            nll = nll_of(z)
+        if self.chunk is None or self.chunk >= self.samples or not is_function:
+            recon = decoder(z.flatten(0, 1)) if is_function else decoder
+            results = self._fused(recon, x, draws, weight)
+            if results is None:
+                nll = nll_of_draws("IWAE", self.likelihood, recon, x, self.samples, weight)
+                results = self._bound_of(nll, log_q - log_p)
         else:
-            parts = [checkpoint(nll_of, part, use_reentrant=False) for part in z.split(self.chunk)]
-            nll = torch.cat(parts)
 
-        kl = log_q - log_p
-        beta = self.beta.to(kl.device)
-        log_weights = -nll - beta * kl
-        weights = torch.softmax(log_weights.detach(), 0)
-        ess = weights.square().sum(0).reciprocal()
-        bound = torch.logsumexp(log_weights.detach(), 0) - math.log(self.samples)
+            def nll_of(part: Tensor) -> Tensor:
+                return nll_of_draws(
+                    "IWAE", self.likelihood, decoder(part.flatten(0, 1)), x, len(part), weight
+                )
+
+            parts = [checkpoint(nll_of, part, use_reentrant=False) for part in z.split(self.chunk)]
+            results = self._bound_of(torch.cat(parts), log_q - log_p)
+        loss, bound, nll, kl, ess, weights = results
         if not torch.compiler.is_compiling():
-            warn_of_non_finite_weights(log_weights.detach(), bound)
-        # An impossible draw has weight 0, and its part of the sum below is 0, the limit, and not 0 times infinity.
-        impossible = log_weights.detach() == -math.inf
-        weights, log_weights = weights.masked_fill(impossible, 0), log_weights.masked_fill(impossible, 0)
+            warn_of_non_finite_weights(nll, kl, self.beta, bound)
         if self.estimator == "dreg" and z.requires_grad:
             of_z = weights.reshape(*weights.shape, *[1] * (z.dim() - 2)).to(z.dtype)
             # The path through z needs the square of the weight, and everything else the weight itself. The densities
@@ -236,9 +233,31 @@ class IWAE(ELBO):
             for tensor, factor in ((z, of_z), *of_draws):
                 # A hook gets None where nothing depends on the tensor.
                 tensor.register_hook(lambda grad, factor=factor: None if grad is None else grad * factor)
-        rows = _with_gradient(-bound, -(weights * log_weights).sum(0))
-        loss = reduce_rows(rows, self._reduction)
         return IWAEOutput(loss, bound, nll, kl, ess)
+
+    def _fused(self, recon: Any, x: Any, draws: PosteriorDraws, weight: Any) -> tuple[Tensor, ...] | None:
+        """Compute what `_bound_of` returns with the CPU kernel that also computes the nll, if it serves the call."""
+        likelihood: Any = self.likelihood
+        if choose.fast_path is None or torch.compiler.is_compiling() or not has_kernel(likelihood):
+            return None
+        name, params, constants = likelihood.kernel_call(recon)
+        fused: tuple[Tensor, ...] | None = choose.fast_path.iwae(
+            name, params, x, constants, draws.log_q, draws.log_p, self.beta, self._reduction, weight
+        )
+        return fused
+
+    def _bound_of(self, nll: Tensor, kl: Tensor) -> tuple[Tensor, ...]:
+        """Return the loss, the bound, nll and kl without gradients, the effective sample size and the weights."""
+        log_weights = -nll - self.beta.to(kl.device) * kl
+        exact = log_weights.detach()
+        weights = torch.softmax(exact, 0)
+        ess = weights.square().sum(0).reciprocal()
+        bound = torch.logsumexp(exact, 0) - math.log(self.samples)
+        # An impossible draw has weight 0, and its part of the sum below is 0, the limit, and not 0 times infinity.
+        impossible = exact == -math.inf
+        weights, log_weights = weights.masked_fill(impossible, 0), log_weights.masked_fill(impossible, 0)
+        rows = _with_gradient(-bound, -(weights * log_weights).sum(0))
+        return reduce_rows(rows, self._reduction), bound, nll.detach(), kl.detach(), ess, weights
 
     def extra_repr(self) -> str:
         chunk = "" if self.chunk is None else f", chunk={self.chunk}"

@@ -12,8 +12,8 @@ from .functional.checks import check_choice, check_kl, checked_int, is_dense, la
 from .functional.forms import LogVar, ScaleForm, checked_form
 from .functional.loss import nll as loss_and_nll
 from .functional.ranges import has_values, warn_of_impossible_values
-from .likelihoods import Bernoulli, Likelihood
-from .likelihoods.base import nll_of_draws, nll_of_module
+from .likelihoods import Bernoulli
+from .likelihoods.base import has_kernel, nll_of_draws, nll_of_module
 from .priors import Prior
 from .reference import REDUCTIONS, free_bits
 from .reference.conventions import sum_event
@@ -329,7 +329,7 @@ class ELBO(nn.Module):
         if self.samples is not None:
             nll = nll_of_draws("ELBO", likelihood, recon, x, self.samples, weight).mean(0)
             return _output_from_nll(nll, kl, beta, self._reduction)._replace(kl=true_kl)
-        if not isinstance(likelihood, Likelihood) or type(likelihood).nll is not Likelihood.nll:
+        if not has_kernel(likelihood):
             nll = nll_of_module(likelihood, "ELBO", recon, x, weight)
             output = _output_from_nll(nll, kl, beta, self._reduction)
             return output._replace(kl=true_kl)

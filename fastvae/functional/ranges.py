@@ -115,13 +115,15 @@ def warn_of_impossible_values(
     return True
 
 
-def warn_of_non_finite_weights(log_weights: Tensor, bound: Tensor) -> None:
+def warn_of_non_finite_weights(nll: Tensor, kl: Tensor, beta: Tensor, bound: Tensor) -> None:
     """Warn of an importance weight that is NaN or infinite, by its draw and row.
 
-    `log_weights` are (K, B), and `bound` is that of each row, (B,). Only the CPU's are read, where nothing has to wait.
+    Its logarithm is -(nll + beta kl), for nll and kl (K, B), and `bound` is that of each row, (B,). Only the CPU's are
+    read, where nothing has to wait.
     """
     if not _enabled or bound.device.type != "cpu" or not has_values(bound) or bool(bound.isfinite().all()):
         return
+    log_weights = -nll - beta * kl
     wrong = (log_weights.isnan() | (log_weights == math.inf)).t().nonzero()  # a weight of 0 is possible
     if len(wrong):
         row, draw = wrong[0].tolist()

@@ -86,6 +86,11 @@ def is_pair(params: Any) -> bool:
     return isinstance(params, (tuple, list)) and len(params) == 2
 
 
+def has_kernel(likelihood: Any) -> bool:
+    """Whether the nll of a module is computed from its `kernel_call`, and not by a method of its own."""
+    return isinstance(likelihood, Likelihood) and type(likelihood).nll is Likelihood.nll
+
+
 def nll_of_module(likelihood: Any, where: str, recon: Any, x: Any, weight: Any) -> Tensor:
     """Call the `nll` of a module that has no kernel, with the weight only if there is one. Messages name `where`."""
     if weight is None:
@@ -107,7 +112,7 @@ def nll_of_draws(where: str, likelihood: Any, recon: Any, x: Any, draws: int, we
     weight are read in place and not repeated, except for a likelihood without a kernel. `where` is the caller, which
     messages name.
     """
-    if not isinstance(likelihood, Likelihood) or type(likelihood).nll is not Likelihood.nll:
+    if not has_kernel(likelihood):
         repeated = None if weight is None else _repeated_weight(weight, x, draws)
         rows = nll_of_module(likelihood, where, recon, _repeated(x, draws), repeated)
         return rows.unflatten(0, (draws, len(rows) // draws))

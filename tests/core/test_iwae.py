@@ -1,6 +1,7 @@
 """IWAE on a model with known evidence and gradients: z ~ N(0, 1) and x ~ N(a z, 1) in one dimension."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 import fastvae
 from fastvae import functional, likelihoods
-from fastvae.bounds import ESTIMATORS
+from fastvae.bounds import ESTIMATORS, PosteriorDraws
 
 GAUSSIAN = likelihoods.Gaussian()
 A, MU, LOGVAR = 1.3, 0.4, -0.6  # the true posterior of x = 1 has mean 0.48 and log-variance -0.99
@@ -256,6 +257,131 @@ def test_compiled_bounds_give_the_same() -> None:
         )
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)
+
+
+# For each case the likelihood, how many outputs of the decoder it takes for a value, and the data.
+FUSED = {
+    "bernoulli": (lambda: likelihoods.Bernoulli(), 1, lambda: X),
+    "bytes": (lambda: likelihoods.Bernoulli(), 1, lambda: torch.randint(0, 256, (4, 5), dtype=torch.uint8)),
+    "head": (lambda: likelihoods.Gaussian("per_element"), 2, lambda: X),
+    "learned scale": (lambda: likelihoods.Gaussian("learned"), 1, lambda: X),
+    "learned scale of StudentT": (lambda: likelihoods.StudentT(3.0, "learned"), 1, lambda: X),
+    "poisson": (lambda: likelihoods.Poisson(), 1, lambda: torch.randint(0, 9, (4, 5)).float()),
+}
+WEIGHTS = {
+    "no weight": None,
+    "mask": torch.rand(4, 1) > 0.3,
+    "weight": torch.rand(4, 5) * (torch.rand(4, 5) > 0.3),
+}
+
+
+@pytest.fixture
+def unfused(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From its call on, compute bounds with torch's ops, which follow the nll's kernel."""
+    return lambda: monkeypatch.setattr(fastvae.IWAE, "_fused", lambda *_: None)
+
+
+def all_results(out: fastvae.IWAEOutput, tensors: list[Tensor]) -> list[Tensor]:
+    """The output and the gradients of a loss for which each row counts differently."""
+    factor = torch.arange(1, out.loss.numel() + 1, dtype=out.loss.dtype).view(out.loss.shape)
+    return [*out, *torch.autograd.grad((factor * out.loss).sum(), tensors)]
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("reduction", ["mean", "none", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_kernel_of_the_bound_agrees_with_torchs_ops(
+    native: None,
+    unfused: Callable[[], None],
+    name: str,
+    weight: str,
+    reduction: str,
+    dtype: torch.dtype,
+    estimator: str,
+) -> None:
+    make, outputs, data = FUSED[name]
+    likelihood, x = make().to(dtype), data()
+    iwae = fastvae.IWAE(likelihood, 6, estimator, beta=0.7, reduction=reduction)
+    decoder = nn.Linear(2, 5 * outputs).to(dtype)
+    mu, logvar = (torch.randn(4, 2).to(dtype).requires_grad_() for _ in range(2))
+    tensors = [mu, logvar, *decoder.parameters(), *likelihood.parameters()]
+    found = []
+    for _ in range(2):
+        draws = iwae.sample(mu, logvar, seed=torch.tensor([3, 4]))
+        recon = decoder(draws.z.flatten(0, 1))
+        is_served = iwae._fused(recon, x, draws, WEIGHTS[weight]) is not None
+        assert is_served == (not found)
+        found.append(all_results(iwae(recon, x, draws=draws, weight=WEIGHTS[weight]), tensors))
+        unfused()
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(
+            a, b, rtol=tolerance, atol=tolerance * max(1.0, float(b.detach().abs().max()))
+        )
+
+
+def test_the_kernel_of_the_bound_agrees_where_weights_are_zero_or_not_finite(
+    native: None, unfused: Callable[[], None]
+) -> None:
+    """Columns: a draw that is impossible, all of them impossible, one that is certain to infinity, and a NaN."""
+    recon = torch.randn(6, 4, 5)
+    recon[2, 0], recon[:, 1], recon[3, 3, 1] = math.inf, math.inf, math.nan
+    log_q, log_p = torch.randn(6, 4), torch.randn(6, 4)
+    log_p[4, 2] = math.inf
+    found = []
+    for _ in range(2):
+        tensors = [t.clone().requires_grad_() for t in (recon, log_q, log_p)]
+        draws = PosteriorDraws(torch.zeros(6, 4, 2), *tensors[1:])
+        iwae = fastvae.IWAE("bernoulli", 6, reduction="none")
+        out = iwae(tensors[0].flatten(0, 1), torch.zeros(4, 5), draws=draws)
+        found.append(all_results(out, tensors))
+        unfused()
+    loss, bound = found[0][:2]
+    assert loss.isfinite().tolist() == [True, False, False, False]
+    assert torch.equal(bound[1:3], torch.tensor([-math.inf, math.inf]))
+    torch.testing.assert_close(loss, -bound, equal_nan=True)
+    # Among torch's ops, the surrogate of the gradient makes a NaN of the third row's loss.
+    for a, b in zip(found[0][1:], found[1][1:], strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_the_kernel_of_the_bound_gives_the_same_bits_with_any_number_of_threads(
+    native: None, threads: None, rows: int
+) -> None:
+    recon, x = torch.randn(50, rows, 1500, requires_grad=True), torch.rand(rows, 1500)
+    draws = PosteriorDraws(torch.zeros(50, rows, 2), torch.randn(50, rows), torch.randn(50, rows))
+    iwae = fastvae.IWAE("bernoulli", 50)
+    found = []
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        found.append(all_results(iwae(recon.flatten(0, 1), x, draws=draws), [recon]))
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+def test_only_the_loss_of_a_bound_has_a_gradient(unfused: Callable[[], None]) -> None:
+    for _ in range(2):
+        loss, *rest = Model("iwae")(X)
+        assert loss.requires_grad
+        assert not any(t.requires_grad for t in rest)
+        with torch.no_grad():
+            assert not Model("iwae")(X).loss.requires_grad
+        unfused()
+
+
+def test_a_kept_graph_gives_the_gradient_again_and_no_second_derivative(native: None) -> None:
+    model = Model("dreg")
+    parameters, loss = list(model.parameters()), model(X).loss
+    first = torch.autograd.grad(3 * loss, parameters, retain_graph=True)
+    again = torch.autograd.grad(3 * loss, parameters, retain_graph=True)
+    assert all(map(torch.equal, first, again))
+    of_bias = torch.autograd.grad(loss, model.decoder[2].bias, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(of_bias.sum(), parameters)
 
 
 MU_2 = torch.zeros(4, 2)
