@@ -144,12 +144,12 @@ FASTVAE_DEVICE void store_whole(S* p, const C (&x)[kQuad]) {
 // Computes a segment of a row, as the threads of one warp. `some_small` says that a dispersion which all rows share is very small.
 template <class T, bool kRaw, bool kInflated, bool kWeighted>
 FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan, const CountScratch<Compute<T>>& scratch,
-                                   const CountShared<Compute<T>>& shared, int64_t row, int64_t segment, bool some_small) {
+                                   const CountShared<Compute<T>>& shared, int64_t row, uint32_t segment, bool some_small) {
   using C = Compute<T>;
   using P = math::Primitives<C>;
   using Grad = To<T, kRaw>;  // only the mean form has values and derivatives per element, in the compute type
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t begin = segment * kSegment, source = cpu::target_row(args, row);
+  const int64_t begin = int64_t(segment) * kSegment, source = cpu::target_row(args, row);
   const int count = static_cast<int>(begin + kSegment < args.size ? kSegment : args.size - begin);
   const bool sparse = args.starts, wants_sums = args.shared_gradient.data;
   uint8_t* list = shared.list + warp * kSegment;
@@ -169,11 +169,11 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
     return Some{plan.wide, left < 0 ? 0 : left < kQuad ? left : kQuad};
   };
   Stored stored_values;
-  C sums_weight = plan.uniform ? C(1) : weight, grad(0);
+  C grad(0);
   ZeroSums<C> of_zeros;
   if (sparse) {
     stored_values = Stored(args, source, begin, count, bits);
-    if (!stored_values.valid) weight = sums_weight = grad = of_zeros.nll = C(NAN);
+    if (!stored_values.valid) weight = grad = of_zeros.nll = C(NAN);
   }
 
   C top(0), scale(0);
@@ -184,6 +184,9 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
     scale = load_written(&of_row->scale);
     offset = load_written(&of_row->log_offset);
   }
+
+  // The factor of what is summed over rows, which is NaN if the positions are invalid.
+  const auto sums_weight = [&] { return plan.uniform && weight == weight ? C(1) : weight; };
 
   // An element of weight 0 is left out, whatever it contains.
   const auto weight_at = [&](int g) { return kWeighted ? weight_of<C>(args.weights, source, begin + g) : C(1); };
@@ -200,29 +203,46 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
     scale = static_cast<C>(offset);
   } else if constexpr (sizeof(C) == 4) {
     if (fabsf(top) < 16.0f) {
-      // Then mu / theta is at most 2^60 / theta.
-      whole = whole && scale < 60.0f && !some_small;
+      // Then mu / theta is at most 2^60 / theta, or 2^20 / theta if each element has a dispersion; see kMostExponent.
+      whole = whole && scale < (args.shared_dispersion ? 60.0f : 20.0f) && !some_small;
       scale = fmaf(top, -1.44269504f, scale);
     } else {
       whole = false;
       shift = top;
     }
   }
+  // With a dispersion of each element, the segments of a training step bound the binary logarithm of library / (sum theta) by this, so
+  // that mu / theta is at most kMostRatio for logits below 16. The bound takes effect only for theta < 2^-59 and a mean below 2^20. There
+  // the nll of a count of zero has vanished, and so have its derivatives.
+  [[maybe_unused]] constexpr float kMostExponent = 102;
   const RowWeight<C> of_row(weight);
 
   struct Inputs {
-    C x[kQuad], pi[kQuad], t[kQuad];
+    C x[kQuad], pi[kQuad], t[kQuad], theta[kQuad];
   };
   constexpr int kStep = kQuad * kWarp;
+  // Bit j is set if element j of quad u has a count that is not zero.
+  const auto others_of = [&](int lane, int u, const Inputs& in) {
+    if (sparse) {
+      const int g = kQuad * (u * kWarp + static_cast<int>(computed_here(uint32_t(lane))));
+      return bits[g / 32] >> g % 32 & 15;
+    }
+    uint32_t is_other = 0;
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) is_other |= in.t[j] == C(0) ? 0 : 1u << j;
+    return is_other;
+  };
   const auto load = [&](const T* lead, const T* logits, const Some& some, Inputs& in) {
     load_quad(lead, some, C(0), in.x);
     if constexpr (kInflated) load_quad(logits, some, C(0), in.pi);
   };
-  // Computes quad u as zeros. `lane` is a parameter so that the segments of a training step compute no address of the loop below; `results`
-  // are their own.
-  const auto compute = [&](auto is_whole, int lane, int u, const Inputs& in, const WholeResults<T, C, kRaw>& results) {
-    constexpr bool kWhole = decltype(is_whole)::value;
-    const int quad = u * kWarp + lane, g = kQuad * quad;
+  // Computes quad u as zeros; see others_of for `is_other`. `lane` is a parameter so that the segments of a training step compute no
+  // address of the loop below. They have `results` of their own, and know at compile time whether each element has its own dispersion.
+  const auto compute = [&](auto is_whole, auto has_own_dispersion, int lane, int u, const Inputs& in, uint32_t is_other,
+                           const WholeResults<T, C, kRaw>& results) {
+    constexpr bool kWhole = decltype(is_whole)::value, kOwn = decltype(has_own_dispersion)::value;
+    const bool shares_dispersion = kWhole ? !kOwn : args.shared_dispersion;
+    const int quad = u * kWarp + lane;
     const int64_t at = cell + kQuad * lane + u * kStep;
     const Some some = kWhole ? Some{true, kQuad} : quad_at(quad);
     uint32_t zeros = kWhole ? 15 : (1u << some.n) - 1;  // bit j is set if element j has a count of zero
@@ -230,21 +250,14 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
     if constexpr (kWeighted) {
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) {
-        own[j] = j < some.n ? weight_at(g + j) : C(0);
+        own[j] = j < some.n ? weight_at(kQuad * quad + j) : C(0);
         if (own[j] == C(0)) zeros &= ~(1u << j);
       }
       any_weight |= zeros != 0;
     }
-    if (sparse) {
-      zeros &= ~(bits[g / 32] >> g % 32);
-    } else {
-      uint32_t is_other = 0;
-#pragma unroll
-      for (int j = 0; j < kQuad; ++j) is_other |= in.t[j] == C(0) ? 0 : 1u << j;
-      if constexpr (kWeighted) is_other &= zeros;
-      zeros &= ~is_other;
-      others |= is_other << kQuad * u;
-    }
+    if constexpr (kWeighted) is_other &= zeros;
+    zeros &= ~is_other;
+    if constexpr (!kWhole) others |= is_other << kQuad * u;
     Quad<C> theta, inverse;
     C ratio[kQuad];  // mu / theta
     const auto ratios = [&](bool bounded) {
@@ -258,19 +271,28 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
         if (bounded) ratio[j] = kRaw ? P::at_most(ratio[j], kMostRatio<C>) : P::clamp(ratio[j], C(0), kMostRatio<C>);
       }
     };
-    if (args.shared_dispersion) {
+    if (shares_dispersion) {
       theta = shared.theta[quad];
       inverse = shared.inverse[quad];
       ratios(!kWhole || !kRaw);
-    } else {
-      load_quad(dispersion + kQuad * lane + u * kStep, some, C(1), theta.value);
+    } else if constexpr (kWhole && kRaw) {
+      // This bound replaces the lower one on the dispersion and the upper one on the ratio.
 #pragma unroll
-      for (int j = 0; j < kQuad; ++j) dispersion_of_zeros<kRaw>(theta.value[j], theta.value[j], inverse.value[j]);
+      for (int j = 0; j < kQuad; ++j) {
+        const float binary = 1.44269504f * P::at_most(in.theta[j], math::Bounds<C>::highest_log);
+        theta.value[j] = math::exp2_approximately(binary);
+        ratio[j] = math::exp2_approximately(fmaf(in.x[j], 1.44269504f, P::at_most(scale - binary, kMostExponent)));
+        ratio[j] = zeros >> j & 1 ? ratio[j] : C(0);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) dispersion_of_zeros<kRaw>(in.theta[j], theta.value[j], inverse.value[j]);
       ratios(true);
     }
     // The value of each element is needed only if it has a weight or is a result.
     const bool each = kWeighted || (!kWhole && !kRaw && args.values.data);
     ZeroQuad<C> out;
+    constexpr C unit = ZeroQuad<C>::template unit<kInflated>;
     zeros_of_quad<kRaw, kInflated>(ratio, theta.value, in.pi, of_row, each, of_zeros, out);
     if constexpr (kWeighted) {
 #pragma unroll
@@ -300,17 +322,17 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
       if (kWhole) store_whole(results.d_mean + u * kStep, out.d_mean);
       else if (args.grads[0].data) store_quad<Grad>(args.grads[0], at, some, out.d_mean);
     }
-    if (wants_sums) {
+    if (kWhole ? !kOwn : wants_sums) {
       Quad<C> so_far = sums[quad];
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) {
-        const C share = kWhole ? out.share[j] : out.share[j] * sums_weight;
+        const C share = out.share[j] * (kWhole ? unit : sums_weight() * unit);
         so_far.value[j] = P::fma(out.d_theta[j], share, so_far.value[j]);
       }
       sums[quad] = so_far;
     } else if (kWhole || args.grads[1].data) {
 #pragma unroll
-      for (int j = 0; j < kQuad; ++j) out.d_theta[j] *= out.share[j] * weight;
+      for (int j = 0; j < kQuad; ++j) out.d_theta[j] *= out.share[j] * (weight * unit);
       if (kWhole) store_whole(results.d_theta + u * kStep, out.d_theta);
       else store_quad<Grad>(args.grads[1], at, some, out.d_theta);
     }
@@ -324,10 +346,14 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
       // All loads come before the first use.
       const Some all{true, kQuad};
       const T *lead = computed_here(mean + kQuad * lane), *logits = kInflated ? computed_here(zero_logits + kQuad * lane) : lead;
-      const WholeResults<T, C, kRaw> results(args, cell + kQuad * lane);
       Inputs in[kQuads];
 #pragma unroll
       for (int u = 0; u < kQuads; ++u) load(lead + u * kStep, logits + u * kStep, all, in[u]);
+      if (!args.shared_dispersion) {
+        const T* own = computed_here(dispersion + kQuad * lane);
+#pragma unroll
+        for (int u = 0; u < kQuads; ++u) load_quad(own + u * kStep, all, C(1), in[u].theta);
+      }
       if (!sparse) {
         with_count_type(args.target.type, [&](auto* as) {
           const auto* counts = computed_here(reinterpret_cast<decltype(as)>(target) + kQuad * lane);
@@ -336,7 +362,15 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
         });
       }
 #pragma unroll
-      for (int u = 0; u < kQuads; ++u) compute(std::true_type(), lane, u, in[u], results);
+      for (int u = 0; u < kQuads; ++u) others |= others_of(lane, u, in[u]) << kQuad * u;
+      const WholeResults<T, C, kRaw> results(args, cell + kQuad * lane);
+      if (args.shared_dispersion) {
+#pragma unroll
+        for (int u = 0; u < kQuads; ++u) compute(std::true_type(), std::false_type(), lane, u, in[u], others >> kQuad * u, results);
+      } else {
+#pragma unroll
+        for (int u = 0; u < kQuads; ++u) compute(std::true_type(), std::true_type(), lane, u, in[u], others >> kQuad * u, results);
+      }
     }
   } else {
     const int here = static_cast<int>(computed_here(uint32_t(lane)));
@@ -346,9 +380,10 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
       const Some some = quad_at(u * kWarp + here);
       Inputs in;
       load(mean + g, zero_logits + g, some, in);
+      if (!args.shared_dispersion) load_quad(dispersion + g, some, C(1), in.theta);
       if (!sparse)
         with_count_type(args.target.type, [&](auto* as) { load_quad(reinterpret_cast<decltype(as)>(target) + g, some, C(0), in.t); });
-      compute(std::false_type(), here, u, in, {});
+      compute(std::false_type(), std::false_type(), here, u, in, others_of(here, u, in), {});
     }
   }
   C sum = of_zeros.nll;
@@ -356,24 +391,7 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
 
   // List the others.
   int listed = static_cast<int>(stored_values.last - stored_values.first);
-  if (!sparse) {
-    // In ascending order, like the positions of a sparse target. The counters of both quads take one half of a number each.
-    static_assert(kQuads == 2);
-    const int own = __popc(others & 15) | __popc(others >> 4) << 16;
-    int until = own;  // the others of this lane and of those before it
-#pragma unroll
-    for (int distance = 1; distance < kWarp; distance *= 2) {
-      const int before = __shfl_up_sync(0xffffffff, until, distance);
-      if (lane >= distance) until += before;
-    }
-    const int total = __shfl_sync(0xffffffff, until, kWarp - 1), first_quad = total & 0xffff;
-    listed = first_quad + (total >> 16);
-    until -= own;
-    int at = until & 0xffff;
-    for (int quad = 0; quad < kQuads; ++quad, at = first_quad + (until >> 16))
-      for (uint32_t left = others >> kQuad * quad & 15; left; left &= left - 1)
-        list[at++] = static_cast<uint8_t>(kQuad * (quad * kWarp + lane) + __ffs(left) - 1);
-  }
+  if (!sparse) listed = list_others(others, list);
   __syncwarp();  // also orders the stores above before those below, by other lanes
 
   const auto read = [&](int g, C t) {
@@ -398,7 +416,7 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
       if (args.values.data) store_one<To<C>>(args.values, cell + g, value * weight);
       if (args.grads[0].data) store_one<Grad>(args.grads[0], cell + g, d_mean * weight);
     }
-    if (wants_sums) flat(sums)[g] += d_theta * sums_weight;
+    if (wants_sums) flat(sums)[g] += d_theta * sums_weight();
     else if (args.grads[1].data) store_one<Grad>(args.grads[1], cell + g, d_theta * weight);
     if (kInflated && args.grads[2].data) store_one<Grad>(args.grads[2], cell + g, d_pi * weight);
   };
@@ -608,8 +626,9 @@ __global__ void __launch_bounds__(kThreads, count_resident<T>())
     if (item < plan.first) {
       if constexpr (kRaw) softmax_of_row<T>(args, plan, item, scratch.softmax + item, softmax_scratch);
     } else if (item < plan.second) {
-      const int64_t group = (item - plan.first) / plan.segments, segment = (item - plan.first) - group * plan.segments;
-      const int64_t begin = segment * kSegment;
+      const uint32_t segments = static_cast<uint32_t>(plan.segments), group = (item - plan.first) / segments;
+      const uint32_t segment = item - plan.first - group * segments;
+      const int64_t begin = int64_t(segment) * kSegment;
       if (args.shared_dispersion) {
 #pragma unroll 1
         for (int i = threadIdx.x; i < kSegment; i += kThreads) {
@@ -622,7 +641,7 @@ __global__ void __launch_bounds__(kThreads, count_resident<T>())
       }
       if (kRaw) wait_for(done, plan.first);
       else __syncthreads();
-      const int64_t first = group * plan.rows_each;
+      const int64_t first = int64_t(group) * plan.rows_each;
 #pragma unroll 1
       for (int i = threadIdx.x / kWarp; i < plan.rows_each && first + i < args.rows; i += kWarps) {
         segment_of_row<T, kRaw, kInflated, kWeighted>(args, plan, scratch, shared, first + i, segment, some_small[0]);

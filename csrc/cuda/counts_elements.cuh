@@ -126,7 +126,9 @@ FASTVAE_DEVICE void dispersion_of_zeros(C given, C& theta, C& inverse) {
     }
   } else {
     theta = P::clamp(given, B::lowest, B::highest);
-    inverse = P::divide(C(1), theta);
+    // The terms of zeros do not cancel, so the approximate inverse has enough digits.
+    if constexpr (sizeof(C) == 4) inverse = math::reciprocal_approximately(theta);
+    else inverse = C(1) / theta;
   }
 }
 
@@ -141,9 +143,12 @@ struct ZeroSums {
   C nll = C(0), odds = C(0);
 };
 
-// Four counts of zero. d_theta is to be multiplied by `share` and by the weight of the row; the others are complete.
+// Four counts of zero. d_theta is to be multiplied by `share`, by the weight of the row and by unit<kInflated>; the others are complete.
 template <class C>
 struct ZeroQuad {
+  template <bool kInflated>
+  static constexpr C unit = kInflated && sizeof(C) == 4 ? C(0.693147181) : C(1);
+
   C value[kQuad];  // only if each value is asked for
   C d_mean[kQuad], d_theta[kQuad], share[kQuad], d_pi[kQuad];
 };
@@ -158,6 +163,22 @@ struct RowWeight {
   }
 };
 
+// Log1pParts for binary logarithms: `value` is log2(1 + x), and `excess` what is left of it after y / log 2, where y = x / (1 + x). The fit
+// is that of log1p_parts.
+struct BinaryLog1p {
+  float y, inverse, excess, value;
+
+  explicit FASTVAE_DEVICE BinaryLog1p(float x) {
+    constexpr float fit[] = {0.563604116f, 0.0784708932f, 0.319230705f, 0.358145624f, 0.480972916f, 0.721347153f};
+    const float one_plus_x = 1.0f + x;
+    inverse = math::reciprocal_approximately(one_plus_x);
+    y = x * inverse;
+    const float near = y * y * math::polynomial(y, fit), far = fmaf(y, -1.44269504f, math::log2_approximately(one_plus_x));
+    excess = x < 0.5f ? near : far;
+    value = fmaf(y, 1.44269504f, excess);
+  }
+};
+
 // Four counts of zero in fp32, given x = mu / theta, from 0 to kMostRatio (see math::negative_binomial_zero and
 // math::with_additional_zeros). d_mean is the derivative by log mu if raw, and otherwise by mu, times the weight of the row. d_theta is
 // that by log theta or theta. The values are added to `sums` or, if `each`, returned.
@@ -165,39 +186,43 @@ template <bool kRaw, bool kInflated>
 FASTVAE_DEVICE void zeros_of_quad(const float (&x)[kQuad], const float (&theta)[kQuad], const float (&pi)[kQuad],
                                   const RowWeight<float>& of_row, bool each, ZeroSums<float>& sums, ZeroQuad<float>& out) {
   using P = math::Primitives<float>;
-  float z[kQuad];  // the values without additional zeros
+  if constexpr (!kInflated) {
 #pragma unroll
-  for (int j = 0; j < kQuad; ++j) {
-    const auto parts = P::log1p_parts(x[j]);
-    if constexpr (kRaw) {
-      out.d_mean[j] = theta[j] * (x[j] * parts.inverse);
-      out.d_theta[j] = theta[j] * parts.excess;
-      z[j] = P::fma(theta[j], parts.excess, out.d_mean[j]);
-    } else {
-      out.d_mean[j] = parts.inverse;
-      out.d_theta[j] = parts.excess;
-      z[j] = theta[j] * parts.value;
-    }
-    if constexpr (!kInflated) {
-      if (each) out.value[j] = z[j];
-      else sums.nll = kRaw ? sums.nll + z[j] : P::fma(theta[j], parts.value, sums.nll);
-      if constexpr (!kRaw) out.d_mean[j] *= of_row.weight;
+    for (int j = 0; j < kQuad; ++j) {
+      const auto parts = P::log1p_parts(x[j]);
+      float z;
+      if constexpr (kRaw) {
+        out.d_mean[j] = theta[j] * (x[j] * parts.inverse);
+        out.d_theta[j] = theta[j] * parts.excess;
+        z = P::fma(theta[j], parts.excess, out.d_mean[j]);
+      } else {
+        out.d_mean[j] = parts.inverse * of_row.weight;
+        out.d_theta[j] = parts.excess;
+        z = theta[j] * parts.value;
+      }
+      if (each) out.value[j] = z;
+      else sums.nll = kRaw ? sums.nll + z : P::fma(theta[j], parts.value, sums.nll);
       out.share[j] = 1;
       out.d_pi[j] = 0;
     }
-  }
-  if constexpr (kInflated) {
-    // With e = exp(pi), the value is log(1 + r) with r = (1 - exp(-z)) / (e + exp(-z)).
-    constexpr float kFar = 0x1p100f;
+  } else {
+    // With e = exp(pi) and the value z without additional zeros, the value is log(1 + r) with r = (1 - exp(-z)) / (e + exp(-z)).
+    // z is in units of log 2, because the hardware's logarithms and powers are binary.
+    constexpr float kFar = 0x1p100f, kLog2 = 0.693147181f;
+    float z[kQuad], y[kQuad];
     const float before = sums.odds;
     float largest = 0;
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) {
-      const float e = P::exp_bounded(P::at_most(pi[j], 80.0f)), decay = P::exp_bounded(-z[j]);
+      const BinaryLog1p of_x(x[j]);
+      y[j] = kRaw ? of_x.y : of_x.inverse;
+      out.d_theta[j] = of_x.excess;
+      z[j] = theta[j] * of_x.value;
+      const float e = P::exp_bounded(P::at_most(pi[j], 80.0f)), decay = math::exp2_approximately(-z[j]);
       const float q = math::reciprocal_approximately(e + decay);
       // Near 0, 1 - exp(-z) is a minimax fit, with a relative error of 5e-7. The difference has no larger one from there on.
-      constexpr float fit[] = {-0.0369670838f, 0.165796936f, -0.499947608f, 0.999999523f};
-      const float lost = z[j] < 0.3f ? z[j] * math::polynomial(z[j], fit) : 1.0f - decay;
+      constexpr float fit[] = {-0.00853330083f, 0.0552144684f, -0.240201339f, 0.693146825f};
+      const float near = z[j] * math::polynomial(z[j], fit), far = 1.0f - decay, lost = z[j] < 0.43f ? near : far;
       const float r = lost * q;
       out.share[j] = decay * q;
       out.d_pi[j] = -r * (e * math::reciprocal_approximately(P::fma(e, of_row.inverse, of_row.inverse)));
@@ -213,7 +238,7 @@ FASTVAE_DEVICE void zeros_of_quad(const float (&x)[kQuad], const float (&theta)[
       sums.odds = before;
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) {
-        const auto term = math::with_additional_zeros(math::CountTerm<float>{z[j], 1.0f, 1.0f, 0.0f}, pi[j]);
+        const auto term = math::with_additional_zeros(math::CountTerm<float>{z[j] * kLog2, 1.0f, 1.0f, 0.0f}, pi[j]);
         if (each) out.value[j] = term.value;
         else sums.nll += term.value;
         out.share[j] = term.d_mu;
@@ -221,7 +246,10 @@ FASTVAE_DEVICE void zeros_of_quad(const float (&x)[kQuad], const float (&theta)[
       }
     }
 #pragma unroll
-    for (int j = 0; j < kQuad; ++j) out.d_mean[j] *= kRaw ? out.share[j] : out.share[j] * of_row.weight;
+    for (int j = 0; j < kQuad; ++j) {
+      if constexpr (kRaw) out.share[j] *= theta[j];
+      out.d_mean[j] = kRaw ? y[j] * out.share[j] : y[j] * (out.share[j] * of_row.weight);
+    }
   }
 }
 

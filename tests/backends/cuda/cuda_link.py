@@ -1,7 +1,8 @@
 """Checks of a CUDA build without a GPU: `make cuda-link` runs this with the extension on its path.
 
 The extension loads, its CPU kernels run, every op has its CUDA kernel and its fake kernel, fake CUDA tensors go through
-forward and backward with the right shapes, dtypes and devices, and the binary has machine code for every requested GPU.
+forward and backward with the right shapes, dtypes and devices, and the binary has machine code for every requested GPU,
+of every kernel in csrc/cuda.
 """
 
 import importlib
@@ -14,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 
 import fastvae
 from fastvae import _build_info
+from fastvae._spec import VARIANTS
 from fastvae.backends import OPS, choose
 from fastvae.backends.base import CPU_OPS, OPS_LACKING
 from fastvae.reference import REDUCTIONS
@@ -43,6 +45,7 @@ def check_kernels() -> int:
     expected = fastvae.reference.bernoulli_nll(logits, target)
     torch.testing.assert_close(fastvae.functional.bernoulli_nll(logits, target), expected)
     assert choose.serving["cuda"].name == "native"
+    assert not [v.name for v in VARIANTS.values() if ("native", "cuda") in v.lacks]
     return len(working)
 
 
@@ -97,11 +100,48 @@ def check_fakes() -> int:
                     shapes = ((tuple(params[0].shape), dtype), ((), rows), ((6,), rows), ((), torch.float32))
                     for gradient, (shape, kind) in zip(scaled, shapes, strict=True):
                         expect(gradient, shape, kind)
+            # Counts, the values of elements, draws with their densities and mixtures of Gaussians have kernels of their
+            # own.
+            genes = torch.empty(6, 300, dtype=dtype, device="cuda", requires_grad=True)
+            counts = torch.empty(6, 300, dtype=torch.int32, device="cuda")
+            per_feature = torch.empty(300, dtype=dtype, device="cuda", requires_grad=True)
+            library = torch.empty(6, dtype=dtype, device="cuda", requires_grad=True)
+            for name, params, constants in (
+                ("negative_binomial", [genes, per_feature], [1e-8]),
+                ("negative_binomial_logits", [genes, genes, library], []),
+                ("zero_inflated_negative_binomial", [genes, genes, genes], [1e-8]),
+                ("zero_inflated_negative_binomial_logits", [genes, per_feature, genes, library], []),
+                ("negative_binomial_mixture", [genes, per_feature, genes, genes], [1e-8]),
+                ("multinomial", [genes], []),
+            ):
+                loss, nll = fastvae.functional.loss.nll(name, params, counts, constants)
+                expect(loss, (6,), rows)
+                expect(nll, (6,), rows)
+                needs = (1 << len(params)) - 1
+                *_, gradients, _ = ops.nll_forward(
+                    name, params, counts, constants, None, None, REDUCTIONS["mean"], needs
+                )
+                for gradient, param in zip(gradients, params, strict=True):
+                    expect(gradient, tuple(param.shape), dtype)
+                if constants:
+                    values = ops.nll_elements(name, params, counts, constants, 1.0)
+                    expect(values, (6, 300), rows)
+            for value in fastvae.functional.sample_log_probs(mu, logvar, samples=4):
+                expect(value, (4, 6, 20) if value.dim() == 3 else (4, 6), dtype if value.dim() == 3 else rows)
+            joint, per_dimension = fastvae.functional.gaussian_mixture_log_prob(
+                mu, mu, logvar, per_dimension="both"
+            )
+            expect(joint, (6,), rows)
+            expect(per_dimension, (6, 20), rows)
+            for gradient in ops.gaussian_mixture_log_prob_backward(
+                joint, per_dimension, mu, mu, logvar, None, joint, per_dimension, 7
+            ):
+                expect(gradient, (6, 20), dtype)
     return count
 
 
 def machine_code() -> list[str]:
-    """The GPUs for which the binary has code, if cuobjdump is found."""
+    """The GPUs for which the binary has code, each of them with every kernel of csrc/cuda."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     program = Path(CUDA_HOME or "", "bin", "cuobjdump")
@@ -118,6 +158,19 @@ def machine_code() -> list[str]:
     required = set(_build_info.CUDA_ARCHES)
     required |= {arch.removesuffix("+PTX") for arch in required}
     assert found >= required, f"built for {sorted(required)}, found {sorted(found)}"
+    sources = [path.read_text() for path in sorted(Path("csrc/cuda").glob("*.cu*"))]
+    kernels = {name for text in sources for name in re.findall(r"__global__ void[^;{]*?(\w+_kernel)\(", text)}
+    assert len(kernels) >= 10, kernels
+    for code in _build_info.CUDA_ARCHES:
+        gpu = "sm_" + code.removesuffix("+PTX").replace(".", "")
+        symbols = subprocess.run(
+            [program, "--gpu-architecture", gpu, "--dump-elf-symbols", extension],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        lacking = [name for name in sorted(kernels) if f"{len(name)}{name}" not in symbols]
+        assert not lacking, f"{gpu} has no code of {lacking}"
     return sorted(found)
 
 

@@ -30,9 +30,9 @@ def blocks_of(listing: str) -> tuple[list[list[str]], list[list[int]]]:
 
 
 def shortest(listing: str, start: str, starts: int, need: Mapping[str, int], avoid: str) -> list[str]:
-    """The instructions of the shortest path that begins in the first block with `starts` instructions like `start`, and
-    that has `need[x]` instructions like x or more, for each pattern x. No block with an instruction like `avoid` is on
-    it. Without such a path, this is empty."""
+    """The instructions of the shortest path that begins in the first block with `starts` or more instructions like
+    `start`, and that has `need[x]` instructions like x or more, for each pattern x. No block with an instruction like
+    `avoid` is on it. Without such a path, this is empty."""
     blocks, after = blocks_of(listing)
 
     def hits(pattern: str, block: list[str]) -> int:
@@ -41,7 +41,7 @@ def shortest(listing: str, start: str, starts: int, need: Mapping[str, int], avo
     goal = tuple(need.values())
     found = [tuple(hits(pattern, block) for pattern in need) for block in blocks]
     avoided = [hits(avoid, block) > 0 for block in blocks]
-    first = next((i for i, block in enumerate(blocks) if hits(start, block) == starts), None)
+    first = next((i for i, block in enumerate(blocks) if hits(start, block) >= starts), None)
     if first is None:
         return []
     queue = [(0, first, tuple(0 for _ in goal), (first,))]
