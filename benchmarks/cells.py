@@ -412,8 +412,9 @@ def main() -> None:
             )
     others = load_monitor.cores_used_by_others() or 0.0
     run = machine.describe(device)
+    threads = f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
     caption = (
-        f"{run['machine']}; {run['threads']} thread{'s' * (run['threads'] > 1)}; scvi-tools {scvi_tools.__version__}, torch "
+        f"{run['machine']}; {threads}; scvi-tools {scvi_tools.__version__}, torch "
         f"{run['versions']['torch']}, fastvae {run['versions']['fastvae']}; {run['date']}; {what}"
         + (f". Other processes kept {others:.1f} cores busy." if others > 0.1 and mode == "steps" else ".")
     )
