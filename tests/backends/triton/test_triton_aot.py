@@ -504,6 +504,27 @@ def test_only_counts_that_need_it_are_computed_in_float64(name: str, most: int) 
     assert len(small) < 500
 
 
+@pytest.mark.parametrize(("name", "most"), [("multinomial", 90), ("sparse multinomial", 42)])
+def test_only_large_counts_of_the_multinomial_are_computed_in_float64(name: str, most: int) -> None:
+    """Zeros take at most so many instructions in both kernels together, without float64, and small counts few."""
+    launches = record(OTHERS[name])
+    of_kernels = [
+        next(launch for launch in launches if launch.kernel is kernel)
+        for kernel in (multinomial.multinomial_sums_kernel, multinomial.multinomial_kernel)
+    ]
+    loops = [compile_launch(launch, "sm_90").inner_loops for launch in of_kernels]
+    (*_, zeros, others), (*_, gradients, small, rest) = loops
+    in_float64 = [sum(bool(re.search(r"\bD(FMA|ADD|MUL|SETP)\b", x)) for x in loop)
+                  for loop in (zeros, gradients, others, small, rest)]  # fmt: skip
+    assert in_float64[:2] == [0, 0]
+    assert in_float64[2] <= 4  # the sums of counts
+    assert in_float64[3] == 0
+    assert in_float64[4] > 100
+    per_thread = of_kernels[0].options["COLUMNS"] // (32 * of_kernels[0].options["num_warps"])
+    assert len(zeros) + len(gradients) <= most * per_thread, (len(zeros), len(gradients))
+    assert len(others) + len(small) < 250
+
+
 def test_several_programs_share_a_row() -> None:
     for rows, at_least in ((1, 20), (128, 20), (1000, 4)):
         cut = counts.cut_of(rows, 20_000, FLOAT, torch.device("cpu"))

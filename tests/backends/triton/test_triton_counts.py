@@ -73,6 +73,50 @@ def test_rows_of_many_parts_equal_the_formula(
     assert all(torch.equal(a, b) for a, b in zip(dense, results(form, inputs), strict=True))
 
 
+@pytest.mark.parametrize("layout", ["dense", "csr"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_multinomial_of_many_parts_equals_the_formula(
+    device: torch.device, dtype: torch.dtype, weighted: bool, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One to three programs for a row give the same bits."""
+    logits, target = test_multinomial.make(4, 600, dtype)
+    target[1] = 0
+    target[2, 580] = 300  # a count that needs float64
+    logits[3], target[3], target[3, 590] = -30, 0, 20  # the row's only count, in the last section
+    logits[3, 590] = 5
+    weight = (1 + torch.rand(600)) * (torch.rand(600) > 0.2) if weighted else None
+    if weight is not None:
+        weight[590] = 2
+    kept = slice(None) if weight is None else weight != 0
+    factors = 0.5 + torch.arange(4.0)
+    data = (test_multinomial.sparse(target) if layout == "csr" else target).to(device)
+    options = {} if weight is None else {"weight": weight.to(device)}
+    found = []
+    for programs in (64, 8, 1):
+        cut(monkeypatch, programs)
+        value, gradient = test_multinomial.value_and_gradient(
+            logits.to(device), data, factors.to(device), **options
+        )
+        found.append((value.cpu(), gradient.cpu()))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    value, gradient = found[0]
+    want = test_multinomial.formula(
+        logits[:3, kept], target[:3, kept], None if weight is None else weight[kept].double()
+    )
+    test_multinomial.check(value[:3], gradient[:3, kept], want, factors[:3])
+    # The last row's nll is what the other features have of the probability, which the formula would lose.
+    odds = torch.exp(logits[3].double() - logits[3, 590].double())
+    odds[590] = 0
+    share = odds[kept].sum()
+    scale = 20.0 * (1.0 if weight is None else weight[590].item())
+    torch.testing.assert_close(value[3].double(), scale * torch.log1p(share), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        gradient[3, 590].double(), -factors[3].double() * scale * share, rtol=1e-2, atol=0
+    )
+
+
 @pytest.mark.parametrize("columns", [[5, 3], [300, 300], [7, 600], [-1, 3], [3, 700]], ids=str)
 @pytest.mark.parametrize("form", [NB, ZINB_RAW, "multinomial"])
 def test_row_with_columns_out_of_order_or_range_is_nan(
