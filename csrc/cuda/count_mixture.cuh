@@ -160,7 +160,7 @@ FASTVAE_DEVICE void mixture_segment(const CountArgs& args, const CountPlan& plan
     }
     if (!args.shared_dispersion) {
 #pragma unroll
-      for (int j = 0; j < kQuad; ++j) dispersion_of_zeros<false>(theta.value[j], theta.value[j], inverse.value[j]);
+      for (int j = 0; j < kQuad; ++j) dispersion_of_zeros<false, true>(theta.value[j], theta.value[j], inverse.value[j]);
     }
     C value[kQuad], d_mean[kQuad], d_mean2[kQuad], d_theta[kQuad], d_pi[kQuad];
 #pragma unroll
@@ -312,7 +312,7 @@ __global__ void __launch_bounds__(kThreads, count_resident<T>())
 #pragma unroll 1
         for (int i = threadIdx.x; i < kSegment; i += kThreads) {
           const C given = begin + i < args.size ? load_shared<T>(args.params[1], begin + i) : C(1);
-          dispersion_of_zeros<false>(given, flat(theta)[i], flat(inverse)[i]);
+          dispersion_of_zeros<false, true>(given, flat(theta)[i], flat(inverse)[i]);
         }
 #pragma unroll 1
         for (int i = threadIdx.x; i < kWarps * kSegment / kQuad; i += kThreads) sums[i] = Quad<C>{};

@@ -110,7 +110,8 @@ FASTVAE_DEVICE void store_one(const Result& out, int64_t i, C x) {
 // ---------------------------------------------------------------------------------------------------------------------------------
 
 // The dispersion for counts of zero, and its inverse or, by logits in fp32, the binary logarithm of its inverse.
-template <bool kRaw, class C>
+// An approximate inverse has enough digits for terms that do not cancel.
+template <bool kRaw, bool kExact = false, class C>
 FASTVAE_DEVICE void dispersion_of_zeros(C given, C& theta, C& inverse) {
   using P = math::Primitives<C>;
   using B = math::Bounds<C>;
@@ -126,9 +127,8 @@ FASTVAE_DEVICE void dispersion_of_zeros(C given, C& theta, C& inverse) {
     }
   } else {
     theta = P::clamp(given, B::lowest, B::highest);
-    // The terms of zeros do not cancel, so the approximate inverse has enough digits.
-    if constexpr (sizeof(C) == 4) inverse = math::reciprocal_approximately(theta);
-    else inverse = C(1) / theta;
+    if constexpr (sizeof(C) == 4 && !kExact) inverse = math::reciprocal_approximately(theta);
+    else inverse = P::divide(C(1), theta);
   }
 }
 
