@@ -54,8 +54,8 @@ Datum normalize(double* weights, int64_t draws, int64_t step) {
   return {bound, 1 / squares};
 }
 
-// As for `iwae_bound`, and the gradients of the params that `needs` selects. They are those of the reduced loss, and `scalar_rows` are those of
-// each datum with respect to a 0-dim param.
+// As for `iwae_bound`, and the gradients of the params that `needs` selects. They are those of the reduced loss, and `scalar_rows` are
+// those of each datum with respect to a 0-dim param.
 struct BoundResults {
   Tensor loss, bound, nll, kl, ess, weights, scalar_rows;
   Tensors gradients;
