@@ -395,6 +395,10 @@ def main() -> None:
             results = {}
             files = options.accuracy.split(",")
             of_files = options.epochs.split(",") if "," in options.epochs else [options.epochs] * len(files)
+            if len(of_files) != len(files):
+                parser.error(
+                    f"--epochs must be one number, or {len(files)} for as many files, got {options.epochs}"
+                )
             for file, epochs in zip(files, of_files, strict=True):
                 more, results[Path(file).stem] = accuracy(
                     Path(file), int(epochs or 40), options.seeds, limit, folder

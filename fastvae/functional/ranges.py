@@ -123,7 +123,7 @@ def warn_of_non_finite_weights(nll: Tensor, kl: Tensor, beta: Tensor, bound: Ten
     """
     if not _enabled or bound.device.type != "cpu" or not has_values(bound) or bool(bound.isfinite().all()):
         return
-    log_weights = -nll - beta * kl
+    log_weights = -nll - beta.to(kl.device) * kl  # as in IWAE, where beta may have stayed on another device
     wrong = (log_weights.isnan() | (log_weights == math.inf)).t().nonzero()  # a weight of 0 is possible
     if len(wrong):
         row, draw = wrong[0].tolist()
