@@ -277,12 +277,7 @@ template <class C>
 void one_row(const CountMixtureArgs& args, const SharedDispersion<C>& shared, int64_t r, double* d_shared, Scratch<C>& scratch) {
   const int64_t size = args.genes, source = target_row(args, r);
   const C factor = static_cast<C>(args.weight[r * args.weight_stride]);
-  if (args.starts)
-    for (int64_t i = args.starts[source]; i < args.starts[source + 1]; ++i) {
-      C value = 0;
-      convert_in(args.target_values.data, args.target_values.type, i, &value, 1);
-      scratch.target[args.columns[i]] += value;
-    }
+  if (args.starts) add_stored(args, source, scratch.counts, scratch.target.data());
   double nll = 0;
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     Block<C> b{};

@@ -374,12 +374,7 @@ struct Kernel {
     Row<C> row{C(1), 1, 0, factor, args.values.data ? factor : C(1), args.eps};
     if constexpr (kRaw) softmax(args, r, row, scratch);
     const int64_t source = target_row(args, r);
-    if (args.starts)
-      for (int64_t i = args.starts[source]; i < args.starts[source + 1]; ++i) {
-        C value = 0;
-        convert_in(args.target_values.data, args.target_values.type, i, &value, 1);
-        scratch.target[args.columns[i]] += value;
-      }
+    if (args.starts) add_stored(args, source, scratch.counts, scratch.target.data());
 
     double nll = 0, grad = 0;
     bool any = !args.weights.data;  // whether an element of the row has a weight
