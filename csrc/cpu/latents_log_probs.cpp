@@ -171,9 +171,11 @@ void log_probs_grad_as(const LogProbGradArgs& args) {
         for_lanes<C>(tile.n, [&](int64_t j, auto lanes) FASTVAE_INLINE {
           const auto sum = [&](const Buffer<C>& buffer) FASTVAE_INLINE { return load_lanes(buffer.data + at + j, lanes); };
           const V sigma = sum(q.sigma);
-          V d_mu = sum(by_z), d_logvar = sigma * sum(by_z_eps) - of_scale;
+          // A sum of 0 stays 0, whether sigma is infinite or 0.
+          const auto unless_zero = [](V sum, V x) FASTVAE_INLINE { return math::Primitives<V>::select(sum == V(0), V(0), x); };
+          V d_mu = sum(by_z), d_logvar = unless_zero(sum(by_z_eps), sigma * sum(by_z_eps)) - of_scale;
           if (path) {  // log q by z is -eps / sigma
-            d_mu = d_mu - sum(by_q) / sigma;
+            d_mu = d_mu - unless_zero(sum(by_q), sum(by_q) / sigma);
             d_logvar = d_logvar - sum(by_q_eps);
           }
           if (grad_mu) store_lanes(d_mu, grad_mu + j, lanes);

@@ -144,14 +144,15 @@ __global__ void __launch_bounds__(kThreads, grad_resident(sizeof(T)))
             }
           }
           by_z[j] += d[j];
-          const C of_sigma = d[j] * noise[j];
-          by_scale[j] += P::fma(sigma, of_sigma, -(path ? of_q * noise[j] * noise[j] : of_q));
+          // A gradient of 0 stays 0 if sigma is infinite.
+          const C of_sigma = d[j] * noise[j], finite = of_sigma == C(0) ? C(0) : sigma;
+          by_scale[j] += P::fma(finite, of_sigma, -(path ? of_q * noise[j] * noise[j] : of_q));
           if (path) by_q[j] += of_q * noise[j];
         }
       }
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) {
-        if (path) by_z[j] -= by_q[j] / P::exp(C(0.5f) * v[j]);  // log q by z is -eps / sigma
+        if (path && by_q[j] != C(0)) by_z[j] -= by_q[j] / P::exp(C(0.5f) * v[j]);  // log q by z is -eps / sigma
         by_scale[j] *= C(0.5f);
       }
       chain(args.form, mu + i, logvar + i, left, by_z, by_scale);

@@ -219,8 +219,9 @@ def log_probs_gradient_kernel(
             by_z_noise += d * noise
         d_mean = by_z
         if STL and grad_log_q is not None:
-            d_mean -= by_q / sigma
-        d_v = 0.5 * (sigma * by_z_noise - by_q_noise)
+            d_mean -= tl.where(by_q == 0.0, 0.0, by_q / sigma)
+        # A sum of 0 stays 0 if sigma is infinite.
+        d_v = 0.5 * (tl.where(by_z_noise == 0.0, 0.0, sigma * by_z_noise) - by_q_noise)
         if SOFT:
             d_mean = chained(d_mean, mean_factor)
         if SOFT or FORM != "logvar":

@@ -108,10 +108,11 @@ def sample_log_probs(
     z = mean + torch.exp(v / 2) * eps
     if stl:
         fixed_v = v.detach()
-        standard = (z - mean.detach()) * torch.exp(-fixed_v / 2)
-        # The value is that of the noise, because the difference is inaccurate for a small scale.
-        square = standard.square() + (eps.square() - standard.square()).detach()
-        log_q = _log_density(square, fixed_v)
+        # This is (z - mu') / sigma' for constants mu' and sigma' that equal mu and sigma. Its value is the noise, which a
+        # difference of z and mu would lose where sigma is small.
+        root = torch.exp(fixed_v / -4).clamp(max=torch.finfo(dtype).max)
+        standard = _change(mean) * root * root + eps * torch.exp(_change(v) / 2)
+        log_q = _log_density(standard.square(), fixed_v)
     else:
         log_q = _log_density(eps.square(), v)
     if prior_mu is None:
@@ -121,6 +122,11 @@ def sample_log_probs(
         log_p = _log_density(scaled(z - prior_mean, prior_v / 2).square(), prior_v)
     # A view, so that a hook on the result sees only its own gradient, and not those of the densities.
     return z.to(mu.dtype).view_as(z), log_q, log_p
+
+
+def _change(x: Tensor) -> Tensor:
+    """A 0 that depends on x as x itself does."""
+    return torch.where(x.isfinite(), x - x.detach(), 0)
 
 
 def _log_density(square: Tensor, logvar: Tensor) -> Tensor:

@@ -121,6 +121,43 @@ def test_backward_accepts_missing_gradients(
     check_log_probs("logvar", tensors, packed=False, stl=stl, given=True, only=only)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("stl", [False, True], ids=["full", "stl"])
+@pytest.mark.parametrize("name", FORMS)
+def test_log_q_at_the_ends_equals_the_formula(backend: str, name: str, stl: bool, dtype: torch.dtype) -> None:
+    check_ends(name, stl, dtype, "cpu")
+
+
+def check_ends(name: str, stl: bool, dtype: torch.dtype, device: torch.device | str) -> None:
+    """log q and its gradients where the scale under- and overflows, for a mean that is large beside the scale."""
+    form = FORMS[name]
+    v = torch.tensor([[100.0], [-100.0], [88.0], [-50.0], [20.0], [-30.0], [0.3]], dtype=dtype, device=device)
+    noise = torch.full_like(v, 0.7)
+    noise[-1] = 0
+    mu = torch.full_like(v, 3).requires_grad_()
+    leaf = v.clone().requires_grad_()
+    _, log_q, _ = fv.sample_log_probs(mu, leaf, samples=1, form=form.form, stl=stl, eps=noise.unsqueeze(0))
+    grads = torch.autograd.grad(log_q.sum(), (mu, leaf), materialize_grads=True)
+    got = log_q[0], *(grad.squeeze(1) for grad in grads)
+
+    exact_mu, exact_v = (t.detach().double().requires_grad_() for t in (mu, leaf))
+    mean, h, eps = form.mean(exact_mu), form.log_std(exact_v), noise.double()
+    # With `stl`, the gradient of log q is -eps / sigma times that of z = mean + sigma eps.
+    # Otherwise it is that of -log sigma.
+    fixed = h.detach()
+    through_z = -eps * (mean * torch.exp(-fixed) + eps * (h - fixed))
+    want_q = -(eps.square() / 2 + h + math.log(2 * math.pi) / 2)
+    want_grads = torch.autograd.grad((through_z if stl else want_q + 0 * mean).sum(), (exact_mu, exact_v))
+    near = 1e-11 if dtype == torch.float64 else 2e-5
+    for result, want in zip(got, (want_q, *want_grads), strict=True):
+        truth = want.detach().squeeze(1)
+        overflows = truth.abs() > 0.2 * torch.finfo(dtype).max
+        assert torch.equal(result[overflows].double(), truth[overflows].sign() * math.inf)
+        # sigma is a number in `dtype`, so an error of its logarithm is one of the gradient.
+        error = near * (1 + fixed.abs().squeeze(1)) * (truth.abs() + 1e-3)
+        assert ((result.double() - truth).abs() <= error)[~overflows].all(), (result, truth)
+
+
 @pytest.mark.parametrize("stl", [False, True], ids=["full", "stl"])
 def test_reference_passes_gradcheck(stl: bool) -> None:
     tensors = [t.requires_grad_() for t in posterior((2, 3), torch.float64, True)]

@@ -651,6 +651,15 @@ def test_log_probs_equal_the_formula(
     test_log_probs.check_log_probs(name, tensors, packed=packed, stl=stl, given=given)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=cases.ids)
+@pytest.mark.parametrize("stl", [False, True], ids=["full", "stl"])
+@pytest.mark.parametrize("name", posterior_forms.FORMS)
+def test_log_q_at_the_ends_equals_the_formula(
+    device: torch.device, name: str, stl: bool, dtype: torch.dtype
+) -> None:
+    test_log_probs.check_ends(name, stl, dtype, device)
+
+
 @pytest.mark.parametrize("dtype", NOISE_TOLERANCE, ids=["float32", "float64"])
 @pytest.mark.parametrize("place", [place for place in PLACES if math.prod(place[3:]) <= 300])
 def test_noise_equals_box_muller_by_hand(
