@@ -384,8 +384,8 @@ def extension_arguments():
 
         def run(self):
             in_tree = self.inplace or self.editable_mode
-            # tests/project/test_build.py checks that builds do not get slower. The speed of a shared machine changes, so it
-            # is measured before and after the build.
+            # tests/project/test_build.py checks that builds do not get slower. The machine's speed may change, so it is
+            # measured before and after the build.
             timed = in_tree and not Path(self.build_temp).exists()
             headers = [header_seconds(self.build_temp)] if timed else []
             before = compiler_seconds()

@@ -15,6 +15,7 @@ from torch._inductor import cpu_vec_isa
 
 import fastvae
 
+from .cases import Case
 from .timing import Measurement
 
 # What GCC may use in code that torch.compile generates for this instruction set.
@@ -102,8 +103,15 @@ def summarise(measurement: Measurement) -> dict[str, Any]:
         "input_sets": measurement.input_sets,
         "peak_bytes_above_inputs": measurement.peak_bytes,
         "bytes_to_move": case.moves,
-        "floors": case.floors and dict(zip(("eager", "compile"), case.floors, strict=True)),
+        "floors": (floors := floors_of(case)) and dict(zip(("eager", "compile"), floors, strict=True)),
+        "most": case.most and dict(zip(("case", "times"), case.most, strict=True)),
     }
+
+
+def floors_of(case: Case) -> tuple[float, float] | None:
+    """The floors of a case for this machine's instruction set."""
+    is_avx2 = torch.backends.cpu.get_cpu_capability() != "AVX512"
+    return case.avx2_floors if is_avx2 and case.avx2_floors else case.floors
 
 
 def _milliseconds(seconds: float) -> float:

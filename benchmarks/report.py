@@ -43,11 +43,12 @@ def main() -> None:
         runs = _load(machine)
         lines = table(runs)
         print("\n".join(align(lines)))
-        print("\n" + caption(runs))
+        notes = "\n\n".join(filter(None, (caption(runs), weights(runs))))
+        print("\n" + notes)
         draw(runs, machine.with_suffix(".png"))
         print(f"\nwrote {machine.relative_to(ROOT)} and {machine.with_suffix('.png').relative_to(ROOT)}")
         if options.docs:
-            put_between(PAGE, "bench", "\n".join([*lines, "", caption(runs)]))
+            put_between(PAGE, "bench", "\n".join([*lines, "", notes]))
 
 
 def _has_avx512() -> bool:
@@ -99,11 +100,18 @@ def _speedup_and_floor(row: dict[str, Any], side: str) -> str:
     if not row["floors"]:
         return f"{ratio:.1f}"
     floor = row["floors"][side]
-    return f"{ratio:.1f} ({floor:g} {'✓' if ratio >= floor else '✗'})"
+    return f"{ratio:.1f} ({floor:g} {_mark(ratio >= floor)})"
 
 
-def _speedups(row: dict[str, Any], times: str = "median_ms") -> str:
-    return ", ".join(f"{speedup(row, side, times):.1f}" for side in ("eager", "compile"))
+def _mark(reached: bool) -> str:
+    return "✓" if reached else "✗"
+
+
+def _speedups(row: dict[str, Any], times: str = "median_ms", *, floors: bool = False) -> str:
+    sides = ("eager", "compile")
+    return ", ".join(
+        _speedup_and_floor(row, side) if floors else f"{speedup(row, side, times):.1f}" for side in sides
+    )
 
 
 def _format_ms(milliseconds: float) -> str:
@@ -138,7 +146,7 @@ def table(runs: Runs) -> list[str]:
             cells.append(f"{speedup(row, 'triton'):.2f}" if "triton" in times else "")
         for _, other in others:
             matches = [match for match in other["cases"] if match["case"] == row["case"]]
-            cells.append(_speedups(matches[0]) if matches else "")
+            cells.append(_speedups(matches[0], floors=True) if matches else "")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -173,6 +181,22 @@ def caption(runs: Runs) -> str:
         "inputs of cases that move 8 MiB or more come from memory. Peak memory: the maximum that forward and "
         "backward hold above the inputs, including gradients, for fused / eager / compiled."
     )
+
+
+def weights(runs: Runs) -> str:
+    """How much slower the cases with a limit (`Case.most`) are than the case without weights, by instruction set."""
+    sentences = []
+    for name, run in runs.items():
+        fused = {row["case"]: row["median_ms"]["fused"] for row in run["cases"]}
+        limited = [row for row in run["cases"] if row.get("most") and row["most"]["case"] in fused]
+        parts = []
+        for row in limited:
+            ratio, most = fused[row["case"]] / fused[row["most"]["case"]], row["most"]["times"]
+            parts.append(f"{row['case']}: {ratio:.2f} (at most {most:g} {_mark(ratio <= most)})")
+        if parts:
+            base = limited[0]["most"]["case"]
+            sentences.append(f"Times as long as {base}, {LABELS[name]}: {'; '.join(parts)}.")
+    return "\n".join(sentences)
 
 
 def put_between(page: Path, mark: str, text: str) -> None:
