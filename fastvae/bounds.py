@@ -85,8 +85,11 @@ class IWAE(ELBO):
             backward pass, so it must be passed as a function.
         posterior: the form of the scale, as for `fastvae.ELBO`.
         prior: a module of `fastvae.priors`; None is the standard normal. The bound takes its density, so it need not
-            have an analytic KL. Its parameters are trained like the decoder's, with every estimator.
+            have an analytic KL. Its parameters are trained like the decoder's, with every estimator. The `form` of a
+            `VampPrior` must be the `posterior`.
     """
+
+    _where = "IWAE"
 
     def __init__(
         self,
@@ -122,6 +125,8 @@ class IWAE(ELBO):
             mu, logvar: the posterior, (B, ...), floating, of one dtype and shape; or a packed head (B, 2 L, ...) alone.
             generator, seed, row_offset: as for `fastvae.functional.reparameterize_kl`, which generates the noise.
         """
+        if self.prior is not None:
+            self.prior.check_posterior(mu, logvar)
         dtype = mu.dtype if isinstance(mu, Tensor) else None
         is_half = self.prior is not None and dtype in (torch.float16, torch.bfloat16)
         if is_half:

@@ -14,7 +14,7 @@ from .functional.loss import nll as loss_and_nll
 from .functional.ranges import has_values, warn_of_impossible_values
 from .likelihoods import Bernoulli
 from .likelihoods.base import has_kernel, nll_of_draws, nll_of_module
-from .priors import Prior
+from .priors import Prior, VampPrior
 from .reference import REDUCTIONS, free_bits
 from .reference.conventions import sum_event
 from .reference.loss import reduce_rows
@@ -76,7 +76,7 @@ class ELBO(nn.Module):
             expects the same; `out.kl` is still the true KL of every row.
         prior: a module of `fastvae.priors`; None is the standard normal. Where its KL has no closed form,
             `reparameterize` returns the KL of its sample, log q(z | x) - log p(z). The parameters of a learned prior
-            are among `elbo.parameters()`.
+            are among `elbo.parameters()`. The `form` of a `VampPrior` must be the `posterior`.
         free_bits_mean: if True, as in the paper, the threshold applies to the mean KL of a dimension over the batch (of
             this process); if False, it applies to each datum separately.
         free_bits_per: what has `free_bits` nats at no cost: each `"dimension"`; each `"channel"` of a latent image,
@@ -100,6 +100,9 @@ class ELBO(nn.Module):
     # TorchScript can compile a model that contains an ELBO, provided the compiled code does not call it.
     __jit_unused_properties__ = ("free_bits",)
 
+    _where = "ELBO"
+    """The name in the messages of the constructor."""
+
     def __init__(
         self,
         likelihood: str | nn.Module,
@@ -115,17 +118,18 @@ class ELBO(nn.Module):
         prior: Prior | None = None,
     ) -> None:
         super().__init__()
-        self.posterior = checked_form("ELBO", "posterior", posterior)
+        where = self._where
+        self.posterior = checked_form(where, "posterior", posterior)
         self.likelihood = likelihoods.get(likelihood)
         self.reduction = reduction
         # None rather than 0: torch.compile turns a float into a graph input, and a branch on it cannot be resolved
         # at compile time.
-        self._free_bits = _checked("free_bits", "float", free_bits) or None
+        self._free_bits = _checked(where, "free_bits", "float", free_bits) or None
         self.free_bits_mean = free_bits_mean
-        self.samples = None if samples is None else checked_int("ELBO", "samples", samples, 1, None)
-        check_choice("ELBO", "free_bits_per", free_bits_per, tuple(_KL_OF))
+        self.samples = None if samples is None else checked_int(where, "samples", samples, 1, None)
+        check_choice(where, "free_bits_per", free_bits_per, tuple(_KL_OF))
         self.free_bits_per = free_bits_per
-        _check_prior(prior, self._free_bits)
+        _check_prior(where, prior, self._free_bits, self.posterior)
         self.prior = prior
         # A plain number has no device, so beta is created on torch's default device, like every other parameter.
         device = beta.device if isinstance(beta, Tensor) else None
@@ -137,7 +141,7 @@ class ELBO(nn.Module):
         self._first_batch_checked = False
 
     def _setting(self, name: str, value: Any, device: torch.device | None) -> Tensor:
-        self._settings[name] = _checked_setting(name, value)
+        self._settings[name] = _checked_setting(self._where, name, value)
         return torch.tensor(self._settings[name], dtype=torch.float32, device=device)
 
     def reset_parameters(self) -> None:
@@ -189,11 +193,11 @@ class ELBO(nn.Module):
                 if isinstance(value, Tensor) and value.dim() == 0:
                     buffer.copy_(value)
                 else:
-                    self._settings[name] = _checked_setting(name, value)
+                    self._settings[name] = _checked_setting(self._where, name, value)
                     buffer.fill_(self._settings[name])
             return
         if name == "reduction":
-            check_choice("ELBO", name, value, (*REDUCTIONS, *_ALIASES))
+            check_choice(self._where, name, value, (*REDUCTIONS, *_ALIASES))
             self._reduction = REDUCTIONS[_ALIASES.get(value, value)]
         super().__setattr__(name, value)
 
@@ -356,19 +360,36 @@ class ELBO(nn.Module):
         return f"beta={beta}, reduction={self.reduction!r}{free_bits}{samples}{posterior}"
 
 
-def _check_prior(prior: Any, free_bits: float | None) -> None:
+def _check_prior(where: str, prior: Any, free_bits: float | None, posterior: ScaleForm) -> None:
     if prior is None:
         return
     if not isinstance(prior, Prior):
         raise TypeError(
-            f"fastvae.ELBO: `prior` must be a module of fastvae.priors or None, got {type(prior).__name__}; subclass "
-            "fastvae.priors.Prior for one of your own"
+            f"fastvae.{where}: `prior` must be a module of fastvae.priors or None, got {type(prior).__name__}; "
+            "subclass fastvae.priors.Prior for one of your own"
         )
     if free_bits is not None and not prior.has_analytic_kl:
         raise ValueError(
-            f"fastvae.ELBO: `free_bits` need the KL of every dimension, which has no closed form with the prior "
+            f"fastvae.{where}: `free_bits` need the KL of every dimension, which has no closed form with the prior "
             f"{type(prior).__name__}; use free_bits=0"
         )
+    if isinstance(prior, VampPrior) and prior.form != posterior:
+        expected, found = _spelled(posterior), _spelled(prior.form)
+        raise ValueError(
+            f"fastvae.{where}: the `form` of the VampPrior must be the `posterior`, {expected}, because both say what "
+            f"the encoder returns, got {found}; write VampPrior(..., form={expected}), or {where}(..., "
+            f"posterior={found}) if that is what it returns"
+        )
+
+
+_NAMES = {
+    checked_form("ELBO", "posterior", name): name for name in ("logvar", "log_std", "softplus", "variance")
+}
+
+
+def _spelled(form: ScaleForm) -> str:
+    """What to write for a form: its name, or the call that makes it."""
+    return repr(_NAMES[form]) if form in _NAMES else f"fastvae.posteriors.{form}"
 
 
 def _analytic_kl(prior: Any, mu: Tensor, logvar: Tensor | None, form: ScaleForm, reduction: str) -> Tensor:
@@ -419,21 +440,21 @@ def _check_kl_shape(kl: Any, free_bits_per: str) -> None:
         )
 
 
-def _checked_setting(name: str, value: Any) -> float:
+def _checked_setting(where: str, name: str, value: Any) -> float:
     if isinstance(value, Tensor) and value.dim() != 0:
         raise ValueError(
-            f"fastvae.ELBO: `{name}` must be a float or a 0-dim tensor, got shape {tuple(value.shape)}"
+            f"fastvae.{where}: `{name}` must be a float or a 0-dim tensor, got shape {tuple(value.shape)}"
         )
-    return _checked(name, "float or a 0-dim tensor", value)
+    return _checked(where, name, "float or a 0-dim tensor", value)
 
 
-def _checked(name: str, kind: str, number: Any) -> float:
+def _checked(where: str, name: str, kind: str, number: Any) -> float:
     try:
         value = float(number)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"fastvae.ELBO: `{name}` must be a {kind}, got {number!r}") from error
+        raise TypeError(f"fastvae.{where}: `{name}` must be a {kind}, got {number!r}") from error
     if not 0.0 <= value < math.inf:
-        raise ValueError(f"fastvae.ELBO: `{name}` must be finite and at least 0, got {value}")
+        raise ValueError(f"fastvae.{where}: `{name}` must be finite and at least 0, got {value}")
     return value
 
 

@@ -4,6 +4,8 @@ A prior has `log_prob(z)` and `sample(n)`. Its KL from a posterior is exact wher
 estimated from the sample z: log q(z | x) - log p(z). Subclass `Prior` for one of your own.
 """
 
+import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .functional.checks import check_choice, check_floating, checked_int
-from .functional.forms import ScaleForm, kernel_form
+from .functional.checks import check_choice, check_floating, checked_int, checked_not_negative
+from .functional.continuous import checked_bounds
+from .functional.forms import LogVar, ScaleForm, checked_form, kernel_form
 from .reference.latents import mean_and_logvar
 from .regularizers import log_normal
 
@@ -40,14 +43,34 @@ class Prior(nn.Module):
         raise NotImplementedError
 
     def sample(self, n: int, *, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
-        """Draw n points, (n, dim). They carry no gradient. `temperature` multiplies the standard deviation of the
-        normal distribution, or that of each component."""
+        """Draw n points, (n, dim). They carry no gradient. `temperature`, at least 0, multiplies the standard deviation
+        of the normal distribution, or that of each component."""
         raise NotImplementedError
 
     def frozen(self) -> "Prior":
         """Return a prior with the present density, for many calls without gradients: a `VampPrior` then encodes its
         pseudo-inputs once and not in every call."""
         return self
+
+    def check_posterior(self, mu: Tensor, logvar: Tensor | None = None) -> None:
+        """Check that a posterior fits this prior, before noise is drawn. Without `logvar`, `mu` is a packed head.
+
+        Raises:
+            ValueError: If `mu` does not have `dim` elements per row, or is on another device than the prior.
+        """
+        if not isinstance(mu, Tensor) or mu.is_nested:
+            return  # The functions that take the posterior have the message.
+        size = self.dim if logvar is not None else 2 * self.dim
+        shape = mu.shape
+        if len(shape) < 2 or math.prod(shape[1:]) != size:
+            head = "" if logvar is not None else f", mean and scale of {self.dim} dimensions"
+            raise ValueError(
+                f"fastvae.priors.{type(self).__name__}: {'without `logvar`, ' if head else ''}`mu` must have {size} "
+                f"elements per row{head}, shape (B, {size}), got {tuple(shape)}"
+            )
+        device = self._device()
+        if device is not None and device != mu.device:
+            raise ValueError(self._device_message("mu", mu, device))
 
     def analytic_kl(
         self,
@@ -78,6 +101,7 @@ class Prior(nn.Module):
         arguments, and the shape and dtype of z, are those of `fastvae.functional.reparameterize_kl`; only an analytic
         KL has another `reduction` than "event".
         """
+        self.check_posterior(mu, logvar)
         if self.has_analytic_kl:
             z, _ = functional.reparameterize_kl(mu, logvar, form=form, samples=samples, eps=eps, **noise)
             kl = self.analytic_kl(mu, logvar, form=form, reduction=reduction)
@@ -100,7 +124,22 @@ class Prior(nn.Module):
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
 
-    def _points(self, z: Tensor, like: Tensor | None = None) -> Tensor:
+    def _device(self) -> torch.device | None:
+        """Where z must be, or None if the prior does not know it before it computes a density."""
+        return None
+
+    def _device_message(self, name: str, tensor: Tensor, found: torch.device) -> str:
+        return (
+            f"fastvae.priors.{type(self).__name__}: the prior must be on the device of `{name}`, {tensor.device}, got "
+            f"{found}; did you mean prior.to({name}.device)?"
+        )
+
+    def _check_sample(self, n: Any, temperature: Any) -> None:
+        where = f"priors.{type(self).__name__}.sample"
+        checked_int(where, "n", n, 0, None)
+        checked_not_negative(where, "temperature", temperature)
+
+    def _points(self, z: Tensor) -> Tensor:
         """`z` as (B, dim), checked."""
         where = f"priors.{type(self).__name__}"
         check_floating(where, "z", z)
@@ -110,16 +149,13 @@ class Prior(nn.Module):
                 f"fastvae.{where}: `z` must have {self.dim} elements per row, shape (B, {self.dim}), got "
                 f"{tuple(z.shape)}"
             )
-        if like is not None and like.device != z.device:
-            raise ValueError(
-                f"fastvae.{where}: the prior must be on the device of `z`, {z.device}, got {like.device}; "
-                "did you mean prior.to(z.device)?"
-            )
         return points
 
 
 class StandardNormal(Prior):
     """N(0, 1) in every dimension, with the analytic KL. `ELBO(prior=None)` computes the same without a module.
+
+    Density and KL take z on any device; samples are on the module's.
 
     Args:
         dim: the number of latent dimensions.
@@ -138,6 +174,7 @@ class StandardNormal(Prior):
         return log_normal(self._points(z))
 
     def sample(self, n: int, *, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
+        self._check_sample(n, temperature)
         like: Any = self._like
         draws = torch.randn(n, self.dim, generator=generator, device=like.device, dtype=like.dtype)
         return temperature * draws
@@ -150,10 +187,14 @@ class StandardNormal(Prior):
         form: str | ScaleForm = "logvar",
         reduction: str = "event",
     ) -> Tensor:
+        self.check_posterior(mu, logvar)
         return functional.gaussian_kl(mu, logvar, form=form, reduction=reduction)
 
-    def reparameterize_kl(self, *posterior: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        return functional.reparameterize_kl(*posterior, **options)  # one pass for both
+    def reparameterize_kl(
+        self, mu: Tensor, logvar: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.check_posterior(mu, logvar)
+        return functional.reparameterize_kl(mu, logvar, **options)  # one pass for both
 
 
 class _Mixture(Prior):
@@ -164,8 +205,10 @@ class _Mixture(Prior):
         raise NotImplementedError
 
     def log_prob(self, z: Tensor) -> Tensor:
+        points = self._points(z)
         mu, logvar, log_weight = self.components()
-        points = self._points(z, mu)
+        if mu.device != z.device:
+            raise ValueError(self._device_message("z", z, mu.device))
         # Under autocast, z, an encoder's output and a parameter may differ in dtype.
         dtype = torch.promote_types(points.dtype, torch.promote_types(mu.dtype, logvar.dtype))
         if log_weight is not None:
@@ -180,11 +223,14 @@ class _Mixture(Prior):
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
+        self._check_sample(n, temperature)
         mu, logvar, log_weight = self.components()
         if log_weight is None:
             chosen = torch.randint(mu.shape[0], (n,), generator=generator, device=mu.device)
         else:
-            chosen = torch.multinomial(log_weight.float().exp(), n, replacement=True, generator=generator)
+            # multinomial refuses to draw nothing.
+            weight = log_weight.float().exp()
+            chosen = torch.multinomial(weight, max(n, 1), replacement=True, generator=generator)[:n]
         noise = torch.randn(n, self.dim, generator=generator, device=mu.device, dtype=mu.dtype)
         return mu[chosen] + temperature * torch.exp(logvar[chosen] / 2) * noise
 
@@ -203,6 +249,11 @@ class _Frozen(_Mixture):
         log_weight: Any = self._log_weight
         return mu, logvar, log_weight
 
+    def _device(self) -> torch.device:
+        mu: Any = self._mu
+        device: torch.device = mu.device
+        return device
+
 
 class GaussianMixture(_Mixture):
     """A mixture of diagonal Gaussians with learned means, log-variances and weights.
@@ -220,7 +271,7 @@ class GaussianMixture(_Mixture):
     def __init__(self, components: int, dim: int, *, spread: float = 1.0) -> None:
         super().__init__(dim)
         checked_int("priors.GaussianMixture", "components", components, 1, None)
-        self.spread = float(spread)
+        self.spread = checked_not_negative("priors.GaussianMixture", "spread", spread)
         self.mu = nn.Parameter(torch.empty(components, dim))
         self.logvar = nn.Parameter(torch.empty(components, dim))
         # A parameter that never gets a gradient would stop DistributedDataParallel.
@@ -240,6 +291,9 @@ class GaussianMixture(_Mixture):
     def components(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.mu, self.logvar, None if self.logits is None else self.logits.log_softmax(0)
 
+    def _device(self) -> torch.device:
+        return self.mu.device
+
     def analytic_kl(
         self,
         mu: Tensor,
@@ -251,12 +305,12 @@ class GaussianMixture(_Mixture):
         if not self.has_analytic_kl:
             return None
         check_floating("gaussian_kl", "mu", mu)
+        self.check_posterior(mu, logvar)
         name, constants = kernel_form("gaussian_kl", form)
         if logvar is None or name != "logvar":
             # The prior has another form than the posterior, and the kernel takes one for both.
             dtype = torch.float64 if mu.dtype == torch.float64 else torch.float32
             mu, logvar = mean_and_logvar(mu, logvar, name, constants, dtype)
-        self._points(mu, self.mu)
         prior_mu, prior_logvar = (t.to(mu.dtype).reshape(1, *mu.shape[1:]) for t in (self.mu, self.logvar))
         return functional.gaussian_kl(
             mu, logvar, prior_mu.expand_as(mu), prior_logvar.expand_as(mu), reduction=reduction
@@ -274,12 +328,16 @@ class VampPrior(_Mixture):
 
     Args:
         components: M, the number of pseudo-inputs.
-        encoder: the model's encoder, a callable that maps (M, *input_shape) to (mu, logvar), each (M, dim).
+        encoder: the model's encoder, a callable that maps (M, *input_shape) to (mu, logvar), each (M, dim), or to one
+            packed tensor, (M, 2 dim), whose halves along dimension 1 are the two. Latent images, (M, L, H, W), have
+            `dim` elements per row.
         dim: the number of latent dimensions.
         input_shape: the shape of one datum.
         init: the initial pseudo-inputs, (M, *input_shape), such as data; by default uniform within the bounds, or
             N(0, 1) without bounds.
         bounds: the range of data, to which pseudo-inputs are clamped before they are encoded, or None.
+        form: what the encoder's second output means, as for `fastvae.functional.reparameterize_kl`. It must be the
+            `posterior` of the ELBO, whose encoder this is.
 
     Parameter: `pseudo_inputs`, (M, *input_shape).
     """
@@ -293,6 +351,7 @@ class VampPrior(_Mixture):
         *,
         init: Tensor | None = None,
         bounds: tuple[float, float] | None = (0.0, 1.0),
+        form: str | ScaleForm = "logvar",
     ) -> None:
         super().__init__(dim)
         where = "priors.VampPrior"
@@ -301,12 +360,11 @@ class VampPrior(_Mixture):
             raise TypeError(
                 f"fastvae.{where}: `encoder` must be a callable that returns (mu, logvar), got {type(encoder).__name__}"
             )
-        shape = (components, *((input_shape,) if isinstance(input_shape, int) else input_shape))
-        if bounds is not None and not bounds[0] < bounds[1]:
-            raise ValueError(f"fastvae.{where}: `bounds` must be (low, high) with low < high, got {bounds}")
+        self.form = checked_form(where, "form", form)
+        shape = (components, *_checked_shape(where, input_shape))
         # In a tuple, the encoder is not registered as a module of the prior.
         self._encoder = (encoder,)
-        self.bounds = bounds
+        self.bounds = None if bounds is None else checked_bounds(where, bounds, "bounds")
         self.pseudo_inputs = nn.Parameter(torch.empty(shape))
         self.reset_parameters()
         if init is not None:
@@ -327,21 +385,77 @@ class VampPrior(_Mixture):
         inputs: Tensor = self.pseudo_inputs
         if self.bounds is not None:
             inputs = inputs.clamp(*self.bounds)
-        posterior = self._encoder[0](inputs)
-        pair = isinstance(posterior, (tuple, list)) and len(posterior) == 2
-        if not pair or not all(isinstance(t, Tensor) for t in posterior):
-            raise TypeError(
-                f"fastvae.priors.VampPrior: `encoder` must return the pair (mu, logvar), got {type(posterior).__name__}"
-            )
-        expected = (inputs.shape[0], self.dim)
-        mu, logvar = (t.flatten(1) if t.dim() > 2 else t for t in posterior)
-        for name, t in (("mu", mu), ("logvar", logvar)):
-            if t.shape != expected:
+        posterior = self._encode(inputs)
+        where, rows = "priors.VampPrior", inputs.shape[0]
+        mu: Tensor
+        v: Tensor | None
+        if isinstance(posterior, Tensor):
+            mu, v = posterior, None
+            packed = (rows, 2 * self.dim)
+            if mu.dim() < 2 or mu.shape[1] % 2 != 0 or mu.flatten(1).shape != packed:
                 raise ValueError(
-                    f"fastvae.priors.VampPrior: `{name}` of the encoder must have shape {expected} for "
-                    f"{inputs.shape[0]} pseudo-inputs, got {tuple(t.shape)}"
+                    f"fastvae.{where}: `encoder` must return the pair (mu, logvar), or both in one tensor of shape "
+                    f"{packed}, for {rows} pseudo-inputs, got a tensor of shape {tuple(mu.shape)}"
                 )
-        return mu, logvar, None
+        else:
+            pair = isinstance(posterior, (tuple, list)) and len(posterior) == 2
+            if not pair or not all(isinstance(t, Tensor) for t in posterior):
+                raise TypeError(
+                    f"fastvae.{where}: `encoder` must return the pair (mu, logvar), or both in one tensor, got "
+                    f"{type(posterior).__name__}"
+                )
+            mu, v = posterior
+            for name, t in (("mu", mu), ("logvar", v)):
+                shape = tuple(t.flatten(1).shape if t.dim() > 2 else t.shape)
+                if shape != (rows, self.dim):
+                    raise ValueError(
+                        f"fastvae.{where}: `{name}` of the encoder must have shape {(rows, self.dim)} for {rows} "
+                        f"pseudo-inputs, got {tuple(t.shape)}"
+                    )
+        dtype = mu.dtype
+        name, constants = self.form.kernel
+        if name != "logvar" and dtype in (torch.float16, torch.bfloat16):
+            dtype = torch.float32  # half precision would round the logarithm
+        if v is None or name != "logvar":
+            mu, v = mean_and_logvar(mu, v, name, constants, dtype)
+        return mu.flatten(1), v.flatten(1), None
+
+    def _encode(self, inputs: Tensor) -> Any:
+        encoder = self._encoder[0]
+        try:
+            return encoder(inputs)
+        except RuntimeError as error:
+            # The devices are compared only after a failure, because some encoders move their inputs themselves.
+            module = encoder if isinstance(encoder, nn.Module) else getattr(encoder, "__self__", None)
+            own = module.parameters() if isinstance(module, nn.Module) else ()
+            devices = {parameter.device for parameter in own if parameter is not self.pseudo_inputs}
+            if len(devices) != 1 or inputs.device in devices:
+                raise
+            (device,) = devices
+            raise ValueError(
+                f"fastvae.priors.VampPrior: the prior must be on the device of its encoder, {device}, got "
+                f"{inputs.device}; did you mean prior.to('{device}')? Moving the prior does not move the encoder"
+            ) from error
+
+    def _device_message(self, name: str, tensor: Tensor, found: torch.device) -> str:
+        return (
+            f"fastvae.priors.VampPrior: the encoder must return tensors on the device of `{name}`, {tensor.device}, "
+            f"got {found}; move both the encoder and the prior, encoder.to({name}.device) and prior.to({name}.device)"
+        )
 
     def extra_repr(self) -> str:
-        return f"components={self.pseudo_inputs.shape[0]}, dim={self.dim}"
+        form = "" if self.form == LogVar() else f", form={self.form}"
+        return f"components={self.pseudo_inputs.shape[0]}, dim={self.dim}{form}"
+
+
+def _checked_shape(where: str, input_shape: Any) -> list[int]:
+    sizes = input_shape if isinstance(input_shape, Sequence) else (input_shape,)
+    try:
+        shape = [operator.index(size) for size in sizes]
+    except TypeError as error:
+        raise TypeError(
+            f"fastvae.{where}: `input_shape` must be an int or a sequence of ints, got {input_shape!r}"
+        ) from error
+    for size in shape:
+        checked_int(where, "input_shape", size, 1, None)
+    return shape

@@ -25,6 +25,8 @@ from .functional.checks import (
     device_message,
     dtype_name,
 )
+from .functional.forms import ScaleForm, kernel_form
+from .reference.latents import mean_and_logvar
 
 __all__ = ["KLDecomposition", "decompose_kl", "mmd", "total_correlation"]
 
@@ -44,7 +46,13 @@ class KLDecomposition(NamedTuple):
 
 
 def total_correlation(
-    z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, estimator: str = "mss"
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor | None,
+    dataset_size: int,
+    estimator: str = "mss",
+    *,
+    form: str | ScaleForm = "logvar",
 ) -> Tensor:
     """Total correlation of the aggregate posterior, E_q(z)[log q(z) - sum_j log q(z_j)], estimated from a batch.
 
@@ -52,7 +60,8 @@ def total_correlation(
 
     Args:
         z: one sample of every posterior, (B, D), floating point.
-        mu, logvar: the posteriors of the batch, (B, D), with z's dtype.
+        mu, logvar: the posteriors of the batch, (B, D), with z's dtype. With `logvar` None, `mu` is a packed head,
+            (B, 2 D), whose halves along dimension 1 are the two.
         dataset_size: N, the number of data from which the batch was drawn without replacement.
         estimator: how the batch stands for the data set. `"mss"`, stratified sampling, weighs a point's own posterior
             1/N and each other (N - 1) / (N (B - 1)). This is Chen et al.'s appendix C.2, averaged over the order of the
@@ -60,6 +69,7 @@ def total_correlation(
             (appendix C.1), weighs all 1 / (N B), so that its expectation is
             [q(z | n) + (B - 1) / (N - 1) sum of the others] / (N B). Where posteriors overlap, that is q(z) / N, and
             TC is too large by (D - 1) log N, a constant without gradient.
+        form: what `logvar` (or the second half of the head) means, as for `fastvae.functional.reparameterize_kl`.
 
     The logarithm of an estimate is biased even if the estimate is not (Jensen's inequality), and in many dimensions the
     posteriors of a finite data set hardly overlap, so that independent dimensions look dependent: see docs/priors.md.
@@ -69,19 +79,22 @@ def total_correlation(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If a shape or device is wrong, N is smaller than B, or `estimator` is unknown.
+        ValueError: If a shape or device is wrong, N is smaller than B, or `estimator` or `form` is unknown.
     """
-    joint, of_each = _log_aggregate("total_correlation", z, mu, logvar, dataset_size, estimator)
+    where = "total_correlation"
+    posteriors = _checked_posteriors(where, z, mu, logvar, form)
+    joint, of_each = _log_aggregate(where, *posteriors, dataset_size, estimator)
     return (joint - of_each.sum(1)).mean()
 
 
 def decompose_kl(
     z: Tensor,
     mu: Tensor,
-    logvar: Tensor,
+    logvar: Tensor | None,
     dataset_size: int,
     estimator: str = "mss",
     *,
+    form: str | ScaleForm = "logvar",
     reduction: str = "mean",
 ) -> KLDecomposition:
     """Decompose the KL from N(0, 1) into index-code mutual information, total correlation and dimension-wise KL.
@@ -94,9 +107,12 @@ def decompose_kl(
     """
     where = "decompose_kl"
     check_choice(where, "reduction", reduction, ("mean", "none"))
-    joint, of_each = _log_aggregate(where, z, mu, logvar, dataset_size, estimator)
+    z, mean, log_variance = _checked_posteriors(where, z, mu, logvar, form)
+    joint, of_each = _log_aggregate(where, z, mean, log_variance, dataset_size, estimator)
     marginals = of_each.sum(1)
-    parts = KLDecomposition(log_normal(z, mu, logvar) - joint, joint - marginals, marginals - log_normal(z))
+    parts = KLDecomposition(
+        log_normal(z, mean, log_variance) - joint, joint - marginals, marginals - log_normal(z)
+    )
     return parts if reduction == "none" else KLDecomposition(*(part.mean() for part in parts))
 
 
@@ -213,14 +229,37 @@ def _check_points(where: str, name: str, value: Any) -> None:
         raise ValueError(f"fastvae.{where}: `{name}` must have shape (B, D), got {tuple(value.shape)}{hint}")
 
 
+def _checked_posteriors(
+    where: str, z: Tensor, mu: Tensor, logvar: Tensor | None, form: str | ScaleForm
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z, mean and log-variance, (B, D) each and of one dtype."""
+    name, constants = kernel_form(where, form)
+    _check_points(where, "z", z)
+    if logvar is not None:
+        check_like(where, "mu", mu, "z", z)
+        check_like(where, "logvar", logvar, "z", z)
+        if name == "logvar":
+            return z, mu, logvar
+    else:
+        check_floating(where, "mu", mu)
+        packed = (z.shape[0], 2 * z.shape[1])
+        if mu.shape != packed:
+            raise ValueError(
+                f"fastvae.{where}: without `logvar`, `mu` must be a packed head {packed}, mean and scale along "
+                f"dimension 1, for `z` {tuple(z.shape)}, got {tuple(mu.shape)}"
+            )
+        check_like(where, "mu", mu.narrow(1, 0, z.shape[1]), "z", z)
+    # Half precision would round the log-variance of another form.
+    half = z.dtype in (torch.float16, torch.bfloat16) and name != "logvar"
+    dtype = torch.float32 if half else z.dtype
+    return (z.to(dtype), *mean_and_logvar(mu, logvar, name, constants, dtype))
+
+
 def _log_aggregate(
     where: str, z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, estimator: str
 ) -> tuple[Tensor, Tensor]:
-    """log q(z), (B,), and log q(z_j) of every dimension, (B, D)."""
+    """log q(z), (B,), and log q(z_j) of every dimension, (B, D). The posteriors have been checked."""
     check_choice(where, "estimator", estimator, _ESTIMATORS)
-    _check_points(where, "z", z)
-    check_like(where, "mu", mu, "z", z)
-    check_like(where, "logvar", logvar, "z", z)
     rows = z.shape[0]
     checked_int(where, "dataset_size", dataset_size, 1, None)
     if dataset_size < rows:

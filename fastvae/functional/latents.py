@@ -1,5 +1,6 @@
 """The latent variable z and its KL."""
 
+import math
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .checks import (
     layout_message,
 )
 from .forms import ScaleForm, kernel_form
+from .ranges import has_values
 
 __all__ = ["gaussian_kl", "group_coefficients", "reparameterize_kl", "sample_log_probs"]
 
@@ -229,7 +231,8 @@ def group_coefficients(kl: Tensor, alpha: Tensor | None = None) -> Tensor:
 
     Raises:
         TypeError: If an argument is not a floating-point tensor.
-        ValueError: If a shape or device is wrong.
+        ValueError: If a shape or device is wrong, or an `alpha` is not positive and finite. Its values are checked on
+            the CPU only, because reading them would wait for the GPU.
     """
     where = "group_coefficients"
     check_floating(where, "kl", kl)
@@ -246,6 +249,12 @@ def group_coefficients(kl: Tensor, alpha: Tensor | None = None) -> Tensor:
                 )
             if alpha.device != kl.device:
                 raise ValueError(device_message(where, "alpha", alpha, "kl", kl))
+            if not torch.compiler.is_compiling() and alpha.is_cpu and has_values(alpha):
+                for group, value in enumerate(alpha.tolist()):
+                    if not 0.0 < value < math.inf:
+                        raise ValueError(
+                            f"fastvae.{where}: `alpha` must be positive and finite, got {value} for group {group}"
+                        )
             size = size / alpha
         return size / size.mean()
 

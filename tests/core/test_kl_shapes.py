@@ -200,6 +200,16 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "fastvae.group_coefficients: `alpha` must have one value per group of `kl`, shape (12,), got (3,)",
     ),
+    "group without a size": (
+        lambda: fv.group_coefficients(FLAT, torch.arange(12.0)),
+        ValueError,
+        "fastvae.group_coefficients: `alpha` must be positive and finite, got 0.0 for group 0",
+    ),
+    "negative size of a group": (
+        lambda: fv.group_coefficients(FLAT, torch.full((12,), -1.0)),
+        ValueError,
+        "fastvae.group_coefficients: `alpha` must be positive and finite, got -1.0 for group 0",
+    ),
 }
 
 

@@ -13,6 +13,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 import fastvae
 from fastvae import functional
+from fastvae.posteriors import LogStd, ScaleForm, Softplus
 from fastvae.priors import GaussianMixture, Prior, StandardNormal, VampPrior
 
 D, X = 3, 5
@@ -41,12 +42,12 @@ def as_distribution(mu: Tensor, logvar: Tensor, logits: Tensor) -> MixtureSameFa
     return MixtureSameFamily(Categorical(logits=logits), Independent(Normal(mu, torch.exp(logvar / 2)), 1))
 
 
-def priors() -> dict[str, Prior]:
+def priors(form: str = "logvar") -> dict[str, Prior]:
     return {
         "standard": StandardNormal(D),
         "mixture": mixture(),
         "one gaussian": mixture(1),
-        "vamp": VampPrior(4, Encoder(), D, X),
+        "vamp": VampPrior(4, Encoder(), D, X, form=form),
     }
 
 
@@ -159,14 +160,71 @@ def test_elbo_with_a_prior_equals_the_formula(backend: str, name: str, samples: 
 def test_posterior_of_another_form_and_a_packed_head_give_the_kl_of_the_log_variance(
     backend: str, name: str, form: str
 ) -> None:
-    prior = priors()[name]
+    def logvar_of(v: Tensor) -> Tensor:
+        return 2 * (v if form == "log_std" else torch.log(nn.functional.softplus(v) + 1e-4))
+
+    prior = other = priors(form)[name]
+    if isinstance(prior, VampPrior):
+        encoder = prior._encoder[0]
+
+        def encode(u: Tensor) -> tuple[Tensor, Tensor]:
+            mu, v = encoder(u)
+            return mu, logvar_of(v)
+
+        other = VampPrior(4, encode, D, X, init=prior.pseudo_inputs.detach())
     head, eps = torch.randn(6, 2 * D), torch.randn(6, D)
     mu, v = head.chunk(2, 1)
-    std = torch.exp(v) if form == "log_std" else torch.nn.functional.softplus(v) + 1e-4
     z, kl = prior.reparameterize_kl(head, form=form, eps=eps)
-    other_z, other_kl = prior.reparameterize_kl(mu, 2 * torch.log(std), eps=eps)
+    other_z, other_kl = other.reparameterize_kl(mu, logvar_of(v), eps=eps)
     torch.testing.assert_close(z, other_z, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(kl, other_kl, rtol=1e-4, atol=1e-4)
+
+
+FORMS = ("logvar", "log_std", "softplus", "variance", LogStd(soft_clamp=1.5, eps=1e-2))
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["pair", "packed"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_datum_that_is_the_only_pseudo_input_has_no_kl(form: str | ScaleForm, is_packed: bool) -> None:
+    linear, x = nn.Linear(X, 2 * D), torch.rand(1, X)
+    encoder = linear if is_packed else lambda u: linear(u).chunk(2, 1)
+    prior = VampPrior(1, encoder, D, X, init=x, form=form)
+    _, kl = fastvae.ELBO("bernoulli", prior=prior, posterior=form).reparameterize(linear(x))
+    torch.testing.assert_close(kl, torch.zeros(1), rtol=0, atol=1e-5)
+    draws = fastvae.IWAE("bernoulli", 3, prior=prior, posterior=form).sample(linear(x))
+    torch.testing.assert_close(draws.log_q, draws.log_p, rtol=0, atol=1e-5)
+
+
+def test_datum_of_another_form_in_half_precision_has_no_kl() -> None:
+    linear, x = nn.Linear(X, 2 * D).bfloat16(), torch.rand(1, X).bfloat16()
+    prior = VampPrior(1, linear, D, X, init=x, form="softplus").bfloat16()
+    _, kl = fastvae.ELBO("bernoulli", prior=prior, posterior="softplus").reparameterize(linear(x))
+    torch.testing.assert_close(kl, torch.zeros(1), rtol=0, atol=1e-5)
+
+
+def test_vamp_prior_reads_a_packed_latent_image() -> None:
+    head = torch.randn(4, 6, 2, 2)
+    mu, logvar, _ = VampPrior(4, lambda u: head, 12, X, form="log_std").components()
+    assert torch.equal(mu, head[:, :3].flatten(1))
+    assert torch.equal(logvar, 2 * head[:, 3:].flatten(1))
+
+
+@pytest.mark.parametrize("objective", ["ELBO", "IWAE"])
+def test_vamp_prior_of_another_form_than_the_posterior_raises(objective: str) -> None:
+    make = {"ELBO": fastvae.ELBO, "IWAE": lambda *args, **options: fastvae.IWAE(*args, 2, **options)}[
+        objective
+    ]
+    prior = VampPrior(4, Encoder(), D, X)
+    message = (
+        f"fastvae.{objective}: the `form` of the VampPrior must be the `posterior`, 'softplus', because both say what "
+        f"the encoder returns, got 'logvar'; write VampPrior(..., form='softplus'), or {objective}(..., "
+        "posterior='logvar') if that is what it returns"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make("bernoulli", prior=prior, posterior="softplus")
+    with pytest.raises(ValueError, match=re.escape("fastvae.posteriors.Softplus(eps=0.01), because")):
+        make("bernoulli", prior=prior, posterior=Softplus(eps=0.01))
+    make("bernoulli", prior=VampPrior(4, Encoder(), D, X, form="softplus"), posterior=Softplus())
 
 
 def test_elbo_that_averages_over_draws_with_a_prior_equals_the_formula(backend: str) -> None:
@@ -301,9 +359,14 @@ def test_vamp_prior_starts_at_given_inputs_or_within_the_bounds() -> None:
 
 
 def test_compiled_elbo_with_priors_is_one_graph(native: None) -> None:
-    for name in ("mixture", "vamp"):
+    for name, form in (
+        ("standard", "logvar"),
+        ("mixture", "logvar"),
+        ("vamp", "logvar"),
+        ("vamp", "softplus"),
+    ):
         torch._dynamo.reset()
-        elbo = fastvae.ELBO("bernoulli", prior=priors()[name])
+        elbo = fastvae.ELBO("bernoulli", prior=priors(form)[name], posterior=form)
         seed = torch.tensor([1, 0])
 
         def kl(mu: Tensor, logvar: Tensor, elbo: fastvae.ELBO = elbo, seed: Tensor = seed) -> Tensor:
@@ -312,6 +375,11 @@ def test_compiled_elbo_with_priors_is_one_graph(native: None) -> None:
         mu, logvar = torch.randn(2, 4, D)
         compiled = torch.compile(kl, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(mu, logvar), kl(mu, logvar))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_points_are_a_sample_of_none(name: str) -> None:
+    assert priors()[name].sample(0).shape == (0, D)
 
 
 Z = torch.zeros(4, D)
@@ -327,6 +395,53 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "priors.GaussianMixture: the prior must be on the device of `z`, cpu, got meta; did you mean "
         "prior.to(z.device)?",
     ),
+    "device of the encoder's output": (
+        lambda: VampPrior(4, Encoder().to("meta"), D, X).to("meta").log_prob(Z),
+        ValueError,
+        "priors.VampPrior: the encoder must return tensors on the device of `z`, cpu, got meta; move both the encoder "
+        "and the prior, encoder.to(z.device) and prior.to(z.device)",
+    ),
+    "device of the encoder": (
+        lambda: VampPrior(4, Encoder().to("meta"), D, X).log_prob(Z),
+        ValueError,
+        "priors.VampPrior: the prior must be on the device of its encoder, meta, got cpu; did you mean "
+        "prior.to('meta')? Moving the prior does not move the encoder",
+    ),
+    "size of a sample": (
+        lambda: mixture().sample(-1),
+        ValueError,
+        "priors.GaussianMixture.sample: `n` must be at least 0, got -1",
+    ),
+    "negative temperature": (
+        lambda: StandardNormal(D).sample(4, temperature=-1.0),
+        ValueError,
+        "priors.StandardNormal.sample: `temperature` must be finite and at least 0, got -1.0",
+    ),
+    "temperature that is not a number": (
+        lambda: mixture().sample(4, temperature=math.nan),
+        ValueError,
+        "priors.GaussianMixture.sample: `temperature` must be finite and at least 0, got nan",
+    ),
+    "spread": (
+        lambda: GaussianMixture(4, D, spread=-1.0),
+        ValueError,
+        "priors.GaussianMixture: `spread` must be finite and at least 0, got -1.0",
+    ),
+    "form": (
+        lambda: VampPrior(4, Encoder(), D, X, form="sigma"),
+        ValueError,
+        "priors.VampPrior: `form` must be one of 'logvar', 'log_std', 'softplus', 'variance', got 'sigma'",
+    ),
+    "input shape": (
+        lambda: VampPrior(4, Encoder(), D, 5.0),  # type: ignore[arg-type]
+        TypeError,
+        "priors.VampPrior: `input_shape` must be an int or a sequence of ints, got 5.0",
+    ),
+    "empty input": (
+        lambda: VampPrior(4, Encoder(), D, (1, 0)),
+        ValueError,
+        "priors.VampPrior: `input_shape` must be at least 1, got 0",
+    ),
     "components": (
         lambda: GaussianMixture(0, D),
         ValueError,
@@ -338,9 +453,15 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "priors.VampPrior: `encoder` must be a callable that returns (mu, logvar), got NoneType",
     ),
     "output of the encoder": (
-        lambda: VampPrior(4, nn.Linear(X, D), D, X).log_prob(Z),
+        lambda: VampPrior(4, lambda u: {"mu": u}, D, X).log_prob(Z),
         TypeError,
-        "priors.VampPrior: `encoder` must return the pair (mu, logvar), got Tensor",
+        "priors.VampPrior: `encoder` must return the pair (mu, logvar), or both in one tensor, got dict",
+    ),
+    "size of a packed output of the encoder": (
+        lambda: VampPrior(4, nn.Linear(X, D), D, X).log_prob(Z),
+        ValueError,
+        "priors.VampPrior: `encoder` must return the pair (mu, logvar), or both in one tensor of shape (4, 6), for 4 "
+        "pseudo-inputs, got a tensor of shape (4, 3)",
     ),
     "size of the encoder": (
         lambda: VampPrior(4, Encoder(), D - 1, X).components(),
@@ -355,7 +476,17 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "bounds": (
         lambda: VampPrior(4, Encoder(), D, X, bounds=(1.0, 0.0)),
         ValueError,
-        "priors.VampPrior: `bounds` must be (low, high) with low < high, got (1.0, 0.0)",
+        "priors.VampPrior: `bounds` must be finite with lo < hi, got (1.0, 0.0)",
+    ),
+    "one bound": (
+        lambda: VampPrior(4, Encoder(), D, X, bounds=1.0),  # type: ignore[arg-type]
+        TypeError,
+        "priors.VampPrior: `bounds` must be a pair of floats (lo, hi), got 1.0",
+    ),
+    "posterior of a bound": (
+        lambda: fastvae.IWAE("bernoulli", 2, posterior="sigma"),
+        ValueError,
+        "IWAE: `posterior` must be one of 'logvar', 'log_std', 'softplus', 'variance', got 'sigma'",
     ),
     "not a prior": (
         lambda: fastvae.ELBO("bernoulli", prior="vamp"),  # type: ignore[arg-type]
@@ -387,6 +518,54 @@ def test_wrong_argument_raises(name: str) -> None:
     call, kind, message = WRONG[name]
     with pytest.raises(kind, match=re.escape(f"fastvae.{message}")):
         call()
+
+
+TEN = torch.zeros(4, 10)
+WRONG_POSTERIORS: dict[str, tuple[Prior, tuple[Tensor, ...], str]] = {
+    "dimensions of the standard normal": (
+        StandardNormal(10),
+        (Z, Z),
+        "priors.StandardNormal: `mu` must have 10 elements per row, shape (B, 10), got (4, 3)",
+    ),
+    "dimensions of a mixture": (
+        GaussianMixture(5, 10),
+        (Z, Z),
+        "priors.GaussianMixture: `mu` must have 10 elements per row, shape (B, 10), got (4, 3)",
+    ),
+    "dimensions of one Gaussian": (
+        GaussianMixture(1, 10),
+        (Z, Z),
+        "priors.GaussianMixture: `mu` must have 10 elements per row, shape (B, 10), got (4, 3)",
+    ),
+    "packed head": (
+        StandardNormal(10),
+        (TEN,),
+        "priors.StandardNormal: without `logvar`, `mu` must have 20 elements per row, mean and scale of 10 dimensions, "
+        "shape (B, 20), got (4, 10)",
+    ),
+    "device": (
+        GaussianMixture(5, 10).to("meta"),
+        (TEN, TEN),
+        "priors.GaussianMixture: the prior must be on the device of `mu`, cpu, got meta; did you mean "
+        "prior.to(mu.device)?",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_POSTERIORS)
+def test_posterior_that_does_not_fit_the_prior_raises_before_noise_is_drawn(name: str) -> None:
+    prior, posterior, message = WRONG_POSTERIORS[name]
+    state = torch.get_rng_state()
+    calls = [
+        fastvae.ELBO("bernoulli", prior=prior, samples=2).reparameterize,
+        fastvae.IWAE("bernoulli", 2, prior=prior).sample,
+    ]
+    if prior.has_analytic_kl:
+        calls.append(prior.analytic_kl)
+    for call in calls:
+        with pytest.raises(ValueError, match=re.escape(f"fastvae.{message}")):
+            call(*posterior)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_wrong_posterior_raises_the_usual_message() -> None:

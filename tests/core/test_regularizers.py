@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
+from fastvae.posteriors import DiagonalGaussian, LogStd, ScaleForm
 from fastvae.regularizers import decompose_kl, mmd, total_correlation
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -179,6 +180,20 @@ def test_mmd_of_a_prior_from_itself_is_zero_within_its_noise(native: None) -> No
     assert abs(values.mean()) < 4 * values.std() / math.sqrt(50)
 
 
+FORMS = ("logvar", "log_std", "softplus", "variance", LogStd(soft_clamp=1.5, eps=1e-2))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_other_form_and_a_packed_head_are_converted_first(form: str | ScaleForm) -> None:
+    z, mu, v = data_set(6)
+    head = torch.cat([mu, v], 1)
+    posterior = DiagonalGaussian(head, form)
+    want = torch.stack(decompose_kl(z, posterior.mean, posterior.logvar, 20))
+    for given in ((mu, v), (head, None)):
+        torch.testing.assert_close(torch.stack(decompose_kl(z, *given, 20, form=form)), want)
+        torch.testing.assert_close(total_correlation(z, *given, 20, form=form), want[1])
+
+
 Z = torch.zeros(4, 3)
 WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "size": (
@@ -210,6 +225,17 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: total_correlation(Z, Z[:2], Z, 10),
         ValueError,
         "total_correlation: `mu` must have the shape of `z` (4, 3), got (2, 3)",
+    ),
+    "form": (
+        lambda: total_correlation(Z, Z, Z, 10, form="sigma"),
+        ValueError,
+        "total_correlation: `form` must be one of 'logvar', 'log_std', 'softplus', 'variance', got 'sigma'",
+    ),
+    "packed head": (
+        lambda: decompose_kl(Z, Z, None, 10),
+        ValueError,
+        "decompose_kl: without `logvar`, `mu` must be a packed head (4, 6), mean and scale along dimension 1, for `z` "
+        "(4, 3), got (4, 3)",
     ),
     "mmd dimensions": (
         lambda: mmd(Z, Z[:, :2]),
@@ -247,3 +273,5 @@ def test_estimates_in_half_precision_are_float32(backend: str) -> None:
     got = total_correlation(*inputs, 20)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, total_correlation(*(x.float() for x in inputs), 20))
+    of_form = total_correlation(*inputs, 20, form="softplus")
+    torch.testing.assert_close(of_form, total_correlation(*(x.float() for x in inputs), 20, form="softplus"))
