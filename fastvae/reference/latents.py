@@ -108,8 +108,8 @@ def sample_log_probs(
     z = mean + torch.exp(v / 2) * eps
     if stl:
         fixed_v = v.detach()
-        # This is (z - mu') / sigma' for constants mu' and sigma' that equal mu and sigma. Its value is the noise, which a
-        # difference of z and mu would lose where sigma is small.
+        # This is (z - mu') / sigma' for constants mu' and sigma' that equal mu and sigma. Its value is the noise, which
+        # a difference of z and mu would lose where sigma is small.
         root = torch.exp(fixed_v / -4).clamp(max=torch.finfo(dtype).max)
         standard = _change(mean) * root * root + eps * torch.exp(_change(v) / 2)
         log_q = _log_density(standard.square(), fixed_v)
