@@ -46,7 +46,7 @@ def nll(
     element; see `_checked_weight` for its shapes.
     """
     if draws is not None:
-        rows = _nll_of_draws(likelihood, params, target, constants, draws, weight)
+        rows = _nll_of_draws(likelihood, params, target, constants, draws, weight, caller)
         return rows, rows
     variant = VARIANTS[likelihood]
     if caller is None and not torch.compiler.is_compiling() and likelihood in ranges.unchecked:
@@ -55,10 +55,7 @@ def nll(
         result = choose.fast_path.nll(likelihood, params, target, constants, kl, beta, reduction, weight)
         if result is not None:
             return result
-    if caller is None:
-        where, names, name = variant.function, variant.tensors, "target"
-    else:
-        where, names, name = caller, ("recon", *variant.tensors[1:]), "x"
+    where, names, name = _names(variant, caller)
     check = check_elements if variant.element else CHECKS[variant.family]
     params = check(where, names, variant, params, target, name, constants)
     first = params[0]
@@ -73,6 +70,20 @@ def nll(
             # A copy to the GPU of so few bytes has left host memory when the call returns, so it need not block.
             beta = beta.to(first.device, torch.float32, non_blocking=beta.is_cpu)
     return _call_backend(likelihood, params, target, constants, kl, beta, reduction, weight)
+
+
+def _names(variant: Variant, caller: str | None) -> tuple[str, Sequence[str], str]:
+    """What messages name: the function, its parameters and the target, as the user knows them."""
+    if caller is None:
+        return variant.function, variant.tensors, "target"
+    return caller, ("recon", *variant.tensors[1:]), "x"
+
+
+def rows_of(target: Any) -> int | None:
+    """The number of rows of the data, or None if they are no tensor with rows."""
+    if not isinstance(target, Tensor) or target.is_nested or target.dim() == 0:
+        return None
+    return target.shape[0]
 
 
 def _checked_weight(
@@ -113,10 +124,12 @@ def _nll_of_draws(
     constants: Sequence[float],
     draws: int,
     weight: Tensor | None,
+    caller: str | None,
 ) -> Tensor:
     """Compute the nll (K, B) of K = `draws` draws of the parameters, (K, B, ...), and one target, (B, ...)."""
     variant = VARIANTS[likelihood]
-    where, names = variant.function, variant.tensors
+    where, names, target_name = _names(variant, caller)
+    count = rows_of(target)
     checked_int(where, "draws", draws, 1, None)
     merged, first_draw = list(params), list(params)
     for i, (name, value) in enumerate(zip(names, params, strict=True)):
@@ -124,19 +137,35 @@ def _nll_of_draws(
         if i > 0 and isinstance(value, Tensor) and value.dim() < 2:
             continue
         if not isinstance(value, Tensor) or not is_dense(value) or value.dim() < 2 or value.shape[0] != draws:
-            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"fastvae.{where}: `{name}` must have shape (K, B, ...) with K = `draws` = {draws}, got {found}"
-            )
+            raise ValueError(_draws_message(where, name, value, draws, count))
         merged[i], first_draw[i] = value.flatten(0, 1), value[0]
+    if count is not None and count != params[0].shape[1]:
+        raise ValueError(
+            f"fastvae.{where}: `{target_name}` must have B = {params[0].shape[1]} rows for the (K, B, ...) of "
+            f"`{names[0]}` {tuple(params[0].shape)}, got {tuple(target.shape)}"
+        )
     check = check_elements if variant.element else CHECKS[variant.family]
-    first_draw = list(check(where, names, variant, first_draw, target, "target", constants))
-    weight = _checked_weight(where, variant, weight, "target", target)
+    first_draw = list(check(where, names, variant, first_draw, target, target_name, constants))
+    weight = _checked_weight(where, variant, weight, target_name, target)
     for i, value in enumerate(first_draw):  # the check returns a library of (B, 1) as (B,)
         if merged[i].dim() != value.dim():
             merged[i] = merged[i].flatten()
     rows = _call_backend(likelihood, merged, target, constants, None, None, REDUCTIONS["none"], weight)[1]
     return rows.unflatten(0, (draws, -1))
+
+
+def _draws_message(where: str, name: str, value: Any, draws: int, rows: int | None) -> str:
+    """`value` is not (K, B, ...), where the target has B = `rows`."""
+    if not isinstance(value, Tensor) or not is_dense(value):
+        found = type(value).__name__ if not isinstance(value, Tensor) else str(value.layout)
+        return f"fastvae.{where}: `{name}` must be a dense Tensor of shape (K, B, ...), got {found}"
+    shape, expected, hint = tuple(value.shape), "(K, B, ...)", ""
+    if rows is not None and shape[:1] == (draws * rows,):
+        expected = f"(K, B, ...) = {(draws, rows, *shape[1:])}"
+        hint = f"; did you mean {name}.unflatten(0, ({draws}, -1))?"
+    return (
+        f"fastvae.{where}: `{name}` must have shape {expected} with K = `draws` = {draws}, got {shape}{hint}"
+    )
 
 
 def _first_nll(

@@ -44,11 +44,15 @@ class Likelihood(nn.Module):
         if draws is not None:
             where = f"likelihoods.{type(self).__name__}"
             checked_int(where, "draws", draws, 1, None)
-            check_floating(where, "params", tensors[0])
-            if tensors[0].shape[0] % draws != 0:
+            first = tensors[0]
+            check_floating(where, "params", first)
+            rows = loss.rows_of(target)
+            if first.shape[0] % draws != 0 or (rows is not None and first.shape[0] != draws * rows):
+                found = f"{first.shape[0]} rows" + ("" if rows is None else f" for {rows} of `target`")
+                apart = isinstance(params, Tensor) and tuple(params.shape[:2]) == (draws, rows)
+                hint = "; did you mean params.flatten(0, 1)?" if apart else ""
                 raise ValueError(
-                    f"fastvae.{where}: `params` must have K * B rows with K = `draws` = {draws}, got "
-                    f"{tensors[0].shape[0]} rows"
+                    f"fastvae.{where}: `params` must have K * B rows with K = `draws` = {draws}, got {found}{hint}"
                 )
             tensors = by_draw(name, tensors, draws)
         probs = params if getattr(self, "from_probs", False) else None
@@ -91,38 +95,67 @@ def has_kernel(likelihood: Any) -> bool:
     return isinstance(likelihood, Likelihood) and type(likelihood).nll is Likelihood.nll
 
 
-def nll_of_module(likelihood: Any, where: str, recon: Any, x: Any, weight: Any) -> Tensor:
-    """Call the `nll` of a module that has no kernel, with the weight only if there is one. Messages name `where`."""
-    if weight is None:
-        return likelihood.nll(recon, x)
-    if not torch.compiler.is_compiling():
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _takes_draws(kind: type) -> bool:
+    """Whether the `nll` of a class has the argument `draws`. torch.compile need not trace how this is found out."""
+    method = getattr(kind, "nll", None)
+    return callable(method) and "draws" in inspect.signature(method).parameters
+
+
+def nll_of_module(
+    likelihood: Any, where: str, recon: Any, x: Any, weight: Any, draws: int | None = None
+) -> Tensor:
+    """Call the `nll` of a module that has no kernel, with the weight only if there is one. Messages name `where`.
+
+    With K = `draws`, `recon` holds K draws, as for `nll_of_draws`. The data and their weight are repeated for a module
+    whose `nll` has no argument `draws`.
+    """
+    if weight is not None and not torch.compiler.is_compiling():
         parameters = inspect.signature(likelihood.nll).parameters.values()
         if not any(p.name == "weight" or p.kind is p.VAR_KEYWORD for p in parameters):
             raise TypeError(
                 f"fastvae.{where}: `weight` needs a likelihood with nll(params, target, *, weight=None), got "
                 f"{type(likelihood).__name__}.nll without `weight`"
             )
-    return likelihood.nll(recon, x, weight=weight)
+    options = {} if weight is None else {"weight": weight}
+    if draws is not None and _takes_draws(type(likelihood)):
+        options["draws"] = draws
+    elif draws is not None:
+        if weight is not None:
+            options["weight"] = _repeated_weight(weight, x, draws)
+        rows = likelihood.nll(recon, _repeated(x, draws), **options)
+        return rows.unflatten(0, (draws, len(rows) // draws))
+    nll: Tensor = likelihood.nll(recon, x, **options)
+    return nll
 
 
 def nll_of_draws(where: str, likelihood: Any, recon: Any, x: Any, draws: int, weight: Any = None) -> Tensor:
     """Compute -log p(x | z) of K = `draws` draws of z for every row of `x`, (K, B), in nats.
 
     `recon` is the decoder's output for K * B rows, of which the first B belong to the first draw. The data and their
-    weight are read in place and not repeated, except for a likelihood without a kernel. `where` is the caller, which
-    messages name.
+    weight are read in place and not repeated, except for a module of the user without the argument `draws`. `where` is
+    the caller, which messages name.
     """
     if not has_kernel(likelihood):
-        repeated = None if weight is None else _repeated_weight(weight, x, draws)
-        rows = nll_of_module(likelihood, where, recon, _repeated(x, draws), repeated)
-        return rows.unflatten(0, (draws, len(rows) // draws))
+        if isinstance(recon, Tensor) and not recon.is_nested and recon.dim() > 0:
+            _check_rows(where, recon.shape[0], x, draws)
+        return nll_of_module(likelihood, where, recon, x, weight, draws)
     name, params, constants = likelihood.kernel_call(recon)
-    count = params[0].shape[0]
-    if count % draws != 0:
+    check_floating(where, "recon", params[0])
+    _check_rows(where, params[0].shape[0], x, draws)
+    tensors = by_draw(name, params, draws)
+    return loss.nll(name, tensors, x, constants, caller=where, draws=draws, weight=weight)[1]
+
+
+def _check_rows(where: str, count: int, x: Any, draws: int) -> None:
+    """Check that the decoder's output has K times as many rows as the data."""
+    rows = loss.rows_of(x)
+    if count % draws != 0 or (rows is not None and count != draws * rows):
+        found = f"{count}" if rows is None else f"{count} for {rows} rows of `x`"
         raise ValueError(
-            f"fastvae.{where}: the decoder must return K * B rows, {draws} times those of `x`, got {count}"
+            f"fastvae.{where}: the decoder must return K * B rows, {draws} times those of `x`, got {found}; did you "
+            "mean decoder(z.flatten(0, 1))?"
         )
-    return loss.nll(name, by_draw(name, params, draws), x, constants, draws=draws, weight=weight)[1]
 
 
 def _repeated(x: Any, draws: int) -> Any:

@@ -1,12 +1,14 @@
 """A product of likelihoods for data of several parts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base import Likelihood
+from ..functional.checks import checked_int
+from .base import Likelihood, nll_of_module
 from .names import get
 
 __all__ = ["Product"]
@@ -67,11 +69,18 @@ class Product(Likelihood):
         draws: int | None = None,
     ) -> dict[str, Tensor]:
         """Compute the nll of each part, (B,) each. `weight` holds the weights of some or all parts, and `draws` is K if
-        the parameters have K * B rows; see `Likelihood.nll`."""
+        the parameters have K * B rows; see `Likelihood.nll`. The data are repeated only for parts whose `nll` has no
+        argument `draws`."""
         self._check("params", params)
         self._check("target", target)
-        options = self._options(weight, draws)
-        nlls = self._call_parts("nll", (params, target), options=options)
+        if draws is not None:
+            checked_int("likelihoods.Product", "draws", draws, 1, None)
+        weights = self._weights(weight)
+
+        def nll_of(part: Any, params: Any, target: Any, weight: Any) -> Tensor:
+            return nll_of_module(part, "likelihoods.Product", params, target, weight, draws)
+
+        nlls = self._call_parts(nll_of, (params, target, weights))
         first = next(iter(nlls))
         for name, nll in nlls.items():
             if nll.shape != nlls[first].shape:
@@ -93,40 +102,33 @@ class Product(Likelihood):
         self._check("c", c)
         return self._call_parts("channels", (c,))
 
-    def _options(self, weight: Any, draws: int | None) -> dict[str, dict[str, Any]]:
-        """The keyword arguments of the nll of each part, only those that are needed."""
-        if weight is not None and (not isinstance(weight, Mapping) or not weight.keys() <= self._keys.keys()):
+    def _weights(self, weight: Any) -> dict[str, Any]:
+        """The weight of each part, or None."""
+        if weight is None:
+            return dict.fromkeys(self._keys)
+        if not isinstance(weight, Mapping) or not weight.keys() <= self._keys.keys():
             found = type(weight).__name__ if not isinstance(weight, Mapping) else list(weight)
             raise (ValueError if isinstance(weight, Mapping) else TypeError)(
                 f"fastvae.likelihoods.Product: `weight` must be a dict with some of the keys "
                 f"{', '.join(map(repr, self._keys))}, got {found}"
             )
-        options: dict[str, dict[str, Any]] = {name: {} for name in self._keys}
-        for name, part in options.items():
-            if draws is not None:
-                part["draws"] = draws
-            if weight is not None and weight.get(name) is not None:
-                part["weight"] = weight[name]
-        return options
+        return {name: weight.get(name) for name in self._keys}
 
     def _call_parts(
-        self,
-        method: str,
-        values: Sequence[Mapping[str, Any]],
-        *rest: Any,
-        options: Mapping[str, Mapping[str, Any]] | None = None,
+        self, method: str | Callable[..., Any], values: Sequence[Mapping[str, Any]], *rest: Any
     ) -> dict[str, Any]:
-        """Call a method of every part with its entries of `values`. An error names the part in which it occurred."""
+        """Call a method of every part, by its name or as a function of the part, with its entries of `values`. An error
+        names the part in which it occurred."""
         results = {}
         for name, key in self._keys.items():
-            call = getattr(self.parts[key], method)
+            part = self.parts[key]
+            call = getattr(part, method) if isinstance(method, str) else partial(method, part)
             arguments = [*(value[name] for value in values), *rest]
-            keywords = {} if options is None else options[name]
             if torch.compiler.is_compiling():  # not every version of torch can trace a try block
-                results[name] = call(*arguments, **keywords)
+                results[name] = call(*arguments)
                 continue
             try:
-                results[name] = call(*arguments, **keywords)
+                results[name] = call(*arguments)
             except (TypeError, ValueError) as error:
                 # This keeps the exception and its class; add_note() needs Python 3.11.
                 error.args = (f"fastvae.likelihoods.Product: in part {name!r}: {error}",)

@@ -1,10 +1,15 @@
 """K draws of the parameters with one target: the same as K calls, with the target read in place."""
 
+import re
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import fastvae
 from fastvae import functional as fv
+from fastvae import likelihoods
 
 K, B = 3, 4
 IMAGE = torch.rand(B, 3, 5, 7)
@@ -145,7 +150,7 @@ def test_draws_compile_to_one_graph() -> None:
         (
             lambda: fv.bernoulli_nll(normal(3), IMAGE[:2, :, 0, 0], draws=K),
             ValueError,
-            r"`target` must have the shape",
+            r"`target` must have B = 4 rows for the \(K, B, ...\) of `logits` \(3, 4, 3\), got \(2, 3\)",
         ),
         (
             lambda: fv.bernoulli_nll(normal(3)[0], IMAGE[:, :, 0, 0], draws=0),
@@ -176,3 +181,97 @@ def test_draws_do_not_repeat_the_target(native: None) -> None:
     logits, target = torch.randn(16, 4, 2**18), torch.rand(4, 2**18)
     with torch.no_grad():
         assert peak_bytes(lambda: fv.bernoulli_nll(logits, target, draws=16), torch.device("cpu")) < 2**20
+
+
+LOGITS, X = torch.randn(K * B, 5), torch.rand(B, 5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message", "advice"),
+    [
+        (
+            lambda: fv.bernoulli_nll(LOGITS, X, draws=K),
+            "fastvae.bernoulli_nll: `logits` must have shape (K, B, ...) = (3, 4, 5) with K = `draws` = 3, got "
+            "(12, 5); did you mean logits.unflatten(0, (3, -1))?",
+            lambda: fv.bernoulli_nll(LOGITS.unflatten(0, (3, -1)), X, draws=K),
+        ),
+        (
+            lambda: likelihoods.Bernoulli().nll(LOGITS.view(K, B, 5), X, draws=K),
+            "fastvae.likelihoods.Bernoulli: `params` must have K * B rows with K = `draws` = 3, got 3 rows for 4 of "
+            "`target`; did you mean params.flatten(0, 1)?",
+            lambda: likelihoods.Bernoulli().nll(LOGITS.view(K, B, 5).flatten(0, 1), X, draws=K),
+        ),
+        (
+            lambda: fastvae.ELBO("bernoulli", samples=K)(LOGITS.view(K, B, 5), X, kl=torch.zeros(B)),
+            "fastvae.ELBO: the decoder must return K * B rows, 3 times those of `x`, got 3 for 4 rows of `x`; did you "
+            "mean decoder(z.flatten(0, 1))?",
+            lambda: fastvae.ELBO("bernoulli", samples=K)(LOGITS, X, kl=torch.zeros(B)),
+        ),
+        (
+            lambda: fastvae.ELBO("bernoulli", samples=K)(LOGITS[:, :3], X, kl=torch.zeros(B)),
+            "fastvae.ELBO: `x` must have the shape of `recon` (4, 3), got (4, 5)",
+            lambda: fastvae.ELBO("bernoulli", samples=K)(LOGITS[:, :3], X[:, :3], kl=torch.zeros(B)),
+        ),
+    ],
+    ids=["function", "module", "ELBO", "ELBO of another width"],
+)
+def test_the_message_says_how_to_arrange_the_draws(call, message: str, advice) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+    advice()
+
+
+class Spy(likelihoods.Bernoulli):
+    """A Bernoulli that records the shapes of its data and weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def nll(
+        self, params: Any, target: Tensor, *, weight: Tensor | None = None, draws: int | None = None
+    ) -> Tensor:
+        self.seen.append((tuple(target.shape), None if weight is None else tuple(weight.shape), draws))
+        return super().nll(params, target, weight=weight, draws=draws)
+
+
+class Squared(nn.Module):
+    """A likelihood of a user, without `draws`."""
+
+    def nll(self, params: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        return ((params - target).square() * (1 if weight is None else weight)).sum(1)
+
+
+@pytest.mark.parametrize("kind", [fastvae.ELBO, fastvae.IWAE])
+def test_product_does_not_repeat_the_data_of_its_parts(backend: str, kind: type[fastvae.ELBO]) -> None:
+    """ELBO and IWAE give K * B rows of parameters to the parts, with the data as they are."""
+    spy, own = Spy(), Squared()
+    product = likelihoods.Product({"a": spy, "b": own, "c": likelihoods.Product({"d": spy})})
+    x: Any = {"a": X, "b": X, "c": {"d": X}}
+    weight: Any = {"a": torch.rand(B, 1), "b": torch.rand(B, 5)}
+    bound = kind(product, samples=K)
+    mu, logvar = torch.randn(2, B, 5)
+    z = bound.reparameterize(mu, logvar)[0]
+
+    def decoder(z: Tensor) -> Any:
+        return {"a": z, "b": z, "c": {"d": z}}
+
+    if isinstance(bound, fastvae.IWAE):
+        draws = bound.sample(mu, logvar)
+        z, nll = draws.z, bound(decoder, x, draws=draws, weight=weight).nll
+    else:
+        nll = bound(decoder(z.flatten(0, 1)), x, kl=torch.zeros(B), weight=weight).nll
+    assert spy.seen == [((B, 5), (B, 1), K), ((B, 5), None, K)]
+    each = torch.stack([product.nll(decoder(one), x, weight=weight) for one in z])
+    torch.testing.assert_close(nll, each if kind is fastvae.IWAE else each.mean(0))
+
+
+def test_compiled_product_of_draws_is_one_graph(native: None) -> None:
+    elbo = fastvae.ELBO(likelihoods.Product({"a": "bernoulli", "b": Squared()}), samples=K)
+
+    def loss(params: Tensor, x: Tensor, kl: Tensor) -> Tensor:
+        return elbo({"a": params, "b": params}, {"a": x, "b": x}, kl=kl).loss
+
+    args = LOGITS, X, torch.rand(B)
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*args), loss(*args))

@@ -119,7 +119,7 @@ def test_repr_shows_the_samples_once() -> None:
         (
             lambda: fastvae.ELBO("bernoulli", samples=K)(torch.zeros(7, D), X, kl=torch.zeros(B)),
             ValueError,
-            "fastvae.ELBO: the decoder must return K \\* B rows, 3 times those of `x`, got 7",
+            "fastvae.ELBO: the decoder must return K \\* B rows, 3 times those of `x`, got 7 for 4 rows of `x`",
         ),
         (
             lambda: fastvae.ELBO("bernoulli", samples=K)(torch.zeros(K * B, D), X, kl=torch.zeros(K * B)),

@@ -434,7 +434,7 @@ WRONG = {
     "data": (
         lambda: fastvae.IWAE("bernoulli", 5)(lambda z: torch.zeros(20, 5), X[:, :3], MU_2, MU_2),
         ValueError,
-        "`target` must have the shape of `logits`",
+        "fastvae.IWAE: `x` must have the shape of `recon` \\(4, 5\\), got \\(4, 3\\)",
     ),
 }
 

@@ -148,6 +148,38 @@ def check_ends(
                 assert abs(got.double() - truth) <= error, (value, got, truth)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_draws_of_forms_at_their_ends_equal_the_formula(backend: str, name: str, dtype: torch.dtype) -> None:
+    """z and its gradients for v of +-100, and for mu of +-100, where NVAE's soft clamp of the mean is saturated."""
+    form, most = FORMS[name], torch.finfo(dtype).max
+    v = torch.tensor([[100.0], [-100.0], [0.5], [100.0], [-100.0], [-0.5]], dtype=dtype, requires_grad=True)
+    mu = torch.tensor([[0.3], [-0.3], [100.0], [-100.0], [100.0], [-100.0]], dtype=dtype, requires_grad=True)
+    eps = torch.tensor([[0.5], [-1.5], [2.0], [-0.7], [1.1], [0.2]], dtype=dtype)
+    z, _ = fv.reparameterize_kl(mu, v, form=form.form, eps=eps)
+    exact = mu.detach().double().requires_grad_(), v.detach().double().requires_grad_()
+    std = torch.exp(form.log_std(exact[1]))
+    want = form.mean(exact[0]) + std * eps.double()
+    # What is below the normal numbers, or vanishes beside the standard deviation, may be 0.
+    near, least = 1e-12 if dtype == torch.float64 else 1e-5, torch.finfo(dtype).tiny + 1e-30 * std.detach()
+    pairs = [
+        (z, want),
+        *zip(torch.autograd.grad(z.sum(), (mu, v)), torch.autograd.grad(want.sum(), exact), strict=True),
+    ]
+    for got, truth in pairs:
+        held = truth.abs() <= most  # what the dtype cannot hold is infinite, with its sign
+        assert torch.equal(got[~held].double(), truth[~held].sign() * math.inf)
+        assert ((got.double() - truth).abs() <= near * truth.abs() + least)[held].all(), (got, truth)
+
+
+def test_kl_of_audio_models_is_twice_ours_over_time(backend: str) -> None:
+    """stable-audio-tools and RAVE leave out the 1/2, and average over the time steps of the latent."""
+    mean, scale = torch.randn(3, 8, 7).double().chunk(2, 1)
+    var = (torch.nn.functional.softplus(scale) + 1e-4) ** 2
+    theirs = (mean * mean + var - torch.log(var) - 1).sum(1).mean()
+    torch.testing.assert_close(2 * fv.gaussian_kl(mean, scale, form="softplus").mean() / 7, theirs)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_infinite_and_nan_numbers_stay_in_their_element(backend: str, name: str) -> None:
     v = torch.tensor([[0.1, math.inf], [0.1, -math.inf], [0.1, math.nan], [0.1, 0.2]], requires_grad=True)
@@ -244,16 +276,28 @@ class Theirs:
     """DiagonalGaussianDistribution of diffusers 0.35 and of latent diffusion, but for the dimensions of the sum, which
     they have for images only."""
 
-    def __init__(self, parameters: Tensor) -> None:
+    def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
+        self.parameters, self.deterministic = parameters, deterministic
         self.mean, logvar = torch.chunk(parameters, 2, dim=1)
         self.logvar = torch.clamp(logvar, -30.0, 20.0)
         self.std, self.var = torch.exp(0.5 * self.logvar), torch.exp(self.logvar)
+        if deterministic:
+            self.std = self.var = torch.zeros_like(self.mean)
         self.dims = list(range(1, parameters.dim()))
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        return self.mean + self.std * torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype)
+    def sample(self, generator: Any = None) -> Tensor:
+        """With `randn_tensor`: a list of several generators draws row by row."""
+        shape, dtype = self.mean.shape, self.mean.dtype
+        if isinstance(generator, list) and len(generator) == 1:
+            (generator,) = generator
+        if isinstance(generator, list):
+            rows = [torch.randn((1, *shape[1:]), generator=g, dtype=dtype) for g in generator]
+            return self.mean + self.std * torch.cat(rows)
+        return self.mean + self.std * torch.randn(shape, generator=generator, dtype=dtype)
 
     def kl(self, other: "Theirs | None" = None) -> Tensor:
+        if self.deterministic:
+            return torch.zeros(1)
         if other is None:
             return 0.5 * torch.sum(self.mean**2 + self.var - 1.0 - self.logvar, dim=self.dims)
         return 0.5 * torch.sum(
@@ -265,29 +309,125 @@ class Theirs:
             dim=self.dims,
         )
 
-    def nll(self, sample: Tensor) -> Tensor:
+    def nll(self, sample: Tensor, dims: list[int] | None = None) -> Tensor:
+        if self.deterministic:
+            return torch.zeros(1)
         return 0.5 * torch.sum(
-            math.log(2 * math.pi) + self.logvar + (sample - self.mean) ** 2 / self.var, dim=self.dims
+            math.log(2 * math.pi) + self.logvar + (sample - self.mean) ** 2 / self.var,
+            dim=self.dims if dims is None else dims,
         )
 
 
+# In float32, rounding the inputs' differences alone changes a KL from another posterior by more than 1e-7.
+@pytest.mark.parametrize(
+    ("dtype", "of_kl", "of_rest"), [(torch.float32, 1e-7, 2e-7), (torch.float64, 1e-12, 1e-12)], ids=str
+)
 @pytest.mark.parametrize("shape", [(2, 8, 5, 6), (2, 8, 3, 4, 4), (3, 8)], ids=str)
-def test_diagonal_gaussian_equals_that_of_diffusers(backend: str, shape: tuple[int, ...]) -> None:
-    head, other, x = torch.randn(shape), torch.randn(shape), torch.randn(shape).chunk(2, 1)[0]
+def test_diagonal_gaussian_equals_that_of_diffusers(
+    backend: str, shape: tuple[int, ...], dtype: torch.dtype, of_kl: float, of_rest: float
+) -> None:
+    head, other = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    x = torch.randn(shape).to(dtype).chunk(2, 1)[0]
     ours, theirs, exact = DiagonalGaussian(head), Theirs(head), Theirs(head.double())
+    assert ours.parameters is head
+    assert ours.deterministic is False
     for name in ("mean", "logvar", "std", "var"):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-6, atol=0)
     assert torch.equal(ours.mode(), theirs.mean)
-    for make in (lambda: None, lambda: torch.Generator().manual_seed(7)):
+
+    def generators(n: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(7 + i) for i in range(n)]
+
+    for make in (
+        lambda: None,
+        lambda: generators(1)[0],
+        lambda: generators(1),
+        lambda: generators(shape[0]),
+    ):
         torch.manual_seed(5)
         z = ours.sample(make())
         torch.manual_seed(5)
         torch.testing.assert_close(z, theirs.sample(make()), rtol=5e-7, atol=5e-7)
-    torch.testing.assert_close(ours.kl().double(), exact.kl(), rtol=1e-7, atol=0)
+    torch.testing.assert_close(ours.kl().double(), exact.kl(), rtol=of_kl, atol=0)
     torch.testing.assert_close(
-        ours.kl(DiagonalGaussian(other)).double(), exact.kl(Theirs(other.double())), rtol=2e-7, atol=0
+        ours.kl(DiagonalGaussian(other)).double(), exact.kl(Theirs(other.double())), rtol=of_rest, atol=0
     )
-    torch.testing.assert_close(ours.nll(x).double(), exact.nll(x.double()), rtol=2e-7, atol=0)
+    torch.testing.assert_close(ours.nll(x).double(), exact.nll(x.double()), rtol=of_rest, atol=0)
+
+
+@pytest.mark.parametrize("dims", [[1, 2, 3], [1], [2, 3], [-1, 0], [3, -1], [0, 1, 2, 3]], ids=str)
+def test_nll_sums_the_dimensions_that_diffusers_sums(backend: str, dims: list[int]) -> None:
+    head, x = torch.randn(2, 8, 3, 5).double(), torch.randn(2, 4, 3, 5).double()
+    theirs = Theirs(head).nll(x, sorted({d % 4 for d in dims}))
+    torch.testing.assert_close(DiagonalGaussian(head).nll(x, dims=dims), theirs, rtol=1e-12, atol=0)
+    torch.testing.assert_close(DiagonalGaussian(head).nll(x, 1), Theirs(head).nll(x, [1]), rtol=1e-12, atol=0)
+
+
+def test_deterministic_gaussian_is_its_mean(backend: str) -> None:
+    head, x = torch.randn(2, 8, 3), torch.randn(2, 4, 3)
+    ours, theirs = DiagonalGaussian(head, deterministic=True), Theirs(head, deterministic=True)
+    for name in ("mean", "logvar", "std", "var", "deterministic"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
+    state = torch.get_rng_state()
+    z = ours.sample()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(z, theirs.sample())
+    z.zero_()
+    assert torch.equal(ours.mode(), theirs.mean)
+    # Theirs have one element, ours one for every row.
+    for got, want in ((ours.kl(), theirs.kl()), (ours.nll(x), theirs.nll(x))):
+        assert torch.equal(got, want.expand(2))
+    assert ours.nll(x, dims=[1]).shape == (2, 3)
+    z, kl = ours.reparameterize_kl(samples=5, reduction="channel")
+    assert torch.equal(z, theirs.mean.expand(5, 2, 4, 3))
+    assert torch.equal(kl, torch.zeros(2, 4))
+    assert (DiagonalGaussian(head).kl(ours) == math.inf).all()
+    assert (Theirs(head + 1).kl(theirs) == math.inf).all()
+
+
+def test_generator_of_the_cpu_draws_for_other_devices() -> None:
+    generator = torch.Generator().manual_seed(3)
+    z = DiagonalGaussian(torch.randn(2, 8, device="meta")).sample(generator)
+    assert (z.shape, z.device.type) == ((2, 4), "meta")
+    after = torch.Generator().manual_seed(3)
+    torch.randn(2, 4, generator=after)
+    assert torch.equal(generator.get_state(), after.get_state())
+
+
+def test_a_first_look_without_gradients_takes_none_from_later(backend: str) -> None:
+    head = torch.randn(2, 8, requires_grad=True)
+    posterior = DiagonalGaussian(head)
+    with torch.no_grad():
+        assert not posterior.std.requires_grad
+    (gradient,) = torch.autograd.grad(posterior.nll(torch.randn(2, 4)).sum(), head)
+    assert gradient.all()
+
+
+@pytest.mark.parametrize("form", [None, "softplus", LogStd(soft_clamp=5, eps=1e-2)], ids=str)
+def test_compiled_diagonal_gaussian_is_one_graph(
+    native: None, form: str | posteriors.ScaleForm | None
+) -> None:
+    def all_of_it(head: Tensor, other: Tensor, x: Tensor, eps: Tensor) -> list[Tensor]:
+        posterior = DiagonalGaussian(head) if form is None else DiagonalGaussian(head, form)
+        z, kl = posterior.reparameterize_kl(eps=eps)
+        prior = DiagonalGaussian(other) if form is None else DiagonalGaussian(other, form)
+        of_prior = posterior.kl(prior), posterior.kl(DiagonalGaussian(other, "variance"))
+        moments = posterior.mode(), posterior.std, posterior.var, posterior.logvar
+        return [z, kl, posterior.kl(), *of_prior, posterior.nll(x), posterior.nll(x, [1]), *moments]
+
+    compiled = torch.compile(all_of_it, fullgraph=True, backend="aot_eager")
+    head, other = torch.randn(3, 8, 2, requires_grad=True), torch.randn(3, 8, 2)
+    x, eps = torch.randn(3, 4, 2), torch.randn(3, 4, 2)
+    got, want = compiled(head, other, x, eps), all_of_it(head, other, x, eps)
+    torch.testing.assert_close(got, want)
+    (a,), (b,) = (torch.autograd.grad(sum(t.sum() for t in tensors), head) for tensors in (got, want))
+    torch.testing.assert_close(a, b)
+    # The noise of a compiled draw is torch's own.
+    draw = torch.compile(lambda head: DiagonalGaussian(head).sample(), fullgraph=True, backend="eager")
+    torch.manual_seed(2)
+    z = draw(head)
+    torch.manual_seed(2)
+    torch.testing.assert_close(z, DiagonalGaussian(head).sample())
 
 
 def test_gradients_of_diagonal_gaussian_equal_those_of_diffusers(backend: str) -> None:
@@ -406,6 +546,38 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: DiagonalGaussian(ODD),
         ValueError,
         "fastvae.posteriors.DiagonalGaussian: `head` must have shape (B, 2 L, ...)",
+    ),
+    "other distribution of another shape": (
+        lambda: DiagonalGaussian(FLAT).kl(DiagonalGaussian(torch.zeros(4, 6))),
+        ValueError,
+        "fastvae.posteriors.DiagonalGaussian.kl: `other.head` must have the shape of `head` (4, 12), got (4, 6)",
+    ),
+    "other distribution on another device": (
+        lambda: DiagonalGaussian(FLAT).kl(DiagonalGaussian(FLAT.to("meta"), "log_std")),
+        ValueError,
+        "fastvae.posteriors.DiagonalGaussian.kl: `other.head` must be on the device of `head`, cpu, got meta; did you "
+        "mean other.head.to(head.device)?",
+    ),
+    "too few generators": (
+        lambda: DiagonalGaussian(FLAT).sample([torch.Generator()] * 3),
+        ValueError,
+        "fastvae.posteriors.DiagonalGaussian.sample: a list as `generator` must have one generator for each of the 4 "
+        "rows of `head`, or one for all of them, got 3",
+    ),
+    "no generators": (
+        lambda: DiagonalGaussian(FLAT).sample([]),
+        ValueError,
+        "for each of the 4 rows of `head`, or one for all of them, got 0",
+    ),
+    "seeds as generators": (
+        lambda: DiagonalGaussian(FLAT).sample([1, 2, 3, 4]),  # type: ignore[list-item]
+        TypeError,
+        "fastvae.posteriors.DiagonalGaussian.sample: `generator` must be a torch.Generator or a list of them, got int",
+    ),
+    "dimension that x does not have": (
+        lambda: DiagonalGaussian(FLAT).nll(FLAT[:, :6], dims=[1, 2, 3]),
+        ValueError,
+        "fastvae.posteriors.DiagonalGaussian.nll: `dims` must be from -2 to 1 for `x` (4, 6), got [1, 2, 3]",
     ),
     "prior head of another shape": (
         lambda: fv.gaussian_kl(FLAT, None, torch.zeros(4, 6)),
