@@ -107,6 +107,27 @@ def test_encode_fails_in_one_line(run: Path, tmp_path: Path, capsys: Any) -> Non
     )
 
 
+@pytest.mark.parametrize("command", ["encode", "reconstruct"])
+def test_files_of_the_data_are_not_replaced(run: Path, tmp_path: Path, capsys: Any, command: str) -> None:
+    """Neither those that the run was trained on, nor those of --data, by whatever name."""
+    trained, other, link = run.parent / "cells.npz", tmp_path / "other.npz", tmp_path / "link.npz"
+    other.write_bytes(trained.read_bytes())
+    link.symlink_to(other)
+    for data, out in (
+        (trained, trained),
+        (other, other),
+        (other, link),
+        (f"{trained},{other}", other),
+        (other, trained),
+    ):
+        assert fail(capsys, command, run, "--data", data, "--out", out) == (
+            f"fastvae: --out {out}: this file holds counts of the data, which would be lost; give another name"
+        )
+    assert "would be lost" in fail(capsys, command, run, "--out", trained)
+    for path in (trained, other):
+        assert np.array_equal(np.load(path)["x"], example_arrays()["x"])
+
+
 def _folder(path: Path) -> Path:
     path.mkdir()
     return path
