@@ -17,7 +17,7 @@ from fastvae.train.npz import NpzFile
 
 from .sources import CscSource, CsrSource, DenseSource, RawArray, Source, no_room, scratch_file
 
-__all__ = ["SUFFIXES", "CountsFile", "open_counts"]
+__all__ = ["SUFFIXES", "CountsFile", "open_counts", "read_cell_names"]
 
 SUFFIXES = (".npz", ".h5ad", ".zarr")
 
@@ -51,6 +51,14 @@ def open_counts(path: Path, layer: str) -> CountsFile:
     if suffix == ".h5ad":
         return _open_anndata(path, _open_h5(path), layer)
     return _open_anndata(path, _open_zarr(path), layer)
+
+
+def read_cell_names(path: Path) -> Any:
+    """Read the names of the cells as an array of strings; None for an .npz file, or if there are none."""
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        return None
+    return _Table(path, _open_h5(path) if suffix == ".h5ad" else _open_zarr(path), "obs").index()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fastvae.train.errors import InputError
 
 from .callbacks import posterior_means
 from .cells import Batch, list_files, make_batch, to_device
+from .formats import read_cell_names
 from .run import CellRun
 
 __all__ = ["OBSM", "encode", "reconstruct"]
@@ -44,7 +45,7 @@ def encode(run: CellRun, out: Path) -> int:
     cells = run.cells
     count = len(cells.library)
     if template is not None:
-        _check_cells(template, count)
+        _check_cells(template, count, list_files(run.settings.data))
     z = posterior_means(run.model, cells, torch.arange(count)).numpy()
     with files.replacing(out) as part:
         if template is None:
@@ -84,7 +85,8 @@ def _template(run: CellRun, out: Path) -> Path:
     return paths[0]
 
 
-def _check_cells(path: Path, count: int) -> None:
+def _check_cells(path: Path, count: int, data: Sequence[Path]) -> None:
+    """Raises InputError unless the file has so many cells, and with the names that they have in the data, if any."""
     import h5py
 
     try:
@@ -99,6 +101,17 @@ def _check_cells(path: Path, count: int) -> None:
         raise InputError(f"{path}: cannot be read as an .h5ad file: {error}") from error
     if found != count:
         raise InputError(f"{path}: expected the {count} cells of the data, got {found}")
+    of_data, names = [read_cell_names(file) for file in data], read_cell_names(path)
+    if names is None or any(part is None for part in of_data):
+        return
+    expected = np.concatenate(of_data)
+    different = np.flatnonzero(names != expected)
+    if len(different):
+        cell = int(different[0])
+        raise InputError(
+            f"{path}: expected the cells of the data in the same order: cell {cell} is {str(names[cell])!r}, but "
+            f"{str(expected[cell])!r} in the data; the latent means can be written to an .npz file instead"
+        )
 
 
 def _write_obsm(template: Path, part: Path, z: Any) -> None:

@@ -84,7 +84,8 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
 
     def make_form(self, settings: Counts, data: Cells) -> Sizes:
         labels = data.label_names if settings.dispersion == "gene-label" else ()
-        return Sizes(data.genes, data.batch_names, labels, data.covariates)
+        names = () if data.gene_names is None else tuple(data.gene_names.tolist())
+        return Sizes(data.genes, data.batch_names, labels, data.covariates, names)
 
     def read_form(self, path: Path, form_values: dict[str, Any]) -> Sizes:
         file = path / GENES
@@ -99,10 +100,11 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
                 )
                 for each in table.get("covariates", ())
             ]
-            batches, labels = (
-                tuple(map(str, names)) for names in (table["batches"], table.get("labels", ()))
+            batches, labels, gene_names = (
+                tuple(map(str, names))
+                for names in (table["batches"], table.get("labels", ()), table.get("gene_names", ()))
             )
-            return Sizes(int(table["genes"]), batches, labels, tuple(covariates))
+            return Sizes(int(table["genes"]), batches, labels, tuple(covariates), gene_names)
         except OSError as error:
             raise InputError(f"{file}: cannot be read: {files.error_reason(error)}") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -114,6 +116,13 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
     def adapt_data(self, data: Cells, form: Sizes, settings: Counts, path: Path) -> Cells:
         if data.genes != form.genes:
             raise InputError(f"{settings.data}: expected {form.genes} genes as in {path}, got {data.genes}")
+        if data.gene_names is not None:
+            for i, (name, known) in enumerate(zip(data.gene_names.tolist(), form.gene_names, strict=False)):
+                if name != known:
+                    raise InputError(
+                        f"{settings.data}: expected the same genes in the same order as in {path}: gene {i} is "
+                        f"{name!r}, but {known!r} there; `gene_names` in {path / GENES} lists them"
+                    )
 
         def renumber(values: Tensor, what: str, names: Sequence[str], known: Sequence[str]) -> Tensor:
             unknown = [name for name in names if name not in known]

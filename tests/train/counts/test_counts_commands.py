@@ -83,6 +83,24 @@ def test_encode_adds_to_an_h5ad_file(run: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cells.h5ad", "copy.h5ad"]
 
 
+def test_encode_compares_the_names_of_the_cells(run: Path, tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("h5py")
+    x = example_arrays()["x"]
+    names = [f"cell {i}" for i in range(CELLS)]
+    parts = [tmp_path / "a.h5ad", tmp_path / "b.h5ad"]
+    write_h5ad(parts[0], x[:50], names=names[:50])
+    write_h5ad(parts[1], x[50:], names=names[50:])
+    data, out = ",".join(map(str, parts)), tmp_path / "out.h5ad"
+    write_h5ad(out, x, names=names)
+    assert main(["encode", str(run), "--data", data, "--out", str(out)]) == 0
+    write_h5ad(out, x, names=[*names[:60], names[61], names[60], *names[62:]])
+    before = out.read_bytes()
+    line = fail(capsys, "encode", run, "--data", data, "--out", out)
+    assert "in the same order: cell 60 is 'cell 61', but 'cell 60' in the data; " in line
+    assert out.read_bytes() == before
+    assert main(["encode", str(run), "--out", str(out)]) == 0  # an .npz file has no names
+
+
 @pytest.mark.slow
 def test_anndata_reads_the_latent_means(run: Path, tmp_path: Path) -> None:
     anndata = pytest.importorskip("anndata")

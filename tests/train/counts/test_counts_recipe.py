@@ -131,6 +131,30 @@ def test_batch_covariate_is_numbered_as_in_training(file: Path, tmp_path: Path) 
         _ = counts.load(run, data=str(second)).cells
 
 
+def test_the_genes_of_other_data_are_those_of_the_run(file: Path, tmp_path: Path, capsys: Any) -> None:
+    arrays, names = example_arrays(), [f"gene {i}" for i in range(GENES)]
+    np.savez(file, **arrays, genes=names)
+    run, other = tmp_path / "run", tmp_path / "other.npz"
+    assert train(run, file, "--epochs", "1") == 0
+    assert json.loads((run / "cells.json").read_text())["gene_names"] == names
+    np.savez(other, **arrays)  # without names, nothing is compared
+    assert counts.load(run, data=str(other)).cells.genes == GENES
+    order = [*range(7), 8, 7, *range(9, GENES)]
+    np.savez(other, x=arrays["x"][:, order], genes=np.array(names)[order])
+    words = f"gene 7 is 'gene 8', but 'gene 7' there; `gene_names` in {run / 'cells.json'} lists them"
+    for command in ("evaluate", "reconstruct", "encode --out z.npz", "resume --epochs 2"):
+        capsys.readouterr()
+        name, *more = command.split()
+        assert main([name, str(run), "--data", str(other), *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith(words)
+    # Older runs have no names.
+    table = json.loads((run / "cells.json").read_text())
+    del table["gene_names"]
+    (run / "cells.json").write_text(json.dumps(table))
+    assert counts.load(run, data=str(other)).cells.genes == GENES
+
+
 @pytest.mark.parametrize("command", ["sample", "interpolate", "traverse", "inpaint"])
 def test_image_commands_on_count_run_fail(file: Path, tmp_path: Path, capsys: Any, command: str) -> None:
     run = tmp_path / "run"
