@@ -76,19 +76,14 @@ _SPARSE = {
 
 
 class _MemorySource(Source):
-    """A matrix in memory, of a format that cannot be read in blocks."""
+    """A matrix of a format that cannot be read in blocks. It is in memory as a whole, by rows."""
 
     def __init__(self, path: Path, matrix: Any) -> None:
-        rows, columns = matrix.shape
-        super().__init__(path, (int(rows), int(columns)), int(matrix.nnz), matrix.dtype)
-        self.matrix = matrix
-
-    @property
-    def nbytes(self) -> int:
-        return 0  # it is in memory already
+        self.matrix = matrix.tocsr()
+        super().__init__(path, self.matrix.shape, int(self.matrix.nnz), matrix.dtype)
 
     def read(self, block: int) -> Any:
-        raise NotImplementedError
+        return self.matrix[self.rows_of(block)]
 
     def read_all(self) -> Any:
         return self.matrix

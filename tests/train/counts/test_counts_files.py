@@ -94,6 +94,8 @@ def test_large_data_stay_on_disk(tmp_path: Path) -> None:
     scipy.sparse.save_npz(tmp_path / "cells.npz", x, compressed=False)
     assert isinstance(load(tmp_path / "cells.npz", memory=1.3).counts, matrix.MemoryCounts)
     assert isinstance(load(tmp_path / "cells.npz", memory=1.1).counts, matrix.DiskCounts)
+    scipy.sparse.save_npz(tmp_path / "cells.npz", x.tocoo(), compressed=False)
+    assert isinstance(load(tmp_path / "cells.npz", memory=1.1).counts, matrix.DiskCounts)
 
 
 @pytest.mark.parametrize("layer", ["X", "counts", "spliced"])
@@ -206,6 +208,19 @@ def test_several_files_are_one_data_set(
     monkeypatch.chdir(folder)
     kept = Counts(data="a.h5ad, b.h5ad").with_absolute_paths().data
     assert kept == f"{folder / 'a.h5ad'},{folder / 'b.h5ad'}"
+
+
+@pytest.mark.parametrize("layout", ["coo", "bsr", "dia"])
+def test_formats_without_blocks_serve_beside_data_on_disk(
+    tmp_path: Path, from_disk: None, layout: str
+) -> None:
+    x = example_arrays(BIG)["x"]
+    paths = [write_npz(tmp_path / f"{kind}.npz", x, kind, False) for kind in ("csr", layout)]
+    data = load(",".join(map(str, paths)))
+    assert isinstance(data.counts, matrix.DiskCounts)
+    indices = np.arange(0, 2 * BIG, 3)
+    assert np.array_equal(data.counts.rows(indices).toarray(), np.concatenate((x, x))[indices])
+    assert torch.equal(data.library[:, 0], torch.from_numpy(x.sum(1)).float().repeat(2))
 
 
 def test_half_precision_and_other_byte_orders_on_disk(tmp_path: Path, from_disk: None) -> None:
