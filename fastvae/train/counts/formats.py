@@ -15,7 +15,7 @@ from fastvae.train import files
 from fastvae.train.errors import InputError
 from fastvae.train.npz import NpzFile
 
-from .sources import CscSource, CsrSource, DenseSource, RawArray, Source, no_room, scratch_file
+from .sources import CscSource, CsrSource, DenseSource, RawArray, Source, no_room, reading, scratch_file
 
 __all__ = ["SUFFIXES", "CountsFile", "open_counts", "read_cell_names"]
 
@@ -306,8 +306,9 @@ class _Table:
     def index(self) -> Any:
         if self.node is None or (_is_group(self.node) and self._index not in self.node):
             return None
-        values = self.node[self._index]
-        return _strings(values if _is_group(self.node) else np.asarray(values))
+        with reading(self.path):
+            values = self.node[self._index]
+            return _strings(values if _is_group(self.node) else np.asarray(values))
 
     def read(self, name: str) -> Any:
         """Read a column as strings. Raises InputError if it has no value for a cell."""
@@ -319,7 +320,8 @@ class _Table:
         return values if values.dtype.kind in "iufb" else _strings(values)
 
     def _complete(self, name: str) -> Any:
-        values, missing = self._values(name)
+        with reading(self.path):
+            values, missing = self._values(name)
         if missing.any():
             raise InputError(
                 f"{self.path}: `{name}` has no value for {missing.sum()} of the {len(missing)} cells, the first of "

@@ -408,6 +408,32 @@ def test_a_zarr_folder_without_some_of_its_chunks(tmp_path: Path) -> None:
         load(path)
 
 
+@pytest.mark.parametrize("array", ["X/data", "X/indices", "X/indptr", "obs/kind/codes", "var/_index"])
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_a_zarr_folder_with_a_chunk_that_was_cut_short(
+    tmp_path: Path, array: str, place: str, request: pytest.FixtureRequest
+) -> None:
+    path, arrays = tmp_path / "cells.zarr", example_arrays(BIG)
+    zarr = pytest.importorskip("zarr")
+    root = zarr.open_group(str(path), mode="w")
+    text = np.dtypes.StringDType()
+    write_matrix(root, "X", arrays["x"], "csr", {"chunks": (500,)})
+    obs = root.create_group("obs", attributes={"_index": "_index", "column-order": ["kind"]})
+    kind = obs.create_group("kind")
+    kind.create_array("codes", data=np.arange(BIG) % 3)
+    kind.create_array("categories", data=np.array(["a", "b", "c"], dtype=text))
+    var = root.create_group("var", attributes={"_index": "_index", "column-order": []})
+    var.create_array("_index", data=np.array([f"gene {i}" for i in range(GENES)], dtype=text))
+    if place == "disk":
+        request.getfixturevalue("from_disk")
+    assert load(path, label="kind").label_names == ("a", "b", "c")
+    chunk = max(each for each in (path / array).glob("c/**/*") if each.is_file())
+    os.truncate(chunk, chunk.stat().st_size // 2)
+    with pytest.raises(InputError, match=f"{path}: damaged, or cut short: .") as caught:
+        load(path, label="kind")
+    assert "\n" not in str(caught.value)
+
+
 def test_sparse_matrices_with_wrong_positions(tmp_path: Path, from_disk: None) -> None:
     csr = scipy.sparse.csr_array(example_arrays(BIG)["x"])
     for name, change, words in (
