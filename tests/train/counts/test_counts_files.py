@@ -333,7 +333,7 @@ def test_reading_ahead_holds_two_rounds(
 
 
 def with_value(value: float, cell: int = 600) -> np.ndarray:
-    x = example_arrays(BIG)["x"].astype(np.float32)
+    x = example_arrays(BIG)["x"].astype(np.float64)
     x[cell, 5] = value
     return x
 
@@ -342,7 +342,7 @@ def with_value(value: float, cell: int = 600) -> np.ndarray:
 @pytest.mark.parametrize(
     ("value", "words"),
     [(-1, "a count is negative: -1"), (0.5, "a count is fractional, but"), (np.nan, "a count is not finite: nan"),
-     (np.inf, "a count is not finite: inf")],
+     (np.inf, "a count is not finite: inf"), (1e39, "a count is too large for float32, in which")],
 )  # fmt: skip
 @pytest.mark.parametrize("place", ["memory", "disk"])
 def test_a_bad_count_is_found_with_its_place(
@@ -353,6 +353,12 @@ def test_a_bad_count_is_found_with_its_place(
         request.getfixturevalue("from_disk")
     with pytest.raises(InputError, match=rf"{path}: {words}.* in cell 600, gene 5$"):
         load(path)
+
+
+def test_large_counts_are_read(tmp_path: Path) -> None:
+    largest = float(np.finfo(np.float32).max)
+    path = write(tmp_path, "csr .npz", with_value(largest))
+    assert load(path).counts.rows(np.array([600]))[0, 5] == largest
 
 
 def test_files_with_other_genes(tmp_path: Path) -> None:
