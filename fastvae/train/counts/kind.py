@@ -38,6 +38,8 @@ __all__ = ["CountsKind"]
 
 GENES = "cells.json"
 
+_NO_BATCHES = ("",)  # the names of the batches of data without any
+
 _BF16 = 256  # the largest whole number up to which bfloat16 has all
 
 
@@ -63,10 +65,12 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
             )
 
     def load(self, settings: Counts, form: Sizes | None = None, *, other_data: bool = False) -> Cells:
-        return cells.load(settings, None if form is None else form.covariates)
+        if form is None:
+            return cells.load(settings)
+        return cells.load(settings, form.covariates, needs_batches=form.batches != _NO_BATCHES)
 
     def resolve_settings(self, settings: Counts, data: Cells) -> Counts:
-        if settings.dispersion == "gene-batch" and data.batch_names == ("",):
+        if settings.dispersion == "gene-batch" and data.batch_names == _NO_BATCHES:
             raise InputError(
                 "--dispersion gene-batch needs the batches of the cells; give their key with --batch"
             )
@@ -133,10 +137,11 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
                 )
             return torch.tensor([known.index(name) for name in names])[values.long()]
 
-        changes: dict[str, Any] = {
-            "batches": renumber(data.batches, "batch", data.batch_names, form.batches),
-            "batch_names": form.batches,
-        }
+        changes: dict[str, Any] = {"batch_names": form.batches}
+        if form.batches == _NO_BATCHES:  # the model has no use for those of other data
+            changes["batches"] = torch.zeros_like(data.batches)
+        else:
+            changes["batches"] = renumber(data.batches, "batch", data.batch_names, form.batches)
         if form.labels:
             if data.labels is None:
                 raise InputError(

@@ -129,6 +129,19 @@ def test_batch_covariate_is_numbered_as_in_training(file: Path, tmp_path: Path) 
     np.savez(second, x=arrays["x"][50:], batch=np.full(40, "third"))
     with pytest.raises(InputError, match=r"the batch 'third' is not one of those .*: 'first', 'second'"):
         _ = counts.load(run, data=str(second)).cells
+    np.savez(second, x=arrays["x"][50:], lane=batch[50:])
+    words = r"second.npz: the column `batch` is missing, which the run was trained with; the file has only lane \(the"
+    with pytest.raises(InputError, match=words):
+        _ = counts.load(run, data=str(second)).cells
+
+
+def test_batches_of_other_data_are_ignored_by_a_run_without(file: Path, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other.npz"
+    assert train(run, file, "--epochs", "1") == 0
+    np.savez(other, **example_arrays(), batch=np.arange(CELLS) % 2)
+    data = counts.load(run, data=str(other)).cells
+    assert data.batch_names == ("",)
+    assert not data.batches.any()
 
 
 def test_the_genes_of_other_data_are_those_of_the_run(file: Path, tmp_path: Path, capsys: Any) -> None:
