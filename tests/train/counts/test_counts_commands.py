@@ -208,6 +208,9 @@ def test_reconstruct_writes_into_the_run_by_default(run: Path, capsys: Any) -> N
     assert np.load(run / "reconstructions.npz")["x"].shape == (3, GENES)
     assert "the name must end in .npz" in fail(capsys, "reconstruct", run, "--out", run / "x.png")
     assert "-n must be at least 1, got 0" in fail(capsys, "reconstruct", run, "-n", "0")
+    assert fail(capsys, "reconstruct", run, "--decoding", "beam") == (
+        "fastvae: --decoding only applies to runs of text; this is a run of counts"
+    )
 
 
 # --- Training from disk -----------------------------------------------------------------------------------------------

@@ -393,7 +393,7 @@ def test_files_that_were_cut_short(tmp_path: Path, form: str) -> None:
     path = write(tmp_path, form, example_arrays(BIG)["x"])
     content = path.read_bytes()
     path.write_bytes(content[: len(content) * 2 // 3])
-    with pytest.raises(InputError, match=r"cut short|not an .npz file that numpy can read") as caught:
+    with pytest.raises(InputError, match="cut short; copy or download it again") as caught:
         load(path)
     assert "\n" not in str(caught.value)
 
