@@ -1,6 +1,7 @@
 """`fastvae encode` and `fastvae reconstruct` of runs of counts, and training from disk."""
 
 import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,26 @@ def test_reconstruct_writes_into_the_run_by_default(run: Path, capsys: Any) -> N
     assert fail(capsys, "reconstruct", run, "--decoding", "beam") == (
         "fastvae: --decoding only applies to runs of text; this is a run of counts"
     )
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+def test_factors_are_those_of_the_validation_cells(run: Path, tmp_path: Path, capsys: Any) -> None:
+    """A file of factors has a row for each cell, of which those of the validation cells are used, in their order."""
+    val = counts.load(run).cells.val.numpy()
+    factor = np.zeros(CELLS, np.int64)
+    factor[val] = np.arange(len(val)) % 3 + np.arange(len(val)) // 8
+    file = tmp_path / "factors.npz"
+    np.savez(file, place=factor)
+    for limit in (len(val), 7):
+        more = ("--samples", "2", "--limit", str(limit))
+        assert main(["evaluate", str(run), "--factors", str(file), *more]) == 0
+        found = json.loads((run / "evaluation.json").read_text())["mig_of_factors"]["place"]
+        share = np.unique(factor[val[:limit]], return_counts=True)[1] / limit
+        assert found["entropy"] == pytest.approx(-(share * np.log(share)).sum())
+    np.savez(file, place=factor[val])
+    assert f"expected {CELLS} " in fail(capsys, "evaluate", run, "--factors", file)
 
 
 # --- Training from disk -----------------------------------------------------------------------------------------------

@@ -80,6 +80,20 @@ def test_train_and_evaluate_write_their_files(
     assert "nats per cell" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "metric"),
+    [(("beta-tc", "--beta", "6"), "train_total_correlation"), (("info", "--mmd-weight", "50"), "train_mmd")],
+    ids=["beta-tc", "info"],
+)
+def test_objectives_of_a_batch_train(
+    file: Path, tmp_path: Path, options: tuple[str, ...], metric: str
+) -> None:
+    assert train(tmp_path / "run", file, "--epochs", "1", "--objective", *options) == 0
+    (row,) = read_metrics(tmp_path / "run")
+    assert np.isfinite(float(row["train_nll"]))
+    assert float(row[metric]) != 0
+
+
 def test_resumed_run_equals_uninterrupted_run(file: Path, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert train(whole, file, "--epochs", "3") == 0
