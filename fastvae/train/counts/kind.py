@@ -121,11 +121,13 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
         if data.genes != form.genes:
             raise InputError(f"{settings.data}: expected {form.genes} genes as in {path}, got {data.genes}")
         if data.gene_names is not None:
-            for i, (name, known) in enumerate(zip(data.gene_names.tolist(), form.gene_names, strict=False)):
-                if name != known:
+            for i, (name, expected) in enumerate(
+                zip(data.gene_names.tolist(), form.gene_names, strict=False)
+            ):
+                if name != expected:
                     raise InputError(
                         f"{settings.data}: expected the same genes in the same order as in {path}: gene {i} is "
-                        f"{name!r}, but {known!r} there; `gene_names` in {path / GENES} lists them"
+                        f"{name!r}, but {expected!r} there; `gene_names` in {path / GENES} lists them"
                     )
 
         def renumber(values: Tensor, what: str, names: Sequence[str], known: Sequence[str]) -> Tensor:
