@@ -30,15 +30,14 @@ Checkpoint = Annotated[
         "or those of the last epoch."
     ),
 ]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DATA",
-        help="Use other data than the run's own, given as for `fastvae train`. Their validation part is used, or "
-        "all images of a folder.",
-        show_default=False,
-    ),
-]
+
+
+def _data(used: str) -> Any:
+    text = f"Use other data than the run's own, given as for `fastvae train`. {used}"
+    return typer.Option(metavar="DATA", help=text, show_default=False)
+
+
+Data = Annotated[str | None, _data("Their validation part is used, or all images of a folder.")]
 Seed = Annotated[int, typer.Option(help="Random seed for everything that is drawn.")]
 
 Method = Annotated[
@@ -96,7 +95,7 @@ def sample(
     """Generate new images or sentences."""
     kind = _kind(run)
     text = kind == "text"
-    options = _decoding(text, "nucleus", decoding, top_p, beams)
+    options = _decoding(kind, "nucleus", decoding, top_p, beams)
     for name, value in (("--best", best), ("--of", of)):
         if kind != "image" and value is not None:
             raise InputError(f"{name} only applies to runs of images; this is a run of {kind}")
@@ -127,8 +126,10 @@ def reconstruct(
             "-n", help="Maximum number of images, sentences or cells.", show_default="30; all cells"
         ),
     ] = None,
-    data: Data = None,
-    seed: Seed = 0,
+    data: Annotated[
+        str | None, _data("Their validation part is used, all images of a folder, or all cells.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed for the words that are drawn (text only).")] = 0,
     decoding: Method = None,
     top_p: TopP = None,
     beams: Beams = None,
@@ -138,7 +139,7 @@ def reconstruct(
     """Encode and decode validation images or sentences, the sentences of a text file, or all cells."""
     kind = _kind(run)
     text = kind == "text"
-    options = _decoding(text, "greedy", decoding, top_p, beams)
+    options = _decoding(kind, "greedy", decoding, top_p, beams)
     if kind == "counts":
         from . import counts_commands
 
@@ -166,7 +167,7 @@ def encode(
             show_default=False,
         ),
     ],
-    data: Data = None,
+    data: Annotated[str | None, _data("All their cells are used.")] = None,
     checkpoint: Checkpoint = "best",
 ) -> None:
     """Write the latent means of all cells of a run of counts."""
@@ -208,8 +209,9 @@ def interpolate(
     out: Annotated[Path | None, _out("interpolations.png")] = None,
 ) -> None:
     """Interpolate between two images, or between two sentences, in the latent space."""
-    text = _kind(run) == "text"
-    options = _decoding(text, "greedy", decoding, top_p, beams)
+    kind = _kind(run)
+    text = kind == "text"
+    options = _decoding(kind, "greedy", decoding, top_p, beams)
     if text:
         if first is None or second is None:
             raise InputError(f'a run of text needs two sentences: fastvae interpolate {run} "FIRST" "SECOND"')
@@ -223,7 +225,7 @@ def interpolate(
             run, options, first, second, steps=steps, seed=seed, checkpoint=checkpoint, out=out
         )
         return
-    if first is not None:
+    if kind == "image" and first is not None:
         raise InputError(f"{run}: this is a run of images; use --from and --to, not sentences")
     from . import image_commands
 
@@ -330,13 +332,14 @@ def _kind(run: Path) -> str:
     return kinds.read_run(run)[0].name
 
 
-def _decoding(text: bool, default: Any, method: Any, top_p: float | None, beams: int | None) -> Any:
-    """Return how to decode sentences, or None for a run of images, which refuses these options."""
+def _decoding(kind: str, default: Any, method: Any, top_p: float | None, beams: int | None) -> Any:
+    """Return how to decode sentences, or None for a run of another kind, which refuses these options."""
     option_values = {"--decoding": method, "--top-p": top_p, "--beams": beams}
     given_names = [name for name, value in option_values.items() if value is not None]
-    if not text:
+    if kind != "text":
         if given_names:
-            raise InputError(f"{given_names[0]} only applies to runs of text; this is a run of images")
+            of = "images" if kind == "image" else kind
+            raise InputError(f"{given_names[0]} only applies to runs of text; this is a run of {of}")
         return None
     from fastvae.train.text.decoding import Decoding
 

@@ -35,6 +35,9 @@ class NpzFile:
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {files.error_reason(error)}") from error
         except (ValueError, zipfile.BadZipFile) as error:
+            # The list of arrays is at the end of the file.
+            if str(error) == "File is not a zip file":
+                raise InputError(f"{path}: the file was cut short; copy or download it again") from error
             raise InputError(f"{path}: not an .npz file that numpy can read: {_first_line(error)}") from error
         self.names: tuple[str, ...] = tuple(self._file.files)
 

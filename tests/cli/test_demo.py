@@ -219,7 +219,7 @@ FILES = {
     "a pickle": (_pickled, "not an .npz file: it begins with"),
     "another zip": (_other_zip, "`x_train` is not an array"),
     "damaged": (_damaged, "`x_train` cannot be read: "),
-    "truncated": (_truncated, "not an .npz file that numpy can read"),
+    "truncated": (_truncated, "the file was cut short; copy or download it again"),
     "no x_train": (
         _saved(images=good),
         "the array `x_train` is missing, found only images; save images with",

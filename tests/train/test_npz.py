@@ -32,7 +32,7 @@ def array(values: Any) -> bytes:
         ),
         (b"", "not an .npz file: it is empty"),
         (b"\x1f\x8b\x08 a gzip", "not an .npz file: it begins with b'\\x1f\\x8b\\x08 a gzip'"),
-        (b"PK\x03\x04 and nothing more", "not an .npz file that numpy can read: "),
+        (b"PK\x03\x04 and nothing more", "the file was cut short; copy or download it again"),
     ],
 )
 def test_npz_file_with_other_content_says_what_it_is(tmp_path: Path, content: bytes, words: str) -> None:

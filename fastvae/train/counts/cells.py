@@ -139,8 +139,14 @@ def list_files(data: str) -> list[Path]:
     return paths
 
 
-def load(settings: CountsSettings, covariates: Sequence[Covariate] | None = None) -> Cells:
+def load(
+    settings: CountsSettings,
+    covariates: Sequence[Covariate] | None = None,
+    *,
+    needs_batches: bool = False,
+) -> Cells:
     """Load the cells of `--data`. A sixth of them is for validation. `covariates` are those of an existing run.
+    `needs_batches` says that it was trained with batches.
 
     All values are checked, and library sizes are summed. If the counts take more than `--memory`, they stay on disk.
 
@@ -161,7 +167,7 @@ def load(settings: CountsSettings, covariates: Sequence[Covariate] | None = None
             f"{settings.data}: expected at least 2 cells, for training and validation, got {cells}"
         )
     labels, label_names = read_categories(opened, settings.label, "--label", _LABELS)
-    batches, batch_names = read_categories(opened, settings.batch, "--batch", _BATCHES)
+    batches, batch_names = read_categories(opened, settings.batch, "--batch", _BATCHES, needed=needs_batches)
 
     # Files are often sorted by batch or cell type, so shuffle first.
     draws = torch.Generator().manual_seed(settings.seed)

@@ -30,15 +30,23 @@ class Covariate:
 
 
 def read_categories(
-    files: Sequence[CountsFile], key: str, option: str, usual: tuple[str, ...]
+    files: Sequence[CountsFile], key: str, option: str, usual: tuple[str, ...], *, needed: bool = False
 ) -> tuple[Tensor | None, tuple[str, ...]]:
     """Return the values of a column as integers, and their names. Without `key`, use a column with a usual name.
+
+    `needed` says that the run was trained with such a column.
 
     Raises InputError if there is no such column, or not exactly one value for each cell.
     """
     if key:
         _check_key(files, key, option)
     name = key or next((name for name in usual if all(name in file.columns for file in files)), "")
+    if not name and needed:
+        file = next(file for file in files if usual[0] not in file.columns)
+        raise InputError(
+            f"{file.path}: the column `{usual[0]}` is missing, which the run was trained with; the file has only "
+            f"{', '.join(file.columns) or 'the counts'}"
+        )
     if not name:
         return None, ()
     parts = _read_parts(files, name, lambda file: file.read(name))

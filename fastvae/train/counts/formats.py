@@ -15,9 +15,9 @@ from fastvae.train import files
 from fastvae.train.errors import InputError
 from fastvae.train.npz import NpzFile
 
-from .sources import CscSource, CsrSource, DenseSource, RawArray, Source, no_room, scratch_file
+from .sources import CscSource, CsrSource, DenseSource, RawArray, Source, no_room, reading, scratch_file
 
-__all__ = ["SUFFIXES", "CountsFile", "open_counts"]
+__all__ = ["SUFFIXES", "CountsFile", "open_counts", "read_cell_names"]
 
 SUFFIXES = (".npz", ".h5ad", ".zarr")
 
@@ -53,6 +53,14 @@ def open_counts(path: Path, layer: str) -> CountsFile:
     return _open_anndata(path, _open_zarr(path), layer)
 
 
+def read_cell_names(path: Path) -> Any:
+    """Read the names of the cells as an array of strings; None for an .npz file, or if there are none."""
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        return None
+    return _Table(path, _open_h5(path) if suffix == ".h5ad" else _open_zarr(path), "obs").index()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # .npz
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,19 +76,14 @@ _SPARSE = {
 
 
 class _MemorySource(Source):
-    """A matrix in memory, of a format that cannot be read in blocks."""
+    """A matrix of a format that cannot be read in blocks. It is in memory as a whole, by rows."""
 
     def __init__(self, path: Path, matrix: Any) -> None:
-        rows, columns = matrix.shape
-        super().__init__(path, (int(rows), int(columns)), int(matrix.nnz), matrix.dtype)
-        self.matrix = matrix
-
-    @property
-    def nbytes(self) -> int:
-        return 0  # it is in memory already
+        self.matrix = matrix.tocsr()
+        super().__init__(path, self.matrix.shape, int(self.matrix.nnz), matrix.dtype)
 
     def read(self, block: int) -> Any:
-        raise NotImplementedError
+        return self.matrix[self.rows_of(block)]
 
     def read_all(self) -> Any:
         return self.matrix
@@ -303,8 +306,9 @@ class _Table:
     def index(self) -> Any:
         if self.node is None or (_is_group(self.node) and self._index not in self.node):
             return None
-        values = self.node[self._index]
-        return _strings(values if _is_group(self.node) else np.asarray(values))
+        with reading(self.path):
+            values = self.node[self._index]
+            return _strings(values if _is_group(self.node) else np.asarray(values))
 
     def read(self, name: str) -> Any:
         """Read a column as strings. Raises InputError if it has no value for a cell."""
@@ -316,7 +320,8 @@ class _Table:
         return values if values.dtype.kind in "iufb" else _strings(values)
 
     def _complete(self, name: str) -> Any:
-        values, missing = self._values(name)
+        with reading(self.path):
+            values, missing = self._values(name)
         if missing.any():
             raise InputError(
                 f"{self.path}: `{name}` has no value for {missing.sum()} of the {len(missing)} cells, the first of "

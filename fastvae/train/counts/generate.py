@@ -2,7 +2,7 @@
 
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvae.train import files
+from fastvae.train import files, registry
 from fastvae.train.errors import InputError
 
 from .callbacks import posterior_means
 from .cells import Batch, list_files, make_batch, to_device
+from .formats import read_cell_names
 from .run import CellRun
 
 __all__ = ["OBSM", "encode", "reconstruct"]
@@ -29,17 +30,22 @@ def encode(run: CellRun, out: Path) -> int:
     """Write the latent means of all cells to an .npz file, as `z` (cells, latents), float32, or into obsm of an .h5ad.
 
     An .h5ad file that exists gets them in addition. Otherwise it becomes a copy of the data, which must be an .h5ad
-    file as well. Returns the number of cells. Raises InputError if the file cannot be written, or has other cells.
+    file as well. Returns the number of cells. Raises InputError if the file cannot be written, is an .npz file of the
+    data, or has other cells.
     """
     suffix = out.suffix.lower()
     if suffix not in (".npz", ".h5ad"):
         raise InputError(f"--out {out}: the file must end in .npz or .h5ad")
-    template = _template(run, out) if suffix == ".h5ad" else None
+    template = None
+    if suffix == ".h5ad":
+        template = _template(run, out)
+    else:
+        _refuse_to_replace_data(run, out)
     files.prepare_folder(out.parent, [out.name])
     cells = run.cells
     count = len(cells.library)
     if template is not None:
-        _check_cells(template, count)
+        _check_cells(template, count, list_files(run.settings.data))
     z = posterior_means(run.model, cells, torch.arange(count)).numpy()
     with files.replacing(out) as part:
         if template is None:
@@ -48,6 +54,22 @@ def encode(run: CellRun, out: Path) -> int:
         else:
             _write_obsm(template, part, z)
     return count
+
+
+def _refuse_to_replace_data(run: CellRun, out: Path) -> None:
+    """Raises InputError if the file belongs to the data, those given or those that the run was trained on."""
+    if not out.exists():
+        return
+    _, trained, _ = registry.read_run(run.path)
+    for data in (run.settings.data, trained.data):
+        try:
+            paths = list_files(data)
+        except InputError:  # the data that the run was trained on may have been moved
+            continue
+        if any(out.samefile(path) for path in paths):
+            raise InputError(
+                f"--out {out}: this file holds counts of the data, which would be lost; give another name"
+            )
 
 
 def _template(run: CellRun, out: Path) -> Path:
@@ -63,7 +85,8 @@ def _template(run: CellRun, out: Path) -> Path:
     return paths[0]
 
 
-def _check_cells(path: Path, count: int) -> None:
+def _check_cells(path: Path, count: int, data: Sequence[Path]) -> None:
+    """Raises InputError unless the file has so many cells, and with the names that they have in the data, if any."""
     import h5py
 
     try:
@@ -78,6 +101,17 @@ def _check_cells(path: Path, count: int) -> None:
         raise InputError(f"{path}: cannot be read as an .h5ad file: {error}") from error
     if found != count:
         raise InputError(f"{path}: expected the {count} cells of the data, got {found}")
+    of_data, names = [read_cell_names(file) for file in data], read_cell_names(path)
+    if names is None or any(part is None for part in of_data):
+        return
+    expected = np.concatenate(of_data)
+    different = np.flatnonzero(names != expected)
+    if len(different):
+        cell = int(different[0])
+        raise InputError(
+            f"{path}: expected the cells of the data in the same order: cell {cell} is {str(names[cell])!r}, but "
+            f"{str(expected[cell])!r} in the data; the latent means can be written to an .npz file instead"
+        )
 
 
 def _write_obsm(template: Path, part: Path, z: Any) -> None:
@@ -98,7 +132,8 @@ def reconstruct(run: CellRun, out: Path, n: int | None = None) -> tuple[int, int
 
     They are the means of the likelihood at the posterior mean of z, with the cell's own library size. The additional
     zeros of a ZINB, which are no biology, are left out of the mean (Lopez et al. 2018). Little memory is used, but the
-    file has four bytes for each cell and gene. Returns its shape. Raises InputError if it cannot be written.
+    file has four bytes for each cell and gene. Returns its shape. Raises InputError if it cannot be written, or belongs
+    to the data.
     """
     if out.suffix.lower() != ".npz":
         raise InputError(
@@ -106,6 +141,7 @@ def reconstruct(run: CellRun, out: Path, n: int | None = None) -> tuple[int, int
         )
     if n is not None and n < 1:
         raise InputError(f"-n must be at least 1, got {n}")
+    _refuse_to_replace_data(run, out)
     files.prepare_folder(out.parent, [out.name])
     shape = (min(len(run.cells.library), n or len(run.cells.library)), run.cells.genes)
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}

@@ -38,6 +38,8 @@ __all__ = ["CountsKind"]
 
 GENES = "cells.json"
 
+_NO_BATCHES = ("",)  # the names of the batches of data without any
+
 _BF16 = 256  # the largest whole number up to which bfloat16 has all
 
 
@@ -63,10 +65,12 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
             )
 
     def load(self, settings: Counts, form: Sizes | None = None, *, other_data: bool = False) -> Cells:
-        return cells.load(settings, None if form is None else form.covariates)
+        if form is None:
+            return cells.load(settings)
+        return cells.load(settings, form.covariates, needs_batches=form.batches != _NO_BATCHES)
 
     def resolve_settings(self, settings: Counts, data: Cells) -> Counts:
-        if settings.dispersion == "gene-batch" and data.batch_names == ("",):
+        if settings.dispersion == "gene-batch" and data.batch_names == _NO_BATCHES:
             raise InputError(
                 "--dispersion gene-batch needs the batches of the cells; give their key with --batch"
             )
@@ -84,7 +88,8 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
 
     def make_form(self, settings: Counts, data: Cells) -> Sizes:
         labels = data.label_names if settings.dispersion == "gene-label" else ()
-        return Sizes(data.genes, data.batch_names, labels, data.covariates)
+        names = () if data.gene_names is None else tuple(data.gene_names.tolist())
+        return Sizes(data.genes, data.batch_names, labels, data.covariates, names)
 
     def read_form(self, path: Path, form_values: dict[str, Any]) -> Sizes:
         file = path / GENES
@@ -99,10 +104,11 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
                 )
                 for each in table.get("covariates", ())
             ]
-            batches, labels = (
-                tuple(map(str, names)) for names in (table["batches"], table.get("labels", ()))
+            batches, labels, gene_names = (
+                tuple(map(str, names))
+                for names in (table["batches"], table.get("labels", ()), table.get("gene_names", ()))
             )
-            return Sizes(int(table["genes"]), batches, labels, tuple(covariates))
+            return Sizes(int(table["genes"]), batches, labels, tuple(covariates), gene_names)
         except OSError as error:
             raise InputError(f"{file}: cannot be read: {files.error_reason(error)}") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -114,6 +120,15 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
     def adapt_data(self, data: Cells, form: Sizes, settings: Counts, path: Path) -> Cells:
         if data.genes != form.genes:
             raise InputError(f"{settings.data}: expected {form.genes} genes as in {path}, got {data.genes}")
+        if data.gene_names is not None:
+            for i, (name, expected) in enumerate(
+                zip(data.gene_names.tolist(), form.gene_names, strict=False)
+            ):
+                if name != expected:
+                    raise InputError(
+                        f"{settings.data}: expected the same genes in the same order as in {path}: gene {i} is "
+                        f"{name!r}, but {expected!r} there; `gene_names` in {path / GENES} lists them"
+                    )
 
         def renumber(values: Tensor, what: str, names: Sequence[str], known: Sequence[str]) -> Tensor:
             unknown = [name for name in names if name not in known]
@@ -124,10 +139,11 @@ class CountsKind(Kind[Counts, Sizes, Cells, CellRun]):
                 )
             return torch.tensor([known.index(name) for name in names])[values.long()]
 
-        changes: dict[str, Any] = {
-            "batches": renumber(data.batches, "batch", data.batch_names, form.batches),
-            "batch_names": form.batches,
-        }
+        changes: dict[str, Any] = {"batch_names": form.batches}
+        if form.batches == _NO_BATCHES:  # the model has no use for those of other data
+            changes["batches"] = torch.zeros_like(data.batches)
+        else:
+            changes["batches"] = renumber(data.batches, "batch", data.batch_names, form.batches)
         if form.labels:
             if data.labels is None:
                 raise InputError(

@@ -4,7 +4,6 @@ On disk, an epoch goes over the cells in an order that keeps reading cheap: `shu
 read at a time, the next one while the current one is in use, so that memory is bounded by the size of a few rounds.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,8 @@ from fastvae.train.errors import InputError
 from .sources import BLOCK, Source
 
 __all__ = ["Counts", "DiskCounts", "MemoryCounts", "check_values", "shuffle_in_blocks"]
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 LANES = 8
 """The number of places of the data that a batch is drawn from at a time, at least."""
@@ -185,13 +186,14 @@ def canonical(matrix: Any, dtype: Any) -> Any:
 
 
 def check_values(path: Any, matrix: Any, first_cell: int = 0) -> None:
-    """Raises InputError, with the place, unless all values of a CSR array are non-negative whole numbers."""
+    """Raises InputError, with the place, unless all values of a CSR array are non-negative whole numbers in the
+    range of float32."""
     values = matrix.data
     # Most files are in order, and then a single pass says so. (A NaN fails every comparison.)
     if not len(values) or values.dtype.kind in "ub":
         return
     in_order = bool(((values >= 0) & (values == np.floor(values))).all())
-    if in_order and math.isfinite(values.max()):
+    if in_order and values.max() <= _LARGEST:
         return
     for bad, what in (
         (~np.isfinite(values), "not finite"),
@@ -200,6 +202,7 @@ def check_values(path: Any, matrix: Any, first_cell: int = 0) -> None:
             values != np.floor(values),
             "fractional, but raw counts are needed (normalised or log-transformed?)",
         ),
+        (values > _LARGEST, "too large for float32, in which counts are kept"),
     ):
         if bad.any():
             position = int(bad.argmax())

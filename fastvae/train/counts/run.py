@@ -24,6 +24,8 @@ class Sizes:
     labels: tuple[str, ...] = ()
     """Those that have a dispersion of their own."""
     covariates: tuple[Covariate, ...] = ()
+    gene_names: tuple[str, ...] = ()
+    """Empty if the data have none, or if an older version wrote the run."""
 
 
 @dataclass

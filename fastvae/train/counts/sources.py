@@ -5,6 +5,7 @@ import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,12 +14,27 @@ import numpy as np
 from fastvae.train import files
 from fastvae.train.errors import InputError
 
-__all__ = ["BLOCK", "CscSource", "CsrSource", "DenseSource", "RawArray", "Source", "scratch_file"]
+__all__ = ["BLOCK", "CscSource", "CsrSource", "DenseSource", "RawArray", "Source", "reading", "scratch_file"]
 
 BLOCK = 256
 """The number of cells that are read at a time."""
 
 _CHUNK = 1 << 25  # the number of bytes of a sparse matrix by columns that are sorted at a time
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an error of the block into an InputError that says that the file is damaged.
+
+    h5py and zarr raise many types for damaged files, zarr those of its codecs too.
+    """
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"{path}: damaged, or cut short: {reason}") from error
 
 
 class Source(ABC):
@@ -50,7 +66,7 @@ class Source(ABC):
     def read_all(self) -> Any:
         """Read the whole matrix, as an array or a scipy.sparse array."""
 
-    def _damaged(self, why: object) -> InputError:
+    def _damaged(self, why: str) -> InputError:
         return InputError(f"{self.path}: damaged, or cut short: {why}")
 
 
@@ -122,20 +138,16 @@ class DenseSource(Source):
         return self._read(slice(None))
 
     def _read(self, rows: slice) -> Any:
-        try:
+        with reading(self.path):
             return _plain(np.asarray(self.array[rows]))
-        except (OSError, ValueError, KeyError) as error:
-            raise self._damaged(error) from error
 
 
 class _SparseSource(Source):
     """A sparse matrix, whose arrays are sliced: `data`, `indices`, and `indptr`, which is read at once."""
 
     def __init__(self, path: Path, shape: tuple[int, int], data: Any, indices: Any, indptr: Any) -> None:
-        try:
+        with reading(path):
             self.indptr = np.asarray(indptr[:]).astype(np.int64)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{path}: damaged, or cut short: {error}") from error
         super().__init__(path, shape, int(self.indptr[-1]) if len(self.indptr) else 0, data.dtype)
         self.data, self.indices = data, indices
         lines = shape[self._axis]
@@ -149,10 +161,8 @@ class _SparseSource(Source):
 
     def _slice(self, start: int, stop: int) -> tuple[Any, Any]:
         """Read values and indices of a part of the matrix."""
-        try:
+        with reading(self.path):
             data, indices = (np.asarray(array[start:stop]) for array in (self.data, self.indices))
-        except (OSError, ValueError, KeyError) as error:
-            raise self._damaged(error) from error
         limit = self.shape[1 - self._axis]
         if len(indices) != stop - start or len(data) != stop - start:
             raise self._damaged(f"expected {stop - start} numbers, got {len(data)} and {len(indices)}")

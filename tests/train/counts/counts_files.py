@@ -40,16 +40,17 @@ def fill(
     layer: str = "X",
     label: Any = None,
     genes: Any = None,
+    names: Any = None,
     **options: Any,
 ) -> None:
-    """Write an AnnData object into a group of h5py. `label` is a categorical column of obs."""
+    """Write an AnnData object into a group of h5py. `label` is a categorical column of obs; `names` are the cells'."""
     if layer != "X":
         write_matrix(root, "X", np.log1p(x), layout, options)
         write_matrix(root.require_group("layers"), layer, x, layout, options)
     else:
         write_matrix(root, "X", x, layout, options)
     names = {
-        "obs": [f"cell {i}" for i in range(len(x))],
+        "obs": names or [f"cell {i}" for i in range(len(x))],
         "var": genes or [f"gene {i}" for i in range(x.shape[1])],
     }
     for table, index in names.items():

@@ -1,6 +1,7 @@
 """`fastvae encode` and `fastvae reconstruct` of runs of counts, and training from disk."""
 
 import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,24 @@ def test_encode_adds_to_an_h5ad_file(run: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cells.h5ad", "copy.h5ad"]
 
 
+def test_encode_compares_the_names_of_the_cells(run: Path, tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("h5py")
+    x = example_arrays()["x"]
+    names = [f"cell {i}" for i in range(CELLS)]
+    parts = [tmp_path / "a.h5ad", tmp_path / "b.h5ad"]
+    write_h5ad(parts[0], x[:50], names=names[:50])
+    write_h5ad(parts[1], x[50:], names=names[50:])
+    data, out = ",".join(map(str, parts)), tmp_path / "out.h5ad"
+    write_h5ad(out, x, names=names)
+    assert main(["encode", str(run), "--data", data, "--out", str(out)]) == 0
+    write_h5ad(out, x, names=[*names[:60], names[61], names[60], *names[62:]])
+    before = out.read_bytes()
+    line = fail(capsys, "encode", run, "--data", data, "--out", out)
+    assert "in the same order: cell 60 is 'cell 61', but 'cell 60' in the data; " in line
+    assert out.read_bytes() == before
+    assert main(["encode", str(run), "--out", str(out)]) == 0  # an .npz file has no names
+
+
 @pytest.mark.slow
 def test_anndata_reads_the_latent_means(run: Path, tmp_path: Path) -> None:
     anndata = pytest.importorskip("anndata")
@@ -105,6 +124,27 @@ def test_encode_fails_in_one_line(run: Path, tmp_path: Path, capsys: Any) -> Non
     assert "cannot be written: it is a folder" in fail(
         capsys, "encode", run, "--out", _folder(tmp_path / "z.npz")
     )
+
+
+@pytest.mark.parametrize("command", ["encode", "reconstruct"])
+def test_files_of_the_data_are_not_replaced(run: Path, tmp_path: Path, capsys: Any, command: str) -> None:
+    """Neither those that the run was trained on, nor those of --data, by whatever name."""
+    trained, other, link = run.parent / "cells.npz", tmp_path / "other.npz", tmp_path / "link.npz"
+    other.write_bytes(trained.read_bytes())
+    link.symlink_to(other)
+    for data, out in (
+        (trained, trained),
+        (other, other),
+        (other, link),
+        (f"{trained},{other}", other),
+        (other, trained),
+    ):
+        assert fail(capsys, command, run, "--data", data, "--out", out) == (
+            f"fastvae: --out {out}: this file holds counts of the data, which would be lost; give another name"
+        )
+    assert "would be lost" in fail(capsys, command, run, "--out", trained)
+    for path in (trained, other):
+        assert np.array_equal(np.load(path)["x"], example_arrays()["x"])
 
 
 def _folder(path: Path) -> Path:
@@ -169,6 +209,29 @@ def test_reconstruct_writes_into_the_run_by_default(run: Path, capsys: Any) -> N
     assert np.load(run / "reconstructions.npz")["x"].shape == (3, GENES)
     assert "the name must end in .npz" in fail(capsys, "reconstruct", run, "--out", run / "x.png")
     assert "-n must be at least 1, got 0" in fail(capsys, "reconstruct", run, "-n", "0")
+    assert fail(capsys, "reconstruct", run, "--decoding", "beam") == (
+        "fastvae: --decoding only applies to runs of text; this is a run of counts"
+    )
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+def test_factors_are_those_of_the_validation_cells(run: Path, tmp_path: Path, capsys: Any) -> None:
+    """A file of factors has a row for each cell, of which those of the validation cells are used, in their order."""
+    val = counts.load(run).cells.val.numpy()
+    factor = np.zeros(CELLS, np.int64)
+    factor[val] = np.arange(len(val)) % 3 + np.arange(len(val)) // 8
+    file = tmp_path / "factors.npz"
+    np.savez(file, place=factor)
+    for limit in (len(val), 7):
+        more = ("--samples", "2", "--limit", str(limit))
+        assert main(["evaluate", str(run), "--factors", str(file), *more]) == 0
+        found = json.loads((run / "evaluation.json").read_text())["mig_of_factors"]["place"]
+        share = np.unique(factor[val[:limit]], return_counts=True)[1] / limit
+        assert found["entropy"] == pytest.approx(-(share * np.log(share)).sum())
+    np.savez(file, place=factor[val])
+    assert f"expected {CELLS} " in fail(capsys, "evaluate", run, "--factors", file)
 
 
 # --- Training from disk -----------------------------------------------------------------------------------------------

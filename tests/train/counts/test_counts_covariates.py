@@ -336,6 +336,6 @@ def test_older_runs_are_read(file: Path, tmp_path: Path) -> None:
     (run / "cells.json").write_text(json.dumps({name: table[name] for name in ("genes", "batches")}))
     opened = counts.load(run)
     assert dataclasses.asdict(opened.form) == {
-        "genes": 30, "batches": ("first", "second"), "labels": (), "covariates": (),
+        "genes": 30, "batches": ("first", "second"), "labels": (), "covariates": (), "gene_names": (),
     }  # fmt: skip
     assert opened.cells.covariates == ()

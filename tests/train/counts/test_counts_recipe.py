@@ -80,6 +80,20 @@ def test_train_and_evaluate_write_their_files(
     assert "nats per cell" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "metric"),
+    [(("beta-tc", "--beta", "6"), "train_total_correlation"), (("info", "--mmd-weight", "50"), "train_mmd")],
+    ids=["beta-tc", "info"],
+)
+def test_objectives_of_a_batch_train(
+    file: Path, tmp_path: Path, options: tuple[str, ...], metric: str
+) -> None:
+    assert train(tmp_path / "run", file, "--epochs", "1", "--objective", *options) == 0
+    (row,) = read_metrics(tmp_path / "run")
+    assert np.isfinite(float(row["train_nll"]))
+    assert float(row[metric]) != 0
+
+
 def test_resumed_run_equals_uninterrupted_run(file: Path, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert train(whole, file, "--epochs", "3") == 0
@@ -129,6 +143,43 @@ def test_batch_covariate_is_numbered_as_in_training(file: Path, tmp_path: Path) 
     np.savez(second, x=arrays["x"][50:], batch=np.full(40, "third"))
     with pytest.raises(InputError, match=r"the batch 'third' is not one of those .*: 'first', 'second'"):
         _ = counts.load(run, data=str(second)).cells
+    np.savez(second, x=arrays["x"][50:], lane=batch[50:])
+    words = r"second.npz: the column `batch` is missing, which the run was trained with; the file has only lane \(the"
+    with pytest.raises(InputError, match=words):
+        _ = counts.load(run, data=str(second)).cells
+
+
+def test_batches_of_other_data_are_ignored_by_a_run_without(file: Path, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other.npz"
+    assert train(run, file, "--epochs", "1") == 0
+    np.savez(other, **example_arrays(), batch=np.arange(CELLS) % 2)
+    data = counts.load(run, data=str(other)).cells
+    assert data.batch_names == ("",)
+    assert not data.batches.any()
+
+
+def test_the_genes_of_other_data_are_those_of_the_run(file: Path, tmp_path: Path, capsys: Any) -> None:
+    arrays, names = example_arrays(), [f"gene {i}" for i in range(GENES)]
+    np.savez(file, **arrays, genes=names)
+    run, other = tmp_path / "run", tmp_path / "other.npz"
+    assert train(run, file, "--epochs", "1") == 0
+    assert json.loads((run / "cells.json").read_text())["gene_names"] == names
+    np.savez(other, **arrays)  # without names, nothing is compared
+    assert counts.load(run, data=str(other)).cells.genes == GENES
+    order = [*range(7), 8, 7, *range(9, GENES)]
+    np.savez(other, x=arrays["x"][:, order], genes=np.array(names)[order])
+    words = f"gene 7 is 'gene 8', but 'gene 7' there; `gene_names` in {run / 'cells.json'} lists them"
+    for command in ("evaluate", "reconstruct", "encode --out z.npz", "resume --epochs 2"):
+        capsys.readouterr()
+        name, *more = command.split()
+        assert main([name, str(run), "--data", str(other), *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith(words)
+    # Older runs have no names.
+    table = json.loads((run / "cells.json").read_text())
+    del table["gene_names"]
+    (run / "cells.json").write_text(json.dumps(table))
+    assert counts.load(run, data=str(other)).cells.genes == GENES
 
 
 @pytest.mark.parametrize("command", ["sample", "interpolate", "traverse", "inpaint"])
@@ -139,6 +190,9 @@ def test_image_commands_on_count_run_fail(file: Path, tmp_path: Path, capsys: An
     assert capsys.readouterr().err.splitlines() == [
         f"fastvae: {run}: this is a run of counts, which supports only evaluate, encode, reconstruct and resume"
     ]
+    if command == "interpolate":
+        assert main([command, str(run), "one sentence", "another"]) == 2
+        assert "this is a run of counts, which supports only" in capsys.readouterr().err
     if command == "sample":
         assert main([command, str(run), "--best", "4"]) == 2
         assert (
@@ -326,7 +380,7 @@ def test_train_with_damaged_file_fails(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "cells.npz"
     path.write_bytes(b"PK\x03\x04 and nothing more")
     assert train(tmp_path / "run", path) == 2
-    assert "not an .npz file that numpy can read" in capsys.readouterr().err
+    assert "the file was cut short; copy or download it again" in capsys.readouterr().err
 
 
 def test_commands_with_other_genes_or_missing_data_fail(file: Path, tmp_path: Path, capsys: Any) -> None:
