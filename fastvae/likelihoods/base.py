@@ -27,13 +27,22 @@ class Likelihood(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define `kernel_call` or `nll`")
 
     def nll(
-        self, params: Any, target: Tensor, *, weight: Tensor | None = None, draws: int | None = None
+        self,
+        params: Any,
+        target: Tensor,
+        *,
+        validate: bool = False,
+        weight: Tensor | None = None,
+        draws: int | None = None,
     ) -> Tensor:
         """Compute -log p(target | params) of every row, (B,), in nats.
 
         Args:
             params: the output of the decoder, (B, ...).
             target: the data, (B, ...).
+            validate: check every value of the weight and of the data first, and of the parameters of counts, as the
+                function of this likelihood in `fastvae.functional` does, and raise ValueError for the first that is
+                out of its range. Reading the values waits for the GPU.
             weight: multiplies the nll of each element, or of each position of a categorical and each pixel of a mixture
                 of discretised logistics, as in the function of this likelihood in `fastvae.functional`.
             draws: K if `params` has K * B rows, which hold K draws for each row of `target` one after another, as
@@ -52,7 +61,9 @@ class Likelihood(nn.Module):
                 )
             tensors = by_draw(name, tensors, draws)
         probs = params if getattr(self, "from_probs", False) else None
-        return loss.nll(name, tensors, target, constants, probs=probs, draws=draws, weight=weight)[0]
+        return loss.nll(
+            name, tensors, target, constants, probs=probs, draws=draws, weight=weight, validate=validate
+        )[0]
 
     def mean(self, params: Any) -> Tensor:
         """The expected data, differentiable, for instance to show as a reconstruction."""
@@ -91,21 +102,28 @@ def has_kernel(likelihood: Any) -> bool:
     return isinstance(likelihood, Likelihood) and type(likelihood).nll is Likelihood.nll
 
 
-def nll_of_module(likelihood: Any, where: str, recon: Any, x: Any, weight: Any) -> Tensor:
-    """Call the `nll` of a module that has no kernel, with the weight only if there is one. Messages name `where`."""
-    if weight is None:
-        return likelihood.nll(recon, x)
-    if not torch.compiler.is_compiling():
+def nll_of_module(
+    likelihood: Any, where: str, recon: Any, x: Any, weight: Any, validate: bool = False
+) -> Tensor:
+    """Call the `nll` of a module that has no kernel, with the weight and `validate` only if they are set. Messages name
+    `where`."""
+    options: dict[str, Any] = {} if weight is None else {"weight": weight}
+    if validate:
+        options["validate"] = True
+    if options and not torch.compiler.is_compiling():
         parameters = inspect.signature(likelihood.nll).parameters.values()
-        if not any(p.name == "weight" or p.kind is p.VAR_KEYWORD for p in parameters):
-            raise TypeError(
-                f"fastvae.{where}: `weight` needs a likelihood with nll(params, target, *, weight=None), got "
-                f"{type(likelihood).__name__}.nll without `weight`"
-            )
-    return likelihood.nll(recon, x, weight=weight)
+        for name, default in (("weight", None), ("validate", False)):
+            if name in options and not any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters):
+                raise TypeError(
+                    f"fastvae.{where}: `{name}` needs a likelihood with nll(params, target, *, {name}={default}), got "
+                    f"{type(likelihood).__name__}.nll without `{name}`"
+                )
+    return likelihood.nll(recon, x, **options)
 
 
-def nll_of_draws(where: str, likelihood: Any, recon: Any, x: Any, draws: int, weight: Any = None) -> Tensor:
+def nll_of_draws(
+    where: str, likelihood: Any, recon: Any, x: Any, draws: int, weight: Any = None, validate: bool = False
+) -> Tensor:
     """Compute -log p(x | z) of K = `draws` draws of z for every row of `x`, (K, B), in nats.
 
     `recon` is the decoder's output for K * B rows, of which the first B belong to the first draw. The data and their
@@ -114,7 +132,7 @@ def nll_of_draws(where: str, likelihood: Any, recon: Any, x: Any, draws: int, we
     """
     if not has_kernel(likelihood):
         repeated = None if weight is None else _repeated_weight(weight, x, draws)
-        rows = nll_of_module(likelihood, where, recon, _repeated(x, draws), repeated)
+        rows = nll_of_module(likelihood, where, recon, _repeated(x, draws), repeated, validate)
         return rows.unflatten(0, (draws, len(rows) // draws))
     name, params, constants = likelihood.kernel_call(recon)
     count = params[0].shape[0]
@@ -122,7 +140,8 @@ def nll_of_draws(where: str, likelihood: Any, recon: Any, x: Any, draws: int, we
         raise ValueError(
             f"fastvae.{where}: the decoder must return K * B rows, {draws} times those of `x`, got {count}"
         )
-    return loss.nll(name, by_draw(name, params, draws), x, constants, draws=draws, weight=weight)[1]
+    parts = by_draw(name, params, draws)
+    return loss.nll(name, parts, x, constants, draws=draws, weight=weight, validate=validate)[1]
 
 
 def _repeated(x: Any, draws: int) -> Any:

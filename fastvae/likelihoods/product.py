@@ -54,8 +54,16 @@ class Product(Likelihood):
             self._keys[name] = key
             self.parts[key] = get(part, "likelihoods.Product", f"parts[{name!r}]")
 
-    def nll(self, params: Any, target: Any, *, weight: Any = None, draws: int | None = None) -> Tensor:
-        nlls = self.nll_of_parts(params, target, weight=weight, draws=draws)
+    def nll(
+        self,
+        params: Any,
+        target: Any,
+        *,
+        validate: bool = False,
+        weight: Any = None,
+        draws: int | None = None,
+    ) -> Tensor:
+        nlls = self.nll_of_parts(params, target, validate=validate, weight=weight, draws=draws)
         return torch.stack(list(nlls.values())).sum(0)
 
     def nll_of_parts(
@@ -63,6 +71,7 @@ class Product(Likelihood):
         params: Mapping[str, Any],
         target: Mapping[str, Any],
         *,
+        validate: bool = False,
         weight: Mapping[str, Any] | None = None,
         draws: int | None = None,
     ) -> dict[str, Tensor]:
@@ -70,7 +79,7 @@ class Product(Likelihood):
         the parameters have K * B rows; see `Likelihood.nll`."""
         self._check("params", params)
         self._check("target", target)
-        options = self._options(weight, draws)
+        options = self._options(validate, weight, draws)
         nlls = self._call_parts("nll", (params, target), options=options)
         first = next(iter(nlls))
         for name, nll in nlls.items():
@@ -93,7 +102,7 @@ class Product(Likelihood):
         self._check("c", c)
         return self._call_parts("channels", (c,))
 
-    def _options(self, weight: Any, draws: int | None) -> dict[str, dict[str, Any]]:
+    def _options(self, validate: bool, weight: Any, draws: int | None) -> dict[str, dict[str, Any]]:
         """The keyword arguments of the nll of each part, only those that are needed."""
         if weight is not None and (not isinstance(weight, Mapping) or not weight.keys() <= self._keys.keys()):
             found = type(weight).__name__ if not isinstance(weight, Mapping) else list(weight)
@@ -103,6 +112,8 @@ class Product(Likelihood):
             )
         options: dict[str, dict[str, Any]] = {name: {} for name in self._keys}
         for name, part in options.items():
+            if validate:
+                part["validate"] = True
             if draws is not None:
                 part["draws"] = draws
             if weight is not None and weight.get(name) is not None:
