@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fastvae
 from fastvae import functional, likelihoods
-from fastvae.functional.counts import check_columns
+from fastvae.functional.values import check_columns
 
 mpmath.mp.dps = 50
 
