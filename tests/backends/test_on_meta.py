@@ -1,8 +1,8 @@
 """The tests that need a GPU, on meta tensors, which detect CPU tensors among the GPU's without a GPU.
 
-Every test of test_cuda.py, test_triton.py and test_triton_counts.py with the fixture `device` runs here with the device "meta", using the ops'
-fake kernels. Meta tensors have shapes, dtypes and a device, but no values: asserts are evaluated but ignored, and reads
-return some value. `NEED_VALUES` lists the tests that cannot run in this way, with the reason.
+Every test of test_cuda.py, test_triton.py and test_triton_counts.py with the fixture `device` runs here with the device
+"meta", using the ops' fake kernels. Meta tensors have shapes, dtypes and a device, but no values: asserts are evaluated
+but ignored, and reads return some value. `NEED_VALUES` lists the tests that cannot run in this way, with the reason.
 """
 
 import ast

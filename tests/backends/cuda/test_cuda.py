@@ -1,7 +1,8 @@
 """The CUDA kernels of the native backend, and `graph_step`, on a GPU.
 
 The tests of values, layouts, noise and autograd in test_triton.py and test_triton_counts.py run again on these kernels.
-This file tests what only they guarantee. Tests that need no GPU are in test_cuda_kernels.py, test_cuda_code.py and cuda_link.py.
+This file tests what only they guarantee. Tests that need no GPU are in test_cuda_kernels.py, test_cuda_code.py and
+cuda_link.py.
 """
 
 import copy
