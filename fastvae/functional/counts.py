@@ -469,6 +469,10 @@ def _check_counts(where: str, name: str, counts: Tensor) -> None:
     """Check that all values of `counts`, dense or sparse CSR, are whole numbers of at least 0."""
     required = "counts, whole numbers that are at least 0"
     stored = counts.values() if counts.layout == torch.sparse_csr else counts
+    if counts.layout == torch.sparse_csr and counts.dim() == 2:
+        # The CPU's kernel takes the columns of a row in any order.
+        starts, columns = counts.crow_indices(), counts.col_indices()
+        check_columns(where, name, starts, columns, counts.shape[1], ordered=counts.device.type != "cpu")
     if stored.is_floating_point():
         valid = (stored >= 0) & (stored.floor() == stored) & (stored < math.inf)
     else:
@@ -481,25 +485,38 @@ def _check_counts(where: str, name: str, counts: Tensor) -> None:
             f"fastvae.{where}: `{name}` must hold {required}, got {stored[i].item()} at {position}"
         )
     _check_values(where, name, stored, valid, required)
-    # The CPU's kernel itself refuses columns out of range, and takes them in any order.
-    if counts.layout == torch.sparse_csr and counts.device.type != "cpu":
-        check_columns(where, name, counts.crow_indices(), counts.col_indices(), counts.shape[1])
 
 
-def check_columns(where: str, name: str, starts: Tensor, columns: Tensor, features: int) -> None:
-    """Check that the columns of every row of a CSR target exist and ascend."""
-    first_of_row = torch.zeros(len(columns) + 1, dtype=torch.bool, device=columns.device)
-    first_of_row[starts] = True
-    ascend = torch.ones_like(columns, dtype=torch.bool)
-    ascend[1:] = columns[1:] > columns[:-1]
-    valid = (columns >= 0) & (columns < features) & (ascend | first_of_row[:-1])
+def check_columns(
+    where: str, name: str, starts: Tensor, columns: Tensor, features: int, *, ordered: bool = True
+) -> None:
+    """Check that the columns of every row of a CSR target exist and, if they must be `ordered`, ascend."""
+    wrong = torch.zeros_like(starts, dtype=torch.bool)
+    wrong[0] = starts[0] != 0
+    wrong[1:] = starts[1:] < starts[:-1]
+    wrong[-1] |= starts[-1] != len(columns)
+    if wrong.any():
+        i = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"fastvae.{where}: `{name}` must have crow_indices that rise from 0 to its {len(columns)} values, got "
+            f"{int(starts[i])} at position {i}"
+        )
+    exist = (columns >= 0) & (columns < features)
+    required, advice = f"col_indices from 0 to {features - 1}", ""
+    valid = exist
+    if ordered and exist.all():
+        first_of_row = torch.zeros(len(columns) + 1, dtype=torch.bool, device=columns.device)
+        first_of_row[starts] = True
+        valid = first_of_row[:-1].clone()
+        valid[1:] |= columns[1:] > columns[:-1]
+        required = "ascending col_indices in every row, each once"
+        advice = f"; did you mean {name}.to_dense().to_sparse_csr()?"
     if not valid.all():
         i = int((~valid).nonzero()[0])
         row = int((starts > i).nonzero()[0]) - 1
         raise ValueError(
-            f"fastvae.{where}: `{name}` must have ascending col_indices below {features} in every row, got "
-            f"{int(columns[i])} at position {i - int(starts[row])} of row {row}; did you mean "
-            f"{name}.to_dense().to_sparse_csr()?"
+            f"fastvae.{where}: `{name}` must have {required}, got {int(columns[i])} at position "
+            f"{i - int(starts[row])} of row {row}{advice}"
         )
 
 
