@@ -52,7 +52,7 @@ def poisson_nll(
         target: the shape of `log_rate`: counts, floating or uint8, uint16, int32 or int64, none of them scaled. It must
             not require a gradient.
         validate: check for counts that are negative, fractional or not finite, which otherwise give meaningless
-            results. Reading the values waits for the GPU.
+            results, also where the weight is 0. Reading the values waits for the GPU.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
         weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
@@ -100,8 +100,8 @@ def poisson_rate_nll(
             require a gradient.
         eps: at least 0, added to `rate`; value and gradient are those at rate + eps.
         reduction: `"event"` sums every row to (B,); `"none"` keeps the elements.
-        validate: check for rates below 0 and for counts that are negative, fractional or not finite. Reading the values
-            waits for the GPU. Without it, fractional counts are evaluated as they are.
+        validate: check for rates below 0 and for counts that are negative, fractional or not finite, also where the
+            weight is 0. Reading the values waits for the GPU. Without it, fractional counts are evaluated as they are.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
         weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
@@ -165,7 +165,7 @@ def negative_binomial_nll(
             logarithms.
         reduction: `"event"` sums every row to (B,); `"none"` keeps the elements.
         validate: check every value first, and report the first that is not a count (a whole number, at least 0) or is
-            out of its domain. Without it, fractional counts are evaluated as they are.
+            out of its domain, also where the weight is 0. Without it, fractional counts are evaluated as they are.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
         weight: multiplies the nll of each element: bool, uint8 or floating, at least 0: (B, G), (B, 1), (1, G) or (G,),
@@ -233,7 +233,8 @@ def negative_binomial_logits_nll(
         logits: (B, G).
         target, validate, draws, weight: as for `negative_binomial_nll`.
         log_dispersion: (G,) or (B, G).
-        library: (B,) or (B, 1), above 0: the expected total of a cell. It gets a gradient if it requires one.
+        library: (B,) or (B, 1): the expected total of a cell, above 0, or 0 if it has no counts. It gets a gradient if
+            it requires one.
 
     Returns and Raises are those of `negative_binomial_nll`.
     """
@@ -321,10 +322,10 @@ def multinomial_nll(
     Args:
         logits: (B, V).
         target: counts (B, V): floating, uint8, uint16, int32 or int64, not scaled, dense or torch.sparse_csr, which is
-            not made dense on the CPU. It must not require a gradient.
+            not made dense. It must not require a gradient.
         validate: check every value first, and report the first count that is negative, fractional or not finite, and
-            the first logit that is NaN or inf. Without it, fractional counts are evaluated as they are, with
-            t! = Gamma(t + 1).
+            the first logit that is NaN or inf, also where the weight is 0. Without it, fractional counts are evaluated
+            as they are, with t! = Gamma(t + 1).
         draws: K if the logits hold K draws, (K, B, V), for one target, (B, V), which is read without being repeated.
             The result is then (K, B).
         weight: bool, uint8 or floating, at least 0: (B, V), (B, 1), (1, V) or (V,); also beside a sparse target. It
@@ -401,9 +402,9 @@ def _check_all_values(
     _check_counts(variant.function, "target", target)
     for name, value in zip(variant.tensors, params, strict=True):
         valid, required = value.isfinite(), "finite numbers"
-        if name in _MEANS and eps > 0:
+        if name == "library" or (name in _MEANS and eps > 0):
             valid, required = valid & (value >= 0), "finite numbers that are at least 0"
-        elif name in (*_MEANS, "inverse_dispersion", "library"):
+        elif name in (*_MEANS, "inverse_dispersion"):
             valid, required = valid & (value > 0), "positive, finite numbers"
         elif variant.density == "multinomial":
             valid, required = value < math.inf, "finite numbers or -inf"

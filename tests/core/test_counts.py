@@ -462,12 +462,12 @@ def test_wrong_inputs_raise(
 @pytest.mark.parametrize(
     ("starts", "columns", "message"),
     [
-        ([0, 2, 2, 4], [1, 4, 0, 5], "have col_indices from 0 to 4, got 5 at position 1 of row 2$"),
-        ([0, 2, 2, 4], [4, -1, 0, 2], "have col_indices from 0 to 4, got -1 at position 1 of row 0$"),
-        ([0, 2, 1, 4], [0, 1, 2, 3], "have crow_indices that rise from 0 to its 4 values, got 1 at position 2"),
-        ([0, 2, 2, 3], [0, 1, 2, 3], "have crow_indices that rise from 0 to its 4 values, got 3 at position 3"),
-        ([0, 2, 2, 4], [4, 1, 0, 2], "have ascending col_indices in every row.*, got 1 at position 1 of row 0;"),
-        ([0, 2, 2, 4], [1, 4, 2, 2], "have ascending col_indices in every row.*, got 2 at position 1 of row 2;"),
+        ([0, 2, 2, 4], [1, 4, 0, 5], "col_indices from 0 to 4, got 5 at position 1 of row 2$"),
+        ([0, 2, 2, 4], [4, -1, 0, 2], "col_indices from 0 to 4, got -1 at position 1 of row 0$"),
+        ([0, 2, 1, 4], [0, 1, 2, 3], "crow_indices that rise from 0 to its 4 values, got 1 at position 2"),
+        ([0, 2, 2, 3], [0, 1, 2, 3], "crow_indices that rise from 0 to its 4 values, got 3 at position 3"),
+        ([0, 2, 2, 4], [4, 1, 0, 2], "ascending col_indices in every row.*, got 1 at position 1 of row 0;"),
+        ([0, 2, 2, 4], [1, 4, 2, 2], "ascending col_indices in every row.*, got 2 at position 1 of row 2;"),
     ],
 )
 def test_validate_names_the_first_wrong_position(starts: list[int], columns: list[int], message: str) -> None:
@@ -475,7 +475,7 @@ def test_validate_names_the_first_wrong_position(starts: list[int], columns: lis
     with torch.sparse.check_sparse_tensor_invariants(False):
         target = torch.sparse_csr_tensor(torch.tensor(starts), torch.tensor(columns), torch.ones(4), (3, 5))
     where, positions = "negative_binomial_nll", (target.crow_indices(), target.col_indices(), 5)
-    with pytest.raises(ValueError, match=f"fastvae.{where}: `target` must {message}"):
+    with pytest.raises(ValueError, match=f"fastvae.{where}: `target` must have {message}"):
         check_columns(where, "target", *positions)
     inputs = make(NB, 3, 5) | {"target": target}
     if message.endswith(";"):
@@ -483,7 +483,7 @@ def test_validate_names_the_first_wrong_position(starts: list[int], columns: lis
         mended = target.to_dense().to_sparse_csr()
         check_columns(where, "target", mended.crow_indices(), mended.col_indices(), 5)
     else:
-        with pytest.raises(ValueError, match=f"`target` must {message}"):
+        with pytest.raises(ValueError, match=f"`target` must have {message}"):
             functional.negative_binomial_nll(**inputs, validate=True)
 
 
@@ -498,16 +498,25 @@ def test_validate_names_the_first_invalid_count(sparse: bool, value: float, back
         functional.negative_binomial_nll(**inputs | {"target": target}, validate=True)
 
 
+def test_validate_accepts_an_empty_cell(backend: str) -> None:
+    inputs = make(NB_RAW)
+    inputs["target"][1] = 0
+    inputs["library"] = inputs["target"].sum(1)
+    value = functional.negative_binomial_logits_nll(**inputs, validate=True)
+    assert value[1] == 0
+    assert torch.equal(value, call(NB_RAW, **inputs))
+
+
 @pytest.mark.parametrize(
     ("form", "name", "value"),
     [(NB, "mean", 0.0), (ZINB, "inverse_dispersion", -1.0), (ZINB, "zi_logits", math.nan),
-     (NB_RAW, "library", 0.0), (ZINB_RAW, "logits", math.inf), (ZINB_RAW, "log_dispersion", math.nan)],
+     (NB_RAW, "library", -1.0), (ZINB_RAW, "logits", math.inf), (ZINB_RAW, "log_dispersion", math.nan)],
 )  # fmt: skip
 def test_validate_names_the_first_invalid_parameter(form: str, name: str, value: float, backend: str) -> None:
     inputs = make(form)
     inputs[name] = inputs[name].detach().clone()
     inputs[name].view(-1)[2] = value
-    with pytest.raises(ValueError, match=rf"`{name}` must hold .* numbers, got {value} at \((0, )?2,?\)"):
+    with pytest.raises(ValueError, match=rf"`{name}` must hold .* numbers.*, got {value} at \((0, )?2,?\)"):
         getattr(functional, f"{form}_nll")(**inputs, validate=True)
 
 
