@@ -213,7 +213,8 @@ def negative_binomial_logits_nll(
         logits: (B, G).
         target, validate, draws, weight: as for `negative_binomial_nll`.
         log_dispersion: (G,) or (B, G).
-        library: (B,) or (B, 1), above 0: the expected total of a cell. It gets a gradient if it requires one.
+        library: (B,) or (B, 1): the expected total of a cell, above 0, or 0 if it has no counts. It gets a gradient if
+            it requires one.
 
     Returns and Raises are those of `negative_binomial_nll`.
     """
@@ -301,7 +302,7 @@ def multinomial_nll(
     Args:
         logits: (B, V).
         target: counts (B, V): floating, uint8, uint16, int32 or int64, not scaled, dense or torch.sparse_csr, which is
-            not made dense on the CPU. It must not require a gradient.
+            not made dense. It must not require a gradient.
         validate: check every value first, and report the first count that is negative, fractional or not finite, the
             first logit that is NaN or inf, and the first weight that is negative, infinite or NaN. What has a weight of
             0 is not checked. Reading the values waits for the GPU. Without it, fractional counts are evaluated as they

@@ -49,20 +49,36 @@ def check_weight_values(where: str, weight: object, name: str = "weight") -> Non
         _check(where, name, weight, (weight >= 0) & (weight < math.inf), _NOT_NEGATIVE)
 
 
-def check_columns(where: str, name: str, starts: Tensor, columns: Tensor, features: int) -> None:
-    """Check that the columns of every row of a CSR target exist and ascend."""
-    first_of_row = torch.zeros(len(columns) + 1, dtype=torch.bool, device=columns.device)
-    first_of_row[starts] = True
-    ascend = torch.ones_like(columns, dtype=torch.bool)
-    ascend[1:] = columns[1:] > columns[:-1]
-    valid = (columns >= 0) & (columns < features) & (ascend | first_of_row[:-1])
+def check_columns(
+    where: str, name: str, starts: Tensor, columns: Tensor, features: int, *, ordered: bool = True
+) -> None:
+    """Check that the columns of every row of a CSR target exist and, if they must be `ordered`, ascend."""
+    wrong = torch.zeros_like(starts, dtype=torch.bool)
+    wrong[0] = starts[0] != 0
+    wrong[1:] = starts[1:] < starts[:-1]
+    wrong[-1] |= starts[-1] != len(columns)
+    if wrong.any():
+        i = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"fastvae.{where}: `{name}` must have crow_indices that rise from 0 to its {len(columns)} values, got "
+            f"{int(starts[i])} at position {i}"
+        )
+    exist = (columns >= 0) & (columns < features)
+    required, advice = f"col_indices from 0 to {features - 1}", ""
+    valid = exist
+    if ordered and exist.all():
+        first_of_row = torch.zeros(len(columns) + 1, dtype=torch.bool, device=columns.device)
+        first_of_row[starts] = True
+        valid = first_of_row[:-1].clone()
+        valid[1:] |= columns[1:] > columns[:-1]
+        required = "ascending col_indices in every row, each once"
+        advice = f"; did you mean {name}.to_dense().to_sparse_csr()?"
     if not valid.all():
         i = int((~valid).nonzero()[0])
         row = int((starts > i).nonzero()[0]) - 1
         raise ValueError(
-            f"fastvae.{where}: `{name}` must have ascending col_indices below {features} in every row, got "
-            f"{int(columns[i])} at position {i - int(starts[row])} of row {row}; did you mean "
-            f"{name}.to_dense().to_sparse_csr()?"
+            f"fastvae.{where}: `{name}` must have {required}, got {int(columns[i])} at position "
+            f"{i - int(starts[row])} of row {row}{advice}"
         )
 
 
@@ -80,16 +96,15 @@ def _check_data(
         _check(where, name, target, valid, required, kept)
         return
     starts, columns, stored = target.crow_indices(), target.col_indices(), target.values()
+    # The CPU's kernel takes the columns of a row in any order.
+    check_columns(where, name, starts, columns, target.shape[1], ordered=target.device.type != "cpu")
     valid, required = _valid_data(variant, first, stored, constants)
     rows = torch.arange(len(target), device=starts.device).repeat_interleave(starts.diff())
-    if kept is not None:  # columns that do not exist are found later
-        valid = valid | ~kept.expand(target.shape)[rows, columns.clamp(0, target.shape[1] - 1)]
+    if kept is not None:
+        valid = valid | ~kept.expand(target.shape)[rows, columns]
     if not valid.all():
         i = int((~valid).nonzero()[0])
         _raise(where, name, required, stored[i], (int(rows[i]), int(columns[i])))
-    # The CPU's kernel itself refuses columns out of range, and takes them in any order.
-    if target.device.type != "cpu":
-        check_columns(where, name, starts, columns, target.shape[1])
 
 
 def _valid_data(
@@ -126,9 +141,9 @@ def _check_parameter(
     """Check a parameter of counts. `part` is its name in the table."""
     if part == "log_rate":
         return
-    if part == "rate" or (part in ("mean", "mean1", "mean2") and eps > 0):
+    if part in ("rate", "library") or (part in ("mean", "mean1", "mean2") and eps > 0):
         valid, required = (value >= 0) & (value < math.inf), _NOT_NEGATIVE
-    elif part in ("mean", "mean1", "mean2", "inverse_dispersion", "library"):
+    elif part in ("mean", "mean1", "mean2", "inverse_dispersion"):
         valid, required = (value > 0) & (value < math.inf), _POSITIVE
     elif variant.density == "multinomial":
         valid, required = value < math.inf, "finite numbers or -inf"
