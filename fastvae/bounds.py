@@ -5,7 +5,7 @@ Sticking the Landing; [T] Tucker, Lawson, Gu and Maddison 2019, Doubly Reparamet
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from .functional import sample_log_probs
 from .functional.checks import check_choice, checked_int
 from .functional.forms import ScaleForm
 from .functional.ranges import warn_of_non_finite_weights
+from .functional.values import check_weight_values
 from .likelihoods.base import has_kernel, nll_of_draws
 from .priors import Prior
 from .reference.loss import reduce_rows
@@ -162,6 +163,7 @@ class IWAE(ELBO):
         logvar: Tensor | None = None,
         *,
         draws: PosteriorDraws | None = None,
+        validate: bool = False,
         weight: Any = None,
     ) -> IWAEOutput:
         """Compute the bound of a batch, as `iwae(decoder, x, mu, logvar)`, or from separate draws, as
@@ -173,19 +175,26 @@ class IWAE(ELBO):
             x: the data, (B, ...), as for `fastvae.ELBO`.
             mu, logvar: the posterior, (B, ...), or a packed head (B, 2 L, ...) alone.
             draws: the result of `sample`, in place of the posterior.
+            validate: check the values, as for `fastvae.ELBO`: those of the weight before a draw, and the others when
+                the decoder's output is known.
             weight: the weight of each element of `x`, shared by the draws, as for `fastvae.ELBO`. With a weight of 0
                 for what is missing, this is the bound of MIWAE (Mattei and Frellsen 2019, equation 4).
 
         Raises:
             TypeError: If neither or both of the posterior and the draws are passed, the decoder's output is passed
                 without draws, or `chunk` is set and the decoder is not a function.
-            ValueError: If a shape or device is wrong, or with the estimator "dreg" the draws are not reparameterised.
+            ValueError: If a shape or device is wrong, with the estimator "dreg" the draws are not reparameterised, or
+                `validate` finds an invalid value.
         """
         if (mu is None and logvar is not None) or (mu is None) == (draws is None):
             raise TypeError(
                 "fastvae.IWAE: call iwae(decoder, x, mu, logvar) or iwae(recon, x, draws=iwae.sample(mu, logvar)): the "
                 "posterior or its draws"
             )
+        if validate:
+            check_weight_values("IWAE", weight)
+            for name, part in weight.items() if isinstance(weight, Mapping) else ():
+                check_weight_values("IWAE", part, f"weight[{name!r}]")
         is_function = callable(decoder) and not isinstance(decoder, Tensor)
         if draws is None:
             if not is_function:
@@ -213,15 +222,16 @@ class IWAE(ELBO):
 
         if self.chunk is None or self.chunk >= self.samples or not is_function:
             recon = decoder(z.flatten(0, 1)) if is_function else decoder
-            results = self._fused(recon, x, draws, weight)
+            # The values are checked in `nll_of_draws`.
+            results = None if validate else self._fused(recon, x, draws, weight)
             if results is None:
-                nll = nll_of_draws("IWAE", self.likelihood, recon, x, self.samples, weight)
+                nll = nll_of_draws("IWAE", self.likelihood, recon, x, self.samples, weight, validate)
                 results = self._bound_of(nll, log_q - log_p)
         else:
 
             def nll_of(part: Tensor) -> Tensor:
                 return nll_of_draws(
-                    "IWAE", self.likelihood, decoder(part.flatten(0, 1)), x, len(part), weight
+                    "IWAE", self.likelihood, decoder(part.flatten(0, 1)), x, len(part), weight, validate
                 )
 
             parts = [checkpoint(nll_of, part, use_reentrant=False) for part in z.split(self.chunk)]

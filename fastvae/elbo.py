@@ -273,6 +273,7 @@ class ELBO(nn.Module):
         logvar: Tensor | None = None,
         *,
         kl: Tensor | None = None,
+        validate: bool = False,
         weight: Any = None,
     ) -> ELBOOutput:
         """Compute the loss of a batch.
@@ -285,6 +286,9 @@ class ELBO(nn.Module):
                 computed here.
             kl: the KL of every row, (B,), as `reparameterize` returns it; with free bits, the KL of every dimension,
                 (B, ...). Pass either `kl` or the posterior.
+            validate: check every value of the weight and of `x` first, and of the parameters of counts, and raise
+                ValueError for the first that the likelihood cannot have. What the weight leaves out is not checked.
+                Reading the values waits for the GPU.
             weight: multiplies the nll of each element of `x`, for instance a mask of what is observed: bool, uint8
                 (read as a number) or floating, at least 0, in the shape of `x` or with sizes of 1, as (B, 1, H, W).
                 Elements of weight 0 are left out: even NaN or inf there, in `recon` or in `x`, reach neither the loss
@@ -295,7 +299,8 @@ class ELBO(nn.Module):
         Raises:
             TypeError: If neither or both of the posterior and `kl` are passed, or an argument has a wrong type or
                 dtype.
-            ValueError: If a shape or device is wrong, or `x` requires a gradient that the likelihood does not provide.
+            ValueError: If a shape or device is wrong, `x` requires a gradient that the likelihood does not provide, or
+                `validate` finds an invalid value.
         """
         if kl is None:
             if mu is None:
@@ -331,15 +336,24 @@ class ELBO(nn.Module):
         if not torch.compiler.is_compiling() and beta.is_cpu and isinstance(kl, Tensor) and not kl.is_cpu:
             _move_setting(beta, kl)
         if self.samples is not None:
-            nll = nll_of_draws("ELBO", likelihood, recon, x, self.samples, weight).mean(0)
+            nll = nll_of_draws("ELBO", likelihood, recon, x, self.samples, weight, validate).mean(0)
             return _output_from_nll(nll, kl, beta, self._reduction)._replace(kl=true_kl)
         if not has_kernel(likelihood):
-            nll = nll_of_module(likelihood, "ELBO", recon, x, weight)
+            nll = nll_of_module(likelihood, "ELBO", recon, x, weight, validate)
             output = _output_from_nll(nll, kl, beta, self._reduction)
             return output._replace(kl=true_kl)
         name, params, constants = likelihood.kernel_call(recon)
         loss, nll = loss_and_nll(
-            name, params, x, constants, kl, beta, self._reduction, caller="ELBO", weight=weight
+            name,
+            params,
+            x,
+            constants,
+            kl,
+            beta,
+            self._reduction,
+            caller="ELBO",
+            weight=weight,
+            validate=validate,
         )
         if not torch.compiler.is_compiling() and not self._first_batch_checked:
             probs = recon if isinstance(likelihood, Bernoulli) and likelihood.from_probs else None

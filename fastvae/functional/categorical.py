@@ -19,6 +19,7 @@ def categorical_nll(
     target: Tensor,
     *,
     ignore_index: int = -100,
+    validate: bool = False,
     draws: int | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
@@ -33,6 +34,9 @@ def categorical_nll(
         logits: (B, ..., V).
         target: (B, ...), int64: the class of each position, 0 to V - 1, or `ignore_index`.
         ignore_index: positions with this target (padding) add nothing to the loss and get no gradient.
+        validate: check every value first, on a GPU too, and report the first class that does not exist, and the first
+            weight that is negative, infinite or NaN. What has a weight of 0 is not checked. Reading the values waits
+            for the GPU.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
         weight: multiplies the nll of each position: bool, uint8 or floating, at least 0, in the shape of `target` or
@@ -45,7 +49,8 @@ def categorical_nll(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If a shape or device is wrong, or a class does not exist (checked for tensors on the CPU only).
+        ValueError: If a shape or device is wrong, `validate` finds an invalid value, or a class does not exist (always
+            checked for tensors on the CPU).
     """
     return loss.nll(
         "categorical",
@@ -54,6 +59,7 @@ def categorical_nll(
         [checked_index("categorical_nll", ignore_index)],
         draws=draws,
         weight=weight,
+        validate=validate,
     )[0]
 
 

@@ -303,20 +303,6 @@ def _weight_message(
     return f"fastvae.{where}: `weight` must have {required}, got {found}{hint}"
 
 
-def check_weight_values(where: str, weight: Any) -> None:
-    """Report the first value of a weight that is negative, infinite or NaN. This waits for the GPU."""
-    # A weight of another type is left to the checks of the loss, which have the message for it.
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or not is_dense(weight):
-        return
-    valid = (weight >= 0) & (weight < math.inf)
-    if not valid.all():
-        position = tuple((~valid).nonzero()[0].tolist())
-        raise ValueError(
-            f"fastvae.{where}: `weight` must hold finite numbers that are at least 0, got {weight[position].item()} "
-            f"at {position}"
-        )
-
-
 def check_kl(where: str, kl: Any, like_name: str, like: Tensor) -> None:
     if not isinstance(kl, Tensor):
         raise TypeError(f"fastvae.{where}: `kl` must be a Tensor, got {type(kl).__name__}")

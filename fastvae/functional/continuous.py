@@ -25,7 +25,12 @@ __all__ = [
 
 
 def bernoulli_nll(
-    logits: Tensor, target: Tensor, *, draws: int | None = None, weight: Tensor | None = None
+    logits: Tensor,
+    target: Tensor,
+    *,
+    validate: bool = False,
+    draws: int | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Compute -log Bernoulli(target | sigmoid(logits)) of every row, in nats.
 
@@ -37,6 +42,9 @@ def bernoulli_nll(
         logits: (B, ...), before the sigmoid.
         target: the shape of `logits`, in [0, 1]: floating, bool, or uint8 read as x / 255. It must not require a
             gradient.
+        validate: check every value first, and report the first value of `target` that is more than 1e-4 outside [0, 1],
+            and the first weight that is negative, infinite or NaN. What has a weight of 0 is not checked. Reading the
+            values waits for the GPU.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
         weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
@@ -49,9 +57,9 @@ def bernoulli_nll(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If a shape or device is wrong, or the target requires a gradient.
+        ValueError: If a shape or device is wrong, the target requires a gradient, or `validate` finds an invalid value.
     """
-    return loss.nll("bernoulli", [logits], target, [], draws=draws, weight=weight)[0]
+    return loss.nll("bernoulli", [logits], target, [], draws=draws, weight=weight, validate=validate)[0]
 
 
 def gaussian_nll(
@@ -61,6 +69,7 @@ def gaussian_nll(
     *,
     scale: float = 1.0,
     logvar_bounds: tuple[float, float] | None = None,
+    validate: bool = False,
     draws: int | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
@@ -77,6 +86,9 @@ def gaussian_nll(
             mid = (lo + hi) / 2 and half = (hi - lo) / 2. If a model fits some data exactly, such as flat parts of an
             image, the best variance is 0 and the loss has no lower bound; the clamp gives it one. It is close to the
             identity in the middle, and has a gradient outside the bounds too.
+        validate: check every value first, and report the first value of `target` that is infinite or NaN, and the first
+            weight that is negative, infinite or NaN. What has a weight of 0 is not checked. Reading the values waits
+            for the GPU.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
         weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
@@ -89,8 +101,8 @@ def gaussian_nll(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype (pass a learned scale as `logvar`).
-        ValueError: If a shape, device, `scale` or the bounds are wrong, `logvar` and `scale` are both passed, or
-            `logvar_bounds` is passed without `logvar`.
+        ValueError: If a shape, device, `scale` or the bounds are wrong, `logvar` and `scale` are both passed,
+            `logvar_bounds` is passed without `logvar`, or `validate` finds an invalid value.
     """
     if isinstance(scale, Tensor):
         raise TypeError(
@@ -103,7 +115,7 @@ def gaussian_nll(
             raise ValueError(
                 f"fastvae.gaussian_nll: `logvar_bounds` requires `logvar`, got `logvar_bounds` {logvar_bounds!r} alone"
             )
-        return loss.nll("gaussian", [mean], target, [scale], draws=draws, weight=weight)[0]
+        return loss.nll("gaussian", [mean], target, [scale], draws=draws, weight=weight, validate=validate)[0]
     if scale != 1.0:
         raise ValueError(
             f"fastvae.gaussian_nll: `logvar` and `scale` exclude each other, got `scale` {scale}"
@@ -117,16 +129,29 @@ def gaussian_nll(
             [],
             draws=draws,
             weight=weight,
+            validate=validate,
         )[0]
     bounds = checked_bounds("gaussian_nll", logvar_bounds)
     if not learned:
         return loss.nll(
-            "gaussian_bounded_per_element", [mean, logvar], target, list(bounds), draws=draws, weight=weight
+            "gaussian_bounded_per_element",
+            [mean, logvar],
+            target,
+            list(bounds),
+            draws=draws,
+            weight=weight,
+            validate=validate,
         )[0]
     check_floating("gaussian_nll", "mean", mean)
     check_learned("gaussian_nll", "logvar", logvar, "mean", mean)
     return loss.nll(
-        "gaussian_learned", [mean, smooth_clamp(logvar, bounds)], target, [], draws=draws, weight=weight
+        "gaussian_learned",
+        [mean, smooth_clamp(logvar, bounds)],
+        target,
+        [],
+        draws=draws,
+        weight=weight,
+        validate=validate,
     )[0]
 
 
@@ -135,6 +160,7 @@ def gaussian_head_nll(
     target: Tensor,
     *,
     logvar_bounds: tuple[float, float] | None = None,
+    validate: bool = False,
     draws: int | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
@@ -144,6 +170,9 @@ def gaussian_head_nll(
         params: (B, 2C, ...): the C channels of the mean, then the C channels of the log-variance.
         target: (B, C, ...): floating, or uint8 read as x / 255. It gets a gradient if it requires one.
         logvar_bounds: (lo, hi), a smooth clamp of the log-variance, as in `gaussian_nll`; it needs no extra memory.
+        validate: check every value first, and report the first value of `target` that is infinite or NaN, and the first
+            weight that is negative, infinite or NaN. What has a weight of 0 is not checked. Reading the values waits
+            for the GPU.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
         weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
@@ -156,12 +185,16 @@ def gaussian_head_nll(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If a shape, a device or the bounds are wrong.
+        ValueError: If a shape, a device or the bounds are wrong, or `validate` finds an invalid value.
     """
     if logvar_bounds is None:
-        return loss.nll("gaussian_head", [params], target, [], draws=draws, weight=weight)[0]
+        return loss.nll("gaussian_head", [params], target, [], draws=draws, weight=weight, validate=validate)[
+            0
+        ]
     bounds = checked_bounds("gaussian_head_nll", logvar_bounds)
-    return loss.nll("gaussian_bounded_head", [params], target, list(bounds), draws=draws, weight=weight)[0]
+    return loss.nll(
+        "gaussian_bounded_head", [params], target, list(bounds), draws=draws, weight=weight, validate=validate
+    )[0]
 
 
 def smooth_clamp(logvar: Tensor, bounds: Sequence[float]) -> Tensor:
@@ -190,6 +223,7 @@ def laplace_nll(
     log_scale: Tensor | None = None,
     *,
     scale: float = 1.0,
+    validate: bool = False,
     draws: int | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
@@ -202,6 +236,9 @@ def laplace_nll(
         target: the shape of `loc`: floating, or uint8 read as x / 255. It gets a gradient if it requires one.
         log_scale: log b: the shape of `loc` (per element), or 0-dimensional (one learned scale).
         scale: b if there is no `log_scale`; a positive number.
+        validate: check every value first, and report the first value of `target` that is infinite or NaN, and the first
+            weight that is negative, infinite or NaN. What has a weight of 0 is not checked. Reading the values waits
+            for the GPU.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
         weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
@@ -214,20 +251,29 @@ def laplace_nll(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype (pass a learned scale as `log_scale`).
-        ValueError: If a shape, device or `scale` is wrong, or `log_scale` and `scale` are both passed.
+        ValueError: If a shape, device or `scale` is wrong, `log_scale` and `scale` are both passed, or `validate` finds
+            an invalid value.
     """
     name, params, constants = _scale_variant("laplace", loc, log_scale, scale)
-    return loss.nll(name, params, target, constants, draws=draws, weight=weight)[0]
+    return loss.nll(name, params, target, constants, draws=draws, weight=weight, validate=validate)[0]
 
 
 def laplace_head_nll(
-    params: Tensor, target: Tensor, *, draws: int | None = None, weight: Tensor | None = None
+    params: Tensor,
+    target: Tensor,
+    *,
+    validate: bool = False,
+    draws: int | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Compute `laplace_nll` from location and log-scale packed in one tensor, whose gradient is packed in the same way.
 
     Args:
         params: (B, 2C, ...): the C channels of the location, then the C channels of the log-scale.
         target: (B, C, ...): floating, or uint8 read as x / 255. It gets a gradient if it requires one.
+        validate: check every value first, and report the first value of `target` that is infinite or NaN, and the first
+            weight that is negative, infinite or NaN. What has a weight of 0 is not checked. Reading the values waits
+            for the GPU.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
         weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
@@ -240,9 +286,9 @@ def laplace_head_nll(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If a shape or device is wrong.
+        ValueError: If a shape or device is wrong, or `validate` finds an invalid value.
     """
-    return loss.nll("laplace_head", [params], target, draws=draws, weight=weight)[0]
+    return loss.nll("laplace_head", [params], target, draws=draws, weight=weight, validate=validate)[0]
 
 
 def student_t_nll(
@@ -252,6 +298,7 @@ def student_t_nll(
     *,
     df: float,
     scale: float = 1.0,
+    validate: bool = False,
     draws: int | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
@@ -268,6 +315,9 @@ def student_t_nll(
         df: the degrees of freedom v, a positive number. 1 gives the Cauchy; towards infinity, it approaches the
             Gaussian.
         scale: s if there is no `log_scale`; a positive number.
+        validate: check every value first, and report the first value of `target` that is infinite or NaN, and the first
+            weight that is negative, infinite or NaN. What has a weight of 0 is not checked. Reading the values waits
+            for the GPU.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
         weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
@@ -280,15 +330,22 @@ def student_t_nll(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype (pass a learned scale as `log_scale`).
-        ValueError: If a shape, device, `df` or `scale` is wrong, or `log_scale` and `scale` are both passed.
+        ValueError: If a shape, device, `df` or `scale` is wrong, `log_scale` and `scale` are both passed, or `validate`
+            finds an invalid value.
     """
     df = checked_positive("student_t_nll", "df", df)
     name, params, constants = _scale_variant("student_t", loc, log_scale, scale)
-    return loss.nll(name, params, target, [df, *constants], draws=draws, weight=weight)[0]
+    return loss.nll(name, params, target, [df, *constants], draws=draws, weight=weight, validate=validate)[0]
 
 
 def student_t_head_nll(
-    params: Tensor, target: Tensor, *, df: float, draws: int | None = None, weight: Tensor | None = None
+    params: Tensor,
+    target: Tensor,
+    *,
+    df: float,
+    validate: bool = False,
+    draws: int | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Compute `student_t_nll` from location and log-scale packed in one tensor, whose gradient is packed likewise.
 
@@ -296,6 +353,9 @@ def student_t_head_nll(
         params: (B, 2C, ...): the C channels of the location, then the C channels of the log-scale.
         target: (B, C, ...): floating, or uint8 read as x / 255. It gets a gradient if it requires one.
         df: the degrees of freedom, a positive number.
+        validate: check every value first, and report the first value of `target` that is infinite or NaN, and the first
+            weight that is negative, infinite or NaN. What has a weight of 0 is not checked. Reading the values waits
+            for the GPU.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
         weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
@@ -308,7 +368,7 @@ def student_t_head_nll(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If a shape, device or `df` is wrong.
+        ValueError: If a shape, device or `df` is wrong, or `validate` finds an invalid value.
     """
     return loss.nll(
         "student_t_head",
@@ -317,6 +377,7 @@ def student_t_head_nll(
         [checked_positive("student_t_head_nll", "df", df)],
         draws=draws,
         weight=weight,
+        validate=validate,
     )[0]
 
 
@@ -340,7 +401,12 @@ def _scale_variant(
 
 
 def continuous_bernoulli_nll(
-    logits: Tensor, target: Tensor, *, draws: int | None = None, weight: Tensor | None = None
+    logits: Tensor,
+    target: Tensor,
+    *,
+    validate: bool = False,
+    draws: int | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Compute -log of the continuous Bernoulli of every row, in nats: unlike `bernoulli_nll`, a density of grey values.
 
@@ -351,6 +417,9 @@ def continuous_bernoulli_nll(
     Args:
         logits: (B, ...), before the sigmoid, which is not the mean here: see likelihoods.ContinuousBernoulli.
         target: the shape of `logits`, in [0, 1]: floating, or uint8 read as x / 255. It must not require a gradient.
+        validate: check every value first, and report the first value of `target` that is more than 1e-4 outside [0, 1],
+            and the first weight that is negative, infinite or NaN. What has a weight of 0 is not checked. Reading the
+            values waits for the GPU.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
         weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
@@ -363,13 +432,21 @@ def continuous_bernoulli_nll(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If a shape or device is wrong, or the target requires a gradient.
+        ValueError: If a shape or device is wrong, the target requires a gradient, or `validate` finds an invalid value.
     """
-    return loss.nll("continuous_bernoulli", [logits], target, draws=draws, weight=weight)[0]
+    return loss.nll("continuous_bernoulli", [logits], target, draws=draws, weight=weight, validate=validate)[
+        0
+    ]
 
 
 def gamma_nll(
-    log_scale: Tensor, target: Tensor, *, shape: float, draws: int | None = None, weight: Tensor | None = None
+    log_scale: Tensor,
+    target: Tensor,
+    *,
+    shape: float,
+    validate: bool = False,
+    draws: int | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Compute -log Gamma(target | shape, e^log_scale) of every row, in nats, for positive data.
 
@@ -386,6 +463,9 @@ def gamma_nll(
             target of 0 is valid for `shape` 1. Otherwise its value is the limit, +inf for a larger shape and -inf for a
             smaller one, and its gradient is finite. It must not require a gradient.
         shape: k, a positive number.
+        validate: check every value first, and report the first value of `target` that is not positive (for `shape` 1:
+            negative) or not finite, and the first weight that is negative, infinite or NaN. What has a weight of 0 is
+            not checked. Reading the values waits for the GPU.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
         weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
@@ -398,8 +478,8 @@ def gamma_nll(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If a shape or device is wrong, the argument `shape` is not positive, or the target requires a
-            gradient.
+        ValueError: If a shape or device is wrong, the argument `shape` is not positive, the target requires a gradient,
+            or `validate` finds an invalid value.
     """
     return loss.nll(
         "gamma",
@@ -408,4 +488,5 @@ def gamma_nll(
         [checked_positive("gamma_nll", "shape", shape)],
         draws=draws,
         weight=weight,
+        validate=validate,
     )[0]

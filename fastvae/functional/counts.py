@@ -1,6 +1,5 @@
 """Counts in general, counts of genes in cells, and counts of items or words whose sum is given."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +11,9 @@ from . import loss
 from .checks import (
     check_beside,
     check_choice,
-    check_elements,
     check_floating,
     check_like,
     check_target,
-    check_weight_values,
     checked_not_negative,
     is_dense,
     shape_message,
@@ -51,8 +48,9 @@ def poisson_nll(
         log_rate: (B, ...), the logarithm of the expected counts.
         target: the shape of `log_rate`: counts, floating or uint8, uint16, int32 or int64, none of them scaled. It must
             not require a gradient.
-        validate: check for counts that are negative, fractional or not finite, which otherwise give meaningless
-            results. Reading the values waits for the GPU.
+        validate: check every value first, and report the first count that is negative, fractional or not finite, which
+            would otherwise give a meaningless result, and the first weight that is negative, infinite or NaN. What has
+            a weight of 0 is not checked. Reading the values waits for the GPU.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
         weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
@@ -68,14 +66,7 @@ def poisson_nll(
         ValueError: If a shape or device is wrong, the target requires a gradient, or `validate` finds an invalid count
             or weight.
     """
-    if validate:
-        if draws is None:  # else the loss checks shapes
-            check_elements(
-                "poisson_nll", ("log_rate",), VARIANTS["poisson"], [log_rate], target, "target", ()
-            )
-        _check_counts("poisson_nll", "target", target)
-        check_weight_values("poisson_nll", weight)
-    return loss.nll("poisson", [log_rate], target, draws=draws, weight=weight)[0]
+    return loss.nll("poisson", [log_rate], target, draws=draws, weight=weight, validate=validate)[0]
 
 
 def poisson_rate_nll(
@@ -100,8 +91,9 @@ def poisson_rate_nll(
             require a gradient.
         eps: at least 0, added to `rate`; value and gradient are those at rate + eps.
         reduction: `"event"` sums every row to (B,); `"none"` keeps the elements.
-        validate: check for rates below 0 and for counts that are negative, fractional or not finite. Reading the values
-            waits for the GPU. Without it, fractional counts are evaluated as they are.
+        validate: check every value first, and report the first rate below 0, the first count that is negative,
+            fractional or not finite, and the first weight that is negative, infinite or NaN. What has a weight of 0 is
+            not checked. Reading the values waits for the GPU. Without it, fractional counts are evaluated as they are.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
         weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
@@ -119,23 +111,10 @@ def poisson_rate_nll(
     """
     eps = checked_not_negative("poisson_rate_nll", "eps", eps)
     check_choice("poisson_rate_nll", "reduction", reduction, ("event", "none"))
-    if validate:
-        variant = VARIANTS["poisson_rate"]
-        if draws is None:  # else the loss checks shapes
-            check_elements(variant.function, variant.tensors, variant, [rate], target, "target", (eps,))
-        _check_counts(variant.function, "target", target)
-        _check_values(
-            variant.function,
-            "rate",
-            rate,
-            (rate >= 0) & (rate < math.inf),
-            "finite numbers that are at least 0",
-        )
-        check_weight_values(variant.function, weight)
     if reduction == "none":
         _check_no_draws("poisson_rate_nll", draws)
-        return loss.nll_elements("poisson_rate", [rate], target, (eps,), weight=weight)
-    return loss.nll("poisson_rate", [rate], target, (eps,), draws=draws, weight=weight)[0]
+        return loss.nll_elements("poisson_rate", [rate], target, (eps,), weight=weight, validate=validate)
+    return loss.nll("poisson_rate", [rate], target, (eps,), draws=draws, weight=weight, validate=validate)[0]
 
 
 def negative_binomial_nll(
@@ -165,7 +144,8 @@ def negative_binomial_nll(
             logarithms.
         reduction: `"event"` sums every row to (B,); `"none"` keeps the elements.
         validate: check every value first, and report the first that is not a count (a whole number, at least 0) or is
-            out of its domain. Without it, fractional counts are evaluated as they are.
+            out of its domain, and the first weight that is negative, infinite or NaN. What has a weight of 0 is not
+            checked. Reading the values waits for the GPU. Without it, fractional counts are evaluated as they are.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
         weight: multiplies the nll of each element: bool, uint8 or floating, at least 0: (B, G), (B, 1), (1, G) or (G,),
@@ -179,8 +159,8 @@ def negative_binomial_nll(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype, or a sparse target is passed with `reduction="none"`.
-        ValueError: If a shape, device or value is wrong, `reduction` is unknown, `eps` is below 0, or the target
-            requires a gradient.
+        ValueError: If a shape or device is wrong, `reduction` is unknown, `eps` is below 0, the target requires a
+            gradient, or `validate` finds an invalid value.
     """
     return _mean_nll(
         "negative_binomial", (mean, inverse_dispersion), target, eps, reduction, validate, draws, weight
@@ -233,7 +213,8 @@ def negative_binomial_logits_nll(
         logits: (B, G).
         target, validate, draws, weight: as for `negative_binomial_nll`.
         log_dispersion: (G,) or (B, G).
-        library: (B,) or (B, 1), above 0: the expected total of a cell. It gets a gradient if it requires one.
+        library: (B,) or (B, 1): the expected total of a cell, above 0, or 0 if it has no counts. It gets a gradient if
+            it requires one.
 
     Returns and Raises are those of `negative_binomial_nll`.
     """
@@ -321,10 +302,11 @@ def multinomial_nll(
     Args:
         logits: (B, V).
         target: counts (B, V): floating, uint8, uint16, int32 or int64, not scaled, dense or torch.sparse_csr, which is
-            not made dense on the CPU. It must not require a gradient.
-        validate: check every value first, and report the first count that is negative, fractional or not finite, and
-            the first logit that is NaN or inf. Without it, fractional counts are evaluated as they are, with
-            t! = Gamma(t + 1).
+            not made dense. It must not require a gradient.
+        validate: check every value first, and report the first count that is negative, fractional or not finite, the
+            first logit that is NaN or inf, and the first weight that is negative, infinite or NaN. What has a weight of
+            0 is not checked. Reading the values waits for the GPU. Without it, fractional counts are evaluated as they
+            are, with t! = Gamma(t + 1).
         draws: K if the logits hold K draws, (K, B, V), for one target, (B, V), which is read without being repeated.
             The result is then (K, B).
         weight: bool, uint8 or floating, at least 0: (B, V), (B, 1), (1, V) or (V,); also beside a sparse target. It
@@ -356,12 +338,10 @@ def _mean_nll(
     variant = VARIANTS[likelihood]
     eps = checked_not_negative(variant.function, "eps", eps)
     check_choice(variant.function, "reduction", reduction, ("event", "none"))
-    if validate:
-        _check_all_values(variant, params, target, draws, weight, eps)
     if reduction == "none":
         _check_no_draws(variant.function, draws)
-        return loss.nll_elements(likelihood, params, target, (eps,), weight=weight)
-    return loss.nll(likelihood, params, target, (eps,), draws=draws, weight=weight)[0]
+        return loss.nll_elements(likelihood, params, target, (eps,), weight=weight, validate=validate)
+    return loss.nll(likelihood, params, target, (eps,), draws=draws, weight=weight, validate=validate)[0]
 
 
 def _check_no_draws(where: str, draws: int | None) -> None:
@@ -380,35 +360,7 @@ def _logits_nll(
     draws: int | None,
     weight: Tensor | None,
 ) -> Tensor:
-    if validate:
-        _check_all_values(VARIANTS[likelihood], params, target, draws, weight)
-    return loss.nll(likelihood, params, target, draws=draws, weight=weight)[0]
-
-
-_MEANS = ("mean", "mean1", "mean2")
-
-
-def _check_all_values(
-    variant: Variant,
-    params: Sequence[Tensor],
-    target: Tensor,
-    draws: int | None,
-    weight: Tensor | None,
-    eps: float = 0.0,
-) -> None:
-    if draws is None:  # else the loss checks shapes
-        _check_counts_call(variant.function, variant.tensors, variant, params, target, "target")
-    _check_counts(variant.function, "target", target)
-    for name, value in zip(variant.tensors, params, strict=True):
-        valid, required = value.isfinite(), "finite numbers"
-        if name in _MEANS and eps > 0:
-            valid, required = valid & (value >= 0), "finite numbers that are at least 0"
-        elif name in (*_MEANS, "inverse_dispersion", "library"):
-            valid, required = valid & (value > 0), "positive, finite numbers"
-        elif variant.density == "multinomial":
-            valid, required = value < math.inf, "finite numbers or -inf"
-        _check_values(variant.function, name, value, valid, required)
-    check_weight_values(variant.function, weight)
+    return loss.nll(likelihood, params, target, draws=draws, weight=weight, validate=validate)[0]
 
 
 def _check_counts_call(
@@ -463,50 +415,3 @@ def _check_counts_call(
 
 
 loss.CHECKS["counts"] = _check_counts_call
-
-
-def _check_counts(where: str, name: str, counts: Tensor) -> None:
-    """Check that all values of `counts`, dense or sparse CSR, are whole numbers of at least 0."""
-    required = "counts, whole numbers that are at least 0"
-    stored = counts.values() if counts.layout == torch.sparse_csr else counts
-    if stored.is_floating_point():
-        valid = (stored >= 0) & (stored.floor() == stored) & (stored < math.inf)
-    else:
-        valid = stored.to(torch.int64) >= 0
-    if counts.layout == torch.sparse_csr and not valid.all():
-        i = int((~valid).nonzero()[0])
-        row = int((counts.crow_indices() > i).nonzero()[0]) - 1
-        position = (row, int(counts.col_indices()[i]))
-        raise ValueError(
-            f"fastvae.{where}: `{name}` must hold {required}, got {stored[i].item()} at {position}"
-        )
-    _check_values(where, name, stored, valid, required)
-    # The CPU's kernel itself refuses columns out of range, and takes them in any order.
-    if counts.layout == torch.sparse_csr and counts.device.type != "cpu":
-        check_columns(where, name, counts.crow_indices(), counts.col_indices(), counts.shape[1])
-
-
-def check_columns(where: str, name: str, starts: Tensor, columns: Tensor, features: int) -> None:
-    """Check that the columns of every row of a CSR target exist and ascend."""
-    first_of_row = torch.zeros(len(columns) + 1, dtype=torch.bool, device=columns.device)
-    first_of_row[starts] = True
-    ascend = torch.ones_like(columns, dtype=torch.bool)
-    ascend[1:] = columns[1:] > columns[:-1]
-    valid = (columns >= 0) & (columns < features) & (ascend | first_of_row[:-1])
-    if not valid.all():
-        i = int((~valid).nonzero()[0])
-        row = int((starts > i).nonzero()[0]) - 1
-        raise ValueError(
-            f"fastvae.{where}: `{name}` must have ascending col_indices below {features} in every row, got "
-            f"{int(columns[i])} at position {i - int(starts[row])} of row {row}; did you mean "
-            f"{name}.to_dense().to_sparse_csr()?"
-        )
-
-
-def _check_values(where: str, name: str, values: Tensor, valid: Tensor, required: str) -> None:
-    """Check that `valid` holds everywhere, or report the first position where it does not."""
-    if not valid.all():
-        position = tuple((~valid).nonzero()[0].tolist())
-        raise ValueError(
-            f"fastvae.{where}: `{name}` must hold {required}, got {values[position].item()} at {position}"
-        )

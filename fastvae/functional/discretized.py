@@ -10,7 +10,6 @@ from .._spec import Variant
 from . import loss
 from .checks import (
     check_floating,
-    check_weight_values,
     checked_int,
     device_message,
     dtype_name,
@@ -46,8 +45,8 @@ def discretized_logistic_nll(
         log_scale_floor: between -60 and 60. Log-scales below it count as equal to it, and get no gradient.
         min_mass: at least 0 and below 1. With 0, every probability is the mass of its bin, and the probabilities of all
             levels sum to exactly 1.
-        validate: raise an error for values above the highest level. This reads the target once more, and waits for the
-            GPU.
+        validate: check every value first, and report the first level above the highest, and the first weight that is
+            negative, infinite or NaN. What has a weight of 0 is not checked. Reading the values waits for the GPU.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
         weight: multiplies the nll of each element: bool, uint8 (read as a number, not as x / 255) or floating, at
@@ -65,10 +64,9 @@ def discretized_logistic_nll(
     """
     where = "discretized_logistic_nll"
     constants = logistic_constants(where, bits, log_scale_floor, min_mass)
-    if validate:
-        _check_range(where, "target", target, bits)
-        check_weight_values(where, weight)
-    return loss.nll("discretized_logistic", [params], target, constants, draws=draws, weight=weight)[0]
+    return loss.nll(
+        "discretized_logistic", [params], target, constants, draws=draws, weight=weight, validate=validate
+    )[0]
 
 
 def discretized_logistic_mixture_nll(
@@ -116,12 +114,15 @@ def discretized_logistic_mixture_nll(
         checked_int(where, "components", components, 1, None),
         *logistic_constants(where, bits, log_scale_floor, min_mass),
     ]
-    if validate:
-        _check_range(where, "target", target, bits)
-        check_weight_values(where, weight)
-    return loss.nll("discretized_logistic_mixture", [params], target, constants, draws=draws, weight=weight)[
-        0
-    ]
+    return loss.nll(
+        "discretized_logistic_mixture",
+        [params],
+        target,
+        constants,
+        draws=draws,
+        weight=weight,
+        validate=validate,
+    )[0]
 
 
 def logistic_constants(where: str, bits: Any, log_scale_floor: Any, min_mass: Any) -> list[float]:
@@ -197,14 +198,3 @@ def _check_levels(
             f"fastvae.{where}: `{name}` must have shape {tuple(expected)}, {contents} for `{target_name}` "
             f"{tuple(target.shape)}, got {tuple(params.shape)}"
         )
-
-
-def _check_range(where: str, name: str, target: Any, bits: int) -> None:
-    # A target of another type is left to the checks of the loss, which have the message for it.
-    levels = isinstance(target, Tensor) and target.dtype == torch.uint8 and is_dense(target)
-    if levels and target.numel() > 0:
-        highest = int(target.max())
-        if highest >= 2**bits:
-            raise ValueError(
-                f"fastvae.{where}: `{name}` must have levels from 0 to {2**bits - 1} with `bits` {bits}, got {highest}"
-            )

@@ -18,6 +18,7 @@ from .checks import (
     is_dense,
     layout_message,
 )
+from .values import check_values, check_weight_values
 
 # For each family, the function that checks the arguments of a likelihood that is not elementwise. It has the signature
 # of `check_elements` and returns the same. The modules of the families register theirs here.
@@ -37,18 +38,21 @@ def nll(
     probs: Tensor | None = None,
     draws: int | None = None,
     weight: Tensor | None = None,
+    validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute (loss, nll) in one call of the backend: nll (B,) of a variant, and loss = reduce(nll + beta kl).
 
     `reduction` is a value of `REDUCTIONS`. If there is a `caller` ("ELBO"), messages name it and its arguments `recon`
     and `x` instead of the likelihood's function and arguments. `probs` holds the probabilities from which logits were
     computed. With `draws`, see `_nll_of_draws`, there is neither KL nor reduction. `weight` multiplies the nll of each
-    element; see `_checked_weight` for its shapes.
+    element; see `_checked_weight` for its shapes. `validate` checks every value first; see `values`.
     """
     if draws is not None:
-        rows = _nll_of_draws(likelihood, params, target, constants, draws, weight, caller)
+        rows = _nll_of_draws(likelihood, params, target, constants, draws, weight, caller, validate)
         return rows, rows
     variant = VARIANTS[likelihood]
+    if validate:
+        _validate(variant, params, target, constants, caller, weight)
     if caller is None and not torch.compiler.is_compiling() and likelihood in ranges.unchecked:
         return _first_nll(likelihood, params, target, constants, kl, beta, reduction, probs, weight)
     if choose.fast_path is not None and not torch.compiler.is_compiling():
@@ -84,6 +88,23 @@ def rows_of(target: Any) -> int | None:
     if not isinstance(target, Tensor) or target.is_nested or target.dim() == 0:
         return None
     return target.shape[0]
+
+
+def _validate(
+    variant: Variant,
+    params: Sequence[Tensor],
+    target: Tensor,
+    constants: Sequence[float],
+    caller: str | None,
+    weight: Tensor | None,
+) -> None:
+    """Check the arguments of a call without draws, and all their values."""
+    where, names, name = _names(variant, caller)
+    check = check_elements if variant.element else CHECKS[variant.family]
+    params = check(where, names, variant, params, target, name, constants)
+    view = _checked_weight(where, variant, weight, name, target)
+    check_weight_values(where, weight)
+    check_values(where, names, variant, params, target, name, constants, view)
 
 
 def _checked_weight(
@@ -125,6 +146,7 @@ def _nll_of_draws(
     draws: int,
     weight: Tensor | None,
     caller: str | None,
+    validate: bool,
 ) -> Tensor:
     """Compute the nll (K, B) of K = `draws` draws of the parameters, (K, B, ...), and one target, (B, ...)."""
     variant = VARIANTS[likelihood]
@@ -146,11 +168,19 @@ def _nll_of_draws(
         )
     check = check_elements if variant.element else CHECKS[variant.family]
     first_draw = list(check(where, names, variant, first_draw, target, target_name, constants))
-    weight = _checked_weight(where, variant, weight, target_name, target)
+    view = _checked_weight(where, variant, weight, target_name, target)
+    if validate:
+        check_weight_values(where, weight)
+        # A library of (K, B, 1) becomes (K, B).
+        of_draws = [
+            one if value.dim() < 2 else value.reshape(draws, *one.shape)
+            for value, one in zip(params, first_draw, strict=True)
+        ]
+        check_values(where, names, variant, of_draws, target, target_name, constants, view)
     for i, value in enumerate(first_draw):  # the check returns a library of (B, 1) as (B,)
         if merged[i].dim() != value.dim():
             merged[i] = merged[i].flatten()
-    rows = _call_backend(likelihood, merged, target, constants, None, None, REDUCTIONS["none"], weight)[1]
+    rows = _call_backend(likelihood, merged, target, constants, None, None, REDUCTIONS["none"], view)[1]
     return rows.unflatten(0, (draws, -1))
 
 
@@ -195,16 +225,19 @@ def nll_elements(
     constants: Sequence[float] = (),
     factor: float = 1.0,
     weight: Tensor | None = None,
+    validate: bool = False,
 ) -> Tensor:
     """Compute the nll of each element, in the target's shape, for a variant that has `elements`.
 
-    The values and their gradients are multiplied by `factor` at no extra cost: -1 gives log-probabilities. `weight` is
-    as for `nll`.
+    The values and their gradients are multiplied by `factor` at no extra cost: -1 gives log-probabilities. `weight` and
+    `validate` are as for `nll`.
     """
     variant = VARIANTS[likelihood]
     if isinstance(target, Tensor) and not is_dense(target):
         message = layout_message(variant.function, "target", target)
         raise TypeError(f"{message} (sparse targets need reduction='event')")
+    if validate:
+        _validate(variant, params, target, constants, None, weight)
     check = check_elements if variant.element else CHECKS[variant.family]
     params = check(variant.function, variant.tensors, variant, params, target, "target", constants)
     weight = _checked_weight(variant.function, variant, weight, "target", target)

@@ -20,7 +20,7 @@ _warned: set[tuple[str, str]] = set()
 _enabled = True
 
 # Rounding may take data this far out of their range; real mistakes go further.
-_TOLERANCE = 1e-4
+TOLERANCE = 1e-4
 # Fewer values than this may all lie in [0, 1] by chance.
 _MIN_VALUES = 64
 
@@ -77,7 +77,7 @@ def warn_of_impossible_values(
     low, high = _bounds(values)
     extent = f"(from {low:.4g} to {high:.4g})"
     if density in ("bernoulli", "continuous_bernoulli"):
-        if values.is_floating_point() and (low < -_TOLERANCE or high > 1 + _TOLERANCE):
+        if values.is_floating_point() and (low < -TOLERANCE or high > 1 + TOLERANCE):
             _warn(
                 density,
                 "target",
@@ -160,7 +160,7 @@ def _warn_of_wrong_logits(where: str, name: str, density: str, logits: Tensor, p
             f"{where}: all values of `{name}` lie in [0, 1], so they look like probabilities, but logits are "
             f"expected; {advice}",
         )
-    if probs is not None and (low < -_TOLERANCE or high > 1 + _TOLERANCE):
+    if probs is not None and (low < -TOLERANCE or high > 1 + TOLERANCE):
         _warn(
             density,
             "logits",

@@ -27,13 +27,22 @@ class Likelihood(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define `kernel_call` or `nll`")
 
     def nll(
-        self, params: Any, target: Tensor, *, weight: Tensor | None = None, draws: int | None = None
+        self,
+        params: Any,
+        target: Tensor,
+        *,
+        validate: bool = False,
+        weight: Tensor | None = None,
+        draws: int | None = None,
     ) -> Tensor:
         """Compute -log p(target | params) of every row, (B,), in nats.
 
         Args:
             params: the output of the decoder, (B, ...).
             target: the data, (B, ...).
+            validate: check every value of the weight and of the data first, and of the parameters of counts, as the
+                function of this likelihood in `fastvae.functional` does, and raise ValueError for the first that is
+                out of its range. Reading the values waits for the GPU.
             weight: multiplies the nll of each element, or of each position of a categorical and each pixel of a mixture
                 of discretised logistics, as in the function of this likelihood in `fastvae.functional`.
             draws: K if `params` has K * B rows, which hold K draws for each row of `target` one after another, as
@@ -56,7 +65,9 @@ class Likelihood(nn.Module):
                 )
             tensors = by_draw(name, tensors, draws)
         probs = params if getattr(self, "from_probs", False) else None
-        return loss.nll(name, tensors, target, constants, probs=probs, draws=draws, weight=weight)[0]
+        return loss.nll(
+            name, tensors, target, constants, probs=probs, draws=draws, weight=weight, validate=validate
+        )[0]
 
     def mean(self, params: Any) -> Tensor:
         """The expected data, differentiable, for instance to show as a reconstruction."""
@@ -103,21 +114,31 @@ def _takes_draws(kind: type) -> bool:
 
 
 def nll_of_module(
-    likelihood: Any, where: str, recon: Any, x: Any, weight: Any, draws: int | None = None
+    likelihood: Any,
+    where: str,
+    recon: Any,
+    x: Any,
+    weight: Any,
+    validate: bool = False,
+    draws: int | None = None,
 ) -> Tensor:
-    """Call the `nll` of a module that has no kernel, with the weight only if there is one. Messages name `where`.
+    """Call the `nll` of a module that has no kernel, with the weight and `validate` only if they are set. Messages name
+    `where`.
 
     With K = `draws`, `recon` holds K draws, as for `nll_of_draws`. The data and their weight are repeated for a module
     whose `nll` has no argument `draws`.
     """
-    if weight is not None and not torch.compiler.is_compiling():
+    options: dict[str, Any] = {} if weight is None else {"weight": weight}
+    if validate:
+        options["validate"] = True
+    if options and not torch.compiler.is_compiling():
         parameters = inspect.signature(likelihood.nll).parameters.values()
-        if not any(p.name == "weight" or p.kind is p.VAR_KEYWORD for p in parameters):
-            raise TypeError(
-                f"fastvae.{where}: `weight` needs a likelihood with nll(params, target, *, weight=None), got "
-                f"{type(likelihood).__name__}.nll without `weight`"
-            )
-    options = {} if weight is None else {"weight": weight}
+        for name, default in (("weight", None), ("validate", False)):
+            if name in options and not any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters):
+                raise TypeError(
+                    f"fastvae.{where}: `{name}` needs a likelihood with nll(params, target, *, {name}={default}), got "
+                    f"{type(likelihood).__name__}.nll without `{name}`"
+                )
     if draws is not None and _takes_draws(type(likelihood)):
         options["draws"] = draws
     elif draws is not None:
@@ -129,7 +150,9 @@ def nll_of_module(
     return nll
 
 
-def nll_of_draws(where: str, likelihood: Any, recon: Any, x: Any, draws: int, weight: Any = None) -> Tensor:
+def nll_of_draws(
+    where: str, likelihood: Any, recon: Any, x: Any, draws: int, weight: Any = None, validate: bool = False
+) -> Tensor:
     """Compute -log p(x | z) of K = `draws` draws of z for every row of `x`, (K, B), in nats.
 
     `recon` is the decoder's output for K * B rows, of which the first B belong to the first draw. The data and their
@@ -139,12 +162,14 @@ def nll_of_draws(where: str, likelihood: Any, recon: Any, x: Any, draws: int, we
     if not has_kernel(likelihood):
         if isinstance(recon, Tensor) and not recon.is_nested and recon.dim() > 0:
             _check_rows(where, recon.shape[0], x, draws)
-        return nll_of_module(likelihood, where, recon, x, weight, draws)
+        return nll_of_module(likelihood, where, recon, x, weight, validate, draws)
     name, params, constants = likelihood.kernel_call(recon)
     check_floating(where, "recon", params[0])
     _check_rows(where, params[0].shape[0], x, draws)
     tensors = by_draw(name, params, draws)
-    return loss.nll(name, tensors, x, constants, caller=where, draws=draws, weight=weight)[1]
+    return loss.nll(name, tensors, x, constants, caller=where, draws=draws, weight=weight, validate=validate)[
+        1
+    ]
 
 
 def _check_rows(where: str, count: int, x: Any, draws: int) -> None:

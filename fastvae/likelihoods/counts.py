@@ -20,8 +20,8 @@ __all__ = [
 class Poisson(Likelihood):
     """Independent counts. `params` are log-rates: the decoder must not end with an exponential.
 
-    The data are whole numbers of any dtype, and integers are not scaled. `functional.poisson_nll(..., validate=True)`
-    checks that they are counts.
+    The data are whole numbers of any dtype, and integers are not scaled. `nll(..., validate=True)` checks that they are
+    counts.
     """
 
     def kernel_call(self, params: Tensor) -> KernelCall:

@@ -21,8 +21,8 @@ class DiscretizedLogistic(Likelihood):
     levels, uint8 (B, C, ...), not scaled. The number of bits per dimension is nll / (dimensions * ln 2), without any
     correction. The options are those of `fastvae.functional.discretized_logistic_nll`.
 
-    With fewer than 8 `bits`, values above the highest level count as the highest level;
-    `functional.discretized_logistic_nll(..., validate=True)` checks for them.
+    With fewer than 8 `bits`, values above the highest level count as the highest level; `nll(..., validate=True)`
+    checks for them.
 
     `mean` returns floats in [0, 1], for pictures; `sample` returns uint8 levels.
     """
@@ -95,8 +95,8 @@ class DiscretizedLogisticMixture(DiscretizedLogistic):
     (B, 1, ...), not scaled. Green depends on the pixel's red, and blue on both. The options are those of
     `fastvae.functional.discretized_logistic_mixture_nll`.
 
-    With fewer than 8 `bits`, values above the highest level count as the highest level;
-    `functional.discretized_logistic_mixture_nll(..., validate=True)` checks for them.
+    With fewer than 8 `bits`, values above the highest level count as the highest level; `nll(..., validate=True)`
+    checks for them.
 
     `mean` returns floats in [0, 1], for pictures; `sample` returns uint8 levels, and draws green and blue given the
     channels before them.

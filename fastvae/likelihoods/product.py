@@ -56,8 +56,16 @@ class Product(Likelihood):
             self._keys[name] = key
             self.parts[key] = get(part, "likelihoods.Product", f"parts[{name!r}]")
 
-    def nll(self, params: Any, target: Any, *, weight: Any = None, draws: int | None = None) -> Tensor:
-        nlls = self.nll_of_parts(params, target, weight=weight, draws=draws)
+    def nll(
+        self,
+        params: Any,
+        target: Any,
+        *,
+        validate: bool = False,
+        weight: Any = None,
+        draws: int | None = None,
+    ) -> Tensor:
+        nlls = self.nll_of_parts(params, target, validate=validate, weight=weight, draws=draws)
         return torch.stack(list(nlls.values())).sum(0)
 
     def nll_of_parts(
@@ -65,6 +73,7 @@ class Product(Likelihood):
         params: Mapping[str, Any],
         target: Mapping[str, Any],
         *,
+        validate: bool = False,
         weight: Mapping[str, Any] | None = None,
         draws: int | None = None,
     ) -> dict[str, Tensor]:
@@ -78,7 +87,7 @@ class Product(Likelihood):
         weights = self._weights(weight)
 
         def nll_of(part: Any, params: Any, target: Any, weight: Any) -> Tensor:
-            return nll_of_module(part, "likelihoods.Product", params, target, weight, draws)
+            return nll_of_module(part, "likelihoods.Product", params, target, weight, validate, draws)
 
         nlls = self._call_parts(nll_of, (params, target, weights))
         first = next(iter(nlls))

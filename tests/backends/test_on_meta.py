@@ -1,8 +1,8 @@
 """The tests that need a GPU, on meta tensors, which detect CPU tensors among the GPU's without a GPU.
 
-Every test of test_cuda.py and test_triton.py with the fixture `device` runs here with the device "meta", using the ops'
-fake kernels. Meta tensors have shapes, dtypes and a device, but no values: asserts are evaluated but ignored, and reads
-return some value. `NEED_VALUES` lists the tests that cannot run in this way, with the reason.
+Every test of test_cuda.py, test_triton.py and test_triton_counts.py with the fixture `device` runs here with the device
+"meta", using the ops' fake kernels. Meta tensors have shapes, dtypes and a device, but no values: asserts are evaluated
+but ignored, and reads return some value. `NEED_VALUES` lists the tests that cannot run in this way, with the reason.
 """
 
 import ast
@@ -208,13 +208,10 @@ def device_tests(module: ModuleType) -> dict[str, FunctionType]:
     }
 
 
-TESTS = dict(
-    zip(
-        (TestTriton, TestNative),
-        map(device_tests, import_with_ignored_asserts("test_triton", "test_cuda")),
-        strict=True,
-    )
+_triton, _triton_counts, _cuda = map(
+    device_tests, import_with_ignored_asserts("test_triton", "test_triton_counts", "test_cuda")
 )
+TESTS = {TestTriton: _triton | _triton_counts, TestNative: _cuda}
 for _class, _tests in TESTS.items():
     for _name, _test in _tests.items():
         _test.pytestmark = [m for m in getattr(_test, "pytestmark", ()) if m.name != "skipif"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fastvae
 from fastvae import functional, likelihoods
-from fastvae.functional.counts import check_columns
+from fastvae.functional.values import check_columns
 
 mpmath.mp.dps = 50
 
@@ -460,16 +460,31 @@ def test_wrong_inputs_raise(
 
 
 @pytest.mark.parametrize(
-    ("columns", "found"),
-    [([1, 4, 0, 5], "5 at position 1 of row 2"), ([4, 1, 0, 2], "1 at position 1 of row 0")],
+    ("starts", "columns", "message"),
+    [
+        ([0, 2, 2, 4], [1, 4, 0, 5], "col_indices from 0 to 4, got 5 at position 1 of row 2$"),
+        ([0, 2, 2, 4], [4, -1, 0, 2], "col_indices from 0 to 4, got -1 at position 1 of row 0$"),
+        ([0, 2, 1, 4], [0, 1, 2, 3], "crow_indices that rise from 0 to its 4 values, got 1 at position 2"),
+        ([0, 2, 2, 3], [0, 1, 2, 3], "crow_indices that rise from 0 to its 4 values, got 3 at position 3"),
+        ([0, 2, 2, 4], [4, 1, 0, 2], "ascending col_indices in every row.*, got 1 at position 1 of row 0;"),
+        ([0, 2, 2, 4], [1, 4, 2, 2], "ascending col_indices in every row.*, got 2 at position 1 of row 2;"),
+    ],
 )
-def test_validate_on_a_gpu_names_the_first_wrong_column(columns: list[int], found: str) -> None:
-    starts = torch.tensor([0, 2, 2, 4])
-    with pytest.raises(
-        ValueError, match=f"`target` must have ascending col_indices below 5 in every row, got {found}"
-    ):
-        check_columns("negative_binomial_nll", "target", starts, torch.tensor(columns), 5)
-    check_columns("negative_binomial_nll", "target", starts, torch.tensor([3, 4, 0, 1]), 5)
+def test_validate_names_the_first_wrong_position(starts: list[int], columns: list[int], message: str) -> None:
+    """Only a GPU needs ascending columns, which torch makes of others; a column out of range it cannot mend."""
+    with torch.sparse.check_sparse_tensor_invariants(False):
+        target = torch.sparse_csr_tensor(torch.tensor(starts), torch.tensor(columns), torch.ones(4), (3, 5))
+    where, positions = "negative_binomial_nll", (target.crow_indices(), target.col_indices(), 5)
+    with pytest.raises(ValueError, match=f"fastvae.{where}: `target` must have {message}"):
+        check_columns(where, "target", *positions)
+    inputs = make(NB, 3, 5) | {"target": target}
+    if message.endswith(";"):
+        functional.negative_binomial_nll(**inputs, validate=True)
+        mended = target.to_dense().to_sparse_csr()
+        check_columns(where, "target", mended.crow_indices(), mended.col_indices(), 5)
+    else:
+        with pytest.raises(ValueError, match=f"`target` must have {message}"):
+            functional.negative_binomial_nll(**inputs, validate=True)
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
@@ -483,16 +498,25 @@ def test_validate_names_the_first_invalid_count(sparse: bool, value: float, back
         functional.negative_binomial_nll(**inputs | {"target": target}, validate=True)
 
 
+def test_validate_accepts_an_empty_cell(backend: str) -> None:
+    inputs = make(NB_RAW)
+    inputs["target"][1] = 0
+    inputs["library"] = inputs["target"].sum(1)
+    value = functional.negative_binomial_logits_nll(**inputs, validate=True)
+    assert value[1] == 0
+    assert torch.equal(value, call(NB_RAW, **inputs))
+
+
 @pytest.mark.parametrize(
     ("form", "name", "value"),
     [(NB, "mean", 0.0), (ZINB, "inverse_dispersion", -1.0), (ZINB, "zi_logits", math.nan),
-     (NB_RAW, "library", 0.0), (ZINB_RAW, "logits", math.inf), (ZINB_RAW, "log_dispersion", math.nan)],
+     (NB_RAW, "library", -1.0), (ZINB_RAW, "logits", math.inf), (ZINB_RAW, "log_dispersion", math.nan)],
 )  # fmt: skip
 def test_validate_names_the_first_invalid_parameter(form: str, name: str, value: float, backend: str) -> None:
     inputs = make(form)
     inputs[name] = inputs[name].detach().clone()
     inputs[name].view(-1)[2] = value
-    with pytest.raises(ValueError, match=rf"`{name}` must hold .* numbers, got {value} at \((0, )?2,?\)"):
+    with pytest.raises(ValueError, match=rf"`{name}` must hold .* numbers.*, got {value} at \((0, )?2,?\)"):
         getattr(functional, f"{form}_nll")(**inputs, validate=True)
 
 

@@ -767,27 +767,6 @@ def test_wrong_weights_of_pixels_and_features_are_refused(native: None) -> None:
         fv.categorical_nll(torch.zeros(4, 5, 6), torch.zeros(4, 5).long(), weight=torch.ones(5))
 
 
-@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
-def test_validate_finds_wrong_values_of_a_weight(native: None, value: float) -> None:
-    weight = torch.ones(4, 6)
-    weight[2, 1] = value
-    ones, levels = torch.ones(4, 6), torch.zeros(4, 6, dtype=torch.uint8)
-    calls = (
-        lambda: fv.poisson_nll(ones, ones, validate=True, weight=weight),
-        lambda: fv.poisson_rate_nll(ones, ones, validate=True, weight=weight),
-        lambda: fv.negative_binomial_nll(ones, ones, ones, validate=True, weight=weight),
-        lambda: fv.negative_binomial_logits_nll(ones, ones, ones, ones[:, 0], validate=True, weight=weight),
-        lambda: fv.multinomial_nll(ones, ones, validate=True, weight=weight),
-        lambda: fv.discretized_logistic_nll(torch.ones(4, 12), levels, validate=True, weight=weight),
-    )
-    for call in calls:
-        with pytest.raises(
-            ValueError,
-            match=rf"`weight` must hold finite numbers that are at least 0, got {value} at \(2, 1\)",
-        ):
-            call()
-
-
 def test_first_call_warns_of_wrong_values_of_a_weight(native: None, range_warnings: None) -> None:
     weight = torch.ones(4, 6)
     weight[2, 1] = -1

@@ -1,7 +1,8 @@
 """The CUDA kernels of the native backend, and `graph_step`, on a GPU.
 
-The tests of values, layouts, noise and autograd in test_triton.py run again on these kernels. This file tests what only
-they guarantee. Tests that need no GPU are in test_cuda_kernels.py, test_cuda_code.py and cuda_link.py.
+The tests of values, layouts, noise and autograd in test_triton.py and test_triton_counts.py run again on these kernels.
+This file tests what only they guarantee. Tests that need no GPU are in test_cuda_kernels.py, test_cuda_code.py and
+cuda_link.py.
 """
 
 import copy
@@ -13,6 +14,7 @@ from typing import Any
 
 import cases
 import pytest
+import test_counts
 import test_mixture
 import test_multinomial
 import test_nb_mixture
@@ -34,8 +36,10 @@ from test_triton import (
     test_chunks_of_a_head_equal_copies,
     test_compiled_draws_are_not_merged,
     test_compiled_elbo_is_one_graph,
+    test_counts_nll_equals_the_formula,
     test_discretized_nll_equals_the_formula,
     test_elbo_objectives_equal_the_formula,
+    test_empty_gene_with_a_large_mean_is_accurate,
     test_errors_have_the_same_messages_as_native,
     test_forms_of_the_scale_at_their_ends_equal_the_formula,
     test_forms_of_the_scale_equal_the_formula,
@@ -48,10 +52,12 @@ from test_triton import (
     test_mixture_nll_of_large_logits_is_accurate,
     test_multinomial_nll_equals_the_formula,
     test_nan_affects_only_its_row,
+    test_nll_elements_of_counts_equal_the_formula,
     test_nll_of_extremes_is_finite,
     test_nll_of_long_and_many_rows_equals_the_formula,
     test_nll_of_more_than_2_31_elements_is_correct,
     test_nll_of_saturated_rows_is_accurate,
+    test_nll_on_the_grid_of_extreme_counts_equals_the_limits,
     test_nll_on_the_grid_of_extremes_equals_the_limits,
     test_noise_depends_only_on_its_position,
     test_noise_equals_box_muller_by_hand,
@@ -67,6 +73,11 @@ from test_triton import (
     test_values_and_gradients_equal_the_formula,
     test_weighted_elements_equal_the_formula,
     test_weighted_families_equal_the_formula,
+)
+from test_triton_counts import (
+    test_multinomial_of_many_parts_equals_the_formula,
+    test_row_with_columns_out_of_order_or_range_is_nan,
+    test_rows_of_many_parts_equal_the_formula,
 )
 from torch import Tensor
 
@@ -128,6 +139,13 @@ SHARED = (
     test_values_and_gradients_equal_the_formula,
     test_weighted_elements_equal_the_formula,
     test_weighted_families_equal_the_formula,
+    test_counts_nll_equals_the_formula,
+    test_empty_gene_with_a_large_mean_is_accurate,
+    test_nll_elements_of_counts_equal_the_formula,
+    test_nll_on_the_grid_of_extreme_counts_equals_the_limits,
+    test_multinomial_of_many_parts_equals_the_formula,
+    test_row_with_columns_out_of_order_or_range_is_nan,
+    test_rows_of_many_parts_equal_the_formula,
 )
 
 
@@ -348,21 +366,29 @@ def test_nb_mixture_nll_equals_the_formula(
         torch.testing.assert_close(elements.sum(1), found[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["multinomial", "negative_binomial_mixture"])
+@pytest.mark.parametrize("form", ["multinomial", "negative_binomial_mixture", *test_counts.FORMS])
+@pytest.mark.parametrize("layout", ["dense", "csr"])
 @pytest.mark.parametrize("shape", [(3, 50_000), (400, 2500), (3000, 300)], ids=str)
 def test_counts_give_the_same_bits_every_time(
-    device: torch.device, form: str, shape: tuple[int, int]
+    device: torch.device, form: str, layout: str, shape: tuple[int, int]
 ) -> None:
     """With rows in parts, one for each block, and one for each warp."""
     if form == "multinomial":
-        logits, target = (x.to(device) for x in test_multinomial.make(*shape))
-        first, *others = (test_multinomial.value_and_gradient(logits, target) for _ in range(4))
-    else:
+        logits, target = test_multinomial.make(*shape)
+        inputs = {"logits": logits}
+    elif form == "negative_binomial_mixture":
         inputs, target = test_nb_mixture.make(*shape)
-        inputs = {name: x.to(device) for name, x in inputs.items()}
-        target = target.to(device)
-        runs = (test_nb_mixture.evaluate(inputs, target) for _ in range(4))
-        first, *others = ((value, *gradients.values()) for value, gradients in runs)
+    else:
+        inputs = test_counts.make(form, *shape)
+        target = inputs.pop("target")
+    data = (target.to_sparse_csr() if layout == "csr" else target).to(device)
+    leaves = {name: x.detach().to(device).requires_grad_() for name, x in inputs.items()}
+
+    def run() -> list[Tensor]:
+        nll = getattr(functional, f"{form}_nll")(**leaves, target=data)
+        return [nll.detach(), *torch.autograd.grad(nll.sum(), list(leaves.values()))]
+
+    first, *others = (run() for _ in range(4))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 

@@ -6,8 +6,10 @@ Their bodies run on the CPU, compiled as C++ with a fiber for every thread of a 
 
 import math
 from collections.abc import Iterator
+from functools import cache
 
 import cuda_kernels
+import mpmath
 import posterior_forms
 import pytest
 import test_categorical
@@ -892,6 +894,76 @@ def test_counts_over_a_wide_range_equal_50_digits(kernels: Kernels, inflated: bo
                 found,
                 float(slope),
             )
+
+
+def float32(x: float) -> float:
+    return torch.tensor(x, dtype=torch.float32).item()
+
+
+# (count, library) of a row of 256 equal features.
+WIDE_ROWS = [
+    (t, float32(256 * max(t, 0.5) * ratio))
+    for t in (0.0, 1.0, 2.0, 7.0, 8.0, 1000.0, 1e6)
+    for ratio in (1e-3, 1.1, 100.0)
+]
+WIDE_LOG_DISPERSIONS = [float32(power * math.log(10)) for power in range(-4, 9, 2)]
+
+
+@cache
+def truth_by_logarithms(t: float, mean: float, log_theta: float, pi: float | None) -> list[float]:
+    """The nll of a count, and its derivatives by log mean, log theta and, unless it is None, pi."""
+    with mpmath.workdps(50):
+        count = mpmath.mpf(t)
+        term = test_extremes.negative_binomial(mpmath.mpf(mean), mpmath.exp(mpmath.mpf(log_theta)), count)
+        value, slopes = term if pi is None else test_extremes.with_zeros(term, mpmath.mpf(pi), count)
+        return [float(x) for x in (value, *slopes)]
+
+
+@pytest.mark.parametrize("inflated", [False, True])
+@pytest.mark.parametrize("shared", [True, False], ids=["feature", "element"])
+def test_whole_segments_of_raw_counts_equal_50_digits(kernels: Kernels, shared: bool, inflated: bool) -> None:
+    """Inverse dispersions from 1e-4 to 1e8, counts up to 1e6 and means around them, as in a training step.
+
+    Every second count of a row is 0 and the others are equal, so that each element is one of two.
+    """
+    form = "zero_inflated_negative_binomial_logits" if inflated else "negative_binomial_logits"
+    pi, library = -1.0, torch.tensor([library for _, library in WIDE_ROWS])
+    target = torch.zeros(len(WIDE_ROWS), 256)
+    target[:, 1::2] = torch.tensor([t for t, _ in WIDE_ROWS]).unsqueeze(1)
+    for log_theta in WIDE_LOG_DISPERSIONS:
+        params = [torch.full_like(target, 0.75), torch.full((256,) if shared else target.shape, log_theta)]
+        params += [torch.full_like(target, pi)] if inflated else []
+        _, nll, (by_logit, by_log_theta, *by_pi, by_library), _ = kernels.counts(
+            form, [*params, library], target
+        )
+        pairs = [
+            [truth_by_logarithms(t, total / 256, log_theta, pi if inflated else None) for t in (0.0, count)]
+            for count, total in WIDE_ROWS
+        ]
+        want = torch.tensor(pairs, dtype=torch.float64)  # of (row, whether the count is the other one, what)
+        bounds = 5e-6 * want.abs()
+        if inflated:  # a zero's derivatives are proportional to e^-z: the relative error of z, times z
+            for row, (count, total) in enumerate(WIDE_ROWS):
+                z = truth_by_logarithms(0.0, total / 256, log_theta, None)[0]
+                bounds[row, : 1 if count else 2, 1:] *= 1 + 0.3 * z
+        bounds += 2.0**-126  # the hardware's functions flush what is smaller
+        message = f"log theta {log_theta}"
+        assert ((nll.double() - 128 * want[..., 0].sum(1)).abs() <= 128 * bounds[..., 0].sum(1)).all(), (
+            message
+        )
+        # Where the derivatives of the two kinds of elements cancel, the sums keep the accuracy of their terms.
+        by_log_mean, bound = want[..., 1].sum(1), bounds[..., 1].sum(1)
+        error = by_library.double() * library.double() - 128 * by_log_mean
+        assert (error.abs() <= 128 * bound).all(), message
+        error = by_logit.double() - (want[..., 1] - by_log_mean.unsqueeze(1) / 2).repeat(1, 128)
+        assert (error.abs() <= bound.unsqueeze(1)).all(), message
+        slope, bound = want[..., 2].repeat(1, 128), bounds[..., 2].repeat(1, 128)
+        if shared:
+            slope, bound = slope.sum(0), bound.sum(0)
+        assert ((by_log_theta.double() - slope).abs() <= bound).all(), message
+        for gradient in by_pi:
+            error = gradient.double() - want[..., 3].repeat(1, 128)
+            assert (error.abs() <= bounds[..., 3].repeat(1, 128)).all(), message
 
 
 # ---------------------------------------------------------------------------------------------------------------------

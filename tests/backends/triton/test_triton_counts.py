@@ -1,7 +1,7 @@
 """Triton's kernels of counts with rows of many parts, which take longer rows than the interpreter has time for.
 
 With small tiles, shorter rows have several programs, sections and lists. test_triton.py starts this file, and explains
-how.
+how. test_cuda.py runs these tests again on the CUDA kernels as they are.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,9 @@ def device() -> Iterator[torch.device]:
 
 
 def cut(monkeypatch: pytest.MonkeyPatch, programs: int = 64) -> None:
-    """Sections of 256 columns in tiles of 64 (float64: half of it), and about so many programs."""
+    """Sections of 256 columns in tiles of 64 (float64: half of it), and about so many programs, on Triton."""
+    if fastvae.backends.choose.setting != "triton":
+        return
     from fastvae._triton import counts, multinomial, tuning
 
     def choice(kernel: str, *args: Any) -> tuning.Choice:
@@ -60,8 +62,9 @@ def test_rows_of_many_parts_equal_the_formula(
 ) -> None:
     """With fewer programs, the bits are the same: the parts of a row depend on its size alone."""
     cut(monkeypatch)
-    inputs = on(device, test_counts.make(form, 2, 600, dtype, shared))
-    sparse = inputs | {"target": inputs["target"].to_sparse_csr()}
+    made = test_counts.make(form, 2, 600, dtype, shared)
+    inputs = on(device, made)
+    sparse = inputs | {"target": made["target"].to_sparse_csr().to(device)}
     value, grads = test_counts.by_reference(form, inputs, 0.5 + torch.arange(2.0, device=device))
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     dense = results(form, inputs)
@@ -147,6 +150,6 @@ def test_row_with_columns_out_of_order_or_range_is_nan(
         leaves = on(device, {name: x for name, x in inputs.items() if name != "target"})
         nll = call(**leaves, target=data.to(device))
         found.append([nll, *torch.autograd.grad(nll.sum(), list(leaves.values()))])
-    assert found[1][0].isnan().tolist() == [False, True, False]
+    assert found[1][0].isnan().cpu().tolist() == [False, True, False]
     for a, b in zip(*found, strict=True):
         assert torch.equal(a[::2], b[::2])
