@@ -49,9 +49,10 @@ test test-rest test-all: $(VENV)/.deps-test $(VENV)/.built
 	@# Missing native kernels are a failure here, not a reason to fall back to the reference.
 	@$(RUN) -c "import fastvae; fastvae.set_backend('native')"
 	@echo "== tests $(WHICH)"
+	@# Some tests start pytest or fastvae, which would each compile the same files again if no bytecode were kept.
 	@cores=$$(env -u OMP_NUM_THREADS nproc); [ $$cores -le 8 ] || cores=8; \
 	if $(RUN) -c "import xdist" 2>/dev/null; then workers="-n $$cores --dist worksteal"; else workers=; fi; \
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(if $(findstring tests/,$(ARGS)),,tests) $(WHICH) $$workers --durations=10 $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(if $(findstring tests/,$(ARGS)),,tests) $(WHICH) $$workers --durations=10 $(ARGS)
 	@if [ $@ != test ] && [ -z "$(ARGS)" ]; then $(MAKE) --no-print-directory test-scvi; fi
 
 # scvi-tools' own tests are part of its source distribution, which pip downloads into build/scvi-tools.
