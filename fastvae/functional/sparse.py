@@ -13,14 +13,16 @@ from .checks import FLOATS, device_message, dtype_name, dtype_names, is_dense
 __all__ = ["sparse_linear"]
 
 _INPUTS = (*FLOATS, torch.uint8, torch.uint16, torch.int32, torch.int64)
+_BY_TORCH = ("cuda",)  # the devices on which torch's own product is used
 
 
 def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, log1p: bool = False) -> Tensor:
     """Compute x W^T + b, or log(1 + x) W^T + b, for a sparse matrix x, without making x dense.
 
     The time and the memory are those of the stored values, forward and backward; only the weight's gradient, which is
-    dense, has the weight's size. On a CPU this is a kernel of ours, and elsewhere torch's own sparse product.
-    Everything is computed in float32, or in float64 for float64 weights.
+    dense, has the weight's size. On a CPU this is a kernel of ours. On a GPU it is torch's own sparse product, which
+    may differ in the last bits from run to run and does not check the columns of `x`. Everything is computed in
+    float32, or in float64 for float64 weights.
 
     Args:
         x: (B, I), torch.sparse_csr, or dense, for which this is torch's `linear`: floating, uint8, uint16, int32 or
@@ -64,7 +66,7 @@ def _product(x: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None) -> 
         choose.for_tensor(weight)
     if backend is not None and backend.name == "native" and x.device.type == "cpu":
         return torch.ops.fastvae.sparse_linear.default(values, starts.long(), columns.long(), weight, bias)
-    if choose.setting != "reference" and x.device.type == "cuda":
+    if choose.setting != "reference" and x.device.type in _BY_TORCH:
         product = torch.sparse.mm(torch.sparse_csr_tensor(starts, columns, values, x.shape), weight.t())
         return product if bias is None else product + bias
     return reference.sparse_linear(values, starts.long(), columns.long(), weight, bias)

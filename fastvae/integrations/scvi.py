@@ -257,8 +257,10 @@ def _zero_inflated_log_prob(original: LogProb) -> LogProb:
         if not _active:
             return original(self, value)
         reason = _fallback_reason(value, self.mu, self.theta, self.zi_logits)
-        # scvi-tools' formula treats a negative value as a zero.
-        if not reason and not _validate_counts(value):
+        # scvi-tools always validates, and its formula treats a negative value as a zero. Reading the values would wait
+        # for a GPU in every step.
+        validate = self._validate_args or value.device.type == "cpu"
+        if not reason and validate and not _validate_counts(value):
             reason = _NEGATIVE
         if reason:
             return _fall_back(self, reason, original, value)

@@ -71,6 +71,16 @@ def _check_features(where: str, features: int) -> None:
         raise ValueError(f"fastvae.{where}: `features` must be at least 1, got {features}")
 
 
+def _with_features(likelihood: Any, name: str, value: Any) -> Any:
+    """Return `value` after a check that it has the features of the likelihood. The loss checks all else."""
+    if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] != likelihood.features:
+        raise ValueError(
+            f"fastvae.likelihoods.{type(likelihood).__name__}: `{name}` must have {likelihood.features} features, got "
+            f"shape {tuple(value.shape)}"
+        )
+    return value
+
+
 class NegativeBinomial(Likelihood):
     """Counts of genes in cells, with variance mean + mean^2 / theta (Lopez et al. 2018, scvi-tools).
 
@@ -138,7 +148,8 @@ class NegativeBinomial(Likelihood):
             )
         parts = dict(zip(expected, params, strict=True))
         log_dispersion = self.log_dispersion if self.dispersion == "gene" else parts["log_dispersion"]
-        return parts["logits"], parts["library"], log_dispersion, parts.get("zi_logits")
+        logits = _with_features(self, "logits", parts["logits"])
+        return logits, parts["library"], log_dispersion, parts.get("zi_logits")
 
     def channels(self, c: int) -> int:
         """The number of decoder outputs for `c` genes, without the library."""
@@ -212,7 +223,7 @@ class NegativeBinomialMixture(Likelihood):
                 f"mixture_logits), got {found}"
             )
         mean1, mean2, mixture_logits = params
-        return mean1, mean2, mixture_logits
+        return _with_features(self, "mean1", mean1), mean2, mixture_logits
 
     def channels(self, c: int) -> int:
         """The number of decoder outputs for `c` features."""
@@ -237,7 +248,7 @@ class Multinomial(Likelihood):
         self.features = features
 
     def kernel_call(self, params: Tensor) -> KernelCall:
-        return "multinomial", [params], []
+        return "multinomial", [_with_features(self, "params", params)], []
 
     def mean(self, params: Tensor) -> Tensor:
         """The probabilities of the features, (B, features): the expected counts of a row whose sum is 1."""

@@ -67,6 +67,7 @@ NEED_VALUES = {
     "test_plain_tensors_use_the_fast_path": "the CUDA kernels",
     "test_graph_step_replays_equal_eager_steps": "a CUDA graph",
     "test_manual_seed_and_generator_determine_the_noise": "a generator of CUDA",
+    "test_sparse_linear_equals_the_formula": "torch has no sparse product of meta tensors",
 }
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Negative binomial counts, with and without additional zeros: accuracy, gradients, inputs, and autograd."""
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -740,6 +741,29 @@ def test_modules_equal_the_functions(
     out.loss.backward()
     assert log_dispersion.grad is not None
     assert log_dispersion.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "parts", "name"),
+    [
+        (likelihoods.NegativeBinomial(11), 1, "logits"),
+        (likelihoods.ZeroInflatedNegativeBinomial(11, "gene-cell"), 3, "logits"),
+        (likelihoods.NegativeBinomialMixture(11), 3, "mean1"),
+        (likelihoods.Multinomial(11), 1, "params"),
+    ],
+    ids=str,
+)
+def test_modules_of_other_features_raise(likelihood: Any, parts: int, name: str) -> None:
+    recon: Any = [torch.ones(4, 10) for _ in range(parts)]
+    if isinstance(likelihood, likelihoods.NegativeBinomial):
+        recon.insert(1, torch.ones(4))
+    recon = recon[0] if name == "params" else tuple(recon)
+    message = rf"{type(likelihood).__name__}: `{name}` must have 11 features, got shape \(4, 10\)"
+    for call in (likelihood.nll, functools.partial(fastvae.ELBO(likelihood), kl=torch.zeros(4))):
+        with pytest.raises(ValueError, match=message):
+            call(recon, torch.ones(4, 10))
+    with pytest.raises(ValueError, match=message):
+        likelihood.nll(recon, torch.ones(2, 10), draws=2)
 
 
 def test_samples_have_the_right_mean_and_variance() -> None:

@@ -107,6 +107,33 @@ def test_empty_rows_give_the_bias(rows: int, backend: str) -> None:
     assert not module.weight.grad.any()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("log1p", [False, True])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64], ids=str)
+def test_torchs_product_equals_the_formula(
+    dtype: torch.dtype, log1p: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The product that a GPU uses, with torch's kernels of the CPU."""
+    monkeypatch.setattr("fastvae.functional.sparse._BY_TORCH", ("cpu",))
+    monkeypatch.setitem(fastvae.backends.choose.serving, "cpu", None)
+    calls, product = [], torch.sparse.mm
+    monkeypatch.setattr(torch.sparse, "mm", lambda *args: (calls.append(args), product(*args))[1])
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    module, csr = layer(dtype=wide, bias=bias, log1p=log1p), counts().clamp(max=255).to_sparse_csr()
+    x = torch.sparse_csr_tensor(csr.crow_indices(), csr.col_indices(), csr.values().to(dtype), csr.shape)
+    upstream = torch.randn(ROWS, 130, dtype=wide)
+    y = module(x)
+    y.backward(upstream)
+    assert calls
+    truth, truth_gradient = exact(csr.to_dense(), module, upstream, log1p)
+    tolerance = 1e-6 if wide == torch.float32 else 1e-14
+    assert y.dtype == wide
+    assert error(y, truth) < tolerance
+    assert error(module.weight.grad, truth_gradient) < tolerance
+    if bias:
+        assert error(module.bias.grad, upstream.double().sum(0)) < tolerance
+
+
 def test_nan_stays_in_its_row_and_in_its_columns_gradient(native: None) -> None:
     module, x = layer(), counts()
     x[1, 5] = torch.nan

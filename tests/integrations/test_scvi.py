@@ -429,6 +429,21 @@ def test_invalid_count_gives_the_warning_of_scvi_tools(scvi: Any, bad: float) ->
         torch.testing.assert_close(found[rest], theirs[rest], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["NB", "ZINB"])
+def test_values_on_another_device_than_the_cpu_are_not_read(
+    scvi: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check would wait for a GPU. On a meta tensor, which has no values, it raises an error."""
+    monkeypatch.setitem(fastvae.backends.base.DEVICES, "meta", "Meta")
+    with fastvae.use_backend("native"), accelerate(strict=True):
+        at = {name: x.to("meta").requires_grad_(name != "x") for name, x in small().items()}
+        log_p = distribution(scvi, kind, at).log_prob(at["x"])
+        log_p.sum().backward()
+    assert log_p.is_meta
+    assert at["mu"].grad is not None
+    assert list(status().served.values()) == [1]
+
+
 def test_poisson_with_an_invalid_count_raises_as_before(scvi: Any) -> None:
     at = small()
     at["x"] += 0.5
@@ -459,7 +474,7 @@ def test_compiled_calls_are_not_counted(scvi: Any) -> None:
         theirs = function(*inputs)
         grads = torch.autograd.grad(theirs.sum(), inputs[:-1])
         with accelerate(strict=True):
-            # ZINB's validation reads its values, which breaks a graph.
+            # On the CPU, ZINB's validation reads its values, which breaks a graph.
             compiled = torch.compile(function, backend="aot_eager", fullgraph=whole)
             for _ in range(3):
                 found = compiled(*inputs)

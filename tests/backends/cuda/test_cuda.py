@@ -18,6 +18,7 @@ import test_counts
 import test_mixture
 import test_multinomial
 import test_nb_mixture
+import test_sparse
 import torch
 from cases import CASES, Case
 from conftest import INTERPRETED
@@ -390,6 +391,27 @@ def test_counts_give_the_same_bits_every_time(
 
     first, *others = (run() for _ in range(4))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64], ids=cases.ids)
+@pytest.mark.parametrize("log1p", [False, True])
+def test_sparse_linear_equals_the_formula(device: torch.device, log1p: bool, dtype: torch.dtype) -> None:
+    """torch's own product, whose last bits may differ from run to run."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    module = test_sparse.layer(dtype=wide, log1p=log1p)
+    counts, upstream = test_sparse.counts(40).clamp(max=255), torch.randn(40, 130, dtype=wide)
+    truth, truth_gradient = test_sparse.exact(counts, module, upstream, log1p)
+    csr = counts.to_sparse_csr().to(device)
+    x = torch.sparse_csr_tensor(csr.crow_indices(), csr.col_indices(), csr.values().to(dtype), csr.shape)
+    module, tolerance = module.to(device), 2e-6 if wide == torch.float32 else 1e-14
+    for _ in range(3):
+        module.zero_grad()
+        y = module(x)
+        y.backward(upstream.to(device))
+        assert y.dtype == wide
+        assert test_sparse.error(y.cpu(), truth) < tolerance
+        assert test_sparse.error(module.weight.grad.cpu(), truth_gradient) < tolerance
+        assert test_sparse.error(module.bias.grad.cpu(), upstream.double().sum(0)) < tolerance
 
 
 def kernels_of(call: Callable[[], Any]) -> list[str]:

@@ -1,7 +1,9 @@
 """The CUDA kernels under sanitizers, and their machine code, on a machine without a GPU.
 
 If nvcc is available, the kernels are compiled, and the machine code is inspected: registers, spills and 128-bit
-accesses. Run as a program, this file compiles them for every architecture and prints a table.
+accesses. Run as a program, this file compiles them for every architecture and prints a table of their resources, and
+one of what zeros cost in the kernels of counts. The names of sources, as in `test_cuda_code.py counts_f32`, restrict it
+to these.
 """
 
 import os
@@ -267,11 +269,11 @@ ZEROS = {
 
 
 def instructions_of_zeros(
-    kernel: Kernel, raw: bool, inflated: bool, per_element: bool
+    kernel: Kernel, raw: bool, inflated: bool, per_element: bool, sparse: bool = False
 ) -> tuple[float, float]:
-    """The instructions, and those of them that are special functions, for a count of zero of a dense target in a
-    training step: from the first load to the last store of a thread's eight elements of a segment."""
-    arrays = 2 + inflated + per_element  # that are read
+    """The instructions, and those of them that are special functions, for a count of zero in a training step: from the
+    first load to the last store of a thread's eight elements of a segment."""
+    arrays = 2 + inflated + per_element - sparse  # that are read
     # A segment loads the dispersions of its elements under a predicate, which is false if all rows share them.
     load = r"LDG\.E\.128" if per_element else r"^LDG\.E\.128"
     need = {
@@ -284,8 +286,12 @@ def instructions_of_zeros(
     second = r"LDG\.E\.128\.CONSTANT \S+ desc\[\S+\]\[R\d+\.64\+0x200\]"
     other_types = r"LDG\.E\.(64\.CONST|U8|U16|CONST)|LDG\.E\.128\S* \S+ desc\[\S+\]\[R\d+\.64\+0x10\]"
     # A sparse target's zeros are read from shared memory, and so are dispersions that all rows share.
-    sparse = r"\bLDS\b" if per_element else r"\bLDS R"
-    path = shortest(kernel.code, second, 1 + inflated, need, f"{other_types}|{sparse}")
+    bits, avoid = r"\bLDS\b" if per_element else r"\bLDS R", other_types
+    if sparse:
+        need[bits] = 2
+    else:
+        avoid += f"|{bits}"
+    path = shortest(kernel.code, second, 1 + inflated, need, avoid)
     wide = [i for i, text in enumerate(path) if re.search(r"(LDG|STG)\.E\.128", text)]
     assert wide, kernel.name
     between = path[wide[0] : wide[-1] + 1]
@@ -317,7 +323,44 @@ def table(kernels: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
+# An H200: bytes a second of memory, and instructions and special functions a second of all threads (132
+# multiprocessors at 1.98 GHz, each with 4 issue slots of 32 threads and 16 special functions a cycle).
+BANDWIDTH, ISSUES, SPECIAL = 4.8e12, 132 * 4 * 32 * 1.98e9, 132 * 16 * 1.98e9
+CELLS, GENES = 128, 20_000
+
+
+def table_of_zeros(kernels: list[Kernel]) -> str:
+    """What the kernels of counts in float32 cost on an H200, as Markdown, if all counts are zero.
+
+    The bytes are those that a training step reads and writes once. The share is that of the issue slots which the zeros
+    take while these bytes are copied at the memory's rate. The microseconds, for 128 x 20,000 counts, are the longest
+    of copying, of issuing and of the special functions; starting, the softmax and other counts come on top.
+    """
+    lines = [
+        "| sm_90, float32 | dispersion of each | target | registers | shared bytes | spilled bytes | instructions | "
+        "special functions | bytes | share of the issue slots | us |",
+        "|---" * 11 + "|",
+    ]
+    named = {kernel.name: kernel for kernel in kernels if kernel.architecture == "sm_90"}
+    for (raw, inflated), own, sparse in product(ZEROS, (False, True), (False, True)):
+        kernel = named.get(f"count_kernel<float, {raw}, {inflated}, false>".lower())
+        if kernel is None or not kernel.code:
+            continue
+        cost, special = instructions_of_zeros(kernel, raw, inflated, own, sparse)
+        size = 4 * (2 * (1 + inflated + own) + (not sparse))
+        copy, issue = size / BANDWIDTH, cost / ISSUES
+        longest = max(copy, issue, special / SPECIAL)
+        lines.append(
+            f"| {'ZINB' if inflated else 'NB'}{', raw' if raw else ''} | {'element' if own else 'feature'} | "
+            f"{'CSR' if sparse else 'dense'} | {kernel.registers} | {kernel.shared} | {kernel.spilled} | {cost:.1f} | "
+            f"{special:.1f} | {size} | {issue / copy:.0%} | {1e6 * CELLS * GENES * longest:.1f} |"
+        )
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 if __name__ == "__main__":
     if NVCC is None:
         sys.exit("nvcc is not installed, or not on the PATH")
-    print(table(compile_all(list(product(SOURCES, ARCHITECTURES)))))
+    sources = [source for source in SOURCES if source.stem in sys.argv[1:] or not sys.argv[1:]]
+    found = compile_all(list(product(sources, ARCHITECTURES)))
+    print(table(found), table_of_zeros(found), sep="\n\n")
