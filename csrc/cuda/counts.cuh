@@ -203,8 +203,9 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
     scale = static_cast<C>(offset);
   } else if constexpr (sizeof(C) == 4) {
     if (fabsf(top) < 16.0f) {
-      // Then mu / theta is at most 2^60 / theta, or 2^20 / theta if each element has a dispersion; see kMostExponent.
-      whole = whole && scale < (args.shared_dispersion ? 60.0f : 20.0f) && !some_small;
+      // Then mu / theta is at most 2^60 / theta, or 2^20 / theta if each element has a dispersion; see kMostExponent. If the library is
+      // so small a part of the sum that mu / theta could underflow, the other way computes mu as well.
+      whole = whole && scale < (args.shared_dispersion ? 60.0f : 20.0f) && scale > -16.0f && !some_small;
       scale = fmaf(top, -1.44269504f, scale);
     } else {
       whole = false;
@@ -294,6 +295,15 @@ FASTVAE_DEVICE void segment_of_row(const CountArgs& args, const CountPlan& plan,
     ZeroQuad<C> out;
     constexpr C unit = ZeroQuad<C>::template unit<kInflated>;
     zeros_of_quad<kRaw, kInflated>(ratio, theta.value, in.pi, of_row, each, of_zeros, out);
+    if constexpr (kRaw && !kWhole && sizeof(C) == 4) {
+      // Where mu / theta has underflowed, mu need not have.
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) {
+        if (!(zeros >> j & 1) || ratio[j] >= 0x1p-100f) continue;
+        const C mu = math::exp2_approximately(fmaf(in.x[j] - shift, 1.44269504f, scale));
+        out.d_mean[j] = kInflated ? mu * P::divide(out.share[j], theta.value[j]) : mu;
+      }
+    }
     if constexpr (kWeighted) {
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) {

@@ -20,6 +20,8 @@ from fastvae import functional
 
 GPU = torch.cuda.is_available() and not INTERPRETED
 
+SIZE = 320  # two sections of a row, three in float64
+
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 
 
@@ -62,7 +64,7 @@ def test_rows_of_many_parts_equal_the_formula(
 ) -> None:
     """With fewer programs, the bits are the same: the parts of a row depend on its size alone."""
     cut(monkeypatch)
-    made = test_counts.make(form, 2, 600, dtype, shared)
+    made = test_counts.make(form, 2, SIZE, dtype, shared)
     inputs = on(device, made)
     sparse = inputs | {"target": made["target"].to_sparse_csr().to(device)}
     value, grads = test_counts.by_reference(form, inputs, 0.5 + torch.arange(2.0, device=device))
@@ -83,14 +85,14 @@ def test_multinomial_of_many_parts_equals_the_formula(
     device: torch.device, dtype: torch.dtype, weighted: bool, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One to three programs for a row give the same bits."""
-    logits, target = test_multinomial.make(4, 600, dtype)
+    logits, target = test_multinomial.make(4, SIZE, dtype)
     target[1] = 0
-    target[2, 580] = 300  # a count that needs float64
-    logits[3], target[3], target[3, 590] = -30, 0, 20  # the row's only count, in the last section
-    logits[3, 590] = 5
-    weight = (1 + torch.rand(600)) * (torch.rand(600) > 0.2) if weighted else None
+    target[2, 300] = 300  # a count that needs float64
+    logits[3], target[3], target[3, 310] = -30, 0, 20  # the row's only count, in the last section
+    logits[3, 310] = 5
+    weight = (1 + torch.rand(SIZE)) * (torch.rand(SIZE) > 0.2) if weighted else None
     if weight is not None:
-        weight[590] = 2
+        weight[310] = 2
     kept = slice(None) if weight is None else weight != 0
     factors = 0.5 + torch.arange(4.0)
     data = (test_multinomial.sparse(target) if layout == "csr" else target).to(device)
@@ -110,17 +112,17 @@ def test_multinomial_of_many_parts_equals_the_formula(
     )
     test_multinomial.check(value[:3], gradient[:3, kept], want, factors[:3])
     # The last row's nll is what the other features have of the probability, which the formula would lose.
-    odds = torch.exp(logits[3].double() - logits[3, 590].double())
-    odds[590] = 0
+    odds = torch.exp(logits[3].double() - logits[3, 310].double())
+    odds[310] = 0
     share = odds[kept].sum()
-    scale = 20.0 * (1.0 if weight is None else weight[590].item())
+    scale = 20.0 * (1.0 if weight is None else weight[310].item())
     torch.testing.assert_close(value[3].double(), scale * torch.log1p(share), rtol=1e-5, atol=0)
     torch.testing.assert_close(
-        gradient[3, 590].double(), -factors[3].double() * scale * share, rtol=1e-2, atol=0
+        gradient[3, 310].double(), -factors[3].double() * scale * share, rtol=1e-2, atol=0
     )
 
 
-@pytest.mark.parametrize("columns", [[5, 3], [300, 300], [7, 600], [-1, 3], [3, 700]], ids=str)
+@pytest.mark.parametrize("columns", [[5, 3], [300, 300], [7, SIZE], [-1, 3], [3, SIZE + 100]], ids=str)
 @pytest.mark.parametrize("form", [NB, ZINB_RAW, "multinomial"])
 def test_row_with_columns_out_of_order_or_range_is_nan(
     device: torch.device, form: str, columns: list[int], monkeypatch: pytest.MonkeyPatch
@@ -128,10 +130,10 @@ def test_row_with_columns_out_of_order_or_range_is_nan(
     """Nothing is written outside of the row, whose nll is NaN. The other rows are as they are without it."""
     cut(monkeypatch)
     if form == "multinomial":
-        logits, target = test_multinomial.make(3, 600)
+        logits, target = test_multinomial.make(3, SIZE)
         inputs = {"logits": logits.requires_grad_(), "target": target}
     else:
-        inputs = test_counts.make(form, 3, 600, shared=False)
+        inputs = test_counts.make(form, 3, SIZE, shared=False)
     target = inputs["target"]
     target[1] = 0
     good = target.to_sparse_csr()
