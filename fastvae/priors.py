@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import functional
 from .functional.checks import check_choice, check_floating, checked_int, checked_not_negative
 from .functional.continuous import checked_bounds
-from .functional.forms import LogVar, ScaleForm, checked_form, kernel_form
+from .functional.forms import ScaleForm, checked_form, kernel_form
 from .reference.latents import mean_and_logvar
 from .regularizers import log_normal
 
@@ -336,8 +336,9 @@ class VampPrior(_Mixture):
         init: the initial pseudo-inputs, (M, *input_shape), such as data; by default uniform within the bounds, or
             N(0, 1) without bounds.
         bounds: the range of data, to which pseudo-inputs are clamped before they are encoded, or None.
-        form: what the encoder's second output means, as for `fastvae.functional.reparameterize_kl`. It must be the
-            `posterior` of the ELBO, whose encoder this is.
+        form: what the encoder's second output means, as for `fastvae.functional.reparameterize_kl`. None reads it as
+            `"logvar"`, but an ELBO whose `posterior` is another form then raises an error. Pass that form for the
+            encoder of this posterior, or `"logvar"` for a function that returns log-variances.
 
     Parameter: `pseudo_inputs`, (M, *input_shape).
     """
@@ -350,8 +351,8 @@ class VampPrior(_Mixture):
         input_shape: int | Sequence[int],
         *,
         init: Tensor | None = None,
-        bounds: tuple[float, float] | None = (0.0, 1.0),
-        form: str | ScaleForm = "logvar",
+        bounds: Sequence[float] | None = (0.0, 1.0),
+        form: str | ScaleForm | None = None,
     ) -> None:
         super().__init__(dim)
         where = "priors.VampPrior"
@@ -360,7 +361,7 @@ class VampPrior(_Mixture):
             raise TypeError(
                 f"fastvae.{where}: `encoder` must be a callable that returns (mu, logvar), got {type(encoder).__name__}"
             )
-        self.form = checked_form(where, "form", form)
+        self.form = None if form is None else checked_form(where, "form", form)
         shape = (components, *_checked_shape(where, input_shape))
         # In a tuple, the encoder is not registered as a module of the prior.
         self._encoder = (encoder,)
@@ -413,7 +414,7 @@ class VampPrior(_Mixture):
                         f"pseudo-inputs, got {tuple(t.shape)}"
                     )
         dtype = mu.dtype
-        name, constants = self.form.kernel
+        name, constants = ("logvar", []) if self.form is None else self.form.kernel
         if name != "logvar" and dtype in (torch.float16, torch.bfloat16):
             dtype = torch.float32  # half precision would round the logarithm
         if v is None or name != "logvar":
@@ -444,7 +445,7 @@ class VampPrior(_Mixture):
         )
 
     def extra_repr(self) -> str:
-        form = "" if self.form == LogVar() else f", form={self.form}"
+        form = "" if self.form is None else f", form={self.form}"
         return f"components={self.pseudo_inputs.shape[0]}, dim={self.dim}{form}"
 
 

@@ -475,6 +475,10 @@ def test_elbo_takes_the_form_and_a_head(backend: str) -> None:
 
 def test_forms_are_values() -> None:
     assert LogVar(clamp=(-1, 1)) == LogVar(clamp=(-1, 1)) != LogVar(bounds=(-1, 1))
+    for name in ("clamp", "bounds"):
+        pair: Any = {name: [-30, 20]}
+        assert LogVar(**pair) == LogVar(**{name: (-30.0, 20.0)})  # type: ignore[arg-type]
+        assert hash(LogVar(**pair)) == hash(LogVar(**{name: (-30.0, 20.0)}))  # type: ignore[arg-type]
     for form in FORMS.values():
         made = form.form if isinstance(form.form, posteriors.ScaleForm) else None
         if made is not None:

@@ -5,6 +5,7 @@ import math
 import pickle
 import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 import fastvae
 from fastvae import functional
-from fastvae.posteriors import LogStd, ScaleForm, Softplus
+from fastvae.posteriors import DiagonalGaussian, LogStd, LogVar, ScaleForm, Softplus
 from fastvae.priors import GaussianMixture, Prior, StandardNormal, VampPrior
 
 D, X = 3, 5
@@ -210,21 +211,38 @@ def test_vamp_prior_reads_a_packed_latent_image() -> None:
 
 
 @pytest.mark.parametrize("objective", ["ELBO", "IWAE"])
-def test_vamp_prior_of_another_form_than_the_posterior_raises(objective: str) -> None:
-    make = {"ELBO": fastvae.ELBO, "IWAE": lambda *args, **options: fastvae.IWAE(*args, 2, **options)}[
-        objective
-    ]
+def test_vamp_prior_must_be_given_its_form_beside_a_posterior_that_is_no_log_variance(objective: str) -> None:
+    make: dict[str, Callable[..., fastvae.ELBO]] = {
+        "ELBO": partial(fastvae.ELBO, "bernoulli"),
+        "IWAE": partial(fastvae.IWAE, "bernoulli", 2),
+    }
     prior = VampPrior(4, Encoder(), D, X)
-    message = (
-        f"fastvae.{objective}: the `form` of the VampPrior must be the `posterior`, 'softplus', because both say what "
-        f"the encoder returns, got 'logvar'; write VampPrior(..., form='softplus'), or {objective}(..., "
-        "posterior='logvar') if that is what it returns"
-    )
-    with pytest.raises(ValueError, match=re.escape(message)):
-        make("bernoulli", prior=prior, posterior="softplus")
-    with pytest.raises(ValueError, match=re.escape("fastvae.posteriors.Softplus(eps=0.01), because")):
-        make("bernoulli", prior=prior, posterior=Softplus(eps=0.01))
-    make("bernoulli", prior=VampPrior(4, Encoder(), D, X, form="softplus"), posterior=Softplus())
+    for posterior, form in (
+        ("softplus", "'softplus'"),
+        (Softplus(), "'softplus'"),
+        (Softplus(eps=0.01), "fastvae.posteriors.Softplus(eps=0.01)"),
+        (LogVar(clamp=[-30, 20]), "fastvae.posteriors.LogVar(clamp=(-30.0, 20.0), bounds=None)"),  # type: ignore[arg-type]
+    ):
+        message = (
+            f"fastvae.{objective}: `form` of the VampPrior must be given where `posterior` is {form}, got None; write "
+            f"VampPrior(..., form={form}) if its encoder returns what the posterior reads, or VampPrior(..., "
+            "form='logvar') if it returns log-variances"
+        )
+        with pytest.raises(ValueError, match=re.escape(message)):
+            make[objective](prior=prior, posterior=posterior)
+    make[objective](prior=prior, posterior=LogVar())
+
+
+def test_encoder_of_a_prior_may_return_log_variances_of_a_posterior_of_another_form() -> None:
+    linear, x = nn.Linear(X, 2 * D), torch.rand(1, X)
+
+    def encode(u: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = DiagonalGaussian(linear(u), "softplus")
+        return posterior.mean, posterior.logvar
+
+    prior = VampPrior(1, encode, D, X, init=x, form="logvar")
+    _, kl = fastvae.ELBO("bernoulli", prior=prior, posterior="softplus").reparameterize(linear(x))
+    torch.testing.assert_close(kl, torch.zeros(1), rtol=0, atol=1e-5)
 
 
 def test_elbo_that_averages_over_draws_with_a_prior_equals_the_formula(backend: str) -> None:
