@@ -101,7 +101,7 @@ class ELBO(nn.Module):
     __jit_unused_properties__ = ("free_bits",)
 
     _where = "ELBO"
-    """The name in the messages of the constructor."""
+    """The name in messages."""
 
     def __init__(
         self,
@@ -179,7 +179,8 @@ class ELBO(nn.Module):
             if buffer is None:
                 if self._free_bits is not None and value is not None:
                     raise ValueError(
-                        f"fastvae.ELBO: `capacity` and `free_bits` exclude each other, got {value} and {self.free_bits}"
+                        f"fastvae.{self._where}: `capacity` and `free_bits` exclude each other, got {value} and "
+                        f"{self.free_bits}"
                     )
                 buffer = None if value is None else self._setting(name, value, self.beta.device)
                 self._buffers[name] = buffer
@@ -232,7 +233,8 @@ class ELBO(nn.Module):
         if prior is not None:
             if prior_mu is not None or prior_logvar is not None or balance is not None:
                 raise ValueError(
-                    "fastvae.ELBO: `prior_mu`, `prior_logvar` and `balance` exclude the ELBO's `prior`, got both"
+                    f"fastvae.{self._where}: `prior_mu`, `prior_logvar` and `balance` exclude the {self._where}'s "
+                    "`prior`, got both"
                 )
             drawn: tuple[Tensor, Tensor] = prior.reparameterize_kl(
                 mu,

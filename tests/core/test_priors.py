@@ -523,6 +523,11 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "ELBO: with the prior GaussianMixture, the KL depends on z: pass `kl`, as in z, kl = "
         "elbo.reparameterize(mu, logvar) and elbo(decoder(z), x, kl=kl)",
     ),
+    "two priors of a bound": (
+        lambda: fastvae.IWAE("bernoulli", 2, prior=mixture()).reparameterize(Z, Z, Z),
+        ValueError,
+        "IWAE: `prior_mu`, `prior_logvar` and `balance` exclude the IWAE's `prior`, got both",
+    ),
     "two priors": (
         lambda: fastvae.ELBO("bernoulli", prior=mixture()).reparameterize(Z, Z, Z, Z),
         ValueError,
