@@ -53,11 +53,15 @@ class Prior(nn.Module):
         return self
 
     def check_posterior(self, mu: Tensor, logvar: Tensor | None = None) -> None:
-        """Check that a posterior fits this prior, before noise is drawn. Without `logvar`, `mu` is a packed head.
+        """Raise ValueError if a posterior does not fit this prior. Without `logvar`, `mu` is a packed head.
 
-        Raises:
-            ValueError: If `mu` does not have `dim` elements per row, or is on another device than the prior.
+        `ELBO.reparameterize` and `IWAE.sample` call this before they draw noise. The priors of this module need `dim`
+        elements per row, on their device. This base class checks nothing, so a prior of your own may have z of another
+        shape.
         """
+
+    def _check_rows(self, mu: Tensor, logvar: Tensor | None) -> None:
+        """Check that a posterior has `dim` elements per row and is on the device of the prior."""
         if not isinstance(mu, Tensor) or mu.is_nested:
             return  # The functions that take the posterior have the message.
         size = self.dim if logvar is not None else 2 * self.dim
@@ -179,6 +183,9 @@ class StandardNormal(Prior):
         draws = torch.randn(n, self.dim, generator=generator, device=like.device, dtype=like.dtype)
         return temperature * draws
 
+    def check_posterior(self, mu: Tensor, logvar: Tensor | None = None) -> None:
+        self._check_rows(mu, logvar)
+
     def analytic_kl(
         self,
         mu: Tensor,
@@ -203,6 +210,9 @@ class _Mixture(Prior):
     def components(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """(mu, logvar, log_weight): (M, dim), (M, dim), and (M,) or None for equal weights."""
         raise NotImplementedError
+
+    def check_posterior(self, mu: Tensor, logvar: Tensor | None = None) -> None:
+        self._check_rows(mu, logvar)
 
     def log_prob(self, z: Tensor) -> Tensor:
         points = self._points(z)

@@ -395,6 +395,36 @@ def test_compiled_elbo_with_priors_is_one_graph(native: None) -> None:
         torch.testing.assert_close(compiled(mu, logvar), kl(mu, logvar))
 
 
+class _OfEachStep(Prior):
+    """A prior of `dim` numbers for each step of a sequence, (B, steps, dim)."""
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return Normal(0.0, 1.0).log_prob(z).flatten(1).sum(1)
+
+
+def test_prior_of_your_own_takes_z_of_its_own_shape() -> None:
+    mu, logvar = torch.randn(2, 2, 5, D)
+    _, kl = fastvae.ELBO("bernoulli", prior=_OfEachStep(D), samples=4).reparameterize(mu, logvar)
+    assert kl.shape == (2,)
+    draws = fastvae.IWAE("bernoulli", 4, prior=_OfEachStep(D)).sample(mu, logvar)
+    torch.testing.assert_close(draws.log_p, Normal(0.0, 1.0).log_prob(draws.z).flatten(2).sum(2))
+
+
+def test_prior_of_your_own_may_refuse_a_posterior_before_noise_is_drawn() -> None:
+    class Strict(_OfEachStep):
+        def check_posterior(self, mu: Tensor, logvar: Tensor | None = None) -> None:
+            raise ValueError("too long")
+
+    state = torch.get_rng_state()
+    for call in (
+        fastvae.ELBO("bernoulli", prior=Strict(D)).reparameterize,
+        fastvae.IWAE("bernoulli", 2, prior=Strict(D)).sample,
+    ):
+        with pytest.raises(ValueError, match="too long"):
+            call(Z, Z)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_points_are_a_sample_of_none(name: str) -> None:
     assert priors()[name].sample(0).shape == (0, D)
