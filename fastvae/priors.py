@@ -433,6 +433,8 @@ class VampPrior(_Mixture):
 
     def _encode(self, inputs: Tensor) -> Any:
         encoder = self._encoder[0]
+        if torch.compiler.is_compiling():  # not every version of torch can trace a try block
+            return encoder(inputs)
         try:
             return encoder(inputs)
         except RuntimeError as error:
