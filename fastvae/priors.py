@@ -44,7 +44,8 @@ class Prior(nn.Module):
 
     def sample(self, n: int, *, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
         """Draw n points, (n, dim). They carry no gradient. `temperature`, at least 0, multiplies the standard deviation
-        of the normal distribution, or that of each component."""
+        of the normal distribution, or that of each component. The priors of this module also take a tensor, (dim,),
+        with one for each dimension."""
         raise NotImplementedError
 
     def frozen(self) -> "Prior":
@@ -138,10 +139,15 @@ class Prior(nn.Module):
             f"{found}; did you mean prior.to({name}.device)?"
         )
 
-    def _check_sample(self, n: Any, temperature: Any) -> None:
+    def _check_sample(self, n: Any, temperature: Any) -> int:
+        """Check the arguments of `sample` and return `n`."""
         where = f"priors.{type(self).__name__}.sample"
-        checked_int(where, "n", n, 0, None)
-        checked_not_negative(where, "temperature", temperature)
+        if isinstance(temperature, Tensor) and temperature.dim() > 0:
+            for value in temperature.flatten().tolist():
+                checked_not_negative(where, "temperature", value)
+        else:
+            checked_not_negative(where, "temperature", temperature)
+        return checked_int(where, "n", _as_int(n), 0, None)
 
     def _points(self, z: Tensor) -> Tensor:
         """`z` as (B, dim), checked."""
@@ -177,8 +183,10 @@ class StandardNormal(Prior):
     def log_prob(self, z: Tensor) -> Tensor:
         return log_normal(self._points(z))
 
-    def sample(self, n: int, *, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
-        self._check_sample(n, temperature)
+    def sample(
+        self, n: int, *, generator: torch.Generator | None = None, temperature: float | Tensor = 1.0
+    ) -> Tensor:
+        n = self._check_sample(n, temperature)
         like: Any = self._like
         draws = torch.randn(n, self.dim, generator=generator, device=like.device, dtype=like.dtype)
         return temperature * draws
@@ -232,8 +240,10 @@ class _Mixture(Prior):
         return _Frozen(self)
 
     @torch.no_grad()
-    def sample(self, n: int, *, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
-        self._check_sample(n, temperature)
+    def sample(
+        self, n: int, *, generator: torch.Generator | None = None, temperature: float | Tensor = 1.0
+    ) -> Tensor:
+        n = self._check_sample(n, temperature)
         mu, logvar, log_weight = self.components()
         if log_weight is None:
             chosen = torch.randint(mu.shape[0], (n,), generator=generator, device=mu.device)
@@ -375,7 +385,7 @@ class VampPrior(_Mixture):
         shape = (components, *_checked_shape(where, input_shape))
         # In a tuple, the encoder is not registered as a module of the prior.
         self._encoder = (encoder,)
-        self.bounds = None if bounds is None else checked_bounds(where, bounds, "bounds")
+        self.bounds = None if bounds is None else checked_bounds(where, _as_tuple(bounds), "bounds")
         self.pseudo_inputs = nn.Parameter(torch.empty(shape))
         self.reset_parameters()
         if init is not None:
@@ -462,13 +472,28 @@ class VampPrior(_Mixture):
 
 
 def _checked_shape(where: str, input_shape: Any) -> list[int]:
-    sizes = input_shape if isinstance(input_shape, Sequence) else (input_shape,)
-    try:
-        shape = [operator.index(size) for size in sizes]
-    except TypeError as error:
+    sizes = _as_tuple(input_shape)
+    shape = [_as_int(size) for size in (sizes if isinstance(sizes, tuple) else (sizes,))]
+    if not all(isinstance(size, int) for size in shape):
         raise TypeError(
             f"fastvae.{where}: `input_shape` must be an int or a sequence of ints, got {input_shape!r}"
-        ) from error
-    for size in shape:
-        checked_int(where, "input_shape", size, 1, None)
-    return shape
+        )
+    return [checked_int(where, "input_shape", size, 1, None) for size in shape]
+
+
+def _as_int(value: Any) -> Any:
+    """Return an integer of NumPy or of torch as an int, and anything else as it is."""
+    if isinstance(value, int):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
+
+
+def _as_tuple(value: Any) -> Any:
+    """Return the elements of a sequence or an array as a tuple, and anything else as it is."""
+    try:
+        return tuple(value)
+    except TypeError:
+        return value

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -426,6 +427,23 @@ def test_prior_of_your_own_may_refuse_a_posterior_before_noise_is_drawn() -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_samples_take_numpy_integers_and_a_temperature_for_each_dimension(name: str) -> None:
+    def draw(n: int, temperature: float | Tensor) -> Tensor:
+        return prior.sample(n, generator=torch.Generator().manual_seed(0), temperature=temperature)  # type: ignore[arg-type]
+
+    prior, each = priors()[name], torch.tensor([0.0, 0.5, 1.0])
+    got = draw(np.int64(4), each)  # type: ignore[arg-type]
+    torch.testing.assert_close(got, torch.stack([draw(4, float(t))[:, i] for i, t in enumerate(each)], 1))
+
+
+def test_shape_and_bounds_may_be_arrays() -> None:
+    prior = VampPrior(4, Encoder(), D, np.array([X]), bounds=np.array([0, 1.0]))  # type: ignore[arg-type]
+    assert prior.pseudo_inputs.shape == (4, X)
+    assert prior.bounds == (0.0, 1.0)
+    assert VampPrior(4, Encoder(), D, torch.Size([1, X])).pseudo_inputs.shape == (4, 1, X)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_no_points_are_a_sample_of_none(name: str) -> None:
     assert priors()[name].sample(0).shape == (0, D)
 
@@ -464,6 +482,16 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: StandardNormal(D).sample(4, temperature=-1.0),
         ValueError,
         "priors.StandardNormal.sample: `temperature` must be finite and at least 0, got -1.0",
+    ),
+    "negative temperature of one dimension": (
+        lambda: StandardNormal(D).sample(4, temperature=torch.tensor([0.5, -1.0, 1.0])),
+        ValueError,
+        "priors.StandardNormal.sample: `temperature` must be finite and at least 0, got -1.0",
+    ),
+    "size of a sample that is not an integer": (
+        lambda: StandardNormal(D).sample(2.0),  # type: ignore[arg-type]
+        TypeError,
+        "priors.StandardNormal.sample: `n` must be an int, got 2.0",
     ),
     "temperature that is not a number": (
         lambda: mixture().sample(4, temperature=math.nan),
