@@ -86,8 +86,8 @@ class IWAE(ELBO):
             backward pass, so it must be passed as a function.
         posterior: the form of the scale, as for `fastvae.ELBO`.
         prior: a module of `fastvae.priors`; None is the standard normal. The bound takes its density, so it need not
-            have an analytic KL. Its parameters are trained like the decoder's, with every estimator. The `form` of a
-            `VampPrior` must be the `posterior`.
+            have an analytic KL. Its parameters are trained like the decoder's, with every estimator. If `posterior` is
+            not `"logvar"`, a `VampPrior` must be given its `form`.
     """
 
     _where = "IWAE"

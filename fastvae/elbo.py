@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import functional, likelihoods
 from .functional.checks import check_choice, check_kl, checked_int, is_dense, layout_message
-from .functional.forms import LogVar, ScaleForm, checked_form
+from .functional.forms import LogVar, ScaleForm, checked_form, spelled
 from .functional.loss import nll as loss_and_nll
 from .functional.ranges import has_values, warn_of_impossible_values
 from .likelihoods import Bernoulli
@@ -76,7 +76,7 @@ class ELBO(nn.Module):
             expects the same; `out.kl` is still the true KL of every row.
         prior: a module of `fastvae.priors`; None is the standard normal. Where its KL has no closed form,
             `reparameterize` returns the KL of its sample, log q(z | x) - log p(z). The parameters of a learned prior
-            are among `elbo.parameters()`. The `form` of a `VampPrior` must be the `posterior`.
+            are among `elbo.parameters()`. If `posterior` is not `"logvar"`, a `VampPrior` must be given its `form`.
         free_bits_mean: if True, as in the paper, the threshold applies to the mean KL of a dimension over the batch (of
             this process); if False, it applies to each datum separately.
         free_bits_per: what has `free_bits` nats at no cost: each `"dimension"`; each `"channel"` of a latent image,
@@ -101,7 +101,7 @@ class ELBO(nn.Module):
     __jit_unused_properties__ = ("free_bits",)
 
     _where = "ELBO"
-    """The name in the messages of the constructor."""
+    """The name in messages."""
 
     def __init__(
         self,
@@ -179,7 +179,8 @@ class ELBO(nn.Module):
             if buffer is None:
                 if self._free_bits is not None and value is not None:
                     raise ValueError(
-                        f"fastvae.ELBO: `capacity` and `free_bits` exclude each other, got {value} and {self.free_bits}"
+                        f"fastvae.{self._where}: `capacity` and `free_bits` exclude each other, got {value} and "
+                        f"{self.free_bits}"
                     )
                 buffer = None if value is None else self._setting(name, value, self.beta.device)
                 self._buffers[name] = buffer
@@ -232,7 +233,8 @@ class ELBO(nn.Module):
         if prior is not None:
             if prior_mu is not None or prior_logvar is not None or balance is not None:
                 raise ValueError(
-                    "fastvae.ELBO: `prior_mu`, `prior_logvar` and `balance` exclude the ELBO's `prior`, got both"
+                    f"fastvae.{self._where}: `prior_mu`, `prior_logvar` and `balance` exclude the {self._where}'s "
+                    "`prior`, got both"
                 )
             drawn: tuple[Tensor, Tensor] = prior.reparameterize_kl(
                 mu,
@@ -370,7 +372,7 @@ class ELBO(nn.Module):
             free_bits += f" per {self.free_bits_per}"
         if self.capacity is not None:
             free_bits += ", capacity=?" if self.capacity.is_meta else f", capacity={self.capacity.item():g}"
-        posterior = "" if self.posterior == LogVar() else f", posterior={self.posterior}"
+        posterior = "" if self.posterior.kernel == LogVar().kernel else f", posterior={self.posterior}"
         return f"beta={beta}, reduction={self.reduction!r}{free_bits}{samples}{posterior}"
 
 
@@ -387,23 +389,14 @@ def _check_prior(where: str, prior: Any, free_bits: float | None, posterior: Sca
             f"fastvae.{where}: `free_bits` need the KL of every dimension, which has no closed form with the prior "
             f"{type(prior).__name__}; use free_bits=0"
         )
-    if isinstance(prior, VampPrior) and prior.form != posterior:
-        expected, found = _spelled(posterior), _spelled(prior.form)
+    # Only the user knows whether the encoder of the prior is that of the posterior, or a function that converts.
+    if isinstance(prior, VampPrior) and prior.form is None and posterior.kernel != LogVar().kernel:
+        form = spelled(posterior)
         raise ValueError(
-            f"fastvae.{where}: the `form` of the VampPrior must be the `posterior`, {expected}, because both say what "
-            f"the encoder returns, got {found}; write VampPrior(..., form={expected}), or {where}(..., "
-            f"posterior={found}) if that is what it returns"
+            f"fastvae.{where}: `form` of the VampPrior must be given where `posterior` is {form}, got None; write "
+            f"VampPrior(..., form={form}) if its encoder returns what the posterior reads, or VampPrior(..., "
+            "form='logvar') if it returns log-variances"
         )
-
-
-_NAMES = {
-    checked_form("ELBO", "posterior", name): name for name in ("logvar", "log_std", "softplus", "variance")
-}
-
-
-def _spelled(form: ScaleForm) -> str:
-    """What to write for a form: its name, or the call that makes it."""
-    return repr(_NAMES[form]) if form in _NAMES else f"fastvae.posteriors.{form}"
 
 
 def _analytic_kl(prior: Any, mu: Tensor, logvar: Tensor | None, form: ScaleForm, reduction: str) -> Tensor:

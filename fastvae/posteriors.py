@@ -23,7 +23,7 @@ from torch import Tensor
 from . import functional
 from .functional.checks import check_floating, check_like
 from .functional.forms import LogStd, LogVar, ScaleForm, Softplus, Variance, checked_form
-from .reference.latents import mean_and_logvar
+from .reference.latents import log_variance, soft_clamp
 
 __all__ = ["DiagonalGaussian", "LogStd", "LogVar", "ScaleForm", "Softplus", "Variance"]
 
@@ -65,11 +65,7 @@ class DiagonalGaussian:
         form = _DIFFUSERS if form is None else form
         self.form = checked_form("posteriors.DiagonalGaussian", "form", form)
         self.deterministic = deterministic
-
-    def _moments(self) -> tuple[Tensor, Tensor]:
-        # They are not kept: those of a first look under torch.no_grad() would have no gradient later.
-        name, constants = self.form.kernel
-        return mean_and_logvar(self.head, None, name, constants, self.head.dtype)
+        self._last_logvar: tuple[Any, Tensor] | None = None
 
     @property
     def parameters(self) -> Tensor:
@@ -78,13 +74,25 @@ class DiagonalGaussian:
 
     @property
     def mean(self) -> Tensor:
-        """(B, L, ...)"""
-        return self._moments()[0]
+        """(B, L, ...). It is a view of the head, except with NVAE's soft clamp."""
+        mean = self.head.narrow(1, 0, self.head.shape[1] // 2)
+        name, constants = self.form.kernel
+        return soft_clamp(mean, constants[0]) if name == "log_std" else mean
 
     @property
     def logvar(self) -> Tensor:
-        """log std^2, (B, L, ...)."""
-        return self._moments()[1]
+        """log std^2, (B, L, ...). It is kept for the next call, as `std` and `var` need it too."""
+        head = self.head
+        size = head.shape[1] // 2
+        if torch.compiler.is_compiling():  # the compiler computes it once
+            return log_variance(head.narrow(1, size, size), *self.form.kernel)
+        # One of a first look under torch.no_grad() would have no gradient later, and that of a head which was then
+        # changed in place would be wrong. Inference tensors do not count their changes.
+        version = None if head.is_inference() else head._version  # noqa: SLF001
+        key = torch.is_grad_enabled(), head.requires_grad, version
+        if self._last_logvar is None or self._last_logvar[0] != key:
+            self._last_logvar = key, log_variance(head.narrow(1, size, size), *self.form.kernel)
+        return self._last_logvar[1]
 
     @property
     def std(self) -> Tensor:
@@ -130,6 +138,8 @@ class DiagonalGaussian:
             torch.randn(count, *sizes, generator=one, dtype=head.dtype, device=one.device).to(head.device)
             for one in generators
         ]
+        if len(parts) == 1:
+            return parts[0]
         return torch.cat(parts) if parts else head.new_empty(0, *sizes)
 
     def mode(self) -> Tensor:
@@ -152,7 +162,7 @@ class DiagonalGaussian:
             return functional.gaussian_kl(self.head, form=self.form)
         if other.deterministic:
             return self._constant(math.inf, self.head.shape[:1])
-        if self.form == other.form:
+        if self.form.kernel == other.form.kernel:
             return functional.gaussian_kl(self.head, None, other.head, form=self.form)
         return functional.gaussian_kl(self.mean, self.logvar, other.mean, other.logvar)
 
@@ -165,7 +175,7 @@ class DiagonalGaussian:
                 which is the same for images.
         """
         where = "posteriors.DiagonalGaussian.nll"
-        mean, logvar = self._moments()
+        mean, logvar = self.mean, self.logvar
         check_like(where, "x", x, "mean", mean)
         n = x.dim()
         summed = range(1, n) if dims is None else [dims] if isinstance(dims, int) else list(dims)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import functional
 from .functional.checks import check_choice, check_floating, checked_int, checked_not_negative
 from .functional.continuous import checked_bounds
-from .functional.forms import LogVar, ScaleForm, checked_form, kernel_form
+from .functional.forms import ScaleForm, checked_form, kernel_form
 from .reference.latents import mean_and_logvar
 from .regularizers import log_normal
 
@@ -44,7 +44,8 @@ class Prior(nn.Module):
 
     def sample(self, n: int, *, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
         """Draw n points, (n, dim). They carry no gradient. `temperature`, at least 0, multiplies the standard deviation
-        of the normal distribution, or that of each component."""
+        of the normal distribution, or that of each component. The priors of this module also take a tensor, (dim,),
+        with one for each dimension."""
         raise NotImplementedError
 
     def frozen(self) -> "Prior":
@@ -53,11 +54,15 @@ class Prior(nn.Module):
         return self
 
     def check_posterior(self, mu: Tensor, logvar: Tensor | None = None) -> None:
-        """Check that a posterior fits this prior, before noise is drawn. Without `logvar`, `mu` is a packed head.
+        """Raise ValueError if a posterior does not fit this prior. Without `logvar`, `mu` is a packed head.
 
-        Raises:
-            ValueError: If `mu` does not have `dim` elements per row, or is on another device than the prior.
+        `ELBO.reparameterize` and `IWAE.sample` call this before they draw noise. The priors of this module need `dim`
+        elements per row, on their device. This base class checks nothing, so a prior of your own may have z of another
+        shape.
         """
+
+    def _check_rows(self, mu: Tensor, logvar: Tensor | None) -> None:
+        """Check that a posterior has `dim` elements per row and is on the device of the prior."""
         if not isinstance(mu, Tensor) or mu.is_nested:
             return  # The functions that take the posterior have the message.
         size = self.dim if logvar is not None else 2 * self.dim
@@ -134,10 +139,15 @@ class Prior(nn.Module):
             f"{found}; did you mean prior.to({name}.device)?"
         )
 
-    def _check_sample(self, n: Any, temperature: Any) -> None:
+    def _check_sample(self, n: Any, temperature: Any) -> int:
+        """Check the arguments of `sample` and return `n`."""
         where = f"priors.{type(self).__name__}.sample"
-        checked_int(where, "n", n, 0, None)
-        checked_not_negative(where, "temperature", temperature)
+        if isinstance(temperature, Tensor) and temperature.dim() > 0:
+            for value in temperature.flatten().tolist():
+                checked_not_negative(where, "temperature", value)
+        else:
+            checked_not_negative(where, "temperature", temperature)
+        return checked_int(where, "n", _as_int(n), 0, None)
 
     def _points(self, z: Tensor) -> Tensor:
         """`z` as (B, dim), checked."""
@@ -173,11 +183,16 @@ class StandardNormal(Prior):
     def log_prob(self, z: Tensor) -> Tensor:
         return log_normal(self._points(z))
 
-    def sample(self, n: int, *, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
-        self._check_sample(n, temperature)
+    def sample(
+        self, n: int, *, generator: torch.Generator | None = None, temperature: float | Tensor = 1.0
+    ) -> Tensor:
+        n = self._check_sample(n, temperature)
         like: Any = self._like
         draws = torch.randn(n, self.dim, generator=generator, device=like.device, dtype=like.dtype)
         return temperature * draws
+
+    def check_posterior(self, mu: Tensor, logvar: Tensor | None = None) -> None:
+        self._check_rows(mu, logvar)
 
     def analytic_kl(
         self,
@@ -204,6 +219,9 @@ class _Mixture(Prior):
         """(mu, logvar, log_weight): (M, dim), (M, dim), and (M,) or None for equal weights."""
         raise NotImplementedError
 
+    def check_posterior(self, mu: Tensor, logvar: Tensor | None = None) -> None:
+        self._check_rows(mu, logvar)
+
     def log_prob(self, z: Tensor) -> Tensor:
         points = self._points(z)
         mu, logvar, log_weight = self.components()
@@ -222,8 +240,10 @@ class _Mixture(Prior):
         return _Frozen(self)
 
     @torch.no_grad()
-    def sample(self, n: int, *, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
-        self._check_sample(n, temperature)
+    def sample(
+        self, n: int, *, generator: torch.Generator | None = None, temperature: float | Tensor = 1.0
+    ) -> Tensor:
+        n = self._check_sample(n, temperature)
         mu, logvar, log_weight = self.components()
         if log_weight is None:
             chosen = torch.randint(mu.shape[0], (n,), generator=generator, device=mu.device)
@@ -336,8 +356,9 @@ class VampPrior(_Mixture):
         init: the initial pseudo-inputs, (M, *input_shape), such as data; by default uniform within the bounds, or
             N(0, 1) without bounds.
         bounds: the range of data, to which pseudo-inputs are clamped before they are encoded, or None.
-        form: what the encoder's second output means, as for `fastvae.functional.reparameterize_kl`. It must be the
-            `posterior` of the ELBO, whose encoder this is.
+        form: what the encoder's second output means, as for `fastvae.functional.reparameterize_kl`. None reads it as
+            `"logvar"`, but an ELBO whose `posterior` is another form then raises an error. Pass that form for the
+            encoder of this posterior, or `"logvar"` for a function that returns log-variances.
 
     Parameter: `pseudo_inputs`, (M, *input_shape).
     """
@@ -350,8 +371,8 @@ class VampPrior(_Mixture):
         input_shape: int | Sequence[int],
         *,
         init: Tensor | None = None,
-        bounds: tuple[float, float] | None = (0.0, 1.0),
-        form: str | ScaleForm = "logvar",
+        bounds: Sequence[float] | None = (0.0, 1.0),
+        form: str | ScaleForm | None = None,
     ) -> None:
         super().__init__(dim)
         where = "priors.VampPrior"
@@ -360,11 +381,11 @@ class VampPrior(_Mixture):
             raise TypeError(
                 f"fastvae.{where}: `encoder` must be a callable that returns (mu, logvar), got {type(encoder).__name__}"
             )
-        self.form = checked_form(where, "form", form)
+        self.form = None if form is None else checked_form(where, "form", form)
         shape = (components, *_checked_shape(where, input_shape))
         # In a tuple, the encoder is not registered as a module of the prior.
         self._encoder = (encoder,)
-        self.bounds = None if bounds is None else checked_bounds(where, bounds, "bounds")
+        self.bounds = None if bounds is None else checked_bounds(where, _as_tuple(bounds), "bounds")
         self.pseudo_inputs = nn.Parameter(torch.empty(shape))
         self.reset_parameters()
         if init is not None:
@@ -413,7 +434,7 @@ class VampPrior(_Mixture):
                         f"pseudo-inputs, got {tuple(t.shape)}"
                     )
         dtype = mu.dtype
-        name, constants = self.form.kernel
+        name, constants = ("logvar", []) if self.form is None else self.form.kernel
         if name != "logvar" and dtype in (torch.float16, torch.bfloat16):
             dtype = torch.float32  # half precision would round the logarithm
         if v is None or name != "logvar":
@@ -422,6 +443,8 @@ class VampPrior(_Mixture):
 
     def _encode(self, inputs: Tensor) -> Any:
         encoder = self._encoder[0]
+        if torch.compiler.is_compiling():  # not every version of torch can trace a try block
+            return encoder(inputs)
         try:
             return encoder(inputs)
         except RuntimeError as error:
@@ -444,18 +467,33 @@ class VampPrior(_Mixture):
         )
 
     def extra_repr(self) -> str:
-        form = "" if self.form == LogVar() else f", form={self.form}"
+        form = "" if self.form is None else f", form={self.form}"
         return f"components={self.pseudo_inputs.shape[0]}, dim={self.dim}{form}"
 
 
 def _checked_shape(where: str, input_shape: Any) -> list[int]:
-    sizes = input_shape if isinstance(input_shape, Sequence) else (input_shape,)
-    try:
-        shape = [operator.index(size) for size in sizes]
-    except TypeError as error:
+    sizes = _as_tuple(input_shape)
+    shape = [_as_int(size) for size in (sizes if isinstance(sizes, tuple) else (sizes,))]
+    if not all(isinstance(size, int) for size in shape):
         raise TypeError(
             f"fastvae.{where}: `input_shape` must be an int or a sequence of ints, got {input_shape!r}"
-        ) from error
-    for size in shape:
-        checked_int(where, "input_shape", size, 1, None)
-    return shape
+        )
+    return [checked_int(where, "input_shape", size, 1, None) for size in shape]
+
+
+def _as_int(value: Any) -> Any:
+    """Return an integer of NumPy or of torch as an int, and anything else as it is."""
+    if isinstance(value, int):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
+
+
+def _as_tuple(value: Any) -> Any:
+    """Return the elements of a sequence or an array as a tuple, and anything else as it is."""
+    try:
+        return tuple(value)
+    except TypeError:
+        return value

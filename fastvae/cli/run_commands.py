@@ -127,7 +127,10 @@ def reconstruct(
         ),
     ] = None,
     data: Annotated[
-        str | None, _data("Their validation part is used, all images of a folder, or all cells.")
+        str | None,
+        _data(
+            "For text and arrays of images the validation part is used; of a folder all images; of counts all cells."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed for the words that are drawn (text only).")] = 0,
     decoding: Method = None,

@@ -50,12 +50,15 @@ class LogVar(ScaleForm):
                 "fastvae.posteriors.LogVar: `clamp` and `bounds` exclude each other, got "
                 f"{self.clamp} and {self.bounds}"
             )
-        if self.clamp is not None:
-            self._set("logvar_clamp", *checked_bounds("posteriors.LogVar", self.clamp, "clamp"))
-        elif self.bounds is not None:
-            self._set("logvar_bounds", *checked_bounds("posteriors.LogVar", self.bounds, "bounds"))
-        else:
-            self._set("logvar")
+        for name in ("clamp", "bounds"):
+            given = getattr(self, name)
+            if given is not None:
+                # A tuple, because a form is a value, which a list would keep from being hashed.
+                pair = checked_bounds("posteriors.LogVar", given, name)
+                object.__setattr__(self, name, pair)
+                self._set(f"logvar_{name}", *pair)
+                return
+        self._set("logvar")
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,14 @@ def kernel_form(where: str, form: Any) -> tuple[str, list[float]]:
     if isinstance(form, str) and form in _KERNELS:
         return _KERNELS[form]
     return checked_form(where, "form", form).kernel
+
+
+def spelled(form: ScaleForm) -> str:
+    """Return what to write for a form: its name, or the call that makes it."""
+    for name, kernel in _KERNELS.items():
+        if form.kernel == kernel:
+            return repr(name)
+    return f"fastvae.posteriors.{form}"
 
 
 def checked_form(where: str, name: str, form: Any) -> ScaleForm:

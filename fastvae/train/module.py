@@ -144,7 +144,12 @@ class VAE(LightningModule):
         """Replace the prior by a VampPrior. `encode` maps its pseudo-inputs to mu and logvar; by default that is the
         method of this model."""
         self.elbo.prior = VampPrior(
-            components, self.encode if encode is None else encode, self.latents, input_shape, bounds=bounds
+            components,
+            self.encode if encode is None else encode,
+            self.latents,
+            input_shape,
+            bounds=bounds,
+            form="logvar",
         )
 
     def sample_prior(self, n: int, generator: torch.Generator, temperature: float = 1.0) -> Tensor:

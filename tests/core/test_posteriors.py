@@ -404,6 +404,40 @@ def test_a_first_look_without_gradients_takes_none_from_later(backend: str) -> N
 
 
 @pytest.mark.parametrize("form", [None, "softplus", LogStd(soft_clamp=5, eps=1e-2)], ids=str)
+def test_moments_follow_a_head_that_changes(form: str | posteriors.ScaleForm | None) -> None:
+    head = torch.randn(2, 8)
+    posterior = DiagonalGaussian(head, form)
+    moments = "mean", "logvar", "std", "var"
+    for change in (lambda: None, lambda: head.mul_(2), lambda: head.requires_grad_()):
+        change()
+        fresh = DiagonalGaussian(head, form)
+        for name in moments:
+            assert torch.equal(getattr(posterior, name), getattr(fresh, name))
+            assert getattr(posterior, name).requires_grad == head.requires_grad
+    with torch.inference_mode():
+        inferred = DiagonalGaussian(torch.randn(2, 8), form)
+        assert torch.equal(inferred.std, torch.exp(0.5 * inferred.logvar))
+
+
+def test_mean_and_logvar_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def log_variance(*args: Any) -> Tensor:
+        calls.append(args)
+        return reference.latents.log_variance(*args)
+
+    monkeypatch.setattr(posteriors, "log_variance", log_variance)
+    head = torch.randn(2, 8)
+    posterior = DiagonalGaussian(head, "softplus")
+    assert posterior.mode().data_ptr() == head.data_ptr()
+    assert calls == []
+    for _ in range(2):
+        assert posterior.std.shape == posterior.var.shape == posterior.logvar.shape
+    posterior.nll(torch.randn(2, 4))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("form", [None, "softplus", LogStd(soft_clamp=5, eps=1e-2)], ids=str)
 def test_compiled_diagonal_gaussian_is_one_graph(
     native: None, form: str | posteriors.ScaleForm | None
 ) -> None:
@@ -475,6 +509,10 @@ def test_elbo_takes_the_form_and_a_head(backend: str) -> None:
 
 def test_forms_are_values() -> None:
     assert LogVar(clamp=(-1, 1)) == LogVar(clamp=(-1, 1)) != LogVar(bounds=(-1, 1))
+    for name in ("clamp", "bounds"):
+        pair: Any = {name: [-30, 20]}
+        assert LogVar(**pair) == LogVar(**{name: (-30.0, 20.0)})  # type: ignore[arg-type]
+        assert hash(LogVar(**pair)) == hash(LogVar(**{name: (-30.0, 20.0)}))  # type: ignore[arg-type]
     for form in FORMS.values():
         made = form.form if isinstance(form.form, posteriors.ScaleForm) else None
         if made is not None:

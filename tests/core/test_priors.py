@@ -5,7 +5,9 @@ import math
 import pickle
 import re
 from collections.abc import Callable
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 import fastvae
 from fastvae import functional
-from fastvae.posteriors import LogStd, ScaleForm, Softplus
+from fastvae.posteriors import DiagonalGaussian, LogStd, LogVar, ScaleForm, Softplus
 from fastvae.priors import GaussianMixture, Prior, StandardNormal, VampPrior
 
 D, X = 3, 5
@@ -210,21 +212,38 @@ def test_vamp_prior_reads_a_packed_latent_image() -> None:
 
 
 @pytest.mark.parametrize("objective", ["ELBO", "IWAE"])
-def test_vamp_prior_of_another_form_than_the_posterior_raises(objective: str) -> None:
-    make = {"ELBO": fastvae.ELBO, "IWAE": lambda *args, **options: fastvae.IWAE(*args, 2, **options)}[
-        objective
-    ]
+def test_vamp_prior_must_be_given_its_form_beside_a_posterior_that_is_no_log_variance(objective: str) -> None:
+    make: dict[str, Callable[..., fastvae.ELBO]] = {
+        "ELBO": partial(fastvae.ELBO, "bernoulli"),
+        "IWAE": partial(fastvae.IWAE, "bernoulli", 2),
+    }
     prior = VampPrior(4, Encoder(), D, X)
-    message = (
-        f"fastvae.{objective}: the `form` of the VampPrior must be the `posterior`, 'softplus', because both say what "
-        f"the encoder returns, got 'logvar'; write VampPrior(..., form='softplus'), or {objective}(..., "
-        "posterior='logvar') if that is what it returns"
-    )
-    with pytest.raises(ValueError, match=re.escape(message)):
-        make("bernoulli", prior=prior, posterior="softplus")
-    with pytest.raises(ValueError, match=re.escape("fastvae.posteriors.Softplus(eps=0.01), because")):
-        make("bernoulli", prior=prior, posterior=Softplus(eps=0.01))
-    make("bernoulli", prior=VampPrior(4, Encoder(), D, X, form="softplus"), posterior=Softplus())
+    for posterior, form in (
+        ("softplus", "'softplus'"),
+        (Softplus(), "'softplus'"),
+        (Softplus(eps=0.01), "fastvae.posteriors.Softplus(eps=0.01)"),
+        (LogVar(clamp=[-30, 20]), "fastvae.posteriors.LogVar(clamp=(-30.0, 20.0), bounds=None)"),  # type: ignore[arg-type]
+    ):
+        message = (
+            f"fastvae.{objective}: `form` of the VampPrior must be given where `posterior` is {form}, got None; write "
+            f"VampPrior(..., form={form}) if its encoder returns what the posterior reads, or VampPrior(..., "
+            "form='logvar') if it returns log-variances"
+        )
+        with pytest.raises(ValueError, match=re.escape(message)):
+            make[objective](prior=prior, posterior=posterior)
+    make[objective](prior=prior, posterior=LogVar())
+
+
+def test_encoder_of_a_prior_may_return_log_variances_of_a_posterior_of_another_form() -> None:
+    linear, x = nn.Linear(X, 2 * D), torch.rand(1, X)
+
+    def encode(u: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = DiagonalGaussian(linear(u), "softplus")
+        return posterior.mean, posterior.logvar
+
+    prior = VampPrior(1, encode, D, X, init=x, form="logvar")
+    _, kl = fastvae.ELBO("bernoulli", prior=prior, posterior="softplus").reparameterize(linear(x))
+    torch.testing.assert_close(kl, torch.zeros(1), rtol=0, atol=1e-5)
 
 
 def test_elbo_that_averages_over_draws_with_a_prior_equals_the_formula(backend: str) -> None:
@@ -377,6 +396,53 @@ def test_compiled_elbo_with_priors_is_one_graph(native: None) -> None:
         torch.testing.assert_close(compiled(mu, logvar), kl(mu, logvar))
 
 
+class _OfEachStep(Prior):
+    """A prior of `dim` numbers for each step of a sequence, (B, steps, dim)."""
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return Normal(0.0, 1.0).log_prob(z).flatten(1).sum(1)
+
+
+def test_prior_of_your_own_takes_z_of_its_own_shape() -> None:
+    mu, logvar = torch.randn(2, 2, 5, D)
+    _, kl = fastvae.ELBO("bernoulli", prior=_OfEachStep(D), samples=4).reparameterize(mu, logvar)
+    assert kl.shape == (2,)
+    draws = fastvae.IWAE("bernoulli", 4, prior=_OfEachStep(D)).sample(mu, logvar)
+    torch.testing.assert_close(draws.log_p, Normal(0.0, 1.0).log_prob(draws.z).flatten(2).sum(2))
+
+
+def test_prior_of_your_own_may_refuse_a_posterior_before_noise_is_drawn() -> None:
+    class Strict(_OfEachStep):
+        def check_posterior(self, mu: Tensor, logvar: Tensor | None = None) -> None:
+            raise ValueError("too long")
+
+    state = torch.get_rng_state()
+    for call in (
+        fastvae.ELBO("bernoulli", prior=Strict(D)).reparameterize,
+        fastvae.IWAE("bernoulli", 2, prior=Strict(D)).sample,
+    ):
+        with pytest.raises(ValueError, match="too long"):
+            call(Z, Z)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_take_numpy_integers_and_a_temperature_for_each_dimension(name: str) -> None:
+    def draw(n: int, temperature: float | Tensor) -> Tensor:
+        return prior.sample(n, generator=torch.Generator().manual_seed(0), temperature=temperature)  # type: ignore[arg-type]
+
+    prior, each = priors()[name], torch.tensor([0.0, 0.5, 1.0])
+    got = draw(np.int64(4), each)  # type: ignore[arg-type]
+    torch.testing.assert_close(got, torch.stack([draw(4, float(t))[:, i] for i, t in enumerate(each)], 1))
+
+
+def test_shape_and_bounds_may_be_arrays() -> None:
+    prior = VampPrior(4, Encoder(), D, np.array([X]), bounds=np.array([0, 1.0]))  # type: ignore[arg-type]
+    assert prior.pseudo_inputs.shape == (4, X)
+    assert prior.bounds == (0.0, 1.0)
+    assert VampPrior(4, Encoder(), D, torch.Size([1, X])).pseudo_inputs.shape == (4, 1, X)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_points_are_a_sample_of_none(name: str) -> None:
     assert priors()[name].sample(0).shape == (0, D)
@@ -416,6 +482,16 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: StandardNormal(D).sample(4, temperature=-1.0),
         ValueError,
         "priors.StandardNormal.sample: `temperature` must be finite and at least 0, got -1.0",
+    ),
+    "negative temperature of one dimension": (
+        lambda: StandardNormal(D).sample(4, temperature=torch.tensor([0.5, -1.0, 1.0])),
+        ValueError,
+        "priors.StandardNormal.sample: `temperature` must be finite and at least 0, got -1.0",
+    ),
+    "size of a sample that is not an integer": (
+        lambda: StandardNormal(D).sample(2.0),  # type: ignore[arg-type]
+        TypeError,
+        "priors.StandardNormal.sample: `n` must be an int, got 2.0",
     ),
     "temperature that is not a number": (
         lambda: mixture().sample(4, temperature=math.nan),
@@ -504,6 +580,11 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         TypeError,
         "ELBO: with the prior GaussianMixture, the KL depends on z: pass `kl`, as in z, kl = "
         "elbo.reparameterize(mu, logvar) and elbo(decoder(z), x, kl=kl)",
+    ),
+    "two priors of a bound": (
+        lambda: fastvae.IWAE("bernoulli", 2, prior=mixture()).reparameterize(Z, Z, Z),
+        ValueError,
+        "IWAE: `prior_mu`, `prior_logvar` and `balance` exclude the IWAE's `prior`, got both",
     ),
     "two priors": (
         lambda: fastvae.ELBO("bernoulli", prior=mixture()).reparameterize(Z, Z, Z, Z),
