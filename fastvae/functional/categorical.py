@@ -10,6 +10,7 @@ from .._spec import Variant
 from ..backends import choose
 from . import loss
 from .checks import check_floating, device_message, dtype_name, is_dense, layout_message
+from .values import check_values
 
 __all__ = ["categorical_nll"]
 
@@ -34,9 +35,9 @@ def categorical_nll(
         logits: (B, ..., V).
         target: (B, ...), int64: the class of each position, 0 to V - 1, or `ignore_index`.
         ignore_index: positions with this target (padding) add nothing to the loss and get no gradient.
-        validate: check every value first, on a GPU too, and report the first class that does not exist, and the first
-            weight that is negative, infinite or NaN. What has a weight of 0 is not checked. Reading the values waits
-            for the GPU.
+        validate: check every value first, and report the first weight that is negative, infinite or NaN, or the first
+            class that does not exist and that has a weight above 0. Reading the values waits for the GPU. On the CPU,
+            every call checks all classes, with or without `validate`, and whatever their weights.
         draws: K if the parameters hold K draws, (K, B, ...), for one target, (B, ...), which is read without being
             repeated. The result is then (K, B). A learned scale or a (G,) dispersion is shared by all draws.
         weight: multiplies the nll of each position: bool, uint8 or floating, at least 0, in the shape of `target` or
@@ -49,8 +50,8 @@ def categorical_nll(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If a shape or device is wrong, `validate` finds an invalid value, or a class does not exist (always
-            checked for tensors on the CPU).
+        ValueError: If a shape or device is wrong, `validate` finds an invalid value, or, on the CPU, a class does not
+            exist.
     """
     return loss.nll(
         "categorical",
@@ -85,7 +86,11 @@ def _check(
     if isinstance(target, Tensor) and not is_dense(target):
         raise TypeError(layout_message(where, name, target))
     _check_classes(where, names[0], logits, name, target)
-    _check_class_numbers(where, name, target, logits.shape[-1], int(constants[0]))
+    if target.is_cpu and type(target) is Tensor and target.numel() > 0 and _has_values():
+        # GPU tensors are left to the kernel, because reading them would block.
+        low, high = torch.aminmax(target)
+        if int(low) < 0 or int(high) >= logits.shape[-1]:  # a class that does not exist, or the ignored index
+            check_values(where, names, variant, params, target, name, constants, None)
     return params
 
 
@@ -113,21 +118,6 @@ def _check_classes(where: str, name: str, logits: Tensor, target_name: str, targ
             hint = f"; the classes must be in the last dimension: did you mean {name}.movedim(1, -1)?"
         raise ValueError(
             f"fastvae.{where}: `{target_name}` must have the shape {shape[:-1]} for `{name}` {shape}, got {found}{hint}"
-        )
-
-
-def _check_class_numbers(where: str, name: str, target: Tensor, classes: int, ignore_index: int) -> None:
-    """Check that every class exists. GPU tensors are left to the kernel, because reading them would block."""
-    if type(target) is not Tensor or target.device.type != "cpu" or target.numel() == 0 or not _has_values():
-        return
-    low, high = torch.aminmax(target)
-    if int(low) >= 0 and int(high) < classes:
-        return
-    wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
-    if wrong.numel() > 0:
-        raise ValueError(
-            f"fastvae.{where}: `{name}` must be from 0 to {classes - 1}, or {ignore_index} (ignore_index), "
-            f"got {wrong[0].item()}"
         )
 
 

@@ -185,7 +185,7 @@ def zero_inflated_negative_binomial_nll(
 
     Args:
         mean, target, inverse_dispersion, eps, reduction, validate, draws, weight: as for `negative_binomial_nll`.
-        zi_logits: (B, G), logits of the additional zeros.
+        zi_logits: (B, G), logits of the additional zeros; -inf for none.
 
     Returns and Raises are those of `negative_binomial_nll`.
     """
@@ -218,8 +218,14 @@ def negative_binomial_logits_nll(
 
     Returns and Raises are those of `negative_binomial_nll`.
     """
-    params = (logits, log_dispersion, library)
-    return _logits_nll("negative_binomial_logits", params, target, validate, draws, weight)
+    return loss.nll(
+        "negative_binomial_logits",
+        [logits, log_dispersion, library],
+        target,
+        draws=draws,
+        weight=weight,
+        validate=validate,
+    )[0]
 
 
 def zero_inflated_negative_binomial_logits_nll(
@@ -241,8 +247,14 @@ def zero_inflated_negative_binomial_logits_nll(
 
     Returns and Raises are those of `negative_binomial_nll`.
     """
-    params = (logits, log_dispersion, zi_logits, library)
-    return _logits_nll("zero_inflated_negative_binomial_logits", params, target, validate, draws, weight)
+    return loss.nll(
+        "zero_inflated_negative_binomial_logits",
+        [logits, log_dispersion, zi_logits, library],
+        target,
+        draws=draws,
+        weight=weight,
+        validate=validate,
+    )[0]
 
 
 def negative_binomial_mixture_nll(
@@ -265,13 +277,13 @@ def negative_binomial_mixture_nll(
     `negative_binomial_nll`, and as accurate. In totalVI, the first component is the background and the second the
     foreground.
 
-    At logits of inf and -inf, the result is that of the first and of the second component. A component whose mean is 0
-    gives a count of 0 the probability 1 and any other count 0.
+    At logits of inf and -inf, the result is that of the first and of the second component. A component whose mean + eps
+    is 0 gives a count of 0 the probability 1 and any other count 0.
 
     Args:
-        mean1: (B, G), the mean of the component of probability p; mean1 + eps must be above 0.
+        mean1: (B, G), at least 0: the mean of the component of probability p.
         target, inverse_dispersion, eps, reduction, validate, draws, weight: as for `negative_binomial_nll`.
-        mean2: (B, G), the mean of the other component.
+        mean2: (B, G), at least 0: the mean of the other component.
         mixture_logits: (B, G), the logits of p.
 
     Returns and Raises are those of `negative_binomial_nll`.
@@ -322,7 +334,7 @@ def multinomial_nll(
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or device is wrong, the target requires a gradient, or `validate` finds an invalid value.
     """
-    return _logits_nll("multinomial", (logits,), target, validate, draws, weight)
+    return loss.nll("multinomial", [logits], target, draws=draws, weight=weight, validate=validate)[0]
 
 
 def _mean_nll(
@@ -350,17 +362,6 @@ def _check_no_draws(where: str, draws: int | None) -> None:
             f"fastvae.{where}: `draws` must be None with `reduction` 'none', got {draws!r}; sum the elements of each "
             "draw with 'event'"
         )
-
-
-def _logits_nll(
-    likelihood: str,
-    params: Sequence[Tensor],
-    target: Tensor,
-    validate: bool,
-    draws: int | None,
-    weight: Tensor | None,
-) -> Tensor:
-    return loss.nll(likelihood, params, target, draws=draws, weight=weight, validate=validate)[0]
 
 
 def _check_counts_call(

@@ -141,10 +141,12 @@ def _check_parameter(
     """Check a parameter of counts. `part` is its name in the table."""
     if part == "log_rate":
         return
-    if part in ("rate", "library") or (part in ("mean", "mean1", "mean2") and eps > 0):
+    if part in ("rate", "library", "mean1", "mean2") or (part == "mean" and eps > 0):
         valid, required = (value >= 0) & (value < math.inf), _NOT_NEGATIVE
-    elif part in ("mean", "mean1", "mean2", "inverse_dispersion"):
+    elif part in ("mean", "inverse_dispersion"):
         valid, required = (value > 0) & (value < math.inf), _POSITIVE
+    elif part in ("zi_logits", "mixture_logits"):  # probabilities of 0 and 1 have limits
+        valid, required = ~value.isnan(), "finite numbers, inf or -inf"
     elif variant.density == "multinomial":
         valid, required = value < math.inf, "finite numbers or -inf"
     else:
@@ -154,7 +156,7 @@ def _check_parameter(
             kept = kept.any(1)
         elif part == "logits" and "library" in variant.tensors:  # the softmax includes every gene of a cell
             kept = kept.any(1, keepdim=True)
-        elif value.dim() == 1:  # a dispersion for every gene
+        elif part.endswith("dispersion") and value.dim() == 1:  # one for every gene
             kept = kept.any(0)
     _check(where, name, value, valid, required, kept)
 

@@ -1,6 +1,8 @@
 """The base class of the likelihood modules."""
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,8 +60,7 @@ class Likelihood(nn.Module):
             rows = loss.rows_of(target)
             if first.shape[0] % draws != 0 or (rows is not None and first.shape[0] != draws * rows):
                 found = f"{first.shape[0]} rows" + ("" if rows is None else f" for {rows} of `target`")
-                apart = isinstance(params, Tensor) and tuple(params.shape[:2]) == (draws, rows)
-                hint = "; did you mean params.flatten(0, 1)?" if apart else ""
+                hint = _flatten_hint("params", params, draws, rows)
                 raise ValueError(
                     f"fastvae.{where}: `params` must have K * B rows with K = `draws` = {draws}, got {found}{hint}"
                 )
@@ -106,11 +107,19 @@ def has_kernel(likelihood: Any) -> bool:
     return isinstance(likelihood, Likelihood) and type(likelihood).nll is Likelihood.nll
 
 
+@functools.lru_cache
+def _arguments(method: Callable[..., Any] | None) -> frozenset[str]:
+    """The names of a method's arguments, with "**" if it takes any keyword."""
+    if method is None:  # a wrapper, whose instances pass the call on
+        return frozenset({"**"})
+    parameters = inspect.signature(method).parameters.values()
+    return frozenset("**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters)
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _takes_draws(kind: type) -> bool:
     """Whether the `nll` of a class has the argument `draws`. torch.compile need not trace how this is found out."""
-    method = getattr(kind, "nll", None)
-    return callable(method) and "draws" in inspect.signature(method).parameters
+    return "draws" in _arguments(getattr(kind, "nll", None))
 
 
 def nll_of_module(
@@ -125,29 +134,49 @@ def nll_of_module(
     """Call the `nll` of a module that has no kernel, with the weight and `validate` only if they are set. Messages name
     `where`.
 
-    With K = `draws`, `recon` holds K draws, as for `nll_of_draws`. The data and their weight are repeated for a module
-    whose `nll` has no argument `draws`.
+    With K = `draws`, `recon` holds K draws, as for `nll_of_draws`, and the result is (K, B). The data and their weight
+    are repeated for a module whose `nll` has no argument `draws`.
     """
     options: dict[str, Any] = {} if weight is None else {"weight": weight}
     if validate:
         options["validate"] = True
     if options and not torch.compiler.is_compiling():
-        parameters = inspect.signature(likelihood.nll).parameters.values()
+        accepted = _arguments(getattr(type(likelihood), "nll", None))
         for name, default in (("weight", None), ("validate", False)):
-            if name in options and not any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters):
+            if name in options and name not in accepted and "**" not in accepted:
                 raise TypeError(
                     f"fastvae.{where}: `{name}` needs a likelihood with nll(params, target, *, {name}={default}), got "
                     f"{type(likelihood).__name__}.nll without `{name}`"
                 )
-    if draws is not None and _takes_draws(type(likelihood)):
-        options["draws"] = draws
-    elif draws is not None:
-        if weight is not None:
-            options["weight"] = _repeated_weight(weight, x, draws)
-        rows = likelihood.nll(recon, _repeated(x, draws), **options)
-        return rows.unflatten(0, (draws, len(rows) // draws))
-    nll: Tensor = likelihood.nll(recon, x, **options)
-    return nll
+    if draws is None:
+        nll: Tensor = likelihood.nll(recon, x, **options)
+        return nll
+    rows = loss.rows_of(x)
+    if _takes_draws(type(likelihood)):
+        nll = likelihood.nll(recon, x, **options, draws=draws)
+        _check_nll(where, likelihood, nll, "(K, B)", (draws, rows))
+        return nll
+    if weight is not None:
+        options["weight"] = _repeated_weight(weight, x, draws)
+    nll = likelihood.nll(recon, _repeated(x, draws), **options)
+    _check_nll(where, likelihood, nll, "(B,)", (None if rows is None else draws * rows,))
+    return nll.unflatten(0, (draws, -1))
+
+
+def _check_nll(where: str, likelihood: Any, nll: Any, letters: str, sizes: tuple[int | None, ...]) -> None:
+    """Check the shape of the result of a module's `nll`, because a wrong one may broadcast against the KL. Sizes that
+    are not known are None."""
+    shape = tuple(nll.shape) if isinstance(nll, Tensor) else None
+    fits = shape is not None and len(shape) == len(sizes)
+    if fits and all(size is None or size == found for size, found in zip(sizes, shape or (), strict=True)):
+        return
+    hint = ""
+    if len(sizes) == 2 and sizes[1] is not None and shape == (sizes[0] * sizes[1],):  # type: ignore[operator]
+        hint = f"; did you mean to return nll.unflatten(0, ({sizes[0]}, -1))?"
+    raise ValueError(
+        f"fastvae.{where}: `nll` of {type(likelihood).__name__} must return the shape {letters}"
+        f"{'' if None in sizes else f' = {sizes}'}, got {type(nll).__name__ if shape is None else shape}{hint}"
+    )
 
 
 def nll_of_draws(
@@ -161,26 +190,32 @@ def nll_of_draws(
     """
     if not has_kernel(likelihood):
         if isinstance(recon, Tensor) and not recon.is_nested and recon.dim() > 0:
-            _check_rows(where, recon.shape[0], x, draws)
+            _check_rows(where, recon, recon.shape[0], x, draws)
         return nll_of_module(likelihood, where, recon, x, weight, validate, draws)
     name, params, constants = likelihood.kernel_call(recon)
     check_floating(where, "recon", params[0])
-    _check_rows(where, params[0].shape[0], x, draws)
+    _check_rows(where, recon, params[0].shape[0], x, draws)
     tensors = by_draw(name, params, draws)
     return loss.nll(name, tensors, x, constants, caller=where, draws=draws, weight=weight, validate=validate)[
         1
     ]
 
 
-def _check_rows(where: str, count: int, x: Any, draws: int) -> None:
-    """Check that the decoder's output has K times as many rows as the data."""
+def _check_rows(where: str, recon: Any, count: int, x: Any, draws: int) -> None:
+    """Check that the decoder's output `recon`, of `count` rows, has K times as many as the data."""
     rows = loss.rows_of(x)
     if count % draws != 0 or (rows is not None and count != draws * rows):
         found = f"{count}" if rows is None else f"{count} for {rows} rows of `x`"
         raise ValueError(
-            f"fastvae.{where}: the decoder must return K * B rows, {draws} times those of `x`, got {found}; did you "
-            "mean decoder(z.flatten(0, 1))?"
+            f"fastvae.{where}: the decoder must return K * B rows, {draws} times those of `x`, got {found}"
+            + _flatten_hint("recon", recon, draws, rows)
         )
+
+
+def _flatten_hint(name: str, value: Any, draws: int, rows: int | None) -> str:
+    """The advice for parameters (K, B, ...) where K * B rows are expected."""
+    apart = isinstance(value, Tensor) and tuple(value.shape[:2]) == (draws, rows)
+    return f"; did you mean {name}.flatten(0, 1)?" if apart else ""
 
 
 def _repeated(x: Any, draws: int) -> Any:

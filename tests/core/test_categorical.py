@@ -453,8 +453,12 @@ LOGITS, TARGET = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
             r"`logits` must have shape \(B, \.\.\., V\).*got \(2,\)",
         ),
         ((LOGITS[..., :0], TARGET), ValueError, r"V\).*got \(2, 3, 0\)"),
-        ((LOGITS, TARGET + 5), ValueError, r"`target` must be from 0 to 4, or -100 \(ignore_index\), got 5"),
-        ((LOGITS, TARGET - 1), ValueError, "from 0 to 4, or -100.*got -1"),
+        (
+            (LOGITS, TARGET + 5),
+            ValueError,
+            r"`target` must hold classes from 0 to 4, or -100 \(ignore_index\), got 5 at \(0, 0\)",
+        ),
+        ((LOGITS, TARGET - 1), ValueError, r"from 0 to 4, or -100.*got -1 at \(0, 0\)"),
         (
             (LOGITS.to("meta"), TARGET),
             ValueError,
@@ -473,7 +477,9 @@ def test_wrong_inputs_raise(
 
 def test_elbo_with_wrong_inputs_raises(backend: str) -> None:
     elbo = fastvae.ELBO("categorical")
-    with pytest.raises(ValueError, match=r"^fastvae\.ELBO: `x` must be from 0 to 4, .* got 7$"):
+    with pytest.raises(
+        ValueError, match=r"^fastvae\.ELBO: `x` must hold classes from 0 to 4, .* got 7 at \(0, 0\)$"
+    ):
         elbo(LOGITS, TARGET + 7, kl=torch.zeros(2))
     with pytest.raises(TypeError, match=r"^fastvae\.ELBO: `x` must be int64"):
         elbo(LOGITS, TARGET.float(), kl=torch.zeros(2))

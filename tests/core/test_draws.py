@@ -204,8 +204,16 @@ LOGITS, X = torch.randn(K * B, 5), torch.rand(B, 5)
         (
             lambda: fastvae.ELBO("bernoulli", samples=K)(LOGITS.view(K, B, 5), X, kl=torch.zeros(B)),
             "fastvae.ELBO: the decoder must return K * B rows, 3 times those of `x`, got 3 for 4 rows of `x`; did you "
-            "mean decoder(z.flatten(0, 1))?",
+            "mean recon.flatten(0, 1)?",
             lambda: fastvae.ELBO("bernoulli", samples=K)(LOGITS, X, kl=torch.zeros(B)),
+        ),
+        (
+            lambda: fastvae.IWAE(Squared(), K)(
+                lambda z: z.view(K, B, 5), X, torch.zeros(B, 5), torch.zeros(B, 5)
+            ),
+            "fastvae.IWAE: the decoder must return K * B rows, 3 times those of `x`, got 3 for 4 rows of `x`; did you "
+            "mean recon.flatten(0, 1)?",
+            lambda: fastvae.IWAE(Squared(), K)(lambda z: z, X, torch.zeros(B, 5), torch.zeros(B, 5)),
         ),
         (
             lambda: fastvae.ELBO("bernoulli", samples=K)(LOGITS[:, :3], X, kl=torch.zeros(B)),
@@ -213,12 +221,18 @@ LOGITS, X = torch.randn(K * B, 5), torch.rand(B, 5)
             lambda: fastvae.ELBO("bernoulli", samples=K)(LOGITS[:, :3], X[:, :3], kl=torch.zeros(B)),
         ),
     ],
-    ids=["function", "module", "ELBO", "ELBO of another width"],
+    ids=["function", "module", "ELBO", "IWAE of a module", "ELBO of another width"],
 )
 def test_the_message_says_how_to_arrange_the_draws(call, message: str, advice) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
     advice()
+
+
+def test_a_decoder_that_returns_too_few_rows_gets_no_advice_about_draws() -> None:
+    iwae, mu = fastvae.IWAE("bernoulli", samples=2), torch.zeros(5, 5)
+    with pytest.raises(ValueError, match=r"2 times those of `x`, got 8 for 5 rows of `x`$"):
+        iwae(lambda z: z[:8], torch.rand(5, 5), mu, mu)
 
 
 class Spy(likelihoods.Bernoulli):
@@ -240,6 +254,70 @@ class Squared(nn.Module):
 
     def nll(self, params: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         return ((params - target).square() * (1 if weight is None else weight)).sum(1)
+
+
+class Returns(nn.Module):
+    """A likelihood of a user with `draws`, whose result has any shape."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def nll(self, params: Tensor, target: Tensor, draws: int | None = None) -> Tensor:
+        return params.new_ones(self.shape)
+
+
+class ReturnsColumn(nn.Module):
+    """A likelihood of a user without `draws`, whose result keeps a dimension of 1."""
+
+    def nll(self, params: Tensor, target: Tensor) -> Tensor:
+        return (params - target).square().sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "rows", "message"),
+    [
+        (
+            Returns(K),
+            1,
+            "`nll` of Returns must return the shape (K, B) = (3, 1), got (3,); did you mean to return "
+            "nll.unflatten(0, (3, -1))?",
+        ),
+        (Returns(B, K), B, "shape (K, B) = (3, 4), got (4, 3)"),
+        (Returns(K, 1), B, "shape (K, B) = (3, 4), got (3, 1)"),
+        (Returns(), B, "shape (K, B) = (3, 4), got ()"),
+        (ReturnsColumn(), 1, "`nll` of ReturnsColumn must return the shape (B,) = (3,), got (3, 1)"),
+    ],
+    ids=["no rows", "transposed", "one row", "scalar", "column"],
+)
+def test_a_result_that_would_broadcast_is_refused(likelihood: nn.Module, rows: int, message: str) -> None:
+    x, mu = X[:rows], torch.zeros(rows, 5)
+    product = likelihoods.Product({"a": likelihood})
+    calls = {
+        "IWAE": lambda: fastvae.IWAE(likelihood, K)(lambda z: z, x, mu, mu),
+        "ELBO": lambda: fastvae.ELBO(likelihood, samples=K)(LOGITS[: K * rows], x, mu, mu),
+        "likelihoods.Product": lambda: product.nll({"a": LOGITS[: K * rows]}, {"a": x}, draws=K),
+    }
+    for where, call in calls.items():
+        with pytest.raises(ValueError, match=re.escape(f"fastvae.{where}: ") + ".*" + re.escape(message)):
+            call()
+
+
+def test_options_are_given_to_modules_whose_nll_takes_any(native: None) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[Any] = []
+
+        def nll(self, *arguments: Any, **options: Any) -> Tensor:
+            self.seen.append(set(options))
+            return Squared().nll(*arguments, weight=options["weight"])
+
+    wrapper, weight = Wrapper(), torch.rand(B, 5)
+    elbo = fastvae.ELBO(wrapper, samples=K)
+    nll = elbo(LOGITS, X, kl=torch.zeros(B), weight=weight, validate=True).nll
+    assert wrapper.seen == [{"weight", "validate"}]  # not `draws`, which the wrapped module may not have
+    torch.testing.assert_close(nll, (weight * (LOGITS.view(K, B, 5) - X).square()).sum(2).mean(0))
 
 
 @pytest.mark.parametrize("kind", [fastvae.ELBO, fastvae.IWAE])

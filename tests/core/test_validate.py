@@ -195,6 +195,7 @@ def test_validate_accepts_valid_values(native: None, name: str) -> None:
 
 
 WRONG: dict[str, tuple[tuple[float, ...], str]] = {
+    "categorical": ((CLASSES, -1), f"classes from 0 to {CLASSES - 1}, or -100 (ignore_index)"),
     "bernoulli": ((1.5, -0.25, math.nan), "numbers from 0 to 1"),
     "continuous_bernoulli": ((1.5, -0.25, math.nan), "numbers from 0 to 1"),
     "gamma": ((0.0, -1.0, math.inf), "positive, finite numbers"),
@@ -204,7 +205,7 @@ WRONG: dict[str, tuple[tuple[float, ...], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name, v in _spec.VARIANTS.items() if v.family != "categorical"])
+@pytest.mark.parametrize("name", _spec.VARIANTS)
 def test_validate_finds_data_that_the_likelihood_cannot_have(native: None, name: str) -> None:
     variant = _spec.VARIANTS[name]
     arguments = make(variant)
@@ -225,6 +226,10 @@ def test_validate_finds_data_that_the_likelihood_cannot_have(native: None, name:
             for options in ({}, {"weight": ~weight}):
                 with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
                     call(variant, wrong, validate=True, **options)
+            if variant.family == "categorical":  # the CPU also checks positions of weight 0
+                with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+                    call(variant, wrong, weight=weight)
+                continue
             # What a weight of 0 leaves out may be anything.
             call(variant, wrong, validate=True, weight=weight)
 
@@ -242,7 +247,7 @@ def test_validate_tolerates_rounding_and_the_data_of_an_exponential(native: None
 
 
 def test_validate_finds_classes_that_do_not_exist() -> None:
-    """On the CPU, every call refuses them; the check of values is what finds them on a GPU."""
+    """On the CPU, every call refuses them; on a GPU, the check of values finds those that have a weight."""
     variant = _spec.VARIANTS["categorical"]
     target = torch.tensor([[0, CLASSES - 1, -100], [CLASSES, -1, 2]])
     message = r"`target` must hold classes from 0 to 4, or -100 \(ignore_index\), got 5 at \(1, 0\)"
@@ -304,6 +309,42 @@ def test_validate_leaves_out_parameters_that_only_what_has_weight_0_needs(
     message = re.escape(f"`{label}` must hold ") + ".*" + re.escape(f", got nan at {drawn}")
     with pytest.raises(ValueError, match=message):
         call(variant, arguments, validate=True, weight=weight)
+
+
+def test_validate_leaves_out_rates_of_weight_0_in_one_dimension(native: None) -> None:
+    rate, target = torch.tensor([math.nan, 1.0, 0.0]), torch.ones(3)
+    functional.poisson_rate_nll(rate, target, weight=torch.tensor([0.0, 1.0, 1.0]), validate=True)
+    with pytest.raises(ValueError, match=r"`rate` must hold .*, got nan at \(0,\)"):
+        functional.poisson_rate_nll(rate, target, weight=torch.tensor([1.0, 0.0, 1.0]), validate=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "values"),
+    [
+        ("zero_inflated_negative_binomial", "zi_logits", (math.inf, -math.inf)),
+        ("zero_inflated_negative_binomial_logits", "zi_logits", (math.inf, -math.inf)),
+        ("negative_binomial_mixture", "mixture_logits", (math.inf, -math.inf)),
+        ("negative_binomial_mixture", "mean1", (0.0,)),
+        ("negative_binomial_mixture", "mean2", (0.0,)),
+    ],
+)
+@pytest.mark.parametrize("form", ["function", "function with draws", "ELBO of samples"])
+def test_validate_accepts_parameters_at_the_ends_that_have_limits(
+    native: None, form: str, name: str, part: str, values: tuple[float, ...]
+) -> None:
+    variant, call = _spec.VARIANTS[name], CALLS[form]
+    arguments = make(variant)
+    arguments = arguments._replace(constants=dict.fromkeys(arguments.constants, 0.0))
+    for value in values:
+        for count in (0.0, 2.0):
+            arguments.params[part][2, 1], arguments.target[2, 1] = value, count
+            nll = call(variant, arguments, validate=True)
+            assert not nll.isnan().any()
+            torch.testing.assert_close(nll, call(variant, arguments))
+    # A NaN, or a mean below 0, is still refused.
+    arguments.params[part][2, 1] = math.nan if "logits" in part else -1.0
+    with pytest.raises(ValueError, match=rf"`{part}` must hold |`recon` must hold "):
+        call(variant, arguments, validate=True)
 
 
 def test_every_likelihood_takes_validate() -> None:
