@@ -289,8 +289,8 @@ class ELBO(nn.Module):
             kl: the KL of every row, (B,), as `reparameterize` returns it; with free bits, the KL of every dimension,
                 (B, ...). Pass either `kl` or the posterior.
             validate: check every value of the weight and of `x` first, and of the parameters of counts, and raise
-                ValueError for the first that the likelihood cannot have. What the weight leaves out is not checked.
-                Reading the values waits for the GPU.
+                ValueError for the first that the likelihood cannot have. What the weight leaves out is not checked,
+                except classes on the CPU. Reading the values waits for the GPU.
             weight: multiplies the nll of each element of `x`, for instance a mask of what is observed: bool, uint8
                 (read as a number) or floating, at least 0, in the shape of `x` or with sizes of 1, as (B, 1, H, W).
                 Elements of weight 0 are left out: even NaN or inf there, in `recon` or in `x`, reach neither the loss
