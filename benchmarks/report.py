@@ -276,6 +276,7 @@ def draw(runs: Runs, path: Path) -> None:
         bars = memory.barh(places, shares, 0.25, color=_COLOURS[side], label=_NAMES[side])
         memory.bar_label(bars, [f"{share:.1f}" for share in shares], padding=2, fontsize=7)
     memory.axvline(1, color="grey", linewidth=0.8)
+    memory.set_xscale("log")
     memory.set_xlabel("peak memory above the inputs, 1 = fused")
     memory.legend(fontsize=8, loc="lower right")
 
