@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent / "cuda_binding"
 TORCH = Path(torch.__file__).parent
-# For each file, the tests that also apply to CUDA tensors. Each part runs in one process.
+# For each file, the tests that also apply to CUDA tensors. Each part runs in one process, on a core of its own.
 PARTS = {
     "elements": {
         "backends/cuda/cuda_binding/launches.py": "",
@@ -26,6 +26,7 @@ PARTS = {
         "core/test_layouts.py": "native",
         "core/test_weight.py": "native and not per_element and not compiled",
         "core/test_noise.py": "native",
+        "core/test_mixture.py": "native and not thread",
     },
     "families": {
         # Sparse products have no CUDA kernel.
@@ -35,9 +36,6 @@ PARTS = {
         "core/test_categorical.py": "not thread and not instruction and not reference and not invalid_class",
         "core/test_discretized.py": "native or eager",
         "core/test_discretized_modules.py": "native or eager or compiles",
-    },
-    "mixtures": {"core/test_mixture.py": "native and not thread"},
-    "counts": {
         # A CUDA kernel reads no positions on the host; the sum over a thousand rows takes the shim a minute.
         "core/test_counts.py": "native and not malformed and not sum_to_1",
         "core/test_count_elements.py": "native",
