@@ -45,6 +45,18 @@ def error(found: Tensor, truth: Tensor) -> float:
     return ((found.double() - truth).norm() / truth.norm()).item()
 
 
+def check(module: nn.Linear, y: Tensor, x: Tensor, upstream: Tensor, *, log1p: bool, bias: bool) -> None:
+    """Compare the output y and the gradients of a backward pass with the formula; x is dense."""
+    dtype = module.weight.dtype
+    truth, truth_gradient = exact(x, module, upstream, log1p)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+    assert y.dtype == dtype
+    assert error(y, truth) < tolerance
+    assert error(module.weight.grad, truth_gradient) < tolerance
+    if bias:
+        assert error(module.bias.grad, upstream.double().sum(0)) < tolerance
+
+
 @pytest.mark.parametrize("outputs", OUTPUTS)
 @pytest.mark.parametrize("log1p", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
@@ -56,13 +68,7 @@ def test_output_and_gradients_equal_the_formula(
     upstream = torch.randn(ROWS, outputs, dtype=dtype)
     y = module(x.to_sparse_csr())
     y.backward(upstream)
-    truth, truth_gradient = exact(x, module, upstream, log1p)
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
-    assert y.dtype == dtype
-    assert error(y, truth) < tolerance
-    assert error(module.weight.grad, truth_gradient) < tolerance
-    if bias:
-        assert error(module.bias.grad, upstream.double().sum(0)) < tolerance
+    check(module, y, x, upstream, log1p=log1p, bias=bias)
 
 
 @pytest.mark.parametrize(
@@ -125,13 +131,7 @@ def test_torchs_product_equals_the_formula(
     y = module(x)
     y.backward(upstream)
     assert calls
-    truth, truth_gradient = exact(csr.to_dense(), module, upstream, log1p)
-    tolerance = 1e-6 if wide == torch.float32 else 1e-14
-    assert y.dtype == wide
-    assert error(y, truth) < tolerance
-    assert error(module.weight.grad, truth_gradient) < tolerance
-    if bias:
-        assert error(module.bias.grad, upstream.double().sum(0)) < tolerance
+    check(module, y, csr.to_dense(), upstream, log1p=log1p, bias=bias)
 
 
 def test_nan_stays_in_its_row_and_in_its_columns_gradient(native: None) -> None:
